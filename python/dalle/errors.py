@@ -1,0 +1,46 @@
+"""Errors a user can cause or must act on. Each prints as one line; the command line adds no traceback.
+
+The exit codes are those of the `dalle` command: 2 usage, 3 data, 4 surroundings, 5 numbers, 6 interrupted.
+"""
+
+from __future__ import annotations
+
+
+class DalleError(Exception):
+    """Base of every error that `dalle` raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(DalleError, ValueError):
+    """An argument, option or preset is not what the function or command takes."""
+
+    exit_code = 2
+
+
+class DataError(DalleError):
+    """Input data is missing, empty or unreadable."""
+
+    exit_code = 3
+
+
+class CheckpointError(DataError):
+    """A checkpoint or model folder is damaged, truncated or of another model."""
+
+
+class EnvironmentProblem(DalleError):
+    """The machine lacks something: an extra, disk space, write permission."""
+
+    exit_code = 4
+
+
+class NumericalError(DalleError):
+    """Training produced nonfinite numbers and stopped before the update."""
+
+    exit_code = 5
+
+
+class Interrupted(DalleError):
+    """A signal stopped the run after its state was saved."""
+
+    exit_code = 6
