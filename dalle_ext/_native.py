@@ -1,0 +1,88 @@
+"""Loads the native objects beside this file and says what they are.
+
+`_C_cpu.so` registers the schemas and the CPU kernels, `_C_cuda.so` the CUDA kernels; both are plain
+libraries over libtorch's stable ABI. A missing object is no error at import, so that
+`dalle_ext.use_reference()` works anywhere; the first call of an op that needs it says what to type.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent
+HOW_TO_BUILD = "pip install -c constraints.txt -e ."
+
+
+def _load(name: str) -> str | None:
+    """Loads `name` into torch; returns None, or why it is not there in one line."""
+    path = FOLDER / name
+    if not path.exists():
+        return f"{name} must be built, got no such file; type: {HOW_TO_BUILD}"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        return (
+            f"{name} must load under torch {torch.__version__}, got: {reason}; type: {HOW_TO_BUILD}"
+        )
+    return None
+
+
+def _load_host() -> ModuleType | None:
+    try:
+        return importlib.import_module("dalle_ext._host")
+    except ImportError:
+        return None
+
+
+CPU_PROBLEM = _load("_C_cpu.so")
+CUDA_PROBLEM = (
+    "this torch has no CUDA" if torch.version.cuda is None else CPU_PROBLEM or _load("_C_cuda.so")
+)
+HOST = _load_host()
+
+
+def require(op: str, device: torch.device) -> None:
+    """Raises RuntimeError in one line where the native object for `device` is not loaded."""
+    problem = CUDA_PROBLEM if device.type == "cuda" else CPU_PROBLEM
+    if problem is not None:
+        raise RuntimeError(f"{op}: {problem}")
+
+
+def host(function: str) -> ModuleType:
+    """The pybind11 module `_host`.
+
+    Raises:
+        RuntimeError: where it was not built for this Python.
+    """
+    if HOST is None:
+        raise RuntimeError(f"{function}: _host must be built, got none; type: {HOW_TO_BUILD}")
+    return HOST
+
+
+def build_info() -> dict[str, Any]:
+    """What was built and what is loaded.
+
+    Returns:
+        A dict of JSON values: `torch` (running), `built_for_torch`, `source` (git description),
+        `compiler`, `cuda_architectures`, `cpu` and `cuda` ("loaded", or why not), `cpu_isa`
+        ("v2", "v3", "v4", or None), `host` (whether the pybind11 module is there).
+    """
+    built = HOST.build_info() if HOST is not None else {}
+    level = torch.ops.dalle_ext._cpu_isa_level() if CPU_PROBLEM is None else None
+    return {
+        "torch": torch.__version__,
+        "built_for_torch": built.get("torch"),
+        "source": built.get("source"),
+        "compiler": built.get("compiler"),
+        "cuda_architectures": built.get("cuda_architectures") or None,
+        "cpu": CPU_PROBLEM or "loaded",
+        "cuda": CUDA_PROBLEM or "loaded",
+        "cpu_isa": None if level is None else f"v{level}",
+        "host": HOST is not None,
+    }
