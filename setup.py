@@ -82,7 +82,7 @@ class CMakeBuild(build_ext):
         arguments += os.environ.get("CMAKE_ARGS", "").split()
         cmake = shutil.which("cmake")
         if cmake is None:
-            raise SystemExit("build: cmake must be on PATH, got none; type: pip install cmake ninja")
+            raise SystemExit("build: cmake must be on PATH, got none; type: pip install cmake")
         subprocess.check_call([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(tree), *arguments])
         subprocess.check_call([cmake, "--build", str(tree), "-j", str(num_jobs())])
         self.native_names = ["_C_cpu.so", f"_host{suffix}", *(["_C_cuda.so"] if with_cuda else [])]

@@ -25,7 +25,9 @@ def check_variables() -> None:
     Raises:
         SystemExit: with one line naming the variable and the known ones.
     """
-    unknown = sorted(n for n in os.environ if n.startswith("DALLE_EXT_") and n not in KNOWN_VARIABLES)
+    unknown = sorted(
+        n for n in os.environ if n.startswith("DALLE_EXT_") and n not in KNOWN_VARIABLES
+    )
     if unknown:
         known = ", ".join(sorted(KNOWN_VARIABLES))
         raise SystemExit(f"build: {unknown[0]} must be one of {known}, got an unknown variable")

@@ -1,6 +1,7 @@
-"""Errors a user can cause or must act on. Each prints as one line; the command line adds no traceback.
+"""Errors a user can cause or must act on. Each prints as one line, without a traceback.
 
-The exit codes are those of the `dalle` command: 2 usage, 3 data, 4 surroundings, 5 numbers, 6 interrupted.
+The exit codes are those of the `dalle` command: 2 usage, 3 data, 4 surroundings, 5 numbers,
+6 interrupted.
 """
 
 from __future__ import annotations

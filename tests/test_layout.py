@@ -1,0 +1,143 @@
+"""The tree itself: every room has its furniture, import arrows point one way, budgets hold."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_ROOMS = {"common", "emulator", "host"}
+ROOMS = sorted(
+    folder.name
+    for folder in (ROOT / "csrc").iterdir()
+    if folder.is_dir() and folder.name not in NOT_ROOMS
+)
+BUDGETS = [  # (glob, lines)
+    ("csrc/**/*.cuh", 400),
+    ("csrc/**/*.hpp", 150),
+    ("csrc/**/*.cpp", 150),
+    ("csrc/**/*.cu", 150),
+    ("dalle_ext/ops/*.py", 120),
+    ("dalle_ext/reference/*.py", 60),
+    ("python/dalle/**/*.py", 300),
+    ("tests/**/*.py", 400),
+    ("benchmarks/bench_*.py", 120),
+    ("setup.py", 120),
+]
+TORCH_INCLUDE = re.compile(r"#\s*include\s*[<\"](torch|ATen|c10)/")
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages a Python file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+def test_there_are_rooms():
+    assert {"sparse_attention", "gumbel_softmax"} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("op", ROOMS)
+def test_room_has_its_furniture(op):
+    pieces = [
+        f"csrc/{op}/{op}.h",
+        f"csrc/{op}/{op}.hpp",
+        f"csrc/{op}/{op}.cpp",
+        f"csrc/{op}/{op}_cpu.h",
+        f"csrc/{op}/{op}_cuda.cu",
+        f"csrc/{op}/{op}_cuda.cuh",
+        f"dalle_ext/ops/{op}.py",
+        f"dalle_ext/reference/{op}.py",
+        f"tests/ops/test_{op}.py",
+        f"benchmarks/bench_{op}.py",
+    ]
+    assert [piece for piece in pieces if not (ROOT / piece).exists()] == []
+
+
+@pytest.mark.parametrize("op", ROOMS)
+def test_room_holds_nothing_else(op):
+    strangers = [p.name for p in (ROOT / "csrc" / op).iterdir() if not p.name.startswith(op)]
+    assert strangers == []
+
+
+@pytest.mark.parametrize("folder", ["dalle_ext/ops", "dalle_ext/reference"])
+def test_every_op_file_belongs_to_a_room(folder):
+    for path in (ROOT / folder).glob("*.py"):
+        belongs = path.stem == "__init__" or any(path.stem.startswith(op) for op in ROOMS)
+        assert belongs, f"{path.relative_to(ROOT)} belongs to no room of csrc/"
+
+
+def test_no_torch_in_kernel_headers_or_host_module():
+    headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), *ROOT.glob("csrc/host/*")]
+    assert headers
+    for path in headers:
+        assert not TORCH_INCLUDE.search(path.read_text()), f"{path.relative_to(ROOT)}"
+
+
+def test_import_arrows():
+    for path in (ROOT / "dalle_ext").rglob("*.py"):
+        assert "dalle" not in imported(path), f"{path.relative_to(ROOT)} imports dalle"
+    for path in (ROOT / "dalle_ext/reference").glob("*.py"):
+        extra = imported(path) - {"torch", "math", "__future__", "typing", "collections"}
+        assert extra == set(), f"{path.relative_to(ROOT)} imports {extra}"
+
+
+def test_torch_ops_only_where_ops_live():
+    for path in (ROOT / "dalle_ext").glob("*.py"):
+        assert path.name == "_native.py" or "torch.ops." not in path.read_text(), path.name
+    for path in (ROOT / "python/dalle").rglob("*.py"):
+        text = path.read_text()
+        assert "torch.ops." not in text, f"{path.relative_to(ROOT)} calls torch.ops"
+        assert not re.search(r"_C_c(pu|uda)", text), f"{path.relative_to(ROOT)} names a library"
+
+
+def test_no_pickle():
+    for folder in ("dalle_ext", "python/dalle"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not imported(path) & {"pickle", "cloudpickle", "dill", "joblib"}, path
+            assert not re.search(r"torch\.(load|save)\(", path.read_text()), path
+
+
+@pytest.mark.parametrize(("pattern", "budget"), BUDGETS)
+def test_budgets(pattern, budget):
+    over = []
+    for path in ROOT.glob(pattern):
+        lines = len(path.read_text().splitlines())
+        if lines > budget:
+            over.append(f"{path.relative_to(ROOT)}: {lines} lines, budget {budget}")
+    assert over == []
+
+
+def test_fast_math_is_nowhere():
+    for path in [ROOT / "CMakeLists.txt", ROOT / "setup.py", *ROOT.glob("csrc/**/*")]:
+        if path.is_file():
+            text = re.sub(r"(//|#).*", "", path.read_text())
+            assert "fast_math" not in text and "-ffast-math" not in text, path
+
+
+def test_packages_are_all_listed():
+    """Two roots in one distribution: a folder missing from the list would not be installed."""
+    listed = set(re.findall(r'^  "(dalle[\w.]*)",$', (ROOT / "pyproject.toml").read_text(), re.M))
+    found = {"dalle_ext", "dalle_ext.ops", "dalle_ext.reference"}
+    for init in (ROOT / "python/dalle").rglob("__init__.py"):
+        found.add(".".join(init.parent.relative_to(ROOT / "python").parts))
+    assert listed == found
+
+
+def test_nothing_built_is_tracked():
+    run = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=False
+    )
+    if run.returncode:
+        pytest.skip("not a git checkout")
+    bad = [f for f in run.stdout.splitlines() if re.search(r"\.(so|o|pyc|pt|pth|pkl)$", f)]
+    assert bad == []
