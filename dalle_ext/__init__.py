@@ -1,0 +1,11 @@
+"""Kernels for training and sampling image-token transformers, each a torch operator."""
+
+from __future__ import annotations
+
+from dalle_ext._native import build_info
+from dalle_ext._switch import use_reference
+from dalle_ext.images import area_resize
+from dalle_ext.ops.sparse_attention import sparse_attention
+from dalle_ext.ops.sparse_attention_pattern import AttentionPattern
+
+__all__ = ["AttentionPattern", "area_resize", "build_info", "sparse_attention", "use_reference"]
