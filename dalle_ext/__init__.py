@@ -5,7 +5,16 @@ from __future__ import annotations
 from dalle_ext._native import build_info
 from dalle_ext._switch import use_reference
 from dalle_ext.images import area_resize
+from dalle_ext.ops.gumbel_softmax import GumbelSoftmax, gumbel_softmax
 from dalle_ext.ops.sparse_attention import sparse_attention
 from dalle_ext.ops.sparse_attention_pattern import AttentionPattern
 
-__all__ = ["AttentionPattern", "area_resize", "build_info", "sparse_attention", "use_reference"]
+__all__ = [
+    "AttentionPattern",
+    "GumbelSoftmax",
+    "area_resize",
+    "build_info",
+    "gumbel_softmax",
+    "sparse_attention",
+    "use_reference",
+]

@@ -1,0 +1,104 @@
+"""The Gumbel-softmax relaxation of a codebook choice: public function, fake kernels, gradient.
+
+Letters: K codebook size, R rows (all other axes in logical order).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from dalle_ext import _native
+from dalle_ext._switch import reference_in_use
+from dalle_ext.reference import gumbel_softmax as reference
+
+Tensor = torch.Tensor
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class GumbelSoftmax(NamedTuple):
+    """What `gumbel_softmax` returns.
+
+    Attributes:
+        sample: shape and dtype of the logits; sums to 1 over the codebook axis.
+        index: int64, the shape without the codebook axis; argmax of the noisy logits.
+        kl: float32 (float64 for float64 logits), the shape without the codebook axis, in nats.
+    """
+
+    sample: Tensor
+    index: Tensor
+    kl: Tensor
+
+
+def _scalar(name: str, value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`value` as a 0-d tensor on `device`, never reading the device."""
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=device)
+    if value.dim() != 0 or value.device != device:
+        got = f"shape {tuple(value.shape)} on {value.device}"
+        raise ValueError(f"gumbel_softmax: {name} must be a 0-d tensor on {device}, got {got}")
+    if value.is_floating_point() != dtype.is_floating_point or value.dtype == torch.bool:
+        raise TypeError(f"gumbel_softmax: {name} must be {dtype}, got {value.dtype}")
+    return value.detach().to(dtype)
+
+
+def gumbel_softmax(
+    logits: Tensor,
+    tau: float | Tensor,
+    *,
+    dim: int = 1,
+    hard: bool = False,
+    seed: int | Tensor | None = None,
+) -> GumbelSoftmax:
+    """Draws relaxed one-hot vectors over `dim`, and the KL term beside them (paper, section 2.1).
+
+    Equivalent to, with Gumbel noise g of the logits' shape::
+
+        sample = ((logits + g) / tau).softmax(dim)
+        index = (logits + g).argmax(dim)
+        p = logits.softmax(dim); kl = (p * p.log()).sum(dim) + log(K)
+
+    Args:
+        logits: any shape, K >= 1 along `dim`; float32, float16, bfloat16 (both computed in
+            float32), float64 (computed by the definition in `dalle_ext.reference`). Read where
+            they are if contiguous or if contiguous with `dim` moved to the end; else copied once.
+        tau: temperature > 0, a float or a 0-d tensor on the logits' device (which is not read on
+            the host: a tau that is not positive then gives NaN). No gradient flows to tau.
+        dim: the codebook axis.
+        hard: give the one-hot vector of `index` forward, the gradient of the soft sample backward.
+        seed: of the noise, an int or a 0-d int64 tensor on the logits' device. The same seed gives
+            the same noise on every device: element number row * K + k takes word (number % 4) of
+            Philox4x32-10 call number // 4. None draws a seed from torch's default generator, so
+            that `torch.manual_seed` fixes it.
+
+    Returns:
+        GumbelSoftmax(sample, index, kl). Sample and kl are differentiable once in logits. A row
+        with a logit that is NaN or infinite gives NaN and index 0.
+
+    Raises:
+        TypeError: dtype of logits, tau or seed.
+        ValueError: dim out of range, K = 0, tau not positive, a seed or tau of another device.
+        RuntimeError: no native library for the logits' device.
+    """
+    if logits.dtype not in DTYPES:
+        names = "float32, float64, float16 or bfloat16"
+        raise TypeError(f"gumbel_softmax: logits must be {names}, got {logits.dtype}")
+    if not -logits.dim() <= dim < logits.dim() or logits.size(dim) == 0:
+        raise ValueError(
+            f"gumbel_softmax: dim must be an axis of logits that is not empty, got {dim} "
+            f"for shape {tuple(logits.shape)}"
+        )
+    if not isinstance(tau, Tensor) and not 0.0 < tau < math.inf:
+        raise ValueError(f"gumbel_softmax: tau must be positive and finite, got {tau}")
+    if not isinstance(seed, (int, Tensor, type(None))):
+        raise TypeError(f"gumbel_softmax: seed must be an int or int64 tensor, got {seed!r}")
+    if seed is None:
+        seed = torch.randint(2**63 - 1, (), device=logits.device)
+    tau = _scalar("tau", tau, torch.float64, logits.device)
+    seed = _scalar("seed", seed, torch.int64, logits.device)
+    if reference_in_use() or logits.dtype == torch.float64:
+        return GumbelSoftmax(*reference.gumbel_softmax(logits, tau, dim=dim, hard=hard, seed=seed))
+    _native.require("gumbel_softmax", logits.device)
+    raise RuntimeError("gumbel_softmax: only dalle_ext.use_reference() works so far")
