@@ -1,0 +1,136 @@
+"""Pictures for people: grids with labels, saved whole or not at all.
+
+Shape letters: N pictures, H rows, W columns. Colours are in [0, 1] coming in and
+8 bit going out.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from dalle.errors import EnvironmentProblem, UsageError
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN = 4  # pixels between cells
+LABEL_SIZE = 11  # pixels, height of the label's type
+BACKGROUND = (255, 255, 255)
+INK = (40, 40, 40)
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """(…, 3, H, W) colours in [0, 1] -> (…, H, W, 3) uint8; values outside are clamped."""
+    if images.dim() < 3 or images.shape[-3] != 3:
+        raise UsageError(f"pictures: images must be (…, 3, H, W), got {tuple(images.shape)}")
+    levels = (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return levels.movedim(-3, -1).contiguous().numpy()
+
+
+def grid(
+    images: torch.Tensor,
+    *,
+    columns: int,
+    scale: int = 1,
+    labels: Sequence[str] | None = None,
+) -> Image.Image:
+    """Lays pictures out row by row, each with its label below.
+
+    Args:
+        images: (N, 3, H, W), colours in [0, 1].
+        columns: pictures a row.
+        scale: whole number of screen pixels a picture's pixel takes (nearest neighbour).
+        labels: N lines of text; wrapped to the cell, three lines at most.
+
+    Raises:
+        UsageError: a shape, a count or the number of labels does not fit.
+    """
+    if images.dim() != 4:
+        raise UsageError(f"grid: images must be (N, 3, H, W), got {tuple(images.shape)}")
+    if columns < 1 or scale < 1:
+        raise UsageError(f"grid: columns and scale must be at least 1, got {columns} and {scale}")
+    if labels is not None and len(labels) != len(images):
+        raise UsageError(f"grid: labels must be {len(images)} lines, got {len(labels)}")
+    cells = to_uint8(images)
+    height, width = images.shape[-2] * scale, images.shape[-1] * scale
+    font = ImageFont.load_default(LABEL_SIZE)
+    wrapped = [_wrap(label, width, font) for label in labels or []]
+    line_height = LABEL_SIZE + 2
+    rows = -(-len(cells) // columns)
+    row_lines = [
+        max((len(lines) for lines in wrapped[r * columns : (r + 1) * columns]), default=0)
+        for r in range(rows)
+    ]
+    tops = [MARGIN]
+    for lines in row_lines:
+        tops.append(tops[-1] + height + lines * line_height + MARGIN)
+    used_columns = min(columns, max(len(cells), 1))
+    sheet = Image.new("RGB", (MARGIN + used_columns * (width + MARGIN), tops[-1]), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for i, cell in enumerate(cells):
+        row, col = divmod(i, columns)
+        left, top = MARGIN + col * (width + MARGIN), tops[row]
+        sheet.paste(
+            Image.fromarray(cell).resize((width, height), Image.Resampling.NEAREST), (left, top)
+        )
+        for n, line in enumerate(wrapped[i] if wrapped else []):
+            draw.text((left, top + height + n * line_height), line, INK, font=font)
+    return sheet
+
+
+def beside(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Interleaves M sets (N, 3, H, W): picture i of each is row i of `grid(columns=M)`.
+
+    Equivalent to: torch.stack(rows, 1).flatten(0, 1)
+    """
+    shapes = {tuple(row.shape) for row in rows}
+    if len(shapes) != 1:
+        raise UsageError(f"beside: every set must have one shape, got {sorted(shapes)}")
+    return torch.stack([row.float().cpu() for row in rows], 1).flatten(0, 1)
+
+
+def save_png(path: Path | str, image: Image.Image) -> Path:
+    """Writes a PNG whole or not at all: a temporary file in the same folder, then a rename.
+
+    Raises:
+        EnvironmentProblem: the folder cannot be written, or the disk is full. An older file of that
+            name is left as it was.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return save_bytes(path, buffer.getvalue())
+
+
+def save_bytes(path: Path | str, content: bytes) -> Path:
+    """The same promise for any small file (HTML, JSON)."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        if part.parent.is_dir():
+            part.unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise EnvironmentProblem(f"save: {path} must be writable, got {reason}") from error
+    return path
+
+
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > 3:
+        lines = [*lines[:2], lines[2] + "…"]
+    return lines
