@@ -1,0 +1,158 @@
+// Schema and CPU registration of sparse attention.
+#include "sparse_attention/sparse_attention.hpp"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "common/isa.h"
+#include "sparse_attention/sparse_attention_cpu.h"
+#include "sparse_attention/sparse_attention_tiles.h"
+
+namespace dalle {
+namespace {
+
+using torch::stable::parallel_for;
+
+// Runs body(workspace, begin, end) over [0, tasks) on torch's threads, each with a piece of workspace
+// aligned to 64 bytes. A thread gets at least `grain` tasks.
+template <typename Body>
+void run_tasks(const Tensor& like, int64_t tasks, int64_t grain, size_t bytes, const Body& body) {
+  if (tasks == 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t pieces = std::clamp<int64_t>(ceil_div(tasks, grain), 1, threads);
+  const int64_t piece_bytes = static_cast<int64_t>(bytes + 127) / 64 * 64;
+  Tensor space = torch::stable::new_empty(like, {pieces * piece_bytes + 64}, ScalarType::Byte);
+  const auto raw = reinterpret_cast<uintptr_t>(space.mutable_data_ptr());
+  char* base = reinterpret_cast<char*>((raw + 63) / 64 * 64);
+  parallel_for(0, pieces, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      body(base + i * piece_bytes, i * tasks / pieces, (i + 1) * tasks / pieces);
+    }
+  });
+}
+
+// Tasks worth a thread: about 50 us of a core at 20 attended-pair elements a nanosecond.
+int64_t grain_of(const AttentionTiles& walk, const SparseAttentionParams& params, int64_t tasks) {
+  const double pairs = 1024.0 * static_cast<double>(walk.tiles.size());
+  const double task = pairs * params.head_size * params.batch * params.heads / static_cast<double>(tasks);
+  return static_cast<int64_t>(1 + 1e6 / task);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   std::string kind, int64_t text_len, int64_t rows,
+                                   int64_t columns, std::vector<int64_t> runs, double scale) {
+  const AttentionRule rule = check_rule(kind, text_len, rows, columns, runs);
+  SparseAttentionParams params = check_sparse_attention(q, k, v, rule, scale);
+  Tensor out = empty_rows(q, q), lse = empty_lse(q);
+  params.out = rows_of(out);
+  params.lse = lse.data_ptr();
+  const auto walk = attention_tiles(rule);
+  const AttentionTileView view = walk->view();
+  const SparseAttentionCpu& cpu = DALLE_SELECT_ISA(sparse_attention_cpu);
+  const int64_t tasks = q.size(0) * q.size(1) * view.num_strips;
+  run_tasks(q, tasks, grain_of(*walk, params, tasks), cpu.forward_bytes(params, view),
+            [&](void* space, int64_t begin, int64_t end) {
+              cpu.forward(params, view, space, begin, end);
+            });
+  return {out, lse};
+}
+
+// Few heads are split so that 16 threads have work; the split depends on the shape alone, so the bits
+// of the result do not depend on the number of threads.
+std::vector<uint8_t> touched_panels(const AttentionTiles& walk, int64_t segments) {
+  const int64_t strips = walk.num_strips();
+  std::vector<uint8_t> touched(segments * strips, 0);
+  for (int64_t g = 0; g < segments; ++g) {
+    const int32_t first = walk.strip_begin[g * strips / segments];
+    const int32_t last = walk.strip_begin[(g + 1) * strips / segments];
+    for (int32_t t = first; t < last; ++t) touched[g * strips + walk.tiles[t].panel] = 1;
+  }
+  return touched;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& q,
+                                            const Tensor& k, const Tensor& v, const Tensor& out,
+                                            const Tensor& lse, std::string kind, int64_t text_len,
+                                            int64_t rows, int64_t columns,
+                                            std::vector<int64_t> runs, double scale) {
+  const AttentionRule rule = check_rule(kind, text_len, rows, columns, runs);
+  SparseAttentionParams params = check_sparse_attention(q, k, v, rule, scale);
+  check_backward(q, grad_out, out, lse, &params);
+  Tensor grad_q = empty_rows(q, q), grad_k = empty_rows(k, k), grad_v = empty_rows(v, v);
+  params.grad_q = rows_of(grad_q);
+  params.grad_k = rows_of(grad_k);
+  params.grad_v = rows_of(grad_v);
+  const int64_t heads = q.size(0) * q.size(1);
+  if (heads == 0) return {grad_q, grad_k, grad_v};
+  const auto walk = attention_tiles(rule);
+  const AttentionTileView view = walk->view();
+  const SparseAttentionCpu& cpu = DALLE_SELECT_ISA(sparse_attention_cpu);
+
+  const int64_t segments = std::clamp<int64_t>(ceil_div(16, heads), 1, view.num_strips);
+  const std::vector<uint8_t> touched = touched_panels(*walk, segments);
+  const int64_t partial_bytes =
+      segments == 1 ? 0 : heads * segments * static_cast<int64_t>(cpu.partial_bytes(params, view));
+  Tensor partial = torch::stable::new_empty(q, {partial_bytes}, ScalarType::Byte);
+  const AttentionSegments split = {static_cast<int32_t>(segments), touched.data(),
+                                   partial.mutable_data_ptr()};
+  const int64_t tasks = heads * segments, panels = heads * view.num_strips;
+  run_tasks(q, tasks, grain_of(*walk, params, tasks), cpu.backward_bytes(params, view),
+            [&](void* space, int64_t begin, int64_t end) {
+              cpu.backward(params, view, split, space, begin, end);
+            });
+  if (segments > 1) {
+    run_tasks(q, panels, 16, 0, [&](void*, int64_t begin, int64_t end) {
+      cpu.backward_reduce(params, view, split, begin, end);
+    });
+  }
+  return {grad_q, grad_k, grad_v};
+}
+
+// For tests: the (T, T) mask as `attends` gives it, or as the CPU kernel's walk visits it, in counts.
+Tensor mask(std::string kind, int64_t text_len, int64_t rows, int64_t columns,
+            std::vector<int64_t> runs, bool walked) {
+  const AttentionRule rule = check_rule(kind, text_len, rows, columns, runs);
+  const int32_t length = static_cast<int32_t>(text_len + rows * columns);
+  Tensor result = torch::stable::full({length, length}, 0.0, ScalarType::Byte);
+  uint8_t* seen = static_cast<uint8_t*>(result.mutable_data_ptr());
+  const AttentionTiles walk(rule);
+  for (int32_t q = 0; !walked && q < length; ++q) {
+    for (int32_t k = 0; k < length; ++k) seen[int64_t{q} * length + k] = attends(rule, q, k);
+  }
+  for (int32_t strip = 0; walked && strip < walk.num_strips(); ++strip) {
+    for (int32_t t = walk.strip_begin[strip]; t < walk.strip_begin[strip + 1]; ++t) {
+      const AttentionTile tile = walk.tiles[t];
+      for (int32_t i = 0; i < kTile * kTile; ++i) {
+        const int32_t q = strip * kTile + i / kTile, k = tile.panel * kTile + i % kTile;
+        const bool bit = tile.mask < 0 || walk.masks[tile.mask].rows[i / kTile] >> i % kTile & 1u;
+        if (q < length && bit) ++seen[int64_t{walk.position[q]} * length + walk.position[k]];
+      }
+    }
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace dalle
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dalle_ext, m) {
+  m.def(
+      "_sparse_attention_forward(Tensor q, Tensor k, Tensor v, str kind, int text_len, int rows, "
+      "int columns, int[] runs, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "_sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, str kind, int text_len, int rows, int columns, int[] runs, float scale) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_sparse_attention_mask(str kind, int text_len, int rows, int columns, int[] runs, "
+      "bool walked) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(dalle_ext, CPU, m) {
+  m.impl("_sparse_attention_forward", TORCH_BOX(&dalle::forward));
+  m.impl("_sparse_attention_backward", TORCH_BOX(&dalle::backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(dalle_ext, CompositeExplicitAutograd, m) {
+  m.impl("_sparse_attention_mask", TORCH_BOX(&dalle::mask));
+}

@@ -1,0 +1,136 @@
+// Checks the arguments of sparse attention once, for every device, and describes them as plain data.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <utility>
+#include <vector>
+
+#include "common/checks.hpp"
+#include "sparse_attention/sparse_attention.h"
+
+namespace dalle {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#define DALLE_ATTENTION_CHECK(condition, argument, requirement, ...) \
+  DALLE_CHECK(condition, "sparse_attention", argument, requirement, __VA_ARGS__)
+
+inline AttentionRule check_rule(const std::string& kind, int64_t text_len, int64_t rows,
+                                int64_t columns, const std::vector<int64_t>& runs) {
+  constexpr int64_t kMost = int64_t{1} << 24;  // positions, so that 32-bit indices are safe
+  AttentionRule rule = {};
+  const char* names[] = {"row", "column", "conv", "causal"};
+  int found = 0;
+  while (found < 4 && kind != names[found]) ++found;
+  DALLE_ATTENTION_CHECK(found < 4, "kind", "one of row, column, conv, causal", kind);
+  rule.kind = static_cast<AttentionKind>(found);
+  DALLE_ATTENTION_CHECK(text_len >= 0 && text_len < kMost, "text_len", "from 0 to 2^24", text_len);
+  DALLE_ATTENTION_CHECK(rows >= 1 && columns >= 1 && rows < kMost && columns < kMost &&
+                            rows * columns < kMost,
+                        "grid", "at least 1 x 1 and at most 2^24 positions", rows, " x ", columns);
+  rule.text_len = static_cast<int32_t>(text_len);
+  rule.rows = static_cast<int32_t>(rows);
+  rule.columns = static_cast<int32_t>(columns);
+  const size_t bounds = rule.kind == AttentionKind::kConv ? runs.size() : 0;
+  DALLE_ATTENTION_CHECK(bounds <= 2 * kMaxRuns, "offsets", "at most 128 runs", bounds / 2, " runs");
+  bool holds = bounds % 2 == 0 && (rule.kind != AttentionKind::kConv || bounds > 0);
+  for (size_t i = 0; i < bounds; ++i) {
+    holds = holds && (i == 0 ? runs[i] == 0 : runs[i] > runs[i - 1]) && runs[i] <= rows * columns;
+    if (holds) rule.runs[i] = static_cast<int32_t>(runs[i]);
+  }
+  DALLE_ATTENTION_CHECK(holds, "runs", "ascending half-open runs from 0 on", bounds, " bounds");
+  rule.num_runs = static_cast<int32_t>(bounds / 2);
+  return rule;
+}
+
+inline AttentionRows rows_of(const Tensor& x) {
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+inline void check_like(const Tensor& x, const char* name, const Tensor& q) {
+  bool same = x.dim() == 4;
+  for (int64_t d = 0; same && d < 4; ++d) same = x.size(d) == q.size(d);
+  DALLE_ATTENTION_CHECK(same, name, "of q's shape " + shape_text(q), shape_text(x));
+  DALLE_ATTENTION_CHECK(x.scalar_type() == q.scalar_type(), name,
+                        std::string("of q's dtype ") + toString(q.scalar_type()),
+                        toString(x.scalar_type()));
+  DALLE_ATTENTION_CHECK(
+      x.is_cuda() == q.is_cuda() && x.get_device_index() == q.get_device_index(), name,
+      "on q's device", x.is_cuda() ? "cuda:" : "cpu, index ", x.get_device_index());
+  DALLE_ATTENTION_CHECK(x.size(3) == 1 || x.stride(3) == 1, name, "contiguous along D",
+                        "stride ", x.stride(3));
+}
+
+inline AttentionType check_type(const Tensor& q) {
+  switch (q.scalar_type()) {
+    case ScalarType::Float: return AttentionType::kFloat;
+    case ScalarType::Double: return AttentionType::kDouble;
+    case ScalarType::Half: return AttentionType::kHalf;
+    case ScalarType::BFloat16: return AttentionType::kBFloat16;
+    default: break;
+  }
+  DALLE_ATTENTION_CHECK(false, "q", "float32, float64, float16 or bfloat16",
+                        toString(q.scalar_type()));
+  return AttentionType::kFloat;
+}
+
+inline SparseAttentionParams check_sparse_attention(const Tensor& q, const Tensor& k,
+                                                    const Tensor& v, const AttentionRule& rule,
+                                                    double scale) {
+  DALLE_ATTENTION_CHECK(q.dim() == 4, "q", "(B, H, T, D)", shape_text(q));
+  const int64_t length = rule.text_len + int64_t{rule.rows} * rule.columns;
+  DALLE_ATTENTION_CHECK(q.size(2) == length, "T",
+                        "text_len + rows * columns = " + std::to_string(length), q.size(2));
+  DALLE_ATTENTION_CHECK(q.size(3) >= 1 && q.size(3) <= kMaxHeadSize, "D", "from 1 to 256",
+                        q.size(3));
+  constexpr int64_t kMost = int64_t{1} << 31;
+  DALLE_ATTENTION_CHECK(q.size(0) < kMost && q.size(1) < kMost, "B and H", "less than 2^31",
+                        shape_text(q));
+  SparseAttentionParams params = {};
+  params.type = check_type(q);
+  check_like(q, "q", q);
+  check_like(k, "k", q);
+  check_like(v, "v", q);
+  params.rule = rule;
+  params.batch = static_cast<int32_t>(q.size(0));
+  params.heads = static_cast<int32_t>(q.size(1));
+  params.length = static_cast<int32_t>(length);
+  params.head_size = static_cast<int32_t>(q.size(3));
+  params.scale = scale;
+  params.q = rows_of(q);
+  params.k = rows_of(k);
+  params.v = rows_of(v);
+  return params;
+}
+
+// An empty tensor of x's shape, in memory (B, T, H, D) where `rows` has heads inside positions.
+inline Tensor empty_rows(const Tensor& x, const Tensor& rows) {
+  const bool inside = rows.stride(1) < rows.stride(2);
+  const int64_t b = x.size(0), h = x.size(1), t = x.size(2), d = x.size(3);
+  if (!inside) return torch::stable::new_empty(x, {b, h, t, d});
+  return torch::stable::transpose(torch::stable::new_empty(x, {b, t, h, d}), 1, 2);
+}
+
+inline Tensor empty_lse(const Tensor& q) {
+  const bool wide = q.scalar_type() == ScalarType::Double;
+  return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)},
+                                  wide ? ScalarType::Double : ScalarType::Float);
+}
+
+// Adds what the backward reads to the params of the forward.
+inline void check_backward(const Tensor& q, const Tensor& grad_out, const Tensor& out,
+                           const Tensor& lse, SparseAttentionParams* params) {
+  check_like(grad_out, "grad_out", q);
+  check_like(out, "out", q);
+  const Tensor like = empty_lse(q);
+  DALLE_ATTENTION_CHECK(lse.is_contiguous() && lse.scalar_type() == like.scalar_type() &&
+                            shape_text(lse) == shape_text(like),
+                        "lse", "as the forward returned it", shape_text(lse));
+  params->grad_out = rows_of(grad_out);
+  params->out = rows_of(out);
+  params->lse = lse.data_ptr();
+}
+
+}  // namespace dalle

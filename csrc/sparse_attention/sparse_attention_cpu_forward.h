@@ -1,0 +1,206 @@
+// Forward: online softmax over chunks of tiles. Included by sparse_attention_cpu.h only.
+#pragma once
+
+namespace dalle::DALLE_ISA_NAMESPACE {
+namespace {
+
+constexpr int kChunkTiles = 4;                  // tiles between two looks at the running maximum
+constexpr int kChunk = kChunkTiles * kTile;
+constexpr double kLog2E = 1.4426950408889634;
+
+// Packed keys and values of the head at work; panels are made when first needed.
+template <typename acc_t>
+struct ForwardSpace {
+  acc_t *keys, *values, *rows, *q, *scores, *out, *largest, *rescale;
+  Vec<acc_t>* total;
+  uint8_t* ready;
+
+  ForwardSpace(Carver& carver, int num_strips, int padded) {
+    const size_t panel = static_cast<size_t>(kTile) * padded;
+    keys = carver.take<acc_t>(panel * num_strips);    // [panel][D][32]
+    values = carver.take<acc_t>(panel * num_strips);  // [panel][32][D]
+    rows = carver.take<acc_t>(panel);
+    q = carver.take<acc_t>(panel);                    // [D][32], times scale * log2(e)
+    out = carver.take<acc_t>(panel);                  // [32][D]
+    scores = carver.take<acc_t>(kTile * kChunk);      // [32][chunk]
+    largest = carver.take<acc_t>(kTile);
+    rescale = carver.take<acc_t>(kTile);
+    total = carver.take<Vec<acc_t>>(kTile);
+    ready = carver.take<uint8_t>(num_strips);
+  }
+};
+
+// to[32][32 of kLead] = the product of a transposed strip [depth][32] and a transposed panel [depth][32].
+template <typename acc_t, int kLead>
+inline void strip_by_panel(const acc_t* strip, const acc_t* panel, int depth, int num_rows, acc_t* to) {
+  constexpr int kBlock = kMicroVectors * Lanes<acc_t>::kWidth;
+  for (int c = 0; c < kTile; c += kBlock) {
+    for (int r = 0; r < num_rows; r += kMicroRows) {
+      Vec<acc_t> sum[kMicroRows][kMicroVectors] = {};
+      micro_tile<acc_t, kMicroVectors, 1, kTile>(strip + r, panel + c, kTile, depth, sum);
+      store_tile<acc_t, kMicroVectors>(to + r * kLead + c, kLead, sum);
+    }
+  }
+}
+
+// Masks one row of scores in place and returns the lanewise maximum of it and `largest`.
+template <typename acc_t>
+inline Vec<acc_t> mask_and_max(acc_t* scores, const AttentionTile* tiles, int num_tiles,
+                               const AttentionTileMask* masks, int row) {
+  constexpr int kWidth = Lanes<acc_t>::kWidth;
+  const Vec<acc_t> minus_infinity = splat<acc_t>(-INFINITY);
+  Vec<acc_t> largest = minus_infinity;
+  for (int t = 0; t < num_tiles; ++t, scores += kTile) {
+    if (tiles[t].mask >= 0) {
+      const uint32_t bits = masks[tiles[t].mask].rows[row];
+#pragma GCC unroll 16
+      for (int c = 0; c < kTile; c += kWidth) {
+        const Vec<acc_t> s = lanes_of<acc_t>(bits, c) ? load(scores + c) : minus_infinity;
+        store<acc_t>(scores + c, s);
+        largest = s > largest ? s : largest;
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int c = 0; c < kTile; c += kWidth) {
+        const Vec<acc_t> s = load(scores + c);
+        largest = s > largest ? s : largest;
+      }
+    }
+  }
+  return largest;
+}
+
+// Turns the scores of one chunk into 2^(score - running maximum) and updates the running sums.
+template <typename acc_t>
+inline void softmax_chunk(ForwardSpace<acc_t>& space, const AttentionTile* tiles, int num_tiles,
+                          const AttentionTileMask* masks, int num_rows) {
+  constexpr int kWidth = Lanes<acc_t>::kWidth;
+  for (int r = 0; r < num_rows; ++r) {
+    acc_t* scores = space.scores + r * kChunk;
+    const acc_t before = space.largest[r];
+    const acc_t chunk = max_of<acc_t>(mask_and_max(scores, tiles, num_tiles, masks, r));
+    const acc_t now = chunk > before ? chunk : before;
+    // A row that has seen no key yet has no maximum; 0 keeps -inf - (-inf) away.
+    const acc_t origin = now == -INFINITY ? 0 : now;
+    const acc_t rescale = exp2_nonpositive<acc_t>(splat(before - origin))[0];
+    Vec<acc_t> total = space.total[r] * rescale;
+    for (int c = 0; c < num_tiles * kTile; c += kWidth) {
+      const Vec<acc_t> p = exp2_nonpositive<acc_t>(load(scores + c) - origin);
+      store<acc_t>(scores + c, p);
+      total += p;
+    }
+    space.total[r] = total;
+    space.largest[r] = now;
+    space.rescale[r] = rescale;
+  }
+}
+
+// out = rescale * out + probabilities * values, for one block of kVectors vectors of the head.
+template <typename acc_t, int kVectors>
+inline void weigh_values(ForwardSpace<acc_t>& space, const AttentionTile* tiles, int num_tiles,
+                         int num_rows, int padded, int d) {
+  for (int r = 0; r < num_rows; r += kMicroRows) {
+    Vec<acc_t> sum[kMicroRows][kVectors];
+    load_tile<acc_t, kVectors>(space.out + r * padded + d, padded, space.rescale + r, sum);
+    for (int t = 0; t < num_tiles; ++t) {
+      const acc_t* values = space.values + static_cast<int64_t>(tiles[t].panel) * kTile * padded + d;
+      micro_tile<acc_t, kVectors, kChunk, 1>(space.scores + r * kChunk + t * kTile, values, padded,
+                                             kTile, sum);
+    }
+    store_tile<acc_t, kVectors>(space.out + r * padded + d, padded, sum);
+  }
+}
+
+template <typename storage_t, typename acc_t>
+void forward_typed(const SparseAttentionParams& p, const AttentionTileView& view, void* workspace,
+                   int64_t task_begin, int64_t task_end) {
+  constexpr int kWidth = Lanes<acc_t>::kWidth;
+  const int padded = padded_size<acc_t>(p.head_size);
+  Carver carver{static_cast<char*>(workspace)};
+  ForwardSpace<acc_t> space(carver, view.num_strips, padded);
+  int64_t packed_head = -1;
+  for (int64_t task = task_begin; task < task_end; ++task) {
+    const int64_t head = task / view.num_strips;
+    const int strip = static_cast<int>(task % view.num_strips);
+    if (head != packed_head) std::memset(space.ready, 0, view.num_strips);
+    packed_head = head;
+
+    const int count = places_of(strip, p.length);
+    const int num_rows = (count + kMicroRows - 1) / kMicroRows * kMicroRows;
+    const int32_t* position = view.position + strip * kTile;
+    gather_rows(head_of<const storage_t>(p.q, head, p.heads), p.q.row, position, count, p.head_size,
+                padded, space.rows);
+    transpose_panel<acc_t>(space.rows, static_cast<acc_t>(p.scale * kLog2E), padded, space.q);
+    std::memset(space.out, 0, sizeof(acc_t) * kTile * padded);
+    for (int r = 0; r < kTile; ++r) {
+      space.largest[r] = -INFINITY;
+      space.total[r] = Vec<acc_t>{};
+    }
+
+    const AttentionTile* tiles = view.tiles + view.strip_begin[strip];
+    const int num_tiles = view.strip_begin[strip + 1] - view.strip_begin[strip];
+    for (int first = 0; first < num_tiles; first += kChunkTiles) {
+      const int chunk = num_tiles - first < kChunkTiles ? num_tiles - first : kChunkTiles;
+      for (int t = 0; t < chunk; ++t) {
+        const int panel = tiles[first + t].panel;
+        const int64_t offset = static_cast<int64_t>(panel) * kTile * padded;
+        if (!space.ready[panel]) {
+          const int32_t* from = view.position + panel * kTile;
+          const int keys = places_of(panel, p.length);
+          gather_rows(head_of<const storage_t>(p.k, head, p.heads), p.k.row, from, keys, p.head_size,
+                      padded, space.rows);
+          transpose_panel<acc_t>(space.rows, 1, padded, space.keys + offset);
+          gather_rows(head_of<const storage_t>(p.v, head, p.heads), p.v.row, from, keys, p.head_size,
+                      padded, space.values + offset);
+          space.ready[panel] = 1;
+        }
+        strip_by_panel<acc_t, kChunk>(space.q, space.keys + offset, p.head_size, num_rows,
+                                      space.scores + t * kTile);
+      }
+      softmax_chunk(space, tiles + first, chunk, view.masks, num_rows);
+      int d = 0;
+      for (; d + kMicroVectors * kWidth <= padded; d += kMicroVectors * kWidth) {
+        weigh_values<acc_t, kMicroVectors>(space, tiles + first, chunk, num_rows, padded, d);
+      }
+      if (d < padded) weigh_values<acc_t, 1>(space, tiles + first, chunk, num_rows, padded, d);
+    }
+
+    storage_t* out = head_of<storage_t>(p.out, head, p.heads);
+    acc_t* lse = static_cast<acc_t*>(p.lse) + head * p.length;
+    for (int r = 0; r < count; ++r) {
+      const acc_t total = sum_of<acc_t>(space.total[r]);
+      scatter_rows<storage_t, acc_t>(space.out + r * padded, 1 / total, padded, position + r, 1,
+                                     p.head_size, out, p.out.row);
+      lse[position[r]] = static_cast<acc_t>(space.largest[r] / kLog2E + __builtin_log(total));
+    }
+  }
+}
+
+// Calls body(storage_t{}, acc_t{}) for the types of the tensors.
+template <typename Body>
+inline void for_type(AttentionType type, const Body& body) {
+  if (type == AttentionType::kFloat) body(float{}, float{});
+  if (type == AttentionType::kDouble) body(double{}, double{});
+  if (type == AttentionType::kHalf) body(Half{}, float{});
+  if (type == AttentionType::kBFloat16) body(BFloat16{}, float{});
+}
+
+void forward(const SparseAttentionParams& p, const AttentionTileView& view, void* workspace,
+             int64_t task_begin, int64_t task_end) {
+  for_type(p.type, [&](auto storage, auto acc) {
+    forward_typed<decltype(storage), decltype(acc)>(p, view, workspace, task_begin, task_end);
+  });
+}
+
+size_t forward_bytes(const SparseAttentionParams& p, const AttentionTileView& view) {
+  Carver carver{nullptr};
+  for_type(p.type, [&](auto, auto acc) {
+    using acc_t = decltype(acc);
+    ForwardSpace<acc_t> space(carver, view.num_strips, padded_size<acc_t>(p.head_size));
+    (void)space;
+  });
+  return carver.used;
+}
+
+}  // namespace
+}  // namespace dalle::DALLE_ISA_NAMESPACE

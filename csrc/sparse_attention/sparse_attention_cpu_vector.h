@@ -1,0 +1,145 @@
+// Vectors of DALLE_ISA_BYTES, 2^x, and the one micro-kernel behind all seven products. Included by
+// sparse_attention_cpu.h only; everything has internal linkage (see common/host_device.h).
+#pragma once
+
+#include <cmath>  // INFINITY
+#include <cstring>
+
+namespace dalle::DALLE_ISA_NAMESPACE {
+namespace {
+
+template <typename acc_t>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  using word_t = int32_t;
+  typedef float vec __attribute__((vector_size(DALLE_ISA_BYTES)));
+  typedef float loose __attribute__((vector_size(DALLE_ISA_BYTES), aligned(4), may_alias));
+  typedef int32_t ivec __attribute__((vector_size(DALLE_ISA_BYTES)));
+  static constexpr int kWidth = DALLE_ISA_BYTES / 4, kMantissa = 23, kBias = 127, kDegree = 6;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
+  // Minimax for the relative error on [-1/2, 1/2]: 1.9e-9 before rounding.
+  static constexpr float kExp2[] = {1.0f,           0.693147206f,   0.240226469f,  0.0555032878f,
+                                    0.00961848896f, 0.00133999312f, 0.000153458122f};
+};
+template <>
+struct Lanes<double> {
+  using word_t = int64_t;
+  typedef double vec __attribute__((vector_size(DALLE_ISA_BYTES)));
+  typedef double loose __attribute__((vector_size(DALLE_ISA_BYTES), aligned(8), may_alias));
+  typedef int64_t ivec __attribute__((vector_size(DALLE_ISA_BYTES)));
+  static constexpr int kWidth = DALLE_ISA_BYTES / 8, kMantissa = 52, kBias = 1023, kDegree = 11;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kExp2[] = {  // 3.1e-18 before rounding
+      1.0, 0.6931471805599453, 0.24022650695910155, 0.055504108664819925, 0.009618129107588335,
+      0.0013333558146789923, 0.00015403530462514432, 1.5252733489988525e-05, 1.32154330896764e-06,
+      1.0178198021671931e-07, 7.074105613508143e-09, 4.435282706957277e-10};
+};
+template <typename acc_t>
+using Vec = typename Lanes<acc_t>::vec;
+template <typename acc_t>
+using IVec = typename Lanes<acc_t>::ivec;
+
+template <typename acc_t>
+inline Vec<acc_t> load(const acc_t* p) {
+  return *reinterpret_cast<const typename Lanes<acc_t>::loose*>(p);
+}
+template <typename acc_t>
+inline void store(acc_t* p, Vec<acc_t> x) {
+  *reinterpret_cast<typename Lanes<acc_t>::loose*>(p) = x;
+}
+template <typename acc_t>
+inline Vec<acc_t> splat(acc_t x) {
+  return Vec<acc_t>{} + x;
+}
+
+// 2^x for x <= 0; below the normal range exactly 0; NaN stays NaN.
+template <typename acc_t>
+inline Vec<acc_t> exp2_nonpositive(Vec<acc_t> x) {
+  using L = Lanes<acc_t>;
+  const Vec<acc_t> least = splat<acc_t>(1 - L::kBias);
+  const IVec<acc_t> under = x < least;
+  const Vec<acc_t> clamped = under ? least : x;
+  const Vec<acc_t> shifted = clamped + L::kRound;  // the integer part sits in the low bits
+  const Vec<acc_t> f = clamped - (shifted - L::kRound);
+  Vec<acc_t> p = splat<acc_t>(L::kExp2[L::kDegree]);
+#pragma GCC unroll 16
+  for (int i = L::kDegree - 1; i >= 0; --i) p = p * f + L::kExp2[i];
+  const IVec<acc_t> exponent = ((IVec<acc_t>)shifted + L::kBias) << L::kMantissa;
+  return under ? Vec<acc_t>{} : p * (Vec<acc_t>)exponent;
+}
+
+template <typename acc_t>
+inline acc_t max_of(Vec<acc_t> x) {
+  acc_t m = x[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < Lanes<acc_t>::kWidth; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+}
+template <typename acc_t>
+inline acc_t sum_of(Vec<acc_t> x) {
+  acc_t s = x[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < Lanes<acc_t>::kWidth; ++i) s += x[i];
+  return s;
+}
+
+// All ones in lane i where bit `first + i` of `bits` is set.
+template <typename acc_t>
+inline IVec<acc_t> lanes_of(uint32_t bits, int first) {
+  IVec<acc_t> bit;
+#pragma GCC unroll 16
+  for (int i = 0; i < Lanes<acc_t>::kWidth; ++i) bit[i] = typename Lanes<acc_t>::word_t{1} << i;
+  const IVec<acc_t> word = IVec<acc_t>{} + static_cast<typename Lanes<acc_t>::word_t>(bits >> first);
+  return (word & bit) != 0;
+}
+
+// Rows of a micro-tile, and how many vectors wide it is: 8 x 2 of 32 registers with AVX-512, 4 x 2 of 16.
+constexpr int kMicroRows = DALLE_ISA_BYTES == 64 ? 8 : 4;
+constexpr int kMicroVectors = 2;
+
+// c[r][j] = beta * c[r][j] + sum over k of a[r * kRowStep + k * kStep] * b[k * ldb + j] for kMicroRows
+// rows and kVectors vectors. `beta` points to one factor per row, or is null for c = sum.
+template <typename acc_t, int kVectors, int kRowStep, int kStep>
+inline void micro_tile(const acc_t* a, const acc_t* b, int64_t ldb, int depth,
+                       Vec<acc_t> (&sum)[kMicroRows][kVectors]) {
+  constexpr int kWidth = Lanes<acc_t>::kWidth;
+  for (int k = 0; k < depth; ++k, a += kStep, b += ldb) {
+    Vec<acc_t> row[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) row[j] = load<acc_t>(b + j * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < kMicroRows; ++r) {
+      const Vec<acc_t> factor = splat<acc_t>(a[r * kRowStep]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sum[r][j] += factor * row[j];
+    }
+  }
+}
+
+template <typename acc_t, int kVectors>
+inline void store_tile(acc_t* c, int64_t ldc, const Vec<acc_t> (&sum)[kMicroRows][kVectors]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kMicroRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      store<acc_t>(c + r * ldc + j * Lanes<acc_t>::kWidth, sum[r][j]);
+    }
+  }
+}
+
+template <typename acc_t, int kVectors>
+inline void load_tile(const acc_t* c, int64_t ldc, const acc_t* beta,
+                      Vec<acc_t> (&sum)[kMicroRows][kVectors]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kMicroRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      const Vec<acc_t> x = load<acc_t>(c + r * ldc + j * Lanes<acc_t>::kWidth);
+      sum[r][j] = beta == nullptr ? x : x * beta[r];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dalle::DALLE_ISA_NAMESPACE
