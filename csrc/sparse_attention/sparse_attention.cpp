@@ -15,8 +15,8 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// Runs body(workspace, begin, end) over [0, tasks) on torch's threads, each with a piece of workspace
-// aligned to 64 bytes. A thread gets at least `grain` tasks.
+// Runs body(workspace, begin, end) over [0, tasks) on torch's threads, each with a piece of
+// workspace aligned to 64 bytes. A thread gets at least `grain` tasks.
 template <typename Body>
 void run_tasks(const Tensor& like, int64_t tasks, int64_t grain, size_t bytes, const Body& body) {
   if (tasks == 0) return;
@@ -36,7 +36,8 @@ void run_tasks(const Tensor& like, int64_t tasks, int64_t grain, size_t bytes, c
 // Tasks worth a thread: about 50 us of a core at 20 attended-pair elements a nanosecond.
 int64_t grain_of(const AttentionTiles& walk, const SparseAttentionParams& params, int64_t tasks) {
   const double pairs = 1024.0 * static_cast<double>(walk.tiles.size());
-  const double task = pairs * params.head_size * params.batch * params.heads / static_cast<double>(tasks);
+  const double task =
+      pairs * params.head_size * params.batch * params.heads / static_cast<double>(tasks);
   return static_cast<int64_t>(1 + 1e6 / task);
 }
 
@@ -59,8 +60,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
-// Few heads are split so that 16 threads have work; the split depends on the shape alone, so the bits
-// of the result do not depend on the number of threads.
+// Few heads are split so that 16 threads have work; the split depends on the shape alone, so the
+// bits of the result do not depend on the number of threads.
 std::vector<uint8_t> touched_panels(const AttentionTiles& walk, int64_t segments) {
   const int64_t strips = walk.num_strips();
   std::vector<uint8_t> touched(segments * strips, 0);
@@ -110,7 +111,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   return {grad_q, grad_k, grad_v};
 }
 
-// For tests: the (T, T) mask as `attends` gives it, or as the CPU kernel's walk visits it, in counts.
+// For tests: the (T, T) mask as `attends` gives it, or as the CPU kernel's walk visits it, in
+// counts.
 Tensor mask(std::string kind, int64_t text_len, int64_t rows, int64_t columns,
             std::vector<int64_t> runs, bool walked) {
   const AttentionRule rule = check_rule(kind, text_len, rows, columns, runs);

@@ -1,5 +1,5 @@
-// The rules of sparse attention that host and device share: which key a query sees, in which order the
-// CPU kernel walks the stream, how tensors are described. No torch here.
+// The rules of sparse attention that host and device share: which key a query sees, in which order
+// the CPU kernel walks the stream, how tensors are described. No torch here.
 //
 // Letters: B batch, H heads, T positions, D head size. A stream is text_len text positions, then
 // rows * columns image positions in raster order (paper, section 2.2 and Figure 11).
@@ -12,7 +12,7 @@ namespace dalle {
 enum class AttentionKind : int32_t { kRow, kColumn, kConv, kCausal };
 enum class AttentionType : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
 
-constexpr int kMaxRuns = 128;     // runs of offsets of a kConv rule; odd kernels up to 253 fit
+constexpr int kMaxRuns = 128;  // runs of offsets of a kConv rule; odd kernels up to 253 fit
 constexpr int kMaxHeadSize = 256;
 
 // Which keys a query sees. A kConv rule is data: the image distances it attends, as half-open runs.
@@ -29,8 +29,9 @@ struct AttentionRows {
   int64_t batch, head, row;
 };
 
-// Everything a kernel needs. The forward writes out and lse; the backward reads them and grad_out and
-// writes grad_q, grad_k, grad_v. lse is (B, H, T) contiguous, natural log, float (double for kDouble).
+// Everything a kernel needs. The forward writes out and lse; the backward reads them and grad_out
+// and writes grad_q, grad_k, grad_v. lse is (B, H, T) contiguous, natural log, float (double for
+// kDouble).
 struct SparseAttentionParams {
   AttentionRule rule;
   AttentionType type;
@@ -59,7 +60,8 @@ DALLE_HOST_DEVICE bool attends(const AttentionRule& rule, int32_t q_idx, int32_t
 }
 
 // The walk of one row of the dense kernel: the first image key at or after k_idx that the query at
-// q_idx may see, q_idx + 1 or more if there is none. Text keys are k_idx < min(text_len, q_idx + 1).
+// q_idx may see, q_idx + 1 or more if there is none. Text keys are k_idx < min(text_len, q_idx +
+// 1).
 DALLE_HOST_DEVICE int32_t next_image_key(const AttentionRule& rule, int32_t q_idx, int32_t k_idx) {
   if (rule.kind == AttentionKind::kRow) {
     return k_idx < q_idx - rule.columns ? q_idx - rule.columns : k_idx;
@@ -72,8 +74,8 @@ DALLE_HOST_DEVICE int32_t next_image_key(const AttentionRule& rule, int32_t q_id
   return k_idx;
 }
 
-// The same for a key: the first image query at or after q_idx >= k_idx that may see the key at k_idx;
-// `length` or more if there is none.
+// The same for a key: the first image query at or after q_idx >= k_idx that may see the key at
+// k_idx; `length` or more if there is none.
 DALLE_HOST_DEVICE int32_t next_image_query(const AttentionRule& rule, int32_t length, int32_t k_idx,
                                            int32_t q_idx) {
   if (rule.kind == AttentionKind::kRow) return q_idx <= k_idx + rule.columns ? q_idx : length;
@@ -85,8 +87,8 @@ DALLE_HOST_DEVICE int32_t next_image_query(const AttentionRule& rule, int32_t le
   return q_idx;
 }
 
-// Stream position of place `p` of the walk: columns are walked one after another by kColumn, so that
-// the keys of a query are neighbours; everything else is walked as it lies.
+// Stream position of place `p` of the walk: columns are walked one after another by kColumn, so
+// that the keys of a query are neighbours; everything else is walked as it lies.
 DALLE_HOST_DEVICE int32_t walked_position(const AttentionRule& rule, int32_t p) {
   if (rule.kind != AttentionKind::kColumn || p < rule.text_len) return p;
   const int32_t slot = p - rule.text_len;

@@ -1,4 +1,5 @@
-// Checks the arguments of sparse attention once, for every device, and describes them as plain data.
+// Checks the arguments of sparse attention once, for every device, and describes them as plain
+// data.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -27,9 +28,9 @@ inline AttentionRule check_rule(const std::string& kind, int64_t text_len, int64
   DALLE_ATTENTION_CHECK(found < 4, "kind", "one of row, column, conv, causal", kind);
   rule.kind = static_cast<AttentionKind>(found);
   DALLE_ATTENTION_CHECK(text_len >= 0 && text_len < kMost, "text_len", "from 0 to 2^24", text_len);
-  DALLE_ATTENTION_CHECK(rows >= 1 && columns >= 1 && rows < kMost && columns < kMost &&
-                            rows * columns < kMost,
-                        "grid", "at least 1 x 1 and at most 2^24 positions", rows, " x ", columns);
+  DALLE_ATTENTION_CHECK(
+      rows >= 1 && columns >= 1 && rows < kMost && columns < kMost && rows * columns < kMost,
+      "grid", "at least 1 x 1 and at most 2^24 positions", rows, " x ", columns);
   rule.text_len = static_cast<int32_t>(text_len);
   rule.rows = static_cast<int32_t>(rows);
   rule.columns = static_cast<int32_t>(columns);
@@ -56,20 +57,25 @@ inline void check_like(const Tensor& x, const char* name, const Tensor& q) {
   DALLE_ATTENTION_CHECK(x.scalar_type() == q.scalar_type(), name,
                         std::string("of q's dtype ") + toString(q.scalar_type()),
                         toString(x.scalar_type()));
-  DALLE_ATTENTION_CHECK(
-      x.is_cuda() == q.is_cuda() && x.get_device_index() == q.get_device_index(), name,
-      "on q's device", x.is_cuda() ? "cuda:" : "cpu, index ", x.get_device_index());
-  DALLE_ATTENTION_CHECK(x.size(3) == 1 || x.stride(3) == 1, name, "contiguous along D",
-                        "stride ", x.stride(3));
+  DALLE_ATTENTION_CHECK(x.is_cuda() == q.is_cuda() && x.get_device_index() == q.get_device_index(),
+                        name, "on q's device", x.is_cuda() ? "cuda:" : "cpu, index ",
+                        x.get_device_index());
+  DALLE_ATTENTION_CHECK(x.size(3) == 1 || x.stride(3) == 1, name, "contiguous along D", "stride ",
+                        x.stride(3));
 }
 
 inline AttentionType check_type(const Tensor& q) {
   switch (q.scalar_type()) {
-    case ScalarType::Float: return AttentionType::kFloat;
-    case ScalarType::Double: return AttentionType::kDouble;
-    case ScalarType::Half: return AttentionType::kHalf;
-    case ScalarType::BFloat16: return AttentionType::kBFloat16;
-    default: break;
+    case ScalarType::Float:
+      return AttentionType::kFloat;
+    case ScalarType::Double:
+      return AttentionType::kDouble;
+    case ScalarType::Half:
+      return AttentionType::kHalf;
+    case ScalarType::BFloat16:
+      return AttentionType::kBFloat16;
+    default:
+      break;
   }
   DALLE_ATTENTION_CHECK(false, "q", "float32, float64, float16 or bfloat16",
                         toString(q.scalar_type()));

@@ -1,10 +1,11 @@
-// The CPU kernel of sparse attention: what it offers (always) and, once per instruction set, how it does
-// it (under DALLE_ISA). No torch here.
+// The CPU kernel of sparse attention: what it offers (always) and, once per instruction set, how it
+// does it (under DALLE_ISA). No torch here.
 //
-// A task is one strip of 32 queries of one head, or, in the backward, a range of strips. A strip walks
-// its tiles of 32 keys (sparse_attention_tiles.h); keys and values of a head are packed when first
-// needed, transposed and converted to the accumulation type, so every product is one register-blocked
-// micro-kernel over contiguous memory. Results do not depend on how tasks are spread over threads.
+// A task is one strip of 32 queries of one head, or, in the backward, a range of strips. A strip
+// walks its tiles of 32 keys (sparse_attention_tiles.h); keys and values of a head are packed when
+// first needed, transposed and converted to the accumulation type, so every product is one
+// register-blocked micro-kernel over contiguous memory. Results do not depend on how tasks are
+// spread over threads.
 #pragma once
 
 #include <cstddef>
@@ -33,9 +34,9 @@ struct AttentionTileView {
   int32_t num_strips;
 };
 
-// How the backward splits a head: segment g owns the strips [g n / segments, (g + 1) n / segments). With
-// one segment a task writes grad_k and grad_v itself; with more it leaves sums in `partial`, and
-// backward_reduce adds them in the order of the segments.
+// How the backward splits a head: segment g owns the strips [g n / segments, (g + 1) n / segments).
+// With one segment a task writes grad_k and grad_v itself; with more it leaves sums in `partial`,
+// and backward_reduce adds them in the order of the segments.
 struct AttentionSegments {
   int32_t segments;
   const uint8_t* touched;  // [segments][num_strips]: whether the segment has a tile in the panel
@@ -46,7 +47,8 @@ struct SparseAttentionCpu {
   size_t (*forward_bytes)(const SparseAttentionParams&, const AttentionTileView&);
   size_t (*backward_bytes)(const SparseAttentionParams&, const AttentionTileView&);
   size_t (*partial_bytes)(const SparseAttentionParams&, const AttentionTileView&);
-  // Tasks (b * H + h) * num_strips + strip. `workspace`: forward_bytes, 64-byte aligned, one per thread.
+  // Tasks (b * H + h) * num_strips + strip. `workspace`: forward_bytes, 64-byte aligned, one per
+  // thread.
   void (*forward)(const SparseAttentionParams&, const AttentionTileView&, void* workspace,
                   int64_t task_begin, int64_t task_end);
   // Tasks (b * H + h) * segments + segment.
@@ -71,15 +73,12 @@ extern const SparseAttentionCpu sparse_attention_cpu;
 
 #ifdef DALLE_ISA
 
-#include "sparse_attention/sparse_attention_cpu_vector.h"
-#include "sparse_attention/sparse_attention_cpu_pack.h"
-#include "sparse_attention/sparse_attention_cpu_forward.h"
 #include "sparse_attention/sparse_attention_cpu_backward.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 
-const SparseAttentionCpu sparse_attention_cpu = {
-    forward_bytes, backward_bytes, partial_bytes, forward, backward, backward_reduce};
+const SparseAttentionCpu sparse_attention_cpu = {forward_bytes, backward_bytes, partial_bytes,
+                                                 forward,       backward,       backward_reduce};
 
 }  // namespace dalle::DALLE_ISA_NAMESPACE
 

@@ -1,6 +1,8 @@
-// Backward: probabilities are made again from log-sum-exp; five products per tile, each pair visited
-// once. Included by sparse_attention_cpu.h only.
+// Backward: probabilities are made again from log-sum-exp; five products per tile, each pair
+// visited once. Included by sparse_attention_cpu.h only.
 #pragma once
+
+#include "sparse_attention/sparse_attention_cpu_forward.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
@@ -128,7 +130,8 @@ struct Backward {
       }
       space.delta[r] = sum_of<acc_t>(delta);
       const bool inside = r < places_of(strip, p.length);
-      space.lse[r] = inside ? static_cast<acc_t>(lse[view.position[strip * kTile + r]] * kLog2E) : 0;
+      space.lse[r] =
+          inside ? static_cast<acc_t>(lse[view.position[strip * kTile + r]] * kLog2E) : 0;
     }
   }
 

@@ -1,10 +1,12 @@
 // Forward: online softmax over chunks of tiles. Included by sparse_attention_cpu.h only.
 #pragma once
 
+#include "sparse_attention/sparse_attention_cpu_pack.h"
+
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
 
-constexpr int kChunkTiles = 4;                  // tiles between two looks at the running maximum
+constexpr int kChunkTiles = 4;  // tiles between two looks at the running maximum
 constexpr int kChunk = kChunkTiles * kTile;
 constexpr double kLog2E = 1.4426950408889634;
 
@@ -20,9 +22,9 @@ struct ForwardSpace {
     keys = carver.take<acc_t>(panel * num_strips);    // [panel][D][32]
     values = carver.take<acc_t>(panel * num_strips);  // [panel][32][D]
     rows = carver.take<acc_t>(panel);
-    q = carver.take<acc_t>(panel);                    // [D][32], times scale * log2(e)
-    out = carver.take<acc_t>(panel);                  // [32][D]
-    scores = carver.take<acc_t>(kTile * kChunk);      // [32][chunk]
+    q = carver.take<acc_t>(panel);                // [D][32], times scale * log2(e)
+    out = carver.take<acc_t>(panel);              // [32][D]
+    scores = carver.take<acc_t>(kTile * kChunk);  // [32][chunk]
     largest = carver.take<acc_t>(kTile);
     rescale = carver.take<acc_t>(kTile);
     total = carver.take<Vec<acc_t>>(kTile);
@@ -30,9 +32,11 @@ struct ForwardSpace {
   }
 };
 
-// to[32][32 of kLead] = the product of a transposed strip [depth][32] and a transposed panel [depth][32].
+// to[32][32 of kLead] = the product of a transposed strip [depth][32] and a transposed panel
+// [depth][32].
 template <typename acc_t, int kLead>
-inline void strip_by_panel(const acc_t* strip, const acc_t* panel, int depth, int num_rows, acc_t* to) {
+inline void strip_by_panel(const acc_t* strip, const acc_t* panel, int depth, int num_rows,
+                           acc_t* to) {
   constexpr int kBlock = kMicroVectors * Lanes<acc_t>::kWidth;
   for (int c = 0; c < kTile; c += kBlock) {
     for (int r = 0; r < num_rows; r += kMicroRows) {
@@ -103,7 +107,8 @@ inline void weigh_values(ForwardSpace<acc_t>& space, const AttentionTile* tiles,
     Vec<acc_t> sum[kMicroRows][kVectors];
     load_tile<acc_t, kVectors>(space.out + r * padded + d, padded, space.rescale + r, sum);
     for (int t = 0; t < num_tiles; ++t) {
-      const acc_t* values = space.values + static_cast<int64_t>(tiles[t].panel) * kTile * padded + d;
+      const acc_t* values =
+          space.values + static_cast<int64_t>(tiles[t].panel) * kTile * padded + d;
       micro_tile<acc_t, kVectors, kChunk, 1>(space.scores + r * kChunk + t * kTile, values, padded,
                                              kTile, sum);
     }
@@ -147,11 +152,11 @@ void forward_typed(const SparseAttentionParams& p, const AttentionTileView& view
         if (!space.ready[panel]) {
           const int32_t* from = view.position + panel * kTile;
           const int keys = places_of(panel, p.length);
-          gather_rows(head_of<const storage_t>(p.k, head, p.heads), p.k.row, from, keys, p.head_size,
-                      padded, space.rows);
+          gather_rows(head_of<const storage_t>(p.k, head, p.heads), p.k.row, from, keys,
+                      p.head_size, padded, space.rows);
           transpose_panel<acc_t>(space.rows, 1, padded, space.keys + offset);
-          gather_rows(head_of<const storage_t>(p.v, head, p.heads), p.v.row, from, keys, p.head_size,
-                      padded, space.values + offset);
+          gather_rows(head_of<const storage_t>(p.v, head, p.heads), p.v.row, from, keys,
+                      p.head_size, padded, space.values + offset);
           space.ready[panel] = 1;
         }
         strip_by_panel<acc_t, kChunk>(space.q, space.keys + offset, p.head_size, num_rows,

@@ -1,8 +1,10 @@
-// From strided rows of any storage type to packed panels of the accumulation type, and back. Included by
-// sparse_attention_cpu.h only.
+// From strided rows of any storage type to packed panels of the accumulation type, and back.
+// Included by sparse_attention_cpu.h only.
 #pragma once
 
 #include <utility>
+
+#include "sparse_attention/sparse_attention_cpu_vector.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
@@ -39,7 +41,8 @@ inline void narrow(double x, double* to) { *to = x; }
 inline void narrow(float x, BFloat16* to) {
   const uint32_t bits = same_bits<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  to->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
+  to->bits =
+      static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
 }
 inline void narrow(float x, Half* to) {
   const uint32_t bits = same_bits<uint32_t>(x), sign = bits >> 16 & 0x8000u;
@@ -98,8 +101,10 @@ template <typename acc_t, int kStep, size_t... kLane>
 inline void exchange(Vec<acc_t>& a, Vec<acc_t>& b, std::index_sequence<kLane...>) {
   constexpr int kWidth = Lanes<acc_t>::kWidth;
   const Vec<acc_t> x = a, y = b;
-  a = __builtin_shufflevector(x, y, (int(kLane) & kStep ? kWidth + int(kLane) - kStep : int(kLane))...);
-  b = __builtin_shufflevector(x, y, (int(kLane) & kStep ? kWidth + int(kLane) : int(kLane) + kStep)...);
+  a = __builtin_shufflevector(x, y,
+                              (int(kLane) & kStep ? kWidth + int(kLane) - kStep : int(kLane))...);
+  b = __builtin_shufflevector(x, y,
+                              (int(kLane) & kStep ? kWidth + int(kLane) : int(kLane) + kStep)...);
 }
 
 template <typename acc_t, int kStep>

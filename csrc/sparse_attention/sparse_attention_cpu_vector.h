@@ -19,7 +19,7 @@ struct Lanes<float> {
   static constexpr int kWidth = DALLE_ISA_BYTES / 4, kMantissa = 23, kBias = 127, kDegree = 6;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
   // Minimax for the relative error on [-1/2, 1/2]: 1.9e-9 before rounding.
-  static constexpr float kExp2[] = {1.0f,           0.693147206f,   0.240226469f,  0.0555032878f,
+  static constexpr float kExp2[] = {1.0f,           0.693147206f,   0.240226469f,   0.0555032878f,
                                     0.00961848896f, 0.00133999312f, 0.000153458122f};
 };
 template <>
@@ -30,10 +30,19 @@ struct Lanes<double> {
   typedef int64_t ivec __attribute__((vector_size(DALLE_ISA_BYTES)));
   static constexpr int kWidth = DALLE_ISA_BYTES / 8, kMantissa = 52, kBias = 1023, kDegree = 11;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double kExp2[] = {  // 3.1e-18 before rounding
-      1.0, 0.6931471805599453, 0.24022650695910155, 0.055504108664819925, 0.009618129107588335,
-      0.0013333558146789923, 0.00015403530462514432, 1.5252733489988525e-05, 1.32154330896764e-06,
-      1.0178198021671931e-07, 7.074105613508143e-09, 4.435282706957277e-10};
+  static constexpr double kExp2[] = {                   // 3.1e-18 before rounding
+                                     1.0,
+                                     0.6931471805599453,
+                                     0.24022650695910155,
+                                     0.055504108664819925,
+                                     0.009618129107588335,
+                                     0.0013333558146789923,
+                                     0.00015403530462514432,
+                                     1.5252733489988525e-05,
+                                     1.32154330896764e-06,
+                                     1.0178198021671931e-07,
+                                     7.074105613508143e-09,
+                                     4.435282706957277e-10};
 };
 template <typename acc_t>
 using Vec = typename Lanes<acc_t>::vec;
@@ -90,16 +99,19 @@ inline IVec<acc_t> lanes_of(uint32_t bits, int first) {
   IVec<acc_t> bit;
 #pragma GCC unroll 16
   for (int i = 0; i < Lanes<acc_t>::kWidth; ++i) bit[i] = typename Lanes<acc_t>::word_t{1} << i;
-  const IVec<acc_t> word = IVec<acc_t>{} + static_cast<typename Lanes<acc_t>::word_t>(bits >> first);
+  const IVec<acc_t> word =
+      IVec<acc_t>{} + static_cast<typename Lanes<acc_t>::word_t>(bits >> first);
   return (word & bit) != 0;
 }
 
-// Rows of a micro-tile, and how many vectors wide it is: 8 x 2 of 32 registers with AVX-512, 4 x 2 of 16.
+// Rows of a micro-tile, and how many vectors wide it is: 8 x 2 of 32 registers with AVX-512, 4 x 2
+// of 16.
 constexpr int kMicroRows = DALLE_ISA_BYTES == 64 ? 8 : 4;
 constexpr int kMicroVectors = 2;
 
-// c[r][j] = beta * c[r][j] + sum over k of a[r * kRowStep + k * kStep] * b[k * ldb + j] for kMicroRows
-// rows and kVectors vectors. `beta` points to one factor per row, or is null for c = sum.
+// c[r][j] = beta * c[r][j] + sum over k of a[r * kRowStep + k * kStep] * b[k * ldb + j] for
+// kMicroRows rows and kVectors vectors. `beta` points to one factor per row, or is null for c =
+// sum.
 template <typename acc_t, int kVectors, int kRowStep, int kStep>
 inline void micro_tile(const acc_t* a, const acc_t* b, int64_t ldb, int depth,
                        Vec<acc_t> (&sum)[kMicroRows][kVectors]) {
