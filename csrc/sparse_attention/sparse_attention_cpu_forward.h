@@ -13,7 +13,7 @@ constexpr double kLog2E = 1.4426950408889634;
 // Packed keys and values of the head at work; panels are made when first needed.
 template <typename acc_t>
 struct ForwardSpace {
-  acc_t *keys, *values, *rows, *q, *scores, *out, *largest, *rescale;
+  acc_t *keys, *values, *rows, *q, *scores, *out, *largest, *now, *rescale;
   Vec<acc_t>* total;
   uint8_t* ready;
 
@@ -26,6 +26,7 @@ struct ForwardSpace {
     out = carver.take<acc_t>(panel);              // [32][D]
     scores = carver.take<acc_t>(kTile * kChunk);  // [32][chunk]
     largest = carver.take<acc_t>(kTile);
+    now = carver.take<acc_t>(kTile);
     rescale = carver.take<acc_t>(kTile);
     total = carver.take<Vec<acc_t>>(kTile);
     ready = carver.take<uint8_t>(num_strips);
@@ -81,21 +82,28 @@ inline void softmax_chunk(ForwardSpace<acc_t>& space, const AttentionTile* tiles
   constexpr int kWidth = Lanes<acc_t>::kWidth;
   for (int r = 0; r < num_rows; ++r) {
     acc_t* scores = space.scores + r * kChunk;
-    const acc_t before = space.largest[r];
-    const acc_t chunk = max_of<acc_t>(mask_and_max(scores, tiles, num_tiles, masks, r));
-    const acc_t now = chunk > before ? chunk : before;
+    space.now[r] = max_of<acc_t>(mask_and_max(scores, tiles, num_tiles, masks, r));
+  }
+  const Vec<acc_t> minus_infinity = splat<acc_t>(-INFINITY);
+  for (int r = 0; r < num_rows; r += kWidth) {
+    const Vec<acc_t> before = load(space.largest + r), chunk = load(space.now + r);
+    const Vec<acc_t> now = chunk > before ? chunk : before;
     // A row that has seen no key yet has no maximum; 0 keeps -inf - (-inf) away.
-    const acc_t origin = now == -INFINITY ? 0 : now;
-    const acc_t rescale = exp2_nonpositive<acc_t>(splat(before - origin))[0];
-    Vec<acc_t> total = space.total[r] * rescale;
+    const Vec<acc_t> origin = now == minus_infinity ? Vec<acc_t>{} : now;
+    store<acc_t>(space.rescale + r, exp2_nonpositive<acc_t>(before - origin));
+    store<acc_t>(space.largest + r, now);
+    store<acc_t>(space.now + r, origin);
+  }
+  for (int r = 0; r < num_rows; ++r) {
+    acc_t* scores = space.scores + r * kChunk;
+    const acc_t origin = space.now[r];
+    Vec<acc_t> total = space.total[r] * space.rescale[r];
     for (int c = 0; c < num_tiles * kTile; c += kWidth) {
       const Vec<acc_t> p = exp2_nonpositive<acc_t>(load(scores + c) - origin);
       store<acc_t>(scores + c, p);
       total += p;
     }
     space.total[r] = total;
-    space.largest[r] = now;
-    space.rescale[r] = rescale;
   }
 }
 

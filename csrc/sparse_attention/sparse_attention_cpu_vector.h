@@ -4,6 +4,7 @@
 
 #include <cmath>  // INFINITY
 #include <cstring>
+#include <utility>
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
@@ -59,7 +60,7 @@ inline void store(acc_t* p, Vec<acc_t> x) {
 }
 template <typename acc_t>
 inline Vec<acc_t> splat(acc_t x) {
-  return Vec<acc_t>{} + x;
+  return x - Vec<acc_t>{};  // unlike 0 + x the identity, so nothing is left of it
 }
 
 // 2^x for x <= 0; below the normal range exactly 0; NaN stays NaN.
@@ -78,19 +79,24 @@ inline Vec<acc_t> exp2_nonpositive(Vec<acc_t> x) {
   return under ? Vec<acc_t>{} : p * (Vec<acc_t>)exponent;
 }
 
-template <typename acc_t>
-inline acc_t max_of(Vec<acc_t> x) {
-  acc_t m = x[0];
-#pragma GCC unroll 16
-  for (int i = 1; i < Lanes<acc_t>::kWidth; ++i) m = x[i] > m ? x[i] : m;
-  return m;
+// Lanes i and i + kStep change places, for a tree over the lanes.
+template <typename acc_t, int kStep, size_t... kLane>
+inline Vec<acc_t> turned(Vec<acc_t> x, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(x, x, (int(kLane) ^ kStep)...);
 }
-template <typename acc_t>
+
+template <typename acc_t, int kStep = Lanes<acc_t>::kWidth / 2>
+inline acc_t max_of(Vec<acc_t> x) {
+  const Vec<acc_t> y = turned<acc_t, kStep>(x, std::make_index_sequence<Lanes<acc_t>::kWidth>{});
+  const Vec<acc_t> z = x > y ? x : y;
+  if constexpr (kStep > 1) return max_of<acc_t, kStep / 2>(z);
+  return z[0];
+}
+template <typename acc_t, int kStep = Lanes<acc_t>::kWidth / 2>
 inline acc_t sum_of(Vec<acc_t> x) {
-  acc_t s = x[0];
-#pragma GCC unroll 16
-  for (int i = 1; i < Lanes<acc_t>::kWidth; ++i) s += x[i];
-  return s;
+  const Vec<acc_t> y = turned<acc_t, kStep>(x, std::make_index_sequence<Lanes<acc_t>::kWidth>{});
+  if constexpr (kStep > 1) return sum_of<acc_t, kStep / 2>(x + y);
+  return x[0] + y[0];
 }
 
 // All ones in lane i where bit `first + i` of `bits` is set.
@@ -122,9 +128,8 @@ inline void micro_tile(const acc_t* a, const acc_t* b, int64_t ldb, int depth,
     for (int j = 0; j < kVectors; ++j) row[j] = load<acc_t>(b + j * kWidth);
 #pragma GCC unroll 8
     for (int r = 0; r < kMicroRows; ++r) {
-      const Vec<acc_t> factor = splat<acc_t>(a[r * kRowStep]);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) sum[r][j] += factor * row[j];
+      for (int j = 0; j < kVectors; ++j) sum[r][j] += row[j] * a[r * kRowStep];
     }
   }
 }
