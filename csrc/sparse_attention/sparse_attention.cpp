@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   SparseAttentionParams params = check_sparse_attention(q, k, v, rule, scale);
   Tensor out = empty_rows(q, q), lse = empty_lse(q);
   params.out = rows_of(out);
-  params.lse = lse.data_ptr();
+  params.lse = static_cast<double*>(lse.mutable_data_ptr());
   const auto walk = attention_tiles(rule);
   const AttentionTileView view = walk->view();
   const SparseAttentionCpu& cpu = DALLE_SELECT_ISA(sparse_attention_cpu);
@@ -119,19 +119,9 @@ Tensor mask(std::string kind, int64_t text_len, int64_t rows, int64_t columns,
   const int32_t length = static_cast<int32_t>(text_len + rows * columns);
   Tensor result = torch::stable::full({length, length}, 0.0, ScalarType::Byte);
   uint8_t* seen = static_cast<uint8_t*>(result.mutable_data_ptr());
-  const AttentionTiles walk(rule);
+  if (walked) AttentionTiles(rule).count_visits(seen);
   for (int32_t q = 0; !walked && q < length; ++q) {
     for (int32_t k = 0; k < length; ++k) seen[int64_t{q} * length + k] = attends(rule, q, k);
-  }
-  for (int32_t strip = 0; walked && strip < walk.num_strips(); ++strip) {
-    for (int32_t t = walk.strip_begin[strip]; t < walk.strip_begin[strip + 1]; ++t) {
-      const AttentionTile tile = walk.tiles[t];
-      for (int32_t i = 0; i < kTile * kTile; ++i) {
-        const int32_t q = strip * kTile + i / kTile, k = tile.panel * kTile + i % kTile;
-        const bool bit = tile.mask < 0 || walk.masks[tile.mask].rows[i / kTile] >> i % kTile & 1u;
-        if (q < length && bit) ++seen[int64_t{walk.position[q]} * length + walk.position[k]];
-      }
-    }
   }
   return result;
 }

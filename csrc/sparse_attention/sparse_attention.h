@@ -30,15 +30,15 @@ struct AttentionRows {
 };
 
 // Everything a kernel needs. The forward writes out and lse; the backward reads them and grad_out
-// and writes grad_q, grad_k, grad_v. lse is (B, H, T) contiguous, natural log, float (double for
-// kDouble).
+// and writes grad_q, grad_k, grad_v. lse is (B, H, T) contiguous, natural log, double: its
+// fraction decides the last bits of every probability that the backward makes again.
 struct SparseAttentionParams {
   AttentionRule rule;
   AttentionType type;
   int32_t batch, heads, length, head_size;
   double scale;
   AttentionRows q, k, v, out, grad_out, grad_q, grad_k, grad_v;
-  void* lse;
+  double* lse;
 };
 
 // Whether the image distance `offset` = query - key >= 0 is attended.

@@ -120,9 +120,7 @@ inline Tensor empty_rows(const Tensor& x, const Tensor& rows) {
 }
 
 inline Tensor empty_lse(const Tensor& q) {
-  const bool wide = q.scalar_type() == ScalarType::Double;
-  return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)},
-                                  wide ? ScalarType::Double : ScalarType::Float);
+  return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Double);
 }
 
 // Adds what the backward reads to the params of the forward.
@@ -130,13 +128,12 @@ inline void check_backward(const Tensor& q, const Tensor& grad_out, const Tensor
                            const Tensor& lse, SparseAttentionParams* params) {
   check_like(grad_out, "grad_out", q);
   check_like(out, "out", q);
-  const Tensor like = empty_lse(q);
-  DALLE_ATTENTION_CHECK(lse.is_contiguous() && lse.scalar_type() == like.scalar_type() &&
-                            shape_text(lse) == shape_text(like),
-                        "lse", "as the forward returned it", shape_text(lse));
+  bool same = lse.dim() == 3 && lse.is_contiguous() && lse.scalar_type() == ScalarType::Double;
+  for (int64_t d = 0; same && d < 3; ++d) same = lse.size(d) == q.size(d);
+  DALLE_ATTENTION_CHECK(same, "lse", "as the forward returned it", shape_text(lse));
   params->grad_out = rows_of(grad_out);
   params->out = rows_of(out);
-  params->lse = lse.data_ptr();
+  params->lse = static_cast<double*>(lse.data_ptr());
 }
 
 }  // namespace dalle

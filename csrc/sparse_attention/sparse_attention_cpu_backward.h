@@ -10,7 +10,7 @@ namespace {
 template <typename acc_t>
 struct BackwardSpace {
   acc_t *keys_t, *values_t, *keys, *rows, *q, *q_t, *grad_out, *grad_out_t, *grad_q;
-  acc_t *p, *ds, *delta, *lse, *grad_k, *grad_v;
+  acc_t *p, *ds, *delta, *whole, *weight, *grad_k, *grad_v;
   uint8_t *ready, *touched;
 
   BackwardSpace(Carver& carver, int num_strips, int padded) {
@@ -24,7 +24,8 @@ struct BackwardSpace {
     p = carver.take<acc_t>(kTile * kChunk);   // [32][chunk] probabilities
     ds = carver.take<acc_t>(kTile * kChunk);  // [32][chunk] gradient of the scores, without scale
     delta = carver.take<acc_t>(kTile);        // sum over D of out * grad_out
-    lse = carver.take<acc_t>(kTile);          // in units of log 2
+    whole = carver.take<acc_t>(kTile);        // log-sum-exp in units of log 2, rounded up
+    weight = carver.take<acc_t>(kTile);       // 2^(whole - log-sum-exp)
     ready = carver.take<uint8_t>(num_strips);
     touched = carver.take<uint8_t>(num_strips);
     grad_k = carver.take<acc_t>(panel * num_strips * 2);  // [panel][32][D]; grad_v follows
@@ -39,11 +40,11 @@ inline void softmax_gradient(BackwardSpace<acc_t>& space, const AttentionTile* t
   constexpr int kWidth = Lanes<acc_t>::kWidth;
   for (int r = 0; r < count; ++r) {
     acc_t *p = space.p + r * kChunk, *ds = space.ds + r * kChunk;
-    const acc_t lse = space.lse[r], delta = space.delta[r];
+    const acc_t whole = space.whole[r], weight = space.weight[r], delta = space.delta[r];
     for (int t = 0; t < num_tiles; ++t) {
       const uint32_t bits = tiles[t].mask < 0 ? ~0u : masks[tiles[t].mask].rows[r];
       for (int c = 0; c < kTile; c += kWidth, p += kWidth, ds += kWidth) {
-        Vec<acc_t> probability = exp2_nonpositive<acc_t>(load(p) - lse);
+        Vec<acc_t> probability = exp2_vector<acc_t>(load(p) - whole) * weight;
         Vec<acc_t> gradient = probability * (load(ds) - delta);
         if (tiles[t].mask >= 0) {
           const IVec<acc_t> seen = lanes_of<acc_t>(bits, c);
@@ -122,17 +123,25 @@ struct Backward {
     transpose_panel<acc_t>(space.grad_out, 1, padded, space.grad_out_t);
     gather(p.out, strip, space.rows);
     std::memset(space.grad_q, 0, sizeof(acc_t) * kTile * padded);
-    const acc_t* lse = static_cast<const acc_t*>(p.lse) + head * p.length;
     for (int r = 0; r < kTile; ++r) {
       Vec<acc_t> delta = {};
       for (int d = 0; d < padded; d += Lanes<acc_t>::kWidth) {
         delta += load(space.rows + r * padded + d) * load(space.grad_out + r * padded + d);
       }
       space.delta[r] = sum_of<acc_t>(delta);
-      const bool inside = r < places_of(strip, p.length);
-      space.lse[r] =
-          inside ? static_cast<acc_t>(lse[view.position[strip * kTile + r]] * kLog2E) : 0;
     }
+    // 2^(score - lse) = 2^(score - whole) * 2^(whole - lse): the fraction of lse keeps its bits.
+    const double* lse = p.lse + head * p.length;
+    double fraction[kTile] = {};
+    for (int r = 0; r < places_of(strip, p.length); ++r) {
+      const double bits = lse[view.position[strip * kTile + r]] * kLog2E;
+      space.whole[r] = static_cast<acc_t>(__builtin_ceil(bits));
+      fraction[r] = __builtin_ceil(bits) - bits;
+    }
+    for (int r = 0; r < kTile; r += Lanes<double>::kWidth) {
+      store<double>(fraction + r, exp2_vector<double>(load(fraction + r)));
+    }
+    for (int r = 0; r < kTile; ++r) space.weight[r] = static_cast<acc_t>(fraction[r]);
   }
 
   void run_strip(int strip) const {

@@ -6,7 +6,7 @@
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
 
-constexpr int kChunkTiles = 4;  // tiles between two looks at the running maximum
+constexpr int kChunkTiles = 2;  // tiles between two looks at the running maximum
 constexpr int kChunk = kChunkTiles * kTile;
 constexpr double kLog2E = 1.4426950408889634;
 
@@ -90,7 +90,7 @@ inline void softmax_chunk(ForwardSpace<acc_t>& space, const AttentionTile* tiles
     const Vec<acc_t> now = chunk > before ? chunk : before;
     // A row that has seen no key yet has no maximum; 0 keeps -inf - (-inf) away.
     const Vec<acc_t> origin = now == minus_infinity ? Vec<acc_t>{} : now;
-    store<acc_t>(space.rescale + r, exp2_nonpositive<acc_t>(before - origin));
+    store<acc_t>(space.rescale + r, exp2_vector<acc_t>(before - origin));
     store<acc_t>(space.largest + r, now);
     store<acc_t>(space.now + r, origin);
   }
@@ -99,7 +99,7 @@ inline void softmax_chunk(ForwardSpace<acc_t>& space, const AttentionTile* tiles
     const acc_t origin = space.now[r];
     Vec<acc_t> total = space.total[r] * space.rescale[r];
     for (int c = 0; c < num_tiles * kTile; c += kWidth) {
-      const Vec<acc_t> p = exp2_nonpositive<acc_t>(load(scores + c) - origin);
+      const Vec<acc_t> p = exp2_vector<acc_t>(load(scores + c) - origin);
       store<acc_t>(scores + c, p);
       total += p;
     }
@@ -179,12 +179,12 @@ void forward_typed(const SparseAttentionParams& p, const AttentionTileView& view
     }
 
     storage_t* out = head_of<storage_t>(p.out, head, p.heads);
-    acc_t* lse = static_cast<acc_t*>(p.lse) + head * p.length;
+    double* lse = p.lse + head * p.length;
     for (int r = 0; r < count; ++r) {
       const acc_t total = sum_of<acc_t>(space.total[r]);
       scatter_rows<storage_t, acc_t>(space.out + r * padded, 1 / total, padded, position + r, 1,
                                      p.head_size, out, p.out.row);
-      lse[position[r]] = static_cast<acc_t>(space.largest[r] / kLog2E + __builtin_log(total));
+      lse[position[r]] = space.largest[r] / kLog2E + __builtin_log(total);
     }
   }
 }

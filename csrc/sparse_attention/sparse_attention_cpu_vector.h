@@ -63,9 +63,9 @@ inline Vec<acc_t> splat(acc_t x) {
   return x - Vec<acc_t>{};  // unlike 0 + x the identity, so nothing is left of it
 }
 
-// 2^x for x <= 0; below the normal range exactly 0; NaN stays NaN.
+// 2^x for x up to the top of the range; below the normal range exactly 0; NaN stays NaN.
 template <typename acc_t>
-inline Vec<acc_t> exp2_nonpositive(Vec<acc_t> x) {
+inline Vec<acc_t> exp2_vector(Vec<acc_t> x) {
   using L = Lanes<acc_t>;
   const Vec<acc_t> least = splat<acc_t>(1 - L::kBias);
   const IVec<acc_t> under = x < least;

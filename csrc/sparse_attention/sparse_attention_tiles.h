@@ -37,6 +37,21 @@ struct AttentionTiles {
     return {position.data(), strip_begin.data(), tiles.data(), masks.data(), num_strips()};
   }
 
+  // For tests: counts[q][k] += 1 for every pair of stream positions the walk visits.
+  void count_visits(uint8_t* counts) const {
+    const int64_t length = static_cast<int64_t>(position.size());
+    for (int32_t strip = 0; strip < num_strips(); ++strip) {
+      for (int32_t t = strip_begin[strip]; t < strip_begin[strip + 1]; ++t) {
+        for (int32_t i = 0; i < kTile * kTile; ++i) {
+          const int32_t r = i / kTile, c = i % kTile;
+          const int32_t q = strip * kTile + r, k = tiles[t].panel * kTile + c;
+          const bool bit = tiles[t].mask < 0 || (masks[tiles[t].mask].rows[r] >> c & 1u);
+          if (q < length && bit) ++counts[position[q] * length + position[k]];
+        }
+      }
+    }
+  }
+
  private:
   void add_tile(int32_t strip, int32_t panel, int32_t length) {
     AttentionTileMask mask = {};

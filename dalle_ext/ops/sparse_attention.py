@@ -36,8 +36,7 @@ def _forward_fake(
     runs: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _like(q, q), q.new_empty(q.size(0), q.size(1), q.size(2), dtype=lse_dtype)
+    return _like(q, q), q.new_empty(q.size(0), q.size(1), q.size(2), dtype=torch.float64)
 
 
 def _backward_fake(
@@ -46,7 +45,7 @@ def _backward_fake(
     return _like(q, q), _like(k, k), _like(v, v)
 
 
-if hasattr(torch.ops.dalle_ext, "_sparse_attention_forward"):
+if _native.CPU_PROBLEM is None:
     _forward = torch.ops.dalle_ext._sparse_attention_forward.default
     _backward = torch.ops.dalle_ext._sparse_attention_backward.default
     torch.library.register_fake("dalle_ext::_sparse_attention_forward", _forward_fake)
