@@ -1,0 +1,96 @@
+"""Exponential averaging of the iterates (paper A.2: 0.999 each update; B.2: 0.99 every 25)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dalle.errors import CheckpointError, UsageError
+
+
+class IterateAverage:
+    """A second set of weights, in fp32, that follows the model's slowly.
+
+    average <- decay * average + (1 - decay) * weights, on every `every`-th update. Starts as a copy
+    of the weights. Equivalent to the exponential moving average of the paper; `warmup=True` (not in
+    the paper, for runs too short to forget the initial weights) uses min(decay, (1 + n) / (10 + n))
+    at the n-th copy.
+
+    Args:
+        model: the module whose parameters are averaged; buffers stay the model's own.
+        decay: weight of the past at each copy, in [0, 1).
+        every: updates between copies, at least 1.
+        warmup: whether the decay grows from 0.1 in the first copies.
+
+    Raises:
+        UsageError: for a decay or interval out of range.
+    """
+
+    def __init__(
+        self, model: nn.Module, decay: float, every: int = 1, *, warmup: bool = False
+    ) -> None:
+        if not 0 <= decay < 1:
+            raise UsageError(f"IterateAverage: decay must be in [0, 1), got {decay}")
+        if every < 1:
+            raise UsageError(f"IterateAverage: every must be 1 or more, got {every}")
+        self.decay, self.every, self.warmup = decay, every, warmup
+        self.copies = 0
+        self._parameters = dict(model.named_parameters())
+        self.average = {
+            name: p.detach().to(torch.float32, copy=True) for name, p in self._parameters.items()
+        }
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes a copy if update number `step + 1` is due; call after the optimizer's update."""
+        if (step + 1) % self.every:
+            return
+        decay = self.decay
+        if self.warmup:
+            decay = min(decay, (1 + self.copies) / (10 + self.copies))
+        self.copies += 1
+        for name, parameter in self._parameters.items():
+            self.average[name].lerp_(parameter.detach().float(), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the averaged weights inside the block, its own again afterwards."""
+        own = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._fill(self.average)
+        try:
+            yield
+        finally:
+            self._fill(own)
+
+    @torch.no_grad()
+    def _fill(self, values: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged tensors and the number of copies taken."""
+        return {"copies": self.copies, "average": dict(self.average)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict()` exactly.
+
+        Raises:
+            CheckpointError: if a tensor is missing, unknown or of another shape.
+        """
+        found = state["average"]
+        for name in sorted(set(self.average) ^ set(found)):
+            where = "model" if name in found else "checkpoint"
+            raise CheckpointError(f"IterateAverage: {name} is missing in the {where}")
+        for name, tensor in self.average.items():
+            if tensor.shape != found[name].shape:
+                raise CheckpointError(
+                    f"IterateAverage: {name} must have shape {tuple(tensor.shape)}, "
+                    f"got {tuple(found[name].shape)}"
+                )
+            tensor.copy_(found[name])
+        self.copies = state["copies"]

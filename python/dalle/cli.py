@@ -1,0 +1,139 @@
+"""The `dalle` command: a static table of verbs, filled dataclasses, one line for every error.
+
+`dalle --help` reads only this table, so it imports neither torch nor numpy. A verb's target is
+`def f(config: SomeFrozenDataclass) -> None`; the options are the dataclass's fields.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from dalle import __version__
+from dalle.configs import did_you_mean
+from dalle.errors import DalleError, UsageError
+
+COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
+    ("env",): ("dalle.commands.env:env", "versions, devices, native objects and extras found"),
+    ("plan",): ("dalle.commands.plan:plan", "parameters, memory and FLOPs of a prior preset"),
+}
+
+GLOBAL_OPTIONS = """\
+options of every command:
+  --config FILE.yaml   take options from a file; the command line wins
+  --debug              show the traceback of an error
+  -h, --help           explain the command's options
+exit codes: 0 done, 2 usage, 3 data, 4 surroundings, 5 numbers, 6 interrupted and saved, 1 other
+"""
+
+
+def help_text(prefix: tuple[str, ...] = ()) -> str:
+    """The table of the verbs that begin with `prefix`."""
+    rows = [
+        (" ".join(verb), summary)
+        for verb, (_, summary) in sorted(COMMANDS.items())
+        if verb[: len(prefix)] == prefix
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}   {summary}" for name, summary in rows]
+    usage = " ".join(["dalle", *prefix, "COMMAND" if not prefix else "..."])
+    return f"usage: {usage} [OPTIONS]\n\ncommands:\n" + "\n".join(lines) + f"\n\n{GLOBAL_OPTIONS}"
+
+
+def find_command(words: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """Splits `words` into the longest verb of the table and the rest.
+
+    Raises:
+        UsageError: naming the unknown word and the nearest verb.
+    """
+    for length in (2, 1):
+        verb = tuple(words[:length])
+        if verb in COMMANDS:
+            return verb, list(words[length:])
+    first = words[0]
+    groups = sorted({verb[0] for verb in COMMANDS})
+    if first not in groups:
+        raise UsageError(
+            f"dalle: command must be one of {', '.join(groups)}, got {first}"
+            + did_you_mean(first, groups)
+        )
+    second = words[1] if len(words) > 1 else ""
+    inner = sorted(verb[1] for verb in COMMANDS if verb[0] == first and len(verb) > 1)
+    raise UsageError(
+        f"dalle {first}: command must be one of {', '.join(inner)}, got {second or 'none'}"
+        + did_you_mean(second, inner)
+    )
+
+
+def load_target(verb: tuple[str, ...]) -> tuple[Callable[[Any], None], type]:
+    """The function behind a verb and the dataclass it takes."""
+    module_name, _, function_name = COMMANDS[verb][0].partition(":")
+    function = getattr(import_module(module_name), function_name)
+    hints = typing.get_type_hints(function)
+    (config_type,) = (hint for name, hint in hints.items() if name != "return")
+    return function, config_type
+
+
+def run(words: list[str]) -> None:
+    """Runs one command line (without `--debug`).
+
+    Raises:
+        DalleError: for everything a user can mend.
+    """
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return
+    if words[0] in ("-V", "--version"):
+        print(f"dalle {__version__}")
+        return
+    asks_help = len(words) == 2 and words[1] in ("-h", "--help")
+    if (len(words) == 1 or asks_help) and (words[0],) not in COMMANDS:
+        if any(verb[0] == words[0] for verb in COMMANDS):
+            print(help_text((words[0],)))
+            return
+    verb, rest = find_command(words)
+    function, config_type = load_target(verb)
+    from dalle.options import parse_options
+
+    function(parse_options(config_type, rest, prog=" ".join(["dalle", *verb])))
+
+
+def describe_error(error: BaseException) -> tuple[str, int]:
+    """The line to print and the exit code for an error that reached the top."""
+    if isinstance(error, DalleError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "dalle: stopped by the keyboard; nothing saved since the last message", 130
+    text = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        code = 3 if isinstance(error, FileNotFoundError) else 4
+        return f"dalle: {text}", code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"dalle: out of memory: {text}", 4
+    return f"dalle: {type(error).__name__}: {text} (--debug shows where)", 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `dalle`; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        run(words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # e.g. `dalle plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        line, code = describe_error(error)
+        if debug:
+            traceback.print_exc()
+        print(" ".join(line.split("\n")), file=sys.stderr)
+        return code
+    return 0

@@ -1,0 +1,137 @@
+"""Command-line words and YAML files into a config dataclass, by way of tyro."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from dalle.configs import did_you_mean, field_types
+from dalle.errors import UsageError
+
+T = TypeVar("T")
+
+
+def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
+    """Fills `config_type` from the command line; fields of nested dataclasses are options as well.
+
+    Args:
+        config_type: a dataclass whose fields are the options, `--batch-size 8` for `batch_size`.
+        words: what follows the command's name; `--config FILE.yaml` among them gives options that
+            the others override.
+        prog: the command's name, begins every line.
+
+    Raises:
+        UsageError: for unknown options (with the nearest known one), missing ones, or values
+            that the dataclass refuses.
+        SystemExit: code 0, after `--help`.
+    """
+    words, file = _take_config(words, prog)
+    known = option_names(config_type)
+    for word in words:
+        name = word.split("=", 1)[0]
+        if name.startswith("--") and name[2:].replace("_", "-") not in known | {"help", ""}:
+            hint = did_you_mean(name, {f"--{k}" for k in known})
+            raise UsageError(f"{prog}: {name} is not an option{hint}")
+    if file is not None:
+        words = _file_words(config_type, file) + words
+    heard, shown = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(shown):
+            return tyro.cli(config_type, args=words, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            sys.stdout.write(shown.getvalue())
+            raise
+        message = _condense((heard.getvalue() + shown.getvalue()).splitlines())
+        raise UsageError(f"{prog}: {message}") from None
+
+
+def option_names(config_type: type) -> set[str]:
+    """Names of all options, without the dashes in front; a switch also has its `no-` form."""
+    names: set[str] = set()
+    for name, wanted in field_types(config_type).items():
+        inner = _nested(wanted)
+        if inner is not None:
+            names |= option_names(inner)
+            continue
+        option = name.replace("_", "-")
+        names |= {option, f"no-{option}"} if _plain(wanted) is bool else {option}
+    return names
+
+
+def _plain(wanted: Any) -> Any:
+    """An annotation without `Annotated`."""
+    return typing.get_args(wanted)[0] if typing.get_origin(wanted) is typing.Annotated else wanted
+
+
+def _nested(wanted: Any) -> type | None:
+    """The dataclass in an annotation, if it is one."""
+    plain = _plain(wanted)
+    if typing.get_origin(plain) in (typing.Union, types.UnionType):
+        plain = next((a for a in typing.get_args(plain) if dataclasses.is_dataclass(a)), None)
+    return plain if isinstance(plain, type) and dataclasses.is_dataclass(plain) else None
+
+
+def _take_config(words: list[str], prog: str) -> tuple[list[str], Path | None]:
+    """Takes `--config FILE` out of `words`."""
+    for i, word in enumerate(words):
+        if word == "--config":
+            if i + 1 == len(words):
+                raise UsageError(f"{prog}: --config must be followed by a file, got nothing")
+            return words[:i] + words[i + 2 :], Path(words[i + 1])
+        if word.startswith("--config="):
+            return words[:i] + words[i + 1 :], Path(word.split("=", 1)[1])
+    return words, None
+
+
+def _file_words(config_type: type, path: Path) -> list[str]:
+    """The options in a YAML file, as command-line words."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise UsageError(f"{path}: must be a readable file, got: {problem.strerror}") from problem
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as problem:
+        reason = " ".join(str(problem).split())
+        raise UsageError(f"{path}: must be plain YAML, got: {reason[:200]}") from problem
+    return [] if values is None else _mapping_words(config_type, values, str(path))
+
+
+def _mapping_words(config_type: type, values: Any, where: str) -> list[str]:
+    if not isinstance(values, dict):
+        raise UsageError(f"{where}: must be a mapping of options, got {type(values).__name__}")
+    known = field_types(config_type)
+    words: list[str] = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UsageError(f"{where}: {key} is not an option{did_you_mean(name, known)}")
+        inner, option = _nested(known[name]), name.replace("_", "-")
+        if inner is not None and isinstance(value, dict):
+            words += _mapping_words(inner, value, f"{where}: {key}")
+        elif isinstance(value, bool) and _plain(known[name]) is bool:
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, (list, tuple)):
+            words += [f"--{option}", *(str(item) for item in value)]
+        else:
+            words += [f"--{option}", str(value)]
+    return words
+
+
+def _condense(lines: list[str]) -> str:
+    """The substance of tyro's framed message, as one line."""
+    kept = []
+    for line in (line.strip(" │╭╮╰╯─|") for line in lines):
+        if line.startswith(("Argument helptext", "For full helptext", "Similar")):
+            break
+        if line and set(line) - set("-─ "):
+            kept.append(line)
+    return " ".join(kept[1:] or kept) or "options must be complete"

@@ -1,0 +1,153 @@
+"""Model folders: `config.json` and `model.safetensors`, read only if whole and of the class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+
+from dalle import __version__
+from dalle.configs import from_dict, to_dict
+from dalle.errors import CheckpointError
+from dalle.files import read_json, sha256, to_json, write_atomic
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+T = TypeVar("T")
+
+
+def tensors_to_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
+    """A safetensors file of `tensors`; tensors that share memory are written once each."""
+    seen: set[int] = set()
+    plain = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        plain[name] = tensor
+    return save(plain)
+
+
+def tensors_from_bytes(data: bytes, where: Path) -> dict[str, torch.Tensor]:
+    """The inverse of `tensors_to_bytes`.
+
+    Raises:
+        CheckpointError: if `data` is not a whole safetensors file.
+    """
+    try:
+        return load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise CheckpointError(f"{where}: must be a safetensors file, got: {reason}") from problem
+
+
+def save_pretrained(module: nn.Module, directory: Path | str, config: Any) -> None:
+    """Writes `module` into `directory`, which is made if missing.
+
+    Args:
+        module: its `state_dict()` is written, in the dtypes it has.
+        directory: the model folder; other files in it stay.
+        config: the dataclass that `load_config` gives back.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory / WEIGHTS_FILE, tensors_to_bytes(module.state_dict()))
+    head = {
+        "format_version": FORMAT_VERSION,
+        "class": type(module).__name__,
+        "dalle_version": __version__,
+        "config": to_dict(config),
+        "weights_sha256": sha256(directory / WEIGHTS_FILE),
+    }
+    write_atomic(directory / CONFIG_FILE, to_json(head))
+
+
+def load_config(directory: Path | str, cls_name: str, config_type: type[T]) -> T:
+    """The config of the model folder `directory`.
+
+    Args:
+        directory: a folder that `save_pretrained` wrote.
+        cls_name: name of the class that must have been saved, e.g. "Prior".
+        config_type: the dataclass to fill.
+
+    Raises:
+        CheckpointError: if the folder is missing, foreign, of another class or format.
+    """
+    path = Path(directory) / CONFIG_FILE
+    head = _head(path)
+    if head["class"] != cls_name:
+        raise CheckpointError(f"{path}: class must be {cls_name}, got {head['class']}")
+    return from_dict(config_type, head["config"], where=str(path), error=CheckpointError)
+
+
+def load_weights(module: nn.Module, directory: Path | str) -> None:
+    """Fills `module` with the weights in `directory`, bit for bit.
+
+    Raises:
+        CheckpointError: if the file is missing, truncated, altered, or its tensors have other
+            names, shapes or dtypes than the module's.
+    """
+    directory = Path(directory)
+    path = directory / WEIGHTS_FILE
+    head = _head(directory / CONFIG_FILE)
+    try:
+        found_hash, data = sha256(path), path.read_bytes()
+    except OSError as problem:
+        raise CheckpointError(
+            f"{path}: must be a readable file, got: {problem.strerror}"
+        ) from problem
+    tensors = tensors_from_bytes(data, path)
+    if found_hash != head["weights_sha256"]:
+        raise CheckpointError(
+            f"{path}: SHA-256 must be {head['weights_sha256'][:12]}... as {CONFIG_FILE} says, "
+            f"got {found_hash[:12]}..."
+        )
+    load_tensors(module, tensors, str(path))
+
+
+@torch.no_grad()
+def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Copies `tensors` into `module` after checking that every name, shape and dtype agrees.
+
+    Raises:
+        CheckpointError: naming the first that does not agree; the module is then untouched.
+    """
+    own = module.state_dict()
+    for name in [*own, *tensors]:
+        if name not in tensors:
+            raise CheckpointError(f"{where}: {name} must be there, got no such tensor")
+        if name not in own:
+            raise CheckpointError(f"{where}: {name} is unknown to {type(module).__name__}")
+        wanted, found = own[name], tensors[name]
+        if (wanted.shape, wanted.dtype) != (found.shape, found.dtype):
+            raise CheckpointError(
+                f"{where}: {name} must be {tuple(wanted.shape)} {wanted.dtype}, "
+                f"got {tuple(found.shape)} {found.dtype}"
+            )
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """config.json with the keys this version writes."""
+    head = read_json(path, CheckpointError)
+    wanted = {"format_version", "class", "config", "weights_sha256"}
+    if not isinstance(head, dict) or not wanted <= set(head):
+        raise CheckpointError(f"{path}: must be written by dalle, got keys of something else")
+    if head["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version must be {FORMAT_VERSION}, got {head['format_version']}"
+        )
+    if not isinstance(head["weights_sha256"], str):
+        raise CheckpointError(f"{path}: weights_sha256 must be a string, got something else")
+    return head

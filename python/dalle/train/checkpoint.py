@@ -1,0 +1,219 @@
+"""Checkpoints: a folder `step-00000500` that is there whole or not at all.
+
+Written as `step-N.tmp-NONCE`: each file is written and fsynced, `manifest.json` (with the SHA-256
+and size of every other file) comes last, then the folder is fsynced, renamed to `step-N`, and the
+parent fsynced. The latest checkpoint is computed, never pointed to: the highest number. Old ones
+are pruned only after the new one was read back and verified.
+
+    step-00000500/
+      model.safetensors  optimizer.safetensors  average.safetensors  rng.safetensors
+      state.json       the task's own state; for the other files, what is not a tensor
+      manifest.json    format, step, versions, the task's description, hashes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dalle import __version__
+from dalle.errors import CheckpointError
+from dalle.files import read_json, sha256, sync_folder, temporary_name, to_json, write_synced
+from dalle.pretrained import load_tensors, tensors_from_bytes, tensors_to_bytes
+from dalle.train.tree import pack_tree, rng_state, set_rng_state, unpack_tree
+
+if TYPE_CHECKING:
+    from dalle.train.loop import Task
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+_NAME = re.compile(r"step-(\d{8,})")
+_STALE = re.compile(r"step-\d{8,}\.tmp-[0-9a-f]+")
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` updates."""
+    return f"step-{step:08d}"
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Folders in `root` with a checkpoint's name, oldest first; not verified."""
+    return sorted((p for p in root.glob("step-*") if _NAME.fullmatch(p.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The number of updates in a checkpoint's folder name."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"checkpoint: folder must be named step-N, got {path}")
+    return int(match[1])
+
+
+def remove_stale(root: Path) -> list[Path]:
+    """Removes what an interrupted save left in `root`, and returns it."""
+    stale = [p for p in root.glob("step-*.tmp-*") if _STALE.fullmatch(p.name)]
+    for path in stale:
+        shutil.rmtree(path, ignore_errors=True)
+    return stale
+
+
+def task_state(task: Task) -> dict[str, Any]:
+    """Everything a checkpoint holds besides the model's weights."""
+    return {
+        "optimizer": task.optimizer.state_dict(),
+        "average": None if task.average is None else task.average.state_dict(),
+        "rng": rng_state(),
+        "task": task.state(),
+    }
+
+
+def save_checkpoint(task: Task, root: Path, step: int, *, keep: int = 3) -> Path:
+    """Writes the checkpoint after `step` updates into `root` and prunes to the newest `keep`.
+
+    Raises:
+        OSError: if the disk is full, not writable or failing; older checkpoints are untouched.
+        CheckpointError: if what was written does not read back.
+    """
+    final = root / checkpoint_name(step)
+    temporary = temporary_name(final)
+    try:
+        os.mkdir(temporary)
+        _write_files(task, temporary, step)
+        sync_folder(temporary)
+        os.rename(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(root)
+    read_manifest(final)
+    for old in checkpoints(root)[:-keep]:
+        doomed = temporary_name(old)  # first renamed, so that no half-removed folder has the name
+        os.rename(old, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    remove_stale(root)
+    return final
+
+
+def _write_files(task: Task, folder: Path, step: int) -> None:
+    groups: dict[str, dict[str, torch.Tensor]] = {"model": task.model.state_dict()}
+    state: dict[str, Any] = {}
+    for name, value in task_state(task).items():
+        groups[name] = {}
+        state[name] = pack_tree(value, groups[name], name)
+    if groups.pop("task"):
+        raise TypeError(f"{task.name}: state() must hold JSON values only, got tensors")
+    for name, tensors in groups.items():
+        write_synced(folder / f"{name}.safetensors", tensors_to_bytes(tensors))
+    write_synced(folder / STATE, to_json(state))
+    files = {
+        path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.iterdir())
+    }
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "task": task.name,
+        "description": task.describe(),
+        "versions": {
+            "dalle": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "files": files,
+    }
+    write_synced(folder / MANIFEST, to_json({**manifest, "sha256": _digest(manifest)}))
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 over the manifest's other keys: it guards the files, this guards it."""
+    return hashlib.sha256(to_json(manifest)).hexdigest()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every byte was verified.
+
+    Raises:
+        CheckpointError: in one line naming the file that is missing, truncated or altered.
+    """
+    where = f"checkpoint {path}"
+    try:
+        written = (path / MANIFEST).read_bytes()
+        manifest = json.loads(written)
+        digest = manifest.pop("sha256")
+        if digest != _digest(manifest) or written != to_json({**manifest, "sha256": digest}):
+            raise CheckpointError(f"{where}: {MANIFEST} must match its SHA-256, got other bytes")
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{where}: format must be {FORMAT}, got {manifest['format']}")
+        for name, expected in manifest["files"].items():
+            file = path / name
+            if file.stat().st_size != expected["bytes"]:
+                raise CheckpointError(
+                    f"{where}: {name} must have {expected['bytes']} bytes, "
+                    f"got {file.stat().st_size}"
+                )
+            if sha256(file) != expected["sha256"]:
+                raise CheckpointError(f"{where}: {name} must match its SHA-256, got other bytes")
+    except OSError as problem:
+        name = Path(problem.filename or MANIFEST).name
+        raise CheckpointError(f"{where}: {name} must be readable, got: {problem.strerror}") from (
+            problem
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise CheckpointError(f"{where}: {MANIFEST} must be one that dalle wrote") from problem
+    return manifest
+
+
+def load_checkpoint(task: Task, path: Path) -> int:
+    """Verifies the checkpoint at `path`, puts all its state into `task`, returns its step.
+
+    Raises:
+        CheckpointError: if it is damaged, or of another task or description (the line names the
+            first key that differs, and both values); `task` is then untouched.
+    """
+    manifest = read_manifest(path)
+    where = f"checkpoint {path}"
+    if manifest["task"] != task.name:
+        raise CheckpointError(f"{where}: task must be {task.name}, got {manifest['task']}")
+    difference = first_difference(json.loads(to_json(task.describe())), manifest["description"])
+    if difference is not None:
+        key, mine, theirs = difference
+        raise CheckpointError(
+            f"{where}: {key} must be {json.dumps(mine)} as in this run, got {json.dumps(theirs)}"
+        )
+    state = read_json(path / STATE, CheckpointError)
+    groups = {}
+    for name in ("model", "optimizer", "average", "rng"):
+        file = path / f"{name}.safetensors"
+        groups[name] = tensors_from_bytes(file.read_bytes(), file)
+    if (state["average"] is None) != (task.average is None):
+        raise CheckpointError(
+            f"{where}: average must be there or not as in this run, got otherwise"
+        )
+    load_tensors(task.model, groups["model"], f"{where}: model.safetensors")
+    task.optimizer.load_state_dict(unpack_tree(state["optimizer"], groups["optimizer"]))
+    if task.average is not None:
+        task.average.load_state_dict(unpack_tree(state["average"], groups["average"]))
+    task.load_state(unpack_tree(state["task"], {}))
+    set_rng_state(unpack_tree(state["rng"], groups["rng"]))
+    return int(manifest["step"])
+
+
+def first_difference(mine: Any, theirs: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first place (dotted key, my value, their value) where two JSON values differ, or None."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for name in [*mine, *(k for k in theirs if k not in mine)]:
+            inner = f"{key}.{name}" if key else name
+            found = first_difference(mine.get(name), theirs.get(name), inner)
+            if found is not None:
+                return found
+        return None
+    return None if mine == theirs else (key or "description", mine, theirs)

@@ -1,0 +1,229 @@
+"""The training loop: one function, and the little a task has to bring.
+
+A task owns model, optimizer and data; the loop owns resuming, metrics, pictures, checkpoints and
+signals. Everything random in a step comes from `step_seed(seed, step)`, so a resumed run repeats
+the uninterrupted one bit for bit:
+
+    class LineTask:
+        name = "line"
+        def __init__(self, seed: int = 0) -> None:
+            self.model, self.seed = nn.Linear(1, 1), seed
+            self.optimizer = torch.optim.AdamW(self.model.parameters())
+            self.average = IterateAverage(self.model, 0.999)
+        def describe(self) -> dict[str, Any]:
+            return {"features": 1, "seed": self.seed}
+        def train_step(self, step: int) -> dict[str, float | Tensor]:
+            rng = torch.Generator().manual_seed(step_seed(self.seed, step))
+            x = torch.randn(8, 1, generator=rng)
+            loss = (self.model(x) - 3 * x).square().mean()
+            norm = update(self, loss, step, lr=linear_warmup(step, 1e-3, 10), clip_norm=4.0)
+            return {"loss": loss.detach(), "grad_norm": norm, "images": 8}
+        def pictures(self, step: int) -> dict[str, Tensor]: return {}
+        def state(self) -> dict[str, Any]: return {}
+        def load_state(self, state: dict[str, Any]) -> None: pass
+
+    result = train(LineTask(), LoopConfig(out=Path("out/line"), steps=100))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dalle.averaging import IterateAverage
+from dalle.errors import Interrupted, NumericalError, UsageError
+from dalle.train.metrics import Metrics
+from dalle.train.run import Saver, make_folder, resume, settings, signals, write_pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long to train, what to write, and how to begin.
+
+    Args:
+        out: folder for checkpoints, metrics and pictures; made if missing.
+        steps: updates in all, those of a resumed run included.
+        log_every: updates between records of metrics.jsonl.
+        checkpoint_every: updates between checkpoints; one is also written at the end.
+        keep: newest checkpoints kept.
+        picture_every: updates between pictures; 0 draws none.
+        resume: "auto" (the newest checkpoint in `out`, if any), "none" (a fresh start, refused if
+            `out` holds checkpoints) or the path of a checkpoint.
+        seed: for everything random.
+        deterministic: same bits on every run, at the price of slower kernels on a GPU.
+    """
+
+    out: Path
+    steps: int
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep: int = 3
+    picture_every: int = 500
+    resume: str = "auto"
+    seed: int = 0
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        least = {"steps": 0, "log_every": 1, "checkpoint_every": 1, "keep": 1, "picture_every": 0}
+        for name, low in {**least, "seed": 0}.items():
+            if getattr(self, name) < low:
+                raise UsageError(f"train: {name} must be {low} or more, got {getattr(self, name)}")
+
+
+class Task(Protocol):
+    """What is trained. `average` may be None."""
+
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: IterateAverage | None
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values that fix the training; a checkpoint with others is refused."""
+
+    def train_step(self, step: int) -> Mapping[str, float | Tensor]:
+        """One update (see `update`) on a batch that is a pure function of `step` (from 0).
+
+        Returns scalars by name: "loss" always, "images" where images are counted.
+        """
+
+    def pictures(self, step: int) -> dict[str, Tensor]:
+        """Name -> (3, H, W) in [0, 1]; written as out/pictures/NAME-STEP.png."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON values needed to go on besides model, optimizer, average and global generators."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes `state()` back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a run ended: updates done, seconds of this run, last record of the metrics."""
+
+    step: int
+    seconds: float
+    interrupted: bool
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class TrainingInterrupted(Interrupted):
+    """A signal stopped `train` after its checkpoint was written; `result` says how far it got."""
+
+    def __init__(self, message: str, result: TrainResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def step_seed(seed: int, step: int, stream: int = 0) -> int:
+    """A 63-bit seed for step `step`; other `stream`s are independent of it."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(stream, step))
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def check_finite(
+    name: str, loss: Tensor | float, step: int, model: nn.Module | None = None
+) -> None:
+    """Stops a training whose numbers went wrong.
+
+    Raises:
+        NumericalError: naming the loss, or the first parameter of `model` whose gradient has
+            nonfinite values.
+    """
+    value = float(loss)
+    if not math.isfinite(value):
+        raise NumericalError(f"{name}: loss must be finite, got {value} at step {step}")
+    for key, parameter in model.named_parameters() if model is not None else ():
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            raise NumericalError(
+                f"{name}: gradient of {key} must be finite, got nonfinite values at step {step}"
+            )
+
+
+def update(
+    task: Task, loss: Tensor, step: int, *, lr: float, clip_norm: float | None = None
+) -> float:
+    """Backward, check, clip, optimizer step, average: the second half of most `train_step`s.
+
+    Args:
+        task: whose parameters are updated.
+        loss: scalar with a graph.
+        step: as given to `train_step`.
+        lr: step size of this update, for all parameter groups.
+        clip_norm: largest global gradient norm, or None.
+
+    Returns:
+        The global gradient norm before clipping.
+
+    Raises:
+        NumericalError: if loss or gradients are not finite; the weights are then untouched.
+    """
+    task.optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    limit = math.inf if clip_norm is None else clip_norm
+    norm = nn.utils.get_total_norm([p.grad for p in task.model.parameters() if p.grad is not None])
+    if not math.isfinite(float(norm) + float(loss.detach())):
+        check_finite(task.name, loss.detach(), step, task.model)
+        raise NumericalError(f"{task.name}: gradient norm must be finite, got inf at step {step}")
+    if float(norm) > limit:
+        nn.utils.clip_grads_with_norm_(task.model.parameters(), limit, norm)
+    for group in task.optimizer.param_groups:
+        group["lr"] = lr
+    task.optimizer.step()
+    if task.average is not None:
+        task.average.update(step)
+    return float(norm)
+
+
+def train(task: Task, config: LoopConfig) -> TrainResult:
+    """Trains `task` until `config.steps` updates are done.
+
+    Raises:
+        TrainingInterrupted: after SIGINT or SIGTERM, with the step finished and its checkpoint
+            written. A second signal ends the process at once.
+        NumericalError: if loss or gradients are not finite; the last checkpoint stays.
+        CheckpointError: if the checkpoint to resume from is damaged or of another training.
+        EnvironmentProblem: if `out` cannot be made, or the last checkpoint cannot be written.
+    """
+    out = make_folder(Path(config.out))
+    with settings(config.seed, config.deterministic), signals() as received:
+        step = resume(task, config)
+        saver = Saver(task, out, config.keep)
+        metrics = Metrics(out, name=task.name, start=step, steps=config.steps)
+        try:
+            task.model.train()
+            while step < config.steps:
+                values = task.train_step(step)
+                check_finite(task.name, values["loss"], step)
+                step += 1
+                metrics.add(values)
+                stop = bool(received)
+                last = stop or step >= config.steps
+                if last or step % config.log_every == 0:
+                    metrics.write(step, task.optimizer.param_groups[0]["lr"])
+                if config.picture_every and step % config.picture_every == 0:
+                    write_pictures(task, step, out / "pictures")
+                if last or step % config.checkpoint_every == 0:
+                    saver.save(step, last=last)
+                if stop:
+                    break
+        finally:
+            metrics.close()
+        interrupted = step < config.steps and bool(received)
+        result = TrainResult(
+            step=step, seconds=metrics.seconds, interrupted=interrupted, metrics=metrics.last
+        )
+    if interrupted:
+        raise TrainingInterrupted(
+            f"{task.name}: stopped by {received[0]} after step {step} of {config.steps}, "
+            "checkpoint written; the same command goes on",
+            result,
+        )
+    return result

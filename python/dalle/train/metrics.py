@@ -1,0 +1,144 @@
+"""What a run says: `metrics.jsonl` always, a progress bar on a terminal, log lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+from dalle.files import write_atomic
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def say(text: str) -> None:
+    """One line on stderr, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records in a metrics file, in order; a last line cut off by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def number(value: float) -> str:
+    """Four significant digits."""
+    return f"{value:.4g}"
+
+
+class Metrics:
+    """Collects the values of each step and reports their means every interval.
+
+    A record of `metrics.jsonl`: step (updates done), the mean of every value since the last record,
+    lr (of the optimizer's first group), steps_per_second, images_per_second (where a task counts
+    "images"), seconds (of this run), eta (seconds left).
+
+    Args:
+        folder: where `metrics.jsonl` lies; records of steps after `start` (which a killed run wrote
+            after its last checkpoint) are dropped, the rest is continued.
+        name: shown in front, e.g. "dvae".
+        start: updates already done.
+        steps: updates in all.
+    """
+
+    def __init__(self, folder: Path, *, name: str, start: int, steps: int) -> None:
+        self.path = folder / METRICS_FILE
+        self.last: dict[str, Any] = {}
+        self._name, self._start, self._steps = name, start, steps
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._failed = False
+        self._begin = self._mark = time.monotonic()
+        self._mark_step = start
+        self._file: TextIO | None = None
+        if self.path.exists():
+            kept = [r for r in read_metrics(self.path) if r.get("step", 0) <= start]
+            self.last = kept[-1] if kept else {}
+            write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=start, desc=name, disable=not terminal)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run (not the training as a whole) began."""
+        return time.monotonic() - self._begin
+
+    def add(self, values: Mapping[str, float | torch.Tensor]) -> None:
+        """Takes the values of one step; "images" is a count, everything else is averaged."""
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + float(value)
+            self._counts[key] = self._counts.get(key, 0) + 1
+        self._bar.update(1)
+
+    def write(self, step: int, lr: float) -> dict[str, Any]:
+        """Ends the interval: one record into the file, and a log line where there is no bar."""
+        now = time.monotonic()
+        elapsed = max(now - self._mark, 1e-9)
+        record: dict[str, Any] = {"step": step}
+        for key, total in self._sums.items():
+            if key != "images":
+                record[key] = total / self._counts[key]
+        record["lr"] = lr
+        record["steps_per_second"] = (step - self._mark_step) / elapsed
+        if "images" in self._sums:
+            record["images_per_second"] = self._sums["images"] / elapsed
+        record["seconds"] = self.seconds
+        record["eta"] = (self._steps - step) * self.seconds / max(step - self._start, 1)
+        self._sums, self._counts = {}, {}
+        self._mark, self._mark_step = now, step
+        self._append(record)
+        self._show(record)
+        self.last = record
+        return record
+
+    def _append(self, record: dict[str, Any]) -> None:
+        try:
+            if self._file is None:
+                self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+            # JSON has no NaN: such a value is written as null.
+            safe = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in record.items()
+            }
+            self._file.write(json.dumps(safe) + "\n")
+        except OSError as problem:
+            if not self._failed:
+                say(f"{self._name}: {self.path} must be writable, got: {problem.strerror}")
+            self._failed = True
+
+    def _show(self, record: dict[str, Any]) -> None:
+        hidden = {"step", "seconds", "eta", "steps_per_second"}
+        shown = {k: number(v) for k, v in record.items() if k not in hidden}
+        if not self._bar.disable:
+            self._bar.set_postfix(shown, refresh=False)
+            return
+        text = " ".join(f"{key} {value}" for key, value in shown.items())
+        rate, eta = number(record["steps_per_second"]), duration(record["eta"])
+        say(f"{self._name} {record['step']}/{self._steps} {text} | {rate} steps/s, ETA {eta}")
+
+    def close(self) -> None:
+        """Ends the bar and the file."""
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()

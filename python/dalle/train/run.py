@@ -1,0 +1,177 @@
+"""What surrounds the loop: folder, settings, signals, resuming, saving, pictures."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
+from dalle.files import temporary_name
+from dalle.pictures import save_png, to_uint8
+from dalle.train.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    remove_stale,
+    save_checkpoint,
+    step_of,
+)
+from dalle.train.metrics import say
+
+if TYPE_CHECKING:
+    from dalle.train.loop import LoopConfig, Task
+
+
+def make_folder(path: Path) -> Path:
+    """Makes `path`.
+
+    Raises:
+        EnvironmentProblem: in one line, where that is not possible.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise EnvironmentProblem(
+            f"train: out must be a folder that can be written, got {path}: {problem.strerror}"
+        ) from problem
+    return path
+
+
+@contextmanager
+def settings(seed: int, deterministic: bool) -> Iterator[None]:
+    """Seeds the global generators; with `deterministic`, no kernel that varies from run to run."""
+    before = torch.are_deterministic_algorithms_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+@contextmanager
+def signals() -> Iterator[list[str]]:
+    """A list that gets the name of the first SIGINT or SIGTERM; the second ends the process.
+
+    Outside the main thread, where Python allows no handlers, the list stays empty.
+    """
+    received: list[str] = []
+    watched = (signal.SIGINT, signal.SIGTERM)
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(signal.Signals(number).name)
+        for each in watched:
+            signal.signal(each, signal.SIG_DFL)
+        say(f"{received[0]}: finishing the step and saving; once more to stop at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {each: signal.signal(each, note) for each in watched}
+    try:
+        yield received
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def resume(task: Task, config: LoopConfig) -> int:
+    """Puts the state to begin with into `task` and returns the updates already done.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged, missing or of another training.
+        UsageError: if `resume` is "none" and `out` holds checkpoints, which would mix two runs.
+    """
+    out = Path(config.out)
+    remove_stale(out)
+    found = checkpoints(out)
+    if config.resume == "none":
+        if found:
+            raise UsageError(
+                f"train: out must hold no checkpoints with resume none, got {found[-1]}; "
+                "choose another folder or remove it"
+            )
+        return 0
+    if config.resume != "auto":
+        path = Path(config.resume)
+        step = load_checkpoint(task, path)
+        set_aside_later(out, step)
+    elif found:
+        path = found[-1]
+        try:
+            step = load_checkpoint(task, path)
+        except CheckpointError as problem:
+            older = f"; --resume {found[-2]} goes on from an older one" if len(found) > 1 else ""
+            raise CheckpointError(f"{problem}{older}") from problem
+    else:
+        return 0
+    say(f"{task.name}: resumed after step {step} from {path}")
+    return step
+
+
+def set_aside_later(out: Path, step: int) -> None:
+    """Renames checkpoints after `step` to aside-..., so that they are neither lost nor resumed."""
+    for path in checkpoints(out):
+        if step_of(path) > step:
+            nonce = temporary_name(path).name.rpartition("-")[2]
+            aside = path.with_name(f"aside-{path.name}-{nonce}")
+            os.rename(path, aside)
+            say(f"train: set aside {path.name} as {aside.name}")
+
+
+class Saver:
+    """Saves checkpoints; an error of the disk is told once and does not stop the training."""
+
+    def __init__(self, task: Task, out: Path, keep: int) -> None:
+        self._task, self._out, self._keep, self._told = task, out, keep, False
+
+    def save(self, step: int, *, last: bool) -> None:
+        """Writes the checkpoint after `step` updates.
+
+        Raises:
+            EnvironmentProblem: if it cannot be written and is the `last`.
+        """
+        try:
+            save_checkpoint(self._task, self._out, step, keep=self._keep)
+            self._told = False
+        except (OSError, CheckpointError) as problem:
+            reason = getattr(problem, "strerror", None) or str(problem)
+            line = f"{self._task.name}: checkpoint after step {step} not saved: {reason}"
+            if last:
+                raise EnvironmentProblem(f"{line}; older checkpoints are untouched") from problem
+            if not self._told:
+                say(f"{line}; training goes on, older checkpoints are untouched")
+            self._told = True
+
+
+def write_pictures(task: Task, step: int, folder: Path) -> None:
+    """Writes `task.pictures(step)` as folder/NAME-STEP.png, the model in evaluation mode."""
+    was_training = task.model.training
+    task.model.eval()
+    try:
+        with torch.no_grad():
+            pictures = task.pictures(step)
+        for name, picture in pictures.items():
+            image = Image.fromarray(to_uint8(picture))
+            save_png(folder / f"{name}-{step:08d}.png", image)
+    except EnvironmentProblem as problem:
+        say(f"{task.name}: pictures after step {step} not written: {problem}")
+    finally:
+        task.model.train(was_training)
