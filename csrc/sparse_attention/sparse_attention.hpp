@@ -60,8 +60,8 @@ inline void check_like(const Tensor& x, const char* name, const Tensor& q) {
   DALLE_ATTENTION_CHECK(x.is_cuda() == q.is_cuda() && x.get_device_index() == q.get_device_index(),
                         name, "on q's device", x.is_cuda() ? "cuda:" : "cpu, index ",
                         x.get_device_index());
-  DALLE_ATTENTION_CHECK(x.size(3) == 1 || x.stride(3) == 1, name, "contiguous along D", "stride ",
-                        x.stride(3));
+  DALLE_ATTENTION_CHECK(x.numel() == 0 || x.size(3) == 1 || x.stride(3) == 1, name,
+                        "contiguous along D", "stride ", x.stride(3));
 }
 
 inline AttentionType check_type(const Tensor& q) {

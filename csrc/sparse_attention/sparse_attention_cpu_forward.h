@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kChunkTiles = 2;  // tiles between two looks at the running maximum
 constexpr int kChunk = kChunkTiles * kTile;
+constexpr int kMostDepth = 128;  // products added up before they meet another sum
 constexpr double kLog2E = 1.4426950408889634;
 
 // Packed keys and values of the head at work; panels are made when first needed.
@@ -41,9 +42,20 @@ inline void strip_by_panel(const acc_t* strip, const acc_t* panel, int depth, in
   constexpr int kBlock = kMicroVectors * Lanes<acc_t>::kWidth;
   for (int c = 0; c < kTile; c += kBlock) {
     for (int r = 0; r < num_rows; r += kMicroRows) {
-      Vec<acc_t> sum[kMicroRows][kMicroVectors] = {};
-      micro_tile<acc_t, kMicroVectors, 1, kTile>(strip + r, panel + c, kTile, depth, sum);
-      store_tile<acc_t, kMicroVectors>(to + r * kLead + c, kLead, sum);
+      // Two shorter sums round less than one long one.
+      for (int d = 0; d < depth; d += kMostDepth) {
+        const int step = depth - d < kMostDepth ? depth - d : kMostDepth;
+        Vec<acc_t> sum[kMicroRows][kMicroVectors] = {}, before[kMicroRows][kMicroVectors];
+        micro_tile<acc_t, kMicroVectors, 1, kTile>(strip + d * kTile + r, panel + d * kTile + c,
+                                                   kTile, step, sum);
+        if (d > 0) {
+          load_tile<acc_t, kMicroVectors>(to + r * kLead + c, kLead, nullptr, before);
+          for (int i = 0; i < kMicroRows; ++i) {
+            for (int j = 0; j < kMicroVectors; ++j) sum[i][j] += before[i][j];
+          }
+        }
+        store_tile<acc_t, kMicroVectors>(to + r * kLead + c, kLead, sum);
+      }
     }
   }
 }

@@ -94,8 +94,8 @@ def sparse_attention(
 
     Raises:
         TypeError: pattern is not an AttentionPattern.
-        ValueError: q is not (B, H, T, D) with T = pattern.length.
-        RuntimeError: other shapes, dtypes or devices; no native library for q's device.
+        ValueError: q is not (B, H, T, D) with T = pattern.length, or devices differ.
+        RuntimeError: other shapes or dtypes; no native library for q's device.
     """
     if not isinstance(pattern, AttentionPattern):
         name = type(pattern).__name__
@@ -103,6 +103,9 @@ def sparse_attention(
     if q.dim() != 4 or q.size(2) != pattern.length:
         want, got = f"(B, H, T = {pattern.length}, D) for {pattern}", tuple(q.shape)
         raise ValueError(f"sparse_attention: q must be {want}, got {got}")
+    if not q.device == k.device == v.device:
+        where = f"{q.device}, {k.device}, {v.device}"
+        raise ValueError(f"sparse_attention: q, k, v must be on one device, got {where}")
     if reference_in_use():
         return reference.sparse_attention(q, k, v, pattern, scale)
     _native.require("sparse_attention", q.device)
