@@ -7,14 +7,15 @@ Shape letters: N pictures, H rows, W columns. Colours are in [0, 1] coming in an
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from dalle.errors import EnvironmentProblem, UsageError
 from PIL import Image, ImageDraw, ImageFont
+
+from dalle.errors import EnvironmentProblem, UsageError
+from dalle.files import write_atomic
 
 MARGIN = 4  # pixels between cells
 LABEL_SIZE = 11  # pixels, height of the label's type
@@ -89,7 +90,13 @@ def beside(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     shapes = {tuple(row.shape) for row in rows}
     if len(shapes) != 1:
         raise UsageError(f"beside: every set must have one shape, got {sorted(shapes)}")
-    return torch.stack([row.float().cpu() for row in rows], 1).flatten(0, 1)
+    return torch.stack([row.detach().float().cpu() for row in rows], 1).flatten(0, 1)
+
+
+def rows_of(*rows: torch.Tensor) -> torch.Tensor:
+    """Sets of pictures, each (N, 3, H, W) in [0, 1], as rows of one picture (3, M * H, N * W)."""
+    flat = beside(rows).unflatten(0, (-1, len(rows)))  # (N, M, 3, H, W)
+    return flat.permute(2, 1, 3, 0, 4).flatten(3, 4).flatten(1, 2).clamp(0, 1)
 
 
 def save_png(path: Path | str, image: Image.Image) -> Path:
@@ -107,17 +114,10 @@ def save_png(path: Path | str, image: Image.Image) -> Path:
 def save_bytes(path: Path | str, content: bytes) -> Path:
     """The same promise for any small file (HTML, JSON)."""
     path = Path(path)
-    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        write_atomic(path, content)
     except OSError as error:
-        if part.parent.is_dir():
-            part.unlink(missing_ok=True)
         reason = error.strerror or error
         raise EnvironmentProblem(f"save: {path} must be writable, got {reason}") from error
     return path

@@ -39,6 +39,13 @@ def test_beside_interleaves():
     assert pictures.beside([left, right])[:, 0, 0, 0].tolist() == [0, 1, 0, 1, 0, 1]
 
 
+def test_rows_of_sets_stand_below_each_other():
+    left, right = torch.rand(3, 3, 2, 5), torch.rand(3, 3, 2, 5)
+    rows = pictures.rows_of(left, right)
+    assert rows.shape == (3, 4, 15)
+    assert torch.equal(rows[:, 2:, 5:10], right[1])
+
+
 def test_png_reads_back_and_leaves_no_part(tmp_path):
     image = pictures.grid(torch.rand(2, 3, 4, 4), columns=2)
     path = pictures.save_png(tmp_path / "new" / "a.png", image)
