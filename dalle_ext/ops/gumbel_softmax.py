@@ -1,4 +1,4 @@
-"""The Gumbel-softmax relaxation of a codebook choice: public function, fake kernels, gradient.
+"""The Gumbel-softmax relaxation of a codebook choice: the public function.
 
 Letters: K codebook size, R rows (all other axes in logical order).
 """
@@ -12,6 +12,7 @@ import torch
 
 from dalle_ext import _native
 from dalle_ext._switch import reference_in_use
+from dalle_ext.ops import gumbel_softmax_native as native
 from dalle_ext.reference import gumbel_softmax as reference
 
 Tensor = torch.Tensor
@@ -28,7 +29,7 @@ class GumbelSoftmax(NamedTuple):
     """
 
     sample: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a field may hide tuple.index
     kl: Tensor
 
 
@@ -101,4 +102,8 @@ def gumbel_softmax(
     if reference_in_use() or logits.dtype == torch.float64:
         return GumbelSoftmax(*reference.gumbel_softmax(logits, tau, dim=dim, hard=hard, seed=seed))
     _native.require("gumbel_softmax", logits.device)
-    raise RuntimeError("gumbel_softmax: only dalle_ext.use_reference() works so far")
+    if logits.is_contiguous():
+        return GumbelSoftmax(*native.gumbel_softmax(logits, tau, seed, dim % logits.dim(), hard))
+    rows = logits.movedim(dim, -1).contiguous()  # no copy where the codebook axis is innermost
+    sample, index, kl = native.gumbel_softmax(rows, tau, seed, rows.dim() - 1, hard)
+    return GumbelSoftmax(sample.movedim(-1, dim), index, kl)

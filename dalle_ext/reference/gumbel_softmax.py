@@ -49,7 +49,8 @@ def gumbel_softmax(
     noisy = rows + noise.reshape(rows.shape).to(dtype)
     index = noisy.argmax(-1, keepdim=True).masked_fill(bad, 0)
     shifted = noisy - noisy.detach().amax(-1, keepdim=True)  # before the division: no overflow
-    soft = (shifted / tau.detach().to(dtype)).softmax(-1).masked_fill(bad, math.nan)
+    tau = torch.where(tau > 0, tau.detach(), math.nan).to(dtype)
+    soft = (shifted / tau).softmax(-1).masked_fill(bad, math.nan)
     sample = soft.to(logits.dtype)
     if hard:  # the one-hot vector forward, the gradient of the soft sample backward
         sample = torch.zeros_like(sample).scatter(-1, index, 1.0) + (sample - sample.detach())
