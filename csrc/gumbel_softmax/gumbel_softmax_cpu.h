@@ -58,8 +58,10 @@ void forward_units(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& arg
   for (int64_t unit = begin; unit < end; ++unit) {
     if (p.inner == 1) {
       forward_row<scalar_t>(p, args, keys, scale, unit, scratch);
+    } else if (const Columns c = columns_of(p, unit); c.count == kLanes) {
+      forward_columns<scalar_t, true>(p, args, keys, scale, c, scratch);
     } else {
-      forward_columns<scalar_t>(p, args, keys, scale, columns_of(p, unit), scratch);
+      forward_columns<scalar_t, false>(p, args, keys, scale, c, scratch);
     }
   }
 }
@@ -72,8 +74,10 @@ void backward_units(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& a
   for (int64_t unit = begin; unit < end; ++unit) {
     if (p.inner == 1) {
       backward_row<scalar_t>(p, args, keys, scale, unit, scratch);
+    } else if (const Columns c = columns_of(p, unit); c.count == kLanes) {
+      backward_columns<scalar_t, true>(p, args, keys, scale, c, scratch);
     } else {
-      backward_columns<scalar_t>(p, args, keys, scale, columns_of(p, unit), scratch);
+      backward_columns<scalar_t, false>(p, args, keys, scale, c, scratch);
     }
   }
 }

@@ -23,13 +23,14 @@ inline Columns columns_of(const GumbelSoftmaxParams& p, int64_t unit) {
           outer_idx * p.num_codes * p.inner + inner_idx};
 }
 
-template <typename scalar_t>
+// kWhole: all lanes are rows. At the end of an axis that is no multiple of kLanes they are not.
+template <bool kWhole, typename scalar_t>
 inline Float load_columns(const scalar_t* p, int64_t count) {
-  return count == kLanes ? load_float(p) : load_some(p, count, 0.0f);
+  return kWhole ? load_float(p) : load_some(p, count, 0.0f);
 }
-template <typename scalar_t>
+template <bool kWhole, typename scalar_t>
 inline void store_columns(scalar_t* p, int64_t count, Float v) {
-  count == kLanes ? store_float(p, v) : store_some(p, count, v);
+  kWhole ? store_float(p, v) : store_some(p, count, v);
 }
 inline Float load_stat(const float* stats, const Columns& c) {
   return load_some(stats + c.row, c.count, 0.0f);
@@ -52,8 +53,17 @@ class ColumnWords {
     if (!aligned_) draw(next_);
   }
 
-  inline void four(Word* words) {
-    if (aligned_) return draw(words);
+  // The next `count` codes (rounded up to 4) of a row; all calls but the last take a multiple of 4.
+  inline void next(int64_t count, Word* words) {
+    if (aligned_) {
+      for (int64_t k = 0; k < count; k += 4) draw(words + k);
+    } else {
+      for (int64_t k = 0; k < count; k += 4) pick(words + k);
+    }
+  }
+
+ private:
+  inline void pick(Word* words) {
     Word drawn[8];
     for (int j = 0; j < 4; ++j) drawn[j] = next_[j];
     draw(next_);
@@ -65,7 +75,6 @@ class ColumnWords {
     }
   }
 
- private:
   inline void draw(Word* words) {
     const PhiloxLanes even(even_, keys_), odd(odd_, keys_);
     words[0] = (Word)interleave(even.c0, odd.c0);
@@ -83,7 +92,7 @@ class ColumnWords {
   Word next_[4]{};
 };
 
-template <typename scalar_t>
+template <typename scalar_t, bool kWhole>
 void forward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
                      const PhiloxKeys& keys, float scale, const Columns& c, float* scratch) {
   const int64_t num_codes = p.num_codes, inner = p.inner, count = c.count;
@@ -100,27 +109,28 @@ void forward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& a
     const int64_t end = num_codes - begin < kColumnChunk ? num_codes : begin + kColumnChunk;
     Float noisy[kColumnChunk], plain[kColumnChunk];
     Float best = sums.noisy_max, logit_max = sums.logit_max;
-    for (int64_t k = begin; k < end; k += 4) {
-      Word words[4];
-      random.four(words);
-      const int64_t last = end - k < 4 ? end - k : 4;
-      for (int64_t j = 0; j < last; ++j) {
-        const Float logit = load_columns(logits + (k + j) * inner, count);
-        const Float n = logit + gumbel(words[j]);
-        bad += logit * 0.0f;
-        index = n > best ? splat(static_cast<int32_t>(k + j)) : index;
-        best = maximum(best, n);
-        logit_max = maximum(logit_max, logit);
-        noisy[k - begin + j] = n;
-        plain[k - begin + j] = logit;
-      }
+    Word words[kColumnChunk];
+    random.next(end - begin, words);
+    for (int64_t k = begin; k < end; ++k) {
+      const Float logit = load_columns<kWhole>(logits + k * inner, count);
+      const Float n = logit + gumbel(words[k - begin]);
+      bad += logit * 0.0f;
+      index = n > best ? splat(static_cast<int32_t>(k)) : index;
+      best = maximum(best, n);
+      logit_max = maximum(logit_max, logit);
+      noisy[k - begin] = n;
+      plain[k - begin] = logit;
     }
     sums.raise(best, logit_max, scale);
     store(chunk_max + begin / kColumnChunk * kLanes, best);
+    Sums chunk{best, logit_max};  // chunk by chunk, for the sake of its rounding errors
     for (int64_t k = begin; k < end; ++k) {
-      const Float e = sums.add<true>(noisy[k - begin], plain[k - begin], scale, Int{});
+      const Float e = chunk.add<true>(noisy[k - begin], plain[k - begin], scale, Int{});
       if (keep) store(scratch + k * kLanes, e);
     }
+    sums.sample += chunk.sample;
+    sums.plain += chunk.plain;
+    sums.entropy += chunk.entropy;
   }
 
   Float inverse = splat(__builtin_nanf("")), marks = inverse;  // marks: 0, or NaN in a bad row
@@ -142,12 +152,12 @@ void forward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& a
       } else {
         y = without_denormals(load<Float>(scratch + k * kLanes) * factor);
       }
-      store_columns(sample + k * inner, count, y + marks);
+      store_columns<kWhole>(sample + k * inner, count, y + marks);
     }
   }
 }
 
-template <typename scalar_t>
+template <typename scalar_t, bool kWhole>
 void backward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& args,
                       const PhiloxKeys& keys, float scale, const Columns& c, float* scratch) {
   const int64_t num_codes = p.num_codes, inner = p.inner, count = c.count, stride = num_rows(p);
@@ -160,16 +170,19 @@ void backward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward&
     const Float noisy_max = load_stat(args.stats + kNoisyMax * stride, c);
     const Float inverse_sum = load_stat(args.stats + kInverseSum * stride, c);
     ColumnWords random(p, keys, c.row);
-    for (int64_t k = 0; k < num_codes; k += 4) {
-      Word words[4];
-      random.four(words);
-      const int64_t last = num_codes - k < 4 ? num_codes - k : 4;
-      for (int64_t j = 0; j < last; ++j) {
-        const Float logit = load_columns(logits + (k + j) * inner, count);
-        const Float y = exp2_of((logit + gumbel(words[j]) - noisy_max) * scale) * inverse_sum;
-        gradient.dot += y * load_columns(grads + (k + j) * inner, count);
-        store(scratch + (k + j) * kLanes, y);
+    for (int64_t begin = 0; begin < num_codes; begin += kColumnChunk) {
+      const int64_t end = num_codes - begin < kColumnChunk ? num_codes : begin + kColumnChunk;
+      Word words[kColumnChunk];
+      random.next(end - begin, words);
+      Float dot{};
+      for (int64_t k = begin; k < end; ++k) {
+        const Float logit = load_columns<kWhole>(logits + k * inner, count);
+        const Float noisy = logit + gumbel(words[k - begin]);
+        const Float y = exp2_of((noisy - noisy_max) * scale) * inverse_sum;
+        dot += y * load_columns<kWhole>(grads + k * inner, count);
+        store(scratch + k * kLanes, y);
       }
+      gradient.dot += dot;  // chunk by chunk, for the sake of its rounding errors
     }
     gradient.inverse_tau = splat(scale * kLn2);
   }
@@ -184,10 +197,10 @@ void backward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward&
     Float grad{};
     if (grads) {
       grad = gradient.of_sample(load<Float>(scratch + k * kLanes),
-                                load_columns(grads + k * inner, count));
+                                load_columns<kWhole>(grads + k * inner, count));
     }
-    if (args.grad_kl) grad += gradient.of_kl(load_columns(logits + k * inner, count));
-    store_columns(out + k * inner, count, grad);
+    if (args.grad_kl) grad += gradient.of_kl(load_columns<kWhole>(logits + k * inner, count));
+    store_columns<kWhole>(out + k * inner, count, grad);
   }
 }
 
