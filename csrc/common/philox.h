@@ -1,10 +1,10 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers, as easy as 1, 2, 3; 2011), host and
-// device. No torch here.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers, as easy as 1, 2, 3; 2011),
+// host and device. No torch here.
 //
-// Counter mapping of every op of this library: the key is a 64-bit seed, subsequence s has the counter
-// (0, 0, low(s), high(s)) (cuRAND's offset 0 of subsequence s), and one call gives the four words of
-// four consecutive elements: element e takes word e % 4 of subsequence e / 4. CPU, CUDA and emulated
-// kernels therefore draw the same integers, whatever their grid.
+// Counter mapping of every op of this library: the key is a 64-bit seed, subsequence s has the
+// counter (0, 0, low(s), high(s)) (cuRAND's offset 0 of subsequence s), and one call gives the four
+// words of four consecutive elements: element e takes word e % 4 of subsequence e / 4. CPU, CUDA
+// and emulated kernels therefore draw the same integers, whatever their grid.
 #pragma once
 
 #include "common/host_device.h"
@@ -28,7 +28,8 @@ DALLE_HOST_DEVICE PhiloxWords philox(const PhiloxWords& counter, uint64_t seed) 
     const uint64_t product0 = static_cast<uint64_t>(kPhiloxMultiply0) * c.word[0];
     const uint64_t product1 = static_cast<uint64_t>(kPhiloxMultiply1) * c.word[2];
     c = {{static_cast<uint32_t>(product1 >> 32) ^ c.word[1] ^ key0, static_cast<uint32_t>(product1),
-          static_cast<uint32_t>(product0 >> 32) ^ c.word[3] ^ key1, static_cast<uint32_t>(product0)}};
+          static_cast<uint32_t>(product0 >> 32) ^ c.word[3] ^ key1,
+          static_cast<uint32_t>(product0)}};
     key0 += kPhiloxWeyl0;
     key1 += kPhiloxWeyl1;
   }

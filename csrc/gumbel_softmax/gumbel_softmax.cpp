@@ -1,11 +1,12 @@
 // Schemas of gumbel_softmax and its CPU registration.
+#include "gumbel_softmax/gumbel_softmax.hpp"
+
 #include <sys/mman.h>
 
 #include <memory>
 #include <new>
 
 #include "common/isa.h"
-#include "gumbel_softmax/gumbel_softmax.hpp"
 #include "gumbel_softmax/gumbel_softmax_cpu.h"
 
 namespace dalle {
@@ -15,15 +16,16 @@ struct AlignedDelete {
   void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
 };
 
-// Asks for huge pages under a large new tensor. The C library maps blocks of 32 MiB and more afresh each
-// time, and the faults of small pages then cost more than the kernel (measured: 70 of 130 ms). Only a
-// wish: no error matters.
+// Asks for huge pages under a large new tensor. The C library maps blocks of 32 MiB and more afresh
+// each time, and the faults of small pages then cost more than the kernel (measured: 70 of 130 ms).
+// Only a wish: no error matters.
 void wish_huge_pages(const Tensor& t) {
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
   const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
   const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
-  if (end - begin >= 16 * kPage) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (end - begin >= 16 * kPage)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
 // Runs `kernel` over all units in parallel, each thread with its own scratch.

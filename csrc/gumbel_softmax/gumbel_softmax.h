@@ -2,10 +2,10 @@
 //
 //   outer, K, inner   logits are (outer, K, inner), contiguous; softmax runs over K
 //   row               outer_idx * inner + inner_idx, in [0, R)
-//   element           row * K + k, whatever the layout: it decides which random word belongs to (row, k)
-//   noisy             l - log E, E = -log u, u = (word + 1/2) 2^-32; in float before any rounding
-//   y                 softmax of noisy / tau, p = softmax(l), kl = sum p ln p + ln K
-//   stats             (4, R) float, what backward needs besides logits and seed: see below
+//   element           row * K + k, whatever the layout: it decides which random word belongs to
+//   (row, k) noisy             l - log E, E = -log u, u = (word + 1/2) 2^-32; in float before any
+//   rounding y                 softmax of noisy / tau, p = softmax(l), kl = sum p ln p + ln K stats
+//   (4, R) float, what backward needs besides logits and seed: see below
 //
 // A row with a logit that is not finite gets sample and kl NaN and index 0.
 #pragma once
@@ -21,8 +21,8 @@ struct GumbelSoftmaxParams {
   GumbelSoftmaxDtype dtype;  // of logits, sample and their gradients
 };
 
-// Rows of stats: maximum of noisy; 1 / sum exp((noisy - maximum) / tau); maximum of l; the logarithm
-// to base 2 of sum exp(l - maximum).
+// Rows of stats: maximum of noisy; 1 / sum exp((noisy - maximum) / tau); maximum of l; the
+// logarithm to base 2 of sum exp(l - maximum).
 enum GumbelSoftmaxStat : int { kNoisyMax, kInverseSum, kLogitMax, kLog2Sum, kNumStats };
 
 struct GumbelSoftmaxForward {
@@ -61,7 +61,8 @@ inline constexpr uint32_t kNearOne = 0xB504F334u;
 inline constexpr float kLog2E = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
 
-// log2(e) / tau as the factor of exponents to base 2; NaN where tau is not positive, finite otherwise.
+// log2(e) / tau as the factor of exponents to base 2; NaN where tau is not positive, finite
+// otherwise.
 DALLE_HOST_DEVICE float exponent_scale(double tau) {
   if (!(tau > 0.0)) return __builtin_nanf("");
   const double scale = 1.44269504088896340736 / tau;

@@ -22,9 +22,14 @@ inline GumbelSoftmaxParams check_gumbel_softmax(const Tensor& logits, const Tens
   constexpr const char* kOp = "gumbel_softmax";
   GumbelSoftmaxParams p{1, 1, 1, GumbelSoftmaxDtype::kFloat};
   switch (logits.scalar_type()) {
-    case ScalarType::Float: break;
-    case ScalarType::Half: p.dtype = GumbelSoftmaxDtype::kHalf; break;
-    case ScalarType::BFloat16: p.dtype = GumbelSoftmaxDtype::kBFloat16; break;
+    case ScalarType::Float:
+      break;
+    case ScalarType::Half:
+      p.dtype = GumbelSoftmaxDtype::kHalf;
+      break;
+    case ScalarType::BFloat16:
+      p.dtype = GumbelSoftmaxDtype::kBFloat16;
+      break;
     default:
       DALLE_CHECK(false, kOp, "logits", "float32, float16 or bfloat16",
                   torch::headeronly::toString(logits.scalar_type()));
@@ -38,8 +43,9 @@ inline GumbelSoftmaxParams check_gumbel_softmax(const Tensor& logits, const Tens
   DALLE_CHECK(p.num_codes >= 1 && p.num_codes < (int64_t{1} << 31), kOp, "K",
               "from 1 to 2147483647", p.num_codes);
   const auto scalar = [&](const Tensor& t, const char* name, ScalarType type, const char* what) {
-    DALLE_CHECK(t.numel() == 1 && t.scalar_type() == type && t.device() == logits.device(), kOp, name,
-                what, torch::headeronly::toString(t.scalar_type()), " of shape ", shape_text(t));
+    DALLE_CHECK(t.numel() == 1 && t.scalar_type() == type && t.device() == logits.device(), kOp,
+                name, what, torch::headeronly::toString(t.scalar_type()), " of shape ",
+                shape_text(t));
   };
   scalar(tau, "tau", ScalarType::Double, "a float64 scalar on the logits' device");
   scalar(seed, "seed", ScalarType::Long, "an int64 scalar on the logits' device");
@@ -63,7 +69,8 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_softmax_outputs(const T
     if (d != dim) rows.push_back(logits.size(d));
   }
   stats.insert(stats.end(), rows.begin(), rows.end());
-  return {torch::stable::empty_like(logits), torch::stable::new_empty(logits, rows, ScalarType::Long),
+  return {torch::stable::empty_like(logits),
+          torch::stable::new_empty(logits, rows, ScalarType::Long),
           torch::stable::new_empty(logits, rows, ScalarType::Float),
           torch::stable::new_empty(logits, stats, ScalarType::Float)};
 }

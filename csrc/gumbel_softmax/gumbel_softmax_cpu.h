@@ -1,8 +1,9 @@
-// CPU kernels of gumbel_softmax on raw pointers. The table below is what gumbel_softmax.cpp sees; the
-// kernels are compiled once per instruction set (csrc/common/isa.h). No torch here.
+// CPU kernels of gumbel_softmax on raw pointers. The table below is what gumbel_softmax.cpp sees;
+// the kernels are compiled once per instruction set (csrc/common/isa.h). No torch here.
 //
-// A unit of work is one row where the codebook axis is contiguous (inner == 1), else kLanes neighbouring
-// rows, one a lane. A row's bits do not depend on the unit's neighbours, so neither on the threads.
+// A unit of work is one row where the codebook axis is contiguous (inner == 1), else kLanes
+// neighbouring rows, one a lane. A row's bits do not depend on the unit's neighbours, so neither on
+// the threads.
 #pragma once
 
 #include "gumbel_softmax/gumbel_softmax.h"
@@ -12,8 +13,8 @@ namespace dalle {
 struct GumbelSoftmaxCpu {
   int64_t (*num_units)(const GumbelSoftmaxParams& p);
   int64_t (*scratch_floats)(const GumbelSoftmaxParams& p);  // each thread brings its own
-  void (*forward)(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args, int64_t unit_begin,
-                  int64_t unit_end, float* scratch);
+  void (*forward)(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
+                  int64_t unit_begin, int64_t unit_end, float* scratch);
   void (*backward)(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& args,
                    int64_t unit_begin, int64_t unit_end, float* scratch);
   // Words of elements 0 to count - 1, count a multiple of 32: what tests compare across builds.
@@ -85,18 +86,24 @@ void backward_units(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& a
 void forward(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args, int64_t begin,
              int64_t end, float* scratch) {
   switch (p.dtype) {
-    case GumbelSoftmaxDtype::kFloat: return forward_units<float>(p, args, begin, end, scratch);
-    case GumbelSoftmaxDtype::kHalf: return forward_units<Half>(p, args, begin, end, scratch);
-    case GumbelSoftmaxDtype::kBFloat16: return forward_units<BFloat16>(p, args, begin, end, scratch);
+    case GumbelSoftmaxDtype::kFloat:
+      return forward_units<float>(p, args, begin, end, scratch);
+    case GumbelSoftmaxDtype::kHalf:
+      return forward_units<Half>(p, args, begin, end, scratch);
+    case GumbelSoftmaxDtype::kBFloat16:
+      return forward_units<BFloat16>(p, args, begin, end, scratch);
   }
 }
 
 void backward(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& args, int64_t begin,
               int64_t end, float* scratch) {
   switch (p.dtype) {
-    case GumbelSoftmaxDtype::kFloat: return backward_units<float>(p, args, begin, end, scratch);
-    case GumbelSoftmaxDtype::kHalf: return backward_units<Half>(p, args, begin, end, scratch);
-    case GumbelSoftmaxDtype::kBFloat16: return backward_units<BFloat16>(p, args, begin, end, scratch);
+    case GumbelSoftmaxDtype::kFloat:
+      return backward_units<float>(p, args, begin, end, scratch);
+    case GumbelSoftmaxDtype::kHalf:
+      return backward_units<Half>(p, args, begin, end, scratch);
+    case GumbelSoftmaxDtype::kBFloat16:
+      return backward_units<BFloat16>(p, args, begin, end, scratch);
   }
 }
 

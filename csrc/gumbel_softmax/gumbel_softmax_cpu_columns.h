@@ -1,5 +1,5 @@
-// gumbel_softmax_cpu.h where the codebook axis is strided (dim = 1 of NCHW): lanes are neighbouring rows,
-// so every load takes kLanes numbers that lie side by side, and no sum crosses lanes.
+// gumbel_softmax_cpu.h where the codebook axis is strided (dim = 1 of NCHW): lanes are neighbouring
+// rows, so every load takes kLanes numbers that lie side by side, and no sum crosses lanes.
 #pragma once
 
 #include "gumbel_softmax/gumbel_softmax_cpu_rows.h"
@@ -9,6 +9,7 @@ namespace DALLE_ISA_NAMESPACE {
 namespace {
 
 constexpr int64_t kColumnChunk = 64;  // a multiple of 4
+constexpr int64_t kColumnGroup = 8;
 
 struct Columns {
   int64_t row, count;  // first row, rows (at most kLanes)
@@ -36,8 +37,8 @@ inline Float load_stat(const float* stats, const Columns& c) {
   return load_some(stats + c.row, c.count, 0.0f);
 }
 
-// Words of four codes at a time, for each of kLanes rows. Where K is no multiple of 4 the rows begin at
-// different words of their first call: then each lane picks from two calls.
+// Words of four codes at a time, for each of kLanes rows. Where K is no multiple of 4 the rows
+// begin at different words of their first call: then each lane picks from two calls.
 class ColumnWords {
  public:
   ColumnWords(const GumbelSoftmaxParams& p, const PhiloxKeys& keys, int64_t row)
@@ -113,7 +114,7 @@ void forward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& a
     random.next(end - begin, words);
     for (int64_t k = begin; k < end; ++k) {
       const Float logit = load_columns<kWhole>(logits + k * inner, count);
-      const Float n = logit + gumbel(words[k - begin]);
+      const Float n = add_gumbel(logit, words[k - begin]);
       bad += logit * 0.0f;
       index = n > best ? splat(static_cast<int32_t>(k)) : index;
       best = maximum(best, n);
@@ -123,14 +124,17 @@ void forward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& a
     }
     sums.raise(best, logit_max, scale);
     store(chunk_max + begin / kColumnChunk * kLanes, best);
-    Sums chunk{best, logit_max};  // chunk by chunk, for the sake of its rounding errors
+    Sums chunk{best, logit_max};
+    // Each lane holds a whole row, so sums go by groups and chunks for the sake of their rounding
+    // errors.
+    Sums part = chunk;
     for (int64_t k = begin; k < end; ++k) {
-      const Float e = chunk.add<true>(noisy[k - begin], plain[k - begin], scale, Int{});
+      const Float e = part.add<true>(noisy[k - begin], plain[k - begin], scale, Int{});
       if (keep) store(scratch + k * kLanes, e);
+      if (k % kColumnGroup == kColumnGroup - 1) chunk.take(part);
     }
-    sums.sample += chunk.sample;
-    sums.plain += chunk.plain;
-    sums.entropy += chunk.entropy;
+    chunk.take(part);
+    sums.take(chunk);
   }
 
   Float inverse = splat(__builtin_nanf("")), marks = inverse;  // marks: 0, or NaN in a bad row
@@ -174,15 +178,21 @@ void backward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward&
       const int64_t end = num_codes - begin < kColumnChunk ? num_codes : begin + kColumnChunk;
       Word words[kColumnChunk];
       random.next(end - begin, words);
-      Float dot{};
+      Float chunk{};
+      Float part{};
       for (int64_t k = begin; k < end; ++k) {
         const Float logit = load_columns<kWhole>(logits + k * inner, count);
-        const Float noisy = logit + gumbel(words[k - begin]);
+        const Float noisy = add_gumbel(logit, words[k - begin]);
         const Float y = exp2_of((noisy - noisy_max) * scale) * inverse_sum;
-        dot += y * load_columns<kWhole>(grads + k * inner, count);
+        part += y * load_columns<kWhole>(grads + k * inner, count);
         store(scratch + k * kLanes, y);
+        if (k % kColumnGroup == kColumnGroup - 1) {
+          chunk += part;
+          part = Float{};
+        }
       }
-      gradient.dot += dot;  // chunk by chunk, for the sake of its rounding errors
+      chunk += part;
+      gradient.dot += chunk;
     }
     gradient.inverse_tau = splat(scale * kLn2);
   }
@@ -190,8 +200,8 @@ void backward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward&
     gradient.grad_kl = load_stat(args.grad_kl, c);
     gradient.logit_max = load_stat(args.stats + kLogitMax * stride, c);
     gradient.log2_sum = load_stat(args.stats + kLog2Sum * stride, c);
-    gradient.constant = static_cast<float>(__builtin_log(static_cast<double>(num_codes))) -
-                        load_stat(args.kl, c);
+    gradient.constant =
+        static_cast<float>(__builtin_log(static_cast<double>(num_codes))) - load_stat(args.kl, c);
   }
   for (int64_t k = 0; k < num_codes; ++k) {
     Float grad{};

@@ -1,7 +1,8 @@
-// gumbel_softmax_cpu.h where the codebook axis is contiguous: lanes are neighbouring codes of one row.
+// gumbel_softmax_cpu.h where the codebook axis is contiguous: lanes are neighbouring codes of one
+// row.
 //
-// A chunk of codes stays in L1: its noisy logits and their maximum first, then exp2 and the sums, which
-// are rescaled when the maximum rises. A last pass multiplies by what each chunk still lacks.
+// A chunk of codes stays in L1: its noisy logits and their maximum first, then exp2 and the sums,
+// which are rescaled when the maximum rises. A last pass multiplies by what each chunk still lacks.
 #pragma once
 
 #include "gumbel_softmax/gumbel_softmax_vector.h"
@@ -52,6 +53,14 @@ struct Sums {
     logit_max = new_logit_max;
   }
 
+  // Takes over the sums of a part that is relative to the same maxima.
+  inline void take(Sums& part) {
+    sample += part.sample;
+    plain += part.plain;
+    entropy += part.entropy;
+    part.sample = part.plain = part.entropy = Float{};
+  }
+
   // Adds one vector; returns 2^((noisy - maximum) scale). Lanes outside of `valid` count nothing.
   template <bool kAllValid>
   inline Float add(Float noisy, Float logit, float scale, Int valid) {
@@ -78,8 +87,8 @@ struct RowResult {
   inline void write(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args, int64_t row,
                     int64_t index, float scale) const {
     const double log2_sum = __builtin_log2(plain);
-    const double kl = kLn2Double * (entropy / plain - log2_sum) +
-                      __builtin_log(static_cast<double>(p.num_codes));
+    const double kl =
+        kLn2Double * (entropy / plain - log2_sum) + __builtin_log(static_cast<double>(p.num_codes));
     const float nan = __builtin_nanf("");
     args.index[row] = finite ? index : 0;
     args.kl[row] = finite ? static_cast<float>(kl) : nan;
@@ -124,12 +133,13 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
     const Int valid = lanes < static_cast<int32_t>(rest);
     uint32_t words[kRowChunk + 4 * kLanes];
     float noisy[kRowChunk];
-    const uint32_t* word = row_words(keys, static_cast<uint64_t>(row * num_codes), begin, count, words);
+    const uint32_t* word =
+        row_words(keys, static_cast<uint64_t>(row * num_codes), begin, count, words);
     const scalar_t* l = logits + begin;
 
     Float noisy_max = splat(-kInfinity), logit_max = splat(-kInfinity), last{};
     for (int64_t i = 0; i < whole; i += kLanes) {
-      const Float logit = load_float(l + i), n = logit + gumbel(load<Word>(word + i));
+      const Float logit = load_float(l + i), n = add_gumbel(logit, load<Word>(word + i));
       bad += logit * 0.0f;
       noisy_max = maximum(noisy_max, n);
       logit_max = maximum(logit_max, logit);
@@ -138,7 +148,7 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
     if (rest) {
       last = load_some(l + whole, rest, 0.0f);
       last = select(valid, last, splat(last[0]));
-      const Float n = select(valid, last + gumbel(load<Word>(word + whole)), splat(-kInfinity));
+      const Float n = select(valid, add_gumbel(last, load<Word>(word + whole)), splat(-kInfinity));
       bad += last * 0.0f;
       noisy_max = maximum(noisy_max, n);
       logit_max = maximum(logit_max, last);
@@ -172,8 +182,8 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
   }
 
   const float unfit = sum(bad);
-  const RowResult result{best, sums.logit_max[0], sum(sums.sample), sum(sums.plain),
-                         sum(sums.entropy), unfit == 0.0f};
+  const RowResult result{
+      best, sums.logit_max[0], sum(sums.sample), sum(sums.plain), sum(sums.entropy), unfit == 0.0f};
   result.write(p, args, row, index, scale);
   if (!result.finite || scale != scale) return fill(sample, num_codes, __builtin_nanf(""));
   if (args.hard) {
@@ -221,7 +231,7 @@ void backward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
     const Float noisy_max = splat(stats[kNoisyMax * stride]);
     const Float inverse_sum = splat(stats[kInverseSum * stride]);
     const auto sample_of = [&](Float logit, Word word) {
-      const Float e = exp2_of((logit + gumbel(word) - noisy_max) * scale);
+      const Float e = exp2_of((add_gumbel(logit, word) - noisy_max) * scale);
       return e * inverse_sum;
     };
     Float dot{};
@@ -251,8 +261,8 @@ void backward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
     gradient.grad_kl = splat(args.grad_kl[row]);
     gradient.logit_max = splat(stats[kLogitMax * stride]);
     gradient.log2_sum = splat(stats[kLog2Sum * stride]);
-    gradient.constant = splat(static_cast<float>(__builtin_log(static_cast<double>(num_codes))) -
-                              args.kl[row]);
+    gradient.constant =
+        splat(static_cast<float>(__builtin_log(static_cast<double>(num_codes))) - args.kl[row]);
   }
   for (int64_t k = 0; k < num_codes; k += kLanes) {
     const int64_t rest = num_codes - k;
@@ -260,7 +270,8 @@ void backward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
     Float grad{};
     if (grads) {
       const Float y = whole ? load<Float>(scratch + k) : load_some(scratch + k, rest, 0.0f);
-      grad = gradient.of_sample(y, whole ? load_float(grads + k) : load_some(grads + k, rest, 0.0f));
+      grad =
+          gradient.of_sample(y, whole ? load_float(grads + k) : load_some(grads + k, rest, 0.0f));
     }
     if (args.grad_kl) {
       grad += gradient.of_kl(whole ? load_float(logits + k) : load_some(logits + k, rest, 0.0f));

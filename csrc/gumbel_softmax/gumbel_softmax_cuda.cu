@@ -1,10 +1,9 @@
 // CUDA registration of gumbel_softmax: guard, allocate, launch, check.
-#include "gumbel_softmax/gumbel_softmax_cuda.cuh"
-
 #include <torch/csrc/stable/accelerator.h>
 
 #include "common/stream.hpp"
 #include "gumbel_softmax/gumbel_softmax.hpp"
+#include "gumbel_softmax/gumbel_softmax_cuda.cuh"
 
 namespace dalle {
 namespace {

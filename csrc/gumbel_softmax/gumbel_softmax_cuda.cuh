@@ -1,7 +1,8 @@
 // CUDA kernels of gumbel_softmax: one block a row, either axis contiguous. No torch here.
 //
-// The plain version: forward reads the row three times (maxima, sums, result) and draws the noise anew
-// each time, backward twice. Correct first; not yet measured on a GPU. Letters: see gumbel_softmax.h.
+// The plain version: forward reads the row three times (maxima, sums, result) and draws the noise
+// anew each time, backward twice. Correct first; not yet measured on a GPU. Letters: see
+// gumbel_softmax.h.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -54,8 +55,8 @@ __device__ value_t block_reduce(value_t value, op_t op) {
   return parts[0];
 }
 
-// Calls visit(k, word) for this thread's share of the row's codes, four words of one Philox call at a
-// time.
+// Calls visit(k, word) for this thread's share of the row's codes, four words of one Philox call at
+// a time.
 template <typename visit_t>
 __device__ void for_codes(const GumbelSoftmaxParams& p, int64_t row, uint64_t seed, visit_t visit) {
   const int64_t first = row * p.num_codes, last = first + p.num_codes;

@@ -1,13 +1,15 @@
-// Vectors of DALLE_ISA_BYTES for gumbel_softmax_cpu.h: Philox in parallel lanes, the Gumbel transform,
-// exp2, 16-bit formats. GCC vector extensions, so that one source serves every instruction set; the
-// only intrinsics are the 32 x 32 -> 64 bit product (GCC finds none for a vector), max and the shuffles.
+// Vectors of DALLE_ISA_BYTES for gumbel_softmax_cpu.h: Philox in parallel lanes, the Gumbel
+// transform, exp2, 16-bit formats. GCC vector extensions, so that one source serves every
+// instruction set; the only intrinsics are the 32 x 32 -> 64 bit product (GCC finds none for a
+// vector), max and the shuffles.
 //
 // Accuracy against exact arithmetic, largest over all inputs (tests/cpp measures it): exp2 2 ulp,
-// gumbel 4e-7 absolute or 2 ulp. Everything has internal linkage; see csrc/common/host_device.h.
+// the noise 2e-7 absolute besides one rounding of the sum. Everything has internal linkage; see
+// csrc/common/host_device.h.
 #pragma once
 
-// GCC 12 takes the "undefined" vectors of its own immintrin.h, and vectors that are filled lane by lane,
-// for uninitialized ones.
+// GCC 12 takes the "undefined" vectors of its own immintrin.h, and vectors that are filled lane by
+// lane, for uninitialized ones.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 
@@ -94,8 +96,8 @@ inline PhiloxKeys philox_keys(uint64_t seed) {
   return keys;
 }
 
-// Words of kLanes / 2 subsequences, one in each 64-bit lane. Only the low half of a lane counts; what
-// stands in the high half falls out of the next product, so nothing is masked.
+// Words of kLanes / 2 subsequences, one in each 64-bit lane. Only the low half of a lane counts;
+// what stands in the high half falls out of the next product, so nothing is masked.
 struct PhiloxLanes {
   Wide c0, c1, c2, c3;
 
@@ -142,7 +144,8 @@ inline void random_words(const PhiloxKeys& keys, uint64_t call, uint32_t* out) {
 #endif
 }
 
-// -- functions --------------------------------------------------------------------------------------
+// -- functions
+// --------------------------------------------------------------------------------------
 
 // log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)]; relative error below 2^-23.
 inline Float log1p_reduced(Float f) {
@@ -165,9 +168,10 @@ inline Float split(Float x, Float& exponent) {
   return (Float)(bits - (e << 23)) - 1.0f;
 }
 
-// -log(-log u), u = (word + 1/2) 2^-32: for u near 1, log u = log(1 - v) with v = 1 - u made of the
-// complement of the word, so that no digit is lost at either end.
-inline Float gumbel(Word word) {
+// logit - log(-log u), u = (word + 1/2) 2^-32: for u near 1, log u = log(1 - v) with v = 1 - u made
+// of the complement of the word, so that no digit is lost at either end. The large part comes last,
+// so that only one rounding has the size of the result.
+inline Float add_gumbel(Float logit, Word word) {
   const Int near_one = (Int)(word >= kNearOne);
   const Word folded = word ^ (Word)near_one;
   const Float v = __builtin_convertvector(folded, Float) * 0x1p-32f + 0x1p-33f;
@@ -177,14 +181,15 @@ inline Float gumbel(Word word) {
   exponent = (Float)((Int)exponent & ~near_one);
   const Float exponential = -(exponent * kLn2 + log1p_reduced(f));
   f = split(exponential, exponent);
-  return -(exponent * kLn2 + log1p_reduced(f));
+  return (logit - log1p_reduced(f)) - exponent * kLn2;
 }
 
 // 2^x for x <= 0 (or slightly above): 0 below 2^-126, so that no denormal arises.
 inline Float exp2_of(Float x) {
   const Int vanishes = (Int)(x < -126.0f);
   x = maximum(x, splat(-126.0f));
-  const Float shifted = x + 0x1.8p23f;  // rounds to the nearest integer, which the low bits then hold
+  const Float shifted =
+      x + 0x1.8p23f;  // rounds to the nearest integer, which the low bits then hold
   const Float f = x - (shifted - 0x1.8p23f);
   Float q = splat(0.00015353357593994588f);
   q = q * f + 0.0013398876180872321f;
@@ -199,7 +204,8 @@ inline Float exp2_of(Float x) {
 
 inline float log2_of(float x) { return __builtin_log2f(x); }
 
-// -- storage formats ----------------------------------------------------------------------------------
+// -- storage formats
+// ----------------------------------------------------------------------------------
 
 struct Half {
   uint16_t bits;
@@ -234,7 +240,7 @@ inline void store_float(Half* p, Float v) {
   const Word tiny = (Word)((Float)magnitude + 0.5f) - 0x3F000000u;
   const Word normal = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
   const Word infinite = ((Word)(magnitude > 0x7F800000u) & 0x200) | 0x7C00;
-  const Word half = (Word)(magnitude >= 0x477FF000u) ? infinite
+  const Word half = (Word)(magnitude >= 0x477FF000u)  ? infinite
                     : (Word)(magnitude < 0x38800000u) ? tiny
                                                       : normal;
   store(p, __builtin_convertvector(half | (sign >> 16), Short));

@@ -6,7 +6,7 @@ Letters: K codebook size, R rows (all other axes in logical order).
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -35,8 +35,12 @@ class GumbelSoftmax(NamedTuple):
 
 def _scalar(name: str, value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`value` as a 0-d tensor on `device`, never reading the device."""
-    if not isinstance(value, Tensor):
+    kinds = (int, float) if dtype.is_floating_point else int
+    if isinstance(value, kinds):
         return torch.full((), value, dtype=dtype, device=device)
+    if not isinstance(value, Tensor):
+        what = "a float or 0-d tensor" if dtype.is_floating_point else "an int or int64 tensor"
+        raise TypeError(f"gumbel_softmax: {name} must be {what}, got {value!r}")
     if value.dim() != 0 or value.device != device:
         got = f"shape {tuple(value.shape)} on {value.device}"
         raise ValueError(f"gumbel_softmax: {name} must be a 0-d tensor on {device}, got {got}")
@@ -91,12 +95,12 @@ def gumbel_softmax(
             f"gumbel_softmax: dim must be an axis of logits that is not empty, got {dim} "
             f"for shape {tuple(logits.shape)}"
         )
-    if not isinstance(tau, Tensor) and not 0.0 < tau < math.inf:
+    if isinstance(tau, (int, float)) and not 0.0 < tau < math.inf:
         raise ValueError(f"gumbel_softmax: tau must be positive and finite, got {tau}")
-    if not isinstance(seed, (int, Tensor, type(None))):
-        raise TypeError(f"gumbel_softmax: seed must be an int or int64 tensor, got {seed!r}")
     if seed is None:
         seed = torch.randint(2**63 - 1, (), device=logits.device)
+    elif isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"gumbel_softmax: seed must fit 64 bits, got {seed}")
     tau = _scalar("tau", tau, torch.float64, logits.device)
     seed = _scalar("seed", seed, torch.int64, logits.device)
     if reference_in_use() or logits.dtype == torch.float64:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from dalle_ext import _native
+
 Tensor = torch.Tensor
 
 
@@ -34,7 +36,7 @@ def _words_fake(seed: Tensor, count: int) -> Tensor:
     return seed.new_empty((count,), dtype=torch.int32)
 
 
-if hasattr(torch.ops.dalle_ext, "_gumbel_softmax_forward"):
+if _native.CPU_PROBLEM is None:
     _forward = torch.ops.dalle_ext._gumbel_softmax_forward.default
     _backward = torch.ops.dalle_ext._gumbel_softmax_backward.default
     torch.library.register_fake("dalle_ext::_gumbel_softmax_forward", _forward_fake)
