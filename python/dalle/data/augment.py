@@ -46,7 +46,7 @@ def dvae_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndar
     """Listing 1 of the paper (appendix A.2): what the dVAE trains on.
 
     A random square of the shorter side s, resized to t uniform in
-    [min(s, round(9/8 size)), min(s, round(12/8 size))], then a random crop and a random mirror image.
+    [min(s, round(9/8 size)), min(s, round(12/8 size))], then a random crop, mirrored half the time.
 
     Args:
         image: (H, W, 3) uint8, both sides at least `size`.

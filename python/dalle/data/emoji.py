@@ -16,9 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
 from dalle.data.pairs import ArrayPairs
 from dalle.errors import DataError, EnvironmentProblem, UsageError
-from PIL import Image
 
 SPLITS = ("train", "heldout")
 HELD_OUT_SHARE = 0.06

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+
 from dalle.errors import DataError, UsageError
 
 BUILT_IN = ("shapes", "emoji")

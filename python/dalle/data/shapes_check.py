@@ -1,8 +1,8 @@
 """Reads a picture of `shapes` back into facts and holds them against a caption.
 
 The reader knows the palette and the four outlines but not the caption: background by the border,
-the colours present by solid areas, one mask per colour, connected pieces counted, each outline by the
-nearest of a bank of drawn templates, places and relations by centres. All of it runs on batches.
+the colours present by solid areas, one mask per colour, connected pieces counted, each outline by
+the nearest of a bank of drawn templates, places and relations by centres. It works on batches.
 """
 
 from __future__ import annotations

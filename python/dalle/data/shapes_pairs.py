@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
+
 from dalle.data.pairs import ArrayPairs
 from dalle.data.shapes import (
     BACKGROUNDS,
