@@ -130,7 +130,8 @@ def held_out(captions: tuple[str, ...], unique: np.ndarray | None = None) -> lis
     for caption in captions:
         for word in set(caption.split()):
             words[word] += 1
-    wanted, chosen = round(HELD_OUT_SHARE * len(toned)), []
+    wanted = round(HELD_OUT_SHARE * len(toned))
+    chosen: list[int] = []
     for i in sorted(toned, key=lambda i: (zlib.crc32(captions[i].encode()), i)):
         if len(chosen) == wanted:
             break

@@ -1,0 +1,40 @@
+"""`dalle tokenizer train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dalle.data.pairs import load_pairs
+from dalle.errors import EnvironmentProblem
+from dalle.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrainConfig:
+    """Learns a byte-level BPE from the captions of a data set.
+
+    Attributes:
+        data: shapes, emoji, or a folder of pictures with .txt captions.
+        out: folder to write tokenizer.json and config.json to.
+        vocab_size: at most so many tokens; 16,384 in the paper.
+    """
+
+    data: str
+    out: Path
+    vocab_size: int = 16384
+
+
+def train(config: TokenizerTrainConfig) -> None:
+    """Trains, saves, and prints what came out."""
+    pairs = load_pairs(config.data, image_size=32)
+    captions = list(dict.fromkeys(pairs.captions))
+    tokenizer = Tokenizer.train(captions, config.vocab_size)
+    try:
+        tokenizer.save_pretrained(config.out)
+    except OSError as error:
+        reason = error.strerror or error
+        raise EnvironmentProblem(f"save: {config.out} must be writable, got {reason}") from error
+    lengths = (tokenizer.encode(captions, 256) != Tokenizer.PAD).sum(1)
+    print(f"{tokenizer.vocab_size} tokens from {len(captions)} different captions: {config.out}")
+    print(f"tokens a caption: mean {lengths.float().mean():.1f}, longest {int(lengths.max())}")
