@@ -19,6 +19,9 @@ from dalle.configs import did_you_mean
 from dalle.errors import DalleError, UsageError
 
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
+    ("data", "check"): ("dalle.commands.data:check", "what a folder of pairs holds and lacks"),
+    ("data", "make-shapes"): ("dalle.commands.data:make_shapes", "draw the procedural set"),
+    ("tokenizer", "train"): ("dalle.commands.tokenizer:train", "learn a byte-level BPE"),
     ("env",): ("dalle.commands.env:env", "versions, devices, native objects and extras found"),
     ("plan",): ("dalle.commands.plan:plan", "parameters, memory and FLOPs of a prior preset"),
 }
