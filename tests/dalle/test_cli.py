@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import cli_target
+import dalle
+import pytest
+from cli_target import LoopOptions, ToyConfig
+from dalle import cli
+from dalle.cli import COMMANDS, load_target, main
+
+TOY = ["toy", "train", "--out", "x"]
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setitem(COMMANDS, ("toy", "train"), ("cli_target:train", "trains a toy"))
+    cli_target.SEEN.clear()
+
+
+def line_of(capsys):
+    heard = capsys.readouterr()
+    assert heard.out == "" and heard.err.count("\n") == 1, heard
+    assert "Traceback" not in heard.err
+    return heard.err.strip()
+
+
+def test_help_needs_no_torch_and_half_a_second():
+    code = (
+        "import sys\nfrom dalle.cli import main\nassert main(['--help']) == 0\n"
+        "print(sorted({'torch', 'numpy', 'tyro', 'yaml', 'PIL'} & set(sys.modules)))"
+    )
+    best = 9.0
+    for _ in range(3):
+        before = os.times()
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        after = os.times()
+        user = after.children_user - before.children_user
+        best = min(best, user + after.children_system - before.children_system)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("[]\n") and "usage: dalle COMMAND" in run.stdout
+    assert best < 0.5  # CPU seconds: the wall clock hangs on the machine's load
+
+
+def test_import_dalle_needs_no_torch_and_names_are_lazy():
+    code = "import sys, dalle; assert 'torch' not in sys.modules; print(dir(dalle))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "DiscreteVAE" in run.stdout
+    with pytest.raises(AttributeError, match="module 'dalle' has no attribute 'Dalle'"):
+        dalle.Dalle  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["DiscreteVAE", "Pipeline", "Prior", "Tokenizer"])
+def test_lazy_names_resolve(name):
+    if find_spec(dalle._HOMES[name]) is None:
+        pytest.skip(f"{dalle._HOMES[name]} is not there yet")
+    assert getattr(dalle, name).__name__ == name
+
+
+def test_module_and_version():
+    run = subprocess.run(
+        [sys.executable, "-m", "dalle", "--version"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == f"dalle {dalle.__version__}\n"
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'version = "{dalle.__version__}"' in pyproject
+
+
+@pytest.mark.parametrize("verb", list(COMMANDS))
+def test_every_command_has_a_target_with_a_dataclass(verb, capsys):
+    function, config_type = load_target(verb)
+    assert callable(function) and dataclasses.is_dataclass(config_type)
+    assert config_type.__dataclass_params__.frozen
+    with pytest.raises(SystemExit) as stop:
+        main([*verb, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: dalle {' '.join(verb)}" in capsys.readouterr().out
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {' '.join(verb)} " in out for verb in COMMANDS)
+    assert main(["toy"]) == main(["toy", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "trains a toy" in out and "\n  env" not in out
+
+
+def test_options_fill_the_dataclass():
+    words = "--batch-size 4 --grid 2 3 --mode column --quick --top 5 --words a b --steps=9"
+    assert main([*TOY, *words.split()]) == 0
+    assert cli_target.SEEN == [
+        ToyConfig(
+            loop=LoopOptions(out=Path("x"), steps=9),
+            batch_size=4,
+            grid=(2, 3),
+            mode="column",
+            quick=True,
+            top=5,
+            words=("a", "b"),
+        )  # fmt: skip
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["tyo"], r"command must be one of .*toy, got tyo \(did you mean toy\?\)"),
+        (["toy", "trian"], r"dalle toy: command must be one of train, got trian \(did you mean"),
+        ([*TOY, "--bach-size", "3"], r"--bach-size is not an option \(did you mean --batch-size\?"),
+        ([*TOY, "--zzz"], r"--zzz is not an option$"),
+        ([*TOY, "--batch-size", "many"], "Error parsing --batch-size: .*'many'"),
+        ([*TOY, "--mode", "diagonal"], r"invalid choice 'diagonal' .*'row', 'column'"),
+        ([*TOY, "--batch-size"], "batch-size"),
+        (["toy", "train"], "--out"),
+        ([*TOY, "--batch-size", "0"], "toy: batch_size must be 1 or more, got 0"),
+        ([*TOY, "--config"], "--config must be followed by a file"),
+        ([*TOY, "--config", "no/such.yaml"], "no/such.yaml: must be a readable file"),
+        ([*TOY, "stray"], "stray"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(capsys, words, match):
+    assert main(words) == 2
+    assert re.search(match, line_of(capsys))
+    assert cli_target.SEEN == []
+
+
+@pytest.mark.parametrize(
+    ("fail", "code", "match"),
+    [
+        ("numbers", 5, "toy: loss must be finite, got nan"),
+        ("interrupted", 6, "toy: stopped"),
+        ("keyboard", 130, "stopped by the keyboard"),
+        ("disk", 4, "dalle: out/x: No space left on device"),
+        ("file", 3, "dalle: in/x: No such file or directory"),
+        ("memory", 4, "out of memory"),
+        ("bug", 1, "KeyError: 'oops' .--debug"),
+    ],
+)
+def test_errors_are_one_line_and_their_exit_code(capsys, fail, code, match):
+    assert main([*TOY, "--fail", fail]) == code
+    assert re.search(match, line_of(capsys))
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main([*TOY, "--fail", "bug", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_config_file_fills_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "toy.yaml"
+    path.write_text(
+        "batch_size: 4\nquick: true\ngrid: [2, 3]\nloop: {out: y, steps: 7}\nlr: 1e-5\n"
+    )
+    assert main(["toy", "train", "--config", str(path), "--steps", "8"]) == 0
+    expected = ToyConfig(
+        loop=LoopOptions(out=Path("y"), steps=8), batch_size=4, quick=True, grid=(2, 3), lr=1e-5
+    )
+    assert cli_target.SEEN == [expected]
+    path.write_text("")
+    assert main([*TOY, f"--config={path}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("bath_size: 4", r"toy.yaml: bath_size is not an option \(did you mean batch_size\?\)"),
+        ("loop: {stps: 4}", r"loop: stps is not an option \(did you mean steps\?\)"),
+        ("[1, 2]", "must be a mapping of options, got list"),
+        ("a: [", "must be plain YAML"),
+        ("a: !!python/object/apply:os.system ['touch pwned']", "must be plain YAML"),
+        ("batch_size: many", "many"),
+    ],
+)
+def test_bad_config_files_are_one_line(tmp_path, monkeypatch, capsys, text, match):
+    monkeypatch.chdir(tmp_path)
+    Path("toy.yaml").write_text(text)
+    assert main([*TOY, "--config", "toy.yaml"]) == 2
+    assert re.search(match, line_of(capsys))
+    assert not Path("pwned").exists() and cli_target.SEEN == []
+
+
+def test_closed_pipe_is_quiet():
+    code = f"{sys.executable} -m dalle --help | true"
+    run = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+    assert run.stderr == ""
+
+
+def test_describe_error_never_has_two_lines():
+    line, code = cli.describe_error(RuntimeError("\nfirst\nsecond"))
+    assert code == 1 and "second" not in line and "first" in line

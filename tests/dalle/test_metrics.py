@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import errno
+import json
+import math
+import sys
+
+import pytest
+import torch
+from dalle.train import metrics
+from dalle.train.loop import train
+from dalle.train.metrics import Metrics, duration, read_metrics
+from tiny_task import TinyTask, config
+
+
+def test_one_record_per_interval_with_all_keys(tmp_path):
+    train(TinyTask(), config(tmp_path, steps=7, log_every=3))
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records] == [3, 6, 7]
+    keys = {"step", "loss", "grad_norm", "lr", "steps_per_second", "images_per_second"}
+    assert all(set(r) == keys | {"seconds", "eta"} for r in records)
+    assert records[-1]["eta"] == 0 and records[0]["eta"] > 0
+    for record in records:
+        ratio = record["images_per_second"] / record["steps_per_second"]
+        assert ratio == pytest.approx(8)
+    assert records[0]["lr"] == pytest.approx(0.05 * 3 / 4)
+
+
+def test_values_are_means_over_the_interval(tmp_path):
+    log = Metrics(tmp_path, name="x", start=0, steps=4)
+    log.add({"loss": torch.tensor(1.0), "rare": 7})
+    log.add({"loss": 3.0})
+    first = log.write(2, 0.1)
+    log.add({"loss": 5.0})
+    second = log.write(3, 0.1)
+    log.close()
+    assert (first["loss"], first["rare"]) == (2.0, 7.0)
+    assert second["loss"] == 5.0 and "rare" not in second and log.last == second
+
+
+def test_lines_are_there_at_once(tmp_path):
+    log = Metrics(tmp_path, name="x", start=0, steps=4)
+    log.add({"loss": 1.0})
+    log.write(1, 0.1)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+    log.close()
+
+
+def test_nonfinite_values_are_null_not_broken_json(tmp_path):
+    log = Metrics(tmp_path, name="x", start=0, steps=4)
+    log.add({"loss": 1.0, "psnr": math.inf})
+    log.write(1, 0.1)
+    log.close()
+    line = (tmp_path / "metrics.jsonl").read_text()
+    record = json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    assert record["psnr"] is None
+
+
+def test_records_after_the_resumed_step_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": s, "loss": s}) for s in (2, 4, 6)]
+    path.write_text("\n".join(lines) + '\n{"step": 8, "lo')
+    log = Metrics(tmp_path, name="x", start=4, steps=8)
+    log.add({"loss": 0.5})
+    log.write(5, 0.1)
+    log.close()
+    assert [r["step"] for r in read_metrics(path)] == [2, 4, 5]
+
+
+def test_log_lines_without_a_terminal(tmp_path, capsys):
+    train(TinyTask(), config(tmp_path, steps=6, log_every=3))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("tiny 3/6 loss ")
+    assert "steps/s, ETA 0:0" in lines[0]
+
+
+def test_progress_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    train(TinyTask(), config(tmp_path, steps=6, log_every=3))
+    shown = capsys.readouterr().err
+    assert "tiny: " in shown and "6/6" in shown and "steps/s, ETA" not in shown
+
+
+def test_a_full_disk_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
+    class Full:
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(metrics, "open", lambda *a, **k: Full(), raising=False)
+    assert train(TinyTask(), config(tmp_path)).step == 20
+    assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (61.4, "1:01"), (3599.9, "1:00:00"), (90061, "25:01:01")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text

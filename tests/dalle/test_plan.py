@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from dalle.cli import main
+from dalle.errors import UsageError
+from dalle.plan import flops, make_plan, memory, parameters
+from dalle.prior import PRESETS, Prior, PriorConfig
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_parameters_are_those_of_the_module(preset):
+    with torch.device("meta"):
+        model = Prior(PRESETS[preset])
+    counted = parameters(PRESETS[preset])
+    assert counted["total"] == sum(p.numel() for p in model.parameters())
+    layers = sum(p.numel() for p in model.layers.parameters())
+    final = sum(p.numel() for p in model.norm.parameters())
+    assert counted["attention"] + counted["mlp"] + counted["norms"] == layers + final
+    heads = [*model.text_head.parameters(), *model.image_head.parameters()]
+    assert counted["unembeddings"] == sum(p.numel() for p in heads)
+
+
+def test_padded_targets_are_one_more_class():
+    config = PriorConfig(d_model=32, num_heads=2, num_layers=2, text_targets="padded")
+    with torch.device("meta"):
+        model = Prior(config)
+    assert parameters(config)["total"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "billions"), [(1920, 30, 2.83), (2688, 42, 5.55), (3968, 62, 12.09)]
+)
+def test_effective_counts_of_the_paper(width, heads, billions):
+    config = PriorConfig(d_model=width, num_heads=heads, num_layers=64)
+    assert round(parameters(config)["effective"] / 1e9, 2) == billions
+
+
+def test_the_paper_model():
+    plan = make_plan("12b", PRESETS["12b"], 1)
+    assert (plan["d_model"], plan["num_heads"], plan["num_layers"]) == (3968, 62, 64)
+    assert plan["positions"] == 1280
+    assert plan["layers"] == {"row": 47, "column": 16, "conv": 1}
+    # a 16-bit copy of the weights is about 24 GB, as the paper says
+    assert memory(PRESETS["12b"], 1, "paper")["weights"] == pytest.approx(24.6e9, rel=0.01)
+
+
+def test_flops_count_what_a_small_step_does():
+    """torch's own counter sees the matrices; attention is counted from its mask."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from dalle_ext import use_reference
+
+    config = PriorConfig(
+        text_vocab=50, image_vocab=30, text_len=6, grid=(4, 4), d_model=32, num_heads=2,
+        num_layers=3, kernel_size=3,
+    )  # fmt: skip
+    model, batch = Prior(config), 2
+    text = torch.randint(0, 50, (batch, 5))
+    image = torch.randint(0, 30, (batch, 16))
+    with use_reference(), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(text, image)
+    counts = flops(config, batch)
+    dense = 4 * config.d_model * config.length**2 * config.num_layers * batch
+    measured = counter.get_total_flops()
+    assert measured - dense == counts["forward_matrices"] + counts["forward_logits"]
+    pairs = sum(int(pattern.mask().sum()) for pattern in config.patterns())
+    assert counts["forward_attention"] == 4 * config.d_model * pairs * batch
+    forward = sum(counts[f"forward_{part}"] for part in ("matrices", "attention", "logits"))
+    assert counts["step"] == 3 * forward
+    assert counts["per_token"] == pytest.approx(3 * forward / batch / config.length)
+
+
+def test_per_token_is_about_six_n():
+    counts, count = flops(PRESETS["12b"], 1), parameters(PRESETS["12b"])
+    assert counts["per_token"] / (6 * count["effective"]) == pytest.approx(1, abs=0.05)
+
+
+def test_kept_activations_cover_what_autograd_keeps():
+    """The estimate lies near the bytes that autograd saves in a real forward pass."""
+    from dalle_ext import use_reference
+
+    config = PriorConfig(
+        text_vocab=64, image_vocab=64, text_len=16, grid=(8, 8), d_model=256, num_heads=4,
+        num_layers=4, kernel_size=3,
+    )  # fmt: skip
+    model, kept = Prior(config), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    text, image = torch.zeros(4, 15, dtype=torch.long), torch.zeros(4, 64, dtype=torch.long)
+    with use_reference(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(text, image).loss
+    assert loss.requires_grad
+    estimate = memory(config, 4, "fp32")["activations"]
+    # the reference keeps the score matrices too, and the nonlinearity its factors
+    scores = 2 * 4 * config.num_layers * 4 * config.num_heads * config.length**2
+    assert 0.7 * estimate < sum(kept.values()) < 1.5 * estimate + scores
+
+
+def test_memory_adds_up_and_grows_with_the_batch():
+    for precision in ("fp32", "bf16", "paper"):
+        parts = memory(PRESETS["base"], 2, precision)
+        fixed = sum(parts[p] for p in ("weights", "gradients", "moments", "average", "logits"))
+        assert parts["total"] == fixed + parts["activations"]
+        assert parts["activations_checkpointed"] < parts["activations"]
+        one = memory(PRESETS["base"], 1, precision)
+        assert parts["activations"] == 2 * one["activations"] and parts["weights"] == one["weights"]
+
+
+def test_command(capsys):
+    assert main(["plan", "--preset", "12b", "--batch", "2", "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert plan["parameters"] == parameters(PRESETS["12b"]) and plan["batch"] == 2
+    assert main(["plan"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"prior {name}:" in out for name in PRESETS)
+    assert main(["plan", "--preset", "12bb"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "got 12bb (did you mean 12b?)" in error
+    assert main(["plan", "--batch", "0"]) == 2
+    with pytest.raises(UsageError, match="batch must be 1 or more, got 0"):
+        make_plan("base", PRESETS["base"], 0)
