@@ -26,7 +26,12 @@ struct AttentionTiles {
     const int32_t num_strips = static_cast<int32_t>(ceil_div(length, kTile));
     strip_begin.push_back(0);
     for (int32_t strip = 0; strip < num_strips; ++strip) {
-      for (int32_t panel = 0; panel <= strip; ++panel) add_tile(strip, panel, length);
+      // Image panels between the text and the earliest image key in sight are empty.
+      const int32_t sight = earliest_image_place(r, strip * kTile);
+      for (int32_t panel = 0; panel <= strip; ++panel) {
+        const int32_t first = panel * kTile, last = first + kTile - 1;
+        if (first < r.text_len || last >= sight) add_tile(strip, panel, length);
+      }
       strip_begin.push_back(static_cast<int32_t>(tiles.size()));
     }
   }
@@ -53,7 +58,19 @@ struct AttentionTiles {
   }
 
  private:
+  // No query at or after `place` of the walk sees an image key of an earlier place than this.
+  static int32_t earliest_image_place(const AttentionRule& r, int32_t place) {
+    if (place <= r.text_len || r.kind == AttentionKind::kCausal) return r.text_len;
+    if (r.kind == AttentionKind::kRow) return place - r.columns;
+    if (r.kind == AttentionKind::kConv) return place - r.runs[2 * r.num_runs - 1] + 1;
+    return place - (place - r.text_len) % r.rows;  // the top of its column
+  }
+
   void add_tile(int32_t strip, int32_t panel, int32_t length) {
+    if (strip * kTile >= rule.text_len && (panel + 1) * kTile <= rule.text_len) {
+      tiles.push_back({panel, -1});
+      return;
+    }
     AttentionTileMask mask = {};
     bool any = false, full = true;
     for (int32_t r = 0; r < kTile && strip * kTile + r < length; ++r) {
