@@ -1,6 +1,6 @@
 """gumbel_softmax beside torch: F.gumbel_softmax alone, and the same by hand with argmax and KL.
 
-Ours gives sample, argmax of the noisy logits and KL in one pass; `F.gumbel_softmax` only the sample.
+Ours gives sample, argmax of the noisy logits and KL in one pass, F.gumbel_softmax only the sample.
 """
 
 from __future__ import annotations

@@ -78,13 +78,15 @@ def test_compiles_with_float_tau_and_fresh_seeds():
     assert (first.sum(1) - 1).abs().max() < 1e-5
 
 
-@pytest.mark.slow
 def test_compiles_with_inductor():
-    logits = torch.randn(4, 16)
-    compiled = torch.compile(lambda x: dalle_ext.gumbel_softmax(x * 2, 0.5, seed=1), fullgraph=True)
-    wanted = dalle_ext.gumbel_softmax(logits * 2, 0.5, seed=1)
-    for a, b in zip(wanted, compiled(logits), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
+    logits = torch.randn(4, 16)  # only the op in the graph: nothing for a C++ compiler to do
+
+    def draw(x):
+        return dalle_ext.gumbel_softmax(x, TAU, seed=SEED)
+
+    compiled = torch.compile(draw, fullgraph=True)
+    for a, b in zip(draw(logits), compiled(logits), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_exports():
