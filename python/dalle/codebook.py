@@ -1,0 +1,136 @@
+"""Codebook health, and a codebook to begin with.
+
+A dVAE trained for minutes from scratch collapses to a few dozen codes. The cure of the toy recipes
+(not in the paper): train a continuous autoencoder first, cluster its codes, and set both 1x1
+convolutions around the relaxation so that the logits are minus the squared distances to the
+cluster centres. `docs/log.md` has the numbers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dalle.dvae import DiscreteVAE
+from dalle.errors import UsageError
+from dalle.likelihood import map_pixels
+
+
+class CodebookHealth(NamedTuple):
+    """How much of the codebook a set of tokens uses.
+
+    Attributes:
+        used: number of different codes.
+        size: K.
+        perplexity: exp of the entropy of the code frequencies, 1 .. K.
+    """
+
+    used: int
+    size: int
+    perplexity: float
+
+    def collapsed(self, num_tokens: int) -> bool:
+        """Whether under 5 % of the codes that could have been used were (needs >= 4 K tokens)."""
+        return num_tokens >= 4 * self.size and self.used < 0.05 * self.size
+
+    def in_words(self) -> str:
+        """One line for a person."""
+        share = 100 * self.used / self.size
+        return (
+            f"{self.used} of {self.size} codes used ({share:.0f} %), "
+            f"perplexity {self.perplexity:.0f}"
+        )
+
+
+def codebook_health(counts: Tensor) -> CodebookHealth:
+    """Health from the count of each code, (K,) integers."""
+    total = counts.sum().clamp_min(1)
+    share = counts.double() / total
+    entropy = -(share * share.clamp_min(1e-300).log()).sum()
+    return CodebookHealth(int((counts > 0).sum()), len(counts), float(entropy.exp()))
+
+
+def kmeans(points: Tensor, num_centers: int, *, iterations: int, seed: int) -> tuple[Tensor, float]:
+    """Lloyd's algorithm; empty clusters restart at the points farthest from their centre.
+
+    Args:
+        points: (N, C) float, N >= num_centers.
+        num_centers: clusters.
+        iterations: passes over the points.
+        seed: of the choice of first centres.
+
+    Returns:
+        (num_centers, C) centres and the mean squared distance to the nearest of them.
+
+    Raises:
+        UsageError: fewer points than centres.
+    """
+    if len(points) < num_centers:
+        raise UsageError(f"kmeans: points must be at least {num_centers}, got {len(points)}")
+    generator = torch.Generator().manual_seed(seed)
+    centers = points[torch.randperm(len(points), generator=generator)[:num_centers]].clone()
+    for _ in range(iterations):
+        nearest, distance = _nearest(points, centers)
+        counts = torch.bincount(nearest, minlength=num_centers)
+        sums = torch.zeros_like(centers).index_add_(0, nearest, points)
+        centers = sums / counts.clamp_min(1)[:, None]
+        empty = (counts == 0).nonzero()[:, 0]
+        if len(empty):
+            centers[empty] = points[distance.topk(len(empty)).indices]
+    return centers, float(_nearest(points, centers)[1].mean())
+
+
+def _nearest(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the nearest centre of each point and the squared distance to it."""
+    norms = centers.square().sum(1)
+    index, distance = [], []
+    for part in points.split(4096):
+        value, where = torch.addmm(norms, part, centers.t(), alpha=-2).min(1)
+        index.append(where)
+        distance.append(value + part.square().sum(1))
+    return torch.cat(index), torch.cat(distance).clamp_min(0)
+
+
+@torch.no_grad()
+def init_codebook(
+    vae: DiscreteVAE,
+    images: Tensor,
+    *,
+    sharpness: float,
+    iterations: int,
+    max_points: int,
+    seed: int,
+) -> float:
+    """Sets the codebook to cluster centres of the encoder's features on `images`.
+
+    Afterwards the logits are -sharpness * |feature - centre|^2 / (mean squared distance), up to a
+    term equal for all codes, and the decoder's codebook vectors are the centres.
+
+    Args:
+        vae: a model with a patch stem.
+        images: (N, 3, H, W) in [0, 1].
+        sharpness: how decided the first logits are.
+        iterations: passes of k-means.
+        max_points: features clustered at most (a random subset).
+        seed: of the subset and the first centres.
+
+    Returns:
+        The mean squared distance of a feature to its centre.
+    """
+    if vae.config.stem != "patch":
+        raise UsageError(f"init_codebook: stem must be 'patch', got {vae.config.stem!r}")
+    features = [vae.encoder.features(map_pixels(part)) for part in images.split(256)]
+    points = torch.cat([f.permute(0, 2, 3, 1).flatten(0, 2) for f in features])
+    if len(points) > max_points:
+        generator = torch.Generator().manual_seed(seed)
+        points = points[torch.randperm(len(points), generator=generator)[:max_points]]
+    centers, spread = kmeans(points, vae.num_tokens, iterations=iterations, seed=seed)
+    scale = sharpness / max(spread, 1e-12)
+    logits_conv, codebook_conv = vae.encoder.logits_conv(), vae.decoder.codebook_conv()
+    logits_conv.w.copy_(2 * scale * centers[:, :, None, None])
+    logits_conv.b.copy_(-scale * centers.square().sum(1))
+    codebook_conv.w.copy_(centers.t()[:, :, None, None])
+    codebook_conv.b.zero_()
+    return spread

@@ -1,0 +1,244 @@
+"""The discrete VAE: pictures to a grid of tokens and back (paper 2.1, appendix A).
+
+Letters: B batch, K codebook size, H and W pixels, h = H / factor, w = W / factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from dalle.configs import did_you_mean
+from dalle.pretrained import load_config, load_weights, save_pretrained
+from torch import Tensor, nn
+
+import dalle_ext
+from dalle.dvae_blocks import Decoder, Encoder, PatchDecoder, PatchEncoder
+from dalle.errors import UsageError
+from dalle.likelihood import expected_pixels, logit_laplace_log_prob, map_pixels
+
+CHANNELS = 3
+STEMS = ("released", "patch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscreteVAEConfig:
+    """Sizes of the discrete VAE; the defaults are the released model's.
+
+    Attributes:
+        group_count: resolutions; the grid is 2^(group_count - 1) times coarser than the picture.
+        n_hid: width of the blocks at full resolution, a multiple of 4 (of 8 with a patch stem).
+        n_blk_per_group: residual blocks at each resolution; with a patch stem, per-position
+            blocks in the encoder and in the decoder.
+        n_init: width of a codebook vector.
+        vocab_size: K, the number of codes.
+        stem: "released", or "patch": blocks at grid resolution only (not in the paper).
+        patch: pixels a token covers along each side, with the patch stem.
+    """
+
+    group_count: int = 4
+    n_hid: int = 256
+    n_blk_per_group: int = 2
+    n_init: int = 128
+    vocab_size: int = 8192
+    stem: str = "released"
+    patch: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("group_count", "n_hid", "n_blk_per_group", "n_init", "vocab_size", "patch"):
+            if getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise UsageError(f"DiscreteVAE: {name} must be at least 1, got {value}")
+        if self.stem not in STEMS:
+            raise UsageError(f"DiscreteVAE: stem must be one of {STEMS}, got {self.stem!r}")
+        multiple = 4 if self.stem == "released" else 8
+        if self.n_hid % multiple:
+            raise UsageError(
+                f"DiscreteVAE: n_hid must be a multiple of {multiple}, got {self.n_hid}"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Pixels a token covers along each side."""
+        return 2 ** (self.group_count - 1) if self.stem == "released" else self.patch
+
+
+PRESETS = {
+    "tiny": DiscreteVAEConfig(
+        group_count=3, n_hid=32, n_blk_per_group=1, n_init=32, vocab_size=512
+    ),
+    "small": DiscreteVAEConfig(
+        group_count=4, n_hid=64, n_blk_per_group=1, n_init=64, vocab_size=2048
+    ),
+    "base": DiscreteVAEConfig(n_hid=128),
+    "paper": DiscreteVAEConfig(),
+}
+
+
+class DVAEOutput(NamedTuple):
+    """What training needs of one forward pass; scalars are means over the batch.
+
+    Attributes:
+        loss: (-sum ln f + kl_weight * sum over positions of KL) / (H W 3), in nats per value.
+        nll: -sum ln f / (H W 3), in nats per value; a density, may be negative.
+        kl: KL to the uniform categorical in nats per position, 0 .. ln K.
+        index: (B, h, w) int64, argmax of the noisy logits.
+        mu: (B, 3, H, W), location of the likelihood on the logit scale.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+    index: Tensor
+    mu: Tensor
+
+
+class DiscreteVAE(nn.Module):
+    """Encoder, Gumbel-softmax relaxation and decoder.
+
+    `encoder` and `decoder` carry the released parameter names; the encoder takes mapped pixels
+    and gives logits, the decoder takes one-hot or relaxed tokens.
+    """
+
+    def __init__(self, config: DiscreteVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.stem == "released":
+            sizes = {
+                "group_count": config.group_count,
+                "n_hid": config.n_hid,
+                "n_blk_per_group": config.n_blk_per_group,
+                "vocab_size": config.vocab_size,
+                "channels": CHANNELS,
+            }
+            self.encoder = Encoder(**sizes)
+            self.decoder = Decoder(**sizes, n_init=config.n_init)
+        else:
+            patch_sizes = {
+                "patch": config.patch,
+                "n_hid": config.n_hid,
+                "n_blk": config.n_blk_per_group,
+                "n_init": config.n_init,
+                "vocab_size": config.vocab_size,
+                "channels": CHANNELS,
+            }
+            self.encoder = PatchEncoder(**patch_sizes)
+            self.decoder = PatchDecoder(**patch_sizes)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> DiscreteVAE:
+        """A new model of size "tiny", "small", "base" or "paper"; `overrides` replace fields.
+
+        Raises:
+            UsageError: unknown preset or a value out of range.
+        """
+        if name not in PRESETS:
+            known, hint = ", ".join(PRESETS), did_you_mean(name, PRESETS)
+            raise UsageError(f"DiscreteVAE: preset must be one of {known}, got {name!r}{hint}")
+        return cls(replace(PRESETS[name], **overrides))
+
+    @classmethod
+    def from_pretrained(cls, directory: Path | str) -> DiscreteVAE:
+        """The model that `save_pretrained` wrote. Raises CheckpointError for anything else."""
+        model = cls(load_config(directory, cls.__name__, DiscreteVAEConfig))
+        load_weights(model, directory)
+        return model.eval()
+
+    def save_pretrained(self, directory: Path | str) -> None:
+        """Writes config.json and model.safetensors."""
+        save_pretrained(self, directory, self.config)
+
+    @property
+    def num_tokens(self) -> int:
+        """K, the size of the codebook."""
+        return self.config.vocab_size
+
+    @property
+    def factor(self) -> int:
+        """Pixels a token covers along each side."""
+        return self.config.factor
+
+    def grid(self, image_size: int) -> tuple[int, int]:
+        """(rows, columns) of tokens of a square picture of `image_size` pixels."""
+        if image_size < 1 or image_size % self.factor:
+            raise UsageError(
+                f"DiscreteVAE: image_size must be a multiple of {self.factor}, got {image_size}"
+            )
+        return image_size // self.factor, image_size // self.factor
+
+    def codebook(self) -> Tensor:
+        """(K, n_init): the decoder's first 1x1 convolution seen as vectors."""
+        return self.decoder.codebook_conv().w[:, :, 0, 0].t()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, K, h, w)."""
+        self._check_images(images)
+        return self.encoder(map_pixels(images))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, h, w) int64 tokens, argmax of the logits (paper 2.2)."""
+        return self.logits(images).argmax(1)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """(B, h, w) int64 -> (B, 3, H, W) in [0, 1].
+
+        The one-hot through the first 1x1 convolution is a table look-up, so none is formed.
+
+        Raises:
+            UsageError: tokens are not (B, h, w) integers in [0, K).
+        """
+        if tokens.dim() != 3 or tokens.dtype != torch.int64:
+            got = f"{tuple(tokens.shape)} {tokens.dtype}"
+            raise UsageError(f"DiscreteVAE.decode: tokens must be (B, h, w) int64, got {got}")
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.num_tokens:
+            got = f"{int(tokens.min())} .. {int(tokens.max())}"
+            top = self.num_tokens - 1
+            raise UsageError(f"DiscreteVAE.decode: tokens must lie in 0 .. {top}, got {got}")
+        codes = nn.functional.embedding(tokens, self.codebook()) + self.decoder.codebook_conv().b
+        maps = self.decoder.from_codes(codes.permute(0, 3, 1, 2))
+        return expected_pixels(maps[:, :CHANNELS])
+
+    def forward(
+        self, images: Tensor, *, tau: float, kl_weight: float, seed: int | Tensor | None = None
+    ) -> DVAEOutput:
+        """The evidence lower bound of stage 1 (paper Eq. 1 and A.2).
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], sides divisible by `factor`.
+            tau: temperature of the relaxation, positive.
+            kl_weight: beta in the paper's units (6.6 there).
+            seed: of the Gumbel noise; None draws one from torch's generator.
+        """
+        relaxed = dalle_ext.gumbel_softmax(self.logits(images), tau, dim=1, seed=seed)
+        mu, nll = self.likelihood(images, self.decoder(relaxed.sample))
+        positions = relaxed.kl.shape[1] * relaxed.kl.shape[2]
+        values = images.shape[1] * images.shape[2] * images.shape[3]
+        kl = relaxed.kl.mean()
+        return DVAEOutput(nll + kl_weight * kl * positions / values, nll, kl, relaxed.index, mu)
+
+    def autoencode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(mu, nll) with the encoder's features straight into the decoder: no codes at all.
+
+        The warm start of the toy recipes (not in the paper); patch stem only, where features and
+        codebook vectors have the same width.
+        """
+        self._check_images(images)
+        codes = self.encoder.features(map_pixels(images))
+        return self.likelihood(images, self.decoder.from_codes(codes))
+
+    def likelihood(self, images: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """(mu, -ln f per value) of `images` under the decoder's six maps."""
+        mu, ln_b = maps[:, :CHANNELS], maps[:, CHANNELS:]
+        return mu, -logit_laplace_log_prob(map_pixels(images), mu, ln_b).mean()
+
+    def _check_images(self, images: Tensor) -> None:
+        fits = images.dim() == 4 and images.shape[1] == CHANNELS and images.is_floating_point()
+        if not fits or images.shape[2] % self.factor or images.shape[3] % self.factor:
+            raise UsageError(
+                f"DiscreteVAE: images must be float (B, {CHANNELS}, H, W) with sides divisible by "
+                f"{self.factor}, got {tuple(images.shape)} {images.dtype}"
+            )

@@ -1,0 +1,222 @@
+"""Encoder and decoder of the discrete VAE: parameter names and shapes of the released ones.
+
+Pre-activation bottleneck blocks without normalisation; the residual branch is multiplied by
+1 / n_layers^2 (paper A.1). Module names are the released ones, so those weights fit. Letters: B
+batch, K codebook size, H and W pixels, h and w grid positions, n_hid width of the last-resolution
+block.
+
+The patch form (`stem="patch"`) is ours, for small pictures and minutes on a CPU: one
+convolution cuts the picture into patches, blocks work at grid resolution, and a last 1x1
+convolution paints each patch. `docs/log.md` has the comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Conv2d(nn.Module):
+    """Stride-1, zero-padded convolution whose parameters are named `w` and `b`, as released."""
+
+    def __init__(self, n_in: int, n_out: int, kw: int, *, stride: int = 1) -> None:
+        super().__init__()
+        self.kw, self.stride = kw, stride
+        self.w = nn.Parameter(torch.empty(n_out, n_in, kw, kw))
+        self.b = nn.Parameter(torch.zeros(n_out))
+        nn.init.normal_(self.w, std=1 / math.sqrt(n_in * kw**2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = 0 if self.stride > 1 else (self.kw - 1) // 2
+        return F.conv2d(x, self.w, self.b, stride=self.stride, padding=padding)
+
+
+class EncoderBlock(nn.Module):
+    """3x3, 3x3, 3x3, 1x1 bottleneck; the skip path has a 1x1 where the width changes."""
+
+    def __init__(self, n_in: int, n_out: int, n_layers: int) -> None:
+        super().__init__()
+        n_hid = n_out // 4
+        self.post_gain = 1 / n_layers**2
+        self.id_path = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        self.res_path = _sequence(
+            ("relu_1", nn.ReLU()),
+            ("conv_1", Conv2d(n_in, n_hid, 3)),
+            ("relu_2", nn.ReLU()),
+            ("conv_2", Conv2d(n_hid, n_hid, 3)),
+            ("relu_3", nn.ReLU()),
+            ("conv_3", Conv2d(n_hid, n_hid, 3)),
+            ("relu_4", nn.ReLU()),
+            ("conv_4", Conv2d(n_hid, n_out, 1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.id_path(x) + self.post_gain * self.res_path(x)
+
+
+class DecoderBlock(nn.Module):
+    """1x1, 3x3, 3x3, 3x3 bottleneck: the 1x1 stands at the other end than in the encoder."""
+
+    def __init__(self, n_in: int, n_out: int, n_layers: int) -> None:
+        super().__init__()
+        n_hid = n_out // 4
+        self.post_gain = 1 / n_layers**2
+        self.id_path = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        self.res_path = _sequence(
+            ("relu_1", nn.ReLU()),
+            ("conv_1", Conv2d(n_in, n_hid, 1)),
+            ("relu_2", nn.ReLU()),
+            ("conv_2", Conv2d(n_hid, n_hid, 3)),
+            ("relu_3", nn.ReLU()),
+            ("conv_3", Conv2d(n_hid, n_hid, 3)),
+            ("relu_4", nn.ReLU()),
+            ("conv_4", Conv2d(n_hid, n_out, 3)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.id_path(x) + self.post_gain * self.res_path(x)
+
+
+class PatchBlock(nn.Module):
+    """x + conv_2(relu(conv_1(norm(x)))): a per-position network, or one with 3x3 context."""
+
+    def __init__(self, width: int, kw: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.conv_1 = Conv2d(width, 2 * width if kw == 1 else width, kw)
+        self.conv_2 = Conv2d(2 * width if kw == 1 else width, width, 1)
+        nn.init.zeros_(self.conv_2.w)  # starts as the identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv_2(F.relu(self.conv_1(self.norm(x))))
+
+
+def _sequence(*parts: tuple[str, nn.Module]) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(parts))
+
+
+class Encoder(nn.Module):
+    """Mapped pixels (B, 3, H, W) -> logits (B, K, h, w) over the codebook (paper A.1)."""
+
+    def __init__(
+        self, *, group_count: int, n_hid: int, n_blk_per_group: int, vocab_size: int, channels: int
+    ) -> None:
+        super().__init__()
+        n_layers = group_count * n_blk_per_group
+        block = partial(EncoderBlock, n_layers=n_layers)
+        parts: list[tuple[str, nn.Module]] = [("input", Conv2d(channels, n_hid, 7))]
+        width = n_hid
+        for group in range(1, group_count + 1):
+            n_out = n_hid * 2 ** (group - 1)
+            inner: list[tuple[str, nn.Module]] = []
+            for index in range(1, n_blk_per_group + 1):
+                inner.append((f"block_{index}", block(width, n_out)))
+                width = n_out
+            if group < group_count:
+                inner.append(("pool", nn.MaxPool2d(2)))
+            parts.append((f"group_{group}", _sequence(*inner)))
+        output = _sequence(("relu", nn.ReLU()), ("conv", Conv2d(width, vocab_size, 1)))
+        self.blocks = _sequence(*parts, ("output", output))
+
+    def forward(self, mapped: Tensor) -> Tensor:
+        return self.blocks(mapped)
+
+    def logits_conv(self) -> Conv2d:
+        """The 1x1 convolution that gives the logits."""
+        return self.blocks.output.conv  # type: ignore[union-attr,return-value]
+
+    def features(self, mapped: Tensor) -> Tensor:
+        """What the logits convolution takes: (B, width, h, w)."""
+        x = mapped
+        for name, part in self.blocks.named_children():
+            x = part.relu(x) if name == "output" else part(x)  # type: ignore[operator]
+        return x
+
+
+class Decoder(nn.Module):
+    """One-hot or relaxed tokens (B, K, h, w) -> (B, 6, H, W): mu of R, G, B, then ln b (A.1)."""
+
+    def __init__(
+        self,
+        *,
+        group_count: int,
+        n_hid: int,
+        n_blk_per_group: int,
+        vocab_size: int,
+        channels: int,
+        n_init: int,
+    ) -> None:
+        super().__init__()
+        n_layers = group_count * n_blk_per_group
+        block = partial(DecoderBlock, n_layers=n_layers)
+        parts: list[tuple[str, nn.Module]] = [("input", Conv2d(vocab_size, n_init, 1))]
+        width = n_init
+        for group in range(1, group_count + 1):
+            n_out = n_hid * 2 ** (group_count - group)
+            inner: list[tuple[str, nn.Module]] = []
+            for index in range(1, n_blk_per_group + 1):
+                inner.append((f"block_{index}", block(width, n_out)))
+                width = n_out
+            if group < group_count:
+                inner.append(("upsample", nn.Upsample(scale_factor=2, mode="nearest")))
+            parts.append((f"group_{group}", _sequence(*inner)))
+        output = _sequence(("relu", nn.ReLU()), ("conv", Conv2d(width, 2 * channels, 1)))
+        self.blocks = _sequence(*parts, ("output", output))
+
+    def codebook_conv(self) -> Conv2d:
+        """The first 1x1 convolution, whose weight columns are the codebook."""
+        return self.blocks.input  # type: ignore[return-value]
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """The rest of the decoder, from the codebook convolution's output on."""
+        for name, part in self.blocks.named_children():
+            if name != "input":
+                codes = part(codes)
+        return codes
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.from_codes(self.codebook_conv()(tokens))
+
+
+class PatchEncoder(Encoder):
+    """The encoder in the patch form: one patch convolution, then blocks at grid resolution."""
+
+    def __init__(
+        self, *, patch: int, n_hid: int, n_blk: int, n_init: int, vocab_size: int, channels: int
+    ) -> None:
+        nn.Module.__init__(self)
+        blocks = [(f"block_{i}", PatchBlock(n_hid, 1)) for i in range(1, n_blk + 1)]
+        self.blocks = _sequence(
+            ("input", Conv2d(channels, n_hid, patch, stride=patch)),
+            *blocks,
+            ("context", PatchBlock(n_hid, 3)),
+            ("norm", nn.GroupNorm(8, n_hid)),
+            ("code", Conv2d(n_hid, n_init, 1)),
+            ("output", _sequence(("relu", nn.Identity()), ("conv", Conv2d(n_init, vocab_size, 1)))),
+        )
+
+
+class PatchDecoder(Decoder):
+    """The decoder in the patch form: blocks at grid resolution, then each position paints."""
+
+    def __init__(
+        self, *, patch: int, n_hid: int, n_blk: int, n_init: int, vocab_size: int, channels: int
+    ) -> None:
+        nn.Module.__init__(self)
+        blocks = [(f"block_{i}", PatchBlock(n_hid, 1)) for i in range(1, n_blk + 1)]
+        self.blocks = _sequence(
+            ("input", Conv2d(vocab_size, n_init, 1)),
+            ("widen", Conv2d(n_init, n_hid, 1)),
+            ("context_1", PatchBlock(n_hid, 3)),
+            *blocks,
+            ("context_2", PatchBlock(n_hid, 3)),
+            ("last", PatchBlock(n_hid, 1)),
+            ("norm", nn.GroupNorm(8, n_hid)),
+            ("output", Conv2d(n_hid, 2 * channels * patch**2, 1)),
+            ("paint", nn.PixelShuffle(patch)),
+        )
