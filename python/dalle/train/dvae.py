@@ -1,0 +1,225 @@
+"""Training of the discrete VAE (paper A.2); the defaults are the paper's numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle.averaging import IterateAverage
+from dalle.codebook import codebook_health, init_codebook
+from dalle.configs import to_dict
+from dalle.data.augment import center_crop, dvae_crop, to_tensor
+from dalle.data.pairs import BatchSampler, Pairs, load_or_skip
+from dalle.dvae import DiscreteVAE
+from dalle.errors import UsageError
+from dalle.likelihood import expected_pixels, psnr
+from dalle.pictures import rows_of
+from dalle.schedules import cosine_ramp
+from dalle.train.loop import step_seed, update
+from dalle.train.metrics import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class DvaeTrainConfig:
+    """The recipe. Fields down to `augment` are the paper's; the rest are named options beside it.
+
+    Attributes:
+        image_size: side in pixels of the training pictures.
+        batch_size: pictures an update.
+        tau_start, tau_end, tau_steps: temperature of the relaxation, a cosine ramp.
+        kl_weight, kl_steps: beta in the paper's units, reached by a cosine ramp from 0.
+        lr_start, lr_end, lr_steps: step size, a cosine ramp.
+        beta1, beta2, eps, weight_decay: AdamW.
+        average_decay: of the iterate averaging, at each update.
+        augment: "paper" (listing 1), or "none": pictures are cropped to the centre and resized.
+        average_warmup: whether the averaging decay grows from 0.1, for short runs.
+        warm_start_steps: updates as a continuous autoencoder before the codebook exists; needs the
+            patch stem. The ramps then count from the end of the warm start.
+        warm_start_lr: step size of these updates, falling to a tenth along a cosine.
+        codebook_sharpness, codebook_iterations, codebook_points: see `codebook.init_codebook`.
+        codebook_images: pictures whose features are clustered.
+        health_every: updates over which codes are counted.
+    """
+
+    image_size: int = 256
+    batch_size: int = 512
+    tau_start: float = 1.0
+    tau_end: float = 1 / 16
+    tau_steps: int = 150_000
+    kl_weight: float = 6.6
+    kl_steps: int = 5_000
+    lr_start: float = 1e-4
+    lr_end: float = 1.25e-6
+    lr_steps: int = 1_200_000
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    average_decay: float = 0.999
+    augment: str = "paper"
+    average_warmup: bool = False
+    warm_start_steps: int = 0
+    warm_start_lr: float = 2e-3
+    codebook_sharpness: float = 4.0
+    codebook_iterations: int = 8
+    codebook_points: int = 40_000
+    codebook_images: int = 2048
+    health_every: int = 100
+
+    def __post_init__(self) -> None:
+        if self.augment not in ("paper", "none"):
+            raise UsageError(f"dvae train: augment must be 'paper' or 'none', got {self.augment!r}")
+        for name in ("image_size", "batch_size", "health_every", "tau_start", "tau_end"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"dvae train: {name} must be positive, got {getattr(self, name)}")
+
+
+class DvaeTask:
+    """Trains a `DiscreteVAE` on the pictures of a data set; fits `train.loop.train`.
+
+    Args:
+        vae: the model to train.
+        pairs: pictures; their captions are not used.
+        config: the recipe.
+        seed: of the batches, crops, noise and the codebook.
+
+    Raises:
+        UsageError: sizes that do not fit, or a warm start without the patch stem.
+    """
+
+    name = "dvae"
+
+    def __init__(
+        self, vae: DiscreteVAE, pairs: Pairs, config: DvaeTrainConfig, *, seed: int = 0
+    ) -> None:
+        vae.grid(config.image_size)
+        if config.warm_start_steps and vae.config.stem != "patch":
+            raise UsageError(
+                f"dvae train: stem must be 'patch' for a warm start, got {vae.config.stem!r}"
+            )
+        self.model, self.pairs, self.config, self.seed = vae, pairs, config, seed
+        self.sampler = BatchSampler(len(pairs), config.batch_size, seed)
+        self.optimizer = torch.optim.AdamW(
+            vae.parameters(),
+            lr=config.lr_start,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.average: IterateAverage | None = IterateAverage(
+            vae, config.average_decay, warmup=config.average_warmup
+        )
+        self.counts = torch.zeros(vae.num_tokens, dtype=torch.int64)
+        self.tokens_counted = 0
+        self.health: dict[str, float] = {}
+
+    def describe(self) -> dict[str, Any]:
+        """What fixes the training: model, recipe, data, seed."""
+        data = {"name": self.pairs.name, "pictures": len(self.pairs)}
+        model, recipe = to_dict(self.model.config), to_dict(self.config)
+        return {"model": model, "train": recipe, "data": data, "seed": self.seed}
+
+    def images(self, indices: np.ndarray, step: int | None) -> Tensor:
+        """(B, 3, S, S) in [0, 1]; augmented with the randomness of `step`, or cropped for None."""
+        size = self.config.image_size
+        if step is None or self.config.augment == "none":
+            return to_tensor(load_or_skip(self.pairs, indices, lambda x: center_crop(x, size))[0])
+        rng = np.random.default_rng(step_seed(self.seed, step, 1))
+        return to_tensor(load_or_skip(self.pairs, indices, lambda x: dvae_crop(x, size, rng))[0])
+
+    def train_step(self, step: int) -> dict[str, float | Tensor]:
+        """One update; before the codebook exists the codes are continuous."""
+        c = self.config
+        images = self.images(self.sampler.indices(step), step)
+        images = images.to(next(self.model.parameters()).device)
+        if step < c.warm_start_steps:
+            mu, loss = self.model.autoencode(images)
+            lr = cosine_ramp(step, c.warm_start_lr, c.warm_start_lr / 10, c.warm_start_steps)
+            grad_norm = update(self, loss, step, lr=lr)
+            return {"loss": loss.detach(), "grad_norm": grad_norm, **self._psnr(images, mu)}
+        if step == c.warm_start_steps and c.warm_start_steps:
+            self._make_codebook()
+        done = step - c.warm_start_steps
+        tau = cosine_ramp(done, c.tau_start, c.tau_end, c.tau_steps)
+        kl_weight = cosine_ramp(done, 0.0, c.kl_weight, c.kl_steps)
+        out = self.model(images, tau=tau, kl_weight=kl_weight, seed=step_seed(self.seed, step, 2))
+        lr = cosine_ramp(done, c.lr_start, c.lr_end, c.lr_steps)
+        grad_norm = update(self, out.loss, step, lr=lr)
+        self._count(out.index, step)
+        return {
+            "loss": out.loss.detach(),
+            "nll": out.nll.detach(),
+            "kl": out.kl.detach(),
+            "tau": tau,
+            "kl_weight": kl_weight,
+            "grad_norm": grad_norm,
+            "images": len(images),
+            **self._psnr(images, out.mu),
+            **self.health,
+        }
+
+    def pictures(self, step: int) -> dict[str, Tensor]:
+        """Eight training pictures above their reconstructions with the averaged weights."""
+        images = self.images(np.arange(min(8, len(self.pairs))), None)
+        images = images.to(next(self.model.parameters()).device)
+        if self.average is None or step <= self.config.warm_start_steps:
+            return {"reconstructions": rows_of(images, self.reconstruct(images, step))}
+        with self.average.applied():
+            return {"reconstructions": rows_of(images, self.reconstruct(images, step))}
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, step: int) -> Tensor:
+        """Through the codes, or through the continuous ones where there are no codes yet."""
+        if step <= self.config.warm_start_steps and self.config.warm_start_steps:
+            return expected_pixels(self.model.autoencode(images)[0])
+        return self.model.decode(self.model.encode(images))
+
+    def state(self) -> dict[str, Any]:
+        """The code counts of the window that is open, and the last window's health."""
+        counted = {"counts": self.counts.tolist(), "tokens_counted": self.tokens_counted}
+        return {**counted, "health": self.health}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes `state()` back."""
+        self.counts = torch.tensor(state["counts"], dtype=torch.int64)
+        self.tokens_counted = int(state["tokens_counted"])
+        self.health = dict(state["health"])
+
+    def _make_codebook(self) -> None:
+        c = self.config
+        chosen = np.random.default_rng(step_seed(self.seed, 0, 3)).permutation(len(self.pairs))
+        images = self.images(np.sort(chosen[: c.codebook_images]), None)
+        init_codebook(
+            self.model,
+            images.to(next(self.model.parameters()).device),
+            sharpness=c.codebook_sharpness,
+            iterations=c.codebook_iterations,
+            max_points=c.codebook_points,
+            seed=self.seed,
+        )
+        self.average = IterateAverage(self.model, c.average_decay, warmup=c.average_warmup)
+
+    @torch.no_grad()
+    def _psnr(self, images: Tensor, mu: Tensor) -> dict[str, Tensor]:
+        return {"psnr": psnr(images, expected_pixels(mu)).mean()}
+
+    def _count(self, index: Tensor, step: int) -> None:
+        """Counts the codes of this batch; closes the window where it is full."""
+        self.counts += torch.bincount(index.flatten().cpu(), minlength=len(self.counts))
+        self.tokens_counted += index.numel()
+        if (step + 1) % self.config.health_every:
+            return
+        health = codebook_health(self.counts)
+        if health.collapsed(self.tokens_counted):
+            say(
+                f"dvae: the codebook has collapsed at step {step + 1}: {health.in_words()}; "
+                "lower the KL weight, raise the temperature more slowly, or use a warm start"
+            )
+        self.health = {"codes_used": health.used, "perplexity": health.perplexity}
+        self.counts.zero_()
+        self.tokens_counted = 0
