@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import harness
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import dalle_ext
+import harness
 from dalle_ext.testing import assert_as_accurate, gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

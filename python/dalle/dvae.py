@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from dalle.configs import did_you_mean
-from dalle.pretrained import load_config, load_weights, save_pretrained
 from torch import Tensor, nn
 
 import dalle_ext
+from dalle.configs import did_you_mean
 from dalle.dvae_blocks import Decoder, Encoder, PatchDecoder, PatchEncoder
 from dalle.errors import UsageError
 from dalle.likelihood import expected_pixels, logit_laplace_log_prob, map_pixels
+from dalle.pretrained import load_config, load_weights, save_pretrained
 
 CHANNELS = 3
 STEMS = ("released", "patch")

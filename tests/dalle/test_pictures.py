@@ -7,9 +7,10 @@ import os
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from dalle import pictures
 from dalle.errors import EnvironmentProblem, UsageError
-from PIL import Image
 
 
 def test_each_picture_stands_at_its_place():

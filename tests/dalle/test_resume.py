@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_task import TinyTask, config, state_hash
+
 from dalle.errors import CheckpointError, UsageError
 from dalle.train.checkpoint import checkpoints, remove_stale
 from dalle.train.loop import TrainingInterrupted, train
 from dalle.train.metrics import read_metrics
-from tiny_task import TinyTask, config, state_hash
 
 CHILD = """
 import sys, time

@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
+
 from dalle.averaging import IterateAverage
 from dalle.schedules import PlateauHalving, linear_warmup
 from dalle.train.checkpoint import task_state
 from dalle.train.loop import LoopConfig, step_seed, update
 from dalle.train.tree import pack_tree
-from torch import nn
 
 
 class TinyTask:

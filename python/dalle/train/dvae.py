@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,7 @@ from dalle.data.augment import center_crop, dvae_crop, to_tensor
 from dalle.data.pairs import BatchSampler, Pairs, load_or_skip
 from dalle.dvae import DiscreteVAE
 from dalle.errors import UsageError
-from dalle.likelihood import expected_pixels, psnr
-from dalle.pictures import rows_of
+from dalle.likelihood import expected_pixels, map_pixels, psnr
 from dalle.schedules import cosine_ramp
 from dalle.train.loop import step_seed, update
 from dalle.train.metrics import say
@@ -36,6 +36,9 @@ class DvaeTrainConfig:
         beta1, beta2, eps, weight_decay: AdamW.
         average_decay: of the iterate averaging, at each update.
         augment: "paper" (listing 1), or "none": pictures are cropped to the centre and resized.
+        distortion: "logit_laplace" (A.3), or "mse": mse_weight times the mean squared error of the
+            mapped pixels in place of -ln f; ln b is then not trained.
+        mse_weight: see `distortion`.
         average_warmup: whether the averaging decay grows from 0.1, for short runs.
         warm_start_steps: updates as a continuous autoencoder before the codebook exists; needs the
             patch stem. The ramps then count from the end of the warm start.
@@ -61,6 +64,8 @@ class DvaeTrainConfig:
     weight_decay: float = 1e-4
     average_decay: float = 0.999
     augment: str = "paper"
+    distortion: str = "logit_laplace"
+    mse_weight: float = 10.0
     average_warmup: bool = False
     warm_start_steps: int = 0
     warm_start_lr: float = 2e-3
@@ -73,6 +78,10 @@ class DvaeTrainConfig:
     def __post_init__(self) -> None:
         if self.augment not in ("paper", "none"):
             raise UsageError(f"dvae train: augment must be 'paper' or 'none', got {self.augment!r}")
+        if self.distortion not in ("logit_laplace", "mse"):
+            raise UsageError(
+                f"dvae train: distortion must be 'logit_laplace' or 'mse', got {self.distortion!r}"
+            )
         for name in ("image_size", "batch_size", "health_every", "tau_start", "tau_end"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"dvae train: {name} must be positive, got {getattr(self, name)}")
@@ -139,6 +148,8 @@ class DvaeTask:
         images = images.to(next(self.model.parameters()).device)
         if step < c.warm_start_steps:
             mu, loss = self.model.autoencode(images)
+            if c.distortion == "mse":
+                loss = self._mse(images, mu)
             lr = cosine_ramp(step, c.warm_start_lr, c.warm_start_lr / 10, c.warm_start_steps)
             grad_norm = update(self, loss, step, lr=lr)
             return {"loss": loss.detach(), "grad_norm": grad_norm, **self._psnr(images, mu)}
@@ -148,11 +159,14 @@ class DvaeTask:
         tau = cosine_ramp(done, c.tau_start, c.tau_end, c.tau_steps)
         kl_weight = cosine_ramp(done, 0.0, c.kl_weight, c.kl_steps)
         out = self.model(images, tau=tau, kl_weight=kl_weight, seed=step_seed(self.seed, step, 2))
+        loss = out.loss
+        if c.distortion == "mse":
+            loss = self._mse(images, out.mu) + (out.loss - out.nll)
         lr = cosine_ramp(done, c.lr_start, c.lr_end, c.lr_steps)
-        grad_norm = update(self, out.loss, step, lr=lr)
+        grad_norm = update(self, loss, step, lr=lr)
         self._count(out.index, step)
         return {
-            "loss": out.loss.detach(),
+            "loss": loss.detach(),
             "nll": out.nll.detach(),
             "kl": out.kl.detach(),
             "tau": tau,
@@ -167,10 +181,10 @@ class DvaeTask:
         """Eight training pictures above their reconstructions with the averaged weights."""
         images = self.images(np.arange(min(8, len(self.pairs))), None)
         images = images.to(next(self.model.parameters()).device)
-        if self.average is None or step <= self.config.warm_start_steps:
-            return {"reconstructions": rows_of(images, self.reconstruct(images, step))}
-        with self.average.applied():
-            return {"reconstructions": rows_of(images, self.reconstruct(images, step))}
+        averaged = self.average if step > self.config.warm_start_steps else None
+        with averaged.applied() if averaged is not None else nullcontext():
+            both = (images, self.reconstruct(images, step))
+        return {"reconstructions": torch.cat([torch.cat(list(row), 2) for row in both], 1)}
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, step: int) -> Tensor:
@@ -203,6 +217,10 @@ class DvaeTask:
             seed=self.seed,
         )
         self.average = IterateAverage(self.model, c.average_decay, warmup=c.average_warmup)
+
+    def _mse(self, images: Tensor, mu: Tensor) -> Tensor:
+        error = (torch.sigmoid(mu) - map_pixels(images)).square().mean()
+        return self.config.mse_weight * error
 
     @torch.no_grad()
     def _psnr(self, images: Tensor, mu: Tensor) -> dict[str, Tensor]:
