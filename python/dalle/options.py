@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 import sys
 import types
 import typing
@@ -52,7 +53,8 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
             sys.stdout.write(shown.getvalue())
             raise
         message = _condense((heard.getvalue() + shown.getvalue()).splitlines())
-        raise UsageError(f"{prog}: {message}") from None
+        refused = re.match(r"Error parsing [A-Z]\w*: (.*)", message)  # by a dataclass as a whole
+        raise UsageError(refused[1] if refused else f"{prog}: {message}") from None
 
 
 def option_names(config_type: type) -> set[str]:

@@ -25,10 +25,34 @@ INSIDE_WIDEST_RESBLOCK = 9  # of the MLP; all that is alive at once under checkp
 
 PRECISIONS: dict[str, dict[str, int]] = {
     # bytes a value; "copies" are the bf16 weights that backward needs, "stream" the identity path
-    "fp32": {"weights": 4, "copies": 0, "gradients": 4, "moments": 8, "stream": 4, "inside": 4},
-    "bf16": {"weights": 4, "copies": 2, "gradients": 4, "moments": 8, "stream": 4, "inside": 2},
-    # all in 16 bits, with the moments in 1-6-9 and 0-6-10
-    "paper": {"weights": 2, "copies": 0, "gradients": 2, "moments": 4, "stream": 2, "inside": 2},
+    "fp32": {
+        "weights": 4,
+        "copies": 0,
+        "gradients": 4,
+        "moments": 8,
+        "average": 4,
+        "stream": 4,
+        "inside": 4,
+    },
+    "bf16": {
+        "weights": 4,
+        "copies": 2,
+        "gradients": 4,
+        "moments": 8,
+        "average": 4,
+        "stream": 4,
+        "inside": 2,
+    },
+    # all in 16 bits, the moments in 1-6-9 and 0-6-10, the average in host memory
+    "paper": {
+        "weights": 2,
+        "copies": 0,
+        "gradients": 2,
+        "moments": 4,
+        "average": 0,
+        "stream": 2,
+        "inside": 2,
+    },
 }
 
 
@@ -100,7 +124,7 @@ def memory(shape: PriorConfig, batch: int, precision: str) -> dict[str, float]:
         "weights": count * (size["weights"] + size["copies"]),
         "gradients": count * size["gradients"],
         "moments": count * size["moments"],
-        "average": count * 4,
+        "average": count * size["average"],
         "logits": 2 * 4 * batch * num_logits(shape),
     }
     fixed = sum(parts.values())

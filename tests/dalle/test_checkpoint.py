@@ -219,6 +219,42 @@ def test_failed_final_save_is_exit_4(tmp_path, monkeypatch):
     assert read_manifest(checkpoints(tmp_path)[-1]) == before
 
 
+def test_a_save_that_does_not_read_back_leaves_the_old_one(tmp_path, monkeypatch):
+    """A device that loses bytes without an error: found before the rename."""
+    save_checkpoint(trained(1), tmp_path, 1)
+    real = files.write_synced
+
+    def lossy(path, data):
+        real(path, data[:-1] if path.name == "manifest.json" else data)
+
+    monkeypatch.setattr(checkpoint, "write_synced", lossy)
+    with pytest.raises(CheckpointError, match="manifest.json must match"):
+        save_checkpoint(trained(2), tmp_path, 2, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_old_ones_that_cannot_be_pruned_do_no_harm(tmp_path, monkeypatch):
+    save_checkpoint(trained(1), tmp_path, 1)
+    real = os.rename
+
+    def rename(source, target):
+        if Path(source).name == "step-00000001":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    path = save_checkpoint(trained(2), tmp_path, 2, keep=1)
+    assert checkpoints(tmp_path) == [tmp_path / "step-00000001", path]
+
+
+def test_another_optimizer_is_refused(tmp_path):
+    path = save_checkpoint(trained(1), tmp_path, 1)
+    other = TinyTask()
+    other.optimizer = torch.optim.AdamW(other.model.parameters())
+    with pytest.raises(CheckpointError, match="optimizer must fit this run's"):
+        load_checkpoint(other, path)
+
+
 def test_out_that_cannot_be_made_is_exit_4(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentProblem, match="out must be a folder that can be written"):

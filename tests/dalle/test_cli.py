@@ -119,7 +119,7 @@ def test_options_fill_the_dataclass():
         ([*TOY, "--mode", "diagonal"], r"invalid choice 'diagonal' .*'row', 'column'"),
         ([*TOY, "--batch-size"], "batch-size"),
         (["toy", "train"], "--out"),
-        ([*TOY, "--batch-size", "0"], "toy: batch_size must be 1 or more, got 0"),
+        ([*TOY, "--batch-size", "0"], "^toy: batch_size must be 1 or more, got 0$"),
         ([*TOY, "--config"], "--config must be followed by a file"),
         ([*TOY, "--config", "no/such.yaml"], "no/such.yaml: must be a readable file"),
         ([*TOY, "stray"], "stray"),

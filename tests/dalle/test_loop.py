@@ -17,21 +17,6 @@ from tiny_task import TinyTask, config
 from torch import nn
 
 
-@pytest.fixture
-def no_sockets(monkeypatch):
-    """R30: every attempt to open or resolve a connection is counted and refused."""
-    attempts = []
-
-    def refuse(*arguments, **_):
-        attempts.append(arguments)
-        raise OSError("sockets are blocked")
-
-    monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    return attempts
-
-
 def test_trains_without_a_connection(tmp_path, no_sockets):
     result = train(TinyTask(), config(tmp_path, picture_every=10))
     assert result.step == 20 and no_sockets == []

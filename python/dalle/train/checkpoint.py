@@ -1,9 +1,9 @@
 """Checkpoints: a folder `step-00000500` that is there whole or not at all.
 
 Written as `step-N.tmp-NONCE`: each file is written and fsynced, `manifest.json` (with the SHA-256
-and size of every other file) comes last, then the folder is fsynced, renamed to `step-N`, and the
-parent fsynced. The latest checkpoint is computed, never pointed to: the highest number. Old ones
-are pruned only after the new one was read back and verified.
+and size of every other file) comes last, then the folder is fsynced, read back and verified,
+renamed to `step-N`, and the parent fsynced. The latest checkpoint is computed, never pointed to:
+the highest number. Old ones are pruned only after the new one is there.
 
     step-00000500/
       model.safetensors  optimizer.safetensors  average.safetensors  rng.safetensors
@@ -13,6 +13,7 @@ are pruned only after the new one was read back and verified.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -89,16 +90,17 @@ def save_checkpoint(task: Task, root: Path, step: int, *, keep: int = 3) -> Path
         os.mkdir(temporary)
         _write_files(task, temporary, step)
         sync_folder(temporary)
+        read_manifest(temporary)
         os.rename(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(root)
-    read_manifest(final)
-    for old in checkpoints(root)[:-keep]:
-        doomed = temporary_name(old)  # first renamed, so that no half-removed folder has the name
-        os.rename(old, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the new one is safe; the next save prunes again
+        for old in checkpoints(root)[:-keep]:
+            doomed = temporary_name(old)  # renamed first: no half-removed folder has the name
+            os.rename(old, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
     remove_stale(root)
     return final
 
@@ -177,7 +179,7 @@ def load_checkpoint(task: Task, path: Path) -> int:
 
     Raises:
         CheckpointError: if it is damaged, or of another task or description (the line names the
-            first key that differs, and both values); `task` is then untouched.
+            first key that differs, and both values); in these cases `task` is untouched.
     """
     manifest = read_manifest(path)
     where = f"checkpoint {path}"
@@ -199,7 +201,11 @@ def load_checkpoint(task: Task, path: Path) -> int:
             f"{where}: average must be there or not as in this run, got otherwise"
         )
     load_tensors(task.model, groups["model"], f"{where}: model.safetensors")
-    task.optimizer.load_state_dict(unpack_tree(state["optimizer"], groups["optimizer"]))
+    try:
+        task.optimizer.load_state_dict(unpack_tree(state["optimizer"], groups["optimizer"]))
+    except (KeyError, ValueError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise CheckpointError(f"{where}: optimizer must fit this run's, got: {reason}") from problem
     if task.average is not None:
         task.average.load_state_dict(unpack_tree(state["average"], groups["average"]))
     task.load_state(unpack_tree(state["task"], {}))
