@@ -1,0 +1,100 @@
+"""Pairs, loading by name, skipping, and the order of batches (R23)."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from dalle.data.pairs import ArrayPairs, BatchSampler, Pairs, load_or_skip, load_pairs
+from dalle.errors import DataError, UsageError
+
+
+@pytest.mark.parametrize(
+    ("items", "batch"), [(1, 1), (10, 5), (10, 3), (7, 7), (7, 20), (101, 16), (64, 64), (5, 13)]
+)
+def test_each_item_once_an_epoch(items, batch):
+    sampler = BatchSampler(items, batch, seed=3)
+    epochs = 4
+    stream = np.concatenate([sampler.indices(s) for s in range(-(-epochs * items // batch))])
+    for epoch in range(epochs):
+        part = stream[epoch * items : (epoch + 1) * items]
+        assert Counter(part.tolist()) == Counter(range(items))
+
+
+def test_batches_are_a_pure_function_of_seed_and_step():
+    forward = BatchSampler(23, 5, seed=1)
+    expected = [forward.indices(step) for step in range(40)]
+    jumping = BatchSampler(23, 5, seed=1)
+    for step in (39, 0, 17, 4, 38, 17):
+        got = jumping.indices(step)
+        assert got.dtype == np.int64 and got.shape == (5,)
+        assert (got == expected[step]).all()
+
+
+def test_epochs_and_seeds_differ():
+    sampler = BatchSampler(1000, 1000, seed=0)
+    assert (sampler.indices(0) != sampler.indices(1)).any()
+    assert (sampler.indices(0) != BatchSampler(1000, 1000, seed=1).indices(0)).any()
+
+
+def test_a_far_step_costs_one_epoch_only():
+    sampler = BatchSampler(1000, 32, seed=0)
+    assert len(sampler.indices(10**12)) == 32
+    assert len(sampler._orders) <= 2
+
+
+@pytest.mark.parametrize(("items", "batch"), [(0, 1), (1, 0), (-3, 2)])
+def test_sampler_refuses_sizes(items, batch):
+    with pytest.raises(UsageError, match="must be at least 1, got"):
+        BatchSampler(items, batch, 0)
+    with pytest.raises(UsageError, match="step must be at least 0, got -1"):
+        BatchSampler(2, 2, 0).indices(-1)
+
+
+def test_array_pairs_hold_what_they_got():
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    pairs = ArrayPairs("toy", images, ["a", "b", "c"], Counter({"no picture": 2}))
+    assert isinstance(pairs, Pairs)
+    assert (len(pairs), pairs.image_size, pairs.captions[1]) == (3, 8, "b")
+    assert (pairs.load(2) == images[2]).all()
+    assert pairs.skipped == {"no picture": 2}
+
+
+def test_array_pairs_refuse_what_does_not_fit():
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    with pytest.raises(DataError, match="captions must be 2 strings, got 1"):
+        ArrayPairs("toy", images, ["a"])
+    for bad in (images.astype(np.float32), images[:, :4], images[0]):
+        with pytest.raises(DataError, match=r"images must be \(N, S, S, 3\) uint8"):
+            ArrayPairs("toy", bad, ["a", "b"])
+
+
+def test_load_pairs_refuses_unknown_sets():
+    with pytest.raises(DataError, match="spec must be one of shapes, emoji or a folder"):
+        load_pairs("/nowhere/at/all", image_size=32)
+    with pytest.raises(UsageError, match="split must be one of train, test, zero, got 'dev'"):
+        load_pairs("shapes", image_size=32, split="dev")
+    with pytest.raises(UsageError, match="split must be one of train, heldout, got 'zero'"):
+        load_pairs("emoji", image_size=32, split="zero")
+
+
+class Spoiled(ArrayPairs):
+    """Pictures of odd index do not decode."""
+
+    def load(self, i):
+        if i % 2:
+            raise DataError(f"{i}: image must decode")
+        return super().load(i)
+
+
+def test_bad_pictures_are_skipped_and_counted():
+    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    pairs = Spoiled("toy", images, list("abcdef"))
+    loaded, kept = load_or_skip(pairs, np.array([0, 1, 4, 3]), lambda image: image + 1)
+    assert kept == [0, 4]
+    assert [int(image[0, 0, 0]) for image in loaded] == [1, 5]
+    assert pairs.skipped == {"does not decode": 2}
+    with pytest.raises(DataError, match="a batch must hold a picture that decodes"):
+        load_or_skip(pairs, [1, 3])

@@ -1,0 +1,190 @@
+"""Tokenizer: round trips, dropout and its statistics, golden ids, files (R24)."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from dalle.data.shapes import captions
+from dalle.errors import CheckpointError, DataError, UsageError
+from dalle.tokenizer import Tokenizer, lower
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(captions("train"))
+
+
+def generated(count, seed=0):
+    """Captions of all kinds: words, other alphabets, emoji, control characters, white space."""
+    rng = random.Random(seed)
+    pools = [
+        "abcdefghijklmnopqrstuvwxyz    ",
+        "ABCDEFÄÖÜßĲİΣς ",
+        "0123456789.,;:!?'\"-_()[]{}<>@#$%^&*+=/\\|~` ",
+        "日本語中文한국어 ру́сский عربى עברית हिन्दी",
+        "😀👩🏽‍🚒🏳️‍🌈\u200d\ufe0f",
+        "\t\n\r\x00\x1f\u2028\u00a0\u3000\ufeff ",
+    ]
+    words = " ".join(captions("train")[:50]).split()
+    for _ in range(count):
+        if rng.random() < 0.3:
+            yield " ".join(rng.choices(words, k=rng.randint(1, 20)))
+        else:
+            alphabet = "".join(rng.sample(pools, rng.randint(1, 3)))
+            yield "".join(rng.choices(alphabet, k=rng.randint(0, 60)))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 1.0])
+def test_round_trip(tokenizer, dropout):
+    texts = list(generated(10_000 if dropout == 0 else 500))
+    ids = tokenizer.encode(texts, 400, dropout=dropout, seed=7)
+    for text, row in zip(texts, ids, strict=True):
+        assert tokenizer.decode(row) == text.lower()
+
+
+def test_vocabulary_holds_the_bytes_and_stops_where_the_captions_end(tokenizer):
+    assert 256 < tokenizer.vocab_size < 16384
+    small = Tokenizer.train(captions("train"), vocab_size=300)
+    assert small.vocab_size == 300
+    assert Tokenizer.train(["aa"], vocab_size=256).vocab_size == 256
+
+
+def test_encode_pads_and_lower_cases(tokenizer):
+    ids = tokenizer.encode(["A RED circle on a white background", ""], 12)
+    assert ids.dtype == torch.int64 and ids.shape == (2, 12)
+    assert ids[0].equal(tokenizer.encode(["a red circle on a white background"], 12)[0])
+    assert (ids[1] == Tokenizer.PAD).all() and Tokenizer.PAD == -1
+    used = (ids[0] >= 0).sum()
+    assert (ids[0, :used] >= 0).all() and (ids[0, used:] == -1).all()
+
+
+def test_long_captions_are_cut_and_counted(tokenizer):
+    tokenizer.truncated = 0
+    caption = "a red circle left of a blue square on a white background"
+    full = tokenizer.encode([caption], 20)[0]
+    used = int((full >= 0).sum())
+    cut = tokenizer.encode([caption, "a red", caption], used - 1)
+    assert tokenizer.truncated == 2
+    assert cut[0].equal(full[: used - 1])
+    tokenizer.encode([caption], used)
+    assert tokenizer.truncated == 2
+
+
+def test_merging_here_equals_the_library(tokenizer):
+    texts = list(generated(2000, seed=1)) + captions("test")
+    rows = tokenizer.encode(texts, 400)
+    for text, row in zip(texts, rows, strict=True):
+        own = tokenizer._encode_with_dropout(lower(text), 0.0, random.Random(0))
+        assert row[row >= 0].tolist() == own
+
+
+def test_dropout_is_a_pure_function_of_the_seed(tokenizer):
+    texts = captions("train")[:200]
+    first = tokenizer.encode(texts, 128, dropout=0.1, seed=3)
+    random.seed(99)
+    assert tokenizer.encode(texts, 128, dropout=0.1, seed=3).equal(first)
+    assert not tokenizer.encode(texts, 128, dropout=0.1, seed=4).equal(first)
+    alike = tokenizer.encode([texts[0]] * 50, 128, dropout=0.1, seed=3)
+    assert len({tuple(row.tolist()) for row in alike}) > 10
+    assert tokenizer.encode(texts, 128, seed=1).equal(tokenizer.encode(texts, 128, seed=2))
+
+
+@pytest.mark.parametrize(("word", "chances"), [("ab", 1), ("abc", 2), ("abcd", 3)])
+def test_dropout_statistics(word, chances):
+    # Merges ab, abc, abcd in that order: at each step exactly one merge is possible, and the word
+    # stays whole with probability 0.9 ** (steps).
+    own = Tokenizer.train(["ab"] * 9 + ["abc"] * 6 + ["abcd"] * 3, vocab_size=259)
+    assert int((own.encode(["abcd"], 4) >= 0).sum()) == 1
+    trials, dropout = 10_000, 0.1
+    rows = own.encode([word] * trials, 4, dropout=dropout, seed=11)
+    whole = int(((rows >= 0).sum(1) == 1).sum())
+    expected = (1 - dropout) ** chances
+    sigma = math.sqrt(trials * expected * (1 - expected))
+    assert abs(whole - trials * expected) < 3 * sigma
+
+
+def test_full_dropout_leaves_the_bytes(tokenizer):
+    ids = tokenizer.encode(["a red circle"], 32, dropout=1.0)
+    assert int((ids >= 0).sum()) == len("a red circle")
+
+
+def test_golden_ids():
+    """Ids of record: a change here breaks every saved model that conditions on them."""
+    own = Tokenizer.train(captions("train"))
+    ids = own.encode(["a red circle left of a blue square on a white background"], 16)[0].tolist()
+    assert ids == GOLDEN
+
+
+GOLDEN = [64, 300, 293, 325, 298, 256, 322, 284, 267, 256, 309, 269, -1, -1, -1, -1]
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tok")
+    again = Tokenizer.from_pretrained(tmp_path / "tok")
+    texts = list(generated(200, seed=5))
+    assert again.vocab_size == tokenizer.vocab_size
+    assert again.encode(texts, 300).equal(tokenizer.encode(texts, 300))
+    dropped = {"dropout": 0.2, "seed": 5}
+    assert again.encode(texts, 300, **dropped).equal(tokenizer.encode(texts, 300, **dropped))
+
+
+def test_damaged_folders_are_refused(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    data, head = (tmp_path / "tokenizer.json").read_bytes(), tmp_path / "config.json"
+    config = json.loads(head.read_text())
+    for at in range(0, len(data), max(1, len(data) // 40)):
+        (tmp_path / "tokenizer.json").write_bytes(data[:at])
+        with pytest.raises(CheckpointError, match="content must match the hash"):
+            Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="must be a readable file"):
+        Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    for key, value, words in [
+        ("class", "Prior", "class must be Tokenizer, got Prior"),
+        ("format_version", 99, "format_version must be 1, got 99"),
+    ]:
+        head.write_text(json.dumps({**config, key: value}))
+        with pytest.raises(CheckpointError, match=words):
+            Tokenizer.from_pretrained(tmp_path)
+    head.write_text("{")
+    with pytest.raises(CheckpointError, match="must be JSON"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"model": {"type": "WordPiece"}}', b"\xff", b'{"model": 3}']
+)
+def test_foreign_tokenizer_files_are_refused(tokenizer, tmp_path, content):
+    import hashlib
+
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["tokenizer_sha256"] = hashlib.sha256(content).hexdigest()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="must be a"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_bad_input(tokenizer):
+    with pytest.raises(DataError, match="captions must hold text, got 2 empty captions"):
+        Tokenizer.train(["", "  "])
+    with pytest.raises(UsageError, match="vocab_size must be at least 256, got 100"):
+        Tokenizer.train(["a"], vocab_size=100)
+    with pytest.raises(UsageError, match="must be a sequence of strings, got one string"):
+        tokenizer.encode("a red circle", 8)
+    with pytest.raises(UsageError, match="length must be at least 1, got 0"):
+        tokenizer.encode(["a"], 0)
+    with pytest.raises(UsageError, match=r"dropout must be in \[0, 1\], got 1.5"):
+        tokenizer.encode(["a"], 4, dropout=1.5)
+    with pytest.raises(UsageError, match="ids must be below"):
+        tokenizer.decode([10**6])
+    with pytest.raises(UsageError, match="ids must have one axis"):
+        tokenizer.decode(torch.zeros(2, 2, dtype=torch.int64))
+    assert tokenizer.decode(tokenizer.encode(["\ud800x"], 8)[0]) == "\ufffdx"
