@@ -78,12 +78,21 @@ class LoopConfig:
 
 
 class Task(Protocol):
-    """What is trained. `average` may be None."""
+    """What is trained; plain attributes will do for the properties."""
 
-    name: str
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    average: IterateAverage | None
+    @property
+    def name(self) -> str:
+        """Shown in front of every line, e.g. "dvae"; a checkpoint of another is refused."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+
+    @property
+    def average(self) -> IterateAverage | None:
+        """The averaged weights, or None."""
 
     def describe(self) -> dict[str, Any]:
         """JSON values that fix the training; a checkpoint with others is refused."""
