@@ -1,0 +1,94 @@
+"""`dalle rerank`: which pictures of a folder fit a caption best."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from dalle import pictures
+from dalle.commands.sample import pick_device, read_image
+from dalle.errors import CheckpointError, DataError, UsageError
+from dalle.files import to_json
+from dalle.rerank import ContrastiveRanker, TransformersCLIP, load_ranker
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+CLIP_SIZE = 224
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankConfig:
+    """Scores the pictures of a folder against a caption.
+
+    Args:
+        caption: in quotes.
+        images: folder of pictures, searched with its subfolders.
+        ranker: folder of a ranker (of `dalle demo`, or a CLIP of transformers; extra `clip`).
+        out: folder for scores.json and sorted.png.
+        top: pictures in sorted.png.
+        device: "cpu", "cuda" or "auto".
+    """
+
+    caption: Annotated[str, tyro.conf.Positional]
+    images: Path
+    ranker: Path = Path("out/demo/pipeline/ranker")
+    out: Path = Path("out/rerank")
+    top: int = 32
+    device: str = "auto"
+
+
+def rerank(config: RerankConfig) -> None:
+    """Scores, writes, and says which came first; what does not decode is skipped and counted."""
+    if not config.caption.strip():
+        raise UsageError(f"rerank: caption must hold a word, got {config.caption!r}")
+    if config.top < 1:
+        raise UsageError(f"rerank: top must be at least 1, got {config.top}")
+    files = sorted(p for p in config.images.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise DataError(f"rerank: images must be a folder with pictures, got {config.images}")
+    device = pick_device(config.device)
+    try:
+        ranker = load_ranker(config.ranker)
+    except CheckpointError as error:
+        raise CheckpointError(f"rerank: ranker: {error}") from error
+    size = CLIP_SIZE
+    if isinstance(ranker, ContrastiveRanker):
+        ranker.to(device)
+        size = ranker.config.image_size
+    elif isinstance(ranker, TransformersCLIP):
+        ranker.to(device)
+    skipped: Counter[str] = Counter()
+    kept, loaded = [], []
+    for path in files:
+        try:
+            loaded.append(read_image(path, size))
+            kept.append(path)
+        except DataError as error:
+            skipped["does not decode"] += 1
+            print(f"rerank: skipped: {error}")
+    if not kept:
+        raise DataError(
+            f"rerank: images must hold a picture that decodes, got none of {len(files)}"
+        )
+    stack = torch.stack(loaded)
+    scores = ranker.scores([config.caption] * len(kept), stack)
+    order = scores.argsort(descending=True, stable=True).tolist()
+    ranking = [
+        {"file": str(kept[i].relative_to(config.images)), "score": round(float(scores[i]), 5)}
+        for i in order
+    ]
+    report = {"caption": config.caption, "ranking": ranking, "skipped": dict(skipped)}
+    pictures.save_bytes(config.out / "scores.json", to_json(report))
+    best = order[: config.top]
+    sheet = pictures.grid(
+        stack[best], columns=8, scale=max(1, 96 // size), labels=[f"{scores[i]:.3f}" for i in best]
+    )
+    pictures.save_png(config.out / "sorted.png", sheet)
+    print(
+        f"rerank: best of {len(kept)}: {ranking[0]['file']}; "
+        f"scores.json and sorted.png in {config.out}"
+    )

@@ -1,0 +1,173 @@
+"""`dalle sample`: pictures for captions, from a trained pipeline."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from dalle import pictures
+from dalle.data.augment import center_crop, to_tensor
+from dalle.errors import DataError, UsageError
+from dalle.files import to_json
+from dalle.pipeline import Generation, Pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Draws pictures for captions.
+
+    Args:
+        captions: what to draw, each in quotes.
+        model: folder of a pipeline (the demo leaves one in out/demo/pipeline).
+        file: captions, one a line, in addition.
+        out: folder for grid PNGs, single PNGs and samples.json.
+        num_candidates: samples a caption to choose from; the paper takes 512.
+        top: how many of them to keep.
+        seed: same seed, same pictures; caption number i uses seed + 1000 i.
+        temperature: divides the logits.
+        top_k: only the k likeliest codes.
+        top_p: only the likeliest codes that together have this probability.
+        cond_scale: classifier-free guidance; 1 is none.
+        prime_image: a picture whose top rows are given.
+        prime_rows: how many rows of codes of it.
+        device: "cpu", "cuda" or "auto".
+        scale: screen pixels per pixel in the grids.
+    """
+
+    captions: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    model: Path = Path("out/demo/pipeline")
+    file: Path | None = None
+    out: Path = Path("out/samples")
+    num_candidates: int = 64
+    top: int = 8
+    seed: int = 0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    cond_scale: float = 1.0
+    prime_image: Path | None = None
+    prime_rows: int = 0
+    device: str = "auto"
+    scale: int = 2
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the first GPU where there is one.
+
+    Raises:
+        UsageError: the device is unknown or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"device: must be auto, cpu or a device that is there, got {name!r} ({reason})"
+        ) from error
+    return device
+
+
+def read_image(path: Path, size: int) -> torch.Tensor:
+    """A picture's largest centred square at one size: (3, size, size) in [0, 1].
+
+    Raises:
+        DataError: missing, or not a picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            array = np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: must be a readable picture, got: {reason}") from error
+    return to_tensor([center_crop(array, size)])[0]
+
+
+def read_captions(config: SampleConfig) -> list[str]:
+    """Captions of the arguments, then of the file; empty lines are left out.
+
+    Raises:
+        UsageError: none at all.
+        DataError: the file cannot be read.
+    """
+    captions = [caption for caption in config.captions if caption.strip()]
+    if config.file is not None:
+        try:
+            lines = config.file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"sample: file must be readable text, got {config.file}") from error
+        captions += [line.strip() for line in lines if line.strip()]
+    if not captions:
+        raise UsageError("sample: captions must be at least one, got none")
+    return captions
+
+
+def slug(caption: str, number: int) -> str:
+    """A file name for a caption: "03-a-red-circle"."""
+    words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")
+    return f"{number:02d}-{words[:48].strip('-') or 'caption'}"
+
+
+def record(caption: str, seed: int, found: Generation, files: list[str]) -> dict[str, object]:
+    """What samples.json says of one caption; a missing score is null."""
+    scores = [None if math.isnan(s) else round(s, 5) for s in found.scores.tolist()]
+    return {
+        "caption": caption,
+        "seed": seed,
+        "scores": scores,
+        "candidates": found.order.tolist(),
+        "files": files,
+    }
+
+
+def sample(config: SampleConfig) -> None:
+    """Draws, writes, and says where."""
+    captions = read_captions(config)
+    device = pick_device(config.device)
+    pipeline = Pipeline.from_pretrained(config.model)
+    for part in (pipeline.vae, pipeline.prior, pipeline.ranker):
+        if isinstance(part, torch.nn.Module):
+            part.to(device)
+    prime = None
+    if config.prime_image is not None:
+        prime = read_image(config.prime_image, pipeline.image_size)
+    records = []
+    for number, caption in enumerate(captions):
+        seed = config.seed + 1000 * number
+        found = pipeline.generate(
+            caption,
+            num_candidates=config.num_candidates,
+            top=config.top,
+            seed=seed,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            cond_scale=config.cond_scale,
+            prime_image=prime,
+            prime_rows=config.prime_rows,
+        )
+        name = slug(caption, number)
+        labels = ["" if math.isnan(s) else f"{s:.3f}" for s in found.scores.tolist()]
+        sheet = pictures.grid(
+            found.images, columns=min(8, config.top), scale=config.scale, labels=labels
+        )
+        pictures.save_png(config.out / f"{name}.png", sheet)
+        files = []
+        for place, image in enumerate(pictures.to_uint8(found.images)):
+            files.append(f"{name}/{place}.png")
+            pictures.save_png(config.out / files[-1], Image.fromarray(image))
+        records.append(record(caption, seed, found, files))
+        print(f"sample: {number + 1}/{len(captions)} {caption}", file=sys.stderr)
+        pictures.save_bytes(config.out / "samples.json", to_json(records))
+    print(f"sample: {len(captions)} captions, grids and samples.json in {config.out}")

@@ -1,0 +1,281 @@
+"""From a caption to pictures: sample codes, decode them, score them, keep the best (paper 2.6).
+
+Shape letters: B captions, N candidates of each, k kept, h x w code grid, H = W side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dalle import __version__
+from dalle.dvae import DiscreteVAE
+from dalle.errors import CheckpointError, UsageError
+from dalle.files import read_json, to_json, write_atomic
+from dalle.prior import Prior
+from dalle.rerank import ContrastiveRanker, ImageTextRanker, load_ranker
+from dalle.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+SEQUENCES = 256  # sampled or decoded at once
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was drawn for one caption, best first.
+
+    Attributes:
+        images: (k, 3, H, W) float32 in [0, 1].
+        scores: (k,) float32, higher is better; NaN where there is no ranker.
+        tokens: (k, h, w) int64.
+        order: (k,) int64, which candidate each was, in the order of sampling.
+    """
+
+    images: torch.Tensor
+    scores: torch.Tensor
+    tokens: torch.Tensor
+    order: torch.Tensor
+
+
+class Pipeline:
+    """Tokenizer, discrete VAE, prior and, where there is one, a ranker.
+
+    Args:
+        tokenizer: of the prior's training.
+        vae: whose codes the prior was trained on.
+        prior: draws codes for a caption.
+        ranker: orders the candidates; without one they stay in the order of sampling.
+
+    Raises:
+        UsageError: the parts do not fit each other.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vae: DiscreteVAE,
+        prior: Prior,
+        ranker: ImageTextRanker | None = None,
+    ) -> None:
+        if prior.config.image_vocab != vae.num_tokens:
+            raise UsageError(
+                f"pipeline: the prior's image_vocab must be the vae's {vae.num_tokens}, "
+                f"got {prior.config.image_vocab}"
+            )
+        if tokenizer.vocab_size > prior.config.text_vocab:
+            raise UsageError(
+                f"pipeline: the tokenizer must have at most the prior's {prior.config.text_vocab} "
+                f"ids, got {tokenizer.vocab_size}"
+            )
+        self.tokenizer, self.vae, self.prior, self.ranker = tokenizer, vae, prior, ranker
+        self.grid: tuple[int, int] = tuple(prior.config.grid)  # type: ignore[assignment]
+        self.image_size = self.grid[0] * vae.factor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the prior's parameters are."""
+        return next(self.prior.parameters()).device
+
+    @classmethod
+    def from_pretrained(cls, directory: Path | str) -> Pipeline:
+        """The pipeline that `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: the folder is damaged or holds something else.
+        """
+        directory = Path(directory)
+        head = read_json(directory / "config.json", CheckpointError)
+        if not isinstance(head, dict) or head.get("class") != "Pipeline":
+            found = head.get("class") if isinstance(head, dict) else type(head).__name__
+            raise CheckpointError(f"{directory}: class must be Pipeline, got {found}")
+        if head.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{directory}: format_version must be {FORMAT_VERSION}, "
+                f"got {head.get('format_version')}"
+            )
+        ranker = load_ranker(directory / "ranker") if head.get("ranker") else None
+        try:
+            return cls(
+                Tokenizer.from_pretrained(directory / "tokenizer"),
+                DiscreteVAE.from_pretrained(directory / "vae").eval(),
+                Prior.from_pretrained(directory / "prior").eval(),
+                ranker,
+            )
+        except UsageError as error:
+            raise CheckpointError(f"{directory}: {error}") from error
+
+    def save_pretrained(self, directory: Path | str) -> None:
+        """Writes the parts into subfolders tokenizer, vae, prior, ranker, and config.json last.
+
+        A ranker of another class is not ours to copy: it must be given again after loading.
+        """
+        directory = Path(directory)
+        self.tokenizer.save_pretrained(directory / "tokenizer")
+        self.vae.save_pretrained(directory / "vae")
+        self.prior.save_pretrained(directory / "prior")
+        own = isinstance(self.ranker, ContrastiveRanker)
+        if isinstance(self.ranker, ContrastiveRanker):
+            self.ranker.save_pretrained(directory / "ranker")
+        write_config(directory, ranker=own)
+
+    def prime_tokens(self, image: torch.Tensor, rows: int) -> torch.Tensor:
+        """Codes of the top `rows` rows of a picture, in raster order: (rows * w,) int64.
+
+        Args:
+            image: (3, H, W) in [0, 1], of the pipeline's size.
+            rows: 1 to h - 1 rows of codes (the paper's image-to-image gives 15 of 32).
+
+        Raises:
+            UsageError: shape or rows do not fit.
+        """
+        size = self.image_size
+        if tuple(image.shape) != (3, size, size):
+            raise UsageError(
+                f"pipeline: prime_image must be (3, {size}, {size}), got {tuple(image.shape)}"
+            )
+        if not 0 < rows < self.grid[0]:
+            raise UsageError(f"pipeline: prime_rows must be 1 to {self.grid[0] - 1}, got {rows}")
+        with torch.no_grad():
+            tokens = self.vae.encode(image[None].to(next(self.vae.parameters()).device))
+        return tokens[0, :rows].flatten()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        captions: Sequence[str],
+        num_candidates: int,
+        *,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cond_scale: float = 1.0,
+        prime: torch.Tensor | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
+        """Codes for many captions: (B, N, h, w) int64, `SEQUENCES` at a time.
+
+        The same arguments give the same codes; chunk number c is drawn with seed + c.
+
+        Args:
+            captions: B captions.
+            num_candidates: N.
+            seed: of the first chunk.
+            temperature, top_k, top_p, cond_scale: as in `Prior.generate`.
+            prime: (n,) codes every sample begins with.
+            progress: called with (sequences done, sequences in all) after each chunk.
+        """
+        if num_candidates < 1:
+            raise UsageError(f"pipeline: num_candidates must be at least 1, got {num_candidates}")
+        text = self.tokenizer.encode(list(captions), self.prior.config.text_len - 1)
+        text = text.to(self.device)
+        total, done, found = len(text) * num_candidates, 0, []
+        width = min(num_candidates, SEQUENCES)
+        height = max(1, SEQUENCES // width)
+        for top in range(0, len(text), height):
+            rows = text[top : top + height]
+            primes = None if prime is None else prime.to(self.device).expand(len(rows), -1)
+            parts = []
+            for left in range(0, num_candidates, width):
+                count = min(width, num_candidates - left)
+                parts.append(
+                    self.prior.generate(
+                        rows,
+                        num_samples=count,
+                        temperature=temperature,
+                        top_k=top_k,
+                        top_p=top_p,
+                        cond_scale=cond_scale,
+                        prime=primes,
+                        seed=seed,
+                    )
+                )
+                seed += 1
+                done += len(rows) * count
+                if progress is not None:
+                    progress(done, total)
+            found.append(torch.cat(parts, 1))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(…, h, w) codes -> (…, 3, H, W) float32 in [0, 1] on the CPU."""
+        device = next(self.vae.parameters()).device
+        flat = tokens.flatten(0, -3).to(device)
+        parts = [self.vae.decode(part).float().cpu() for part in flat.split(SEQUENCES)]
+        return torch.cat(parts).unflatten(0, tokens.shape[:-2]).clamp(0, 1)
+
+    def generate(
+        self,
+        caption: str,
+        *,
+        num_candidates: int = 512,
+        top: int = 8,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cond_scale: float = 1.0,
+        prime_image: torch.Tensor | None = None,
+        prime_rows: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Generation:
+        """Draws candidates for a caption and keeps the best by the ranker.
+
+        Args:
+            caption: what to draw.
+            num_candidates: how many to choose from (paper: 512).
+            top: how many to keep.
+            seed: same seed, same pictures.
+            temperature: divides the logits; 1 is the paper's.
+            top_k, top_p, cond_scale: as in `Prior.generate`.
+            prime_image: (3, H, W) in [0, 1] whose top `prime_rows` rows of codes are given.
+            prime_rows: 0 without, 1 to h - 1 with `prime_image`.
+            progress: called with (sequences done, sequences in all).
+
+        Raises:
+            UsageError: an argument is out of range.
+        """
+        if not 1 <= top <= num_candidates:
+            raise UsageError(
+                f"pipeline: top must be 1 to num_candidates = {num_candidates}, got {top}"
+            )
+        if prime_image is None and prime_rows:
+            raise UsageError(
+                f"pipeline: prime_rows must be 0 without a prime_image, got {prime_rows}"
+            )
+        prime = None if prime_image is None else self.prime_tokens(prime_image, prime_rows)
+        tokens = self.sample(
+            [caption],
+            num_candidates,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            cond_scale=cond_scale,
+            prime=prime,
+            progress=progress,
+        )[0]
+        images = self.decode(tokens)
+        if self.ranker is None:
+            scores, order = torch.full((len(images),), torch.nan), torch.arange(len(images))
+        else:
+            scores = self.ranker.scores([caption] * len(images), images)
+            order = scores.argsort(descending=True, stable=True)
+        best = order[:top]
+        return Generation(images[best], scores[best], tokens.cpu()[best], best)
+
+
+def write_config(directory: Path, *, ranker: bool) -> None:
+    """The file that makes a folder with tokenizer, vae, prior (and ranker) a pipeline."""
+    head: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "class": "Pipeline",
+        "dalle_version": __version__,
+        "ranker": ranker,
+    }
+    write_atomic(directory / "config.json", to_json(head))

@@ -1,0 +1,230 @@
+"""Scores of picture against caption, to keep the best of many samples (paper 2.6).
+
+The paper reranks with a pretrained CLIP; which one it does not say. Here anything that follows
+`ImageTextRanker` does: `ContrastiveRanker`, small enough to train beside the prior on the same
+pairs, or `TransformersCLIP` around weights the user has.
+
+Shape letters: N pairs, B captions or pictures, L text slots, H = W side of a picture in pixels,
+E width of the shared space.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dalle import pretrained
+from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
+from dalle.rerank_blocks import ImageTower, RankerConfig, TextTower
+from dalle.tokenizer import Tokenizer
+
+MAX_LOGIT_SCALE = 100.0  # as CLIP clips its temperature
+
+
+@runtime_checkable
+class ImageTextRanker(Protocol):
+    """Anything that says how well a picture fits a caption."""
+
+    def scores(self, captions: Sequence[str], images: torch.Tensor) -> torch.Tensor:
+        """N captions, their N pictures (N, 3, H, W) in [0, 1] -> (N,) float32, higher is better."""
+        ...
+
+
+PRESETS: dict[str, dict[str, int]] = {
+    "tiny": {"grid": 8, "width": 96, "depth": 2, "embed_dim": 256},
+    "small": {"grid": 16, "width": 192, "depth": 3, "embed_dim": 256},
+    "base": {"grid": 16, "width": 512, "depth": 6, "embed_dim": 512},
+}
+
+
+class ContrastiveRanker(nn.Module):
+    """Two towers into one space, trained so that a picture is nearest to its own caption (InfoNCE).
+
+    Args:
+        config: sizes.
+        tokenizer: turns captions into ids; saved beside the weights.
+
+    Raises:
+        UsageError: the tokenizer has more ids than `config.vocab_size`.
+    """
+
+    def __init__(self, config: RankerConfig, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UsageError(
+                f"ranker: vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, "
+                f"got {config.vocab_size}"
+            )
+        self.config = config
+        self.tokenizer = tokenizer
+        self.image = ImageTower(config)
+        self.text = TextTower(config)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @classmethod
+    def from_preset(
+        cls, name: str, *, tokenizer: Tokenizer, image_size: int, **overrides: int
+    ) -> ContrastiveRanker:
+        """A fresh ranker: "tiny" (the demo's), "small" or "base"; `overrides` are config fields.
+
+        Raises:
+            UsageError: unknown preset or field.
+        """
+        if name not in PRESETS:
+            raise UsageError(f"ranker: preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        config = RankerConfig(
+            vocab_size=tokenizer.vocab_size, image_size=image_size, **PRESETS[name]
+        )
+        try:
+            config = replace(config, **overrides)
+        except TypeError:
+            known = ", ".join(RankerConfig.__dataclass_fields__)
+            raise UsageError(f"ranker: option must be one of {known}, got {overrides}") from None
+        return cls(config, tokenizer)
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """What cosines are multiplied with before the softmax: 1 / temperature, at most 100."""
+        return self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+
+    def encode_text(self, text: torch.Tensor) -> torch.Tensor:
+        """(B, L) int64, padded with -1 -> (B, E) of length 1."""
+        return F.normalize(self.text(text), dim=-1)
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, E) of length 1.
+
+        Raises:
+            UsageError: the side is not `config.image_size`.
+        """
+        size = self.config.image_size
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise UsageError(
+                f"ranker: images must be (N, 3, {size}, {size}), got {tuple(images.shape)}"
+            )
+        return F.normalize(self.image(images.float()), dim=-1)
+
+    @torch.no_grad()
+    def scores(self, captions: Sequence[str], images: torch.Tensor) -> torch.Tensor:
+        """Cosine of each caption with its picture; see `ImageTextRanker`."""
+        _check_pairs(captions, images)
+        device = self.log_scale.device
+        found = []
+        for start in range(0, len(captions), 256):
+            part = captions[start : start + 256]
+            unique = sorted(set(part))
+            text = self.tokenizer.encode(unique, self.config.text_len)
+            rows = torch.tensor([unique.index(caption) for caption in part], device=device)
+            vectors = self.encode_text(text.to(device))[rows]
+            found.append(
+                (vectors * self.encode_images(images[start : start + 256].to(device))).sum(1)
+            )
+        return torch.cat(found).float().cpu() if found else torch.zeros(0)
+
+    def save_pretrained(self, directory: Path | str) -> None:
+        """Writes config, weights, and the tokenizer into its own subfolder."""
+        self.tokenizer.save_pretrained(Path(directory) / "tokenizer")
+        pretrained.save_pretrained(self, directory, self.config)
+
+    @classmethod
+    def from_pretrained(cls, directory: Path | str) -> ContrastiveRanker:
+        """The ranker that `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: the folder is damaged or holds something else.
+        """
+        config = pretrained.load_config(directory, cls.__name__, RankerConfig)
+        tokenizer = Tokenizer.from_pretrained(Path(directory) / "tokenizer")
+        if tokenizer.vocab_size > config.vocab_size:
+            raise CheckpointError(
+                f"{directory}: tokenizer must have at most {config.vocab_size} ids, "
+                f"got {tokenizer.vocab_size}"
+            )
+        ranker = cls(config, tokenizer)
+        pretrained.load_weights(ranker, directory)
+        return ranker.eval()
+
+
+class TransformersCLIP:
+    """A CLIP that `transformers` loads from a local folder, behind `ImageTextRanker`.
+
+    Args:
+        directory: folder with the model's and its processor's files; nothing is fetched.
+        device: where it runs.
+
+    Raises:
+        EnvironmentProblem: the extra `clip` is not installed.
+        CheckpointError: the folder holds no such model.
+    """
+
+    def __init__(self, directory: Path | str, device: torch.device | str = "cpu") -> None:
+        try:
+            from transformers import CLIPModel, CLIPProcessor
+        except ImportError as error:
+            raise EnvironmentProblem(
+                "ranker: transformers must be installed for a CLIP, got no such package; "
+                "type: pip install 'dalle-ext[clip]'"
+            ) from error
+        try:
+            model = CLIPModel.from_pretrained(str(directory), local_files_only=True)
+            self.processor = CLIPProcessor.from_pretrained(str(directory), local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"ranker: {directory} must be a CLIP folder of transformers, got: {reason}"
+            ) from error
+        self.model = model.eval()
+        self.to(device)
+
+    def to(self, device: torch.device | str) -> TransformersCLIP:
+        """Moves the model, as `nn.Module.to`."""
+        self.device = device
+        self.model = self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def scores(self, captions: Sequence[str], images: torch.Tensor) -> torch.Tensor:
+        """Cosine of each caption with its picture; see `ImageTextRanker`."""
+        _check_pairs(captions, images)
+        found = []
+        for start in range(0, len(captions), 64):
+            inputs: Any = self.processor(
+                text=list(captions[start : start + 64]),
+                images=[image.clamp(0, 1) for image in images[start : start + 64].cpu()],
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+                do_rescale=False,
+            )
+            out = self.model(**inputs.to(self.device))
+            cosines = F.cosine_similarity(out.text_embeds, out.image_embeds, dim=-1)
+            found.append(cosines.float().cpu())
+        return torch.cat(found) if found else torch.zeros(0)
+
+
+def load_ranker(directory: Path | str) -> ImageTextRanker:
+    """A ranker from its folder: ours, or a CLIP of transformers where config.json says so.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    from dalle.files import read_json
+
+    head = read_json(Path(directory) / "config.json", CheckpointError)
+    if isinstance(head, dict) and head.get("model_type") == "clip":
+        return TransformersCLIP(directory)
+    return ContrastiveRanker.from_pretrained(directory)
+
+
+def _check_pairs(captions: Sequence[str], images: torch.Tensor) -> None:
+    if len(captions) != len(images):
+        raise UsageError(
+            f"ranker: captions must be as many as images = {len(images)}, got {len(captions)}"
+        )

@@ -1,0 +1,291 @@
+"""Trains a `ContrastiveRanker` on the prior's own pairs (symmetric InfoNCE, as CLIP).
+
+Three things make so small a ranker useful for choosing among samples, none of them in the paper,
+which takes a ready CLIP:
+- Batches hold groups of captions that differ in a word or two, so that the differences between
+  samples of one caption (another colour, tone or relation) are what it learns to see.
+- Spliced pictures (a rectangle of codes taken from elsewhere) stand as further wrong answers to
+  each caption, so that a broken picture scores below a whole one.
+- Part of the pictures has gone through the discrete VAE, since that is what samples look like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dalle.averaging import IterateAverage
+from dalle.data.augment import center_crop, to_tensor
+from dalle.data.pairs import Pairs, load_or_skip
+from dalle.dvae import DiscreteVAE
+from dalle.errors import UsageError
+from dalle.pictures import rows_of
+from dalle.rerank import ContrastiveRanker
+from dalle.schedules import cosine_ramp, linear_warmup
+from dalle.train.loop import step_seed, update
+
+POOL = 2048  # captions among which a batch's look-alikes are searched
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankerTrainConfig:
+    """How a ranker is trained.
+
+    Args:
+        steps: updates; the step size falls along half a cosine over them.
+        batch_size: captions a batch, a multiple of `group`.
+        group: captions that look alike; 1 draws batches without regard to captions.
+        num_spliced: spliced pictures a batch, 0 to batch_size.
+        reconstructed: share of pictures shown as the dVAE gives them back, 0 to 1.
+        learning_rate: peak, after `warmup` updates; ends at 3 % of it.
+        warmup: updates.
+        weight_decay: AdamW's, on matrices only.
+        clip_norm: largest global gradient norm.
+    """
+
+    steps: int = 600
+    batch_size: int = 96
+    group: int = 4
+    num_spliced: int = 48
+    reconstructed: float = 0.75
+    learning_rate: float = 1.5e-3
+    warmup: int = 50
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        requirements = (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("group", self.group >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 2 and self.batch_size % max(self.group, 1) == 0,
+             f"at least 2 and a multiple of group = {self.group}"),
+            ("num_spliced", 0 <= self.num_spliced <= self.batch_size, "0 to batch_size"),
+            ("reconstructed", 0 <= self.reconstructed <= 1, "0 to 1"),
+            ("learning_rate", self.learning_rate > 0, "above 0"),
+        )  # fmt: skip
+        for name, holds, requirement in requirements:
+            if not holds:
+                raise UsageError(f"ranker: {name} must be {requirement}, got {getattr(self, name)}")
+
+
+def contrastive_loss(
+    logits: torch.Tensor, same: torch.Tensor, spliced: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean of the two cross entropies of InfoNCE: caption to picture, picture to caption.
+
+    Args:
+        logits: (B, B), row = caption, column = picture; partners on the diagonal.
+        same: (B, B) bool, True where two rows share a caption: no wrong answers to each other.
+        spliced: (B, M) captions against broken pictures, which are wrong answers to every caption.
+    """
+    size = len(logits)
+    partner = torch.arange(size, device=logits.device)
+    twin = same & ~torch.eye(size, dtype=torch.bool, device=logits.device)
+    logits = logits.masked_fill(twin, -1e4)
+    rows = logits if spliced is None else torch.cat([logits, spliced], 1)
+    return (F.cross_entropy(rows, partner) + F.cross_entropy(logits.T, partner)) / 2
+
+
+def word_weights(text: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """(N, L) ids padded with -1 -> (N, V) bag of tokens, rare ones heavier, rows of length 1."""
+    bags = torch.zeros(len(text), vocab_size + 1)
+    bags.scatter_(1, text + 1, 1.0)
+    bags = bags[:, 1:]
+    rarity = -bags.mean(0).clamp_min(1 / max(len(text), 1)).log()
+    return F.normalize(bags * rarity.clamp_min(0.05), dim=1)
+
+
+def look_alikes(
+    bags: torch.Tensor, caption_ids: torch.Tensor, size: int, group: int, rng: torch.Generator
+) -> torch.Tensor:
+    """Draws a batch in groups: one item at random, then those nearest to it in words.
+
+    Neighbours come from a random pool with a little noise, so that groups differ from step to step;
+    never one with the very same caption.
+
+    Args:
+        bags: (N, V) of `word_weights`.
+        caption_ids: (N,) equal where captions are.
+        size: batch size, a multiple of `group`.
+        group: items a group.
+        rng: source of all choices.
+
+    Returns:
+        (size,) int64 indices.
+    """
+    count = len(bags)
+    first = torch.randint(count, (size // group,), generator=rng)
+    if group == 1:
+        return first
+    pool = torch.randint(count, (min(POOL, 4 * count),), generator=rng)
+    near = bags[first] @ bags[pool].T
+    near += torch.rand(near.shape, generator=rng) * 0.05
+    near[caption_ids[first][:, None] == caption_ids[pool][None]] -= 2.0
+    others = pool[near.topk(group - 1, dim=1).indices]
+    return torch.cat([first[:, None], others], 1).flatten()
+
+
+def splice(cells: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Puts a rectangle of another item's cells at a random place of each item.
+
+    Args:
+        cells: (B, h, w, ...) codes or patches; item i takes from item i - 1.
+        rng: places and sizes; sides are a quarter to a half of the grid's.
+
+    Returns:
+        A new tensor of the same shape.
+    """
+    out = cells.clone()
+    size, height, width = cells.shape[:3]
+    low = [max(1, side // 4) for side in (height, width)]
+    high = [max(1, side // 2) for side in (height, width)]
+    for i in range(size):
+        h, w = (
+            int(torch.randint(a, b + 1, (1,), generator=rng))
+            for a, b in zip(low, high, strict=True)
+        )
+        top, left, from_top, from_left = (
+            int(torch.randint(side - part + 1, (1,), generator=rng))
+            for side, part in ((height, h), (width, w), (height, h), (width, w))
+        )
+        piece = cells[i - 1, from_top : from_top + h, from_left : from_left + w]
+        out[i, top : top + h, left : left + w] = piece
+    return out
+
+
+class RankerTask:
+    """What `dalle.train.loop.train` trains: see the module's first lines.
+
+    Args:
+        ranker: the model.
+        pairs: pictures with captions.
+        config: hyper-parameters.
+        vae: gives reconstructions; without one, pictures are spliced as they are.
+        seed: of batches, splices and choices.
+
+    Raises:
+        UsageError: fewer than two different captions.
+    """
+
+    name = "ranker"
+    average: IterateAverage | None = None
+
+    def __init__(
+        self,
+        ranker: ContrastiveRanker,
+        pairs: Pairs,
+        config: RankerTrainConfig,
+        vae: DiscreteVAE | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.model: nn.Module = ranker
+        self.ranker, self.pairs, self.config, self.seed = ranker, pairs, config, seed
+        self.vae = vae.eval().requires_grad_(False) if vae is not None else None
+        self.text = ranker.tokenizer.encode(pairs.captions, ranker.config.text_len)
+        _, ids = torch.unique(self.text, dim=0, return_inverse=True)
+        self.caption_ids = ids
+        if int(ids.max() if len(ids) else 0) < 1:
+            raise UsageError("ranker: pairs must hold two different captions, got fewer")
+        self.bags = word_weights(self.text, ranker.config.vocab_size)
+        matrices = [p for p in ranker.parameters() if p.dim() > 1]
+        rest = [p for p in ranker.parameters() if p.dim() <= 1]
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": rest, "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=(0.9, 0.98),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "ranker": asdict(self.ranker.config),
+            "train": asdict(self.config),
+            "data": self.pairs.name,
+            "items": len(self.pairs),
+            "vae": self.vae is not None,
+            "seed": self.seed,
+        }
+
+    def views(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A step's batch: indices (B,), pictures (B, 3, H, W), spliced pictures (M, 3, H, W)."""
+        rng = torch.Generator().manual_seed(step_seed(self.seed, step))
+        wanted = look_alikes(
+            self.bags, self.caption_ids, self.config.batch_size, self.config.group, rng
+        )
+        size = self.ranker.config.image_size
+        found, kept = load_or_skip(self.pairs, wanted.tolist(), lambda im: center_crop(im, size))
+        device = self.ranker.log_scale.device
+        images = to_tensor(found).to(device)
+        # Pictures of one group stand side by side; taking from elsewhere makes worse mistakes.
+        order = torch.randperm(len(images), generator=rng)[: self.config.num_spliced]
+        with torch.no_grad():
+            if self.vae is None:
+                spliced = _patches(images[order], self.ranker.config.grid)
+                spliced = _pixels(splice(spliced, rng))
+            else:
+                tokens = self.vae.encode(images)
+                spliced = self.vae.decode(splice(tokens[order], rng))
+                shown = torch.rand(len(images), generator=rng) < self.config.reconstructed
+                where = shown.to(device)[:, None, None, None]
+                images = torch.where(where, self.vae.decode(tokens), images)
+        return torch.tensor(kept), images, spliced
+
+    def train_step(self, step: int) -> Mapping[str, float | torch.Tensor]:
+        items, images, spliced = self.views(step)
+        device = images.device
+        vectors = self.ranker.encode_images(torch.cat([images, spliced]))
+        text = self.ranker.encode_text(self.text[items].to(device))
+        logits = self.ranker.scale * text @ vectors.T
+        ids = self.caption_ids[items].to(device)
+        count = len(items)
+        wrong = logits[:, count:] if len(spliced) else None
+        loss = contrastive_loss(logits[:, :count], ids[:, None] == ids[None], wrong)
+        with torch.no_grad():
+            found = logits.argmax(1)
+            right = (ids[found.clamp_max(count - 1)] == ids) & (found < count)
+        peak = linear_warmup(step, self.config.learning_rate, self.config.warmup)
+        lr = peak * cosine_ramp(step, 1.0, 0.03, self.config.steps)
+        norm = update(self, loss, step, lr=lr, clip_norm=self.config.clip_norm)
+        return {
+            "loss": loss.detach(),
+            "accuracy": right.float().mean(),
+            "scale": self.ranker.scale.detach(),
+            "grad_norm": norm,
+            "images": float(count),
+        }
+
+    def pictures(self, step: int) -> dict[str, torch.Tensor]:
+        """Pictures of the step's batch above spliced ones: what it is taught to tell apart."""
+        _, images, spliced = self.views(step)
+        rows = [part[:8] for part in (images, spliced) if len(part)]
+        width = min(len(row) for row in rows)
+        return {"views": rows_of(*[row[:width] for row in rows])}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        return None
+
+
+def _patches(images: torch.Tensor, grid: int) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, grid, grid, 3 * p * p)."""
+    patch = images.shape[-1] // grid
+    cells = F.unfold(images, patch, stride=patch)
+    return cells.transpose(1, 2).unflatten(1, (grid, grid))
+
+
+def _pixels(cells: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_patches`."""
+    grid = cells.shape[1]
+    patch = round((cells.shape[-1] // 3) ** 0.5)
+    flat = cells.flatten(1, 2).transpose(1, 2)
+    return F.fold(flat, grid * patch, patch, stride=patch)
