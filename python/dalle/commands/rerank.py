@@ -11,7 +11,8 @@ import torch
 import tyro
 
 from dalle import pictures
-from dalle.commands.sample import pick_device, read_image
+from dalle.commands.sample import read_image
+from dalle.devices import pick_device
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.files import to_json
 from dalle.rerank import ContrastiveRanker, TransformersCLIP, load_ranker

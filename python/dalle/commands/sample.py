@@ -16,6 +16,7 @@ from PIL import Image
 
 from dalle import pictures
 from dalle.data.augment import center_crop, to_tensor
+from dalle.devices import pick_device
 from dalle.errors import DataError, UsageError
 from dalle.files import to_json
 from dalle.pipeline import Generation, Pipeline
@@ -58,25 +59,6 @@ class SampleConfig:
     prime_rows: int = 0
     device: str = "auto"
     scale: int = 2
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the first GPU where there is one.
-
-    Raises:
-        UsageError: the device is unknown or not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"device: must be auto, cpu or a device that is there, got {name!r} ({reason})"
-        ) from error
-    return device
 
 
 def read_image(path: Path, size: int) -> torch.Tensor:

