@@ -109,9 +109,10 @@ class TextTower(nn.Module):
         self.out = nn.Linear(width, config.embed_dim)
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
+        text = text[:, : max(1, int((text >= 0).sum(1).max()))]  # slots no caption uses
         blank = text < 0
         blank[:, 0] = False  # an empty caption still has one slot to average
-        x = self.token(text.clamp_min(0)) + self.place
+        x = self.token(text.clamp_min(0)) + self.place[: text.shape[1]]
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=blank)
         weight = (~blank).float()[..., None]

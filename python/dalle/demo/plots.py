@@ -91,7 +91,8 @@ def _code_use(space: Workspace, use: dict[str, Any]) -> str:
     figure, axis = plt.subplots(figsize=(4.4, 3))
     axis.loglog(use["rank"], use["share"], label="this codebook")
     axis.axhline(1 / use["codes"], color="grey", linestyle=":", label="all codes alike")
-    axis.set_title(f"{use['codes_used']} of {use['codes']} codes, perplexity {use['perplexity']:.0f}")
+    used, codes, perplexity = use["codes_used"], use["codes"], use["perplexity"]
+    axis.set_title(f"{used} of {codes} codes, perplexity {perplexity:.0f}")
     axis.set_xlabel("codes, most frequent first")
     axis.set_ylabel("share of all tokens")
     axis.legend(fontsize=8)

@@ -108,7 +108,8 @@ def page(space: Workspace, summary: dict[str, Any]) -> str:
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width'>"
-        f"<title>dalle demo: {data}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        f"<title>dalle demo: {data}</title><style>{STYLE}</style></head>\n"
+        f"<body>\n{body}\n</body></html>\n"
     )
 
 
@@ -130,7 +131,10 @@ def _strips(space: Workspace) -> str:
     if not path.exists():
         return ""
     first = "true picture, then " if space.config.data == "emoji" else ""
-    head = f"<h2>Captions no training pair contained</h2><p>Each: {first}samples, best score first.</p>"
+    head = (
+        "<h2>Captions no training pair contained</h2>"
+        f"<p>Each: {first}samples, best score first.</p>"
+    )
     figures = [
         _figure(space, strip["picture"], f"{strip['caption']} ({strip['split']})")
         for strip in read_json(path, DataError)
@@ -175,7 +179,8 @@ def _fact_tables(summary: dict[str, Any]) -> str:
                 f"<td class=number>{group[which][fact]:.2f}" if fact in group[which] else "<td>"
                 for fact in facts
             )
-            rows.append(f"<tr><td>{escape(name)}<td>{text}<td class=number>{group['captions']}{cells}")
+            count = group["captions"]
+            rows.append(f"<tr><td>{escape(name)}<td>{text}<td class=number>{count}{cells}")
     return (
         "<h2>Facts, as the checker reads them</h2><table><tr><th>captions<th><th>number"
         f"{head}\n" + "\n".join(rows) + "</table>"
@@ -189,6 +194,4 @@ def _timings(summary: dict[str, Any]) -> str:
         for stage in STAGES
         if (entry := summary["timings"].get(stage))
     ]
-    return (
-        "<h2>Time</h2><table><tr><th>stage<th>wall clock<th>CPU\n" + "\n".join(rows) + "</table>"
-    )
+    return "<h2>Time</h2><table><tr><th>stage<th>wall clock<th>CPU\n" + "\n".join(rows) + "</table>"

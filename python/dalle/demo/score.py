@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from dalle.data.shapes import Scene
 from dalle.data.shapes_check import ShapesReport, check_batch, summary
 from dalle.errors import UsageError

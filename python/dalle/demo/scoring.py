@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from dalle import pictures
 from dalle.data.augment import to_tensor
 from dalle.data.pairs import Pairs

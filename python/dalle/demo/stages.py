@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from dalle import pictures
 from dalle.data.augment import to_tensor
 from dalle.data.pairs import Pairs, load_pairs
@@ -79,7 +80,7 @@ class Demo:
         return pipeline
 
     def train(self, task: Task, steps: int) -> None:
-        """The common loop, resuming where it was stopped; afterwards the model holds its average."""
+        """The common loop, resuming where it was stopped; then saves the averaged model."""
         loop = LoopConfig(
             out=self.space.folder(task.name),
             steps=steps,

@@ -1,0 +1,32 @@
+"""How the demo trains its ranker; the numbers and what was tried are in docs/log.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dalle.train.ranker import RankerTrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankerRecipe:
+    """Sizes (overrides of the preset "tiny"), training, and seconds on two idle cores."""
+
+    model: dict[str, int] = field(default_factory=dict)
+    train: RankerTrainConfig = field(default_factory=RankerTrainConfig)
+    seconds: float = 60.0
+
+
+RANKER_RECIPES: dict[tuple[str, str], RankerRecipe] = {
+    ("emoji", "default"): RankerRecipe(train=RankerTrainConfig(steps=600)),
+    ("shapes", "default"): RankerRecipe(train=RankerTrainConfig(steps=600)),
+    ("emoji", "smoke"): RankerRecipe(
+        model={"width": 32, "depth": 1, "embed_dim": 32},
+        train=RankerTrainConfig(steps=12, batch_size=16, num_spliced=4, warmup=2),
+        seconds=1.0,
+    ),
+    ("shapes", "smoke"): RankerRecipe(
+        model={"width": 32, "depth": 1, "embed_dim": 32},
+        train=RankerTrainConfig(steps=12, batch_size=16, num_spliced=4, warmup=2),
+        seconds=1.0,
+    ),
+}

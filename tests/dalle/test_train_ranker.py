@@ -1,0 +1,183 @@
+"""Training draws look-alikes, splices pictures, and teaches a ranker to choose."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from dalle.data.pairs import ArrayPairs
+from dalle.errors import UsageError
+from dalle.rerank import ContrastiveRanker
+from dalle.tokenizer import Tokenizer
+from dalle.train import ranker as training
+from dalle.train.loop import LoopConfig, train
+from dalle.train.ranker import RankerTask, RankerTrainConfig
+
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 160, 60),
+    "blue": (40, 80, 220),
+    "pink": (250, 130, 190),
+}
+HALVES = ("left", "right")
+
+
+def toy_pairs(count=160, seed=0):
+    """One half of a 16-pixel picture in a colour: 8 captions, noisy pictures."""
+    rng = np.random.default_rng(seed)
+    names = [(c, h) for c in COLOURS for h in HALVES]
+    chosen = [names[i % len(names)] for i in range(count)]
+    images = rng.integers(90, 160, (count, 16, 16, 3))
+    for image, (colour, half) in zip(images, chosen, strict=True):
+        part = slice(0, 8) if half == "left" else slice(8, 16)
+        image[:, part] = np.array(COLOURS[colour]) + rng.integers(-20, 20, (16, 8, 3))
+    captions = [f"{colour} on the {half}" for colour, half in chosen]
+    return ArrayPairs("toy", images.clip(0, 255).astype(np.uint8), captions)
+
+
+def toy_task(config, seed=0, pairs=None):
+    pairs = pairs or toy_pairs()
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer.train(pairs.captions, vocab_size=300)
+    ranker = ContrastiveRanker.from_preset(
+        "tiny", tokenizer=tokenizer, image_size=16, grid=4, width=32, depth=1, embed_dim=32
+    )
+    return RankerTask(ranker, pairs, config, seed=seed)
+
+
+SMALL = RankerTrainConfig(steps=60, batch_size=16, num_spliced=4, warmup=5, learning_rate=4e-3)
+
+
+def test_training_teaches_which_half_and_which_colour(tmp_path):
+    task = toy_task(SMALL)
+    train(task, LoopConfig(out=tmp_path, steps=60, picture_every=60))
+    fresh = toy_pairs(count=32, seed=1)
+    captions = sorted(set(fresh.captions))
+    images = torch.from_numpy(fresh.images).permute(0, 3, 1, 2) / 255
+    scores = torch.stack([task.ranker.scores([c] * 32, images) for c in captions])
+    named = [captions[i] for i in scores.argmax(0).tolist()]
+    assert np.mean([a == b for a, b in zip(named, fresh.captions, strict=True)]) > 0.9
+    assert list((tmp_path / "pictures").glob("views-*.png"))
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
+    whole = toy_task(SMALL)
+    train(whole, LoopConfig(out=tmp_path / "a", steps=6, picture_every=0))
+    first, second = toy_task(SMALL), toy_task(SMALL)
+    train(first, LoopConfig(out=tmp_path / "b", steps=2, picture_every=0))
+    train(second, LoopConfig(out=tmp_path / "b", steps=6, picture_every=0))
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+
+
+def test_look_alikes_share_words_and_never_the_caption():
+    task = toy_task(SMALL)
+    rng = torch.Generator().manual_seed(0)
+    items = training.look_alikes(task.bags, task.caption_ids, 64, 4, rng).view(16, 4)
+    assert items.dtype == torch.int64 and int(items.max()) < 160
+    for row in items.tolist():
+        captions = [task.pairs.captions[i] for i in row]
+        first = set(captions[0].split())
+        for other in captions[1:]:
+            assert other != captions[0]
+            assert len(first & set(other.split())) == 3  # colour or side differs, not both
+
+
+def test_splice_moves_a_rectangle_and_nothing_else():
+    cells = torch.arange(3)[:, None, None].expand(3, 8, 8).contiguous()
+    out = training.splice(cells, torch.Generator().manual_seed(1))
+    for i in range(3):
+        changed = out[i] != i
+        assert set(out[i].unique().tolist()) == {i, (i - 1) % 3}
+        rows, columns = changed.any(1).sum(), changed.any(0).sum()
+        assert changed.sum() == rows * columns and 2 <= rows <= 4 and 2 <= columns <= 4
+    assert torch.equal(cells[:, 0, 0], torch.arange(3))
+
+
+def test_patches_and_pixels_are_inverse():
+    images = torch.rand(2, 3, 12, 12)
+    cells = training._patches(images, 4)
+    assert cells.shape == (2, 4, 4, 27)
+    assert torch.equal(training._pixels(cells), images)
+
+
+def test_loss_is_that_of_two_cross_entropies():
+    logits = torch.randn(5, 5)
+    none_same = torch.eye(5, dtype=torch.bool)
+    rows = -logits.log_softmax(1).diagonal().mean()
+    columns = -logits.log_softmax(0).diagonal().mean()
+    found = training.contrastive_loss(logits, none_same)
+    torch.testing.assert_close(found, (rows + columns) / 2)
+
+
+def test_twins_are_no_wrong_answers_and_spliced_ones_are():
+    logits = torch.tensor([[5.0, 5.0], [5.0, 5.0]])
+    apart, same = torch.eye(2, dtype=torch.bool), torch.ones(2, 2, dtype=torch.bool)
+    assert training.contrastive_loss(logits, same) < 1e-3
+    assert training.contrastive_loss(logits, apart) == pytest.approx(np.log(2), abs=1e-4)
+    spliced = torch.full((2, 1), 5.0)
+    assert training.contrastive_loss(logits, same, spliced) == pytest.approx(
+        np.log(2) / 2, abs=1e-4
+    )
+
+
+class HalvingVAE(torch.nn.Module):
+    """Codes are mean colours of 4-pixel cells in 64 levels; decoding paints them flat."""
+
+    def encode(self, images):
+        means = torch.nn.functional.avg_pool2d(images, 4)
+        levels = (means * 3.999).long()
+        return (levels * torch.tensor([16, 4, 1]).view(1, 3, 1, 1)).sum(1)
+
+    def decode(self, tokens):
+        parts = torch.stack([tokens // 16, tokens // 4 % 4, tokens % 4], 1).float() / 3
+        return parts.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+def test_with_a_vae_pictures_are_shown_as_it_gives_them_back():
+    pairs = toy_pairs()
+    config = RankerTrainConfig(steps=2, batch_size=8, num_spliced=3, reconstructed=1.0)
+    task = toy_task(config, pairs=pairs)
+    task.vae = HalvingVAE()
+    items, images, spliced = task.views(0)
+    assert images.shape == (8, 3, 16, 16) and spliced.shape == (3, 3, 16, 16)
+    wanted = torch.from_numpy(pairs.images[items.numpy()]).permute(0, 3, 1, 2) / 255
+    assert torch.equal(images, task.vae.decode(task.vae.encode(wanted)))
+    assert torch.equal(task.views(0)[1], images) and not torch.equal(task.views(1)[1], images)
+    task.train_step(0)
+
+
+def test_a_picture_that_does_not_decode_is_left_out():
+    pairs = toy_pairs()
+
+    class Broken(ArrayPairs):
+        def load(self, i):
+            from dalle.errors import DataError
+
+            if i % 2:
+                raise DataError("broken")
+            return super().load(i)
+
+    broken = Broken("toy", pairs.images, pairs.captions, Counter())
+    task = toy_task(SMALL, pairs=broken)
+    items, images, _ = task.views(0)
+    assert 0 < len(items) == len(images) < 16 and not (items % 2).any()
+    assert broken.skipped["does not decode"] > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 10}, {"group": 0}, {"num_spliced": 97}, {"reconstructed": 2.0}, {"steps": 0}],
+)
+def test_options_out_of_range_get_one_line(options):
+    with pytest.raises(UsageError, match="must be"):
+        RankerTrainConfig(**options)
+
+
+def test_one_caption_is_not_enough():
+    pairs = toy_pairs()
+    same = ArrayPairs("same", pairs.images, ["a red circle"] * len(pairs))
+    with pytest.raises(UsageError, match="two different captions"):
+        toy_task(SMALL, pairs=same)
