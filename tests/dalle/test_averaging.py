@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from dalle.averaging import IterateAverage
 from dalle.errors import CheckpointError, UsageError
-from torch import nn
 
 
 def moved(model, amount):

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_task import TinyTask, config, state_hash
+
 from dalle import files
 from dalle.errors import CheckpointError, EnvironmentProblem
 from dalle.train import checkpoint
 from dalle.train.checkpoint import checkpoints, load_checkpoint, read_manifest, save_checkpoint
 from dalle.train.loop import train
 from dalle.train.tree import pack_tree, rng_state, set_rng_state, unpack_tree
-from tiny_task import TinyTask, config, state_hash
 
 HERE = str(Path(__file__).parent)
 

@@ -9,9 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import cli_target
-import dalle
 import pytest
 from cli_target import LoopOptions, ToyConfig
+
+import dalle
 from dalle import cli
 from dalle.cli import COMMANDS, load_target, main
 

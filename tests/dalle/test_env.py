@@ -4,6 +4,7 @@ import json
 
 import numpy
 import torch
+
 from dalle.cli import main
 from dalle.env import environment
 

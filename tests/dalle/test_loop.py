@@ -9,12 +9,13 @@ import socket
 import numpy as np
 import pytest
 import torch
-from dalle.errors import NumericalError, UsageError
-from dalle.train.checkpoint import checkpoints
-from dalle.train.loop import LoopConfig, check_finite, step_seed, train, update
 from PIL import Image
 from tiny_task import TinyTask, config
 from torch import nn
+
+from dalle.errors import NumericalError, UsageError
+from dalle.train.checkpoint import checkpoints
+from dalle.train.loop import LoopConfig, check_finite, step_seed, train, update
 
 
 def test_trains_without_a_connection(tmp_path, no_sockets):

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
+from tiny_task import TinyTask, config
+
 from dalle.train import metrics
 from dalle.train.loop import train
 from dalle.train.metrics import Metrics, duration, read_metrics
-from tiny_task import TinyTask, config
 
 
 def test_one_record_per_interval_with_all_keys(tmp_path):

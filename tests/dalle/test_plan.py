@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from dalle.cli import main
 from dalle.errors import UsageError
 from dalle.plan import flops, make_plan, memory, parameters

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from dalle.errors import CheckpointError, UsageError
 from dalle.pretrained import load_config, load_weights, save_pretrained
-from torch import nn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

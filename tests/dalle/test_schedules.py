@@ -4,10 +4,11 @@ import json
 import math
 
 import pytest
-from dalle.errors import UsageError
-from dalle.schedules import PlateauHalving, cosine_ramp, linear_warmup
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dalle.errors import UsageError
+from dalle.schedules import PlateauHalving, cosine_ramp, linear_warmup
 
 
 @pytest.mark.parametrize(
