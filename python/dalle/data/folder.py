@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dalle.data.images import BadPicture, decode, open_checked, read_bytes
-from dalle.errors import DataError
+from dalle.errors import DataError, UsageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_CAPTION_BYTES = 64 << 10
@@ -89,6 +89,7 @@ class FolderPairs:
         skipped: reason -> count of what was left out.
 
     Raises:
+        UsageError: unknown verify.
         DataError: no such folder, or no usable pair in it (the reasons are in the message).
     """
 
@@ -97,7 +98,7 @@ class FolderPairs:
     def __init__(self, folder: Path | str, *, verify: str = "header") -> None:
         folder = Path(folder)
         if verify not in ("none", "header", "full"):
-            raise DataError(f"data: verify must be none, header or full, got {verify!r}")
+            raise UsageError(f"data: verify must be none, header or full, got {verify!r}")
         if not folder.is_dir():
             raise DataError(f"data: {folder} must be a folder, got no such folder")
         self.name = folder.name or str(folder)
