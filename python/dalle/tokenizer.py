@@ -1,0 +1,243 @@
+"""Byte-level BPE over lower-cased captions, with dropout of merges that a seed decides.
+
+Paper section 2.2: captions are lower-cased and BPE-encoded with a vocabulary of 16,384; in training
+10 % of the merges are dropped (Provilkov et al. 2020). Byte-level, so that every string has a
+spelling and decodes back to itself, lower-cased. Training and plain encoding are those of the
+library `tokenizers`; its dropout takes no seed, so merging with dropout is done here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from dalle import __version__
+from dalle.errors import CheckpointError, DataError, UsageError
+from dalle.files import read_json, to_json, write_atomic
+
+FORMAT_VERSION = 1
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "config.json"
+MAX_FILE_BYTES = 64 << 20
+NUM_BYTES = 256
+
+
+def lower(caption: str) -> str:
+    """The caption in lower case; lone surrogates, which have no bytes, become U+FFFD."""
+    text = caption.lower()
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+class Tokenizer:
+    """Captions to token ids and back.
+
+    Made by `Tokenizer.train` or `Tokenizer.from_pretrained`.
+
+    Attributes:
+        vocab_size: number of ids, 256 bytes and one a merge.
+        truncated: captions cut by `encode` since construction, because they had more tokens than
+            slots.
+    """
+
+    PAD = -1
+
+    def __init__(self, bpe: tokenizers.Tokenizer) -> None:
+        self._bpe = bpe
+        self.vocab_size: int = bpe.get_vocab_size()
+        self.truncated = 0
+        vocab: dict[str, int] = bpe.get_vocab()
+        merges = json.loads(bpe.to_str())["model"]["merges"]
+        # (left id, right id) -> (rank, merged id)
+        self._merges = {
+            (vocab[left], vocab[right]): (rank, vocab[left + right])
+            for rank, (left, right) in enumerate(merges)
+        }
+        self._symbols = {token: i for token, i in vocab.items() if len(token) == 1}
+        self._spelled: dict[str, tuple[int, ...]] = {}  # word -> ids of its bytes
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int = 16384) -> Tokenizer:
+        """Learns merges from captions.
+
+        Args:
+            captions: lower-cased here.
+            vocab_size: at least 256 (the bytes); fewer come out of captions with fewer pairs.
+
+        Raises:
+            DataError: no caption with a visible character.
+            UsageError: vocab_size below 256.
+        """
+        if vocab_size < NUM_BYTES:
+            raise UsageError(f"tokenizer: vocab_size must be at least 256, got {vocab_size}")
+        texts = [lower(caption) for caption in captions]
+        if not any(text.strip() for text in texts):
+            raise DataError(f"tokenizer: captions must hold text, got {len(texts)} empty captions")
+        bpe = tokenizers.Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        )
+        bpe.train_from_iterator(texts, trainer, length=len(texts))
+        return cls(bpe)
+
+    def encode(
+        self, captions: Sequence[str], length: int, *, dropout: float = 0.0, seed: int = 0
+    ) -> Tensor:
+        """Encodes captions into slots.
+
+        Args:
+            captions: B strings.
+            length: slots a caption, at least 1; longer captions lose their end and are counted in
+                `truncated`.
+            dropout: probability in [0, 1] that a possible merge is passed over, drawn anew at each
+                merge; 0.1 in the paper's training, 0 for sampling.
+            seed: decides the dropout of caption i together with i; unused without dropout.
+
+        Returns:
+            (B, length) int64, unused slots hold PAD = -1.
+
+        Raises:
+            UsageError: a single string for captions, bad length or dropout.
+        """
+        if isinstance(captions, str):
+            raise UsageError("tokenizer: captions must be a sequence of strings, got one string")
+        if length < 1:
+            raise UsageError(f"tokenizer: length must be at least 1, got {length}")
+        if not 0 <= dropout <= 1:
+            raise UsageError(f"tokenizer: dropout must be in [0, 1], got {dropout}")
+        texts = [lower(caption) for caption in captions]
+        if dropout == 0:
+            rows = [encoding.ids for encoding in self._bpe.encode_batch_fast(texts)]
+        else:
+            rows = [
+                self._encode_with_dropout(text, dropout, random.Random(f"{seed}/{i}"))
+                for i, text in enumerate(texts)
+            ]
+        ids = torch.full((len(rows), length), self.PAD, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            self.truncated += len(row) > length
+            ids[i, : len(row)] = torch.tensor(row[:length], dtype=torch.int64)
+        return ids
+
+    def decode(self, ids: Tensor | Sequence[int]) -> str:
+        """The text of one caption's ids; PAD is passed over, broken UTF-8 becomes U+FFFD.
+
+        Raises:
+            UsageError: not one axis, or an id outside the vocabulary.
+        """
+        values = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
+        if isinstance(values, int) or any(isinstance(value, list) for value in values):
+            raise UsageError("tokenizer: ids must have one axis, got another number of axes")
+        kept = [value for value in values if value != self.PAD]
+        for value in kept:
+            if not 0 <= value < self.vocab_size:
+                raise UsageError(
+                    f"tokenizer: ids must be below {self.vocab_size} or PAD = -1, got {value}"
+                )
+        return str(self._bpe.decode(kept, skip_special_tokens=False))
+
+    def save_pretrained(self, directory: Path | str) -> None:
+        """Writes tokenizer.json (readable by the library `tokenizers`) and config.json.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        data = self._bpe.to_str(pretty=True).encode()
+        write_atomic(directory / TOKENIZER_FILE, data)
+        head = {
+            "format_version": FORMAT_VERSION,
+            "class": "Tokenizer",
+            "dalle_version": __version__,
+            "config": {"vocab_size": self.vocab_size, "lower_case": True},
+            "tokenizer_sha256": hashlib.sha256(data).hexdigest(),
+        }
+        write_atomic(directory / CONFIG_FILE, to_json(head))
+
+    @classmethod
+    def from_pretrained(cls, directory: Path | str) -> Tokenizer:
+        """Reads a folder that `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or of something else.
+        """
+        directory = Path(directory)
+        path = directory / TOKENIZER_FILE
+        head = read_json(directory / CONFIG_FILE, CheckpointError)
+        if not isinstance(head, dict) or head.get("class") != "Tokenizer":
+            found = head.get("class") if isinstance(head, dict) else type(head).__name__
+            raise CheckpointError(f"{directory}: class must be Tokenizer, got {found}")
+        if head.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{directory}: format_version must be {FORMAT_VERSION}, "
+                f"got {head.get('format_version')}"
+            )
+        try:
+            size = path.stat().st_size
+            data = path.read_bytes() if size <= MAX_FILE_BYTES else b""
+        except OSError as problem:
+            raise CheckpointError(
+                f"{path}: must be a readable file, got: {problem.strerror}"
+            ) from problem
+        if size > MAX_FILE_BYTES:
+            raise CheckpointError(f"{path}: must be at most {MAX_FILE_BYTES} bytes, got {size}")
+        if hashlib.sha256(data).hexdigest() != head.get("tokenizer_sha256"):
+            raise CheckpointError(
+                f"{path}: content must match the hash in {CONFIG_FILE}, got another"
+            )
+        try:
+            return cls(_from_json(data))
+        except CheckpointError:
+            raise
+        except Exception as problem:  # the library raises bare Exception
+            reason = next(iter(str(problem).splitlines()), type(problem).__name__)
+            raise CheckpointError(f"{path}: must be a BPE tokenizer, got: {reason}") from problem
+
+    def _encode_with_dropout(self, text: str, dropout: float, rng: random.Random) -> list[int]:
+        ids: list[int] = []
+        for word, _ in self._bpe.pre_tokenizer.pre_tokenize_str(text):
+            symbols = self._spelled.get(word)
+            if symbols is None:
+                symbols = tuple(self._symbols[char] for char in word)
+                if len(self._spelled) < 100_000:
+                    self._spelled[word] = symbols
+            ids += self._merge(list(symbols), dropout, rng)
+        return ids
+
+    def _merge(self, symbols: list[int], dropout: float, rng: random.Random) -> list[int]:
+        """Applies merges to one word, lowest rank first; each candidate is dropped by chance."""
+        while True:
+            best: tuple[int, int, int] | None = None  # (rank, position, merged id)
+            for position, pair in enumerate(zip(symbols, symbols[1:], strict=False)):
+                merge = self._merges.get(pair)
+                if merge is None or (dropout and rng.random() < dropout):
+                    continue
+                if best is None or merge[0] < best[0]:
+                    best = (merge[0], position, merge[1])
+            if best is None:
+                return symbols
+            symbols[best[1] : best[1] + 2] = [best[2]]
+
+
+def _from_json(data: bytes) -> tokenizers.Tokenizer:
+    """Parses tokenizer.json and checks that it is of the one kind that `train` makes."""
+    content: Any = json.loads(data)
+    kinds = [(content.get(key) or {}).get("type") for key in ("model", "pre_tokenizer", "decoder")]
+    if kinds != ["BPE", "ByteLevel", "ByteLevel"]:
+        raise CheckpointError(f"{TOKENIZER_FILE}: must be a byte-level BPE, got {kinds}")
+    return tokenizers.Tokenizer.from_str(data.decode())
