@@ -1,0 +1,251 @@
+"""Drawing images token by token with a cache (paper 2.6).
+
+The text is read once per caption and shared by all samples of it. Each layer keeps the keys and
+values of the image slots in tensors of fixed size, and a step reads only those its pattern sees.
+
+Letters: B captions, S samples of each, H heads, D head size, N image slots, K image vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import dalle_ext
+from dalle.errors import UsageError
+from dalle.prior_blocks import AttentionBlock
+from dalle.sampling import check_options, draw, uniform_noise
+
+if TYPE_CHECKING:
+    from dalle.prior import Prior
+
+Progress = Callable[[int, int], None]
+
+
+def attended_slots(pattern: dalle_ext.AttentionPattern, slot: int) -> slice | Tensor:
+    """The image slots that `slot` sees, itself included, as an index along the slots.
+
+    Row, column and causal are slices, so reading them copies nothing.
+    """
+    columns = pattern.grid[1]
+    if pattern.kind == "row":
+        return slice(max(0, slot - columns), slot + 1)
+    if pattern.kind == "column":
+        return slice(slot % columns, slot + 1, columns)
+    if pattern.kind == "causal":
+        return slice(0, slot + 1)
+    return torch.tensor([slot - o for o in reversed(pattern.offsets) if o <= slot])
+
+
+class DecodeState:
+    """The cache of one branch (with or without the caption) of B captions with S samples each.
+
+    Args:
+        prior: in evaluation mode.
+        text: (B, text_len - 1) with PAD; prefilled here in one pass.
+        num_samples: S.
+        prime: (B, n) image tokens that every sample starts with, n < N.
+    """
+
+    def __init__(self, prior: Prior, text: Tensor, num_samples: int, prime: Tensor) -> None:
+        self.prior, self.num_samples = prior, num_samples
+        c = prior.config
+        batch, given = prime.shape
+        x = prior.embed_text(text)
+        if given:  # no slot sees a later one, so what stands after the prime does not matter
+            filler = prime.new_zeros(batch, c.num_image_tokens - given)
+            x = torch.cat([x, prior.embed_image(torch.cat([prime, filler], 1))], 1)
+            _, found = prior.run_layers(x, prior.patterns)
+        else:
+            text_only = dalle_ext.AttentionPattern("causal", text_len=c.text_len - 1, grid=(1, 1))
+            _, found = prior.run_layers(x, (text_only,) * c.num_layers)
+        self.positions = prior.image_positions()
+        self.text: list[tuple[Tensor, Tensor]] = []
+        self.image: list[tuple[Tensor, Tensor]] = []
+        for pair in found:
+            self.text.append((pair.keys[:, :, : c.text_len], pair.values[:, :, : c.text_len]))
+            heads, size = pair.keys.shape[1], pair.keys.shape[3]
+            cache = []
+            for states in pair:
+                room = states.new_empty(batch, num_samples, heads, c.num_image_tokens, size)
+                room[:, :, :, :given] = states[:, None, :, c.text_len : c.text_len + given]
+                cache.append(room)
+            self.image.append((cache[0], cache[1]))
+
+    def step(self, slot: int, previous: Tensor | None) -> Tensor:
+        """Logits of the token at `slot`.
+
+        Args:
+            slot: image slots are filled in order.
+            previous: (B, S) tokens of slot - 1; None at slot 0.
+
+        Returns:
+            (B, S, K) fp32.
+        """
+        prior = self.prior
+        batch = self.image[0][0].shape[0]
+        if previous is None:
+            x = prior.start_of_image.expand(batch * self.num_samples, 1, -1)
+        else:
+            x = prior.image_embedding(previous.reshape(-1, 1))
+        x = x + self.positions[slot]
+        for index, layer in enumerate(prior.layers):
+            x = self._attend(index, layer.attention, slot, x)  # type: ignore[arg-type]
+            x = layer.mlp(x)  # type: ignore[operator]
+        logits = prior.image_head(prior.norm(x))
+        return logits.view(batch, self.num_samples, -1)
+
+    def _attend(self, index: int, block: AttentionBlock, slot: int, x: Tensor) -> Tensor:
+        """The attention resblock for one position of every sample; x is (B * S, 1, d)."""
+        query, key, value = block.project(x)  # (B * S, H, 1, D)
+        image_keys, image_values = self.image[index]
+        text_keys, text_values = self.text[index]
+        batch, samples, heads, _, size = image_keys.shape
+        image_keys[:, :, :, slot] = key.view(batch, samples, heads, size)
+        image_values[:, :, :, slot] = value.view(batch, samples, heads, size)
+        seen = attended_slots(self.prior.patterns[index], slot)
+        own = query.view(batch, samples, heads, 1, size)
+        shared = own[:, :, :, 0].transpose(1, 2)  # (B, H, S, D): all samples against one text
+        text_scores = (shared @ text_keys.transpose(-2, -1)).transpose(1, 2)  # (B, S, H, text)
+        image_scores = (own @ image_keys[:, :, :, seen].transpose(-2, -1))[:, :, :, 0]
+        scores = torch.cat([text_scores, image_scores], -1).float() / math.sqrt(size)
+        weights = scores.softmax(-1).to(query.dtype)
+        text_weights, image_weights = weights.split(
+            [text_keys.shape[2], scores.shape[-1] - text_keys.shape[2]], -1
+        )
+        mixed = (text_weights.transpose(1, 2) @ text_values).transpose(1, 2)
+        mixed = mixed + (image_weights[:, :, :, None] @ image_values[:, :, :, seen])[:, :, :, 0]
+        return block.merge(x, mixed.reshape(batch * samples, heads, 1, size))
+
+
+@torch.no_grad()
+def generate(
+    prior: Prior,
+    text: Tensor,
+    *,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    cond_scale: float = 1.0,
+    prime: Tensor | None = None,
+    seed: int = 0,
+    first_sample: int = 0,
+    max_batch: int = 256,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Draws image tokens for captions.
+
+    Args:
+        prior: the model; its mode is put back afterwards.
+        text: (B, text_len - 1) int64, PAD where there is no token; not changed.
+        num_samples: S, images of each caption.
+        temperature: divides the logits; 0 always takes the likeliest token.
+        top_k, top_p: see `sampling.filter_logits`; they act after the temperature.
+        cond_scale: guidance, logits = without + cond_scale * (with - without) the caption. 1 is
+            no guidance, 0 ignores the caption; neither costs a second pass. The caption-free branch
+            reads padding only, so train with `caption_dropout` for scales above 1.
+        prime: (B, n) int64, the first n tokens of each image in raster order, kept as they are.
+        seed: the noise is a function of (seed, sample index, step) alone: a caption's images do
+            not depend on what else is in the batch.
+        first_sample: index of the first sample, to continue an earlier call.
+        max_batch: images drawn at a time.
+        progress: called as progress(tokens drawn, tokens in all).
+
+    Returns:
+        (B, S, rows, columns) int64.
+
+    Raises:
+        UsageError: shapes, token ranges or options that do not fit.
+    """
+    c = prior.config
+    prior.check_text(text)
+    check_options(temperature, top_k, top_p)
+    for name, value, least in (("num_samples", num_samples, 1), ("max_batch", max_batch, 1)):
+        if value < least:
+            raise UsageError(f"generate: {name} must be {least} or more, got {value}")
+    if not math.isfinite(cond_scale):
+        raise UsageError(f"generate: cond_scale must be a finite number, got {cond_scale}")
+    if prime is None:
+        prime = text.new_empty(len(text), 0)
+    _check_prime(prior, prime, len(text))
+    samples = range(first_sample, first_sample + num_samples)
+    noise = uniform_noise(seed, samples, c.num_image_tokens)
+    text, prime = (x.to(prior.start_of_text.device) for x in (text, prime))
+    wide = min(num_samples, max_batch)
+    tall = max(1, max_batch // wide)
+    parts = [
+        (rows, columns)
+        for rows in torch.arange(len(text)).split(tall)
+        for columns in torch.arange(num_samples).split(wide)
+        if len(rows)
+    ]
+    out = torch.empty(len(text), num_samples, c.num_image_tokens, dtype=torch.int64)
+    training = prior.training
+    prior.eval()
+    try:
+        for index, (rows, columns) in enumerate(parts):
+
+            def tell(done: int, before: int = index) -> None:
+                if progress is not None:
+                    total = len(parts) * c.num_image_tokens
+                    progress(before * c.num_image_tokens + done, total)
+
+            out[rows[:, None], columns[None]] = _generate(
+                prior,
+                text[rows],
+                prime[rows],
+                noise[columns],
+                lambda logits, u: draw(
+                    logits, u, temperature=temperature, top_k=top_k, top_p=top_p
+                ),
+                cond_scale,
+                tell,
+            )
+    finally:
+        prior.train(training)
+    return out.view(len(text), num_samples, *c.grid)
+
+
+def _generate(
+    prior: Prior,
+    text: Tensor,
+    prime: Tensor,
+    noise: Tensor,
+    pick: Callable[[Tensor, Tensor], Tensor],
+    cond_scale: float,
+    tell: Callable[[int], None],
+) -> Tensor:
+    """(B, S, N) tokens on the CPU for B captions and the S rows of `noise`, (S, N)."""
+    batch, samples, slots = len(text), len(noise), prior.config.num_image_tokens
+    without = torch.full_like(text, -1)
+    if cond_scale == 0:
+        text = without
+    state = DecodeState(prior, text, samples, prime)
+    second = None
+    if cond_scale not in (0, 1):
+        second = DecodeState(prior, without, samples, prime)
+    tokens = prime.new_empty(batch, samples, slots)
+    tokens[:, :, : prime.shape[1]] = prime[:, None]
+    for slot in range(prime.shape[1], slots):
+        previous = tokens[:, :, slot - 1] if slot else None
+        logits = state.step(slot, previous)
+        if second is not None:
+            base = second.step(slot, previous)
+            logits = base + cond_scale * (logits - base)
+        drawn = pick(logits.flatten(0, 1), noise[:, slot].repeat(batch))
+        tokens[:, :, slot] = drawn.view(batch, samples)
+        tell(slot + 1)
+    return tokens.cpu()
+
+
+def _check_prime(prior: Prior, prime: Tensor, batch: int) -> None:
+    slots = prior.config.num_image_tokens
+    if prime.dim() != 2 or len(prime) != batch or prime.shape[1] >= slots:
+        want = f"({batch}, n) with n below {slots} for the grid {prior.config.grid}"
+        raise UsageError(f"generate: prime must be {want}, got {tuple(prime.shape)}")
+    prior.check_image_tokens(prime, prime.shape[1], batch)

@@ -1,0 +1,308 @@
+"""The prior: one transformer over caption and image tokens (paper 2.2, appendix B).
+
+The stream has text_len + N positions, N = rows * columns: start-of-text, the caption's tokens, a
+learned embedding per position where there is none; then start-of-image and all image tokens but
+the last. Image slot p carries token p - 1, the row and column of slot p, and predicts token p.
+
+Letters: B batch, T = text_len + N, d width, V text vocabulary, K image vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import dalle_ext
+from dalle.configs import did_you_mean
+from dalle.errors import UsageError
+from dalle.prior_blocks import KeysValues, Layer, layer_kinds
+from dalle.pretrained import load_config, load_weights, save_pretrained
+
+PAD = -1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TEXT_TARGETS = ("real", "padded")
+TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """Sizes of the prior; the defaults are the paper's 12-billion-parameter model.
+
+    Attributes:
+        text_vocab, image_vocab: V and K.
+        text_len: text positions, start-of-text included; a caption has up to text_len - 1 tokens.
+        grid: (rows, columns) of image tokens.
+        d_model, num_heads, num_layers: width, heads, layers of two resblocks each.
+        kernel_size: odd width of the last layer's convolutional pattern.
+        attention: the pattern of each layer; empty means the paper's schedule.
+        precision: "fp32" or "bf16", of everything inside the resblocks; the identity path,
+            parameters and logits are fp32.
+        checkpointing: recompute each resblock in the backward pass instead of keeping it.
+        text_targets: "real" counts real text tokens in the text loss; "padded" also the padding
+            after them, as one more class.
+        init_gain: weights start as N(0, init_gain / sqrt(fan_in)).
+        dropout: on the residual branches while training; the paper has none.
+    """
+
+    text_vocab: int = 16384
+    image_vocab: int = 8192
+    text_len: int = 256
+    grid: tuple[int, int] = (32, 32)
+    d_model: int = 3968
+    num_heads: int = 62
+    num_layers: int = 64
+    kernel_size: int = 11
+    attention: tuple[str, ...] = ()
+    precision: str = "fp32"
+    checkpointing: bool = False
+    text_targets: str = "real"
+    init_gain: float = 0.125
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))
+        object.__setattr__(self, "attention", tuple(self.attention))
+        least = {"text_len": 2}
+        for name in ("text_vocab", "image_vocab", "text_len", "d_model", "num_heads", "num_layers"):
+            self._require(getattr(self, name) >= least.get(name, 1), name, "at least 1 (text 2)")
+        fits = len(self.grid) == 2 and min(self.grid) >= 1
+        self._require(fits, "grid", "(rows, columns) of at least 1")
+        self._require(self.d_model % self.num_heads == 0, "d_model", "a multiple of num_heads")
+        odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
+        self._require(odd, "kernel_size", "odd and at least 1")
+        self._require(self.precision in DTYPES, "precision", f"one of {', '.join(DTYPES)}")
+        known = self.text_targets in TEXT_TARGETS
+        self._require(known, "text_targets", f"one of {', '.join(TEXT_TARGETS)}")
+        self._require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        fits = len(self.attention) in (0, self.num_layers)
+        self._require(fits, "attention", "empty or one pattern for each layer")
+        known = set(self.attention) <= {"row", "column", "conv", "causal"}
+        self._require(known, "attention", "made of row, column, conv, causal")
+
+    def _require(self, holds: bool, name: str, requirement: str) -> None:
+        if not holds:
+            raise UsageError(f"Prior: {name} must be {requirement}, got {getattr(self, name)!r}")
+
+    @property
+    def num_image_tokens(self) -> int:
+        """N = rows * columns."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def length(self) -> int:
+        """T = text_len + N."""
+        return self.text_len + self.num_image_tokens
+
+    def patterns(self) -> tuple[dalle_ext.AttentionPattern, ...]:
+        """The attention pattern of each layer; layers of one kind share one object."""
+        kinds = self.attention or layer_kinds(self.num_layers)
+        sizes: dict[str, Any] = {"text_len": self.text_len, "grid": self.grid}
+        sizes["kernel_size"] = self.kernel_size
+        made = {kind: dalle_ext.AttentionPattern(kind, **sizes) for kind in set(kinds)}
+        return tuple(made[kind] for kind in kinds)
+
+
+def _sizes(width: int, heads: int, layers: int, text_len: int, side: int, **rest: Any) -> Any:
+    """A preset: d_model, num_heads, num_layers, text_len and the side of a square grid."""
+    sizes = {"d_model": width, "num_heads": heads, "num_layers": layers, "text_len": text_len}
+    return PriorConfig(**sizes, grid=(side, side), **rest)
+
+
+PRESETS: dict[str, PriorConfig] = {
+    "tiny": _sizes(128, 4, 4, 16, 8, text_vocab=2048, image_vocab=512, kernel_size=5),
+    "small": _sizes(256, 4, 8, 64, 16, text_vocab=8192, image_vocab=2048),
+    "base": _sizes(768, 12, 12, 256, 32),
+    "1b": _sizes(1792, 28, 24, 256, 32, checkpointing=True),
+    "12b": _sizes(3968, 62, 64, 256, 32, checkpointing=True),
+}
+
+
+class PriorOutput(NamedTuple):
+    """One forward pass.
+
+    Attributes:
+        loss: text_loss / 8 + 7 image_loss / 8.
+        text_loss, image_loss: cross-entropy in nats per counted token.
+        text_logits: (B, text_len - 1, V) fp32; entry i predicts text[:, i].
+        image_logits: (B, N, K) fp32; entry p predicts image_tokens[:, p].
+    """
+
+    loss: Tensor
+    text_loss: Tensor
+    image_loss: Tensor
+    text_logits: Tensor
+    image_logits: Tensor
+
+
+class Prior(nn.Module):
+    """The transformer; see the head of this file for the stream it reads."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        d, dtype = c.d_model, DTYPES[c.precision]
+        classes = c.text_vocab + (c.text_targets == "padded")
+        self.start_of_text = nn.Parameter(torch.empty(d))
+        self.start_of_image = nn.Parameter(torch.empty(d))
+        self.text_embedding = nn.Embedding(c.text_vocab, d)
+        self.text_position = nn.Parameter(torch.empty(c.text_len, d))
+        self.text_padding = nn.Parameter(torch.empty(c.text_len, d))
+        self.image_embedding = nn.Embedding(c.image_vocab, d)
+        self.image_row = nn.Parameter(torch.empty(c.grid[0], d))
+        self.image_column = nn.Parameter(torch.empty(c.grid[1], d))
+        layers = (Layer(d, c.num_heads, c.dropout, dtype) for _ in range(c.num_layers))
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(d)
+        self.text_head = nn.Linear(d, classes)
+        self.image_head = nn.Linear(d, c.image_vocab)
+        self.patterns = c.patterns()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The initialisation of Child et al. 2019, which the paper refers to (B.1)."""
+        c = self.config
+        token, position = (c.init_gain / math.sqrt(c.d_model * n) for n in (1, 2))
+        tokens = (self.start_of_text, self.start_of_image, self.text_padding)
+        for table in (*tokens, self.text_embedding.weight, self.image_embedding.weight):
+            nn.init.normal_(table, std=token)
+        nn.init.normal_(self.text_position, std=c.init_gain / math.sqrt(c.d_model))
+        for table in (self.image_row, self.image_column):
+            nn.init.normal_(table, std=position)
+        for head in (self.text_head, self.image_head):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+        for layer in self.layers:
+            layer.init_weights(c.num_layers, c.init_gain)  # type: ignore[operator]
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> Prior:
+        """A new model of size "tiny", "small", "base", "1b" or "12b"; `overrides` replace fields.
+
+        Raises:
+            UsageError: unknown preset or a value out of range.
+        """
+        if name not in PRESETS:
+            known, hint = ", ".join(PRESETS), did_you_mean(name, PRESETS)
+            raise UsageError(f"Prior: preset must be one of {known}, got {name!r}{hint}")
+        return cls(replace(PRESETS[name], **overrides))
+
+    @classmethod
+    def from_pretrained(cls, directory: Path | str) -> Prior:
+        """The model that `save_pretrained` wrote. Raises CheckpointError for anything else."""
+        model = cls(load_config(directory, cls.__name__, PriorConfig))
+        load_weights(model, directory)
+        return model.eval()
+
+    def save_pretrained(self, directory: Path | str) -> None:
+        """Writes config.json and model.safetensors."""
+        save_pretrained(self, directory, self.config)
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """(B, text_len - 1) tokens, PAD where there is none -> (B, text_len, d) fp32."""
+        found = self.text_embedding(text.clamp_min(0)) + self.text_position[1:]
+        found = torch.where((text == PAD)[:, :, None], self.text_padding[1:], found)
+        start = (self.start_of_text + self.text_position[0]).expand(len(text), 1, -1)
+        return torch.cat([start, found], 1)
+
+    def image_positions(self) -> Tensor:
+        """(N, d): row plus column embedding of each slot in raster order."""
+        return (self.image_row[:, None] + self.image_column[None]).flatten(0, 1)
+
+    def embed_image(self, image_tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(B, N) tokens -> (B, N, d) fp32; the last token is never an input.
+
+        `keep`, (B, N) bool, drops the embedding of tokens where it is False.
+        """
+        found = self.image_embedding(image_tokens[:, :-1])
+        if keep is not None:
+            found = found * keep[:, :-1, None]
+        start = self.start_of_image.expand(len(image_tokens), 1, -1)
+        return torch.cat([start, found], 1) + self.image_positions()
+
+    def run_layers(
+        self, x: Tensor, patterns: tuple[dalle_ext.AttentionPattern, ...]
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """(B, T, d) -> the same after all layers and the last norm; and what a cache keeps."""
+        cached = []
+        recompute = self.config.checkpointing and self.training and torch.is_grad_enabled()
+        for layer, pattern in zip(self.layers, patterns, strict=True):
+            if recompute:
+                call: Callable[..., Tensor] = lambda x, a=layer.attention, p=pattern: a(x, p)[0]
+                x = checkpoint(call, x, use_reentrant=False)
+                x = checkpoint(layer.mlp, x, use_reentrant=False)
+            else:
+                x, found = layer(x, pattern)
+                cached.append(found)
+        return self.norm(x), cached
+
+    def forward(
+        self, text: Tensor, image_tokens: Tensor, *, keep: Tensor | None = None
+    ) -> PriorOutput:
+        """Losses and logits of captions with their images.
+
+        Args:
+            text: (B, text_len - 1) int64 in [0, V), PAD (-1) where there is no token.
+            image_tokens: (B, N) int64 in [0, K), raster order.
+            keep: (B, N) bool; image tokens not kept are missing from the input, not from the loss.
+
+        Raises:
+            UsageError: shapes, dtypes or token ranges that do not fit.
+        """
+        c = self.config
+        self.check_text(text)
+        self.check_image_tokens(image_tokens, c.num_image_tokens, len(text))
+        x = torch.cat([self.embed_text(text), self.embed_image(image_tokens, keep)], 1)
+        x, _ = self.run_layers(x, self.patterns)
+        text_logits = self.text_head(x[:, : c.text_len - 1])
+        image_logits = self.image_head(x[:, c.text_len :])
+        target = text
+        if c.text_targets == "padded":
+            target = torch.where(text == PAD, c.text_vocab, text)
+        text_loss = F.cross_entropy(
+            text_logits.flatten(0, 1), target.flatten(), ignore_index=PAD, reduction="sum"
+        ) / (target != PAD).sum().clamp_min(1)
+        image_loss = F.cross_entropy(image_logits.flatten(0, 1), image_tokens.flatten())
+        loss = TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss
+        return PriorOutput(loss, text_loss, image_loss, text_logits, image_logits)
+
+    def generate(self, text: Tensor, **options: Any) -> Tensor:
+        """Draws images for captions: `dalle.decode.generate` with this model.
+
+        Equivalent to sampling one token at a time from `forward`'s logits. See there for options.
+        """
+        from dalle.decode import generate
+
+        return generate(self, text, **options)
+
+    def check_text(self, text: Tensor) -> None:
+        """Raises UsageError unless text is (B, text_len - 1) int64 of tokens and PAD."""
+        c, shape = self.config, tuple(text.shape)
+        if len(shape) != 2 or shape[1] != c.text_len - 1 or text.dtype != torch.int64:
+            want = f"(B, {c.text_len - 1}) int64"
+            raise UsageError(f"Prior: text must be {want}, got {shape} {text.dtype}")
+        _check_range("text", text, PAD, c.text_vocab)
+
+    def check_image_tokens(self, tokens: Tensor, length: int, batch: int) -> None:
+        """Raises UsageError unless tokens are (batch, length) int64 in [0, K)."""
+        if tuple(tokens.shape) != (batch, length) or tokens.dtype != torch.int64:
+            want = f"({batch}, {length}) int64 for the grid {self.config.grid}"
+            got = f"{tuple(tokens.shape)} {tokens.dtype}"
+            raise UsageError(f"Prior: image_tokens must be {want}, got {got}")
+        _check_range("image_tokens", tokens, 0, self.config.image_vocab)
+
+
+def _check_range(name: str, tokens: Tensor, low: int, high: int) -> None:
+    if tokens.numel() == 0 or tokens.device.type != "cpu":
+        return  # a device read would stall the stream; the embedding look-up checks there
+    least, most = (int(v) for v in torch.aminmax(tokens))
+    if least < low or most >= high:
+        got = least if least < low else most
+        raise UsageError(f"Prior: {name} must lie in {low} .. {high - 1}, got {got}")
