@@ -10,8 +10,7 @@ Letters: B batch, T = text_len + N, d width, V text vocabulary, K image vocabula
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,106 +22,9 @@ from torch.utils.checkpoint import checkpoint
 import dalle_ext
 from dalle.configs import did_you_mean
 from dalle.errors import UsageError
-from dalle.prior_blocks import KeysValues, Layer, layer_kinds
 from dalle.pretrained import load_config, load_weights, save_pretrained
-
-PAD = -1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TEXT_TARGETS = ("real", "padded")
-TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriorConfig:
-    """Sizes of the prior; the defaults are the paper's 12-billion-parameter model.
-
-    Attributes:
-        text_vocab, image_vocab: V and K.
-        text_len: text positions, start-of-text included; a caption has up to text_len - 1 tokens.
-        grid: (rows, columns) of image tokens.
-        d_model, num_heads, num_layers: width, heads, layers of two resblocks each.
-        kernel_size: odd width of the last layer's convolutional pattern.
-        attention: the pattern of each layer; empty means the paper's schedule.
-        precision: "fp32" or "bf16", of everything inside the resblocks; the identity path,
-            parameters and logits are fp32.
-        checkpointing: recompute each resblock in the backward pass instead of keeping it.
-        text_targets: "real" counts real text tokens in the text loss; "padded" also the padding
-            after them, as one more class.
-        init_gain: weights start as N(0, init_gain / sqrt(fan_in)).
-        dropout: on the residual branches while training; the paper has none.
-    """
-
-    text_vocab: int = 16384
-    image_vocab: int = 8192
-    text_len: int = 256
-    grid: tuple[int, int] = (32, 32)
-    d_model: int = 3968
-    num_heads: int = 62
-    num_layers: int = 64
-    kernel_size: int = 11
-    attention: tuple[str, ...] = ()
-    precision: str = "fp32"
-    checkpointing: bool = False
-    text_targets: str = "real"
-    init_gain: float = 0.125
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", tuple(self.grid))
-        object.__setattr__(self, "attention", tuple(self.attention))
-        least = {"text_len": 2}
-        for name in ("text_vocab", "image_vocab", "text_len", "d_model", "num_heads", "num_layers"):
-            self._require(getattr(self, name) >= least.get(name, 1), name, "at least 1 (text 2)")
-        fits = len(self.grid) == 2 and min(self.grid) >= 1
-        self._require(fits, "grid", "(rows, columns) of at least 1")
-        self._require(self.d_model % self.num_heads == 0, "d_model", "a multiple of num_heads")
-        odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
-        self._require(odd, "kernel_size", "odd and at least 1")
-        self._require(self.precision in DTYPES, "precision", f"one of {', '.join(DTYPES)}")
-        known = self.text_targets in TEXT_TARGETS
-        self._require(known, "text_targets", f"one of {', '.join(TEXT_TARGETS)}")
-        self._require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        fits = len(self.attention) in (0, self.num_layers)
-        self._require(fits, "attention", "empty or one pattern for each layer")
-        known = set(self.attention) <= {"row", "column", "conv", "causal"}
-        self._require(known, "attention", "made of row, column, conv, causal")
-
-    def _require(self, holds: bool, name: str, requirement: str) -> None:
-        if not holds:
-            raise UsageError(f"Prior: {name} must be {requirement}, got {getattr(self, name)!r}")
-
-    @property
-    def num_image_tokens(self) -> int:
-        """N = rows * columns."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def length(self) -> int:
-        """T = text_len + N."""
-        return self.text_len + self.num_image_tokens
-
-    def patterns(self) -> tuple[dalle_ext.AttentionPattern, ...]:
-        """The attention pattern of each layer; layers of one kind share one object."""
-        kinds = self.attention or layer_kinds(self.num_layers)
-        sizes: dict[str, Any] = {"text_len": self.text_len, "grid": self.grid}
-        sizes["kernel_size"] = self.kernel_size
-        made = {kind: dalle_ext.AttentionPattern(kind, **sizes) for kind in set(kinds)}
-        return tuple(made[kind] for kind in kinds)
-
-
-def _sizes(width: int, heads: int, layers: int, text_len: int, side: int, **rest: Any) -> Any:
-    """A preset: d_model, num_heads, num_layers, text_len and the side of a square grid."""
-    sizes = {"d_model": width, "num_heads": heads, "num_layers": layers, "text_len": text_len}
-    return PriorConfig(**sizes, grid=(side, side), **rest)
-
-
-PRESETS: dict[str, PriorConfig] = {
-    "tiny": _sizes(128, 4, 4, 16, 8, text_vocab=2048, image_vocab=512, kernel_size=5),
-    "small": _sizes(256, 4, 8, 64, 16, text_vocab=8192, image_vocab=2048),
-    "base": _sizes(768, 12, 12, 256, 32),
-    "1b": _sizes(1792, 28, 24, 256, 32, checkpointing=True),
-    "12b": _sizes(3968, 62, 64, 256, 32, checkpointing=True),
-}
+from dalle.prior_blocks import KeysValues, Layer
+from dalle.prior_config import DTYPES, IMAGE_WEIGHT, PAD, PRESETS, TEXT_WEIGHT, PriorConfig
 
 
 class PriorOutput(NamedTuple):
@@ -235,8 +137,7 @@ class Prior(nn.Module):
         recompute = self.config.checkpointing and self.training and torch.is_grad_enabled()
         for layer, pattern in zip(self.layers, patterns, strict=True):
             if recompute:
-                call: Callable[..., Tensor] = lambda x, a=layer.attention, p=pattern: a(x, p)[0]
-                x = checkpoint(call, x, use_reentrant=False)
+                x, _ = checkpoint(layer.attention, x, pattern, use_reentrant=False)
                 x = checkpoint(layer.mlp, x, use_reentrant=False)
             else:
                 x, found = layer(x, pattern)

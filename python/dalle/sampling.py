@@ -21,7 +21,9 @@ def check_options(temperature: float, top_k: int | None, top_p: float | None) ->
         raise UsageError(f"generate: top_p must be in (0, 1], got {top_p}")
 
 
-def filter_logits(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+def filter_logits(
+    logits: Tensor, *, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
     """Sets the logits of tokens that must not be drawn to -inf.
 
     Args:
