@@ -91,12 +91,12 @@ class DecodeState:
         if previous is None:
             x = prior.start_of_image.expand(batch * self.num_samples, 1, -1)
         else:
-            x = prior.image_embedding(previous.reshape(-1, 1))
+            x = prior.image_widen(prior.image_embedding(previous.reshape(-1, 1)))
         x = x + self.positions[slot]
         for index, layer in enumerate(prior.layers):
             x = self._attend(index, layer.attention, slot, x)  # type: ignore[arg-type]
             x = layer.mlp(x)  # type: ignore[operator]
-        logits = prior.image_head(prior.norm(x))
+        logits = prior.image_head(prior.image_narrow(prior.norm(x)))
         return logits.view(batch, self.num_samples, -1)
 
     def _attend(self, index: int, block: AttentionBlock, slot: int, x: Tensor) -> Tensor:

@@ -57,14 +57,18 @@ class Prior(nn.Module):
         self.text_embedding = nn.Embedding(c.text_vocab, d)
         self.text_position = nn.Parameter(torch.empty(c.text_len, d))
         self.text_padding = nn.Parameter(torch.empty(c.text_len, d))
-        self.image_embedding = nn.Embedding(c.image_vocab, d)
+        rank = c.image_rank or d
+        self.image_embedding = nn.Embedding(c.image_vocab, rank)
+        narrow = bool(c.image_rank)
+        self.image_widen = nn.Linear(rank, d, bias=False) if narrow else nn.Identity()
         self.image_row = nn.Parameter(torch.empty(c.grid[0], d))
         self.image_column = nn.Parameter(torch.empty(c.grid[1], d))
         layers = (Layer(d, c.num_heads, c.dropout, dtype) for _ in range(c.num_layers))
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(d)
         self.text_head = nn.Linear(d, classes)
-        self.image_head = nn.Linear(d, c.image_vocab)
+        self.image_narrow = nn.Linear(d, rank, bias=False) if narrow else nn.Identity()
+        self.image_head = nn.Linear(rank, c.image_vocab)
         self.patterns = c.patterns()
         self.init_weights()
 
@@ -81,6 +85,9 @@ class Prior(nn.Module):
         for head in (self.text_head, self.image_head):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+        for part in (self.image_widen, self.image_narrow):
+            if isinstance(part, nn.Linear):
+                nn.init.orthogonal_(part.weight)
         for layer in self.layers:
             layer.init_weights(c.num_layers, c.init_gain)  # type: ignore[operator]
 
@@ -123,7 +130,7 @@ class Prior(nn.Module):
 
         `keep`, (B, N) bool, drops the embedding of tokens where it is False.
         """
-        found = self.image_embedding(image_tokens[:, :-1])
+        found = self.image_widen(self.image_embedding(image_tokens[:, :-1]))
         if keep is not None:
             found = found * keep[:, :-1, None]
         start = self.start_of_image.expand(len(image_tokens), 1, -1)
@@ -163,7 +170,7 @@ class Prior(nn.Module):
         x = torch.cat([self.embed_text(text), self.embed_image(image_tokens, keep)], 1)
         x, _ = self.run_layers(x, self.patterns)
         text_logits = self.text_head(x[:, : c.text_len - 1])
-        image_logits = self.image_head(x[:, c.text_len :])
+        image_logits = self.image_head(self.image_narrow(x[:, c.text_len :]))
         target = text
         if c.text_targets == "padded":
             target = torch.where(text == PAD, c.text_vocab, text)

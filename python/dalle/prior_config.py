@@ -35,6 +35,9 @@ class PriorConfig:
             after them, as one more class.
         init_gain: weights start as N(0, init_gain / sqrt(fan_in)).
         dropout: on the residual branches while training; the paper has none.
+        image_rank: width of the image token table and of the image head's input, with a linear
+            map to and from d_model; 0 is d_model itself, as in the paper. Narrow, the head costs
+            less where d_model and layers are small beside K.
     """
 
     text_vocab: int = 16384
@@ -51,6 +54,7 @@ class PriorConfig:
     text_targets: str = "real"
     init_gain: float = 0.125
     dropout: float = 0.0
+    image_rank: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))
@@ -67,6 +71,7 @@ class PriorConfig:
         known = self.text_targets in TEXT_TARGETS
         self._require(known, "text_targets", f"one of {', '.join(TEXT_TARGETS)}")
         self._require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        self._require(self.image_rank >= 0, "image_rank", "0 or more")
         fits = len(self.attention) in (0, self.num_layers)
         self._require(fits, "attention", "empty or one pattern for each layer")
         known = set(self.attention) <= {"row", "column", "conv", "causal"}

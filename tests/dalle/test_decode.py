@@ -8,9 +8,9 @@ from dalle.decode import DecodeState, attended_slots, generate
 from dalle.errors import UsageError
 from dalle.prior import PAD
 from dalle.sampling import draw, uniform_noise
+from test_prior import KINDS, make, sample
 
 import dalle_ext
-from test_prior import KINDS, make, sample
 
 MIXED = ("row", "column", "conv")
 
@@ -57,6 +57,13 @@ def test_cached_logits_equal_uncached(attention, given):
             logits = state.step(slot, previous)
             for copy in range(2):
                 torch.testing.assert_close(logits[:, copy], wanted[:, slot], atol=2e-5, rtol=1e-4)
+
+
+def test_cached_equals_uncached_with_a_narrow_table():
+    model = make(image_rank=6)
+    text, _ = sample(model)
+    found = model.generate(text, num_samples=2, seed=5)
+    assert torch.equal(found, uncached(model, text, samples=2, seed=5))
 
 
 def test_cached_bf16_is_near_uncached():

@@ -149,7 +149,8 @@ def test_text_loss_can_count_padding():
 def test_captions_of_padding_alone_have_no_text_loss():
     model = make()
     text, image = sample(model)
-    out = model(torch.full_like(text, PAD), image)
+    with torch.no_grad():
+        out = model(torch.full_like(text, PAD), image)
     assert float(out.text_loss) == 0 and math.isfinite(float(out.loss))
 
 
@@ -178,8 +179,8 @@ def test_bf16_is_near_fp32():
     out, near = model(text, image), half(text, image)
     assert near.image_logits.dtype == torch.float32
     assert half.layers[0].mlp.wide_in.weight.dtype == torch.float32
-    error = (out.image_logits - near.image_logits).abs().max()
-    assert 0 < float(error) < 0.05 * float(out.image_logits.abs().max())
+    error = (out.image_logits - near.image_logits).abs().max().detach()
+    assert 0 < float(error) < 0.05 * float(out.image_logits.detach().abs().max())
 
 
 def test_dropped_tokens_leave_position_alone():
@@ -213,8 +214,10 @@ def test_paper_sizes_on_the_meta_device():
     c = model.config
     assert (c.d_model, c.num_heads, c.num_layers, c.length) == (3968, 62, 64, 1280)
     assert (c.text_vocab, c.image_vocab) == (16384, 8192)
-    matrices = sum(p.numel() for n, p in model.named_parameters() if n[:6] == "layers" if p.ndim > 1)
-    assert matrices == 12 * 3968**2 * 64 == 12_091_916_288 or matrices == 12 * 3968**2 * 64
+    matrices = sum(
+        p.numel() for n, p in model.named_parameters() if n[:6] == "layers" and p.ndim > 1
+    )
+    assert matrices == 12 * 3968**2 * 64
     heads = 2 * (16384 + 8192) * 3968 + 16384 + 8192
     tables = (2 + 2 * 256 + 2 * 32) * 3968
     vectors = 64 * (4 * 3968 + 9 * 3968) + 2 * 3968  # gains and biases

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle.averaging import IterateAverage
 from dalle.configs import to_dict
@@ -278,9 +278,9 @@ def init_from_codebook(
         embedding_scale, head_scale: factors on the embedding and on the head's weight.
         seed: of the map.
     """
-    width = prior.config.d_model
-    if codebook.shape[1] > width:
-        want = f"at most d_model {width}"
+    width, rank = prior.config.d_model, prior.config.image_rank
+    if codebook.shape[1] > width or rank not in (0, codebook.shape[1]):
+        want = f"image_rank {rank}" if rank else f"at most d_model {width}"
         raise UsageError(f"prior train: codebook width must be {want}, got {codebook.shape[1]}")
     codes = codebook.detach().float().cpu()
     codes = codes - codes.mean(0)
@@ -288,5 +288,9 @@ def init_from_codebook(
     generator = torch.Generator().manual_seed(seed)
     turn, _ = torch.linalg.qr(torch.randn(width, codes.shape[1], generator=generator))
     start = codes @ turn.t()
+    if isinstance(prior.image_widen, nn.Linear) and isinstance(prior.image_narrow, nn.Linear):
+        start = codes
+        prior.image_widen.weight.copy_(turn)
+        prior.image_narrow.weight.copy_(turn.t())
     prior.image_embedding.weight.copy_(start * embedding_scale)
     prior.image_head.weight.copy_(start * head_scale)
