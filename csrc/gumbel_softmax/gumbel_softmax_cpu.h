@@ -43,12 +43,12 @@ namespace DALLE_ISA_NAMESPACE {
 namespace {
 
 int64_t num_units(const GumbelSoftmaxParams& p) {
-  return p.inner == 1 ? p.outer : p.outer * ceil_div(p.inner, kLanes);
+  return p.inner == 1 ? p.outer : p.outer * units_per_outer(p);
 }
 
 int64_t scratch_floats(const GumbelSoftmaxParams& p) {
   return p.inner == 1 ? p.num_codes + ceil_div(p.num_codes, kRowChunk)
-                      : (p.num_codes + ceil_div(p.num_codes, kColumnChunk)) * kLanes;
+                      : column_scratch(p) * blocks_per_unit(p);
 }
 
 template <typename scalar_t>
@@ -59,10 +59,8 @@ void forward_units(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& arg
   for (int64_t unit = begin; unit < end; ++unit) {
     if (p.inner == 1) {
       forward_row<scalar_t>(p, args, keys, scale, unit, scratch);
-    } else if (const Columns c = columns_of(p, unit); c.count == kLanes) {
-      forward_columns<scalar_t, true>(p, args, keys, scale, c, scratch);
     } else {
-      forward_columns<scalar_t, false>(p, args, keys, scale, c, scratch);
+      forward_columns<scalar_t>(p, args, keys, scale, unit, scratch);
     }
   }
 }
@@ -75,10 +73,8 @@ void backward_units(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& a
   for (int64_t unit = begin; unit < end; ++unit) {
     if (p.inner == 1) {
       backward_row<scalar_t>(p, args, keys, scale, unit, scratch);
-    } else if (const Columns c = columns_of(p, unit); c.count == kLanes) {
-      backward_columns<scalar_t, true>(p, args, keys, scale, c, scratch);
     } else {
-      backward_columns<scalar_t, false>(p, args, keys, scale, c, scratch);
+      backward_columns<scalar_t>(p, args, keys, scale, unit, scratch);
     }
   }
 }

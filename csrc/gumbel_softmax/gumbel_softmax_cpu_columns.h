@@ -10,18 +10,38 @@ namespace {
 
 constexpr int64_t kColumnChunk = 64;  // a multiple of 4
 constexpr int64_t kColumnGroup = 8;
+constexpr int64_t kMaxBlocks = 128 / kLanes;  // measured; more gains little and costs scratch
 
+// One vector of rows.
 struct Columns {
   int64_t row, count;  // first row, rows (at most kLanes)
   int64_t offset;      // place of (row, code 0) in memory
 };
 
-inline Columns columns_of(const GumbelSoftmaxParams& p, int64_t unit) {
-  const int64_t blocks = ceil_div(p.inner, kLanes), outer_idx = unit / blocks;
-  const int64_t inner_idx = (unit - outer_idx * blocks) * kLanes;
-  const int64_t left = p.inner - inner_idx;
-  return {outer_idx * p.inner + inner_idx, left < kLanes ? left : kLanes,
-          outer_idx * p.num_codes * p.inner + inner_idx};
+// Vectors of one unit. Where codes lie far apart, one vector at a time would touch a page for each
+// cache line; then a unit takes several neighbours and walks them chunk by chunk.
+inline int64_t blocks_per_unit(const GumbelSoftmaxParams& p) {
+  return p.inner >= 512 ? kMaxBlocks : 1;
+}
+
+inline int64_t units_per_outer(const GumbelSoftmaxParams& p) {
+  return ceil_div(p.inner, kLanes * blocks_per_unit(p));
+}
+
+// Fills `columns` with the vectors of `unit` and returns how many there are.
+inline int64_t columns_of(const GumbelSoftmaxParams& p, int64_t unit, Columns* columns) {
+  const int64_t per_outer = units_per_outer(p), outer_idx = unit / per_outer;
+  int64_t inner_idx = (unit - outer_idx * per_outer) * blocks_per_unit(p) * kLanes, blocks = 0;
+  for (; blocks < blocks_per_unit(p) && inner_idx < p.inner; ++blocks, inner_idx += kLanes) {
+    const int64_t left = p.inner - inner_idx;
+    columns[blocks] = {outer_idx * p.inner + inner_idx, left < kLanes ? left : kLanes,
+                       outer_idx * p.num_codes * p.inner + inner_idx};
+  }
+  return blocks;
+}
+
+inline int64_t column_scratch(const GumbelSoftmaxParams& p) {  // floats of one vector
+  return (p.num_codes + ceil_div(p.num_codes, kColumnChunk)) * kLanes;
 }
 
 // kWhole: all lanes are rows. At the end of an axis that is no multiple of kLanes they are not.
@@ -41,8 +61,9 @@ inline Float load_stat(const float* stats, const Columns& c) {
 // begin at different words of their first call: then each lane picks from two calls.
 class ColumnWords {
  public:
-  ColumnWords(const GumbelSoftmaxParams& p, const PhiloxKeys& keys, int64_t row)
-      : keys_(keys), aligned_(p.num_codes % 4 == 0) {
+  void start(const GumbelSoftmaxParams& p, const PhiloxKeys& keys, int64_t row) {
+    keys_ = &keys;
+    aligned_ = p.num_codes % 4 == 0;
     for (int i = 0; i < kLanes / 2; ++i) {
       const uint64_t even = static_cast<uint64_t>((row + 2 * i) * p.num_codes);
       const uint64_t odd = even + static_cast<uint64_t>(p.num_codes);
@@ -77,7 +98,7 @@ class ColumnWords {
   }
 
   inline void draw(Word* words) {
-    const PhiloxLanes even(even_, keys_), odd(odd_, keys_);
+    const PhiloxLanes even(even_, *keys_), odd(odd_, *keys_);
     words[0] = (Word)interleave(even.c0, odd.c0);
     words[1] = (Word)interleave(even.c1, odd.c1);
     words[2] = (Word)interleave(even.c2, odd.c2);
@@ -86,132 +107,208 @@ class ColumnWords {
     odd_ += 1;
   }
 
-  const PhiloxKeys& keys_;
-  const bool aligned_;
+  const PhiloxKeys* keys_ = nullptr;
+  bool aligned_ = true;
   Wide even_{}, odd_{};
   Int shift_{};
   Word next_[4]{};
 };
 
-template <typename scalar_t, bool kWhole>
-void forward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
-                     const PhiloxKeys& keys, float scale, const Columns& c, float* scratch) {
-  const int64_t num_codes = p.num_codes, inner = p.inner, count = c.count;
-  const scalar_t* logits = static_cast<const scalar_t*>(args.logits) + c.offset;
-  scalar_t* sample = static_cast<scalar_t*>(args.sample) + c.offset;
-  float* chunk_max = scratch + num_codes * kLanes;
-  const bool keep = !args.hard;
-
-  ColumnWords random(p, keys, c.row);
+struct ColumnState {
+  Columns c;
+  float *unscaled, *chunk_max;  // in scratch
+  ColumnWords random;
   Sums sums;
-  Float bad{};
+  Float bad{}, inverse{}, dot{};
   Int index{};
-  for (int64_t begin = 0; begin < num_codes; begin += kColumnChunk) {
-    const int64_t end = num_codes - begin < kColumnChunk ? num_codes : begin + kColumnChunk;
-    Float noisy[kColumnChunk], plain[kColumnChunk];
-    Float best = sums.noisy_max, logit_max = sums.logit_max;
-    Word words[kColumnChunk];
-    random.next(end - begin, words);
-    for (int64_t k = begin; k < end; ++k) {
-      const Float logit = load_columns<kWhole>(logits + k * inner, count);
-      const Float n = add_gumbel(logit, words[k - begin]);
-      bad += logit * 0.0f;
-      index = n > best ? splat(static_cast<int32_t>(k)) : index;
-      best = maximum(best, n);
-      logit_max = maximum(logit_max, logit);
-      noisy[k - begin] = n;
-      plain[k - begin] = logit;
-    }
-    sums.raise(best, logit_max, scale);
-    store(chunk_max + begin / kColumnChunk * kLanes, best);
-    Sums chunk{best, logit_max};
-    // Each lane holds a whole row, so sums go by groups and chunks for the sake of their rounding
-    // errors.
-    Sums part = chunk;
-    for (int64_t k = begin; k < end; ++k) {
-      const Float e = part.add<true>(noisy[k - begin], plain[k - begin], scale, Int{});
-      if (keep) store(scratch + k * kLanes, e);
-      if (k % kColumnGroup == kColumnGroup - 1) chunk.take(part);
-    }
-    chunk.take(part);
-    sums.take(chunk);
-  }
 
-  Float inverse = splat(__builtin_nanf("")), marks = inverse;  // marks: 0, or NaN in a bad row
-  for (int64_t i = 0; i < count; ++i) {
-    const RowResult result{sums.noisy_max[i], sums.logit_max[i], sums.sample[i],
-                           sums.plain[i],     sums.entropy[i],   bad[i] == 0.0f};
-    result.write(p, args, c.row + i, index[i], scale);
-    inverse[i] = args.stats[kInverseSum * num_rows(p) + c.row + i];
-    marks[i] = inverse[i] * 0.0f;
+  void start(const GumbelSoftmaxParams& p, const PhiloxKeys& keys, const Columns& columns,
+             float* scratch) {
+    c = columns;
+    unscaled = scratch;
+    chunk_max = scratch + p.num_codes * kLanes;
+    random.start(p, keys, c.row);
   }
-  for (int64_t begin = 0; begin < num_codes; begin += kColumnChunk) {
-    const int64_t end = num_codes - begin < kColumnChunk ? num_codes : begin + kColumnChunk;
-    const Float chunk = load<Float>(chunk_max + begin / kColumnChunk * kLanes);
-    const Float factor = exp2_of((chunk - sums.noisy_max) * scale) * inverse;
-    for (int64_t k = begin; k < end; ++k) {
-      Float y;
-      if (args.hard) {
-        y = select(index == static_cast<int32_t>(k), splat(1.0f), Float{});
-      } else {
-        y = without_denormals(load<Float>(scratch + k * kLanes) * factor);
-      }
-      store_columns<kWhole>(sample + k * inner, count, y + marks);
-    }
+};
+
+template <typename scalar_t, bool kWhole>
+void forward_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args, float scale,
+                   ColumnState& state, int64_t begin, int64_t end) {
+  const int64_t inner = p.inner, count = state.c.count;
+  const scalar_t* logits = static_cast<const scalar_t*>(args.logits) + state.c.offset;
+  float* unscaled = state.unscaled;
+  const bool keep = !args.hard;
+  Float noisy[kColumnChunk], plain[kColumnChunk];
+  Word words[kColumnChunk];
+  state.random.next(end - begin, words);
+  Float best = state.sums.noisy_max, logit_max = state.sums.logit_max, bad = state.bad;
+  Int index = state.index;
+  for (int64_t k = begin; k < end; ++k) {
+    const Float logit = load_columns<kWhole>(logits + k * inner, count);
+    const Float n = add_gumbel(logit, words[k - begin]);
+    bad += logit * 0.0f;
+    index = n > best ? splat(static_cast<int32_t>(k)) : index;
+    best = maximum(best, n);
+    logit_max = maximum(logit_max, logit);
+    noisy[k - begin] = n;
+    plain[k - begin] = logit;
+  }
+  state.bad = bad;
+  state.index = index;
+  state.sums.raise(best, logit_max, scale);
+  store(state.chunk_max + begin / kColumnChunk * kLanes, best);
+  // Each lane holds a whole row, so sums go by groups and chunks for the sake of their rounding
+  // errors.
+  Sums chunk{best, logit_max}, part{best, logit_max};
+  for (int64_t k = begin; k < end; ++k) {
+    const Float e = part.add<true>(noisy[k - begin], plain[k - begin], scale, Int{});
+    if (keep) store(unscaled + k * kLanes, e);
+    if (k % kColumnGroup == kColumnGroup - 1) chunk.take(part);
+  }
+  chunk.take(part);
+  state.sums.take(chunk);
+}
+
+inline void write_results(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
+                          float scale, ColumnState& state) {
+  const Sums& sums = state.sums;
+  state.inverse = splat(__builtin_nanf(""));
+  for (int64_t i = 0; i < state.c.count; ++i) {
+    const RowResult result{sums.noisy_max[i], sums.logit_max[i], sums.sample[i],
+                           sums.plain[i],     sums.entropy[i],   state.bad[i] == 0.0f};
+    result.write(p, args, state.c.row + i, state.index[i], scale);
+    state.inverse[i] = args.stats[kInverseSum * num_rows(p) + state.c.row + i];
   }
 }
 
 template <typename scalar_t, bool kWhole>
-void backward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& args,
-                      const PhiloxKeys& keys, float scale, const Columns& c, float* scratch) {
-  const int64_t num_codes = p.num_codes, inner = p.inner, count = c.count, stride = num_rows(p);
-  const scalar_t* logits = static_cast<const scalar_t*>(args.logits) + c.offset;
-  const scalar_t* grads = static_cast<const scalar_t*>(args.grad_sample);
-  scalar_t* out = static_cast<scalar_t*>(args.grad_logits) + c.offset;
-  Gradient gradient;
-  if (grads) {
-    grads += c.offset;
-    const Float noisy_max = load_stat(args.stats + kNoisyMax * stride, c);
-    const Float inverse_sum = load_stat(args.stats + kInverseSum * stride, c);
-    ColumnWords random(p, keys, c.row);
-    for (int64_t begin = 0; begin < num_codes; begin += kColumnChunk) {
-      const int64_t end = num_codes - begin < kColumnChunk ? num_codes : begin + kColumnChunk;
-      Word words[kColumnChunk];
-      random.next(end - begin, words);
-      Float chunk{};
-      Float part{};
-      for (int64_t k = begin; k < end; ++k) {
-        const Float logit = load_columns<kWhole>(logits + k * inner, count);
-        const Float noisy = add_gumbel(logit, words[k - begin]);
-        const Float y = exp2_of((noisy - noisy_max) * scale) * inverse_sum;
-        part += y * load_columns<kWhole>(grads + k * inner, count);
-        store(scratch + k * kLanes, y);
-        if (k % kColumnGroup == kColumnGroup - 1) {
-          chunk += part;
-          part = Float{};
-        }
-      }
-      chunk += part;
-      gradient.dot += chunk;
+void finish_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args, float scale,
+                  const ColumnState& state, int64_t begin, int64_t end) {
+  scalar_t* sample = static_cast<scalar_t*>(args.sample) + state.c.offset;
+  const float* unscaled = state.unscaled;
+  const Float chunk = load<Float>(state.chunk_max + begin / kColumnChunk * kLanes);
+  const Float factor = exp2_of((chunk - state.sums.noisy_max) * scale) * state.inverse;
+  const Float marks = state.inverse * 0.0f;  // 0, or NaN in a bad row
+  const Int index = state.index;
+  for (int64_t k = begin; k < end; ++k) {
+    Float y;
+    if (args.hard) {
+      y = select(index == static_cast<int32_t>(k), splat(1.0f), Float{});
+    } else {
+      y = without_denormals(load<Float>(unscaled + k * kLanes) * factor);
     }
-    gradient.inverse_tau = splat(scale * kLn2);
+    store_columns<kWhole>(sample + k * p.inner, state.c.count, y + marks);
   }
+}
+
+// Calls visit(state, begin, end) for every chunk of codes and, within it, for every vector.
+template <typename visit_t>
+inline void for_chunks(const GumbelSoftmaxParams& p, ColumnState* states, int64_t blocks,
+                       visit_t visit) {
+  for (int64_t begin = 0; begin < p.num_codes; begin += kColumnChunk) {
+    const int64_t left = p.num_codes - begin;
+    const int64_t end = left < kColumnChunk ? p.num_codes : begin + kColumnChunk;
+    for (int64_t b = 0; b < blocks; ++b) visit(states[b], begin, end);
+  }
+}
+
+template <typename scalar_t>
+void forward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
+                     const PhiloxKeys& keys, float scale, int64_t unit, float* scratch) {
+  Columns columns[kMaxBlocks];
+  ColumnState states[kMaxBlocks];
+  const int64_t blocks = columns_of(p, unit, columns);
+  for (int64_t b = 0; b < blocks; ++b) {
+    states[b].start(p, keys, columns[b], scratch + b * column_scratch(p));
+  }
+  for_chunks(p, states, blocks, [&](ColumnState& state, int64_t begin, int64_t end) {
+    state.c.count == kLanes ? forward_chunk<scalar_t, true>(p, args, scale, state, begin, end)
+                            : forward_chunk<scalar_t, false>(p, args, scale, state, begin, end);
+  });
+  for (int64_t b = 0; b < blocks; ++b) write_results(p, args, scale, states[b]);
+  for_chunks(p, states, blocks, [&](ColumnState& state, int64_t begin, int64_t end) {
+    state.c.count == kLanes ? finish_chunk<scalar_t, true>(p, args, scale, state, begin, end)
+                            : finish_chunk<scalar_t, false>(p, args, scale, state, begin, end);
+  });
+}
+
+template <typename scalar_t, bool kWhole>
+void sample_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& args, float scale,
+                  ColumnState& state, int64_t begin, int64_t end) {
+  const int64_t inner = p.inner, count = state.c.count;
+  const scalar_t* logits = static_cast<const scalar_t*>(args.logits) + state.c.offset;
+  const scalar_t* grads = static_cast<const scalar_t*>(args.grad_sample) + state.c.offset;
+  const Float noisy_max = state.sums.noisy_max, inverse = state.inverse;
+  float* samples = state.unscaled;
+  Word words[kColumnChunk];
+  state.random.next(end - begin, words);
+  Float chunk{}, part{};
+  for (int64_t k = begin; k < end; ++k) {
+    const Float logit = load_columns<kWhole>(logits + k * inner, count);
+    const Float noisy = add_gumbel(logit, words[k - begin]);
+    const Float y = exp2_of((noisy - noisy_max) * scale) * inverse;
+    part += y * load_columns<kWhole>(grads + k * inner, count);
+    store(samples + k * kLanes, y);
+    if (k % kColumnGroup == kColumnGroup - 1) {
+      chunk += part;
+      part = Float{};
+    }
+  }
+  state.dot += chunk + part;
+}
+
+template <typename scalar_t, bool kWhole>
+void gradient_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& args,
+                    const ColumnState& state, Gradient gradient, int64_t begin, int64_t end) {
+  const int64_t inner = p.inner, count = state.c.count;
+  const scalar_t* logits = static_cast<const scalar_t*>(args.logits) + state.c.offset;
+  const scalar_t* grads = static_cast<const scalar_t*>(args.grad_sample);
+  scalar_t* out = static_cast<scalar_t*>(args.grad_logits) + state.c.offset;
+  const float* samples = state.unscaled;
+  if (grads) grads += state.c.offset;
+  gradient.dot = state.dot;
   if (args.grad_kl) {
-    gradient.grad_kl = load_stat(args.grad_kl, c);
-    gradient.logit_max = load_stat(args.stats + kLogitMax * stride, c);
-    gradient.log2_sum = load_stat(args.stats + kLog2Sum * stride, c);
-    gradient.constant =
-        static_cast<float>(__builtin_log(static_cast<double>(num_codes))) - load_stat(args.kl, c);
+    const int64_t stride = num_rows(p);
+    gradient.grad_kl = load_stat(args.grad_kl, state.c);
+    gradient.logit_max = load_stat(args.stats + kLogitMax * stride, state.c);
+    gradient.log2_sum = load_stat(args.stats + kLog2Sum * stride, state.c);
+    gradient.constant -= load_stat(args.kl, state.c);
   }
-  for (int64_t k = 0; k < num_codes; ++k) {
+  for (int64_t k = begin; k < end; ++k) {
     Float grad{};
     if (grads) {
-      grad = gradient.of_sample(load<Float>(scratch + k * kLanes),
+      grad = gradient.of_sample(load<Float>(samples + k * kLanes),
                                 load_columns<kWhole>(grads + k * inner, count));
     }
     if (args.grad_kl) grad += gradient.of_kl(load_columns<kWhole>(logits + k * inner, count));
     store_columns<kWhole>(out + k * inner, count, grad);
   }
+}
+
+template <typename scalar_t>
+void backward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& args,
+                      const PhiloxKeys& keys, float scale, int64_t unit, float* scratch) {
+  Columns columns[kMaxBlocks];
+  ColumnState states[kMaxBlocks];
+  const int64_t blocks = columns_of(p, unit, columns), stride = num_rows(p);
+  for (int64_t b = 0; b < blocks; ++b) {
+    states[b].start(p, keys, columns[b], scratch + b * column_scratch(p));
+    states[b].sums.noisy_max = load_stat(args.stats + kNoisyMax * stride, columns[b]);
+    states[b].inverse = load_stat(args.stats + kInverseSum * stride, columns[b]);
+  }
+  if (args.grad_sample) {
+    for_chunks(p, states, blocks, [&](ColumnState& state, int64_t begin, int64_t end) {
+      state.c.count == kLanes ? sample_chunk<scalar_t, true>(p, args, scale, state, begin, end)
+                              : sample_chunk<scalar_t, false>(p, args, scale, state, begin, end);
+    });
+  }
+  Gradient gradient;
+  gradient.inverse_tau = splat(scale * kLn2);
+  gradient.constant = splat(static_cast<float>(__builtin_log(static_cast<double>(p.num_codes))));
+  for_chunks(p, states, blocks, [&](ColumnState& state, int64_t begin, int64_t end) {
+    state.c.count == kLanes ? gradient_chunk<scalar_t, true>(p, args, state, gradient, begin, end)
+                            : gradient_chunk<scalar_t, false>(p, args, state, gradient, begin, end);
+  });
 }
 
 }  // namespace

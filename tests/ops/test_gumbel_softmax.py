@@ -21,6 +21,7 @@ SHAPES = [  # (shape, dim): either axis contiguous; K a multiple of 4 and not, o
     ((6, 1021), -1),
     ((2, 512, 8, 8), 1),
     ((3, 67, 5, 5), 1),
+    ((1, 70, 23, 23), 1),
     ((2, 130, 3, 1), 1),
     ((40, 9), 0),
 ]
