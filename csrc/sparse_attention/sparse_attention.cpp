@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    int64_t columns, std::vector<int64_t> runs, double scale) {
   const AttentionRule rule = check_rule(kind, text_len, rows, columns, runs);
   SparseAttentionParams params = check_sparse_attention(q, k, v, rule, scale);
-  Tensor out = empty_rows(q, q), lse = empty_lse(q);
+  Tensor out = empty_rows(q), lse = empty_lse(q);
   params.out = rows_of(out);
   params.lse = static_cast<double*>(lse.mutable_data_ptr());
   const auto walk = attention_tiles(rule);
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   const AttentionRule rule = check_rule(kind, text_len, rows, columns, runs);
   SparseAttentionParams params = check_sparse_attention(q, k, v, rule, scale);
   check_backward(q, grad_out, out, lse, &params);
-  Tensor grad_q = empty_rows(q, q), grad_k = empty_rows(k, k), grad_v = empty_rows(v, v);
+  Tensor grad_q = empty_rows(q), grad_k = empty_rows(k), grad_v = empty_rows(v);
   params.grad_q = rows_of(grad_q);
   params.grad_k = rows_of(grad_k);
   params.grad_v = rows_of(grad_v);

@@ -111,9 +111,9 @@ inline SparseAttentionParams check_sparse_attention(const Tensor& q, const Tenso
   return params;
 }
 
-// An empty tensor of x's shape, in memory (B, T, H, D) where `rows` has heads inside positions.
-inline Tensor empty_rows(const Tensor& x, const Tensor& rows) {
-  const bool inside = rows.stride(1) < rows.stride(2);
+// An empty tensor of x's shape, in memory (B, T, H, D) where x has heads inside positions.
+inline Tensor empty_rows(const Tensor& x) {
+  const bool inside = x.stride(1) < x.stride(2);
   const int64_t b = x.size(0), h = x.size(1), t = x.size(2), d = x.size(3);
   if (!inside) return torch::stable::new_empty(x, {b, h, t, d});
   return torch::stable::transpose(torch::stable::new_empty(x, {b, t, h, d}), 1, 2);

@@ -115,9 +115,7 @@ inline IVec<acc_t> lanes_of(uint32_t bits, int first) {
 constexpr int kMicroRows = DALLE_ISA_BYTES == 64 ? 8 : 4;
 constexpr int kMicroVectors = 2;
 
-// c[r][j] = beta * c[r][j] + sum over k of a[r * kRowStep + k * kStep] * b[k * ldb + j] for
-// kMicroRows rows and kVectors vectors. `beta` points to one factor per row, or is null for c =
-// sum.
+// sum[r][j] += sum over k < depth of a[r * kRowStep + k * kStep] * vector j of row b + k * ldb.
 template <typename acc_t, int kVectors, int kRowStep, int kStep>
 inline void micro_tile(const acc_t* a, const acc_t* b, int64_t ldb, int depth,
                        Vec<acc_t> (&sum)[kMicroRows][kVectors]) {
@@ -145,6 +143,7 @@ inline void store_tile(acc_t* c, int64_t ldc, const Vec<acc_t> (&sum)[kMicroRows
   }
 }
 
+// sum = c, or c with each row times its factor in `beta`.
 template <typename acc_t, int kVectors>
 inline void load_tile(const acc_t* c, int64_t ldc, const acc_t* beta,
                       Vec<acc_t> (&sum)[kMicroRows][kVectors]) {

@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   const AttentionRule rule = check_rule(kind, text_len, rows, columns, runs);
   SparseAttentionParams params = check_sparse_attention(q, k, v, rule, scale);
   const DeviceGuard guard(q.get_device_index());
-  Tensor out = empty_rows(q, q), lse = empty_lse(q);
+  Tensor out = empty_rows(q), lse = empty_lse(q);
   if (lse.numel() == 0) return {out, lse};
   params.out = rows_of(out);
   params.lse = static_cast<double*>(lse.mutable_data_ptr());
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   SparseAttentionParams params = check_sparse_attention(q, k, v, rule, scale);
   check_backward(q, grad_out, out, lse, &params);
   const DeviceGuard guard(q.get_device_index());
-  Tensor grad_q = empty_rows(q, q), grad_k = empty_rows(k, k), grad_v = empty_rows(v, v);
+  Tensor grad_q = empty_rows(q), grad_k = empty_rows(k), grad_v = empty_rows(v);
   if (lse.numel() == 0) return {grad_q, grad_k, grad_v};
   params.grad_q = rows_of(grad_q);
   params.grad_k = rows_of(grad_k);

@@ -18,9 +18,9 @@ from dalle_ext.reference import sparse_attention as reference
 Tensor = torch.Tensor
 
 
-def _like(x: Tensor, rows: Tensor) -> Tensor:
-    """An empty tensor of shape x, in memory (B, T, H, D) where `rows` is stored so."""
-    if rows.stride(1) < rows.stride(2):
+def _like(x: Tensor) -> Tensor:
+    """An empty tensor of x's shape, in memory (B, T, H, D) where x has heads inside positions."""
+    if x.stride(1) < x.stride(2):
         return x.new_empty(x.size(0), x.size(2), x.size(1), x.size(3)).transpose(1, 2)
     return x.new_empty(x.size(0), x.size(1), x.size(2), x.size(3))
 
@@ -36,13 +36,13 @@ def _forward_fake(
     runs: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return _like(q, q), q.new_empty(q.size(0), q.size(1), q.size(2), dtype=torch.float64)
+    return _like(q), q.new_empty(q.size(0), q.size(1), q.size(2), dtype=torch.float64)
 
 
 def _backward_fake(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(q, q), _like(k, k), _like(v, v)
+    return _like(q), _like(k), _like(v)
 
 
 if _native.CPU_PROBLEM is None:
