@@ -21,6 +21,9 @@ from dalle.errors import DalleError, UsageError
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("data", "check"): ("dalle.commands.data:check", "what a folder of pairs holds and lacks"),
     ("data", "make-shapes"): ("dalle.commands.data:make_shapes", "draw the procedural set"),
+    ("demo",): ("dalle.commands.demo:demo", "train everything on a small set, draw captions"),
+    ("sample",): ("dalle.commands.sample:sample", "draw pictures for captions"),
+    ("rerank",): ("dalle.commands.rerank:rerank", "which pictures of a folder fit a caption best"),
     ("tokenizer", "train"): ("dalle.commands.tokenizer:train", "learn a byte-level BPE"),
     ("env",): ("dalle.commands.env:env", "versions, devices, native objects and extras found"),
     ("plan",): ("dalle.commands.plan:plan", "parameters, memory and FLOPs of a prior preset"),

