@@ -24,6 +24,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("demo",): ("dalle.commands.demo:demo", "train everything on a small set, draw captions"),
     ("sample",): ("dalle.commands.sample:sample", "draw pictures for captions"),
     ("rerank",): ("dalle.commands.rerank:rerank", "which pictures of a folder fit a caption best"),
+    ("prior", "train"): ("dalle.commands.prior:train_command", "learn captions and image tokens"),
     ("tokenizer", "train"): ("dalle.commands.tokenizer:train", "learn a byte-level BPE"),
     ("env",): ("dalle.commands.env:env", "versions, devices, native objects and extras found"),
     ("plan",): ("dalle.commands.plan:plan", "parameters, memory and FLOPs of a prior preset"),

@@ -102,7 +102,12 @@ class PriorConfig:
 
 def _sizes(width: int, heads: int, layers: int, text_len: int, side: int, **rest: Any) -> Any:
     """A preset: d_model, num_heads, num_layers, text_len and the side of a square grid."""
-    sizes = {"d_model": width, "num_heads": heads, "num_layers": layers, "text_len": text_len}
+    sizes: dict[str, Any] = {
+        "d_model": width,
+        "num_heads": heads,
+        "num_layers": layers,
+        "text_len": text_len,
+    }
     return PriorConfig(**sizes, grid=(side, side), **rest)
 
 

@@ -142,8 +142,10 @@ class PriorTask:
         self.config, self.seed = config, seed
         self.image_size = sizes.grid[0] * vae.factor
         self.device = prior.start_of_text.device
-        self.tokens, kept = self._encode_all() if config.augment == "none" else (None, None)
-        self.kept = np.arange(len(pairs)) if kept is None else kept
+        self.tokens: Tensor | None = None
+        self.kept = np.arange(len(pairs))
+        if config.augment == "none":
+            self.tokens, self.kept = self._encode_all()
         if config.image_init == "codebook":
             start = (config.embedding_scale, config.head_scale)
             init_from_codebook(prior, vae.codebook(), *start, seed=seed)
@@ -202,7 +204,7 @@ class PriorTask:
         lr = c.step_size(step) * self.plateau.factor
         grad_norm = update(self, out.loss, step, lr=lr, clip_norm=c.clip_norm)
         if c.decay == "plateau":
-            self.plateau.update(float(out.loss))
+            self.plateau.update(float(out.loss.detach()))
         return {
             "loss": out.loss.detach(),
             "text_loss": out.text_loss.detach(),
@@ -241,7 +243,8 @@ class PriorTask:
 
     def _encode_all(self) -> tuple[Tensor, np.ndarray]:
         """Tokens of every picture that decodes, and which those are."""
-        tokens, kept = [], []
+        tokens: list[Tensor] = []
+        kept: list[int] = []
         for part in np.array_split(np.arange(len(self.pairs)), math.ceil(len(self.pairs) / 128)):
             images, found = load_or_skip(
                 self.pairs, part, lambda x: center_crop(x, self.image_size)
@@ -253,7 +256,8 @@ class PriorTask:
 
 def parameter_groups(prior: Prior, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices of the resblocks with decay; embeddings, heads, gains and biases without."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in prior.named_parameters():
         decayed = parameter.dim() == 2 and name.startswith("layers.")
         (matrices if decayed else rest).append(parameter)

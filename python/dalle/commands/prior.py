@@ -1,0 +1,109 @@
+"""`dalle prior train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dalle.data.pairs import load_pairs
+from dalle.devices import pick_device
+from dalle.dvae import DiscreteVAE
+from dalle.errors import EnvironmentProblem, UsageError
+from dalle.prior import Prior
+from dalle.prior_config import PRESETS
+from dalle.tokenizer import Tokenizer
+from dalle.train.loop import LoopConfig, train
+from dalle.train.prior import PriorTask, PriorTrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorCommandConfig:
+    """Trains the transformer on captions and the codes of their images.
+
+    Attributes:
+        data: shapes, emoji, or a folder of pictures with .txt captions.
+        image_size: side in pixels of the pictures; a multiple of the dVAE's factor.
+        tokenizer: folder of `dalle tokenizer train`.
+        vae: folder of a trained dVAE.
+        out: folder for checkpoints, metrics and pictures; the trained model goes to out/prior.
+        steps: updates.
+        preset: tiny, small, base, 1b or 12b; vocabularies and grid come from tokenizer and dVAE.
+        text_len: text positions, start-of-text included; 0 is the preset's.
+        precision: fp32 or bf16 inside the resblocks.
+        checkpointing: recompute each resblock in the backward pass.
+        device: cpu, cuda or auto.
+        seed: for everything random.
+        resume: auto, none, or a checkpoint.
+        log_every, checkpoint_every, picture_every: updates between records, checkpoints, pictures.
+        deterministic: same bits on every run.
+        recipe: the training recipe; the defaults are the paper's.
+    """
+
+    data: str
+    image_size: int
+    tokenizer: Path
+    vae: Path
+    out: Path
+    steps: int
+    preset: str = "tiny"
+    text_len: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpointing: bool = False
+    device: str = "auto"
+    seed: int = 0
+    resume: str = "auto"
+    log_every: int = 10
+    checkpoint_every: int = 500
+    picture_every: int = 500
+    deterministic: bool = False
+    recipe: PriorTrainConfig = field(default_factory=PriorTrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            known = ", ".join(PRESETS)
+            raise UsageError(f"prior train: preset must be one of {known}, got {self.preset!r}")
+
+
+def train_command(config: PriorCommandConfig) -> None:
+    """Trains, saves the averaged weights, and says where."""
+    device = pick_device(config.device)
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+    vae = DiscreteVAE.from_pretrained(config.vae).to(device)
+    pairs = load_pairs(config.data, image_size=config.image_size, seed=config.seed)
+    sizes: dict[str, Any] = {
+        "text_vocab": tokenizer.vocab_size,
+        "image_vocab": vae.num_tokens,
+        "grid": vae.grid(config.image_size),
+        "precision": config.precision,
+    }
+    if config.text_len:
+        sizes["text_len"] = config.text_len
+    if config.checkpointing:
+        sizes["checkpointing"] = True
+    torch.manual_seed(config.seed)
+    prior = Prior.from_preset(config.preset, **sizes).to(device)
+    task = PriorTask(prior, tokenizer, vae, pairs, config.recipe, seed=config.seed)
+    loop = LoopConfig(
+        out=config.out,
+        steps=config.steps,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        picture_every=config.picture_every,
+        resume=config.resume,
+        seed=config.seed,
+        deterministic=config.deterministic,
+    )
+    result = train(task, loop)
+    assert task.average is not None
+    try:
+        with task.average.applied():
+            prior.save_pretrained(config.out / "prior")
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise EnvironmentProblem(
+            f"prior train: out must be writable, got {config.out}: {reason}"
+        ) from problem
+    print(f"prior train: {result.step} updates, weights in {config.out / 'prior'}")
