@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+from dalle.demo.recipes_dvae import DVAE_RECIPES
+from dalle.demo.recipes_prior import PRIOR_RECIPES
 from dalle.demo.recipes_ranker import RANKER_RECIPES
 from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
 from dalle.prior import PriorConfig
@@ -143,51 +145,27 @@ def load_recipe(data: str, preset: str, minutes: float | None) -> DemoRecipe:
 
 def default_recipe(data: str) -> DemoRecipe:
     """The demo of ten minutes or less."""
-    ranker = RANKER_RECIPES[data, "default"]
+    vae, ranker, prior = DVAE_RECIPES[data], RANKER_RECIPES[data, "default"], PRIOR_RECIPES[data]
     return DemoRecipe(
-        image_size=32,
+        image_size=vae.image_size,
         vocab_size=1024,
         items=20_000,
         unseen_items=500,
         num_captions=144,
         num_samples=8,
-        vae=DiscreteVAEConfig(
-            stem="patch",
-            patch=4,
-            n_hid=128,
-            n_blk_per_group=2,
-            n_init=32,
-            vocab_size=4096 if data == "emoji" else 512,
-        ),
-        vae_train=DvaeTrainConfig(
-            image_size=32,
-            batch_size=16,
-            tau_start=0.5,
-            tau_steps=400,
-            kl_weight=0.0,
-            lr_start=1e-3,
-            lr_end=1e-4,
-            lr_steps=500,
-            augment="none",
-            average_decay=0.99,
-            average_warmup=True,
-            warm_start_steps=600,
-        ),
-        vae_steps=1100,
+        vae=vae.model,
+        vae_train=vae.train,
+        vae_steps=vae.steps,
         ranker=ranker.model,
         ranker_train=ranker.train,
-        prior={"text_len": 24, "d_model": 128, "num_heads": 4, "num_layers": 4, "kernel_size": 5},
-        prior_train=PriorTrainConfig(
-            batch_size=32,
-            lr=2e-3,
-            warmup_steps=50,
-            decay="cosine",
-            decay_steps=1200,
-            augment="none",
-            average_warmup=True,
-            average_every=1,
-            image_init="codebook",
-        ),
-        prior_steps=1200,
-        seconds={"dvae": 120, "ranker": ranker.seconds, "prior": 180, "samples": 40},
+        prior=prior.model,
+        prior_train=prior.train,
+        prior_steps=prior.steps,
+        **prior.sampling,
+        seconds={
+            "dvae": vae.seconds,
+            "ranker": ranker.seconds,
+            "prior": prior.seconds,
+            "samples": 40.0,
+        },
     )
