@@ -25,6 +25,8 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("sample",): ("dalle.commands.sample:sample", "draw pictures for captions"),
     ("rerank",): ("dalle.commands.rerank:rerank", "which pictures of a folder fit a caption best"),
     ("prior", "train"): ("dalle.commands.prior:train_command", "learn captions and image tokens"),
+    ("dvae", "train"): ("dalle.commands.dvae:train", "learn to turn pictures into tokens"),
+    ("dvae", "reconstruct"): ("dalle.commands.dvae:reconstruct", "pictures to tokens and back"),
     ("tokenizer", "train"): ("dalle.commands.tokenizer:train", "learn a byte-level BPE"),
     ("env",): ("dalle.commands.env:env", "versions, devices, native objects and extras found"),
     ("plan",): ("dalle.commands.plan:plan", "parameters, memory and FLOPs of a prior preset"),

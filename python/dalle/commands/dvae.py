@@ -1,0 +1,182 @@
+"""`dalle dvae train` and `dalle dvae reconstruct`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dalle import pictures
+from dalle.codebook import codebook_health
+from dalle.data.augment import center_crop, to_tensor
+from dalle.data.folder import SUFFIXES
+from dalle.data.images import decode, read_bytes
+from dalle.data.pairs import BUILT_IN, load_or_skip, load_pairs
+from dalle.demo.recipes_dvae import DVAE_RECIPES
+from dalle.devices import pick_device
+from dalle.dvae import DiscreteVAE
+from dalle.errors import DataError, UsageError
+from dalle.likelihood import psnr
+from dalle.train.dvae import DvaeTask, DvaeTrainConfig
+from dalle.train.loop import LoopConfig
+from dalle.train.loop import train as run_loop
+
+
+@dataclass(frozen=True, kw_only=True)
+class DvaeTrainCommand:
+    """Trains a discrete VAE; the weights go to OUT/model, averaged over the iterates.
+
+    Args:
+        data: shapes, emoji, or a folder of pictures with captions (which are not used).
+        out: folder for checkpoints, metrics, pictures and the model.
+        preset: tiny, small, base or paper with the paper's training; shapes or emoji with
+            the recipe of the demo.
+        image_size: side in pixels; 0 takes the recipe's (256 for the paper's training).
+        steps: updates; 0 takes the recipe's (3,000,000 in the paper).
+        batch_size: pictures an update; 0 takes the recipe's (512 in the paper).
+        seed: of everything random.
+        device: cpu, cuda or auto.
+        log_every, checkpoint_every, picture_every: updates between records.
+        resume: auto, none, or the path of a checkpoint.
+    """
+
+    data: str
+    out: Path = Path("out/dvae")
+    preset: str = "base"
+    image_size: int = 0
+    steps: int = 0
+    batch_size: int = 0
+    seed: int = 0
+    device: str = "auto"
+    log_every: int = 10
+    checkpoint_every: int = 500
+    picture_every: int = 500
+    resume: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructCommand:
+    """Sends pictures through the tokens and back, beside each other in one PNG.
+
+    Args:
+        data: a folder of pictures, shapes or emoji.
+        model: folder of a discrete VAE.
+        out: the PNG to write.
+        image_size: side in pixels the pictures are cropped to; 0 takes the nearest size the
+            model can cut into tokens: the demo's for shapes and emoji, else 256.
+        split: of shapes and emoji.
+        limit: how many pictures.
+        columns: pairs a row of the PNG.
+        device: cpu, cuda or auto.
+    """
+
+    data: str
+    model: Path = Path("out/dvae/model")
+    out: Path = Path("out/reconstructions.png")
+    image_size: int = 0
+    split: str = "train"
+    limit: int = 64
+    columns: int = 4
+    device: str = "auto"
+
+
+def train(config: DvaeTrainCommand) -> None:
+    """Trains, saves the averaged weights, and says where they are."""
+    if config.preset in BUILT_IN:
+        recipe = DVAE_RECIPES[config.preset]
+        model_config, train_config, steps = recipe.model, recipe.train, recipe.steps
+    else:
+        with torch.device("meta"):  # for the sizes, and the error of an unknown name
+            model_config = DiscreteVAE.from_preset(config.preset).config
+        train_config, steps = DvaeTrainConfig(), 3_000_000
+    train_config = replace(
+        train_config,
+        image_size=config.image_size or train_config.image_size,
+        batch_size=config.batch_size or train_config.batch_size,
+    )
+    loop = LoopConfig(
+        out=config.out,
+        steps=config.steps or steps,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        picture_every=config.picture_every,
+        resume=config.resume,
+        seed=config.seed,
+    )
+    if loop.steps <= train_config.warm_start_steps:
+        raise UsageError(
+            f"dvae train: steps must be more than the {train_config.warm_start_steps} of the warm "
+            f"start, got {loop.steps}"
+        )
+    device = pick_device(config.device)
+    pairs = load_pairs(config.data, image_size=train_config.image_size, seed=config.seed)
+    torch.manual_seed(config.seed)
+    vae = DiscreteVAE(model_config).to(device)
+    task = DvaeTask(vae, pairs, train_config, seed=config.seed)
+    run_loop(task, loop)
+    assert task.average is not None
+    with task.average.applied():
+        vae.save_pretrained(config.out / "model")
+    print(f"dvae: {loop.steps} updates, model in {config.out / 'model'}")
+
+
+def load_pictures(config: ReconstructCommand, size: int) -> torch.Tensor:
+    """(N, 3, size, size) in [0, 1]; of a folder, captions are not asked for.
+
+    Raises:
+        DataError: nothing there that decodes.
+    """
+    if config.data in BUILT_IN:
+        pairs = load_pairs(config.data, image_size=size, split=config.split)
+        loaded, _ = load_or_skip(pairs, np.arange(min(config.limit, len(pairs))))
+        return to_tensor(loaded)
+    folder = Path(config.data)
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    found: list[np.ndarray] = []
+    skipped = 0
+    for path in files:
+        if len(found) == config.limit:
+            break
+        try:
+            found.append(center_crop(decode(read_bytes(path), path), size))
+        except DataError:
+            skipped += 1
+    if skipped:
+        print(f"dvae reconstruct: skipped {skipped} that do not decode")
+    if not found:
+        raise DataError(
+            f"dvae reconstruct: data must be shapes, emoji or a folder with pictures, got {folder}"
+        )
+    return to_tensor(found)
+
+
+@torch.no_grad()
+def reconstruct(config: ReconstructCommand) -> None:
+    """Writes the PNG (left the picture, right its reconstruction), prints PSNR and code use."""
+    for name in ("limit", "columns"):
+        if getattr(config, name) < 1:
+            value = getattr(config, name)
+            raise UsageError(f"dvae reconstruct: {name} must be at least 1, got {value}")
+    vae = DiscreteVAE.from_pretrained(config.model).to(pick_device(config.device))
+    size = config.image_size
+    if not size:
+        own = DVAE_RECIPES[config.data].image_size if config.data in BUILT_IN else 256
+        size = max(1, round(own / vae.factor)) * vae.factor
+    vae.grid(size)
+    images = load_pictures(config, size)
+    device = next(vae.parameters()).device
+    tokens = torch.cat([vae.encode(part.to(device)) for part in images.split(64)])
+    back = torch.cat([vae.decode(part).cpu() for part in tokens.split(64)])
+    sheet = pictures.grid(
+        pictures.beside([images, back]), columns=2 * config.columns, scale=max(1, 96 // size)
+    )
+    pictures.save_png(config.out, sheet)
+    values = psnr(images, back)
+    health = codebook_health(torch.bincount(tokens.flatten().cpu(), minlength=vae.num_tokens))
+    print(
+        f"{len(images)} pictures: PSNR {float(values.mean()):.2f} dB "
+        f"({float(values.min()):.2f} .. {float(values.max()):.2f}), {health.in_words()}: "
+        f"{config.out}"
+    )
