@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import harness
 import pytest
 import torch
 import torch.nn.functional as F
 
 import dalle_ext
+import harness
 from dalle_ext.reference import gumbel_softmax as reference
 
 Tensor = torch.Tensor

@@ -8,8 +8,8 @@
 
 namespace dalle {
 
-// aoti_torch_get_current_cuda_stream is part of the stable ABI but defined in libtorch_cuda only, and
-// torch loads that library RTLD_LOCAL: dlsym(RTLD_DEFAULT) returns null even where CUDA works.
+// aoti_torch_get_current_cuda_stream is part of the stable ABI but defined in libtorch_cuda only,
+// and torch loads that library RTLD_LOCAL: dlsym(RTLD_DEFAULT) returns null even where CUDA works.
 inline void* current_cuda_stream(int32_t device_index) {
   using Getter = int32_t (*)(int32_t, void**);
   static const Getter getter = [] {

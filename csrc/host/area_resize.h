@@ -1,7 +1,7 @@
 // AREA resize with aligned corners, the one the paper's augmentations name (listings 1 and 2).
 //
-// Output pixel y averages the input interval [y * s, (y + 1) * s) with s = (in - 1) / (out - 1) (s =
-// in / out when out is 1); the part of the interval past the border repeats the last pixel. These
+// Output pixel y averages the input interval [y * s, (y + 1) * s) with s = (in - 1) / (out - 1) (s
+// = in / out when out is 1); the part of the interval past the border repeats the last pixel. These
 // are TensorFlow's rules for resize_area with align_corners=True.
 #pragma once
 

@@ -1,5 +1,5 @@
-// pybind11 module _host: plain C++ for the host. No torch header, so it compiles in seconds and never
-// conflicts with the pybind11 that torch carries.
+// pybind11 module _host: plain C++ for the host. No torch header, so it compiles in seconds and
+// never conflicts with the pybind11 that torch carries.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

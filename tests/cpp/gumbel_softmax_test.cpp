@@ -1,10 +1,11 @@
-// Philox, the Gumbel transform, exp2 and the 16-bit formats of the CPU kernel, lane by lane against plain
-// arithmetic in double. Compiled and run by tests/ops/test_gumbel_softmax_noise.py for each instruction set.
-#include "gumbel_softmax/gumbel_softmax_vector.h"
-
+// Philox, the Gumbel transform, exp2 and the 16-bit formats of the CPU kernel, lane by lane against
+// plain arithmetic in double. Compiled and run by tests/ops/test_gumbel_softmax_noise.py for each
+// instruction set.
 #include <cmath>
 #include <cstdio>
 #include <initializer_list>
+
+#include "gumbel_softmax/gumbel_softmax_vector.h"
 
 using namespace dalle;
 using namespace dalle::DALLE_ISA_NAMESPACE;
@@ -79,7 +80,8 @@ void noise_is_accurate() {
       high[j] = ~low[j];
       near[j] = kNearOne - 30000 + i;
     }
-    for (const Word words : {random, low, high, near}) worst = std::fmax(worst, worst_noise(words, 0));
+    for (const Word words : {random, low, high, near})
+      worst = std::fmax(worst, worst_noise(words, 0));
     worst = std::fmax(worst, worst_noise(random, 3.0));
   }
   std::printf("noise: %.3g beyond one rounding\n", worst);
@@ -95,7 +97,8 @@ void exp2_is_accurate() {
   double worst = 0;
   for (int i = 0; i < 200000; ++i) {
     Float x;
-    for (int j = 0; j < kLanes; ++j) x[j] = -static_cast<float>(random64() >> 40) * 0x1p-24f * 126.0f;
+    for (int j = 0; j < kLanes; ++j)
+      x[j] = -static_cast<float>(random64() >> 40) * 0x1p-24f * 126.0f;
     const Float y = exp2_of(x);
     for (int j = 0; j < kLanes; ++j) {
       worst = std::fmax(worst, std::fabs(y[j] / std::exp2(static_cast<double>(x[j])) - 1));
@@ -127,10 +130,11 @@ void halves_are_exact() {
     const Float v = load_float(in);
     expect(same(v[0], half_value(in[0].bits)), "load half", v[0], bits);
     store_float(out, v);
-    expect(std::isnan(v[0]) ? std::isnan(half_value(out[0].bits)) : out[0].bits == bits, "store half",
-           out[0].bits, bits);
+    expect(std::isnan(v[0]) ? std::isnan(half_value(out[0].bits)) : out[0].bits == bits,
+           "store half", out[0].bits, bits);
   }
-  for (uint32_t bits = 0; bits < 0x7BFF; ++bits) {  // between neighbours, and the tie to the even one
+  for (uint32_t bits = 0; bits < 0x7BFF;
+       ++bits) {  // between neighbours, and the tie to the even one
     const double a = half_value(bits), b = half_value(bits + 1), middle = (a + b) / 2;
     const struct {
       double value;

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_prior import KINDS, make, sample
+
+import dalle_ext
 from dalle.decode import DecodeState, attended_slots, generate
 from dalle.errors import UsageError
 from dalle.prior import PAD
 from dalle.sampling import draw, uniform_noise
-from test_prior import KINDS, make, sample
-
-import dalle_ext
 
 MIXED = ("row", "column", "conv")
 

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from dalle.errors import CheckpointError, UsageError
-from dalle.prior import PAD, Prior, PriorConfig
-from dalle.prior_blocks import gelu, layer_kinds
 from torch.nn import functional as F
 
 import dalle_ext
+from dalle.errors import CheckpointError, UsageError
+from dalle.prior import PAD, Prior, PriorConfig
+from dalle.prior_blocks import gelu, layer_kinds
 
 KINDS = ("row", "column", "conv", "causal")
 

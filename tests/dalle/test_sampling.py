@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from dalle.errors import UsageError
 from dalle.sampling import check_options, draw, filter_logits, uniform_noise
 
