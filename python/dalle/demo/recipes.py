@@ -37,7 +37,7 @@ class DemoRecipe:
         vae, vae_train, vae_steps: the discrete VAE and its training.
         ranker, ranker_train: overrides of the ranker's preset "tiny", and its training.
         prior, prior_train, prior_steps: sizes without vocabularies and grid, and its training.
-        temperature, top_k, top_p, cond_scale: how samples are drawn.
+        sampling: options of `Pipeline.sample`.
         seconds: what each stage takes on two idle cores, for the ETA alone.
     """
 
@@ -55,10 +55,7 @@ class DemoRecipe:
     prior: dict[str, Any]
     prior_train: PriorTrainConfig
     prior_steps: int
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    cond_scale: float = 1.0
+    sampling: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def prior_config(self, tokenizer: Tokenizer, vae: DiscreteVAE) -> PriorConfig:
@@ -145,10 +142,14 @@ def load_recipe(data: str, preset: str, minutes: float | None) -> DemoRecipe:
 
 def default_recipe(data: str) -> DemoRecipe:
     """The demo of ten minutes or less."""
-    vae, ranker, prior = DVAE_RECIPES[data], RANKER_RECIPES[data, "default"], PRIOR_RECIPES[data]
+    vae, ranker, prior = (
+        DVAE_RECIPES[data],
+        RANKER_RECIPES[data, "default"],
+        PRIOR_RECIPES[data],
+    )
     return DemoRecipe(
         image_size=vae.image_size,
-        vocab_size=1024,
+        vocab_size=2048,
         items=20_000,
         unseen_items=500,
         num_captions=144,
@@ -161,11 +162,13 @@ def default_recipe(data: str) -> DemoRecipe:
         prior=prior.model,
         prior_train=prior.train,
         prior_steps=prior.steps,
-        **prior.sampling,
+        sampling=prior.sampling,
         seconds={
+            "data": 5.0,
             "dvae": vae.seconds,
             "ranker": ranker.seconds,
             "prior": prior.seconds,
-            "samples": 40.0,
+            "samples": 30.0,
+            "report": 3.0,
         },
     )

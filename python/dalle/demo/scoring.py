@@ -100,11 +100,8 @@ def samples_stage(demo: Demo) -> None:
             captions,
             recipe.num_samples,
             seed=demo.seed,
-            temperature=recipe.temperature,
-            top_k=recipe.top_k,
-            top_p=recipe.top_p,
-            cond_scale=recipe.cond_scale,
             progress=progress,
+            **recipe.sampling,
         )
         pictures.save_bytes(space.samples, tensors_to_bytes({"tokens": tokens.cpu()}))
     tokens = tensors_from_bytes(space.samples.read_bytes(), space.samples)["tokens"]
