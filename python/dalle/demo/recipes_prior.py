@@ -39,7 +39,7 @@ def _short(steps: int, **changes: Any) -> PriorTrainConfig:
         "decay_steps": steps,
         "augment": "none",
         "bpe_dropout": 0.0,
-        "caption_dropout": 0.1,
+        "caption_dropout": 0.05,
         "average_every": 5,
         "average_warmup": True,
         "image_init": "codebook",
@@ -56,7 +56,7 @@ EMOJI_STEPS, SHAPES_STEPS = 2000, 1200
 
 PRIOR_RECIPES: dict[str, PriorRecipe] = {
     "emoji": PriorRecipe(
-        model=_sizes(24),
+        model=_sizes(16),
         train=_short(EMOJI_STEPS, batch_size=16, lr=4e-3),
         steps=EMOJI_STEPS,
         sampling={"temperature": 0.5},
