@@ -91,7 +91,7 @@ class DVAEOutput(NamedTuple):
     loss: Tensor
     nll: Tensor
     kl: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index, the released API name
     mu: Tensor
 
 
