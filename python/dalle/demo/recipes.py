@@ -149,7 +149,7 @@ def default_recipe(data: str) -> DemoRecipe:
     )
     return DemoRecipe(
         image_size=vae.image_size,
-        vocab_size=2048,
+        vocab_size=16_384,
         items=20_000,
         unseen_items=500,
         num_captions=144,
