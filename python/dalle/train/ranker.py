@@ -28,7 +28,9 @@ from dalle.pictures import rows_of
 from dalle.rerank import ContrastiveRanker
 from dalle.schedules import cosine_ramp, linear_warmup
 from dalle.train.loop import step_seed, update
+from dalle.train.splicing import patches, pixels, splice
 
+REMEMBERED = 50_000  # items whose codes and reconstruction are kept, at most
 POOL = 2048  # captions among which a batch's look-alikes are searched
 
 
@@ -130,34 +132,6 @@ def look_alikes(
     return torch.cat([first[:, None], others], 1).flatten()
 
 
-def splice(cells: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Puts a rectangle of another item's cells at a random place of each item.
-
-    Args:
-        cells: (B, h, w, ...) codes or patches; item i takes from item i - 1.
-        rng: places and sizes; sides are a quarter to a half of the grid's.
-
-    Returns:
-        A new tensor of the same shape.
-    """
-    out = cells.clone()
-    size, height, width = cells.shape[:3]
-    low = [max(1, side // 4) for side in (height, width)]
-    high = [max(1, side // 2) for side in (height, width)]
-    for i in range(size):
-        h, w = (
-            int(torch.randint(a, b + 1, (1,), generator=rng))
-            for a, b in zip(low, high, strict=True)
-        )
-        top, left, from_top, from_left = (
-            int(torch.randint(side - part + 1, (1,), generator=rng))
-            for side, part in ((height, h), (width, w), (height, h), (width, w))
-        )
-        piece = cells[i - 1, from_top : from_top + h, from_left : from_left + w]
-        out[i, top : top + h, left : left + w] = piece
-    return out
-
-
 class RankerTask:
     """What `dalle.train.loop.train` trains: see the module's first lines.
 
@@ -187,6 +161,7 @@ class RankerTask:
         self.model: nn.Module = ranker
         self.ranker, self.pairs, self.config, self.seed = ranker, pairs, config, seed
         self.vae = vae.eval().requires_grad_(False) if vae is not None else None
+        self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.text = ranker.tokenizer.encode(pairs.captions, ranker.config.text_len)
         _, ids = torch.unique(self.text, dim=0, return_inverse=True)
         self.caption_ids = ids
@@ -228,15 +203,34 @@ class RankerTask:
         order = torch.randperm(len(images), generator=rng)[: self.config.num_spliced]
         with torch.no_grad():
             if self.vae is None:
-                spliced = _patches(images[order], self.ranker.config.grid)
-                spliced = _pixels(splice(spliced, rng))
+                spliced = patches(images[order], self.ranker.config.grid)
+                spliced = pixels(splice(spliced, rng))
             else:
-                tokens = self.vae.encode(images)
+                tokens, again = self._through_vae(kept, images)
                 spliced = self.vae.decode(splice(tokens[order], rng))
                 shown = torch.rand(len(images), generator=rng) < self.config.reconstructed
-                where = shown.to(device)[:, None, None, None]
-                images = torch.where(where, self.vae.decode(tokens), images)
+                images = torch.where(shown.to(device)[:, None, None, None], again, images)
         return torch.tensor(kept), images, spliced
+
+    def _through_vae(
+        self, items: list[int], images: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (B, h, w) and reconstructions (B, 3, H, W), remembered by item (8 bits a value)."""
+        assert self.vae is not None
+        new = [row for row, item in enumerate(items) if item not in self.seen]
+        if new:
+            codes = self.vae.encode(images[new])
+            back = (self.vae.decode(codes).clamp(0, 1) * 255).round().to(torch.uint8)
+            found = dict(
+                zip([items[row] for row in new], zip(codes, back, strict=True), strict=True)
+            )
+        else:
+            found = {}
+        pairs = [found[item] if item in found else self.seen[item] for item in items]
+        if len(self.seen) < REMEMBERED:
+            self.seen |= found
+        codes = torch.stack([code for code, _ in pairs])
+        return codes, torch.stack([back for _, back in pairs]).float() / 255
 
     def train_step(self, step: int) -> Mapping[str, float | torch.Tensor]:
         items, images, spliced = self.views(step)
@@ -274,18 +268,3 @@ class RankerTask:
 
     def load_state(self, state: dict[str, Any]) -> None:
         return None
-
-
-def _patches(images: torch.Tensor, grid: int) -> torch.Tensor:
-    """(B, 3, H, W) -> (B, grid, grid, 3 * p * p)."""
-    patch = images.shape[-1] // grid
-    cells = F.unfold(images, patch, stride=patch)
-    return cells.transpose(1, 2).unflatten(1, (grid, grid))
-
-
-def _pixels(cells: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_patches`."""
-    grid = cells.shape[1]
-    patch = round((cells.shape[-1] // 3) ** 0.5)
-    flat = cells.flatten(1, 2).transpose(1, 2)
-    return F.fold(flat, grid * patch, patch, stride=patch)
