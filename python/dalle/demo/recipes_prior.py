@@ -52,15 +52,15 @@ def _sizes(text_len: int, **changes: Any) -> dict[str, Any]:
     return {**sizes, "kernel_size": 5, "init_gain": 0.5, **changes}
 
 
-EMOJI_STEPS, SHAPES_STEPS = 2600, 1200
+EMOJI_STEPS, SHAPES_STEPS = 3000, 1200
 
 PRIOR_RECIPES: dict[str, PriorRecipe] = {
     "emoji": PriorRecipe(
         model=_sizes(16),
         train=_short(EMOJI_STEPS, batch_size=16, lr=4e-3),
         steps=EMOJI_STEPS,
-        sampling={"temperature": 0.5, "cond_scale": 1.5},
-        seconds=270.0,
+        sampling={"temperature": 0.5},
+        seconds=320.0,
     ),
     "shapes": PriorRecipe(
         model=_sizes(16),
