@@ -1,6 +1,6 @@
-"""One training step and one image of 256 tokens, beside dalle-pytorch 1.6.6 where it is installed.
+"""A training step and an image of 256 tokens beside dalle-pytorch 1.6.6, where it is installed.
 
-Same sizes on both sides: width 256, 8 layers, 4 heads of 64, 64 text and 16 x 16 image tokens, fp32.
+Same sizes on both sides: width 256, 8 layers, 4 heads of 64, 64 + 16 x 16 tokens, fp32.
 Its row and column patterns are not the paper's, but the work is alike.
 """
 
