@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_task import TinyTask, config, state_hash
 
 from dalle.errors import CheckpointError, UsageError
@@ -46,10 +47,11 @@ def kill_at(cut):
 
 
 def child(out, *, pause=0.0, **changes):
+    threads = str(torch.get_num_threads())  # sums, and so bits, hang on the number of threads
     code = CHILD.format(here=str(Path(__file__).parent), pause=pause, changes=changes)
     return subprocess.Popen(
         [sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True, env={**os.environ, "OMP_NUM_THREADS": threads},
     )  # fmt: skip
 
 
