@@ -1,8 +1,6 @@
 // Schemas of gumbel_softmax and its CPU registration.
 #include "gumbel_softmax/gumbel_softmax.hpp"
 
-#include <sys/mman.h>
-
 #include <memory>
 #include <new>
 
@@ -15,18 +13,6 @@ namespace {
 struct AlignedDelete {
   void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
 };
-
-// Asks for huge pages under a large new tensor. The C library maps blocks of 32 MiB and more afresh
-// each time, and the faults of small pages then cost more than the kernel (measured: 70 of 130 ms).
-// Only a wish: no error matters.
-void wish_huge_pages(const Tensor& t) {
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
-  if (end - begin >= 16 * kPage)
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-}
 
 // Runs `kernel` over all units in parallel, each thread with its own scratch.
 template <typename kernel_t, typename args_t>
@@ -48,7 +34,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const T
                                                    const Tensor& seed, int64_t dim, bool hard) {
   const GumbelSoftmaxParams p = check_gumbel_softmax(logits, tau, seed, dim);
   auto outputs = gumbel_softmax_outputs(logits, dim);
-  wish_huge_pages(std::get<0>(outputs));
   const auto args = gumbel_softmax_forward_args(logits, tau, seed, hard, outputs);
   const GumbelSoftmaxCpu& cpu = DALLE_SELECT_ISA(gumbel_softmax_cpu);
   run_units(cpu, cpu.forward, p, args);
@@ -60,7 +45,6 @@ Tensor backward(const std::optional<Tensor>& grad_sample, const std::optional<Te
                 const Tensor& stats, int64_t dim) {
   const GumbelSoftmaxParams p = check_gumbel_softmax(logits, tau, seed, dim);
   Tensor grad_logits = torch::stable::empty_like(logits);
-  wish_huge_pages(grad_logits);
   const auto args = gumbel_softmax_backward_args(p, grad_sample, grad_kl, logits, tau, seed, kl,
                                                  stats, grad_logits);
   const GumbelSoftmaxCpu& cpu = DALLE_SELECT_ISA(gumbel_softmax_cpu);
