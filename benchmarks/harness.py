@@ -22,7 +22,7 @@ import torch
 import dalle_ext
 
 RESULTS = Path(__file__).parent / "results"
-ROWS: list[dict[str, Any]] = []  # what this session measured; conftest.py prints and records it
+ROWS: list[dict[str, Any]] = []  # what this run measured; conftest.py prints and records it
 
 
 def medians(

@@ -94,7 +94,7 @@ class Workspace:
         return (self.pipeline / part / name).exists()
 
     def timings(self) -> dict[str, dict[str, float]]:
-        """Stage -> seconds (wall) and cpu_seconds, over all sessions."""
+        """Stage -> seconds (wall) and cpu_seconds, over all runs."""
         path = self.work / "timings.json"
         if not path.exists():
             return {}
