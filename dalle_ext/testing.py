@@ -1,4 +1,4 @@
-"""Sample inputs, tolerances and back ends for the tests and benchmarks of the ops."""
+"""Sample inputs and tolerances for the tests and benchmarks of the ops."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 SENTINEL = 12345.0
-
-
-def backends() -> list[str]:
-    """The back ends to test here: "cpu", and "cuda" where torch has a device."""
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def sliced(

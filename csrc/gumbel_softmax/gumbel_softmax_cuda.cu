@@ -1,6 +1,4 @@
 // CUDA registration of gumbel_softmax: guard, allocate, launch, check.
-#include <torch/csrc/stable/accelerator.h>
-
 #include "common/stream.hpp"
 #include "gumbel_softmax/gumbel_softmax.hpp"
 #include "gumbel_softmax/gumbel_softmax_cuda.cuh"
@@ -8,19 +6,13 @@
 namespace dalle {
 namespace {
 
-void check_launch(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "gumbel_softmax: the CUDA launch must succeed, got ",
-                  cudaGetErrorString(error));
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& tau,
                                                    const Tensor& seed, int64_t dim, bool hard) {
   const GumbelSoftmaxParams p = check_gumbel_softmax(logits, tau, seed, dim);
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const DeviceScope on(logits);
   auto outputs = gumbel_softmax_outputs(logits, dim);
   const auto args = gumbel_softmax_forward_args(logits, tau, seed, hard, outputs);
-  check_launch(
-      launch_gumbel_softmax_forward(p, args, current_cuda_stream(logits.get_device_index())));
+  check_launch("gumbel_softmax", launch_gumbel_softmax_forward(p, args, on.stream()));
   return outputs;
 }
 
@@ -28,19 +20,18 @@ Tensor backward(const std::optional<Tensor>& grad_sample, const std::optional<Te
                 const Tensor& logits, const Tensor& tau, const Tensor& seed, const Tensor& kl,
                 const Tensor& stats, int64_t dim) {
   const GumbelSoftmaxParams p = check_gumbel_softmax(logits, tau, seed, dim);
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const DeviceScope on(logits);
   Tensor grad_logits = torch::stable::empty_like(logits);
   const auto args = gumbel_softmax_backward_args(p, grad_sample, grad_kl, logits, tau, seed, kl,
                                                  stats, grad_logits);
-  check_launch(
-      launch_gumbel_softmax_backward(p, args, current_cuda_stream(logits.get_device_index())));
+  check_launch("gumbel_softmax", launch_gumbel_softmax_backward(p, args, on.stream()));
   return grad_logits;
 }
 
 }  // namespace
 }  // namespace dalle
 
-STABLE_TORCH_LIBRARY_IMPL(dalle_ext, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(dalle_ext, DALLE_CUDA_KEY, m) {
   m.impl("_gumbel_softmax_forward", TORCH_BOX(&dalle::forward));
   m.impl("_gumbel_softmax_backward", TORCH_BOX(&dalle::backward));
 }

@@ -5,10 +5,7 @@
 // gumbel_softmax.h.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
+#include "common/simt.h"
 #include "gumbel_softmax/gumbel_softmax.h"
 
 namespace dalle {
@@ -44,7 +41,7 @@ struct MinimumOp {
 // Reduces over the block in a fixed order; every thread gets the result.
 template <typename value_t, typename op_t>
 __device__ value_t block_reduce(value_t value, op_t op) {
-  __shared__ value_t parts[kGumbelSoftmaxThreads];
+  DALLE_SHARED(value_t, parts, [kGumbelSoftmaxThreads]);
   __syncthreads();  // the last call's readers are done
   parts[threadIdx.x] = value;
   __syncthreads();
@@ -185,8 +182,7 @@ cudaError_t launch_rows(kernel_t kernel, const GumbelSoftmaxParams& p, const arg
   const int64_t rows = num_rows(p);
   if (rows == 0) return cudaSuccess;
   const unsigned blocks = static_cast<unsigned>(rows < (1 << 20) ? rows : (1 << 20));
-  kernel<<<blocks, kGumbelSoftmaxThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, args);
-  return cudaGetLastError();
+  return launch(kernel, blocks, kGumbelSoftmaxThreads, 0, stream, p, args);
 }
 
 inline cudaError_t launch_gumbel_softmax_forward(const GumbelSoftmaxParams& p,

@@ -1,5 +1,4 @@
 // CUDA registration of sparse attention: guard, allocate, launch, check.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -11,23 +10,17 @@
 namespace dalle {
 namespace {
 
-using torch::stable::accelerator::DeviceGuard;
-
-void check_launch(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "sparse_attention: ", cudaGetErrorString(error));
-}
-
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    std::string kind, int64_t text_len, int64_t rows,
                                    int64_t columns, std::vector<int64_t> runs, double scale) {
   const AttentionRule rule = check_rule(kind, text_len, rows, columns, runs);
   SparseAttentionParams params = check_sparse_attention(q, k, v, rule, scale);
-  const DeviceGuard guard(q.get_device_index());
+  const DeviceScope on(q);
   Tensor out = empty_rows(q), lse = empty_lse(q);
   if (lse.numel() == 0) return {out, lse};
   params.out = rows_of(out);
   params.lse = static_cast<double*>(lse.mutable_data_ptr());
-  check_launch(launch_sparse_attention_forward(params, current_cuda_stream(q.get_device_index())));
+  check_launch("sparse_attention", launch_sparse_attention_forward(params, on.stream()));
   return {out, lse};
 }
 
@@ -39,23 +32,23 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   const AttentionRule rule = check_rule(kind, text_len, rows, columns, runs);
   SparseAttentionParams params = check_sparse_attention(q, k, v, rule, scale);
   check_backward(q, grad_out, out, lse, &params);
-  const DeviceGuard guard(q.get_device_index());
+  const DeviceScope on(q);
   Tensor grad_q = empty_rows(q), grad_k = empty_rows(k), grad_v = empty_rows(v);
   if (lse.numel() == 0) return {grad_q, grad_k, grad_v};
   params.grad_q = rows_of(grad_q);
   params.grad_k = rows_of(grad_k);
   params.grad_v = rows_of(grad_v);
   Tensor delta = empty_lse(q);
-  check_launch(launch_sparse_attention_backward(params,
-                                                static_cast<double*>(delta.mutable_data_ptr()),
-                                                current_cuda_stream(q.get_device_index())));
+  check_launch("sparse_attention",
+               launch_sparse_attention_backward(
+                   params, static_cast<double*>(delta.mutable_data_ptr()), on.stream()));
   return {grad_q, grad_k, grad_v};
 }
 
 }  // namespace
 }  // namespace dalle
 
-STABLE_TORCH_LIBRARY_IMPL(dalle_ext, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(dalle_ext, DALLE_CUDA_KEY, m) {
   m.impl("_sparse_attention_forward", TORCH_BOX(&dalle::forward));
   m.impl("_sparse_attention_backward", TORCH_BOX(&dalle::backward));
 }

@@ -6,10 +6,7 @@
 // Letters: B batch, H heads, T positions, D head size (at most 32 * kPerLane).
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
+#include "common/simt.h"
 #include "sparse_attention/sparse_attention.h"
 
 namespace dalle {
@@ -72,6 +69,29 @@ struct LaneRow {
       sum += __shfl_xor_sync(0xffffffffu, sum, step);
     }
     return sum;
+  }
+};
+
+// A sum of many rows, in parts: a thousand terms added one after another round too much.
+template <typename acc_t, int kPerLane>
+struct LaneSum {
+  static constexpr int kPart = 32;
+  LaneRow<acc_t, kPerLane> total, part;
+  int count = 0;
+
+  __device__ LaneSum() {
+    total.clear();
+    part.clear();
+  }
+  __device__ void add(acc_t factor, const LaneRow<acc_t, kPerLane>& row) {
+    part.add(factor, row);
+    if (++count == kPart) finish();
+  }
+  __device__ const LaneRow<acc_t, kPerLane>& finish() {
+    total.add(acc_t{1}, part);
+    part.clear();
+    count = 0;
+    return total;
   }
 };
 
@@ -185,11 +205,10 @@ __global__ void sparse_attention_backward_key_kernel(const SparseAttentionParams
   using acc_t = typename Accumulator<scalar_t>::type;
   const WarpPlace at(p);
   if (!at.inside) return;
-  LaneRow<acc_t, kPerLane> q, k, v, grad_out, grad_k, grad_v;
+  LaneRow<acc_t, kPerLane> q, k, v, grad_out;
+  LaneSum<acc_t, kPerLane> grad_k, grad_v;
   k.load(at.row<scalar_t>(p, p.k, at.position), p.head_size, at.lane);
   v.load(at.row<scalar_t>(p, p.v, at.position), p.head_size, at.lane);
-  grad_k.clear();
-  grad_v.clear();
   for_queries(p.rule, p.length, at.position, [&](int32_t query) {
     q.load(at.row<scalar_t>(p, p.q, query), p.head_size, at.lane);
     grad_out.load(at.row<scalar_t>(p, p.grad_out, query), p.head_size, at.lane);
@@ -199,30 +218,29 @@ __global__ void sparse_attention_backward_key_kernel(const SparseAttentionParams
     grad_v.add(probability, grad_out);
     grad_k.add(probability * (grad_out.dot(v) - static_cast<acc_t>(delta[row])), q);
   });
-  grad_k.store(at.row<scalar_t>(p, p.grad_k, at.position), static_cast<acc_t>(p.scale), p.head_size,
-               at.lane);
-  grad_v.store(at.row<scalar_t>(p, p.grad_v, at.position), acc_t{1}, p.head_size, at.lane);
+  grad_k.finish().store(at.row<scalar_t>(p, p.grad_k, at.position), static_cast<acc_t>(p.scale),
+                        p.head_size, at.lane);
+  grad_v.finish().store(at.row<scalar_t>(p, p.grad_v, at.position), acc_t{1}, p.head_size, at.lane);
 }
 
-// Calls launch(blocks, scalar_t{}, integral constant of kPerLane) for the type and head size of
-// `p`.
+// Returns call(scalar_t{}, integral constant of kPerLane) for the type and head size of `p`.
 template <int kSize>
 struct PerLane {
   static constexpr int value = kSize;
 };
-template <typename scalar_t, typename Launch>
-void for_head_size(const SparseAttentionParams& p, const Launch& launch) {
-  if (p.head_size <= 32) return launch(scalar_t{}, PerLane<1>{});
-  if (p.head_size <= 64) return launch(scalar_t{}, PerLane<2>{});
-  if (p.head_size <= 128) return launch(scalar_t{}, PerLane<4>{});
-  launch(scalar_t{}, PerLane<8>{});
+template <typename scalar_t, typename Call>
+cudaError_t for_head_size(const SparseAttentionParams& p, const Call& call) {
+  if (p.head_size <= 32) return call(scalar_t{}, PerLane<1>{});
+  if (p.head_size <= 64) return call(scalar_t{}, PerLane<2>{});
+  if (p.head_size <= 128) return call(scalar_t{}, PerLane<4>{});
+  return call(scalar_t{}, PerLane<8>{});
 }
-template <typename Launch>
-void for_instance(const SparseAttentionParams& p, const Launch& launch) {
-  if (p.type == AttentionType::kFloat) return for_head_size<float>(p, launch);
-  if (p.type == AttentionType::kDouble) return for_head_size<double>(p, launch);
-  if (p.type == AttentionType::kHalf) return for_head_size<__half>(p, launch);
-  for_head_size<__nv_bfloat16>(p, launch);
+template <typename Call>
+cudaError_t for_instance(const SparseAttentionParams& p, const Call& call) {
+  if (p.type == AttentionType::kFloat) return for_head_size<float>(p, call);
+  if (p.type == AttentionType::kDouble) return for_head_size<double>(p, call);
+  if (p.type == AttentionType::kHalf) return for_head_size<__half>(p, call);
+  return for_head_size<__nv_bfloat16>(p, call);
 }
 
 // Blocks of kWarpsPerBlock rows; 0 where the grid would not fit.
@@ -235,11 +253,11 @@ inline unsigned num_blocks(const SparseAttentionParams& p) {
 inline cudaError_t launch_sparse_attention_forward(const SparseAttentionParams& p, void* stream) {
   const unsigned blocks = num_blocks(p);
   if (blocks == 0) return cudaErrorInvalidConfiguration;
-  for_instance(p, [&](auto scalar, auto per_lane) {
-    sparse_attention_forward_kernel<decltype(scalar), decltype(per_lane)::value>
-        <<<blocks, kWarpsPerBlock * kWarpSize, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  return for_instance(p, [&](auto scalar, auto per_lane) {
+    constexpr int kPerLane = decltype(per_lane)::value;
+    return launch(sparse_attention_forward_kernel<decltype(scalar), kPerLane>, blocks,
+                  kWarpsPerBlock * kWarpSize, 0, stream, p);
   });
-  return cudaGetLastError();
 }
 
 // `delta` is scratch of B * H * T doubles.
@@ -247,16 +265,16 @@ inline cudaError_t launch_sparse_attention_backward(const SparseAttentionParams&
                                                     void* stream) {
   const unsigned blocks = num_blocks(p);
   if (blocks == 0) return cudaErrorInvalidConfiguration;
-  for_instance(p, [&](auto scalar, auto per_lane) {
+  return for_instance(p, [&](auto scalar, auto per_lane) {
     constexpr int kPerLane = decltype(per_lane)::value;
     constexpr int kThreads = kWarpsPerBlock * kWarpSize;
-    const auto on = static_cast<cudaStream_t>(stream);
-    sparse_attention_backward_query_kernel<decltype(scalar), kPerLane>
-        <<<blocks, kThreads, 0, on>>>(p, delta);
-    sparse_attention_backward_key_kernel<decltype(scalar), kPerLane>
-        <<<blocks, kThreads, 0, on>>>(p, delta);
+    const cudaError_t error =
+        launch(sparse_attention_backward_query_kernel<decltype(scalar), kPerLane>, blocks, kThreads,
+               0, stream, p, delta);
+    if (error != cudaSuccess) return error;
+    return launch(sparse_attention_backward_key_kernel<decltype(scalar), kPerLane>, blocks,
+                  kThreads, 0, stream, p, delta);
   });
-  return cudaGetLastError();
 }
 
 }  // namespace dalle

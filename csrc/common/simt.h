@@ -1,0 +1,77 @@
+// The one header a kernel includes: CUDA as nvcc knows it, or, under g++, the emulator that runs
+// the same source on the CPU (docs/emulator.md). No torch here.
+//
+// What a kernel takes from here instead of CUDA's own syntax, because g++ has to understand it:
+//   DALLE_SHARED(float, parts, [kThreads]);   static shared memory: __shared__ float
+//   parts[kThreads] DALLE_DYNAMIC_SHARED(bytes);              unsigned char bytes[] of the launch's
+//   size, 128-byte
+//                                             aligned, at most one in a kernel
+//   launch(kernel, grid, block, shared_bytes, stream, arguments...)      instead of <<< >>>
+// The instructions that CUDA C++ does not name (mma, ldmatrix, cp.async, ...) are in ptx.cuh.
+#pragma once
+
+#if defined(__CUDACC__)
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define DALLE_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
+#define DALLE_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+namespace dalle {
+
+// Dynamic shared memory over 48 KiB has to be asked for; the request stays with the kernel.
+template <typename... parameters_t, typename... arguments_t>
+cudaError_t launch(void (*kernel)(parameters_t...), dim3 grid, dim3 block, size_t shared_bytes,
+                   void* stream, const arguments_t&... arguments) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<parameters_t>(arguments)...);
+  return cudaGetLastError();
+}
+
+}  // namespace dalle
+
+#include "common/ptx.cuh"
+
+#else
+#include "emulator/device.h"
+#endif
+
+namespace dalle {
+
+// Two floats rounded to a word of two scalar_t (__half or __nv_bfloat16), the first in the low
+// half; and back.
+template <typename scalar_t>
+__device__ __forceinline__ uint32_t pack_pair(float first, float second);
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__half>(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+template <typename scalar_t>
+__device__ __forceinline__ float2 unpack_pair(uint32_t word);
+template <>
+__device__ __forceinline__ float2 unpack_pair<__half>(uint32_t word) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&word));
+}
+template <>
+__device__ __forceinline__ float2 unpack_pair<__nv_bfloat16>(uint32_t word) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word));
+}
+
+}  // namespace dalle

@@ -1,0 +1,123 @@
+// The state of the block that runs, for the emulator's own sources. One block at a time, one thread
+// of it at a time, so none of this is atomic. No torch here.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "emulator/api.h"
+#include "emulator/fiber.h"
+
+namespace dalle::emulator {
+
+constexpr int kLanes = 32;
+constexpr int kMaxThreads = 1024;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr size_t kStackBytes = size_t{256} << 10;
+constexpr size_t kMaxShared = size_t{163} << 10;       // of a block of sm_80
+constexpr size_t kMaxStaticShared = size_t{48} << 10;  // what ptxas accepts
+
+struct Copy {  // a cp.async under way
+  char* to;
+  const char* from;
+  int bytes, valid_bytes;
+  int64_t group;
+  Place place;
+};
+
+struct Thread {
+  Fiber fiber;
+  char* stack = nullptr;
+  uint3 index = {};
+  int id = 0;
+  bool waits = false, exited = false;
+  const char* waits_for = "";
+  Place place = {"", 0};
+  int64_t groups = 0;  // of cp.async, committed
+  std::vector<Copy> copies;
+};
+
+// A collective that some lanes of its mask have reached. `arguments` point into their stacks.
+struct Meeting {
+  uint32_t lanes = 0, arrived = 0;
+  const char* what = nullptr;
+  void (*finish)(void* const* arguments, uint32_t lanes) = nullptr;
+  void* arguments[kLanes];
+};
+
+struct Warp {
+  uint32_t ready = 0, exited = 0;
+  uint32_t priority = 0;     // of the random schedule
+  Meeting meetings[kLanes];  // at the lowest lane of the mask: disjoint masks do not collide
+};
+
+struct SharedArray {
+  const void* declaration;
+  const char* name;
+  char* begin;
+  size_t bytes;
+};
+
+struct Block {
+  const void* kernel = nullptr;
+  void (*body)(void*) = nullptr;
+  void* argument = nullptr;
+  int num_threads = 0, num_live = 0, num_warps = 0;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  Thread* running = nullptr;
+  Fiber main;
+
+  int barrier_arrived = 0, barrier_value = 0, barrier_result = 0;
+  Vote barrier_vote = Vote::kNone;
+  Place barrier_place = {"", 0};
+
+  char* arena = nullptr;
+  size_t arena_used = 0;
+  std::vector<SharedArray> arrays;  // the dynamic one first
+  size_t shared_bytes = 0;
+
+  uint64_t random = 0;  // state of the random schedule; 0 for the ordered one
+  std::string failure;
+};
+extern Block block;
+
+// Ends the launch with one line that names kernel, block and thread; does not return.
+[[noreturn]] void fail(const std::string& what);
+[[noreturn]] void fail(const std::string& what, Place place);
+std::string text_of(Place place);
+
+// scheduler.cpp
+void make_ready(Thread& thread);
+void wait_for(const char* what, Place place);  // until make_ready
+uint64_t next_random();
+
+// A rendezvous of `lanes` of the running thread's warp: the last of them runs
+// finish(arguments, lanes that came).
+using Finish = void (*)(void* const* arguments, uint32_t lanes);
+void meet(const char* what, uint32_t lanes, void* argument, Finish finish, Place place);
+
+// shared.cpp
+void open_arena(size_t dynamic_bytes);
+void check_arena_borders();
+bool in_arena(const void* at);
+const SharedArray* array_around(const void* at, size_t bytes);
+void drop_copies();
+
+// race.cpp; nothing outside the build that looks for races
+enum class Access : int { kRead, kWrite, kAtomic, kPending };
+#if defined(DALLE_EMULATOR_RACES)
+void race_begin_launch();
+void race_begin_block();
+void race_block_barrier();
+void race_warp_barrier(uint32_t lanes);
+void race_access(const void* at, size_t bytes, Access access, const char* what, Place place);
+#else
+inline void race_begin_launch() {}
+inline void race_begin_block() {}
+inline void race_block_barrier() {}
+inline void race_warp_barrier(uint32_t) {}
+inline void race_access(const void*, size_t, Access, const char*, Place) {}
+#endif
+
+}  // namespace dalle::emulator

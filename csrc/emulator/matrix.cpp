@@ -1,0 +1,135 @@
+// mma.sync: fragments of 32 lanes to matrices and back. Products are added in float one after
+// another, ascending in k; the hardware's order and rounding differ.
+#include <bit>
+#include <vector>
+
+#include "emulator/block.h"
+
+namespace dalle::emulator {
+namespace {
+
+constexpr int kRows = 16, kColumns = 8;
+
+struct Operands {
+  float* d;
+  const uint32_t *a, *b;
+};
+
+float float_of_half(uint32_t half) {
+  const uint32_t sign = (half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 0x3ff;
+  if (exponent == 0) {
+    const float size = static_cast<float>(fraction) * 0x1p-24f;
+    return sign ? -size : size;
+  }
+  const uint32_t wide = exponent == 31 ? 255 : exponent + 112;
+  return std::bit_cast<float>(sign | wide << 23 | fraction << 13);
+}
+
+// All of them, because a warp converts 384 for each mma.
+const std::vector<float>& halves() {
+  static const std::vector<float> table = [] {
+    std::vector<float> all(1 << 16);
+    for (uint32_t i = 0; i < all.size(); ++i) all[i] = float_of_half(i);
+    return all;
+  }();
+  return table;
+}
+
+template <int kDepth>
+struct Matrices {
+  float a[kRows][kDepth], b[kDepth][kColumns], d[kRows][kColumns];
+
+  void multiply() {
+    for (int k = 0; k < kDepth; ++k) {
+      for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < kColumns; ++j) d[i][j] += a[i][k] * b[k][j];
+      }
+    }
+  }
+  // Where lane (g, t) keeps d, in the order of its four floats.
+  template <typename Visit>
+  void each_d(int g, int t, const Visit& visit) {
+    visit(0, d[g][2 * t]);
+    visit(1, d[g][2 * t + 1]);
+    visit(2, d[g + 8][2 * t]);
+    visit(3, d[g + 8][2 * t + 1]);
+  }
+};
+
+template <typename Fill, int kDepth>
+void run_mma(void* const* arguments, Matrices<kDepth>& m, const Fill& fill) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const auto& x = *static_cast<const Operands*>(arguments[lane]);
+    fill(x, lane / 4, lane % 4);
+    m.each_d(lane / 4, lane % 4, [&](int i, float& d) { d = x.d[i]; });
+  }
+  m.multiply();
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const auto& x = *static_cast<const Operands*>(arguments[lane]);
+    m.each_d(lane / 4, lane % 4, [&](int i, float& d) { x.d[i] = d; });
+  }
+}
+
+// Two 16-bit elements of a word, the low one first; `widen` makes a float of one.
+template <typename Widen>
+void mma_16(void* const* arguments, const Widen& widen) {
+  Matrices<16> m;
+  run_mma(arguments, m, [&](const Operands& x, int g, int t) {
+    for (int j = 0; j < 2; ++j) {
+      const auto element = [&](uint32_t word) { return widen(word >> (16 * j) & 0xffff); };
+      m.a[g][2 * t + j] = element(x.a[0]);
+      m.a[g + 8][2 * t + j] = element(x.a[1]);
+      m.a[g][2 * t + 8 + j] = element(x.a[2]);
+      m.a[g + 8][2 * t + 8 + j] = element(x.a[3]);
+      m.b[2 * t + j][g] = element(x.b[0]);
+      m.b[2 * t + 8 + j][g] = element(x.b[1]);
+    }
+  });
+}
+
+void require_warp(uint32_t lanes) {
+  if (lanes != kAllLanes) {
+    fail("mma.sync needs all 32 lanes, got " + std::to_string(std::popcount(lanes)));
+  }
+}
+
+void finish_half(void* const* arguments, uint32_t lanes) {
+  require_warp(lanes);
+  const float* table = halves().data();
+  mma_16(arguments, [table](uint32_t half) { return table[half]; });
+}
+
+void finish_bfloat16(void* const* arguments, uint32_t lanes) {
+  require_warp(lanes);
+  mma_16(arguments, [](uint32_t word) { return std::bit_cast<float>(word << 16); });
+}
+
+void finish_tf32(void* const* arguments, uint32_t lanes) {
+  require_warp(lanes);
+  // The hardware ignores the 13 low bits, which to_tf32 leaves zero.
+  const auto widen = [](uint32_t word) { return std::bit_cast<float>(word & 0xffffe000u); };
+  Matrices<8> m;
+  run_mma(arguments, m, [&](const Operands& x, int g, int t) {
+    m.a[g][t] = widen(x.a[0]);
+    m.a[g + 8][t] = widen(x.a[1]);
+    m.a[g][t + 4] = widen(x.a[2]);
+    m.a[g + 8][t + 4] = widen(x.a[3]);
+    m.b[t][g] = widen(x.b[0]);
+    m.b[t + 4][g] = widen(x.b[1]);
+  });
+}
+
+}  // namespace
+
+void mma_m16n8k16(Operand type, float* d, const uint32_t* a, const uint32_t* b, Place place) {
+  Operands operands = {d, a, b};
+  meet("mma.m16n8k16", kAllLanes, &operands,
+       type == Operand::kHalf ? &finish_half : &finish_bfloat16, place);
+}
+
+void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b, Place place) {
+  Operands operands = {d, a, b};
+  meet("mma.m16n8k8", kAllLanes, &operands, &finish_tf32, place);
+}
+
+}  // namespace dalle::emulator

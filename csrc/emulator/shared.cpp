@@ -1,0 +1,183 @@
+// Shared memory: the arrays of a block in one arena with borders between them, and cp.async.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <stdexcept>
+
+#include "emulator/block.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace dalle::emulator {
+namespace {
+
+constexpr unsigned char kUninitialised = 0xff;  // NaN as half, bfloat16, tf32 and float
+constexpr unsigned char kBorder = 0xa5;
+constexpr size_t kBorderBytes = 64, kAlignment = 128;
+constexpr size_t kArenaBytes = kMaxShared + kMaxStaticShared + (size_t{64} << 10);
+
+size_t page_bytes() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
+
+void forbid([[maybe_unused]] void* at, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_POISON_MEMORY_REGION(at, bytes);
+#endif
+}
+void allow([[maybe_unused]] void* at, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(at, bytes);
+#endif
+}
+const void* first_forbidden([[maybe_unused]] const void* at, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  return __asan_region_is_poisoned(const_cast<void*>(at), bytes);
+#else
+  return nullptr;
+#endif
+}
+
+// Arrays grow downwards from the end of the arena, where a page without access begins: the dynamic
+// array, which kernels carve up by hand, ends there.
+char* arena_end() { return block.arena + kArenaBytes; }
+
+void* add_array(const void* declaration, const char* name, size_t bytes, size_t alignment) {
+  const size_t step = alignment > kAlignment ? alignment : kAlignment;
+  char* const top = arena_end() - block.arena_used;
+  const uintptr_t wanted = reinterpret_cast<uintptr_t>(top) - (block.arena_used ? kBorderBytes : 0);
+  char* const begin = reinterpret_cast<char*>((wanted - bytes) / step * step);
+  block.arena_used = static_cast<size_t>(arena_end() - begin);
+  allow(begin, static_cast<size_t>(top - begin));
+  std::memset(begin, kUninitialised, bytes);
+  std::memset(begin + bytes, kBorder, static_cast<size_t>(top - begin) - bytes);
+  forbid(begin + bytes, static_cast<size_t>(top - begin) - bytes);
+  block.arrays.push_back({declaration, name, begin, bytes});
+  return begin;
+}
+
+}  // namespace
+
+void open_arena(size_t dynamic_bytes) {
+  if (block.arena == nullptr) {
+    const size_t page = page_bytes();
+    void* memory = mmap(nullptr, kArenaBytes + 2 * page, PROT_NONE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("emulator: no memory for an arena");
+    block.arena = static_cast<char*>(memory) + page;
+    mprotect(block.arena, kArenaBytes, PROT_READ | PROT_WRITE);
+  }
+  forbid(block.arena, kArenaBytes);
+  block.arrays.clear();
+  block.arena_used = 0;
+  if (dynamic_bytes) add_array(nullptr, "dynamic shared memory", dynamic_bytes, kAlignment);
+}
+
+void check_arena_borders() {
+  char* top = arena_end();
+  for (const SharedArray& array : block.arrays) {
+    char* const end = array.begin + array.bytes;
+    allow(end, static_cast<size_t>(top - end));
+    for (const char* at = end; at < top; ++at) {
+      if (static_cast<unsigned char>(*at) != kBorder) {
+        fail("shared memory was written " + std::to_string(at - end) + " bytes behind the end of " +
+             array.name);
+      }
+    }
+    top = array.begin;
+  }
+}
+
+bool in_arena(const void* at) {
+  const char* const place = static_cast<const char*>(at);
+  const size_t page = page_bytes();
+  return block.arena && place >= block.arena - page && place < arena_end() + page;
+}
+
+const SharedArray* array_around(const void* at, size_t bytes) {
+  const char* const place = static_cast<const char*>(at);
+  for (const SharedArray& array : block.arrays) {
+    if (place >= array.begin && place + bytes <= array.begin + array.bytes) return &array;
+  }
+  return nullptr;
+}
+
+void* static_shared(const void* declaration, const char* name, size_t bytes, size_t alignment) {
+  size_t total = bytes;
+  for (const SharedArray& array : block.arrays) {
+    if (declaration && array.declaration == declaration) return array.begin;
+    total += array.declaration ? array.bytes : 0;
+  }
+  if (total > kMaxStaticShared || total + block.shared_bytes > kMaxShared) {
+    fail("static shared memory must be at most " + std::to_string(kMaxStaticShared) +
+         " bytes, with dynamic " + std::to_string(kMaxShared) + ", got " + std::to_string(total));
+  }
+  return add_array(declaration, name, bytes, alignment);
+}
+
+unsigned char* dynamic_shared() {
+  if (block.shared_bytes == 0) fail("the launch gives no dynamic shared memory");
+  return reinterpret_cast<unsigned char*>(block.arrays.front().begin);
+}
+
+// The destination is destroyed at once and written at the wait that covers its group, as late as
+// PTX allows: a missing wait reads NaN, a copy that starts too early destroys what others read.
+void cp_async(void* shared, const void* global, int bytes, int valid_bytes, Place place) {
+  const uintptr_t to = reinterpret_cast<uintptr_t>(shared);
+  const uintptr_t from = reinterpret_cast<uintptr_t>(global);
+  if (to % bytes || from % bytes) {
+    fail("cp.async of " + std::to_string(bytes) + " bytes: addresses must be aligned to it", place);
+  }
+  if (valid_bytes < 0 || valid_bytes > bytes) {
+    fail("cp.async: valid_bytes must be 0 .. " + std::to_string(bytes) + ", got " +
+             std::to_string(valid_bytes),
+         place);
+  }
+  if (!array_around(shared, bytes)) fail("cp.async to outside of shared memory", place);
+  if (valid_bytes && in_arena(global)) fail("cp.async from shared memory", place);
+  if (valid_bytes && first_forbidden(global, valid_bytes)) {
+    fail("cp.async from outside of its buffer", place);
+  }
+  race_access(shared, bytes, Access::kPending, "cp.async", place);
+  if (valid_bytes) race_access(global, valid_bytes, Access::kRead, "cp.async", place);
+  std::memset(shared, kUninitialised, bytes);
+  Thread& self = *block.running;
+  self.copies.push_back({static_cast<char*>(shared), static_cast<const char*>(global), bytes,
+                         valid_bytes, self.groups, place});
+}
+
+void cp_async_commit() { ++block.running->groups; }
+
+void cp_async_wait(int groups) {
+  Thread& self = *block.running;
+  size_t kept = 0;
+  for (const Copy& copy : self.copies) {
+    if (copy.group + groups >= self.groups) {
+      self.copies[kept++] = copy;
+      continue;
+    }
+    race_access(copy.to, copy.bytes, Access::kWrite, "the end of cp.async", copy.place);
+    std::memcpy(copy.to, copy.from, copy.valid_bytes);
+    std::memset(copy.to + copy.valid_bytes, 0, copy.bytes - copy.valid_bytes);
+  }
+  self.copies.resize(kept);
+}
+
+void vector_access(const void* at, size_t bytes, bool writes, Place place) {
+  if (reinterpret_cast<uintptr_t>(at) % bytes) {
+    fail("a vector of " + std::to_string(bytes) + " bytes must be aligned to it", place);
+  }
+  if (in_arena(at) && !array_around(at, bytes)) fail("a vector outside of shared memory", place);
+  if (first_forbidden(at, bytes)) fail("a vector outside of its buffer", place);
+  race_access(at, bytes, writes ? Access::kWrite : Access::kRead, "a vector access", place);
+}
+
+void atomic_access(const void* at, size_t bytes, Place place) {
+  if (reinterpret_cast<uintptr_t>(at) % bytes) fail("an atomic must be aligned", place);
+  if (in_arena(at) && !array_around(at, bytes)) fail("an atomic outside of shared memory", place);
+  if (first_forbidden(at, bytes)) fail("an atomic outside of its buffer", place);
+  race_access(at, bytes, Access::kAtomic, "an atomic", place);
+}
+
+}  // namespace dalle::emulator

@@ -1,0 +1,88 @@
+"""Builds the CUDA kernels for the CPU, for tests: `python python/buildtools/emulated.py [target]`.
+
+Targets are those of `csrc/emulator/CMakeLists.txt`; without one, all of them. Prints their paths.
+Nothing of this goes into a wheel; `docs/emulator.md` says what it is for.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import torch_dir  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+HOW_TO_GET = "type: pip install -c constraints.txt -e '.[test]'"
+
+
+def _toolkits() -> Iterator[list[Path]]:
+    """Include folders that may hold CUDA's type headers, a toolkit's before the wheels'."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    for toolkit in (home, "/usr/local/cuda"):
+        if toolkit:
+            yield [Path(toolkit) / "include"]
+    for name in ("purelib", "platlib"):
+        wheels = Path(sysconfig.get_path(name)) / "nvidia/cu13/include"
+        yield [wheels, wheels / "cccl"]
+
+
+def cuda_include() -> list[Path]:
+    """The include folders with `cuda_fp16.h` and what it includes.
+
+    Raises:
+        RuntimeError: where there are none.
+    """
+    for folders in _toolkits():
+        have = all((folders[0] / name).exists() for name in ("cuda_fp16.h", "vector_types.h"))
+        if have and any((folder / "nv/target").exists() for folder in folders):
+            return folders
+    raise RuntimeError(
+        f"emulator: CUDA's headers must be under CUDA_HOME or installed, got none; {HOW_TO_GET}"
+    )
+
+
+def build(*targets: str) -> list[Path]:
+    """Builds `targets` where they are older than their sources.
+
+    Returns:
+        The path of each.
+
+    Raises:
+        RuntimeError: a tool or a header is missing, or a source does not compile.
+    """
+    torch = torch_dir.find_torch()
+    for name, found in (("cmake", shutil.which("cmake")), ("ninja", shutil.which("ninja"))):
+        if found is None:
+            raise RuntimeError(f"emulator: {name} must be on PATH, got none; {HOW_TO_GET}")
+    if torch is None:
+        raise RuntimeError(f"emulator: torch must be installed, got none; {HOW_TO_GET}")
+    tree = ROOT / "build" / f"emulated-torch{torch_dir.torch_version(torch)[0]}"
+    include = ";".join(map(str, cuda_include()))
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(tree), "-DDALLE_EMULATED=ON"]
+    configure += [f"-DDALLE_TORCH_DIR={torch}", f"-DDALLE_CUDA_INCLUDE={include}"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
+    jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 4))
+    compile_all = ["cmake", "--build", str(tree), "-j", jobs]
+    if targets:
+        compile_all += ["--target", *targets]
+    for command in (configure, compile_all):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            tail = "\n".join((done.stdout + done.stderr).splitlines()[-40:])
+            raise RuntimeError(f"emulator: {' '.join(command)} must succeed, got\n{tail}")
+    folder = tree / "csrc/emulator"
+    return [next(p for p in (folder / f"{t}.so", folder / t) if p.exists()) for t in targets]
+
+
+if __name__ == "__main__":
+    try:
+        for path in build(*sys.argv[1:]):
+            print(path)
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from None

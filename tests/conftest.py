@@ -1,0 +1,71 @@
+"""The back ends of an op as one fixture: a test of `tests/ops` that takes `device` runs on each.
+
+"emulated" is the CUDA kernels' own source, compiled by g++ and run on CPU tensors
+(`docs/emulator.md`). The build is `DALLE_TEST_EMULATED` (plain, address or race; plain if unset).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python" / "buildtools"))
+import emulated  # noqa: E402
+
+KEY = "PrivateUse3"  # the emulated kernels' own: no tensor has it
+
+
+@cache
+def emulated_library() -> Path:
+    """The library of emulated ops, built at the first call."""
+    return emulated.build(f"_C_emulated_{os.environ.get('DALLE_TEST_EMULATED', 'plain')}")[0]
+
+
+@contextmanager
+def routed_to_emulator() -> Iterator[None]:
+    """Inside, the ops of `dalle_ext` run their emulated CUDA kernels on CPU tensors."""
+    torch.ops.load_library(emulated_library())
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, KEY))
+    override = torch.library.Library("dalle_ext", "IMPL")
+    try:
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+        for qualified in torch._C._dispatch_get_registrations_for_dispatch_key(KEY):
+            name = qualified.removeprefix("dalle_ext::")
+            op = getattr(torch.ops.dalle_ext, name).default
+            route = lambda *arguments, op=op: op.redispatch(keys, *arguments)  # noqa: E731
+            override.impl(name, route, "CPU", allow_override=True)
+        yield
+    finally:
+        override._destroy()
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("emulated", marks=pytest.mark.emulated),
+        pytest.param("cuda", marks=pytest.mark.cuda),
+    ]
+)
+def backend(request):
+    """Name of the back end that the test runs on."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch has no CUDA device here")
+    if request.param != "emulated":
+        yield request.param
+        return
+    with routed_to_emulator():
+        yield request.param
+
+
+@pytest.fixture
+def device(backend):
+    """Device of the tensors for `backend`."""
+    return "cuda" if backend == "cuda" else "cpu"
