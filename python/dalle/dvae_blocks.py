@@ -14,11 +14,15 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+ENCODER_KERNELS = (3, 3, 3, 1)
+DECODER_KERNELS = (1, 3, 3, 3)  # the 1x1 stands at the other end
 
 
 class Conv2d(nn.Module):
@@ -39,47 +43,26 @@ class Conv2d(nn.Module):
         return F.conv2d(x, self.w, self.b, stride=self.stride, padding=padding)
 
 
-class EncoderBlock(nn.Module):
-    """3x3, 3x3, 3x3, 1x1 bottleneck; the skip path has a 1x1 where the width changes."""
+class Block(nn.Module):
+    """Bottleneck of four convolutions; the skip path has a 1x1 where the width changes.
 
-    def __init__(self, n_in: int, n_out: int, n_layers: int) -> None:
+    Args:
+        n_in, n_out: channels.
+        n_layers: blocks of the whole stack; the branch is multiplied by 1 / n_layers^2.
+        kernels: sides of the convolutions, `ENCODER_KERNELS` or `DECODER_KERNELS`.
+    """
+
+    def __init__(self, n_in: int, n_out: int, n_layers: int, kernels: Sequence[int]) -> None:
         super().__init__()
         n_hid = n_out // 4
         self.post_gain = 1 / n_layers**2
         self.id_path = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
-        self.res_path = _sequence(
-            ("relu_1", nn.ReLU()),
-            ("conv_1", Conv2d(n_in, n_hid, 3)),
-            ("relu_2", nn.ReLU()),
-            ("conv_2", Conv2d(n_hid, n_hid, 3)),
-            ("relu_3", nn.ReLU()),
-            ("conv_3", Conv2d(n_hid, n_hid, 3)),
-            ("relu_4", nn.ReLU()),
-            ("conv_4", Conv2d(n_hid, n_out, 1)),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.id_path(x) + self.post_gain * self.res_path(x)
-
-
-class DecoderBlock(nn.Module):
-    """1x1, 3x3, 3x3, 3x3 bottleneck: the 1x1 stands at the other end than in the encoder."""
-
-    def __init__(self, n_in: int, n_out: int, n_layers: int) -> None:
-        super().__init__()
-        n_hid = n_out // 4
-        self.post_gain = 1 / n_layers**2
-        self.id_path = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
-        self.res_path = _sequence(
-            ("relu_1", nn.ReLU()),
-            ("conv_1", Conv2d(n_in, n_hid, 1)),
-            ("relu_2", nn.ReLU()),
-            ("conv_2", Conv2d(n_hid, n_hid, 3)),
-            ("relu_3", nn.ReLU()),
-            ("conv_3", Conv2d(n_hid, n_hid, 3)),
-            ("relu_4", nn.ReLU()),
-            ("conv_4", Conv2d(n_hid, n_out, 3)),
-        )
+        widths = (n_in, n_hid, n_hid, n_hid, n_out)
+        parts: list[tuple[str, nn.Module]] = []
+        for i, kw in enumerate(kernels):
+            parts.append((f"relu_{i + 1}", nn.ReLU()))
+            parts.append((f"conv_{i + 1}", Conv2d(widths[i], widths[i + 1], kw)))
+        self.res_path = _sequence(*parts)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.id_path(x) + self.post_gain * self.res_path(x)
@@ -110,6 +93,27 @@ def _sequence(*parts: tuple[str, nn.Module]) -> nn.Sequential:
     return nn.Sequential(OrderedDict(parts))
 
 
+def _groups(
+    n_in: int,
+    widths: Sequence[int],
+    n_blk: int,
+    kernels: Sequence[int],
+    between: str,
+    resize: Callable[[], nn.Module],
+) -> list[tuple[str, nn.Module]]:
+    """A group of `n_blk` blocks for each of `widths`; between two of them `resize()`."""
+    groups: list[tuple[str, nn.Module]] = []
+    for group, n_out in enumerate(widths, 1):
+        inner: list[tuple[str, nn.Module]] = []
+        for index in range(1, n_blk + 1):
+            inner.append((f"block_{index}", Block(n_in, n_out, len(widths) * n_blk, kernels)))
+            n_in = n_out
+        if group < len(widths):
+            inner.append((between, resize()))
+        groups.append((f"group_{group}", _sequence(*inner)))
+    return groups
+
+
 class Encoder(nn.Module):
     """Mapped pixels (B, 3, H, W) -> logits (B, K, h, w) over the codebook (paper A.1)."""
 
@@ -117,21 +121,13 @@ class Encoder(nn.Module):
         self, *, group_count: int, n_hid: int, n_blk_per_group: int, vocab_size: int, channels: int
     ) -> None:
         super().__init__()
-        n_layers = group_count * n_blk_per_group
-        block = partial(EncoderBlock, n_layers=n_layers)
-        parts: list[tuple[str, nn.Module]] = [("input", Conv2d(channels, n_hid, 7))]
-        width = n_hid
-        for group in range(1, group_count + 1):
-            n_out = n_hid * 2 ** (group - 1)
-            inner: list[tuple[str, nn.Module]] = []
-            for index in range(1, n_blk_per_group + 1):
-                inner.append((f"block_{index}", block(width, n_out)))
-                width = n_out
-            if group < group_count:
-                inner.append(("pool", nn.MaxPool2d(2)))
-            parts.append((f"group_{group}", _sequence(*inner)))
-        output = _sequence(("relu", nn.ReLU()), ("conv", Conv2d(width, vocab_size, 1)))
-        self.blocks = _sequence(*parts, ("output", output))
+        widths = [n_hid * 2**group for group in range(group_count)]
+        pool = partial(nn.MaxPool2d, 2)
+        self.blocks = _sequence(
+            ("input", Conv2d(channels, n_hid, 7)),
+            *_groups(n_hid, widths, n_blk_per_group, ENCODER_KERNELS, "pool", pool),
+            ("output", _sequence(("relu", nn.ReLU()), ("conv", Conv2d(widths[-1], vocab_size, 1)))),
+        )
 
     def forward(self, mapped: Tensor) -> Tensor:
         return self.blocks(mapped)
@@ -162,21 +158,13 @@ class Decoder(nn.Module):
         n_init: int,
     ) -> None:
         super().__init__()
-        n_layers = group_count * n_blk_per_group
-        block = partial(DecoderBlock, n_layers=n_layers)
-        parts: list[tuple[str, nn.Module]] = [("input", Conv2d(vocab_size, n_init, 1))]
-        width = n_init
-        for group in range(1, group_count + 1):
-            n_out = n_hid * 2 ** (group_count - group)
-            inner: list[tuple[str, nn.Module]] = []
-            for index in range(1, n_blk_per_group + 1):
-                inner.append((f"block_{index}", block(width, n_out)))
-                width = n_out
-            if group < group_count:
-                inner.append(("upsample", nn.Upsample(scale_factor=2, mode="nearest")))
-            parts.append((f"group_{group}", _sequence(*inner)))
-        output = _sequence(("relu", nn.ReLU()), ("conv", Conv2d(width, 2 * channels, 1)))
-        self.blocks = _sequence(*parts, ("output", output))
+        widths = [n_hid * 2**group for group in reversed(range(group_count))]
+        repeat = partial(nn.Upsample, scale_factor=2, mode="nearest")
+        self.blocks = _sequence(
+            ("input", Conv2d(vocab_size, n_init, 1)),
+            *_groups(n_init, widths, n_blk_per_group, DECODER_KERNELS, "upsample", repeat),
+            ("output", _sequence(("relu", nn.ReLU()), ("conv", Conv2d(n_hid, 2 * channels, 1)))),
+        )
 
     def codebook_conv(self) -> Conv2d:
         """The first 1x1 convolution, whose weight columns are the codebook."""

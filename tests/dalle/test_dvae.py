@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
-from dalle.dvae_blocks import Conv2d, DecoderBlock, EncoderBlock
+from dalle.dvae_blocks import DECODER_KERNELS, ENCODER_KERNELS, Block, Conv2d
 from dalle.errors import CheckpointError, UsageError
 from dalle.likelihood import expected_pixels, logit_laplace_log_prob, map_pixels
 
@@ -58,7 +58,7 @@ def test_paper_preset_has_the_released_names_shapes_and_counts(side, convs, coun
     assert len(want) == 2 * convs
     assert {k: tuple(v.shape) for k, v in module.state_dict().items()} == want
     assert sum(p.numel() for p in module.parameters()) == count
-    blocks = [m for m in module.modules() if isinstance(m, (EncoderBlock, DecoderBlock))]
+    blocks = [m for m in module.modules() if isinstance(m, Block)]
     assert [block.post_gain for block in blocks] == [1 / 64] * 8
 
 
@@ -78,10 +78,10 @@ def test_weights_begin_at_the_released_scale():
     assert not conv.b.detach().any()
 
 
-@pytest.mark.parametrize("block_type", [EncoderBlock, DecoderBlock])
-def test_block_is_skip_plus_gained_branch_with_relus_before_convs(block_type):
+@pytest.mark.parametrize("kernels", [ENCODER_KERNELS, DECODER_KERNELS])
+def test_block_is_skip_plus_gained_branch_with_relus_before_convs(kernels):
     torch.manual_seed(0)
-    block, x = block_type(4, 8, 3), torch.randn(2, 4, 5, 5)
+    block, x = Block(4, 8, 3, kernels), torch.randn(2, 4, 5, 5)
     y = x
     for i in range(1, 5):
         conv = getattr(block.res_path, f"conv_{i}")
