@@ -5,19 +5,17 @@ Letters: B batch, K codebook size, H and W pixels, h = H / factor, w = W / facto
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 import dalle_ext
-from dalle.configs import did_you_mean
 from dalle.dvae_blocks import Decoder, Encoder, PatchDecoder, PatchEncoder
 from dalle.errors import UsageError
 from dalle.likelihood import expected_pixels, logit_laplace_log_prob, map_pixels
-from dalle.pretrained import load_config, load_weights, save_pretrained
+from dalle.pretrained import Pretrained, from_presets
 
 CHANNELS = 3
 STEMS = ("released", "patch")
@@ -95,16 +93,17 @@ class DVAEOutput(NamedTuple):
     mu: Tensor
 
 
-class DiscreteVAE(nn.Module):
+class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
     """Encoder, Gumbel-softmax relaxation and decoder.
 
     `encoder` and `decoder` carry the released parameter names; the encoder takes mapped pixels
     and gives logits, the decoder takes one-hot or relaxed tokens.
     """
 
+    config_type = DiscreteVAEConfig
+
     def __init__(self, config: DiscreteVAEConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         if config.stem == "released":
             sizes = {
                 "group_count": config.group_count,
@@ -128,27 +127,13 @@ class DiscreteVAE(nn.Module):
             self.decoder = PatchDecoder(**patch_sizes)
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> DiscreteVAE:
+    def from_preset(cls, name: str, **overrides: Any) -> Self:
         """A new model of size "tiny", "small", "base" or "paper"; `overrides` replace fields.
 
         Raises:
-            UsageError: unknown preset or a value out of range.
+            UsageError: unknown preset or field, or a value out of range.
         """
-        if name not in PRESETS:
-            known, hint = ", ".join(PRESETS), did_you_mean(name, PRESETS)
-            raise UsageError(f"DiscreteVAE: preset must be one of {known}, got {name!r}{hint}")
-        return cls(replace(PRESETS[name], **overrides))
-
-    @classmethod
-    def from_pretrained(cls, directory: Path | str) -> DiscreteVAE:
-        """The model that `save_pretrained` wrote. Raises CheckpointError for anything else."""
-        model = cls(load_config(directory, cls.__name__, DiscreteVAEConfig))
-        load_weights(model, directory)
-        return model.eval()
-
-    def save_pretrained(self, directory: Path | str) -> None:
-        """Writes config.json and model.safetensors."""
-        save_pretrained(self, directory, self.config)
+        return cls(from_presets(cls.__name__, PRESETS, name, **overrides))
 
     @property
     def num_tokens(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -11,8 +13,8 @@ from safetensors.torch import load, save
 from torch import nn
 
 from dalle import __version__
-from dalle.configs import from_dict, to_dict
-from dalle.errors import CheckpointError
+from dalle.configs import did_you_mean, field_types, from_dict, to_dict
+from dalle.errors import CheckpointError, UsageError
 from dalle.files import read_json, sha256, to_json, write_atomic
 
 FORMAT_VERSION = 1
@@ -20,6 +22,30 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 T = TypeVar("T")
+
+
+def from_presets(owner: str, presets: Mapping[str, T], name: str, **overrides: Any) -> T:
+    """The config `name` of `presets` with the fields in `overrides` replaced.
+
+    Args:
+        owner: begins the error's line, e.g. "Prior".
+        presets: name -> config, a dataclass.
+        name: one of them.
+        overrides: fields of the config.
+
+    Raises:
+        UsageError: unknown preset or field, or a value out of range.
+    """
+    if name not in presets:
+        known, hint = ", ".join(presets), did_you_mean(name, presets)
+        raise UsageError(f"{owner}: preset must be one of {known}, got {name!r}{hint}")
+    preset: Any = presets[name]
+    fields = field_types(type(preset))
+    for key in overrides:
+        if key not in fields:
+            hint = did_you_mean(key, fields)
+            raise UsageError(f"{owner}: option must be one of {', '.join(fields)}, got {key}{hint}")
+    return dataclasses.replace(preset, **overrides)
 
 
 def tensors_to_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
@@ -151,3 +177,39 @@ def _head(path: Path) -> dict[str, Any]:
     if not isinstance(head["weights_sha256"], str):
         raise CheckpointError(f"{path}: weights_sha256 must be a string, got something else")
     return head
+
+
+class Pretrained(nn.Module, Generic[T]):
+    """A module that a config describes and a folder keeps.
+
+    Attributes:
+        config_type: class of the config, to read config.json with.
+        config: the sizes this model has.
+    """
+
+    config_type: type[T]
+
+    def __init__(self, config: T) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_pretrained(cls, directory: Path | str) -> Self:
+        """The model that `save_pretrained` wrote, in evaluation mode.
+
+        Raises:
+            CheckpointError: the folder is damaged or holds something else.
+        """
+        config = load_config(directory, cls.__name__, cls.config_type)
+        model = cls._with_parts(config, Path(directory))
+        load_weights(model, directory)
+        return model.eval()
+
+    def save_pretrained(self, directory: Path | str) -> None:
+        """Writes config.json and model.safetensors into a folder, which is made if missing."""
+        save_pretrained(self, directory, self.config)
+
+    @classmethod
+    def _with_parts(cls, config: T, directory: Path) -> Self:
+        """A model of `config`; a class that keeps more than weights reads the rest here."""
+        return cls(config)

@@ -10,9 +10,7 @@ Letters: B batch, T = text_len + N, d width, V text vocabulary, K image vocabula
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +18,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import dalle_ext
-from dalle.configs import did_you_mean
 from dalle.errors import UsageError
-from dalle.pretrained import load_config, load_weights, save_pretrained
+from dalle.pretrained import Pretrained, from_presets
 from dalle.prior_blocks import KeysValues, Layer
 from dalle.prior_config import DTYPES, IMAGE_WEIGHT, PAD, PRESETS, TEXT_WEIGHT, PriorConfig
 
@@ -44,12 +41,14 @@ class PriorOutput(NamedTuple):
     image_logits: Tensor
 
 
-class Prior(nn.Module):
+class Prior(Pretrained[PriorConfig]):
     """The transformer; see the head of this file for the stream it reads."""
 
+    config_type = PriorConfig
+
     def __init__(self, config: PriorConfig) -> None:
-        super().__init__()
-        self.config = c = config
+        super().__init__(config)
+        c = config
         d, dtype = c.d_model, DTYPES[c.precision]
         classes = c.text_vocab + (c.text_targets == "padded")
         self.start_of_text = nn.Parameter(torch.empty(d))
@@ -92,27 +91,13 @@ class Prior(nn.Module):
             layer.init_weights(c.num_layers, c.init_gain)  # type: ignore[operator]
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> Prior:
+    def from_preset(cls, name: str, **overrides: Any) -> Self:
         """A new model of size "tiny", "small", "base", "1b" or "12b"; `overrides` replace fields.
 
         Raises:
-            UsageError: unknown preset or a value out of range.
+            UsageError: unknown preset or field, or a value out of range.
         """
-        if name not in PRESETS:
-            known, hint = ", ".join(PRESETS), did_you_mean(name, PRESETS)
-            raise UsageError(f"Prior: preset must be one of {known}, got {name!r}{hint}")
-        return cls(replace(PRESETS[name], **overrides))
-
-    @classmethod
-    def from_pretrained(cls, directory: Path | str) -> Prior:
-        """The model that `save_pretrained` wrote. Raises CheckpointError for anything else."""
-        model = cls(load_config(directory, cls.__name__, PriorConfig))
-        load_weights(model, directory)
-        return model.eval()
-
-    def save_pretrained(self, directory: Path | str) -> None:
-        """Writes config.json and model.safetensors."""
-        save_pretrained(self, directory, self.config)
+        return cls(from_presets(cls.__name__, PRESETS, name, **overrides))
 
     def embed_text(self, text: Tensor) -> Tensor:
         """(B, text_len - 1) tokens, PAD where there is none -> (B, text_len, d) fp32."""

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dalle import pretrained
 from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
-from dalle.rerank_blocks import ImageTower, RankerConfig, TextTower
+from dalle.pretrained import Pretrained, from_presets
+from dalle.rerank_blocks import PRESETS, ImageTower, RankerConfig, TextTower
 from dalle.tokenizer import Tokenizer
 
 MAX_LOGIT_SCALE = 100.0  # as CLIP clips its temperature
@@ -37,14 +36,7 @@ class ImageTextRanker(Protocol):
         ...
 
 
-PRESETS: dict[str, dict[str, int]] = {
-    "tiny": {"grid": 8, "width": 96, "depth": 2, "embed_dim": 256},
-    "small": {"grid": 16, "width": 192, "depth": 3, "embed_dim": 256},
-    "base": {"grid": 16, "width": 512, "depth": 6, "embed_dim": 512},
-}
-
-
-class ContrastiveRanker(nn.Module):
+class ContrastiveRanker(Pretrained[RankerConfig]):
     """Two towers into one space, trained so that a picture is nearest to its own caption (InfoNCE).
 
     Args:
@@ -55,14 +47,15 @@ class ContrastiveRanker(nn.Module):
         UsageError: the tokenizer has more ids than `config.vocab_size`.
     """
 
+    config_type = RankerConfig
+
     def __init__(self, config: RankerConfig, tokenizer: Tokenizer) -> None:
-        super().__init__()
+        super().__init__(config)
         if tokenizer.vocab_size > config.vocab_size:
             raise UsageError(
                 f"ranker: vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, "
                 f"got {config.vocab_size}"
             )
-        self.config = config
         self.tokenizer = tokenizer
         self.image = ImageTower(config)
         self.text = TextTower(config)
@@ -71,23 +64,14 @@ class ContrastiveRanker(nn.Module):
     @classmethod
     def from_preset(
         cls, name: str, *, tokenizer: Tokenizer, image_size: int, **overrides: int
-    ) -> ContrastiveRanker:
+    ) -> Self:
         """A fresh ranker: "tiny" (the demo's), "small" or "base"; `overrides` are config fields.
 
         Raises:
             UsageError: unknown preset or field.
         """
-        if name not in PRESETS:
-            raise UsageError(f"ranker: preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        config = RankerConfig(
-            vocab_size=tokenizer.vocab_size, image_size=image_size, **PRESETS[name]
-        )
-        try:
-            config = replace(config, **overrides)
-        except TypeError:
-            known = ", ".join(RankerConfig.__dataclass_fields__)
-            raise UsageError(f"ranker: option must be one of {known}, got {overrides}") from None
-        return cls(config, tokenizer)
+        sizes = {"vocab_size": tokenizer.vocab_size, "image_size": image_size, **overrides}
+        return cls(from_presets("ranker", PRESETS, name, **sizes), tokenizer)
 
     @property
     def scale(self) -> torch.Tensor:
@@ -131,25 +115,17 @@ class ContrastiveRanker(nn.Module):
     def save_pretrained(self, directory: Path | str) -> None:
         """Writes config, weights, and the tokenizer into its own subfolder."""
         self.tokenizer.save_pretrained(Path(directory) / "tokenizer")
-        pretrained.save_pretrained(self, directory, self.config)
+        super().save_pretrained(directory)
 
     @classmethod
-    def from_pretrained(cls, directory: Path | str) -> ContrastiveRanker:
-        """The ranker that `save_pretrained` wrote.
-
-        Raises:
-            CheckpointError: the folder is damaged or holds something else.
-        """
-        config = pretrained.load_config(directory, cls.__name__, RankerConfig)
-        tokenizer = Tokenizer.from_pretrained(Path(directory) / "tokenizer")
+    def _with_parts(cls, config: RankerConfig, directory: Path) -> Self:
+        tokenizer = Tokenizer.from_pretrained(directory / "tokenizer")
         if tokenizer.vocab_size > config.vocab_size:
             raise CheckpointError(
                 f"{directory}: tokenizer must have at most {config.vocab_size} ids, "
                 f"got {tokenizer.vocab_size}"
             )
-        ranker = cls(config, tokenizer)
-        pretrained.load_weights(ranker, directory)
-        return ranker.eval()
+        return cls(config, tokenizer)
 
 
 class TransformersCLIP:

@@ -29,8 +29,8 @@ class RankerConfig:
         embed_dim: E.
     """
 
-    vocab_size: int
-    image_size: int
+    vocab_size: int = 16384
+    image_size: int = 256
     text_len: int = 32
     grid: int = 8
     width: int = 96
@@ -48,6 +48,13 @@ class RankerConfig:
             )
         if self.width % 32:
             raise UsageError(f"ranker: width must be a multiple of 32, got {self.width}")
+
+
+PRESETS = {
+    "tiny": RankerConfig(),
+    "small": RankerConfig(grid=16, width=192, depth=3),
+    "base": RankerConfig(grid=16, width=512, depth=6, embed_dim=512),
+}
 
 
 class ResidualBlock(nn.Module):

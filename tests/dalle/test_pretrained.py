@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from dalle.dvae import DiscreteVAE
 from dalle.errors import CheckpointError, UsageError
 from dalle.pretrained import load_config, load_weights, save_pretrained
+from dalle.prior import Prior
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,3 +152,17 @@ def test_no_write_permission_is_an_os_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         save_pretrained(Net(CONFIG), tmp_path / "file" / "net", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Prior.from_preset("tinny"), r"Prior: preset .*'tinny' \(did you mean tiny\?\)"),
+        (lambda: Prior.from_preset("tiny", d_modle=8), r"got d_modle \(did you mean d_model\?\)"),
+        (lambda: DiscreteVAE.from_preset("tiny", width=8), "DiscreteVAE: option .*, got width$"),
+    ],
+)
+def test_unknown_presets_and_options_get_one_line(make, match):
+    with pytest.raises(UsageError, match=match) as caught:
+        make()
+    assert "\n" not in str(caught.value)
