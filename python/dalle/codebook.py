@@ -17,6 +17,8 @@ from dalle.dvae import DiscreteVAE
 from dalle.errors import UsageError
 from dalle.likelihood import map_pixels
 
+SEED_POINTS = 8  # points a centre that k-means++ draws from; more cost time and give little
+
 
 class CodebookHealth(NamedTuple):
     """How much of the codebook a set of tokens uses.
@@ -53,7 +55,7 @@ def codebook_health(counts: Tensor) -> CodebookHealth:
 
 
 def kmeans(points: Tensor, num_centers: int, *, iterations: int, seed: int) -> tuple[Tensor, float]:
-    """Lloyd's algorithm; empty clusters restart at the points farthest from their centre.
+    """Lloyd's algorithm from k-means++; empty clusters restart at the farthest points.
 
     Args:
         points: (N, C) float, N >= num_centers.
@@ -70,7 +72,8 @@ def kmeans(points: Tensor, num_centers: int, *, iterations: int, seed: int) -> t
     if len(points) < num_centers:
         raise UsageError(f"kmeans: points must be at least {num_centers}, got {len(points)}")
     generator = torch.Generator().manual_seed(seed)
-    centers = points[torch.randperm(len(points), generator=generator)[:num_centers]].clone()
+    order = torch.randperm(len(points), generator=generator)[: SEED_POINTS * num_centers]
+    centers = _plus_plus(points[order], num_centers, generator)
     for _ in range(iterations):
         nearest, distance = _nearest(points, centers)
         counts = torch.bincount(nearest, minlength=num_centers)
@@ -80,6 +83,20 @@ def kmeans(points: Tensor, num_centers: int, *, iterations: int, seed: int) -> t
         if len(empty):
             centers[empty] = points[distance.topk(len(empty)).indices]
     return centers, float(_nearest(points, centers)[1].mean())
+
+
+def _plus_plus(points: Tensor, num_centers: int, generator: torch.Generator) -> Tensor:
+    """k-means++ (Arthur and Vassilvitskii 2007): each next centre is a point drawn with
+    probability proportional to its squared distance from the centres so far. No host reads."""
+    draws = torch.rand(num_centers, generator=generator, dtype=torch.float64).to(points.device)
+    centers = points[:num_centers].clone()  # the first point stays: the order is random
+    distance = torch.full_like(points[:, 0], torch.inf)
+    for i in range(1, num_centers):
+        distance = torch.minimum(distance, (points - centers[i - 1]).square().sum(1))
+        mass = distance.cumsum(0, dtype=torch.float64)
+        index = torch.searchsorted(mass, draws[i] * mass[-1], right=True)
+        centers[i] = points[index.clamp_max(len(points) - 1)]
+    return centers
 
 
 def _nearest(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:

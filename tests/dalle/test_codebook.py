@@ -99,3 +99,14 @@ def test_init_needs_the_patch_stem():
     vae = DiscreteVAE.from_preset("tiny", n_hid=8, n_init=8, vocab_size=8)
     with pytest.raises(UsageError, match="init_codebook: stem must be 'patch', got 'released'"):
         init_codebook(vae, torch.rand(2, 3, 8, 8), sharpness=1, iterations=1, max_points=9, seed=0)
+
+
+def test_kmeans_starts_better_than_from_random_points(monkeypatch):
+    generator = torch.Generator().manual_seed(6)
+    planted = 10 * torch.randn(64, 8, generator=generator)
+    points = planted[torch.randint(64, (2000,), generator=generator)]
+    points = points + torch.randn(2000, 8, generator=generator)
+    spread = [kmeans(points, 64, iterations=5, seed=seed)[1] for seed in range(5)]
+    monkeypatch.setattr("dalle.codebook._plus_plus", lambda points, k, _: points[:k].clone())
+    random = [kmeans(points, 64, iterations=5, seed=seed)[1] for seed in range(5)]
+    assert max(spread) < 0.7 * min(random)
