@@ -162,6 +162,7 @@ def test_a_collapse_is_reported_in_words(monkeypatch):
     assert metrics["codes_used"] == 1 and metrics["perplexity"] == pytest.approx(1)
     assert len(said) == 1 and "\n" not in said[0]
     assert said[0].startswith("dvae: the codebook has collapsed at step 10: 1 of 32 codes used")
+    assert "lower the step size" in said[0]
 
 
 def test_a_healthy_codebook_is_not_called_collapsed(monkeypatch):

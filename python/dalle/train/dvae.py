@@ -236,7 +236,8 @@ class DvaeTask:
         if health.collapsed(self.tokens_counted):
             say(
                 f"dvae: the codebook has collapsed at step {step + 1}: {health.in_words()}; "
-                "lower the KL weight, raise the temperature more slowly, or use a warm start"
+                "lower the step size or the KL weight, let the temperature fall more slowly, or "
+                "use a warm start"
             )
         self.health = {"codes_used": health.used, "perplexity": health.perplexity}
         self.counts.zero_()
