@@ -103,8 +103,7 @@ struct Backward {
   int64_t head;
 
   void gather(const AttentionRows& rows, int strip, acc_t* to) const {
-    gather_rows(head_of<const storage_t>(rows, head, p.heads), rows.row,
-                view.position + strip * kTile, places_of(strip, p.length), p.head_size, padded, to);
+    gather_strip<storage_t>(p, view, rows, head, strip, padded, to);
   }
 
   void pack_panel(int panel) const {
@@ -252,13 +251,7 @@ void backward_reduce(const SparseAttentionParams& p, const AttentionTileView& vi
 }
 
 size_t backward_bytes(const SparseAttentionParams& p, const AttentionTileView& view) {
-  Carver carver{nullptr};
-  for_type(p.type, [&](auto, auto acc) {
-    using acc_t = decltype(acc);
-    BackwardSpace<acc_t> space(carver, view.num_strips, padded_size<acc_t>(p.head_size));
-    (void)space;
-  });
-  return carver.used;
+  return bytes_of<BackwardSpace>(p, view);
 }
 
 size_t partial_bytes(const SparseAttentionParams& p, const AttentionTileView& view) {

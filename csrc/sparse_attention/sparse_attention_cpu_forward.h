@@ -153,8 +153,7 @@ void forward_typed(const SparseAttentionParams& p, const AttentionTileView& view
     const int count = places_of(strip, p.length);
     const int num_rows = (count + kMicroRows - 1) / kMicroRows * kMicroRows;
     const int32_t* position = view.position + strip * kTile;
-    gather_rows(head_of<const storage_t>(p.q, head, p.heads), p.q.row, position, count, p.head_size,
-                padded, space.rows);
+    gather_strip<storage_t>(p, view, p.q, head, strip, padded, space.rows);
     transpose_panel<acc_t>(space.rows, static_cast<acc_t>(p.scale * kLog2E), padded, space.q);
     std::memset(space.out, 0, sizeof(acc_t) * kTile * padded);
     for (int r = 0; r < kTile; ++r) {
@@ -170,13 +169,9 @@ void forward_typed(const SparseAttentionParams& p, const AttentionTileView& view
         const int panel = tiles[first + t].panel;
         const int64_t offset = static_cast<int64_t>(panel) * kTile * padded;
         if (!space.ready[panel]) {
-          const int32_t* from = view.position + panel * kTile;
-          const int keys = places_of(panel, p.length);
-          gather_rows(head_of<const storage_t>(p.k, head, p.heads), p.k.row, from, keys,
-                      p.head_size, padded, space.rows);
+          gather_strip<storage_t>(p, view, p.k, head, panel, padded, space.rows);
           transpose_panel<acc_t>(space.rows, 1, padded, space.keys + offset);
-          gather_rows(head_of<const storage_t>(p.v, head, p.heads), p.v.row, from, keys,
-                      p.head_size, padded, space.values + offset);
+          gather_strip<storage_t>(p, view, p.v, head, panel, padded, space.values + offset);
           space.ready[panel] = 1;
         }
         strip_by_panel<acc_t, kChunk>(space.q, space.keys + offset, p.head_size, num_rows,
@@ -201,15 +196,6 @@ void forward_typed(const SparseAttentionParams& p, const AttentionTileView& view
   }
 }
 
-// Calls body(storage_t{}, acc_t{}) for the types of the tensors.
-template <typename Body>
-inline void for_type(AttentionType type, const Body& body) {
-  if (type == AttentionType::kFloat) body(float{}, float{});
-  if (type == AttentionType::kDouble) body(double{}, double{});
-  if (type == AttentionType::kHalf) body(Half{}, float{});
-  if (type == AttentionType::kBFloat16) body(BFloat16{}, float{});
-}
-
 void forward(const SparseAttentionParams& p, const AttentionTileView& view, void* workspace,
              int64_t task_begin, int64_t task_end) {
   for_type(p.type, [&](auto storage, auto acc) {
@@ -218,13 +204,7 @@ void forward(const SparseAttentionParams& p, const AttentionTileView& view, void
 }
 
 size_t forward_bytes(const SparseAttentionParams& p, const AttentionTileView& view) {
-  Carver carver{nullptr};
-  for_type(p.type, [&](auto, auto acc) {
-    using acc_t = decltype(acc);
-    ForwardSpace<acc_t> space(carver, view.num_strips, padded_size<acc_t>(p.head_size));
-    (void)space;
-  });
-  return carver.used;
+  return bytes_of<ForwardSpace>(p, view);
 }
 
 }  // namespace

@@ -86,6 +86,15 @@ inline void gather_rows(const storage_t* from, int64_t stride, const int32_t* po
   }
 }
 
+// to[32][padded] = the rows of strip or panel `strip` of one head of q, k, v, out or grad_out.
+template <typename storage_t, typename acc_t>
+inline void gather_strip(const SparseAttentionParams& p, const AttentionTileView& view,
+                         const AttentionRows& rows, int64_t batch_head, int strip, int padded,
+                         acc_t* to) {
+  gather_rows(head_of<const storage_t>(rows, batch_head, p.heads), rows.row,
+              view.position + strip * kTile, places_of(strip, p.length), p.head_size, padded, to);
+}
+
 // The rows at `position` = factor * from[32][padded].
 template <typename storage_t, typename acc_t>
 inline void scatter_rows(const acc_t* from, acc_t factor, int padded, const int32_t* position,
@@ -146,6 +155,26 @@ struct Carver {
     return reinterpret_cast<T*>(piece);
   }
 };
+
+// Calls body(storage_t{}, acc_t{}) for the types of the tensors.
+template <typename Body>
+inline void for_type(AttentionType type, const Body& body) {
+  if (type == AttentionType::kFloat) body(float{}, float{});
+  if (type == AttentionType::kDouble) body(double{}, double{});
+  if (type == AttentionType::kHalf) body(Half{}, float{});
+  if (type == AttentionType::kBFloat16) body(BFloat16{}, float{});
+}
+
+// Bytes that the pieces of a workspace take, ForwardSpace or BackwardSpace.
+template <template <typename> class Space>
+inline size_t bytes_of(const SparseAttentionParams& p, const AttentionTileView& view) {
+  Carver carver{nullptr};
+  for_type(p.type, [&](auto, auto acc) {
+    using acc_t = decltype(acc);
+    Space<acc_t>(carver, view.num_strips, padded_size<acc_t>(p.head_size));
+  });
+  return carver.used;
+}
 
 }  // namespace
 }  // namespace dalle::DALLE_ISA_NAMESPACE
