@@ -73,7 +73,7 @@ def kmeans(points: Tensor, num_centers: int, *, iterations: int, seed: int) -> t
         raise UsageError(f"kmeans: points must be at least {num_centers}, got {len(points)}")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(points), generator=generator)[: SEED_POINTS * num_centers]
-    centers = _plus_plus(points[order], num_centers, generator)
+    centers = _plus_plus(points[order].cpu(), num_centers, generator).to(points.device)
     for _ in range(iterations):
         nearest, distance = _nearest(points, centers)
         counts = torch.bincount(nearest, minlength=num_centers)
@@ -87,8 +87,8 @@ def kmeans(points: Tensor, num_centers: int, *, iterations: int, seed: int) -> t
 
 def _plus_plus(points: Tensor, num_centers: int, generator: torch.Generator) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii 2007): each next centre is a point drawn with
-    probability proportional to its squared distance from the centres so far. No host reads."""
-    draws = torch.rand(num_centers, generator=generator, dtype=torch.float64).to(points.device)
+    probability proportional to its squared distance from the centres so far."""
+    draws = torch.rand(num_centers, generator=generator, dtype=torch.float64)
     centers = points[:num_centers].clone()  # the first point stays: the order is random
     distance = torch.full_like(points[:, 0], torch.inf)
     for i in range(1, num_centers):
