@@ -27,6 +27,10 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("prior", "train"): ("dalle.commands.prior:train_command", "learn captions and image tokens"),
     ("dvae", "train"): ("dalle.commands.dvae:train", "learn to turn pictures into tokens"),
     ("dvae", "reconstruct"): ("dalle.commands.dvae:reconstruct", "pictures to tokens and back"),
+    ("dvae", "import-openai"): (
+        "dalle.commands.dvae_import:import_openai",
+        "take the weights that the paper's authors released",
+    ),
     ("tokenizer", "train"): ("dalle.commands.tokenizer:train", "learn a byte-level BPE"),
     ("env",): ("dalle.commands.env:env", "versions, devices, native objects and extras found"),
     ("plan",): ("dalle.commands.plan:plan", "parameters, memory and FLOPs of a prior preset"),

@@ -1,0 +1,72 @@
+"""`dalle dvae import-openai`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dalle.dvae import PRESETS, DiscreteVAE, DiscreteVAEConfig
+from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
+from dalle.pretrained import load_tensors, tensors_from_bytes
+
+PICKLES = {".pkl", ".pt", ".pth", ".bin", ".ckpt"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportCommand:
+    """Makes a discrete VAE of the weights that the paper's authors released.
+
+    Args:
+        encoder: the encoder's state dict as safetensors (docs/released_dvae.md).
+        decoder: the decoder's.
+        out: folder of the model, for --vae of `dalle prior train` and --model of
+            `dalle dvae reconstruct`.
+    """
+
+    encoder: Path
+    decoder: Path
+    out: Path = Path("out/released-dvae")
+
+
+def import_released(
+    encoder: Path, decoder: Path, config: DiscreteVAEConfig = PRESETS["paper"]
+) -> DiscreteVAE:
+    """The discrete VAE of two state dicts in safetensors.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or has other names, shapes or types.
+        UsageError: a pickle, which is never read.
+    """
+    with torch.device("meta"):
+        vae = DiscreteVAE(config)
+    vae.to_empty(device="cpu")
+    for name, path in (("encoder", encoder), ("decoder", decoder)):
+        if path.suffix.lower() in PICKLES:
+            raise UsageError(
+                f"dvae import-openai: {name} must be a safetensors file, got {path}, which may run "
+                "code when read; docs/released_dvae.md says how to convert it"
+            )
+        try:
+            data = path.read_bytes()
+        except OSError as problem:
+            raise CheckpointError(
+                f"{path}: must be a readable file, got: {problem.strerror}"
+            ) from problem
+        load_tensors(getattr(vae, name), tensors_from_bytes(data, path), f"{path} ({name})")
+    return vae.eval()
+
+
+def import_openai(config: ImportCommand) -> None:
+    """Reads, checks, saves, and says where."""
+    vae = import_released(config.encoder, config.decoder)
+    try:
+        vae.save_pretrained(config.out)
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise EnvironmentProblem(
+            f"dvae import-openai: out must be writable, got {config.out}: {reason}"
+        ) from problem
+    count = sum(p.numel() for p in vae.parameters())
+    print(f"dvae import-openai: {count:,} parameters, {vae.num_tokens} codes: {config.out}")
