@@ -8,16 +8,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <source_location>
 
 namespace dalle::emulator {
 
-// A line of a kernel. As a default argument it names the caller's.
-struct Place {
-  const char* file;
-  int line;
-};
-#define DALLE_HERE \
-  ::dalle::emulator::Place place = ::dalle::emulator::Place { __builtin_FILE(), __builtin_LINE() }
+// A line of a kernel: as a default argument, the caller's.
+using Place = std::source_location;
+#define DALLE_HERE ::dalle::emulator::Place place = ::dalle::emulator::Place::current()
 
 // -- a launch ----------------------------------------------------------------------------------
 // Runs body(argument) as every thread of the grid, one block after another, and returns what CUDA

@@ -32,7 +32,7 @@ struct Thread {
   int id = 0;
   bool waits = false, exited = false;
   const char* waits_for = "";
-  Place place = {"", 0};
+  Place place;
   int64_t groups = 0;  // of cp.async, committed
   std::vector<Copy> copies;
 };
@@ -46,9 +46,9 @@ struct Meeting {
 };
 
 struct Warp {
-  uint32_t ready = 0, exited = 0;
-  uint32_t priority = 0;     // of the random schedule
-  Meeting meetings[kLanes];  // at the lowest lane of the mask: disjoint masks do not collide
+  uint32_t ready = 0, exited = 0, open = 0;  // lanes, lanes, meetings
+  uint32_t priority = 0;                     // of the random schedule
+  Meeting meetings[kLanes];                  // enough: a lane waits in each open one
 };
 
 struct SharedArray {
@@ -70,7 +70,7 @@ struct Block {
 
   int barrier_arrived = 0, barrier_value = 0, barrier_result = 0;
   Vote barrier_vote = Vote::kNone;
-  Place barrier_place = {"", 0};
+  Place barrier_place;
 
   char* arena = nullptr;
   size_t arena_used = 0;
@@ -97,15 +97,17 @@ uint64_t next_random();
 using Finish = void (*)(void* const* arguments, uint32_t lanes);
 void meet(const char* what, uint32_t lanes, void* argument, Finish finish, Place place);
 
+// launch.cpp
+bool in_stacks(const void* at);
+
 // shared.cpp
 void open_arena(size_t dynamic_bytes);
 void check_arena_borders();
 bool in_arena(const void* at);
 const SharedArray* array_around(const void* at, size_t bytes);
-void drop_copies();
 
 // race.cpp; nothing outside the build that looks for races
-enum class Access : int { kRead, kWrite, kAtomic, kPending };
+enum class Access : int { kRead, kWrite, kAtomic, kPending, kArrival };  // the last two of cp.async
 #if defined(DALLE_EMULATOR_RACES)
 void race_begin_launch();
 void race_begin_block();

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -53,30 +54,32 @@ uint64_t seed() {
   return wish ? std::strtoull(wish, nullptr, 10) : 0;
 }
 
-// Stacks with a page without access below each, so that an overflow stops there.
+size_t page_bytes() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
+
+char* stacks = nullptr;
+size_t stacks_bytes() { return kMaxThreads * (kStackBytes + page_bytes()); }
+
+// Stacks with a page without access below each, so that an overflow stops there. Memory comes with
+// the first use.
 void make_threads() {
-  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  const size_t made = block.threads.size(), wanted = static_cast<size_t>(block.num_threads);
-  if (made >= wanted) return;
-  block.threads.resize(wanted);
-  block.warps.resize((wanted + kLanes - 1) / kLanes);
-  const size_t each = kStackBytes + page;
-  void* memory = mmap(nullptr, each * (wanted - made), PROT_READ | PROT_WRITE,
+  if (stacks) return;
+  void* memory = mmap(nullptr, stacks_bytes(), PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::runtime_error("emulator: no memory for stacks");
-  char* next = static_cast<char*>(memory);
-  for (size_t i = made; i < wanted; ++i, next += each) {
-    mprotect(next, page, PROT_NONE);
-    block.threads[i].stack = next + page;
+  stacks = static_cast<char*>(memory);
+  block.threads.resize(kMaxThreads);
+  block.warps.resize(kMaxThreads / kLanes);
+  char* next = stacks;
+  for (Thread& thread : block.threads) {
+    mprotect(next, page_bytes(), PROT_NONE);
+    thread.stack = next + page_bytes();
+    next = thread.stack + kStackBytes;
   }
 }
 
 #if !defined(__SANITIZE_ADDRESS__)  // which says more about a bad address
 std::string fault_text(const void* at) {
-  for (int i = 0; i < block.num_threads; ++i) {
-    const char* stack = block.threads[i].stack;
-    if (at < stack && at >= stack - sysconf(_SC_PAGESIZE)) return "stack overflow";
-  }
+  if (in_stacks(at)) return "stack overflow";
   return in_arena(at) ? "access outside shared memory" : "access to a bad address";
 }
 
@@ -118,7 +121,26 @@ class FaultHandler {
   stack_t stack_before_ = {};
 };
 #else
-class FaultHandler {};
+// The sanitizers end the process by themselves; before they do, this names the kernel. Each of the
+// two has a runtime of its own.
+void on_death() {
+  if (block.running) std::fprintf(stderr, "%s\n", message("stopped by a sanitizer").c_str());
+}
+
+class FaultHandler {
+ public:
+  FaultHandler() {
+    static const bool done = [] {
+      for (const char* name : {"libasan.so.8", "libubsan.so.1"}) {
+        void* library = dlopen(name, RTLD_NOLOAD | RTLD_LAZY);
+        void* set = library ? dlsym(library, "__sanitizer_set_death_callback") : nullptr;
+        if (set) reinterpret_cast<void (*)(void (*)())>(set)(&on_death);
+      }
+      return true;
+    }();
+    (void)done;
+  }
+};
 #endif
 
 void run_block(uint64_t number) {
@@ -143,9 +165,14 @@ bool fits(dim3 grid, dim3 threads, size_t shared_bytes) {
 
 }  // namespace
 
+bool in_stacks(const void* at) {
+  const char* place = static_cast<const char*>(at);
+  return place >= stacks && place < stacks + stacks_bytes();
+}
+
 std::string text_of(Place place) {
-  const std::string file(place.file);
-  return " at " + file.substr(file.rfind('/') + 1) + ":" + std::to_string(place.line);
+  const std::string file(place.file_name());
+  return " at " + file.substr(file.rfind('/') + 1) + ":" + std::to_string(place.line());
 }
 
 void fail(const std::string& what) {

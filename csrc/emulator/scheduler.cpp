@@ -117,7 +117,7 @@ void release_barrier() {
 
 void finish_meeting(Meeting& meeting, int warp) {
   const uint32_t came = meeting.arrived;
-  meeting.arrived = 0;
+  block.warps[warp].open &= ~(1u << (&meeting - block.warps[warp].meetings));
   meeting.finish(meeting.arguments, came);
   for (uint32_t left = came; left; left &= left - 1) {
     Thread& thread = block.threads[warp * kLanes + std::countr_zero(left)];
@@ -134,12 +134,24 @@ void exit_thread() {
   const int w = self.id / kLanes;
   Warp& warp = block.warps[w];
   warp.exited |= 1u << self.id % kLanes;
-  for (Meeting& meeting : warp.meetings) {
-    if (meeting.arrived && meeting.arrived == (meeting.lanes & ~warp.exited)) {
-      finish_meeting(meeting, w);
-    }
+  for (uint32_t left = warp.open; left; left &= left - 1) {
+    Meeting& meeting = warp.meetings[std::countr_zero(left)];
+    if (meeting.arrived == (meeting.lanes & ~warp.exited)) finish_meeting(meeting, w);
   }
   if (block.barrier_arrived && block.barrier_arrived == block.num_live) release_barrier();
+}
+
+// The open meeting of exactly these lanes, or a new one.
+Meeting& meeting_of(Warp& warp, uint32_t lanes) {
+  for (uint32_t left = warp.open; left; left &= left - 1) {
+    Meeting& meeting = warp.meetings[std::countr_zero(left)];
+    if (meeting.lanes == lanes) return meeting;
+  }
+  const int place = std::countr_one(warp.open);
+  warp.open |= 1u << place;
+  warp.meetings[place].lanes = lanes;
+  warp.meetings[place].arrived = 0;
+  return warp.meetings[place];
 }
 
 void thread_main() {
@@ -181,8 +193,8 @@ int block_barrier(Vote vote, int predicate, Place place) {
   if (block.barrier_arrived == 0) {
     block.barrier_vote = vote;
     block.barrier_place = place;
-  } else if (block.barrier_vote != vote || block.barrier_place.line != place.line ||
-             std::string(block.barrier_place.file) != place.file) {
+  } else if (block.barrier_vote != vote || block.barrier_place.line() != place.line() ||
+             std::string(block.barrier_place.file_name()) != place.file_name()) {
     fail("divergent __syncthreads, others of the block wait" + text_of(block.barrier_place), place);
   }
   block.barrier_value += predicate != 0;
@@ -200,12 +212,11 @@ void meet(const char* what, uint32_t lanes, void* argument, Finish finish, Place
   const int w = self.id / kLanes, lane = self.id % kLanes;
   Warp& warp = block.warps[w];
   if (!(lanes >> lane & 1)) fail(std::string(what) + " with a mask without the caller", place);
-  Meeting& meeting = warp.meetings[std::countr_zero(lanes)];
+  Meeting& meeting = meeting_of(warp, lanes);
   if (meeting.arrived == 0) {
-    meeting.lanes = lanes;
     meeting.what = what;
     meeting.finish = finish;
-  } else if (meeting.lanes != lanes || meeting.what != what || meeting.finish != finish) {
+  } else if (meeting.what != what || meeting.finish != finish) {
     fail(std::string("divergent warp: this lane is in ") + what + ", another of its mask in " +
              meeting.what,
          place);
@@ -236,7 +247,7 @@ void run_threads() {
     warp.ready = count >= kLanes ? kAllLanes : (1u << count) - 1;
     warp.exited = ~warp.ready;
     warp.priority = block.random ? static_cast<uint32_t>(next_random()) : 0;
-    for (Meeting& meeting : warp.meetings) meeting.arrived = 0;
+    warp.open = 0;
   }
   for (int i = 0; i < block.num_threads; ++i) {
     Thread& thread = block.threads[i];

@@ -17,9 +17,13 @@ namespace {
 constexpr unsigned char kUninitialised = 0xff;  // NaN as half, bfloat16, tf32 and float
 constexpr unsigned char kBorder = 0xa5;
 constexpr size_t kBorderBytes = 64, kAlignment = 128;
-constexpr size_t kArenaBytes = kMaxShared + kMaxStaticShared + (size_t{64} << 10);
+constexpr size_t kGuardBytes = size_t{1} << 20;  // without access, on both sides
 
-size_t page_bytes() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
+// Whole pages, so that the last array ends where the guard begins; room for borders.
+size_t arena_bytes() {
+  static const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return (kMaxShared + kMaxStaticShared + (size_t{64} << 10) + page - 1) / page * page;
+}
 
 void forbid([[maybe_unused]] void* at, [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -41,7 +45,7 @@ const void* first_forbidden([[maybe_unused]] const void* at, [[maybe_unused]] si
 
 // Arrays grow downwards from the end of the arena, where a page without access begins: the dynamic
 // array, which kernels carve up by hand, ends there.
-char* arena_end() { return block.arena + kArenaBytes; }
+char* arena_end() { return block.arena + arena_bytes(); }
 
 void* add_array(const void* declaration, const char* name, size_t bytes, size_t alignment) {
   const size_t step = alignment > kAlignment ? alignment : kAlignment;
@@ -61,14 +65,13 @@ void* add_array(const void* declaration, const char* name, size_t bytes, size_t 
 
 void open_arena(size_t dynamic_bytes) {
   if (block.arena == nullptr) {
-    const size_t page = page_bytes();
-    void* memory = mmap(nullptr, kArenaBytes + 2 * page, PROT_NONE,
+    void* memory = mmap(nullptr, arena_bytes() + 2 * kGuardBytes, PROT_NONE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("emulator: no memory for an arena");
-    block.arena = static_cast<char*>(memory) + page;
-    mprotect(block.arena, kArenaBytes, PROT_READ | PROT_WRITE);
+    block.arena = static_cast<char*>(memory) + kGuardBytes;
+    mprotect(block.arena, arena_bytes(), PROT_READ | PROT_WRITE);
   }
-  forbid(block.arena, kArenaBytes);
+  forbid(block.arena, arena_bytes());
   block.arrays.clear();
   block.arena_used = 0;
   if (dynamic_bytes) add_array(nullptr, "dynamic shared memory", dynamic_bytes, kAlignment);
@@ -91,8 +94,7 @@ void check_arena_borders() {
 
 bool in_arena(const void* at) {
   const char* const place = static_cast<const char*>(at);
-  const size_t page = page_bytes();
-  return block.arena && place >= block.arena - page && place < arena_end() + page;
+  return block.arena && place >= block.arena - kGuardBytes && place < arena_end() + kGuardBytes;
 }
 
 const SharedArray* array_around(const void* at, size_t bytes) {
@@ -157,7 +159,7 @@ void cp_async_wait(int groups) {
       self.copies[kept++] = copy;
       continue;
     }
-    race_access(copy.to, copy.bytes, Access::kWrite, "the end of cp.async", copy.place);
+    race_access(copy.to, copy.bytes, Access::kArrival, "the end of cp.async", copy.place);
     std::memcpy(copy.to, copy.from, copy.valid_bytes);
     std::memset(copy.to + copy.valid_bytes, 0, copy.bytes - copy.valid_bytes);
   }
