@@ -26,6 +26,7 @@ BUDGETS = [  # (glob, lines)
     ("dalle_ext/reference/*.py", 60),
     ("python/dalle/**/*.py", 300),
     ("tests/**/*.py", 400),
+    ("tests/**/*.cu", 400),
     ("benchmarks/bench_*.py", 120),
     ("setup.py", 120),
 ]
@@ -56,6 +57,7 @@ def test_room_has_its_furniture(op):
         f"csrc/{op}/{op}_cpu.h",
         f"csrc/{op}/{op}_cuda.cu",
         f"csrc/{op}/{op}_cuda.cuh",
+        f"csrc/{op}/{op}_cuda_budget.txt",
         f"dalle_ext/ops/{op}.py",
         f"dalle_ext/reference/{op}.py",
         f"tests/ops/test_{op}.py",

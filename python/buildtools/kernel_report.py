@@ -1,0 +1,197 @@
+"""What nvcc makes of every kernel, beside its budget: `python python/buildtools/kernel_report.py`.
+
+Compiles each `csrc/<op>/<op>_cuda.cu` for sm_80 and sm_90a, warnings being errors, and prints one
+row a kernel: registers, shared memory, the opcodes that matter. It fails where a kernel spills,
+uses local memory, exceeds its registers, lacks an opcode that `csrc/<op>/<op>_cuda_budget.txt`
+promises, or has no row there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import torch_dir  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURES = ("sm_80", "sm_90a")
+LOCAL_MEMORY = ("LDL", "STL")
+SHOWN = ("HMMA", "LDSM", "LDGSTS", "MUFU", "FFMA", "DFMA", "BAR", "SHFL", "ATOM", "RED")
+
+
+@dataclass
+class Kernel:
+    """One kernel of one architecture."""
+
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    shared: int = 0
+    opcodes: Counter[str] | None = None  # None where there is no disassembler
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A row of a budget file: for kernels whose name starts with `prefix`."""
+
+    prefix: str
+    registers: int
+    opcodes: tuple[str, ...] = field(default=())
+
+
+def parse_ptxas(text: str) -> dict[str, Kernel]:
+    """Kernels by mangled name from the output of `ptxas -v`."""
+    kernels: dict[str, Kernel] = {}
+    current = Kernel()
+    for line in text.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)'", line):
+            current = kernels[match[1]] = Kernel()
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", line):
+            current.stack, current.spills = int(match[1]), int(match[2]) + int(match[3])
+        elif match := re.search(r"Used (\d+) registers", line):
+            current.registers = int(match[1])
+            shared = re.search(r"(\d+) bytes smem", line)
+            current.shared = int(shared[1]) if shared else 0
+    return kernels
+
+
+def parse_machine_code(text: str) -> dict[str, Counter[str]]:
+    """Opcodes (up to the first dot) by mangled kernel name, from `nvdisasm -c`."""
+    kernels: dict[str, Counter[str]] = {}
+    current: Counter[str] = Counter()
+    for line in text.splitlines():
+        if match := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
+            current = kernels[match[1]] = Counter()
+        elif match := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line):
+            current[match[1]] += 1
+    return kernels
+
+
+def demangle(names: list[str]) -> dict[str, str]:
+    """Short readable names: `dalle::f<float, 2>(int)` is `f<float, 2>`."""
+    done = subprocess.run(
+        ["c++filt", *names], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    short = [re.sub(r"^void ", "", name) for name in done]
+    short = [re.sub(r"\((?!.*>)[^()]*\)$|(?<=>)\([^()]*\)$", "", name) for name in short]
+    return dict(zip(names, (re.sub(r"\b(\w+::)+", "", name) for name in short), strict=True))
+
+
+def read_budgets(path: Path) -> list[Budget]:
+    """Rows of `kernel prefix | registers | opcodes`; `#` begins a comment."""
+    budgets = []
+    for line in path.read_text().splitlines():
+        if line.strip() and not line.startswith("#"):
+            prefix, registers, opcodes = (part.strip() for part in line.split("|"))
+            budgets.append(Budget(prefix, int(registers), tuple(opcodes.split())))
+    return budgets
+
+
+def problems(name: str, kernel: Kernel, budgets: list[Budget]) -> list[str]:
+    """What is wrong with a kernel, one line each."""
+    fitting = [b for b in budgets if name.startswith(b.prefix)]
+    if not fitting:
+        return [f"{name}: budget must have a row for it, got none"]
+    budget = max(fitting, key=lambda b: len(b.prefix))
+    found = []
+    if kernel.registers > budget.registers:
+        found.append(
+            f"{name}: registers must be at most {budget.registers}, got {kernel.registers}"
+        )
+    if kernel.spills or kernel.stack:
+        found.append(
+            f"{name}: spills and stack must be 0 bytes, got {kernel.spills} and {kernel.stack}"
+        )
+    if kernel.opcodes is not None:
+        for opcode in LOCAL_MEMORY:
+            if kernel.opcodes[opcode]:
+                found.append(f"{name}: {opcode} must be absent, got {kernel.opcodes[opcode]}")
+        for opcode in budget.opcodes:
+            if not kernel.opcodes[opcode]:
+                found.append(f"{name}: {opcode} must be in the machine code, got none")
+    return found
+
+
+def find_disassembler() -> str | None:
+    """The toolkit's nvdisasm, or that of the wheel nvidia-cuda-nvdisasm."""
+    wheel = Path(sysconfig.get_path("purelib")) / "nvidia/cu13/bin/nvdisasm"
+    return shutil.which("nvdisasm") or (str(wheel) if wheel.exists() else None)
+
+
+def compile_kernels(
+    source: Path, architecture: str, nvcc: str, disassembler: str | None
+) -> dict[str, Kernel]:
+    """Kernels of `source` by readable name.
+
+    Raises:
+        RuntimeError: where it does not compile.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = [nvcc, "-std=c++20", "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
+        command += ["--expt-relaxed-constexpr", "-Werror=all-warnings", f"-I{ROOT / 'csrc'}"]
+        if torch := torch_dir.find_torch():
+            command += ["-isystem", str(torch / "include")]
+        command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", str(source), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"kernel_report: {source} must compile, got\n{done.stderr}")
+        kernels = parse_ptxas(done.stderr)
+        if disassembler:
+            run = [disassembler, "-c", str(cubin)]
+            text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+            for name, opcodes in parse_machine_code(text).items():
+                if name in kernels:
+                    kernels[name].opcodes = opcodes
+    names = demangle(list(kernels)) if kernels else {}
+    return {names[mangled]: kernel for mangled, kernel in kernels.items()}
+
+
+def report(sources: list[Path], nvcc: str, disassembler: str | None) -> list[str]:
+    """Prints the table; returns the problems."""
+    found = []
+    for source in sources:
+        budgets = read_budgets(source.with_name(source.stem + "_budget.txt"))
+        for architecture in ARCHITECTURES:
+            for name, kernel in sorted(
+                compile_kernels(source, architecture, nvcc, disassembler).items()
+            ):
+                opcodes = kernel.opcodes or Counter()
+                counts = " ".join(f"{o} {opcodes[o]}" for o in SHOWN if opcodes[o])
+                print(
+                    f"{architecture:7} {name:64} {kernel.registers:4} registers"
+                    f" {kernel.shared:6} B shared  {counts}"
+                )
+                found += [f"{architecture}: {line}" for line in problems(name, kernel, budgets)]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("ops", nargs="*", help="rooms of csrc/; all of them if left out")
+    wish = parser.parse_args().ops
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not shutil.which(nvcc):
+        raise SystemExit("kernel_report: nvcc must be on PATH, got none")
+    disassembler = find_disassembler()
+    if disassembler is None:
+        print("no opcodes: nvdisasm is missing; type: pip install nvidia-cuda-nvdisasm")
+    sources = sorted(ROOT.glob("csrc/*/*_cuda.cu"))
+    sources = [s for s in sources if not wish or s.parent.name in wish]
+    found = report(sources, nvcc, disassembler)
+    print("\n".join(found) if found else "every kernel is within its budget")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
