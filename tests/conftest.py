@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -69,3 +71,16 @@ def backend(request):
 def device(backend):
     """Device of the tensors for `backend`."""
     return "cuda" if backend == "cuda" else "cpu"
+
+
+@pytest.fixture
+def emulated_counts():
+    """A function: what emulated kernels have run in this process, as a Counter.
+
+    blocks, barriers, mma (one a warp), ldmatrix (8 x 8 matrices), conflicts (turns that their banks
+    cost beyond the first), copied_bytes (by cp.async).
+    """
+    names = ("blocks", "barriers", "mma", "ldmatrix", "conflicts", "copied_bytes")
+    read = ctypes.CDLL(str(emulated_library())).dalle_emulator_counts
+    read.restype = ctypes.POINTER(ctypes.c_uint64)
+    return lambda: Counter(dict(zip(names, read()[: len(names)], strict=True)))

@@ -82,6 +82,16 @@ struct Block {
 };
 extern Block block;
 
+// What was run since the library was loaded; tests read it through dalle_emulator_counts.
+struct Counts {
+  uint64_t blocks, barriers;
+  uint64_t mma;  // one a warp
+  uint64_t ldmatrix,
+      conflicts;          // 8 x 8 matrices; turns beyond the first that their rows' banks cost
+  uint64_t copied_bytes;  // by cp.async, zeros not counted
+};
+extern Counts counts;
+
 // Ends the launch with one line that names kernel, block and thread; does not return.
 [[noreturn]] void fail(const std::string& what);
 [[noreturn]] void fail(const std::string& what, Place place);

@@ -42,16 +42,17 @@ std::string text_of(uint3 index) {
          std::to_string(index.z) + ")";
 }
 
+uint64_t seed() {
+  const char* wish = std::getenv("DALLE_EMULATOR_SEED");
+  return wish ? std::strtoull(wish, nullptr, 10) : 0;
+}
+
 std::string message(const std::string& what) {
   std::string text =
       "emulator: kernel " + kernel_name(block.kernel) + ", block " + text_of(blockIdx);
   if (block.running) text += ", thread " + text_of(threadIdx);
+  if (seed()) text += ", seed " + std::to_string(seed());
   return text + ": " + what;
-}
-
-uint64_t seed() {
-  const char* wish = std::getenv("DALLE_EMULATOR_SEED");
-  return wish ? std::strtoull(wish, nullptr, 10) : 0;
 }
 
 size_t page_bytes() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
@@ -131,9 +132,8 @@ class FaultHandler {
  public:
   FaultHandler() {
     static const bool done = [] {
-      for (const char* name : {"libasan.so.8", "libubsan.so.1"}) {
-        void* library = dlopen(name, RTLD_NOLOAD | RTLD_LAZY);
-        void* set = library ? dlsym(library, "__sanitizer_set_death_callback") : nullptr;
+      for (void* library : {RTLD_DEFAULT, dlopen("libubsan.so.1", RTLD_NOLOAD | RTLD_LAZY)}) {
+        void* set = dlsym(library, "__sanitizer_set_death_callback");
         if (set) reinterpret_cast<void (*)(void (*)())>(set)(&on_death);
       }
       return true;

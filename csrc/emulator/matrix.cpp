@@ -91,6 +91,7 @@ void require_warp(uint32_t lanes) {
   if (lanes != kAllLanes) {
     fail("mma.sync needs all 32 lanes, got " + std::to_string(std::popcount(lanes)));
   }
+  ++counts.mma;
 }
 
 void finish_half(void* const* arguments, uint32_t lanes) {

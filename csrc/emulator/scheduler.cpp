@@ -13,6 +13,7 @@
 namespace dalle::emulator {
 
 Block block;
+Counts counts;
 
 namespace {
 
@@ -109,6 +110,7 @@ void release_barrier() {
                          : vote == Vote::kAll ? count == arrived
                                               : count;
   block.barrier_arrived = block.barrier_value = 0;
+  ++counts.barriers;
   race_block_barrier();
   for (int i = 0; i < block.num_threads; ++i) {
     if (block.threads[i].waits) make_ready(block.threads[i]);
@@ -238,6 +240,7 @@ void warp_barrier(uint32_t lanes, Place place) {
 
 // Every thread from the kernel's first line to its end, or to the first failure.
 void run_threads() {
+  ++counts.blocks;
   block.num_live = block.num_threads;
   block.barrier_arrived = block.barrier_value = 0;
   block.running = nullptr;
@@ -273,3 +276,7 @@ void run_threads() {
 }
 
 }  // namespace dalle::emulator
+
+extern "C" __attribute__((visibility("default"))) const void* dalle_emulator_counts() {
+  return &dalle::emulator::counts;
+}

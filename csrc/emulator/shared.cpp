@@ -161,6 +161,7 @@ void cp_async_wait(int groups) {
     }
     race_access(copy.to, copy.bytes, Access::kArrival, "the end of cp.async", copy.place);
     std::memcpy(copy.to, copy.from, copy.valid_bytes);
+    counts.copied_bytes += static_cast<uint64_t>(copy.valid_bytes);
     std::memset(copy.to + copy.valid_bytes, 0, copy.bytes - copy.valid_bytes);
   }
   self.copies.resize(kept);

@@ -98,6 +98,21 @@ void require_warp(const char* what, uint32_t lanes) {
   }
 }
 
+// Turns that 8 rows of 16 bytes cost beyond one: shared memory serves 128 bytes a turn, each of its
+// 16-byte columns once.
+template <typename RowOf>
+uint64_t bank_conflicts(const RowOf& row_of) {
+  int rows_in_column[8] = {}, most = 0;
+  for (int r = 0; r < 8; ++r) {
+    int& rows = rows_in_column[reinterpret_cast<uintptr_t>(row_of(r)) / 16 % 8];
+    bool is_new = true;
+    for (int before = 0; before < r; ++before) is_new = is_new && row_of(before) != row_of(r);
+    rows += is_new;
+    most = rows > most ? rows : most;
+  }
+  return static_cast<uint64_t>(most - 1);
+}
+
 }  // namespace
 
 uint64_t shuffle(Shuffle kind, uint32_t lanes, uint64_t word, int operand, int width, Place place) {
@@ -142,6 +157,10 @@ void ldmatrix(uint32_t* words, int count, bool transposed, const void* row, Plac
     const auto of = [&](int lane) { return static_cast<Operands*>(arguments[lane]); };
     const int matrices = of(0)->count;
     const bool turned = of(0)->transposed;
+    for (int i = 0; i < matrices; ++i) {
+      ++counts.ldmatrix;
+      counts.conflicts += bank_conflicts([&](int r) { return of(8 * i + r)->row; });
+    }
     for (int lane = 0; lane < kLanes; ++lane) {
       const int g = lane / 4, t = lane % 4;
       for (int i = 0; i < matrices; ++i) {

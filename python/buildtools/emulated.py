@@ -57,8 +57,8 @@ def build(*targets: str) -> list[Path]:
         RuntimeError: a tool or a header is missing, or a source does not compile.
     """
     torch = torch_dir.find_torch()
-    for name, found in (("cmake", shutil.which("cmake")), ("ninja", shutil.which("ninja"))):
-        if found is None:
+    for name in ("cmake", "ninja", "g++"):
+        if shutil.which(name) is None:
             raise RuntimeError(f"emulator: {name} must be on PATH, got none; {HOW_TO_GET}")
     if torch is None:
         raise RuntimeError(f"emulator: torch must be installed, got none; {HOW_TO_GET}")
@@ -66,7 +66,7 @@ def build(*targets: str) -> list[Path]:
     include = ";".join(map(str, cuda_include()))
     configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(tree), "-DDALLE_EMULATED=ON"]
     configure += [f"-DDALLE_TORCH_DIR={torch}", f"-DDALLE_CUDA_INCLUDE={include}"]
-    configure += [f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}", "-DCMAKE_CXX_COMPILER=g++"]
     jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 4))
     compile_all = ["cmake", "--build", str(tree), "-j", jobs]
     if targets:
