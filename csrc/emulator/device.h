@@ -26,6 +26,7 @@
 #undef __launch_bounds__
 #undef __grid_constant__
 #undef __align__
+#undef __shared__
 #define __global__
 #define __device__
 #define __host__
@@ -35,6 +36,8 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes) alignas(bytes)
+// Left to the headers it would mean nothing, and every thread would have an array of its own.
+#define __shared__ write_DALLE_SHARED_instead_of_shared
 
 // The address of the static char tells declarations and template instances apart.
 #define DALLE_SHARED(type, name, ...)                                                      \

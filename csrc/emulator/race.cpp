@@ -31,10 +31,11 @@ struct Stamp {
 };
 constexpr uint32_t kMaxClock = (1u << 20) - 1;
 
-// Two readers that are not ordered are enough: a writer is ordered behind at most one of them
-// without a barrier that orders it behind all.
+// Readers of the latest epoch that has any: one, another lane of its warp, a thread of another
+// warp. A writer that is ordered behind all three is ordered behind all readers, unless partial
+// warps met in __syncwarp.
 struct Cell {
-  Stamp write, reads[2];
+  Stamp write, reads[3];
 };
 
 constexpr size_t kPage = 4096, kMaxPages = 4096, kCached = 256;
@@ -142,8 +143,9 @@ void record(const void* address, size_t bytes, Access access, const char* what, 
       report(at, "write", write, what, place, instruction);
     }
     if (access == Access::kRead) {
-      const bool second = !is_ordered(cell.reads[0], self, shared);
-      cell.reads[second] = now;
+      const Stamp& first = cell.reads[0];
+      const bool same_warp = first.thread / kLanes == self / kLanes;
+      cell.reads[is_ordered(first, self, shared) ? 0 : same_warp ? 1 : 2] = now;
       continue;
     }
     for (Stamp& read : cell.reads) {

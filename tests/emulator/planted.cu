@@ -66,6 +66,24 @@ void run_warp_exchange() {
 CASE(bug_no_syncwarp) { run_warp_exchange<false>(); }
 CASE(clean_syncwarp) { run_warp_exchange<true>(); }
 
+// Two warps read, one of them reads again, meets and writes: the other warp's read is the race.
+__global__ void read_twice(int* out) {
+  DALLE_SHARED(int, value, [1]);
+  if (threadIdx.x == 0) value[0] = 1;
+  __syncthreads();
+  int sum = value[0];
+  if (threadIdx.x >= 32) {
+    sum += value[0];
+    __syncwarp();
+    if (threadIdx.x == 40) value[0] = 5;
+  }
+  out[threadIdx.x] = sum;
+}
+CASE(bug_write_beside_another_warps_read) {
+  Buffer<int> out(64);
+  finish(launch(read_twice, 1, 64, 0, nullptr, out.data()));
+}
+
 // -- cp.async: a ring of two buffers
 // ---------------------------------------------------------------
 

@@ -24,6 +24,9 @@ CAUGHT = {
         + r"byte \d+ of parts: a write at planted.cu:\d+ is not ordered behind the read",
     },
     "no_syncwarp": {"race": RACE + r"byte \d+ of values: a read at planted.cu:\d+"},
+    "write_beside_another_warps_read": {
+        "race": RACE + r"byte \d+ of value: a (write|read) at planted.cu:\d+ is not ordered behind"
+    },
     "no_barrier_after_cp_async_wait": {"plain": WRONG, "random": WRONG, "race": RACE},
     "no_barrier_before_next_cp_async": {"random": WRONG, "race": RACE + ".*cp.async at planted.cu"},
     "cp_async_waits_for_too_few": {
