@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,27 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The words " (did you mean x?)" for the nearest of `known`, or "" where none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def require(
+    owner: str, config: object, requirement: str, holds: Callable[[Any], bool], *names: str
+) -> None:
+    """Checks fields of a config.
+
+    Raises:
+        UsageError: naming the first of `names` whose value does not hold.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not holds(value):
+            raise UsageError(f"{owner}: {name} must be {requirement}, got {value!r}")
+
+
+def require_adamw(owner: str, config: object) -> None:
+    """Checks the fields beta1, beta2, eps and weight_decay of a recipe. Raises UsageError."""
+    require(owner, config, "in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2")
+    require(owner, config, "positive", lambda x: x > 0, "eps")
+    require(owner, config, "0 or more", lambda x: x >= 0, "weight_decay")
 
 
 def field_types(config_type: type) -> dict[str, Any]:

@@ -165,7 +165,8 @@ def generate(
     c = prior.config
     prior.check_text(text)
     check_options(temperature, top_k, top_p)
-    for name, value, least in (("num_samples", num_samples, 1), ("max_batch", max_batch, 1)):
+    least_of = {"num_samples": (num_samples, 1), "max_batch": (max_batch, 1), "seed": (seed, 0)}
+    for name, (value, least) in least_of.items():
         if value < least:
             raise UsageError(f"generate: {name} must be {least} or more, got {value}")
     if not math.isfinite(cond_scale):

@@ -6,10 +6,49 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dalle.errors import DalleError
+from dalle.errors import DalleError, EnvironmentProblem
+
+
+def make_folder(path: Path | str, owner: str) -> Path:
+    """Makes the folder of a command's `out`, before the work whose results go there.
+
+    Raises:
+        EnvironmentProblem: it cannot be made or written, in one line that begins with `owner`.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(path, os.W_OK | os.X_OK) else "no permission"
+    except FileExistsError:
+        reason = "it is a file"
+    except OSError as problem:
+        reason = problem.strerror
+    if reason is not None:
+        raise EnvironmentProblem(
+            f"{owner}: out must be a folder that can be written, got {path}: {reason}"
+        )
+    return path
+
+
+@contextmanager
+def saving(owner: str, path: Path | str) -> Iterator[None]:
+    """Around the writing of `path`.
+
+    Raises:
+        EnvironmentProblem: for an OSError inside (full disk, no permission), in one line.
+    """
+    try:
+        yield
+    except OSError as problem:
+        reason = problem.strerror or problem
+        if isinstance(problem, (FileExistsError, NotADirectoryError)):
+            reason = "its folder is a file"
+        raise EnvironmentProblem(f"{owner}: {path} must be writable, got {reason}") from problem
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -19,6 +19,7 @@ from dalle.configs import did_you_mean, field_types
 from dalle.errors import UsageError
 
 T = TypeVar("T")
+_FRAME = " │╭╮╰╯─|"  # what tyro draws around a message
 
 
 def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
@@ -52,8 +53,12 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
         if stop.code in (0, None):
             sys.stdout.write(shown.getvalue())
             raise
-        message = _condense((heard.getvalue() + shown.getvalue()).splitlines())
-        refused = re.match(r"Error parsing [A-Z]\w*: (.*)", message)  # by a dataclass as a whole
+        lines = [line.strip(_FRAME) for line in (heard.getvalue() + shown.getvalue()).splitlines()]
+        missing = _missing(lines)
+        if missing:
+            raise UsageError(f"{prog}: {', '.join(missing)} must be given, got nothing") from None
+        message = _condense(lines)
+        refused = re.match(r"Error parsing (?!-)\S+: (.*)", message)  # by a dataclass as a whole
         raise UsageError(refused[1] if refused else f"{prog}: {message}") from None
 
 
@@ -128,10 +133,18 @@ def _mapping_words(config_type: type, values: Any, where: str) -> list[str]:
     return words
 
 
+def _missing(lines: list[str]) -> list[str]:
+    """Names in tyro's list of required options; empty where the message is about others."""
+    if not any(line.startswith("Missing from") for line in lines):
+        return []
+    found = (re.fullmatch(r"(--[a-z][\w-]*|[A-Z]+)( [A-Z].*)?", line) for line in lines)
+    return [match[1] for match in found if match]
+
+
 def _condense(lines: list[str]) -> str:
-    """The substance of tyro's framed message, as one line."""
+    """The substance of tyro's message, as one line."""
     kept = []
-    for line in (line.strip(" │╭╮╰╯─|") for line in lines):
+    for line in lines:
         if line.startswith(("Argument helptext", "For full helptext", "Similar")):
             break
         if line and set(line) - set("-─ "):

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from dalle.errors import EnvironmentProblem, UsageError
-from dalle.files import write_atomic
+from dalle.errors import UsageError
+from dalle.files import saving, write_atomic
 
 MARGIN = 4  # pixels between cells
 MAX_LINES = 4  # of a label
@@ -115,12 +115,9 @@ def save_png(path: Path | str, image: Image.Image) -> Path:
 def save_bytes(path: Path | str, content: bytes) -> Path:
     """The same promise for any small file (HTML, JSON)."""
     path = Path(path)
-    try:
+    with saving("save", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
-    except OSError as error:
-        reason = error.strerror or error
-        raise EnvironmentProblem(f"save: {path} must be writable, got {reason}") from error
     return path
 
 

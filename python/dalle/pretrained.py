@@ -110,9 +110,11 @@ def load_config(directory: Path | str, cls_name: str, config_type: type[T]) -> T
         CheckpointError: if the folder is missing, foreign, of another class or format.
     """
     path = Path(directory) / CONFIG_FILE
-    head = _head(path)
-    if head["class"] != cls_name:
-        raise CheckpointError(f"{path}: class must be {cls_name}, got {head['class']}")
+    head = read_json(path, CheckpointError)
+    found = head.get("class", cls_name) if isinstance(head, dict) else cls_name
+    if found != cls_name:  # before the other keys: folders of other classes have others
+        raise CheckpointError(f"{path}: class must be {cls_name}, got {found}")
+    head = _checked(head, path)
     return from_dict(config_type, head["config"], where=str(path), error=CheckpointError)
 
 
@@ -125,7 +127,7 @@ def load_weights(module: nn.Module, directory: Path | str) -> None:
     """
     directory = Path(directory)
     path = directory / WEIGHTS_FILE
-    head = _head(directory / CONFIG_FILE)
+    head = _checked(read_json(directory / CONFIG_FILE, CheckpointError), directory / CONFIG_FILE)
     try:
         found_hash, data = sha256(path), path.read_bytes()
     except OSError as problem:
@@ -164,9 +166,8 @@ def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], where: str
         tensor.copy_(tensors[name])
 
 
-def _head(path: Path) -> dict[str, Any]:
-    """config.json with the keys this version writes."""
-    head = read_json(path, CheckpointError)
+def _checked(head: Any, path: Path) -> dict[str, Any]:
+    """The content of config.json if it has the keys that this version writes."""
     wanted = {"format_version", "class", "config", "weights_sha256"}
     if not isinstance(head, dict) or not wanted <= set(head):
         raise CheckpointError(f"{path}: must be written by dalle, got keys of something else")

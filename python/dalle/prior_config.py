@@ -59,9 +59,9 @@ class PriorConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))
         object.__setattr__(self, "attention", tuple(self.attention))
-        least = {"text_len": 2}
         for name in ("text_vocab", "image_vocab", "text_len", "d_model", "num_heads", "num_layers"):
-            self._require(getattr(self, name) >= least.get(name, 1), name, "at least 1 (text 2)")
+            least = 2 if name == "text_len" else 1
+            self._require(getattr(self, name) >= least, name, f"at least {least}")
         fits = len(self.grid) == 2 and min(self.grid) >= 1
         self._require(fits, "grid", "(rows, columns) of at least 1")
         self._require(self.d_model % self.num_heads == 0, "d_model", "a multiple of num_heads")

@@ -29,6 +29,7 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "config.json"
 MAX_FILE_BYTES = 64 << 20
 NUM_BYTES = 256
+MAX_VOCAB = 1 << 20  # the trainer takes memory for as many as are asked for
 
 
 def lower(caption: str) -> str:
@@ -72,14 +73,15 @@ class Tokenizer:
 
         Args:
             captions: lower-cased here.
-            vocab_size: at least 256 (the bytes); fewer come out of captions with fewer pairs.
+            vocab_size: 256 (the bytes) to 2^20; fewer come out of captions with fewer pairs.
 
         Raises:
             DataError: no caption with a visible character.
-            UsageError: vocab_size below 256.
+            UsageError: vocab_size out of range.
         """
-        if vocab_size < NUM_BYTES:
-            raise UsageError(f"tokenizer: vocab_size must be at least 256, got {vocab_size}")
+        if not NUM_BYTES <= vocab_size <= MAX_VOCAB:
+            limits = f"{NUM_BYTES} to {MAX_VOCAB}"
+            raise UsageError(f"tokenizer: vocab_size must be {limits}, got {vocab_size}")
         texts = [lower(caption) for caption in captions]
         if not any(text.strip() for text in texts):
             raise DataError(f"tokenizer: captions must hold text, got {len(texts)} empty captions")

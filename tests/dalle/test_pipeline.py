@@ -210,5 +210,5 @@ def test_a_picture_that_does_not_decode_names_itself(tmp_path):
     from dalle.commands.sample import read_image
 
     (tmp_path / "x.png").write_bytes(b"x")
-    with pytest.raises(DataError, match="x.png: must be a readable picture"):
+    with pytest.raises(DataError, match="x.png: image must be one of JPEG, PNG, WEBP"):
         read_image(tmp_path / "x.png", 16)

@@ -175,7 +175,7 @@ def test_foreign_tokenizer_files_are_refused(tokenizer, tmp_path, content):
 def test_bad_input(tokenizer):
     with pytest.raises(DataError, match="captions must hold text, got 2 empty captions"):
         Tokenizer.train(["", "  "])
-    with pytest.raises(UsageError, match="vocab_size must be at least 256, got 100"):
+    with pytest.raises(UsageError, match="vocab_size must be 256 to 1048576, got 100"):
         Tokenizer.train(["a"], vocab_size=100)
     with pytest.raises(UsageError, match="must be a sequence of strings, got one string"):
         tokenizer.encode("a red circle", 8)

@@ -198,7 +198,7 @@ def test_bad_recipes_get_one_line():
         make_task(WARM, DiscreteVAEConfig(group_count=2, n_hid=8, vocab_size=8))
     with pytest.raises(UsageError, match="image_size must be a multiple of 4, got 10"):
         make_task(replace(WARM, image_size=10))
-    with pytest.raises(UsageError, match="augment must be 'paper' or 'none', got 'flip'"):
+    with pytest.raises(UsageError, match="augment must be one of paper, none, got 'flip'"):
         DvaeTrainConfig(augment="flip")
     with pytest.raises(UsageError, match="distortion must be .*, got 'l1'"):
         DvaeTrainConfig(distortion="l1")

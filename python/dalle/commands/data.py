@@ -17,8 +17,8 @@ from dalle.data.images import BadPicture, open_checked, read_bytes
 from dalle.data.pairs import Pairs, load_or_skip
 from dalle.data.shapes import Scene
 from dalle.data.shapes_pairs import ShapesPairs
-from dalle.errors import EnvironmentProblem, UsageError
-from dalle.files import to_json
+from dalle.errors import UsageError
+from dalle.files import saving, to_json
 from dalle.pictures import grid, save_bytes, save_png
 
 
@@ -76,11 +76,13 @@ def make_shapes(config: MakeShapesConfig) -> None:
     """Draws pictures with captions and facts into a folder."""
     if config.count < 1:
         raise UsageError(f"data make-shapes: count must be at least 1, got {config.count}")
+    if config.seed < 0:
+        raise UsageError(f"data make-shapes: seed must be 0 or more, got {config.seed}")
     pairs = ShapesPairs(
         config.split, image_size=config.image_size, seed=config.seed, size=config.count
     )
     folder = config.out / "pairs"
-    try:
+    with saving("data make-shapes", folder):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UsageError(f"data make-shapes: {folder} must be empty or new, got files in it")
@@ -92,9 +94,6 @@ def make_shapes(config: MakeShapesConfig) -> None:
             (folder / f"{i:06d}.png").write_bytes(buffer.getvalue())
             (folder / f"{i:06d}.txt").write_text(scene.caption + "\n", encoding="utf-8")
             facts[f"{i:06d}"] = _facts(scene)
-    except OSError as error:
-        reason = error.strerror or error
-        raise EnvironmentProblem(f"save: {folder} must be writable, got {reason}") from error
     save_bytes(config.out / "facts.json", to_json(facts))
     save_png(config.out / "contact.png", contact_sheet(pairs, 64, config.image_size))
     print(f"{len(pairs)} pairs ({config.split}) in {folder}")

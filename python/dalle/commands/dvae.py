@@ -10,14 +10,16 @@ import torch
 
 from dalle import pictures
 from dalle.codebook import codebook_health
+from dalle.configs import did_you_mean
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.folder import SUFFIXES
 from dalle.data.images import decode, read_bytes
 from dalle.data.pairs import BUILT_IN, load_or_skip, load_pairs
 from dalle.demo.recipes_dvae import DVAE_RECIPES
 from dalle.devices import pick_device
-from dalle.dvae import DiscreteVAE
+from dalle.dvae import PRESETS, DiscreteVAE
 from dalle.errors import DataError, UsageError
+from dalle.files import saving
 from dalle.likelihood import psnr
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
 from dalle.train.loop import LoopConfig
@@ -40,6 +42,7 @@ class DvaeTrainCommand:
         device: cpu, cuda or auto.
         log_every, checkpoint_every, picture_every: updates between records.
         resume: auto, none, or the path of a checkpoint.
+        deterministic: same bits on every run.
     """
 
     data: str
@@ -54,6 +57,7 @@ class DvaeTrainCommand:
     checkpoint_every: int = 500
     picture_every: int = 500
     resume: str = "auto"
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +88,15 @@ class ReconstructCommand:
 
 def train(config: DvaeTrainCommand) -> None:
     """Trains, saves the averaged weights, and says where they are."""
+    known = [*PRESETS, *BUILT_IN]
+    if config.preset not in known:
+        names, hint = ", ".join(known), did_you_mean(config.preset, known)
+        raise UsageError(f"dvae train: preset must be one of {names}, got {config.preset!r}{hint}")
     if config.preset in BUILT_IN:
         recipe = DVAE_RECIPES[config.preset]
         model_config, train_config, steps = recipe.model, recipe.train, recipe.steps
     else:
-        with torch.device("meta"):  # for the sizes, and the error of an unknown name
-            model_config = DiscreteVAE.from_preset(config.preset).config
-        train_config, steps = DvaeTrainConfig(), 3_000_000
+        model_config, train_config, steps = PRESETS[config.preset], DvaeTrainConfig(), 3_000_000
     train_config = replace(
         train_config,
         image_size=config.image_size or train_config.image_size,
@@ -104,6 +110,7 @@ def train(config: DvaeTrainCommand) -> None:
         picture_every=config.picture_every,
         resume=config.resume,
         seed=config.seed,
+        deterministic=config.deterministic,
     )
     if loop.steps <= train_config.warm_start_steps:
         raise UsageError(
@@ -117,7 +124,7 @@ def train(config: DvaeTrainCommand) -> None:
     task = DvaeTask(vae, pairs, train_config, seed=config.seed)
     run_loop(task, loop)
     assert task.average is not None
-    with task.average.applied():
+    with saving("dvae train", config.out / "model"), task.average.applied():
         vae.save_pretrained(config.out / "model")
     print(f"dvae: {loop.steps} updates, model in {config.out / 'model'}")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from dalle.dvae import PRESETS, DiscreteVAE, DiscreteVAEConfig
-from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
+from dalle.errors import CheckpointError, UsageError
+from dalle.files import make_folder, saving
 from dalle.pretrained import load_tensors, tensors_from_bytes
 
 PICKLES = {".pkl", ".pt", ".pth", ".bin", ".ckpt"}
@@ -60,13 +61,9 @@ def import_released(
 
 def import_openai(config: ImportCommand) -> None:
     """Reads, checks, saves, and says where."""
+    make_folder(config.out, "dvae import-openai")
     vae = import_released(config.encoder, config.decoder)
-    try:
+    with saving("dvae import-openai", config.out):
         vae.save_pretrained(config.out)
-    except OSError as problem:
-        reason = problem.strerror or problem
-        raise EnvironmentProblem(
-            f"dvae import-openai: out must be writable, got {config.out}: {reason}"
-        ) from problem
     count = sum(p.numel() for p in vae.parameters())
     print(f"dvae import-openai: {count:,} parameters, {vae.num_tokens} codes: {config.out}")

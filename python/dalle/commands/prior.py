@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 import torch
 
+from dalle.configs import did_you_mean
 from dalle.data.pairs import load_pairs
 from dalle.devices import pick_device
 from dalle.dvae import DiscreteVAE
-from dalle.errors import EnvironmentProblem, UsageError
+from dalle.errors import UsageError
+from dalle.files import saving
 from dalle.prior import Prior
 from dalle.prior_config import PRESETS
 from dalle.tokenizer import Tokenizer
@@ -63,8 +65,10 @@ class PriorCommandConfig:
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
-            known = ", ".join(PRESETS)
-            raise UsageError(f"prior train: preset must be one of {known}, got {self.preset!r}")
+            known, hint = ", ".join(PRESETS), did_you_mean(self.preset, PRESETS)
+            raise UsageError(
+                f"prior train: preset must be one of {known}, got {self.preset!r}{hint}"
+            )
 
 
 def train_command(config: PriorCommandConfig) -> None:
@@ -98,12 +102,6 @@ def train_command(config: PriorCommandConfig) -> None:
     )
     result = train(task, loop)
     assert task.average is not None
-    try:
-        with task.average.applied():
-            prior.save_pretrained(config.out / "prior")
-    except OSError as problem:
-        reason = problem.strerror or problem
-        raise EnvironmentProblem(
-            f"prior train: out must be writable, got {config.out}: {reason}"
-        ) from problem
+    with saving("prior train", config.out / "prior"), task.average.applied():
+        prior.save_pretrained(config.out / "prior")
     print(f"prior train: {result.step} updates, weights in {config.out / 'prior'}")

@@ -12,12 +12,12 @@ import tyro
 
 from dalle import pictures
 from dalle.commands.sample import read_image
+from dalle.data.folder import SUFFIXES
 from dalle.devices import pick_device
 from dalle.errors import CheckpointError, DataError, UsageError
-from dalle.files import to_json
+from dalle.files import make_folder, to_json
 from dalle.rerank import ContrastiveRanker, TransformersCLIP, load_ranker
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 CLIP_SIZE = 224
 
 
@@ -34,7 +34,7 @@ class RerankConfig:
         device: "cpu", "cuda" or "auto".
     """
 
-    caption: Annotated[str, tyro.conf.Positional]
+    caption: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CAPTION")]
     images: Path
     ranker: Path = Path("out/demo/pipeline/ranker")
     out: Path = Path("out/rerank")
@@ -51,6 +51,7 @@ def rerank(config: RerankConfig) -> None:
     files = sorted(p for p in config.images.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
         raise DataError(f"rerank: images must be a folder with pictures, got {config.images}")
+    make_folder(config.out, "rerank")
     device = pick_device(config.device)
     try:
         ranker = load_ranker(config.ranker)

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import tyro
 from PIL import Image
 
 from dalle import pictures
 from dalle.data.augment import center_crop, to_tensor
+from dalle.data.images import decode, read_bytes
 from dalle.devices import pick_device
 from dalle.errors import DataError, UsageError
-from dalle.files import to_json
+from dalle.files import make_folder, to_json
 from dalle.pipeline import Generation, Pipeline
 
 
@@ -65,15 +65,9 @@ def read_image(path: Path, size: int) -> torch.Tensor:
     """A picture's largest centred square at one size: (3, size, size) in [0, 1].
 
     Raises:
-        DataError: missing, or not a picture.
+        DataError: missing, or not a JPEG, PNG or WebP that decodes.
     """
-    try:
-        with Image.open(path) as picture:
-            array = np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: must be a readable picture, got: {reason}") from error
-    return to_tensor([center_crop(array, size)])[0]
+    return to_tensor([center_crop(decode(read_bytes(path), path), size)])[0]
 
 
 def read_captions(config: SampleConfig) -> list[str]:
@@ -116,6 +110,7 @@ def record(caption: str, seed: int, found: Generation, files: list[str]) -> dict
 def sample(config: SampleConfig) -> None:
     """Draws, writes, and says where."""
     captions = read_captions(config)
+    make_folder(config.out, "sample")
     device = pick_device(config.device)
     pipeline = Pipeline.from_pretrained(config.model)
     for part in (pipeline.vae, pipeline.prior, pipeline.ranker):
@@ -126,7 +121,7 @@ def sample(config: SampleConfig) -> None:
         prime = read_image(config.prime_image, pipeline.image_size)
     records = []
     for number, caption in enumerate(captions):
-        seed = config.seed + 1000 * number
+        seed, cut = config.seed + 1000 * number, pipeline.tokenizer.truncated
         found = pipeline.generate(
             caption,
             num_candidates=config.num_candidates,
@@ -139,6 +134,9 @@ def sample(config: SampleConfig) -> None:
             prime_image=prime,
             prime_rows=config.prime_rows,
         )
+        if pipeline.tokenizer.truncated > cut:
+            slots = pipeline.prior.config.text_len - 1
+            print(f"sample: caption {number + 1} has more than {slots} tokens, the rest is cut off")
         name = slug(caption, number)
         labels = ["" if math.isnan(s) else f"{s:.3f}" for s in found.scores.tolist()]
         sheet = pictures.grid(

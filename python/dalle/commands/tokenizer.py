@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dalle.data.pairs import load_pairs
-from dalle.errors import EnvironmentProblem
+from dalle.files import make_folder, saving
 from dalle.tokenizer import Tokenizer
 
 
@@ -29,12 +29,10 @@ def train(config: TokenizerTrainConfig) -> None:
     """Trains, saves, and prints what came out."""
     pairs = load_pairs(config.data, image_size=32)
     captions = list(dict.fromkeys(pairs.captions))
+    make_folder(config.out, "tokenizer train")
     tokenizer = Tokenizer.train(captions, config.vocab_size)
-    try:
+    with saving("tokenizer train", config.out):
         tokenizer.save_pretrained(config.out)
-    except OSError as error:
-        reason = error.strerror or error
-        raise EnvironmentProblem(f"save: {config.out} must be writable, got {reason}") from error
     lengths = (tokenizer.encode(captions, 256) != Tokenizer.PAD).sum(1)
     print(f"{tokenizer.vocab_size} tokens from {len(captions)} different captions: {config.out}")
     print(f"tokens a caption: mean {lengths.float().mean():.1f}, longest {int(lengths.max())}")

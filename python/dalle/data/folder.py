@@ -100,7 +100,8 @@ class FolderPairs:
         if verify not in ("none", "header", "full"):
             raise UsageError(f"data: verify must be none, header or full, got {verify!r}")
         if not folder.is_dir():
-            raise DataError(f"data: {folder} must be a folder, got no such folder")
+            found = "a file" if folder.exists() else "no such folder"
+            raise DataError(f"data: {folder} must be a folder, got {found}")
         self.name = folder.name or str(folder)
         pictures, texts, self.skipped = find_files(folder)
         self.skipped["caption without picture"] += len(texts.keys() - pictures.keys())

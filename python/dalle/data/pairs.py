@@ -101,9 +101,9 @@ def load_pairs(spec: str, *, image_size: int, split: str = "train", seed: int = 
 
         return load_emoji(image_size, split)
     if not Path(spec).is_dir():
+        found = "a file" if Path(spec).exists() else "no such folder"
         raise DataError(
-            f"data: spec must be one of {', '.join(BUILT_IN)} or a folder, got {spec!r} "
-            "(no such folder)"
+            f"data: spec must be one of {', '.join(BUILT_IN)} or a folder, got {spec!r} ({found})"
         )
     if split != "train":
         raise UsageError(f"data: split of a folder must be 'train', got {split!r}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dalle.averaging import IterateAverage
 from dalle.codebook import codebook_health, init_codebook
-from dalle.configs import to_dict
+from dalle.configs import require, require_adamw, to_dict
 from dalle.data.augment import center_crop, dvae_crop, to_tensor
 from dalle.data.pairs import BatchSampler, Pairs, load_or_skip
 from dalle.dvae import DiscreteVAE
@@ -76,15 +76,14 @@ class DvaeTrainConfig:
     health_every: int = 100
 
     def __post_init__(self) -> None:
-        if self.augment not in ("paper", "none"):
-            raise UsageError(f"dvae train: augment must be 'paper' or 'none', got {self.augment!r}")
-        if self.distortion not in ("logit_laplace", "mse"):
-            raise UsageError(
-                f"dvae train: distortion must be 'logit_laplace' or 'mse', got {self.distortion!r}"
-            )
-        for name in ("image_size", "batch_size", "health_every", "tau_start", "tau_end"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"dvae train: {name} must be positive, got {getattr(self, name)}")
+        for name, known in (
+            ("augment", ("paper", "none")),
+            ("distortion", ("logit_laplace", "mse")),
+        ):
+            require("dvae train", self, f"one of {', '.join(known)}", known.__contains__, name)
+        sizes = ("image_size", "batch_size", "health_every", "tau_start", "tau_end", "lr_start")
+        require("dvae train", self, "positive", lambda x: x > 0, *sizes)
+        require_adamw("dvae train", self)
 
 
 class DvaeTask:

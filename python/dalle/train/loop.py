@@ -38,9 +38,11 @@ import torch
 from torch import Tensor, nn
 
 from dalle.averaging import IterateAverage
-from dalle.errors import Interrupted, NumericalError, UsageError
+from dalle.configs import require
+from dalle.errors import Interrupted, NumericalError
+from dalle.files import make_folder
 from dalle.train.metrics import Metrics
-from dalle.train.run import Saver, make_folder, resume, settings, signals, write_pictures
+from dalle.train.run import Saver, resume, settings, signals, write_pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +74,9 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         least = {"steps": 0, "log_every": 1, "checkpoint_every": 1, "keep": 1, "picture_every": 0}
-        for name, low in {**least, "seed": 0}.items():
-            if getattr(self, name) < low:
-                raise UsageError(f"train: {name} must be {low} or more, got {getattr(self, name)}")
+        for name, low in least.items():
+            require("train", self, f"{low} or more", low.__le__, name)
+        require("train", self, "0 .. 2^63 - 1", lambda x: 0 <= x < 2**63, "seed")
 
 
 class Task(Protocol):
@@ -201,7 +203,7 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
         CheckpointError: if the checkpoint to resume from is damaged or of another training.
         EnvironmentProblem: if `out` cannot be made, or the last checkpoint cannot be written.
     """
-    out = make_folder(Path(config.out))
+    out = make_folder(config.out, "train")
     with settings(config.seed, config.deterministic), signals() as received:
         step = resume(task, config)
         saver = Saver(task, out, config.keep)

@@ -123,9 +123,12 @@ class Metrics:
             }
             self._file.write(json.dumps(safe) + "\n")
         except OSError as problem:
-            if not self._failed:
-                say(f"{self._name}: {self.path} must be writable, got: {problem.strerror}")
-            self._failed = True
+            self._tell(problem)
+
+    def _tell(self, problem: OSError) -> None:
+        if not self._failed:
+            say(f"{self._name}: {self.path} must be writable, got: {problem.strerror}")
+        self._failed = True
 
     def _show(self, record: dict[str, Any]) -> None:
         hidden = {"step", "seconds", "eta", "steps_per_second"}
@@ -141,4 +144,7 @@ class Metrics:
         """Ends the bar and the file."""
         self._bar.close()
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as problem:  # what a full disk did not take is still in the buffer
+                self._tell(problem)

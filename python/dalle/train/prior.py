@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.averaging import IterateAverage
-from dalle.configs import to_dict
+from dalle.configs import require, require_adamw, to_dict
 from dalle.data.augment import center_crop, prior_crop, to_tensor
 from dalle.data.pairs import BatchSampler, Pairs, load_or_skip
 from dalle.dvae import DiscreteVAE
@@ -81,17 +81,11 @@ class PriorTrainConfig:
             ("augment", ("paper", "none")),
             ("image_init", IMAGE_INITS),
         ):
-            value = getattr(self, name)
-            if value not in known:
-                choices = ", ".join(known)
-                raise UsageError(f"prior train: {name} must be one of {choices}, got {value!r}")
-        for name in ("bpe_dropout", "caption_dropout", "token_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                value = getattr(self, name)
-                raise UsageError(f"prior train: {name} must be in [0, 1), got {value}")
-        for name in ("batch_size", "lr", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"prior train: {name} must be positive, got {getattr(self, name)}")
+            require("prior train", self, f"one of {', '.join(known)}", known.__contains__, name)
+        shares = ("bpe_dropout", "caption_dropout", "token_dropout")
+        require("prior train", self, "in [0, 1)", lambda x: 0 <= x < 1, *shares)
+        require("prior train", self, "positive", lambda x: x > 0, "batch_size", "lr", "clip_norm")
+        require_adamw("prior train", self)
         if self.decay == "cosine" and self.decay_steps < 1:
             raise UsageError(f"prior train: decay_steps must be 1 or more, got {self.decay_steps}")
 
@@ -191,7 +185,9 @@ class PriorTask:
     def train_step(self, step: int) -> dict[str, float | Tensor]:
         """One update; all its randomness comes from (seed, step)."""
         c = self.config
+        cut = self.tokenizer.truncated
         text, tokens = self.batch(step)
+        cut = self.tokenizer.truncated - cut
         rng = torch.Generator().manual_seed(step_seed(self.seed, step, 3))
         torch.manual_seed(step_seed(self.seed, step, 4))  # the model's own dropout
         if c.caption_dropout:
@@ -211,6 +207,7 @@ class PriorTask:
             "image_loss": out.image_loss.detach(),
             "grad_norm": grad_norm,
             "halvings": self.plateau.halvings,
+            "captions_cut": cut / len(text),
             "images": len(text),
         }
 

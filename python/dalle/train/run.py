@@ -32,21 +32,6 @@ if TYPE_CHECKING:
     from dalle.train.loop import LoopConfig, Task
 
 
-def make_folder(path: Path) -> Path:
-    """Makes `path`.
-
-    Raises:
-        EnvironmentProblem: in one line, where that is not possible.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise EnvironmentProblem(
-            f"train: out must be a folder that can be written, got {path}: {problem.strerror}"
-        ) from problem
-    return path
-
-
 @contextmanager
 def settings(seed: int, deterministic: bool) -> Iterator[None]:
     """Seeds the global generators; with `deterministic`, no kernel that varies from run to run."""
