@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "python" / "buildtools"))
+import emulated  # noqa: E402
 import torch_dir  # noqa: E402
 
 
@@ -100,3 +101,26 @@ def test_architectures_refuse(monkeypatch):
 
 def test_constraints_pin_torch():
     assert torch_dir.pinned_torch(ROOT).startswith("torch==2.")
+
+
+def test_cuda_headers_of_the_toolkit_or_of_wheels(tmp_path, monkeypatch):
+    toolkit, wheels = tmp_path / "toolkit/include", tmp_path / "nvidia/cu13/include"
+    for folder, cccl in ((toolkit, toolkit), (wheels, wheels / "cccl")):
+        (cccl / "nv").mkdir(parents=True)
+        for file in (folder / "cuda_fp16.h", folder / "vector_types.h", cccl / "nv/target"):
+            file.touch()
+    monkeypatch.setenv("CUDA_HOME", str(toolkit.parent))
+    assert emulated.cuda_include() == [toolkit]
+    (toolkit / "cuda_fp16.h").unlink()
+    monkeypatch.setattr(emulated.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(emulated, "SYSTEM_TOOLKIT", str(tmp_path / "none"))
+    assert emulated.cuda_include() == [wheels, wheels / "cccl"]
+    (wheels / "vector_types.h").unlink()
+    with pytest.raises(RuntimeError, match="^emulator: CUDA's headers must be .*, got none; type"):
+        emulated.cuda_include()
+
+
+def test_emulator_names_the_missing_tool(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match="^emulator: cmake must be on PATH, got none; type: pip"):
+        emulated.build("_C_emulated_plain")

@@ -16,6 +16,7 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <unordered_map>
 
 #include "emulator/block.h"
@@ -25,9 +26,18 @@ namespace {
 
 enum class Kind : uint32_t { kPlain, kAtomic, kPending };  // pending: a cp.async is under way
 
+// Where an access was: the address of an instruction, or a Place with the top bit set.
+using Where = uintptr_t;
+constexpr Where kIsPlace = ~(~Where{0} >> 1);
+Where where_of(Place place) {
+  static_assert(sizeof(Place) == sizeof(Where) && std::is_trivially_copyable_v<Place>);
+  return std::bit_cast<Where>(place) | kIsPlace;
+}
+
 struct Stamp {
   uint32_t epoch = 0;
   uint32_t thread : 10 = 0, clock : 20 = 0, kind : 2 = 0;
+  Where where = 0;
 };
 constexpr uint32_t kMaxClock = (1u << 20) - 1;
 
@@ -38,7 +48,7 @@ struct Cell {
   Stamp write, reads[3];
 };
 
-constexpr size_t kPage = 4096, kMaxPages = 4096, kCached = 256;
+constexpr size_t kPage = 4096, kMaxPages = 2048, kCached = 256;
 using Page = std::array<Cell, kPage>;
 
 std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
@@ -74,12 +84,12 @@ bool is_ordered(const Stamp& stamp, uint32_t self, bool shared) {
          stamp.clock <= clocks[self][stamp.thread % kLanes];
 }
 
-// " at file:line", the source line of an instruction, by binutils' addr2line.
-std::string line_of(const void* instruction) {
+// " at file:line"; the line of an instruction by binutils' addr2line.
+std::string line_of(Where where) {
+  if (where & kIsPlace) return text_of(std::bit_cast<Place>(where & ~kIsPlace));
   Dl_info found;
-  if (!instruction || !dladdr(instruction, &found) || !found.dli_fname) return "";
-  const char* address = static_cast<const char*>(instruction);
-  const size_t offset = static_cast<size_t>(address - static_cast<char*>(found.dli_fbase)) - 1;
+  if (!dladdr(reinterpret_cast<const void*>(where), &found) || !found.dli_fname) return "";
+  const size_t offset = where - reinterpret_cast<Where>(found.dli_fbase) - 1;
   char command[1024], line[1024] = "";
   std::snprintf(command, sizeof(command), "addr2line -e '%s' %#zx 2>/dev/null", found.dli_fname,
                 offset);
@@ -108,24 +118,21 @@ std::string other_of(const Stamp& stamp) {
 }
 
 [[noreturn]] void report(uintptr_t at, const char* before, const Stamp& stamp, const char* what,
-                         Place place, const void* instruction) {
-  fail("data race on " + memory_of(at) + ": " + what +
-       (instruction ? line_of(instruction) : text_of(place)) + " is not ordered behind the " +
-       before + other_of(stamp));
+                         Where where) {
+  fail("data race on " + memory_of(at) + ": " + what + line_of(where) +
+       " is not ordered behind the " + before + other_of(stamp) + line_of(stamp.where));
 }
 
-void record(const void* address, size_t bytes, Access access, const char* what, Place place,
-            const void* instruction) {
+void record(const void* address, size_t bytes, Access access, const char* what, Where where) {
   const bool shared = in_arena(address);
   const uint32_t self = static_cast<uint32_t>(block.running->id);
   const uint32_t clock = clocks[self][self % kLanes];
   const auto kind = access == Access::kAtomic    ? Kind::kAtomic
                     : access == Access::kPending ? Kind::kPending
                                                  : Kind::kPlain;
-  const Stamp now = {epoch, self, clock, static_cast<uint32_t>(kind)};
+  const Stamp now = {epoch, self, clock, static_cast<uint32_t>(kind), where};
   if (shared && !array_around(address, bytes)) {
-    fail(std::string(what) + (instruction ? line_of(instruction) : text_of(place)) +
-         " is outside of the arrays in shared memory");
+    fail(what + line_of(where) + " is outside of the arrays in shared memory");
   }
   const uintptr_t first = reinterpret_cast<uintptr_t>(address);
   for (uintptr_t at = first; at < first + bytes; ++at) {
@@ -135,12 +142,12 @@ void record(const void* address, size_t bytes, Access access, const char* what, 
                          static_cast<Kind>(write.kind) == Kind::kPending &&
                          write.epoch >= block_epoch;
     if (pending && access != Access::kArrival) {
-      report(at, "wait for a cp.async", write, what, place, instruction);
+      report(at, "wait for a cp.async", write, what, where);
     }
     const bool both_atomic =
         access == Access::kAtomic && static_cast<Kind>(write.kind) == Kind::kAtomic;
     if (!both_atomic && !is_ordered(write, self, shared)) {
-      report(at, "write", write, what, place, instruction);
+      report(at, "write", write, what, where);
     }
     if (access == Access::kRead) {
       const Stamp& first = cell.reads[0];
@@ -149,7 +156,7 @@ void record(const void* address, size_t bytes, Access access, const char* what, 
       continue;
     }
     for (Stamp& read : cell.reads) {
-      if (!is_ordered(read, self, shared)) report(at, "read", read, what, place, instruction);
+      if (!is_ordered(read, self, shared)) report(at, "read", read, what, where);
       read = {};
     }
     cell.write = now;
@@ -158,8 +165,8 @@ void record(const void* address, size_t bytes, Access access, const char* what, 
 
 void record_plain(const void* at, size_t bytes, bool writes, const void* instruction) {
   if (block.running == nullptr || in_stacks(at)) return;
-  record(at, bytes, writes ? Access::kWrite : Access::kRead, writes ? "a write" : "a read", {},
-         instruction);
+  record(at, bytes, writes ? Access::kWrite : Access::kRead, writes ? "a write" : "a read",
+         reinterpret_cast<Where>(instruction));
 }
 
 }  // namespace
@@ -195,7 +202,7 @@ void race_warp_barrier(uint32_t lanes) {
 }
 
 void race_access(const void* at, size_t bytes, Access access, const char* what, Place place) {
-  record(at, bytes, access, what, place, nullptr);
+  record(at, bytes, access, what, where_of(place));
 }
 
 }  // namespace dalle::emulator

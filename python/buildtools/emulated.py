@@ -18,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch_dir  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
+SYSTEM_TOOLKIT = "/usr/local/cuda"
 HOW_TO_GET = "type: pip install -c constraints.txt -e '.[test]'"
 
 
 def _toolkits() -> Iterator[list[Path]]:
     """Include folders that may hold CUDA's type headers, a toolkit's before the wheels'."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    for toolkit in (home, "/usr/local/cuda"):
+    for toolkit in (home, SYSTEM_TOOLKIT):
         if toolkit:
             yield [Path(toolkit) / "include"]
     for name in ("purelib", "platlib"):

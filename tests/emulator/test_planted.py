@@ -31,7 +31,8 @@ CAUGHT = {
     "no_barrier_before_next_cp_async": {"random": WRONG, "race": RACE + ".*cp.async at planted.cu"},
     "cp_async_waits_for_too_few": {
         "plain": WRONG,
-        "race": RACE + r"byte \d+ of dynamic shared memory: .* behind the wait for a cp.async",
+        "race": RACE + r"byte \d+ of dynamic shared memory: .* behind the wait for a cp.async of "
+        r"thread \(\d+, 0, 0\) at planted.cu:\d+$",
     },
     "blocks_write_the_same": {"race": RACE + "global memory: a write"},
     "no_barrier_over_global": {"random": WRONG, "race": RACE + "global memory"},
