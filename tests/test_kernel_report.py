@@ -81,16 +81,17 @@ def test_short_names():
 
 
 def test_each_problem_has_its_line():
-    budgets = [Budget("f", 64), Budget("f<__half", 128, ("HMMA",))]
+    budgets = [Budget("f", 64), Budget("f<__half", 128, ("HMMA", "!RED"))]
     good = Kernel(registers=128, opcodes=Counter({"HMMA": 3}))
     assert kernel_report.problems("f<__half, 2>", good, budgets) == []
-    bad = Kernel(registers=129, stack=8, spills=4, opcodes=Counter({"LDL": 2}))
+    bad = Kernel(registers=129, stack=8, spills=4, opcodes=Counter({"LDL": 2, "RED": 1}))
     lines = kernel_report.problems("f<__half, 2>", bad, budgets)
     assert [line.split(": ", 1)[1] for line in lines] == [
         "registers must be at most 128, got 129",
         "spills and stack must be 0 bytes, got 4 and 8",
         "LDL must be absent, got 2",
         "HMMA must be in the machine code, got none",
+        "RED must be absent, got 1",
     ]
     assert kernel_report.problems("g", good, budgets) == [
         "g: budget must have a row for it, got none"

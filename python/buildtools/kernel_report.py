@@ -25,7 +25,7 @@ import torch_dir  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90a")
-LOCAL_MEMORY = ("LDL", "STL")
+LOCAL_MEMORY = ("!LDL", "!STL")
 SHOWN = ("HMMA", "LDSM", "LDGSTS", "MUFU", "FFMA", "DFMA", "BAR", "SHFL", "ATOM", "RED")
 
 
@@ -88,7 +88,7 @@ def demangle(names: list[str]) -> dict[str, str]:
 
 
 def read_budgets(path: Path) -> list[Budget]:
-    """Rows of `kernel prefix | registers | opcodes`; `#` begins a comment."""
+    """Rows of `kernel prefix | registers | opcodes`, `!X` an opcode that must not be there."""
     budgets = []
     for line in path.read_text().splitlines():
         if line.strip() and not line.startswith("#"):
@@ -113,11 +113,12 @@ def problems(name: str, kernel: Kernel, budgets: list[Budget]) -> list[str]:
             f"{name}: spills and stack must be 0 bytes, got {kernel.spills} and {kernel.stack}"
         )
     if kernel.opcodes is not None:
-        for opcode in LOCAL_MEMORY:
-            if kernel.opcodes[opcode]:
-                found.append(f"{name}: {opcode} must be absent, got {kernel.opcodes[opcode]}")
-        for opcode in budget.opcodes:
-            if not kernel.opcodes[opcode]:
+        for claim in LOCAL_MEMORY + budget.opcodes:
+            opcode = claim.removeprefix("!")
+            count = kernel.opcodes[opcode]
+            if claim != opcode and count:
+                found.append(f"{name}: {opcode} must be absent, got {count}")
+            elif claim == opcode and not count:
                 found.append(f"{name}: {opcode} must be in the machine code, got none")
     return found
 
