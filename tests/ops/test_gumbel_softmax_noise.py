@@ -35,6 +35,17 @@ def test_kernel_draws_the_words_of_the_definition(seed):
     assert torch.equal(words.long() & 0xFFFFFFFF, reference.philox(seed, 1024).reshape(-1))
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("num_codes", "inner"), [(2, 1), (13, 1), (13, 5), (1024, 1), (100, 7)])
+def test_codes_are_those_of_the_definition_on_every_back_end(num_codes, inner, seed, device):
+    """With equal logits the code is the argmax of the noise alone: the words, bit for bit."""
+    rows = 4 * inner
+    logits = torch.zeros(4, num_codes, inner, device=device)
+    noise = reference.gumbel_noise(torch.tensor(seed), rows, num_codes)
+    index = dalle_ext.gumbel_softmax(logits, 1.0, seed=seed).index
+    assert torch.equal(index.cpu().flatten(), noise.argmax(1))
+
+
 @pytest.mark.parametrize("level", SUPPORTED)
 def test_lanes_against_plain_arithmetic(tmp_path, level):
     """tests/cpp: known answers, counters beyond 2**32, accuracy, every 16-bit number."""
