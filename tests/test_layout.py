@@ -136,6 +136,14 @@ def test_packages_are_all_listed():
     assert listed == found
 
 
+def test_every_test_that_the_docs_name_is_there():
+    for name in ("docs/paper.md", "docs/reliability.md"):
+        text = (ROOT / name).read_text()
+        named = re.findall(r"`((?:tests/|test_)[\w/]+\.py)`", text)
+        known = {path.name for path in ROOT.glob("tests/**/*.py")}
+        assert named and {Path(path).name for path in named} <= known, name
+
+
 def test_nothing_built_is_tracked():
     run = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=False
