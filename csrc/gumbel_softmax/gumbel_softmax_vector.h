@@ -198,8 +198,9 @@ inline Float exp2_of(Float x) {
   q = q * f + 0.24022647738456726f;
   q = q * f + 0.6931471824645996f;
   q = q * f + 1.0f;
-  const Int power = (Int)q + ((Int)shifted << 23);
-  return (Float)(power & ~vanishes);
+  // Unsigned, since what comes of NaN and infinity wraps around.
+  const Word power = (Word)q + ((Word)shifted << 23);
+  return (Float)(power & ~(Word)vanishes);
 }
 
 inline float log2_of(float x) { return __builtin_log2f(x); }
