@@ -31,6 +31,15 @@ def line_of(capsys):
     return heard.err.strip()
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_while_they_wait_unless_told_otherwise(monkeypatch, before, after):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if before:
+        monkeypatch.setenv("OMP_WAIT_POLICY", before)
+    assert main(["--version"]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == after
+
+
 def test_help_needs_no_torch_and_half_a_second():
     code = (
         "import sys\nfrom dalle.cli import main\nassert main(['--help']) == 0\n"

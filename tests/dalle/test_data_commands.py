@@ -60,7 +60,7 @@ def test_check_reports_what_is_left_out(made, tmp_path, capsys):
         (made / "pairs" / "broken.jpg").unlink()
         (made / "pairs" / "broken.txt").unlink()
     shown = capsys.readouterr().out
-    for line in ("30 pairs", "PNG 30", "width: 32 to 32", "left out: 1", "1 x not a picture"):
+    for line in ("30 pairs", "PNG 30", "width: 24 to 24", "left out: 1", "1 x not a picture"):
         assert line in shown, shown
     assert contact.exists()
 

@@ -30,14 +30,14 @@ class MakeShapesConfig:
         out: written there: pairs/NNNNNN.png and .txt, facts.json, contact.png.
         split: train, test (captions held out), zero (colour-shape pairs held out).
         count: number of pictures.
-        image_size: side in pixels, a multiple of 8, at least 32.
+        image_size: side in pixels, a multiple of 8, at least 24.
         seed: which pictures.
     """
 
     out: Path
     split: Literal["train", "test", "zero"] = "train"
     count: int = 1000
-    image_size: int = 32
+    image_size: int = 24
     seed: int = 0
 
 

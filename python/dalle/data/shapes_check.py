@@ -1,6 +1,6 @@
 """Reads a picture of `shapes` back into facts and holds them against a caption.
 
-The reader knows the palette and the four outlines but not the caption: background by the border,
+The reader knows the palette and the outlines but not the caption: background by the border,
 the colours present by solid areas, one mask per colour, connected pieces counted, each outline by
 the nearest of a bank of drawn templates, places and relations by centres. It works on batches.
 """
@@ -25,6 +25,8 @@ BORDER_DISTANCE = 60.0
 MISFIT = 0.5  # squared distance to the best template, as a share of the template's own square
 WINDOW = 10  # half the side of the square around a centre that is compared with templates
 BANK_SIZES = range(44, 61, 2)  # 11 to 15 pixels, in quarters
+
+MIN_SIDE = 24
 
 FACTS = ("background", "count", "colour", "shape", "place", "relation")
 
@@ -62,7 +64,7 @@ class ShapesReport:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows: per colour its outline ("" for none of the four) and centre (x, y)."""
+    """What a picture shows: per colour its outline ("" for none of the set) and centre (x, y)."""
 
     background: str
     pieces: int
@@ -75,8 +77,8 @@ def _to_base(images: np.ndarray) -> np.ndarray:
     if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
         raise DataError(f"shapes: images must be (N, S, S, 3), got {images.shape}")
     side = images.shape[1]
-    if side % 8 or side < BASE:
-        raise DataError(f"shapes: images must have a side of 32 or more, by 8, got {side}")
+    if side % 8 or side < MIN_SIDE:
+        raise DataError(f"shapes: images must have a side of {MIN_SIDE} or more, by 8, got {side}")
     if side == BASE:
         return images.astype(np.float32)
     common = int(np.lcm(side, BASE))
@@ -150,7 +152,7 @@ def read(images: np.ndarray) -> list[Reading]:
     """Reads pictures.
 
     Args:
-        images: (N, S, S, 3) uint8 or float in 0 .. 255, S a multiple of 8 and at least 32.
+        images: (N, S, S, 3) uint8 or float in 0 .. 255, S a multiple of 8 and at least 24.
     """
     pixels = _to_base(np.asarray(images))
     names, grounds = list(COLOURS), list(BACKGROUNDS)
@@ -232,7 +234,7 @@ def check_batch(images: np.ndarray, scenes: Sequence[Scene]) -> list[ShapesRepor
     """Checks picture i against scene i.
 
     Args:
-        images: (N, S, S, 3) uint8, S a multiple of 8 and at least 32.
+        images: (N, S, S, 3) uint8, S a multiple of 8 and at least 24.
         scenes: N scenes.
 
     Raises:

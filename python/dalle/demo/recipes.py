@@ -150,9 +150,9 @@ def default_recipe(data: str) -> DemoRecipe:
     return DemoRecipe(
         image_size=vae.image_size,
         vocab_size=16_384,
-        items=20_000,
+        items=36_000,
         unseen_items=500,
-        num_captions=144,
+        num_captions=144 if data == "emoji" else 96,
         num_samples=8,
         vae=vae.model,
         vae_train=vae.train,

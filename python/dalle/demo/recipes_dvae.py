@@ -64,12 +64,12 @@ DVAE_RECIPES: dict[str, DvaeRecipe] = {
         codebook_sharpness=4.0,
     ),
     "shapes": _recipe(
-        32,
-        900,
-        1200,
-        {"patch": 4, "n_hid": 96, "n_blk_per_group": 2, "n_init": 32, "vocab_size": 512},
-        70.0,
-        lr_start=2e-4,
+        24,
+        600,
+        1000,
+        {"patch": 2, "n_hid": 48, "n_blk_per_group": 1, "n_init": 16, "vocab_size": 128},
+        25.0,
+        lr_start=4e-4,
         codebook_sharpness=1.0,
     ),
 }

@@ -52,7 +52,7 @@ def _sizes(text_len: int, **changes: Any) -> dict[str, Any]:
     return {**sizes, "kernel_size": 5, "init_gain": 0.5, **changes}
 
 
-EMOJI_STEPS, SHAPES_STEPS = 3000, 1200
+EMOJI_STEPS, SHAPES_STEPS = 3000, 2200
 
 PRIOR_RECIPES: dict[str, PriorRecipe] = {
     "emoji": PriorRecipe(
@@ -63,10 +63,10 @@ PRIOR_RECIPES: dict[str, PriorRecipe] = {
         seconds=320.0,
     ),
     "shapes": PriorRecipe(
-        model=_sizes(16),
-        train=_short(SHAPES_STEPS, batch_size=32, lr=4e-3),
+        model=_sizes(16, attention=("causal",) * 4),
+        train=_short(SHAPES_STEPS, batch_size=16, lr=4e-3),
         steps=SHAPES_STEPS,
-        sampling={"temperature": 0.7},
-        seconds=240.0,
+        sampling={"temperature": 0.6, "cond_scale": 1.25},
+        seconds=380.0,
     ),
 }
