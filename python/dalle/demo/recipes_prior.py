@@ -63,7 +63,7 @@ PRIOR_RECIPES: dict[str, PriorRecipe] = {
         seconds=320.0,
     ),
     "shapes": PriorRecipe(
-        model=_sizes(16, attention=("causal",) * 4),
+        model=_sizes(16, d_model=192, num_heads=6, num_layers=2, attention=("causal",) * 2),
         train=_short(SHAPES_STEPS, batch_size=16, lr=4e-3),
         steps=SHAPES_STEPS,
         sampling={"temperature": 0.6, "cond_scale": 1.25},
