@@ -33,7 +33,7 @@ COLOURS = {
     "blue": (34, 60, 210),
     "yellow": (246, 206, 24),
     "cyan": (60, 205, 225),
-    "pink": (250, 130, 196),
+    "pink": (236, 60, 180),
 }
 BACKGROUNDS = {"white": (250, 250, 250), "black": (14, 14, 14)}
 PLACES = {  # word -> (column, row) of the 3 x 3 lattice
