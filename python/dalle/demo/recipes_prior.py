@@ -52,7 +52,7 @@ def _sizes(text_len: int, **changes: Any) -> dict[str, Any]:
     return {**sizes, "kernel_size": 5, "init_gain": 0.5, **changes}
 
 
-EMOJI_STEPS, SHAPES_STEPS = 3000, 2000
+EMOJI_STEPS, SHAPES_STEPS = 3000, 1450
 
 PRIOR_RECIPES: dict[str, PriorRecipe] = {
     "emoji": PriorRecipe(
@@ -64,9 +64,9 @@ PRIOR_RECIPES: dict[str, PriorRecipe] = {
     ),
     "shapes": PriorRecipe(
         model=_sizes(16, d_model=192, num_heads=6, num_layers=2, attention=("causal",) * 2),
-        train=_short(SHAPES_STEPS, batch_size=16, lr=2e-3),
+        train=_short(SHAPES_STEPS, batch_size=16, lr=2.5e-3),
         steps=SHAPES_STEPS,
-        sampling={"temperature": 0.5, "cond_scale": 1.5},
-        seconds=320.0,
+        sampling={"temperature": 0.4, "cond_scale": 1.5},
+        seconds=230.0,
     ),
 }
