@@ -19,8 +19,13 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python" / "buildtools"))
+# pytest puts this folder first on the path, where tests/dalle would hide the package of that name.
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != HERE]
+sys.path.insert(0, str(HERE.parent / "python" / "buildtools"))
 import emulated  # noqa: E402
+
+import dalle  # noqa: E402, F401  (bound before other files of this folder bring the path back)
 
 KEY = "PrivateUse3"  # the emulated kernels' own: no tensor has it
 
