@@ -73,6 +73,12 @@ def backend(request):
 
 
 @pytest.fixture
+def emulator():
+    """`routed_to_emulator`, for tests that enter and leave it themselves."""
+    return routed_to_emulator
+
+
+@pytest.fixture
 def device(backend):
     """Device of the tensors for `backend`."""
     return "cuda" if backend == "cuda" else "cpu"

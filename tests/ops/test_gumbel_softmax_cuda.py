@@ -116,13 +116,11 @@ def test_rows_without_any_difference(device, logit):
 
 
 @pytest.mark.emulated
-def test_a_warp_takes_four_rows_and_a_block_one(emulated_counts):
-    from conftest import routed_to_emulator
-
+def test_a_warp_takes_four_rows_and_a_block_one(emulated_counts, emulator):
     blocks = []
     for shape in [(64, 9), (64, 200), (6, 1000), (2, 8192)]:
         before = emulated_counts()
-        with routed_to_emulator():
+        with emulator():
             dalle_ext.gumbel_softmax(torch.zeros(shape), 1.0, seed=7)
         counts = emulated_counts()
         counts.subtract(before)
