@@ -21,13 +21,6 @@ KINDS = ("row", "column", "conv")
 MASK, CAUSAL = "torch SDPA, mask", "torch SDPA, causal"
 
 
-def gflop(
-    pattern: dalle_ext.AttentionPattern, heads: int, head_size: int, *, backward: bool
-) -> float:
-    """10^9 floating point operations on attended pairs: two products forward, five backward."""
-    return (14 if backward else 4) * pattern.num_pairs * heads * head_size * 1e-9
-
-
 def measure(
     kind: str,
     dtype: torch.dtype,
@@ -58,12 +51,14 @@ def measure(
 
     def timed(candidates: dict[str, Any], *, backward: bool) -> list[dict[str, Any]]:
         name = "forward + backward" if backward else "forward"
+        passes = (False, True) if backward else (False,)
+        work = sum(pattern.flops(batch, heads, head_size, p) for p in passes) * 1e-9
         return harness.compare(
             f"sparse_attention {kind} {name} {text_len}+{grid[0]}x{grid[1]} "
             f"B{batch} H{heads} D{head_size} {str(dtype)[6:]}",
             candidates.pop("ours"),
             candidates,
-            work=gflop(pattern, batch * heads, head_size, backward=backward),
+            work=work,
             unit="GFLOP/s",
             goals={} if goal is None else {MASK: goal},
             rounds=rounds,

@@ -7,16 +7,14 @@ distance q - k is one of the pattern's offsets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
+from dalle_ext.ops import sparse_attention_cost as cost
+from dalle_ext.ops import sparse_attention_flex as flex
 from dalle_ext.reference.sparse_attention import sparse_attention_mask
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 KINDS = ("row", "column", "conv", "causal")
 
@@ -104,17 +102,7 @@ class AttentionPattern:
         """The (T, T) bool mask, entry (query, key), on the CPU."""
         return sparse_attention_mask(self)
 
-    def mask_mod(self, device: torch.device | str = "cpu") -> Callable[..., torch.Tensor]:
-        """The pattern as a `mask_mod(b, h, q_idx, kv_idx)` of FlexAttention."""
-        text, beyond = self.text_len, self.grid[0] * self.grid[1]
-        seen = torch.zeros(beyond + 1, dtype=torch.bool)  # the last entry stays False
-        seen[list(self.offsets)] = True
-        seen = seen.to(device)
-        return lambda b, h, q, k: (q >= k) & ((k < text) | seen[(q - k).clamp(0, beyond)])
-
-    def to_block_mask(self, device: torch.device | str = "cpu") -> BlockMask:
-        """The pattern for `torch.nn.attention.flex_attention`, for any batch and heads."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        size = self.length
-        return create_block_mask(self.mask_mod(device), None, None, size, size, device=str(device))
+    mask_mod = flex.mask_mod
+    to_block_mask = flex.to_block_mask
+    flops = cost.flops
+    bytes = cost.bytes_moved
