@@ -71,10 +71,10 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dict of JSON values: `torch` (running), `built_for_torch`, `source` (git description),
         `compiler`, `cuda_architectures`, `cpu` and `cuda` ("loaded", or why not), `cpu_isa`
-        ("v2", "v3", "v4", or None), `host` (whether the pybind11 module is there).
+        ("v2", "v3", "v4", "v4_bf16", or None), `host` (whether the pybind11 module is there).
     """
     built = HOST.build_info() if HOST is not None else {}
-    level = torch.ops.dalle_ext._cpu_isa_level() if CPU_PROBLEM is None else None
+    isa = torch.ops.dalle_ext._cpu_isa() if CPU_PROBLEM is None else None
     return {
         "torch": torch.__version__,
         "built_for_torch": built.get("torch"),
@@ -83,6 +83,6 @@ def build_info() -> dict[str, Any]:
         "cuda_architectures": built.get("cuda_architectures") or None,
         "cpu": CPU_PROBLEM or "loaded",
         "cuda": CUDA_PROBLEM or "loaded",
-        "cpu_isa": None if level is None else f"v{level}",
+        "cpu_isa": isa,
         "host": HOST is not None,
     }

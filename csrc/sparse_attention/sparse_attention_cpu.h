@@ -68,6 +68,9 @@ extern const SparseAttentionCpu sparse_attention_cpu;
 namespace isa_v4 {
 extern const SparseAttentionCpu sparse_attention_cpu;
 }
+namespace isa_v4_bf16 {
+extern const SparseAttentionCpu sparse_attention_cpu;
+}
 
 }  // namespace dalle
 

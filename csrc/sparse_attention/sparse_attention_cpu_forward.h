@@ -1,31 +1,37 @@
 // Forward: online softmax over chunks of tiles. Included by sparse_attention_cpu.h only.
 #pragma once
 
-#include "sparse_attention/sparse_attention_cpu_pack.h"
+#include "sparse_attention/sparse_attention_cpu_product.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
 
 constexpr int kChunkTiles = 2;  // tiles between two looks at the running maximum
 constexpr int kChunk = kChunkTiles * kTile;
-constexpr int kMostDepth = 128;  // products added up before they meet another sum
 constexpr double kLog2E = 1.4426950408889634;
 
 // Packed keys and values of the head at work; panels are made when first needed.
-template <typename acc_t>
+template <typename operand_t>
 struct ForwardSpace {
-  acc_t *keys, *values, *rows, *q, *scores, *out, *largest, *now, *rescale;
+  using acc_t = Sum<operand_t>;
+  operand_t *keys, *values, *rows, *q, *weights;
+  acc_t *scores, *out, *largest, *now, *rescale;
   Vec<acc_t>* total;
   uint8_t* ready;
 
-  ForwardSpace(Carver& carver, int num_strips, int padded) {
-    const size_t panel = static_cast<size_t>(kTile) * padded;
-    keys = carver.take<acc_t>(panel * num_strips);    // [panel][D][32]
-    values = carver.take<acc_t>(panel * num_strips);  // [panel][32][D]
-    rows = carver.take<acc_t>(panel);
-    q = carver.take<acc_t>(panel);                // [D][32], times scale * log2(e)
-    out = carver.take<acc_t>(panel);              // [32][D]
-    scores = carver.take<acc_t>(kTile * kChunk);  // [32][chunk]
+  ForwardSpace(Carver& carver, int num_strips, const HeadSize<operand_t>& size) {
+    constexpr int kPer = kElements<operand_t>;
+    const size_t by_channels = static_cast<size_t>(kTile) * size.words;
+    const size_t by_rows = static_cast<size_t>(kTile) / kPer * size.padded;
+    keys = carver.take<operand_t>(by_channels * num_strips);
+    values = carver.take<operand_t>(by_rows * num_strips);
+    rows = carver.take<operand_t>(by_channels);
+    q = carver.take<operand_t>(by_channels);
+    out = carver.take<acc_t>(kTile * size.padded);  // [32][padded]
+    scores = carver.take<acc_t>(kTile * kChunk);    // [32][chunk]
+    // 2^(score - maximum) as an operand, [32][chunk / kElements]
+    if constexpr (kPer == 1) weights = scores;
+    if constexpr (kPer == 2) weights = carver.take<operand_t>(kTile * kChunk / kPer);
     largest = carver.take<acc_t>(kTile);
     now = carver.take<acc_t>(kTile);
     rescale = carver.take<acc_t>(kTile);
@@ -33,32 +39,6 @@ struct ForwardSpace {
     ready = carver.take<uint8_t>(num_strips);
   }
 };
-
-// to[32][32 of kLead] = the product of a transposed strip [depth][32] and a transposed panel
-// [depth][32].
-template <typename acc_t, int kLead>
-inline void strip_by_panel(const acc_t* strip, const acc_t* panel, int depth, int num_rows,
-                           acc_t* to) {
-  constexpr int kBlock = kMicroVectors * Lanes<acc_t>::kWidth;
-  for (int c = 0; c < kTile; c += kBlock) {
-    for (int r = 0; r < num_rows; r += kMicroRows) {
-      // Two shorter sums round less than one long one.
-      for (int d = 0; d < depth; d += kMostDepth) {
-        const int step = depth - d < kMostDepth ? depth - d : kMostDepth;
-        Vec<acc_t> sum[kMicroRows][kMicroVectors] = {}, before[kMicroRows][kMicroVectors];
-        micro_tile<acc_t, kMicroVectors, 1, kTile>(strip + d * kTile + r, panel + d * kTile + c,
-                                                   kTile, step, sum);
-        if (d > 0) {
-          load_tile<acc_t, kMicroVectors>(to + r * kLead + c, kLead, nullptr, before);
-          for (int i = 0; i < kMicroRows; ++i) {
-            for (int j = 0; j < kMicroVectors; ++j) sum[i][j] += before[i][j];
-          }
-        }
-        store_tile<acc_t, kMicroVectors>(to + r * kLead + c, kLead, sum);
-      }
-    }
-  }
-}
 
 // Masks one row of scores in place and returns the lanewise maximum of it and `largest`.
 template <typename acc_t>
@@ -88,9 +68,10 @@ inline Vec<acc_t> mask_and_max(acc_t* scores, const AttentionTile* tiles, int nu
 }
 
 // Turns the scores of one chunk into 2^(score - running maximum) and updates the running sums.
-template <typename acc_t>
-inline void softmax_chunk(ForwardSpace<acc_t>& space, const AttentionTile* tiles, int num_tiles,
+template <typename operand_t>
+inline void softmax_chunk(ForwardSpace<operand_t>& space, const AttentionTile* tiles, int num_tiles,
                           const AttentionTileMask* masks, int num_rows) {
+  using acc_t = Sum<operand_t>;
   constexpr int kWidth = Lanes<acc_t>::kWidth;
   for (int r = 0; r < num_rows; ++r) {
     acc_t* scores = space.scores + r * kChunk;
@@ -107,42 +88,49 @@ inline void softmax_chunk(ForwardSpace<acc_t>& space, const AttentionTile* tiles
     store<acc_t>(space.now + r, origin);
   }
   for (int r = 0; r < num_rows; ++r) {
-    acc_t* scores = space.scores + r * kChunk;
+    const acc_t* scores = space.scores + r * kChunk;
+    operand_t* weights = space.weights + r * kChunk / kElements<operand_t>;
     const acc_t origin = space.now[r];
     Vec<acc_t> total = space.total[r] * space.rescale[r];
-    for (int c = 0; c < num_tiles * kTile; c += kWidth) {
-      const Vec<acc_t> p = exp2_vector<acc_t>(load(scores + c) - origin);
-      store<acc_t>(scores + c, p);
-      total += p;
+    for (int c = 0; c < num_tiles * kTile; c += 2 * kWidth) {
+      const Vec<acc_t> p0 = exp2_vector<acc_t>(load(scores + c) - origin);
+      const Vec<acc_t> p1 = exp2_vector<acc_t>(load(scores + c + kWidth) - origin);
+      store_along(weights + c / kElements<operand_t>, p0, p1);
+      total += p0;
+      total += p1;
     }
     space.total[r] = total;
   }
 }
 
 // out = rescale * out + probabilities * values, for one block of kVectors vectors of the head.
-template <typename acc_t, int kVectors>
-inline void weigh_values(ForwardSpace<acc_t>& space, const AttentionTile* tiles, int num_tiles,
+template <typename operand_t, int kVectors>
+inline void weigh_values(ForwardSpace<operand_t>& space, const AttentionTile* tiles, int num_tiles,
                          int num_rows, int padded, int d) {
+  constexpr int kRow = kChunk / kElements<operand_t>, kDepth = kTile / kElements<operand_t>;
   for (int r = 0; r < num_rows; r += kMicroRows) {
-    Vec<acc_t> sum[kMicroRows][kVectors];
-    load_tile<acc_t, kVectors>(space.out + r * padded + d, padded, space.rescale + r, sum);
+    MicroTile<Sum<operand_t>, kVectors> sum;
+    load_tile<Sum<operand_t>, kVectors>(space.out + r * padded + d, padded, space.rescale + r, sum);
     for (int t = 0; t < num_tiles; ++t) {
-      const acc_t* values =
-          space.values + static_cast<int64_t>(tiles[t].panel) * kTile * padded + d;
-      micro_tile<acc_t, kVectors, kChunk, 1>(space.scores + r * kChunk + t * kTile, values, padded,
-                                             kTile, sum);
+      const int64_t panel = static_cast<int64_t>(tiles[t].panel) * kDepth * padded;
+      micro_tile<operand_t, kVectors, kRow, 1>(space.weights + r * kRow + t * kDepth,
+                                               space.values + panel + d, padded, kDepth, sum);
     }
-    store_tile<acc_t, kVectors>(space.out + r * padded + d, padded, sum);
+    store_tile<Sum<operand_t>, kVectors>(space.out + r * padded + d, padded, sum);
   }
 }
 
-template <typename storage_t, typename acc_t>
+template <typename storage_t, typename operand_t>
 void forward_typed(const SparseAttentionParams& p, const AttentionTileView& view, void* workspace,
                    int64_t task_begin, int64_t task_end) {
-  constexpr int kWidth = Lanes<acc_t>::kWidth;
-  const int padded = padded_size<acc_t>(p.head_size);
+  using acc_t = Sum<operand_t>;
+  constexpr int kBlock = kMicroVectors * Lanes<acc_t>::kWidth;
+  const HeadSize<operand_t> size(p.head_size);
+  const int64_t by_channels = int64_t{kTile} * size.words;
+  const int64_t by_rows = int64_t{kTile} / kElements<operand_t> * size.padded;
+  const acc_t scale = static_cast<acc_t>(p.scale * kLog2E);
   Carver carver{static_cast<char*>(workspace)};
-  ForwardSpace<acc_t> space(carver, view.num_strips, padded);
+  ForwardSpace<operand_t> space(carver, view.num_strips, size);
   int64_t packed_head = -1;
   for (int64_t task = task_begin; task < task_end; ++task) {
     const int64_t head = task / view.num_strips;
@@ -153,9 +141,9 @@ void forward_typed(const SparseAttentionParams& p, const AttentionTileView& view
     const int count = places_of(strip, p.length);
     const int num_rows = (count + kMicroRows - 1) / kMicroRows * kMicroRows;
     const int32_t* position = view.position + strip * kTile;
-    gather_strip<storage_t>(p, view, p.q, head, strip, padded, space.rows);
-    transpose_panel<acc_t>(space.rows, static_cast<acc_t>(p.scale * kLog2E), padded, space.q);
-    std::memset(space.out, 0, sizeof(acc_t) * kTile * padded);
+    gather_strip<storage_t>(p, view, p.q, head, strip, size.words, space.rows);
+    transpose_panel(space.rows, size.words, space.q);
+    std::memset(space.out, 0, sizeof(acc_t) * kTile * size.padded);
     for (int r = 0; r < kTile; ++r) {
       space.largest[r] = -INFINITY;
       space.total[r] = Vec<acc_t>{};
@@ -167,30 +155,34 @@ void forward_typed(const SparseAttentionParams& p, const AttentionTileView& view
       const int chunk = num_tiles - first < kChunkTiles ? num_tiles - first : kChunkTiles;
       for (int t = 0; t < chunk; ++t) {
         const int panel = tiles[first + t].panel;
-        const int64_t offset = static_cast<int64_t>(panel) * kTile * padded;
+        operand_t* keys = space.keys + panel * by_channels;
         if (!space.ready[panel]) {
-          gather_strip<storage_t>(p, view, p.k, head, panel, padded, space.rows);
-          transpose_panel<acc_t>(space.rows, 1, padded, space.keys + offset);
-          gather_strip<storage_t>(p, view, p.v, head, panel, padded, space.values + offset);
+          gather_strip<storage_t>(p, view, p.k, head, panel, size.words, space.rows);
+          transpose_panel(space.rows, size.words, keys);
+          gather_across<storage_t>(p, view, p.v, head, panel, size, space.rows,
+                                   space.values + panel * by_rows);
           space.ready[panel] = 1;
         }
-        strip_by_panel<acc_t, kChunk>(space.q, space.keys + offset, p.head_size, num_rows,
-                                      space.scores + t * kTile);
+        strip_by_panel<operand_t, kChunk>(space.q, keys, scale, size.depth, num_rows,
+                                          space.scores + t * kTile);
       }
       softmax_chunk(space, tiles + first, chunk, view.masks, num_rows);
       int d = 0;
-      for (; d + kMicroVectors * kWidth <= padded; d += kMicroVectors * kWidth) {
-        weigh_values<acc_t, kMicroVectors>(space, tiles + first, chunk, num_rows, padded, d);
+      for (; d + kBlock <= size.padded; d += kBlock) {
+        weigh_values<operand_t, kMicroVectors>(space, tiles + first, chunk, num_rows, size.padded,
+                                               d);
       }
-      if (d < padded) weigh_values<acc_t, 1>(space, tiles + first, chunk, num_rows, padded, d);
+      if (d < size.padded) {
+        weigh_values<operand_t, 1>(space, tiles + first, chunk, num_rows, size.padded, d);
+      }
     }
 
     storage_t* out = head_of<storage_t>(p.out, head, p.heads);
     double* lse = p.lse + head * p.length;
     for (int r = 0; r < count; ++r) {
       const acc_t total = sum_of<acc_t>(space.total[r]);
-      scatter_rows<storage_t, acc_t>(space.out + r * padded, 1 / total, padded, position + r, 1,
-                                     p.head_size, out, p.out.row);
+      scatter_rows<storage_t, acc_t>(space.out + r * size.padded, 1 / total, size.padded,
+                                     position + r, 1, p.head_size, out, p.out.row);
       lse[position[r]] = space.largest[r] / kLog2E + __builtin_log(total);
     }
   }
@@ -198,8 +190,8 @@ void forward_typed(const SparseAttentionParams& p, const AttentionTileView& view
 
 void forward(const SparseAttentionParams& p, const AttentionTileView& view, void* workspace,
              int64_t task_begin, int64_t task_end) {
-  for_type(p.type, [&](auto storage, auto acc) {
-    forward_typed<decltype(storage), decltype(acc)>(p, view, workspace, task_begin, task_end);
+  for_type(p.type, [&](auto storage, auto operand) {
+    forward_typed<decltype(storage), decltype(operand)>(p, view, workspace, task_begin, task_end);
   });
 }
 

@@ -1,10 +1,11 @@
-// From strided rows of any storage type to packed panels of the accumulation type, and back.
-// Included by sparse_attention_cpu.h only.
+// From strided rows of any storage type to packed panels of operands, and back. Included by
+// sparse_attention_cpu.h only.
+//
+// An operand lies in one of two orders, by what a product sums over: channels, [words][32 rows], or
+// rows, [32 / kElements][padded channels]. A word holds kElements neighbours along the sum.
 #pragma once
 
-#include <utility>
-
-#include "sparse_attention/sparse_attention_cpu_vector.h"
+#include "sparse_attention/sparse_attention_cpu_pairs.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
@@ -56,11 +57,17 @@ inline void narrow(float x, Half* to) {
 }
 
 // Head sizes are padded to whole vectors, with zeros.
-template <typename acc_t>
-inline int padded_size(int head_size) {
-  constexpr int kWidth = Lanes<acc_t>::kWidth;
-  return (head_size + kWidth - 1) / kWidth * kWidth;
-}
+template <typename operand_t>
+struct HeadSize {
+  int size, padded, depth, words;  // channels, padded; words of a row, padded
+
+  explicit HeadSize(int head_size) : size(head_size) {
+    constexpr int kWidth = Lanes<operand_t>::kWidth;
+    padded = static_cast<int>(ceil_div(size, kWidth)) * kWidth;
+    depth = static_cast<int>(ceil_div(size, kElements<operand_t>));
+    words = static_cast<int>(ceil_div(depth, kWidth)) * kWidth;
+  }
+};
 
 // Where one head of a tensor starts.
 template <typename storage_t>
@@ -74,25 +81,62 @@ inline int places_of(int strip, int length) {
   return length - strip * kTile < kTile ? length - strip * kTile : kTile;
 }
 
-// to[32][padded] = the rows at `position`, zero beyond `count` rows and beyond head_size.
-template <typename storage_t, typename acc_t>
-inline void gather_rows(const storage_t* from, int64_t stride, const int32_t* position, int count,
-                        int head_size, int padded, acc_t* to) {
-  for (int r = 0; r < kTile; ++r, to += padded) {
-    const int size = r < count ? head_size : 0;
-    const storage_t* row = r < count ? from + position[r] * stride : from;
-    for (int d = 0; d < size; ++d) to[d] = widen(row[d]);
-    for (int d = size; d < padded; ++d) to[d] = 0;
+// to[words] = one row, zero beyond its channels.
+template <typename storage_t, typename operand_t>
+inline void gather_row(const storage_t* row, int size, int words, operand_t* to) {
+  for (int d = 0; d < size; ++d) to[d] = widen(row[d]);
+  for (int d = size; d < words; ++d) to[d] = 0;
+}
+inline void gather_row(const BFloat16* row, int size, int words, Pair* to) {
+  constexpr int kWidth = Lanes<Pair>::kWidth;
+  int d = 0;
+  for (; d + 2 * kWidth <= size; d += 2 * kWidth, to += kWidth) {
+    store(to, load(reinterpret_cast<const Pair*>(row + d)));
   }
+  if (d == words * 2) return;
+  std::memset(to, 0, sizeof(Pair) * kWidth);
+  std::memcpy(to, row + d, sizeof(BFloat16) * (size - d));
 }
 
-// to[32][padded] = the rows of strip or panel `strip` of one head of q, k, v, out or grad_out.
-template <typename storage_t, typename acc_t>
+// to[32][words] = the rows of strip or panel `strip` of one head of q, k, v, out or grad_out, zero
+// beyond the end of the stream.
+template <typename storage_t, typename operand_t>
 inline void gather_strip(const SparseAttentionParams& p, const AttentionTileView& view,
-                         const AttentionRows& rows, int64_t batch_head, int strip, int padded,
-                         acc_t* to) {
-  gather_rows(head_of<const storage_t>(rows, batch_head, p.heads), rows.row,
-              view.position + strip * kTile, places_of(strip, p.length), p.head_size, padded, to);
+                         const AttentionRows& rows, int64_t batch_head, int strip, int words,
+                         operand_t* to) {
+  const storage_t* from = head_of<const storage_t>(rows, batch_head, p.heads);
+  const int32_t* position = view.position + strip * kTile;
+  const int count = places_of(strip, p.length);
+  for (int r = 0; r < count; ++r) {
+    gather_row(from + position[r] * rows.row, p.head_size, words, to + r * words);
+  }
+  std::memset(to + count * words, 0, sizeof(operand_t) * (kTile - count) * words);
+}
+
+// Gathers a strip and brings it into the order of sums over rows, to[32 / kElements][padded].
+// Returns the gathered rows, [32][words]: `to` itself, or `scratch`.
+template <typename storage_t, typename operand_t>
+inline const operand_t* gather_across(const SparseAttentionParams& p, const AttentionTileView& view,
+                                      const AttentionRows& rows, int64_t batch_head, int strip,
+                                      const HeadSize<operand_t>& size, operand_t* scratch,
+                                      operand_t* to) {
+  if constexpr (kElements<operand_t> == 1) {
+    gather_strip<storage_t>(p, view, rows, batch_head, strip, size.words, to);
+    return to;
+  } else {
+    constexpr int kWidth = Lanes<operand_t>::kWidth;
+    gather_strip<storage_t>(p, view, rows, batch_head, strip, size.words, scratch);
+    const operand_t* first = scratch;
+    for (int r = 0; r < kTile; r += 2, first += 2 * size.words, to += size.padded) {
+      const operand_t* second = first + size.words;
+      for (int d = 0; d < size.padded; d += 2 * kWidth) {
+        const Vec<operand_t> a = load(first + d / 2), b = load(second + d / 2);
+        store(to + d, interleave_low(a, b));
+        if (d + kWidth < size.padded) store(to + d + kWidth, interleave_high(a, b));
+      }
+    }
+    return scratch;
+  }
 }
 
 // The rows at `position` = factor * from[32][padded].
@@ -127,18 +171,18 @@ inline void exchange_all(Vec<acc_t> (&rows)[Lanes<acc_t>::kWidth]) {
   if constexpr (kStep > 1) exchange_all<acc_t, kStep / 2>(rows);
 }
 
-// to[padded][32] = factor * transpose of from[32][padded].
-template <typename acc_t>
-inline void transpose_panel(const acc_t* from, acc_t factor, int padded, acc_t* to) {
-  constexpr int kWidth = Lanes<acc_t>::kWidth;
-  for (int d = 0; d < padded; d += kWidth) {
+// to[words][32] = transpose of from[32][words].
+template <typename operand_t>
+inline void transpose_panel(const operand_t* from, int words, operand_t* to) {
+  constexpr int kWidth = Lanes<operand_t>::kWidth;
+  for (int d = 0; d < words; d += kWidth) {
     for (int r = 0; r < kTile; r += kWidth) {
-      Vec<acc_t> rows[kWidth];
+      Vec<operand_t> rows[kWidth];
 #pragma GCC unroll 16
-      for (int i = 0; i < kWidth; ++i) rows[i] = load<acc_t>(from + (r + i) * padded + d) * factor;
-      exchange_all<acc_t, kWidth / 2>(rows);
+      for (int i = 0; i < kWidth; ++i) rows[i] = load(from + (r + i) * words + d);
+      exchange_all<operand_t, kWidth / 2>(rows);
 #pragma GCC unroll 16
-      for (int i = 0; i < kWidth; ++i) store<acc_t>(to + (d + i) * kTile + r, rows[i]);
+      for (int i = 0; i < kWidth; ++i) store(to + (d + i) * kTile + r, rows[i]);
     }
   }
 }
@@ -156,22 +200,22 @@ struct Carver {
   }
 };
 
-// Calls body(storage_t{}, acc_t{}) for the types of the tensors.
+// Calls body(storage_t{}, operand_t{}) for the types of the tensors.
 template <typename Body>
 inline void for_type(AttentionType type, const Body& body) {
   if (type == AttentionType::kFloat) body(float{}, float{});
   if (type == AttentionType::kDouble) body(double{}, double{});
   if (type == AttentionType::kHalf) body(Half{}, float{});
-  if (type == AttentionType::kBFloat16) body(BFloat16{}, float{});
+  if (type == AttentionType::kBFloat16) body(BFloat16{}, BFloat16Operand{});
 }
 
 // Bytes that the pieces of a workspace take, ForwardSpace or BackwardSpace.
 template <template <typename> class Space>
 inline size_t bytes_of(const SparseAttentionParams& p, const AttentionTileView& view) {
   Carver carver{nullptr};
-  for_type(p.type, [&](auto, auto acc) {
-    using acc_t = decltype(acc);
-    Space<acc_t>(carver, view.num_strips, padded_size<acc_t>(p.head_size));
+  for_type(p.type, [&](auto, auto operand) {
+    using operand_t = decltype(operand);
+    Space<operand_t>(carver, view.num_strips, HeadSize<operand_t>(p.head_size));
   });
   return carver.used;
 }

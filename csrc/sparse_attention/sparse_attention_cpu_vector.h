@@ -1,8 +1,9 @@
-// Vectors of DALLE_ISA_BYTES, 2^x, and the one micro-kernel behind all seven products. Included by
-// sparse_attention_cpu.h only; everything has internal linkage (see common/host_device.h).
+// Vectors of DALLE_ISA_BYTES and 2^x. Included by sparse_attention_cpu.h only; everything has
+// internal linkage (see common/host_device.h).
 #pragma once
 
 #include <cmath>  // INFINITY
+#include <cstdint>
 #include <cstring>
 #include <utility>
 
@@ -62,7 +63,6 @@ template <typename acc_t>
 inline Vec<acc_t> splat(acc_t x) {
   return x - Vec<acc_t>{};  // unlike 0 + x the identity, so nothing is left of it
 }
-
 // 2^x for x up to the top of the range; below the normal range exactly 0; NaN stays NaN.
 template <typename acc_t>
 inline Vec<acc_t> exp2_vector(Vec<acc_t> x) {
@@ -108,53 +108,6 @@ inline IVec<acc_t> lanes_of(uint32_t bits, int first) {
   const IVec<acc_t> word =
       IVec<acc_t>{} + static_cast<typename Lanes<acc_t>::word_t>(bits >> first);
   return (word & bit) != 0;
-}
-
-// Rows of a micro-tile, and how many vectors wide it is: 8 x 2 of 32 registers with AVX-512, 4 x 2
-// of 16.
-constexpr int kMicroRows = DALLE_ISA_BYTES == 64 ? 8 : 4;
-constexpr int kMicroVectors = 2;
-
-// sum[r][j] += sum over k < depth of a[r * kRowStep + k * kStep] * vector j of row b + k * ldb.
-template <typename acc_t, int kVectors, int kRowStep, int kStep>
-inline void micro_tile(const acc_t* a, const acc_t* b, int64_t ldb, int depth,
-                       Vec<acc_t> (&sum)[kMicroRows][kVectors]) {
-  constexpr int kWidth = Lanes<acc_t>::kWidth;
-  for (int k = 0; k < depth; ++k, a += kStep, b += ldb) {
-    Vec<acc_t> row[kVectors];
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) row[j] = load<acc_t>(b + j * kWidth);
-#pragma GCC unroll 8
-    for (int r = 0; r < kMicroRows; ++r) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) sum[r][j] += row[j] * a[r * kRowStep];
-    }
-  }
-}
-
-template <typename acc_t, int kVectors>
-inline void store_tile(acc_t* c, int64_t ldc, const Vec<acc_t> (&sum)[kMicroRows][kVectors]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < kMicroRows; ++r) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-      store<acc_t>(c + r * ldc + j * Lanes<acc_t>::kWidth, sum[r][j]);
-    }
-  }
-}
-
-// sum = c, or c with each row times its factor in `beta`.
-template <typename acc_t, int kVectors>
-inline void load_tile(const acc_t* c, int64_t ldc, const acc_t* beta,
-                      Vec<acc_t> (&sum)[kMicroRows][kVectors]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < kMicroRows; ++r) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-      const Vec<acc_t> x = load<acc_t>(c + r * ldc + j * Lanes<acc_t>::kWidth);
-      sum[r][j] = beta == nullptr ? x : x * beta[r];
-    }
-  }
 }
 
 }  // namespace

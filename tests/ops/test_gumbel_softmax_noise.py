@@ -17,8 +17,8 @@ import dalle_ext
 from dalle_ext.reference import gumbel_softmax as reference
 
 ROOT = Path(__file__).resolve().parents[2]
-LEVELS = {"v2": 16, "v3": 32, "v4": 64}
-SUPPORTED = list(LEVELS)[: int((dalle_ext.build_info()["cpu_isa"] or "v2")[1]) - 1]
+LEVELS = {"v2": 16, "v3": 32, "v4": 64, "v4_bf16": 64}  # bytes of a vector
+SUPPORTED = list(LEVELS)[: list(LEVELS).index(dalle_ext.build_info()["cpu_isa"] or "v2") + 1]
 SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF]
 
 
@@ -53,7 +53,8 @@ def test_lanes_against_plain_arithmetic(tmp_path, level):
     if compiler is None:
         pytest.skip("needs g++")
     flags = "-std=c++20 -O2 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi"
-    flags += f" -march=x86-64-{level} -DDALLE_ISA={level} -DDALLE_ISA_NAMESPACE=isa_{level}"
+    flags += f" -march=x86-64-{level[:2]} -DDALLE_ISA={level} -DDALLE_ISA_NAMESPACE=isa_{level}"
+    flags += " -mavx512bf16" if level == "v4_bf16" else ""
     flags += f" -DDALLE_ISA_BYTES={LEVELS[level]} -I{ROOT}/csrc"
     source, program = ROOT / "tests/cpp/gumbel_softmax_test.cpp", tmp_path / "program"
     subprocess.run([compiler, *flags.split(), str(source), "-o", str(program)], check=True)

@@ -19,7 +19,7 @@ from dalle_ext.reference.sparse_attention import sparse_attention as reference
 from dalle_ext.testing import assert_as_accurate, border_intact, gradients, sliced
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-PAIR_ORDER = (0, 2, 1, 3)  # (B, T, H, D) in memory, seen as (B, H, T, D)
+LEVELS = ["v2", "v3", "v4", "v4_bf16"]
 
 
 def inputs(shape, dtype=torch.float32, device="cpu", order=None):
@@ -61,6 +61,22 @@ def test_as_accurate_as_torch_at_the_size_of_the_paper(kind, backend, device):
 def test_head_sizes(head_size, dtype, device):
     pattern = AttentionPattern("row", text_len=20, grid=(5, 8))
     assert_matches(pattern, (1, 2, pattern.length, head_size), dtype, device)
+
+
+@pytest.mark.parametrize(
+    ("text_len", "grid", "head_size"),
+    [(0, (1, 1), 1), (13, (4, 5), 31), (32, (1, 1), 33), (6, (5, 7), 63), (3, (10, 10), 17)],
+)
+def test_odd_sizes_in_bfloat16(text_len, grid, head_size, device):
+    """The CPU kernel multiplies pairs: a last channel and a last position that have no partner."""
+    pattern = AttentionPattern("row", text_len=text_len, grid=grid)
+    assert_matches(pattern, (1, 2, pattern.length, head_size), torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_at_the_size_of_the_paper(kind):
+    pattern = AttentionPattern(kind, text_len=256, grid=(32, 32))
+    assert_matches(pattern, (1, 1, 1280, 64), torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -229,11 +245,13 @@ def test_nonfinite_input_reaches_every_query_that_sees_it(kind, which, bad, devi
     assert not all(bool(g.isfinite().all()) for g in grads)
 
 
-@pytest.mark.parametrize("level", ["v2", "v3", "v4"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set(level):
-    if int(level[1]) > torch.ops.dalle_ext._cpu_isa_level():
-        pytest.skip(f"this processor has no x86-64-{level}")
-    chosen = "test_as_accurate_as_torch or test_edges_in_double or test_strides or test_gradcheck"
+    if LEVELS.index(level) > LEVELS.index(torch.ops.dalle_ext._cpu_isa()):
+        pytest.skip(f"this processor has no {level}")
+    chosen = (
+        "test_as_accurate or test_edges_in_double or test_odd or test_strides or test_gradcheck"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-k", f"({chosen}) and not paper", __file__],
         env={**os.environ, "DALLE_EXT_CPU_ISA": level},

@@ -96,10 +96,11 @@ def test_export():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_heads", [1, 2, 20])
-def test_same_bits_for_any_number_of_threads(kind, num_heads):
+def test_same_bits_for_any_number_of_threads(kind, num_heads, dtype):
     pattern = AttentionPattern(kind, text_len=50, grid=(12, 12))
-    q, k, v, grad = torch.randn(4, 1, num_heads, pattern.length, 32)
+    q, k, v, grad = torch.randn(4, 1, num_heads, pattern.length, 32).to(dtype)
     rule = (kind, 50, 12, 12, pattern.runs, 0.2)
     results = []
     before = torch.get_num_threads()
