@@ -21,12 +21,26 @@ import torch
 
 import dalle_ext
 
+Clock = Callable[[Callable[[], Any]], float]
+"""Runs a function of no arguments once and returns the seconds that it took."""
+
 RESULTS = Path(__file__).parent / "results"
 ROWS: list[dict[str, Any]] = []  # what this run measured; conftest.py prints and records it
 
 
+def host_clock(run: Callable[[], Any]) -> float:
+    """Wall seconds; whoever measures a device has `run` wait for it."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def medians(
-    candidates: dict[str, Callable[[], Any]], *, rounds: int = 7, budget: float = 20.0
+    candidates: dict[str, Callable[[], Any]],
+    *,
+    rounds: int = 7,
+    budget: float = 20.0,
+    clock: Clock = host_clock,
 ) -> dict[str, float]:
     """Median seconds of each candidate, taken in turns after one unmeasured round.
 
@@ -34,6 +48,7 @@ def medians(
         candidates: name -> function of no arguments.
         rounds: rounds to measure; fewer (at least 3) where `budget` seconds run out.
         budget: seconds for the whole comparison.
+        clock: what times one call.
     """
     begin = time.perf_counter()
     for run in candidates.values():
@@ -43,9 +58,7 @@ def medians(
         if done >= 3 and time.perf_counter() - begin > budget:
             break
         for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock(run))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -126,9 +139,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def record(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Writes the rows to `results/<date>_<name>.json` and returns the path."""
+def record(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
+    """Writes machine, `more` and the rows to `results/<date>_<name>.json`; returns the path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{date.today().isoformat()}_{name}.json"
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    whole = {"machine": machine(), **more, "rows": rows}
+    scratch = path.with_suffix(".tmp")  # a run that is cut short leaves no half file
+    scratch.write_text(json.dumps(whole, indent=1) + "\n")
+    scratch.replace(path)
     return path
