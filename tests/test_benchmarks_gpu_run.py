@@ -307,6 +307,21 @@ def test_the_build_is_for_the_card_at_hand(monkeypatch):
     assert checks.build((9, 0), 7.0)["architectures"] == "8.0;9.0a"
 
 
+@pytest.mark.parametrize(
+    ("done", "passed", "why"),
+    [
+        (checks.Run(0, "9 passed, 1 skipped in 1.00s", 1.0), True, None),
+        (checks.Run(1, "1 failed, 8 passed in 1.00s", 1.0), False, "exit status 1"),
+        (checks.Run(0, "364 skipped in 7.54s", 1.0), False, "no test ran"),
+        (checks.Run(None, "....", 1.0), False, "out of time"),
+    ],
+)
+def test_outcome_of_the_tests(monkeypatch, done, passed, why):
+    monkeypatch.setattr(checks, "run", lambda command, limit: done)
+    found = checks.tests(5.0)
+    assert (found["passed"], found.get("why")) == (passed, why)
+
+
 def test_small_cases_run():
     from gpu import small_cases
 

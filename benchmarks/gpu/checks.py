@@ -92,6 +92,7 @@ def tests(limit: float) -> dict[str, Any]:
     if passed:
         return found
     why = "out of time" if done.status is None else f"exit status {done.status}"
+    why = "no test ran" if done.status == 0 else why
     return found | {"why": why, "tail": done.tail}
 
 

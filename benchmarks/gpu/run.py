@@ -1,4 +1,4 @@
-"""Arguments, phases in their order, exit codes: 0, 1 something failed, 2 usage, 4 no GPU."""
+"""Arguments, phases in their order, exit codes: 0, 1 failed, 2 usage, 4 no GPU, 6 interrupted."""
 
 from __future__ import annotations
 
@@ -170,7 +170,11 @@ def main(given: Sequence[str]) -> int:
             print("benchmarks.gpu: the build must succeed, got the above", file=sys.stderr)
             return 1
         session.save()
-    session.measure()
+    try:
+        session.measure()
+    except KeyboardInterrupt:
+        session.say("interrupted; a file, if there is one, holds what was measured")
+        return 6
     well = report.all_well({**session.result, "rows": session.all_rows()})
     session.say("done" if well else "done; something failed, see above")
     if not session.dry:

@@ -68,7 +68,7 @@ class Worker:
                 line = self.answers.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
                 return f"not done after {limit:.0f} s"
-            if not line:
+            if not line.endswith("\n"):  # the end, or half an answer before it
                 return self._last_words()
             answer = json.loads(line)
             if "row" in answer:
