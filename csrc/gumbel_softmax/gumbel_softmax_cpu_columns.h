@@ -98,11 +98,12 @@ class ColumnWords {
   }
 
   inline void draw(Word* words) {
-    const PhiloxLanes even(even_, *keys_), odd(odd_, *keys_);
-    words[0] = (Word)interleave(even.c0, odd.c0);
-    words[1] = (Word)interleave(even.c1, odd.c1);
-    words[2] = (Word)interleave(even.c2, odd.c2);
-    words[3] = (Word)interleave(even.c3, odd.c3);
+    const Wide subsequence[] = {even_, odd_};
+    const PhiloxLanes<2> lanes(subsequence, *keys_);
+    words[0] = (Word)interleave(lanes.c0[0], lanes.c0[1]);
+    words[1] = (Word)interleave(lanes.c1[0], lanes.c1[1]);
+    words[2] = (Word)interleave(lanes.c2[0], lanes.c2[1]);
+    words[3] = (Word)interleave(lanes.c3[0], lanes.c3[1]);
     even_ += 1;
     odd_ += 1;
   }
@@ -161,8 +162,9 @@ void forward_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& arg
   // errors.
   Sums chunk{best, logit_max}, part{best, logit_max};
   for (int64_t k = begin; k < end; ++k) {
-    const Float e = part.add<true>(noisy[k - begin], plain[k - begin], scale, Int{});
-    if (keep) store(unscaled + k * kLanes, e);
+    Float e[] = {noisy[k - begin]};
+    part.add<true, 1>(e, {plain[k - begin]}, scale, Int{});
+    if (keep) store(unscaled + k * kLanes, e[0]);
     if (k % kColumnGroup == kColumnGroup - 1) chunk.take(part);
   }
   chunk.take(part);
@@ -275,13 +277,13 @@ void gradient_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& a
     gradient.constant -= load_stat(args.kl, state.c);
   }
   for (int64_t k = begin; k < end; ++k) {
-    Float grad{};
+    Float grad[1] = {};
     if (grads) {
-      grad = gradient.of_sample(load<Float>(samples + k * kLanes),
-                                load_columns<kWhole>(grads + k * inner, count));
+      grad[0] = gradient.of_sample(load<Float>(samples + k * kLanes),
+                                   load_columns<kWhole>(grads + k * inner, count));
     }
-    if (args.grad_kl) grad += gradient.of_kl(load_columns<kWhole>(logits + k * inner, count));
-    store_columns<kWhole>(out + k * inner, count, grad);
+    if (args.grad_kl) gradient.add_kl<1>({load_columns<kWhole>(logits + k * inner, count)}, grad);
+    store_columns<kWhole>(out + k * inner, count, grad[0]);
   }
 }
 

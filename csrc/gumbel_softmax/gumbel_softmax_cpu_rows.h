@@ -24,10 +24,28 @@ inline const uint32_t* row_words(const PhiloxKeys& keys, uint64_t row_element, i
                                  int64_t count, uint32_t* words) {
   const int64_t shift = static_cast<int64_t>(row_element % 4);
   const uint64_t call = (row_element + static_cast<uint64_t>(k)) / 4;
-  for (int64_t i = 0; i < shift + count; i += 2 * kLanes) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes * kMany <= shift + count; i += 2 * kLanes * kMany) {
+    random_words<kMany>(keys, call + static_cast<uint64_t>(i) / 4, words + i);
+  }
+  for (; i < shift + count; i += 2 * kLanes) {
     random_words(keys, call + static_cast<uint64_t>(i) / 4, words + i);
   }
   return words + shift;
+}
+
+template <int kN, typename scalar_t>
+inline void load_many(const scalar_t* p, Float (&v)[kN]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < kN; ++j) v[j] = load_float(p + j * kLanes);
+}
+
+template <int kN>
+inline void add_noise(const Float (&logit)[kN], const uint32_t* words, Float (&noisy)[kN]) {
+  Word word[kN];
+#pragma GCC unroll 4
+  for (int j = 0; j < kN; ++j) word[j] = load<Word>(words + j * kLanes);
+  add_gumbel<kN>(logit, word, noisy);
 }
 
 inline Int lane_numbers() {
@@ -61,20 +79,28 @@ struct Sums {
     part.sample = part.plain = part.entropy = Float{};
   }
 
-  // Adds one vector; returns 2^((noisy - maximum) scale). Lanes outside of `valid` count nothing.
-  template <bool kAllValid>
-  inline Float add(Float noisy, Float logit, float scale, Int valid) {
-    Float e = exp2_of((noisy - noisy_max) * scale);
-    const Float t = maximum((logit - logit_max) * kLog2E, splat(-127.0f));
-    Float p = exp2_of(t);
-    if (!kAllValid) {
-      e = (Float)((Int)e & valid);
-      p = (Float)((Int)p & valid);
+  // Adds kN vectors; noisy becomes 2^((noisy - maximum) scale). Lanes outside of `valid` count
+  // nothing.
+  template <bool kAllValid, int kN>
+  inline void add(Float (&noisy)[kN], const Float (&logit)[kN], float scale, Int valid) {
+    Float t[kN], p[kN];
+#pragma GCC unroll 4
+    for (int j = 0; j < kN; ++j) {
+      noisy[j] = (noisy[j] - noisy_max) * scale;
+      t[j] = p[j] = maximum((logit[j] - logit_max) * kLog2E, splat(-127.0f));
     }
-    sample += e;
-    plain += p;
-    entropy += p * t;
-    return e;
+    exp2_of<kN>(noisy);
+    exp2_of<kN>(p);
+#pragma GCC unroll 4
+    for (int j = 0; j < kN; ++j) {
+      if (!kAllValid) {
+        noisy[j] = (Float)((Int)noisy[j] & valid);
+        p[j] = (Float)((Int)p[j] & valid);
+      }
+      sample += noisy[j];
+      plain += p[j];
+      entropy += p[j] * t[j];
+    }
   }
 };
 
@@ -138,13 +164,19 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
     const scalar_t* l = logits + begin;
 
     Float noisy_max = splat(-kInfinity), logit_max = splat(-kInfinity), last{};
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      const Float logit = load_float(l + i), n = add_gumbel(logit, load<Word>(word + i));
-      bad += logit * 0.0f;
-      noisy_max = maximum(noisy_max, n);
-      logit_max = maximum(logit_max, logit);
-      store(noisy + i, n);
-    }
+    for_vectors(whole, [&](auto many, int64_t i) {
+      constexpr int kN = many.kCount;
+      Float logit[kN], n[kN];
+      load_many<kN>(l + i, logit);
+      add_noise<kN>(logit, word + i, n);
+#pragma GCC unroll 4
+      for (int j = 0; j < kN; ++j) {
+        bad += logit[j] * 0.0f;
+        noisy_max = maximum(noisy_max, n[j]);
+        logit_max = maximum(logit_max, logit[j]);
+        store(noisy + i + j * kLanes, n[j]);
+      }
+    });
     if (rest) {
       last = load_some(l + whole, rest, 0.0f);
       last = select(valid, last, splat(last[0]));
@@ -171,13 +203,20 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
     chunk_max[begin / kRowChunk] = best;
 
     float* out = unscaled + begin;
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      const Float e = sums.add<true>(load<Float>(noisy + i), load_float(l + i), scale, valid);
-      if (keep) store(out + i, e);
-    }
+    for_vectors(whole, [&](auto many, int64_t i) {
+      constexpr int kN = many.kCount;
+      Float logit[kN], e[kN];
+      load_many<kN>(l + i, logit);
+      load_many<kN>(noisy + i, e);
+      sums.add<true, kN>(e, logit, scale, valid);
+      if (!keep) return;
+#pragma GCC unroll 4
+      for (int j = 0; j < kN; ++j) store(out + i + j * kLanes, e[j]);
+    });
     if (rest) {
-      const Float e = sums.add<false>(load<Float>(noisy + whole), last, scale, valid);
-      if (keep) store_some(out + whole, rest, e);
+      Float e[] = {load<Float>(noisy + whole)};
+      sums.add<false, 1>(e, {last}, scale, valid);
+      if (keep) store_some(out + whole, rest, e[0]);
     }
   }
 
@@ -205,15 +244,24 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
   }
 }
 
-// The two terms of the gradient, for one vector.
+// The two terms of the gradient.
 struct Gradient {
   Float inverse_tau{}, dot{};                            // of the sample
   Float grad_kl{}, logit_max{}, log2_sum{}, constant{};  // of the KL term
 
   inline Float of_sample(Float y, Float grad) const { return y * ((grad - dot) * inverse_tau); }
-  inline Float of_kl(Float logit) const {
-    const Float t = maximum((logit - logit_max) * kLog2E - log2_sum, splat(-127.0f));
-    return grad_kl * (exp2_of(t) * (t * kLn2 + constant));
+
+  // grad += the KL term.
+  template <int kN>
+  inline void add_kl(const Float (&logit)[kN], Float (&grad)[kN]) const {
+    Float t[kN], p[kN];
+#pragma GCC unroll 4
+    for (int j = 0; j < kN; ++j) {
+      t[j] = p[j] = maximum((logit[j] - logit_max) * kLog2E - log2_sum, splat(-127.0f));
+    }
+    exp2_of<kN>(p);
+#pragma GCC unroll 4
+    for (int j = 0; j < kN; ++j) grad[j] += grad_kl * (p[j] * (t[j] * kLn2 + constant));
   }
 };
 
@@ -230,10 +278,6 @@ void backward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
     grads += row * num_codes;
     const Float noisy_max = splat(stats[kNoisyMax * stride]);
     const Float inverse_sum = splat(stats[kInverseSum * stride]);
-    const auto sample_of = [&](Float logit, Word word) {
-      const Float e = exp2_of((add_gumbel(logit, word) - noisy_max) * scale);
-      return e * inverse_sum;
-    };
     Float dot{};
     for (int64_t begin = 0; begin < num_codes; begin += kRowChunk) {
       const int64_t count = num_codes - begin < kRowChunk ? num_codes - begin : kRowChunk;
@@ -241,17 +285,35 @@ void backward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
       uint32_t words[kRowChunk + 4 * kLanes];
       const uint32_t* word =
           row_words(keys, static_cast<uint64_t>(row * num_codes), begin, count, words);
-      for (int64_t i = 0; i < whole; i += kLanes) {
-        const Float y = sample_of(load_float(logits + begin + i), load<Word>(word + i));
-        dot += y * load_float(grads + begin + i);
-        store(scratch + begin + i, y);
-      }
+      const auto sample_of = [&](auto many, const auto& logit, const uint32_t* from, auto& y) {
+        constexpr int kN = many.kCount;
+        add_noise<kN>(logit, from, y);
+#pragma GCC unroll 4
+        for (int j = 0; j < kN; ++j) y[j] = (y[j] - noisy_max) * scale;
+        exp2_of<kN>(y);
+#pragma GCC unroll 4
+        for (int j = 0; j < kN; ++j) y[j] *= inverse_sum;
+      };
+      for_vectors(whole, [&](auto many, int64_t i) {
+        constexpr int kN = many.kCount;
+        Float logit[kN], grad[kN], y[kN];
+        load_many<kN>(logits + begin + i, logit);
+        load_many<kN>(grads + begin + i, grad);
+        sample_of(many, logit, word + i, y);
+#pragma GCC unroll 4
+        for (int j = 0; j < kN; ++j) {
+          dot += y[j] * grad[j];
+          store(scratch + begin + i + j * kLanes, y[j]);
+        }
+      });
       if (rest) {
         const int64_t k = begin + whole;
-        const Float y = sample_of(load_some(logits + k, rest, 0.0f), load<Word>(word + whole));
+        const Float logit[] = {load_some(logits + k, rest, 0.0f)};
         const Float grad = load_some(grads + k, rest, 0.0f);
-        dot += select(lane_numbers() < static_cast<int32_t>(rest), y * grad, Float{});
-        store_some(scratch + k, rest, y);
+        Float y[1];
+        sample_of(Count<1>{}, logit, word + whole, y);
+        dot += select(lane_numbers() < static_cast<int32_t>(rest), y[0] * grad, Float{});
+        store_some(scratch + k, rest, y[0]);
       }
     }
     gradient.dot = splat(sum(dot));
@@ -264,19 +326,33 @@ void backward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
     gradient.constant =
         splat(static_cast<float>(__builtin_log(static_cast<double>(num_codes))) - args.kl[row]);
   }
-  for (int64_t k = 0; k < num_codes; k += kLanes) {
-    const int64_t rest = num_codes - k;
-    const bool whole = rest >= kLanes;
-    Float grad{};
+  const int64_t whole = num_codes / kLanes * kLanes, rest = num_codes - whole;
+  for_vectors(whole, [&](auto many, int64_t k) {
+    constexpr int kN = many.kCount;
+    Float grad[kN] = {};
     if (grads) {
-      const Float y = whole ? load<Float>(scratch + k) : load_some(scratch + k, rest, 0.0f);
-      grad =
-          gradient.of_sample(y, whole ? load_float(grads + k) : load_some(grads + k, rest, 0.0f));
+      Float y[kN], grad_sample[kN];
+      load_many<kN>(scratch + k, y);
+      load_many<kN>(grads + k, grad_sample);
+#pragma GCC unroll 4
+      for (int j = 0; j < kN; ++j) grad[j] = gradient.of_sample(y[j], grad_sample[j]);
     }
     if (args.grad_kl) {
-      grad += gradient.of_kl(whole ? load_float(logits + k) : load_some(logits + k, rest, 0.0f));
+      Float logit[kN];
+      load_many<kN>(logits + k, logit);
+      gradient.add_kl<kN>(logit, grad);
     }
-    whole ? store_float(out + k, grad) : store_some(out + k, rest, grad);
+#pragma GCC unroll 4
+    for (int j = 0; j < kN; ++j) store_float(out + k + j * kLanes, grad[j]);
+  });
+  if (rest) {
+    Float grad[1] = {};
+    if (grads) {
+      const Float y = load_some(scratch + whole, rest, 0.0f);
+      grad[0] = gradient.of_sample(y, load_some(grads + whole, rest, 0.0f));
+    }
+    if (args.grad_kl) gradient.add_kl<1>({load_some(logits + whole, rest, 0.0f)}, grad);
+    store_some(out + whole, rest, grad[0]);
   }
 }
 

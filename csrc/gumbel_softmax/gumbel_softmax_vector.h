@@ -40,6 +40,24 @@ template <typename vector_t>
 inline void store(void* p, vector_t v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
+
+// The functions below come for kMany vectors that do not depend on each other, step by step side by
+// side: one alone is a chain of some fifty steps, each waiting for the one before, and the chain of
+// the next vector begins too far behind it for the processor to see.
+constexpr int kMany = kBytes == 64 ? 4 : 2;  // as the registers allow
+template <int kN>
+struct Count {
+  static constexpr int kCount = kN;
+};
+
+// Calls body(Count<kN>, i) for the vectors of [0, count), count a multiple of kLanes.
+template <typename Body>
+inline void for_vectors(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + kMany * kLanes <= count; i += kMany * kLanes) body(Count<kMany>{}, i);
+  for (; i < count; i += kLanes) body(Count<1>{}, i);
+}
+
 inline Float splat(float x) { return x - Float{}; }
 inline Int splat(int32_t x) { return x - Int{}; }
 inline Float select(Int mask, Float a, Float b) { return mask ? a : b; }
@@ -96,26 +114,33 @@ inline PhiloxKeys philox_keys(uint64_t seed) {
   return keys;
 }
 
-// Words of kLanes / 2 subsequences, one in each 64-bit lane. Only the low half of a lane counts;
-// what stands in the high half falls out of the next product, so nothing is masked.
+// Words of kN times kLanes / 2 subsequences, one in each 64-bit lane. Only the low half of a lane
+// counts; what stands in the high half falls out of the next product, so nothing is masked.
+template <int kN>
 struct PhiloxLanes {
-  Wide c0, c1, c2, c3;
+  Wide c0[kN], c1[kN], c2[kN], c3[kN];
 
-  explicit PhiloxLanes(Wide subsequence, const PhiloxKeys& keys) {
+  PhiloxLanes(const Wide (&subsequence)[kN], const PhiloxKeys& keys) {
     // The first round knows that c0 = c1 = 0.
-    const Wide first = multiply_low(subsequence, Wide{} + kPhiloxMultiply1);
-    c0 = (first >> 32) ^ (uint64_t)keys.key0[0];
-    c1 = first;
-    c2 = (subsequence >> 32) ^ (uint64_t)keys.key1[0];
-    c3 = Wide{};
+#pragma GCC unroll 4
+    for (int j = 0; j < kN; ++j) {
+      const Wide first = multiply_low(subsequence[j], Wide{} + kPhiloxMultiply1);
+      c0[j] = (first >> 32) ^ (uint64_t)keys.key0[0];
+      c1[j] = first;
+      c2[j] = (subsequence[j] >> 32) ^ (uint64_t)keys.key1[0];
+      c3[j] = Wide{};
+    }
 #pragma GCC unroll 9
     for (int r = 1; r < kPhiloxRounds; ++r) {
-      const Wide product0 = multiply_low(c0, Wide{} + kPhiloxMultiply0);
-      const Wide product1 = multiply_low(c2, Wide{} + kPhiloxMultiply1);
-      c0 = (product1 >> 32) ^ c1 ^ (uint64_t)keys.key0[r];
-      c1 = product1;
-      c2 = (product0 >> 32) ^ c3 ^ (uint64_t)keys.key1[r];
-      c3 = product0;
+#pragma GCC unroll 4
+      for (int j = 0; j < kN; ++j) {
+        const Wide product0 = multiply_low(c0[j], Wide{} + kPhiloxMultiply0);
+        const Wide product1 = multiply_low(c2[j], Wide{} + kPhiloxMultiply1);
+        c0[j] = (product1 >> 32) ^ c1[j] ^ (uint64_t)keys.key0[r];
+        c1[j] = product1;
+        c2[j] = (product0 >> 32) ^ c3[j] ^ (uint64_t)keys.key1[r];
+        c3[j] = product0;
+      }
     }
   }
 };
@@ -125,40 +150,49 @@ constexpr uint64_t kLowHalf = 0xFFFFFFFFu;
 // Low halves of `even` into the even 32-bit lanes, of `odd` into the odd ones.
 inline Wide interleave(Wide even, Wide odd) { return (even & kLowHalf) | (odd << 32); }
 
-// Words of the 2 * kLanes consecutive elements from 4 * call on.
+// Words of the 2 * kLanes * kN consecutive elements from 4 * call on.
+template <int kN = 1>
 inline void random_words(const PhiloxKeys& keys, uint64_t call, uint32_t* out) {
   constexpr int kCalls = kLanes / 2;
-  Wide subsequence;  // such that unpacking pairs of lanes gives the elements in order
-  for (int i = 0; i < kCalls; ++i) subsequence[i] = call + (i % 2) * (kCalls / 2) + i / 2;
-  const PhiloxLanes lanes(subsequence, keys);
-  const Wide a = interleave(lanes.c0, lanes.c1), b = interleave(lanes.c2, lanes.c3);
+  Wide places;  // such that unpacking pairs of lanes gives the elements in order
+  for (int i = 0; i < kCalls; ++i) places[i] = (i % 2) * (kCalls / 2) + i / 2;
+  Wide subsequence[kN];
+#pragma GCC unroll 4
+  for (int j = 0; j < kN; ++j) subsequence[j] = places + (call + j * kCalls);
+  const PhiloxLanes<kN> lanes(subsequence, keys);
+#pragma GCC unroll 4
+  for (int j = 0; j < kN; ++j, out += 2 * kLanes) {
+    const Wide a = interleave(lanes.c0[j], lanes.c1[j]), b = interleave(lanes.c2[j], lanes.c3[j]);
 #if DALLE_ISA_BYTES == 64
-  store(out, _mm512_unpacklo_epi64((__m512i)a, (__m512i)b));
-  store(out + kLanes, _mm512_unpackhi_epi64((__m512i)a, (__m512i)b));
+    store(out, _mm512_unpacklo_epi64((__m512i)a, (__m512i)b));
+    store(out + kLanes, _mm512_unpackhi_epi64((__m512i)a, (__m512i)b));
 #elif DALLE_ISA_BYTES == 32
-  store(out, _mm256_unpacklo_epi64((__m256i)a, (__m256i)b));
-  store(out + kLanes, _mm256_unpackhi_epi64((__m256i)a, (__m256i)b));
+    store(out, _mm256_unpacklo_epi64((__m256i)a, (__m256i)b));
+    store(out + kLanes, _mm256_unpackhi_epi64((__m256i)a, (__m256i)b));
 #else
-  store(out, _mm_unpacklo_epi64((__m128i)a, (__m128i)b));
-  store(out + kLanes, _mm_unpackhi_epi64((__m128i)a, (__m128i)b));
+    store(out, _mm_unpacklo_epi64((__m128i)a, (__m128i)b));
+    store(out + kLanes, _mm_unpackhi_epi64((__m128i)a, (__m128i)b));
 #endif
+  }
 }
 
 // -- functions
 // --------------------------------------------------------------------------------------
 
-// log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)]; relative error below 2^-23.
-inline Float log1p_reduced(Float f) {
-  Float q = splat(-0.076230556f);
-  q = q * f + 0.1290562f;
-  q = q * f - 0.13243042f;
-  q = q * f + 0.14181617f;
-  q = q * f - 0.16609046f;
-  q = q * f + 0.20001985f;
-  q = q * f - 0.25001585f;
-  q = q * f + 0.33333325f;
-  q = q * f - 0.49999988f;
-  return f * f * q + f;
+// result = log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)]; relative error below 2^-23.
+template <int kN>
+inline void log1p_reduced(const Float (&f)[kN], Float (&result)[kN]) {
+  constexpr float kTerms[] = {-0.076230556f, 0.1290562f,   -0.13243042f, 0.14181617f, -0.16609046f,
+                              0.20001985f,   -0.25001585f, 0.33333325f,  -0.49999988f};
+#pragma GCC unroll 4
+  for (int j = 0; j < kN; ++j) result[j] = splat(kTerms[0]);
+#pragma GCC unroll 8
+  for (int i = 1; i < 9; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kN; ++j) result[j] = result[j] * f[j] + kTerms[i];
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kN; ++j) result[j] = f[j] * f[j] * result[j] + f[j];
 }
 
 // x = m 2^e with m in [sqrt(1/2), sqrt(2)); x positive and normal. Returns m - 1.
@@ -171,36 +205,67 @@ inline Float split(Float x, Float& exponent) {
 // logit - log(-log u), u = (word + 1/2) 2^-32: for u near 1, log u = log(1 - v) with v = 1 - u made
 // of the complement of the word, so that no digit is lost at either end. The large part comes last,
 // so that only one rounding has the size of the result.
+template <int kN>
+inline void add_gumbel(const Float* logit, const Word* word, Float* noisy) {
+  Float f[kN], exponent[kN], log[kN];
+#pragma GCC unroll 4
+  for (int j = 0; j < kN; ++j) {
+    const Int near_one = (Int)(word[j] >= kNearOne);
+    const Word folded = word[j] ^ (Word)near_one;
+    const Float v = __builtin_convertvector(folded, Float) * 0x1p-32f + 0x1p-33f;
+    f[j] = split(v, exponent[j]);
+    f[j] = select(near_one, -v, f[j]);
+    exponent[j] = (Float)((Int)exponent[j] & ~near_one);
+  }
+  log1p_reduced<kN>(f, log);
+#pragma GCC unroll 4
+  for (int j = 0; j < kN; ++j) f[j] = split(-(exponent[j] * kLn2 + log[j]), exponent[j]);
+  log1p_reduced<kN>(f, log);
+#pragma GCC unroll 4
+  for (int j = 0; j < kN; ++j) noisy[j] = (logit[j] - log[j]) - exponent[j] * kLn2;
+}
 inline Float add_gumbel(Float logit, Word word) {
-  const Int near_one = (Int)(word >= kNearOne);
-  const Word folded = word ^ (Word)near_one;
-  const Float v = __builtin_convertvector(folded, Float) * 0x1p-32f + 0x1p-33f;
-  Float exponent;
-  Float f = split(v, exponent);
-  f = select(near_one, -v, f);
-  exponent = (Float)((Int)exponent & ~near_one);
-  const Float exponential = -(exponent * kLn2 + log1p_reduced(f));
-  f = split(exponential, exponent);
-  return (logit - log1p_reduced(f)) - exponent * kLn2;
+  Float noisy;
+  add_gumbel<1>(&logit, &word, &noisy);
+  return noisy;
 }
 
-// 2^x for x <= 0 (or slightly above): 0 below 2^-126, so that no denormal arises.
+// x becomes 2^x for x <= 0 (or slightly above): 0 below 2^-126, so that no denormal arises.
+template <int kN>
+inline void exp2_of(Float (&x)[kN]) {
+  constexpr float kTerms[] = {0.00015353357593994588f,
+                              0.0013398876180872321f,
+                              0.009618437848985195f,
+                              0.055503323674201965f,
+                              0.24022647738456726f,
+                              0.6931471824645996f,
+                              1.0f};
+  Float f[kN], q[kN], shifted[kN];
+  Int vanishes[kN];
+#pragma GCC unroll 4
+  for (int j = 0; j < kN; ++j) {
+    vanishes[j] = (Int)(x[j] < -126.0f);
+    const Float clamped = maximum(x[j], splat(-126.0f));
+    shifted[j] = clamped + 0x1.8p23f;  // to the nearest integer, which the low bits then hold
+    f[j] = clamped - (shifted[j] - 0x1.8p23f);
+    q[j] = splat(kTerms[0]);
+  }
+#pragma GCC unroll 8
+  for (int i = 1; i < 7; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kN; ++j) q[j] = q[j] * f[j] + kTerms[i];
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kN; ++j) {
+    // Unsigned, since what comes of NaN and infinity wraps around.
+    const Word power = (Word)q[j] + ((Word)shifted[j] << 23);
+    x[j] = (Float)(power & ~(Word)vanishes[j]);
+  }
+}
 inline Float exp2_of(Float x) {
-  const Int vanishes = (Int)(x < -126.0f);
-  x = maximum(x, splat(-126.0f));
-  const Float shifted =
-      x + 0x1.8p23f;  // rounds to the nearest integer, which the low bits then hold
-  const Float f = x - (shifted - 0x1.8p23f);
-  Float q = splat(0.00015353357593994588f);
-  q = q * f + 0.0013398876180872321f;
-  q = q * f + 0.009618437848985195f;
-  q = q * f + 0.055503323674201965f;
-  q = q * f + 0.24022647738456726f;
-  q = q * f + 0.6931471824645996f;
-  q = q * f + 1.0f;
-  // Unsigned, since what comes of NaN and infinity wraps around.
-  const Word power = (Word)q + ((Word)shifted << 23);
-  return (Float)(power & ~(Word)vanishes);
+  Float many[1] = {x};
+  exp2_of<1>(many);
+  return many[0];
 }
 
 inline float log2_of(float x) { return __builtin_log2f(x); }
