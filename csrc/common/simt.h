@@ -38,6 +38,17 @@ cudaError_t launch(void (*kernel)(parameters_t...), dim3 grid, dim3 block, size_
   return cudaGetLastError();
 }
 
+// Bytes of shared memory that a block of the current device may have, static and dynamic.
+inline size_t max_shared_bytes() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess) {
+    return 48 * 1024;  // the launch will say what is wrong
+  }
+  return static_cast<size_t>(bytes);
+}
+
 }  // namespace dalle
 
 #include "common/ptx.cuh"

@@ -17,6 +17,8 @@ using Place = std::source_location;
 #define DALLE_HERE ::dalle::emulator::Place place = ::dalle::emulator::Place::current()
 
 // -- a launch ----------------------------------------------------------------------------------
+constexpr size_t kMaxShared = size_t{163} << 10;  // bytes of a block of sm_80
+
 // Runs body(argument) as every thread of the grid, one block after another, and returns what CUDA
 // would for a launch that no device accepts. Throws std::runtime_error, one line, where the kernel
 // does what CUDA leaves undefined.

@@ -14,7 +14,6 @@ constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr size_t kStackBytes = size_t{256} << 10;
-constexpr size_t kMaxShared = size_t{163} << 10;       // of a block of sm_80
 constexpr size_t kMaxStaticShared = size_t{48} << 10;  // what ptxas accepts
 
 struct Copy {  // a cp.async under way

@@ -61,6 +61,8 @@ cudaError_t launch(void (*kernel)(parameters_t...), dim3 grid, dim3 block, size_
                        &call);
 }
 
+inline size_t max_shared_bytes() { return emulator::kMaxShared; }
+
 }  // namespace dalle
 
 // -- barriers and votes ------------------------------------------------------------------------
@@ -196,6 +198,11 @@ DALLE_EMULATOR_STORE(__stwb)
 inline int __popc(uint32_t x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<uint32_t>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline uint32_t __brev(uint32_t x) {
+  uint32_t reversed = 0;
+  for (int i = 0; i < 32; ++i) reversed |= (x >> i & 1u) << (31 - i);
+  return reversed;
+}
 inline uint32_t __umulhi(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
 }

@@ -95,4 +95,28 @@ DALLE_HOST_DEVICE int32_t walked_position(const AttentionRule& rule, int32_t p) 
   return rule.text_len + slot % rule.rows * rule.columns + slot / rule.rows;
 }
 
+// The first place of the walk whose image key a query at `place` or later sees; text_len where that
+// is every image key before it. Never falls as `place` rises.
+DALLE_HOST_DEVICE int32_t earliest_image_place(const AttentionRule& rule, int32_t place) {
+  int32_t earliest = rule.text_len;
+  if (place <= rule.text_len) return earliest;
+  if (rule.kind == AttentionKind::kRow) earliest = place - rule.columns;
+  if (rule.kind == AttentionKind::kConv) earliest = place - rule.runs[2 * rule.num_runs - 1] + 1;
+  if (rule.kind == AttentionKind::kColumn) earliest = place - (place - rule.text_len) % rule.rows;
+  return earliest < rule.text_len ? rule.text_len : earliest;
+}
+
+// The last place of a walk of `length` whose query sees the key at `place` or an earlier image key;
+// for a text key the end of the walk.
+DALLE_HOST_DEVICE int32_t latest_place(const AttentionRule& rule, int32_t length, int32_t place) {
+  int32_t latest = length - 1;
+  if (place < rule.text_len) return latest;
+  if (rule.kind == AttentionKind::kRow) latest = place + rule.columns;
+  if (rule.kind == AttentionKind::kConv) latest = place + rule.runs[2 * rule.num_runs - 1] - 1;
+  if (rule.kind == AttentionKind::kColumn) {
+    latest = place - (place - rule.text_len) % rule.rows + rule.rows - 1;
+  }
+  return latest < length ? latest : length - 1;
+}
+
 }  // namespace dalle

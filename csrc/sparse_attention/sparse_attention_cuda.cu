@@ -38,10 +38,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   params.grad_q = rows_of(grad_q);
   params.grad_k = rows_of(grad_k);
   params.grad_v = rows_of(grad_v);
-  Tensor delta = empty_lse(q);
+  Tensor scratch = empty_lse(q);  // 8 bytes a query
   check_launch("sparse_attention",
-               launch_sparse_attention_backward(
-                   params, static_cast<double*>(delta.mutable_data_ptr()), on.stream()));
+               launch_sparse_attention_backward(params, scratch.mutable_data_ptr(), on.stream()));
   return {grad_q, grad_k, grad_v};
 }
 

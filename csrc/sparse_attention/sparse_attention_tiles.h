@@ -58,14 +58,6 @@ struct AttentionTiles {
   }
 
  private:
-  // No query at or after `place` of the walk sees an image key of an earlier place than this.
-  static int32_t earliest_image_place(const AttentionRule& r, int32_t place) {
-    if (place <= r.text_len || r.kind == AttentionKind::kCausal) return r.text_len;
-    if (r.kind == AttentionKind::kRow) return place - r.columns;
-    if (r.kind == AttentionKind::kConv) return place - r.runs[2 * r.num_runs - 1] + 1;
-    return place - (place - r.text_len) % r.rows;  // the top of its column
-  }
-
   void add_tile(int32_t strip, int32_t panel, int32_t length) {
     if (strip * kTile >= rule.text_len && (panel + 1) * kTile <= rule.text_len) {
       tiles.push_back({panel, -1});

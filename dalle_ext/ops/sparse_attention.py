@@ -111,7 +111,7 @@ def sparse_attention(
     _native.require("sparse_attention", q.device)
     rule = (pattern.kind, pattern.text_len, *pattern.grid, pattern.runs)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    scale = 1.0 / math.sqrt(q.size(3)) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(max(1, q.size(3))) if scale is None else float(scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Function.apply(q, k, v, *rule, scale)
     return _forward(q, k, v, *rule, scale)[0]

@@ -1,0 +1,246 @@
+// The backward of sparse attention for fp16 and bf16 on tensor cores, split in two so that every
+// sum has one owner: no atomics, the same bits every time. The query kernel walks as the forward
+// does and writes grad_q; the key kernel takes one tile of keys through all queries that see it and
+// writes grad_k and grad_v. Both make the probabilities again from lse. No torch here. Not yet
+// measured on a GPU.
+#pragma once
+
+#include "sparse_attention/sparse_attention_cuda_forward.cuh"
+
+namespace dalle {
+
+// What the key kernel needs of a query, in places of the walk: written by the query kernel.
+struct QueryStats {
+  float lse_log2;  // log-sum-exp of the scaled scores, in powers of two
+  float delta;     // sum over D of out * grad_out
+};
+
+template <typename scalar_t, int kHeadSize, int kRowTiles>
+struct BackwardWarp : QueryRows<kRowTiles> {
+  using Scalar = scalar_t;
+  using Rows = QueryRows<kRowTiles>;
+  using Rows::kRows;
+  using Rows::p;
+  using Rows::plan;
+  using typename Rows::Seen;
+  static constexpr int kHead = kHeadSize;
+  static constexpr int kWide = 32;
+
+  HeadIndex head;
+  QueryStats* stats;
+  HeldRows<kHeadSize, kRowTiles> queries, grads;
+  float grad_q[kRowTiles][kHeadSize / 8][4];
+  QueryStats own[kRows];
+
+  __device__ BackwardWarp(const SparseAttentionParams& params, const TilePlan& tile,
+                          const HeadIndex& at, QueryStats* to)
+      : Rows(params, tile), head(at), stats(to) {}
+
+  __device__ void begin(int32_t query) {
+    this->begin_rows(query);
+    int32_t positions[kRows];
+    positions_of(p, this->mine, positions);
+    HeldRows<kHeadSize, kRowTiles>& out = queries;  // before the queries come
+    out.load(HeadRows<scalar_t>(p.out, head), p.head_size, positions);
+    grads.load(HeadRows<scalar_t>(p.grad_out, head), p.head_size, positions);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      float delta = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kHeadSize / 8; ++j) {
+        const int word = j % 2 * 2 + i % 2;
+        const float2 a = unpack_pair<scalar_t>(out.fragments[i / 2][j / 2].words[word]);
+        const float2 b = unpack_pair<scalar_t>(grads.fragments[i / 2][j / 2].words[word]);
+        delta += a.x * b.x + a.y * b.y;
+      }
+      delta += __shfl_xor_sync(0xffffffffu, delta, 1);
+      delta += __shfl_xor_sync(0xffffffffu, delta, 2);
+      const int64_t first = head.first(p);
+      const double lse = positions[i] < 0 ? 0.0 : p.lse[first + positions[i]];
+      own[i] = {static_cast<float>(lse * kLog2E), delta};
+      if (positions[i] >= 0 && threadIdx.x % 4 == 0) stats[first + this->place(i)] = own[i];
+    }
+    queries.load(HeadRows<scalar_t>(p.q, head), p.head_size, positions);
+    clear(grad_q);
+  }
+
+  template <int kKeys, bool kMasked>
+  __device__ __forceinline__ void attend(const unsigned char* keys, int row, const Seen& seen) {
+    const unsigned char* values = keys + TileLayout<kHeadSize>::kBytes;
+#pragma unroll 1
+    for (int part = 0; part < kKeys; part += 16) {  // 16 keys at a time, for want of registers
+      float change[kRowTiles][2][4], grad[kRowTiles][2][4];  // of scores; the scores at first
+      clear(change);
+      clear(grad);
+      multiply_transposed<scalar_t, kHeadSize, 16>(change, queries, keys, row + part);
+      multiply_transposed<scalar_t, kHeadSize, 16>(grad, grads, values, row + part);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const uint32_t bits = kMasked ? seen.bits[i] >> (part + threadIdx.x % 4 * 2) : 0u;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int e = i % 2 * 2 + j % 2;
+          float& x = change[i / 2][j / 2][e];
+          const float weight = exp2_approx(fmaf(x, plan.scale_log2, -own[i].lse_log2));
+          const bool sees = !kMasked || (bits >> (j / 2 * 8 + j % 2) & 1u) != 0;
+          x = sees ? weight * (grad[i / 2][j / 2][e] - own[i].delta) : 0.0f;
+        }
+      }
+      multiply<scalar_t, kHeadSize, 16>(grad_q, change, keys, row + part);
+    }
+  }
+
+  __device__ void finish() {
+    float factor[kRows];
+    int32_t positions[kRows];
+    positions_of(p, this->mine, positions);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) factor[i] = static_cast<float>(p.scale);
+    store_rows(HeadRows<scalar_t>(p.grad_q, head), p.head_size, positions, grad_q, factor);
+  }
+};
+
+template <typename scalar_t, int kHeadSize, int kRowTiles>
+__global__ void __launch_bounds__(kWarps* kWarp, 2)
+    sparse_attention_backward_query_mma_kernel(const SparseAttentionParams p, const QueryPlan plan,
+                                               QueryStats* stats) {
+  DALLE_SHARED(uint32_t, offsets, [kOffsetWords]);
+  DALLE_DYNAMIC_SHARED(tiles);
+  const AttentionSight sight(p, offsets);
+  walk_queries<BackwardWarp<scalar_t, kHeadSize, kRowTiles>>(p, plan, tiles, sight, stats);
+}
+
+// The queries that a block brings to its tile of keys, two tiles of them in shared memory.
+template <typename scalar_t, int kHeadSize>
+struct QueryTiles {
+  static constexpr int kStats = 2 * TileLayout<kHeadSize>::kBytes;
+  static constexpr int kSlot = kStats + kTilePlaces * static_cast<int>(sizeof(QueryStats));
+
+  const SparseAttentionParams& p;
+  HeadRows<scalar_t> q, grad_out;
+  const QueryStats* stats;  // of this head
+  unsigned char* shared;
+  bool vectors;
+
+  __device__ void load(int32_t tile) const {
+    unsigned char* slot = shared + tile % kSlots * kSlot;
+    const int32_t first = tile * kTilePlaces;
+    load_tiles<kHeadSize>(slot, q, grad_out, p, vectors, first);
+    for (int i = static_cast<int>(threadIdx.x); i < kTilePlaces;
+         i += static_cast<int>(blockDim.x)) {
+      const bool inside = first + i < p.length;
+      cp_async<8>(slot + kStats + i * 8, stats + (inside ? first + i : 0), inside ? 8 : 0);
+    }
+    cp_async_commit();
+  }
+};
+
+// grad_k and grad_v of 16 keys. Held, their K and V stay in registers; else in shared memory.
+template <typename scalar_t, int kHeadSize, typename Rows>
+struct KeyWarp {
+  const SparseAttentionParams& p;
+  const TilePlan& plan;
+  int32_t mine;       // place of the key of row 0 of a lane, row 1 is 8 behind
+  int32_t latest[2];  // place whose query sees the key of row i; -1 beyond the walk
+  Rows keys, values;
+  float grad_k[1][kHeadSize / 8][4], grad_v[1][kHeadSize / 8][4];
+
+  __device__ KeyWarp(const SparseAttentionParams& params, const TilePlan& tile, int32_t first)
+      : p(params), plan(tile), mine(first + static_cast<int32_t>(threadIdx.x) % kWarp / 4) {
+    clear(grad_k);
+    clear(grad_v);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      latest[i] = mine + i * 8 < p.length ? latest_place(p.rule, p.length, mine + i * 8) : -1;
+    }
+  }
+
+  __device__ __forceinline__ void visit(const AttentionSight& sight, const unsigned char* slot,
+                                        int32_t first) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const unsigned char* grads = slot + TileLayout<kHeadSize>::kBytes;
+    const float2* stats = reinterpret_cast<const float2*>(grads + TileLayout<kHeadSize>::kBytes);
+#pragma unroll 1
+    for (int row = 0; row < kTilePlaces; row += 32) {
+      uint32_t bits[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        bits[i] = sight.queries(mine + i * 8, latest[i], first + row);
+      }
+      if (!__any_sync(0xffffffffu, (bits[0] | bits[1]) != 0)) continue;
+#pragma unroll 1
+      for (int part = row; part < row + 32; part += 16) {
+        float weight[1][2][4], grad[1][2][4];
+        clear(weight);
+        clear(grad);
+        multiply_transposed<scalar_t, kHeadSize, 16>(weight, keys, slot, part);
+        multiply_transposed<scalar_t, kHeadSize, 16>(grad, values, grads, part);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int n = j / 2, column = n * 8 + j % 2 + lane % 4 * 2;
+          const float2 query = load_vector<float2>(stats + part + column);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float &w = weight[0][n][i * 2 + j % 2], &g = grad[0][n][i * 2 + j % 2];
+            const bool sees = (bits[i] >> (part - row + column) & 1u) != 0;
+            w = sees ? exp2_approx(fmaf(w, plan.scale_log2, -query.x)) : 0.0f;
+            g = sees ? w * (g - query.y) : 0.0f;
+          }
+        }
+        multiply<scalar_t, kHeadSize, 16>(grad_v, weight, grads, part);
+        multiply<scalar_t, kHeadSize, 16>(grad_k, grad, slot, part);
+      }
+    }
+  }
+};
+
+template <typename scalar_t, int kHeadSize, bool kHeld>
+__global__ void __launch_bounds__(kWarps* kWarp, 2)
+    sparse_attention_backward_key_mma_kernel(const SparseAttentionParams p, const TilePlan plan,
+                                             const QueryStats* stats) {
+  DALLE_SHARED(uint32_t, offsets, [kOffsetWords]);
+  DALLE_DYNAMIC_SHARED(shared);
+  const AttentionSight sight(p, offsets);
+  const uint32_t num_tiles = static_cast<uint32_t>(p.length + kTilePlaces - 1) / kTilePlaces;
+  const HeadIndex head(p, blockIdx.x / num_tiles);
+  const int32_t tile = static_cast<int32_t>(blockIdx.x % num_tiles);
+  const int32_t first = tile * kTilePlaces;
+  const int32_t end = first + kTilePlaces < p.length ? first + kTilePlaces : p.length;
+  const int32_t seen_by = first < p.rule.text_len ? first : end - 1;
+  const int32_t last_tile = latest_place(p.rule, p.length, seen_by) / kTilePlaces;
+
+  const HeadRows<scalar_t> k(p.k, head), v(p.v, head);
+  const QueryTiles<scalar_t, kHeadSize> tiles = {p,
+                                                 HeadRows<scalar_t>(p.q, head),
+                                                 HeadRows<scalar_t>(p.grad_out, head),
+                                                 stats + head.first(p),
+                                                 shared,
+                                                 plan.vectors};
+  using Rows = std::conditional_t<kHeld, HeldRows<kHeadSize, 1>, TileRows<kHeadSize>>;
+  const int row = warp_index() * 16;
+  KeyWarp<scalar_t, kHeadSize, Rows> warp(p, plan, first + row);
+  int32_t positions[2];
+  positions_of(p, warp.mine, positions);
+  if constexpr (kHeld) {
+    warp.keys.load(k, p.head_size, positions);
+    warp.values.load(v, p.head_size, positions);
+  } else {
+    unsigned char* own = shared + kSlots * tiles.kSlot;
+    load_tiles<kHeadSize>(own, k, v, p, plan.vectors, first);
+    warp.keys = {own, row};
+    warp.values = {own + TileLayout<kHeadSize>::kBytes, row};
+  }
+  tiles.load(tile);
+  for (int32_t queries = tile; queries <= last_tile; ++queries) {
+    cp_async_wait<0>();
+    __syncthreads();
+    if (queries < last_tile) tiles.load(queries + 1);
+    warp.visit(sight, shared + queries % kSlots * tiles.kSlot, queries * kTilePlaces);
+  }
+  const float scale = static_cast<float>(p.scale);
+  store_rows(HeadRows<scalar_t>(p.grad_k, head), p.head_size, positions, warp.grad_k,
+             {scale, scale});
+  store_rows(HeadRows<scalar_t>(p.grad_v, head), p.head_size, positions, warp.grad_v, {1.0f, 1.0f});
+}
+
+}  // namespace dalle

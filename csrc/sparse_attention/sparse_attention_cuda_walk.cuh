@@ -1,0 +1,183 @@
+// How a block walks the queries of one head, 4 warps side by side, and brings them their keys: the
+// first tiles of the text stay in shared memory, all others pass through two slots, one tile ahead.
+// No torch here.
+//
+//   per block of queries:  text tiles 0 .. min(text, diagonal), then image tiles from the earliest
+//   in sight to the diagonal; per warp a tile is skipped, taken whole, or cut by words of bits
+#pragma once
+
+#include "sparse_attention/sparse_attention_cuda_sight.cuh"
+#include "sparse_attention/sparse_attention_cuda_tile.cuh"
+
+namespace dalle {
+
+constexpr int kWarps = 4;
+constexpr int kSlots = 2;
+
+constexpr int64_t kWantedBlocks = 264;  // two for each multiprocessor of an H100 or H200
+
+// How the queries of B * H heads are dealt out to blocks, and what a block keeps.
+struct QueryPlan {
+  TilePlan tile;
+  int32_t parts;           // blocks of one head
+  int32_t resident_tiles;  // of text, in shared memory for the whole life of a block
+};
+
+// The tiles that one block of queries visits, ascending.
+struct TileRange {
+  int32_t text_tiles;   // tiles with a text key
+  int32_t first_image;  // the first one to visit of the others
+  int32_t last;         // with the last query's own key
+
+  __device__ TileRange(const AttentionSight& sight, int32_t first_query, int32_t num_queries) {
+    const int32_t end = first_query + num_queries;
+    last = ((end < sight.length ? end : sight.length) - 1) / kTilePlaces;
+    text_tiles = (sight.rule.text_len + kTilePlaces - 1) / kTilePlaces;
+    const int32_t earliest = earliest_image_place(sight.rule, first_query) / kTilePlaces;
+    first_image = earliest < text_tiles ? text_tiles : earliest;
+  }
+  // `tile` if it is to be visited, else the next that is.
+  __device__ __forceinline__ int32_t from(int32_t tile) const {
+    return tile >= text_tiles && tile < first_image ? first_image : tile;
+  }
+};
+
+// A tile on the way of a block: for the queries from `query` on.
+struct TileStep {
+  int32_t query, tile;
+
+  // The first step at or after (query, tile) whose tile passes through the slots; query is `end` or
+  // more where there is none.
+  __device__ TileStep(const AttentionSight& sight, int32_t resident_tiles, int32_t num_queries,
+                      int32_t from_query, int32_t from_tile, int32_t end)
+      : query(from_query), tile(from_tile) {
+    for (; query < end; query += num_queries, tile = 0) {
+      const TileRange range(sight, query, num_queries);
+      tile = range.from(tile < resident_tiles ? resident_tiles : tile);
+      if (tile <= range.last) return;
+    }
+  }
+};
+
+// The rows of queries of one warp; row i of a lane is 8 * i behind row 0.
+template <int kRowTiles>
+struct QueryRows {
+  static constexpr int kRows = 2 * kRowTiles;
+  struct Seen {
+    uint32_t bits[kRows];  // of row i: which of 32 keys it sees
+  };
+
+  const SparseAttentionParams& p;
+  const TilePlan& plan;
+  int32_t first_query = 0, last_query = -1;  // of the warp, in the walk
+  int32_t mine = 0;                          // place of row 0
+  int32_t earliest[kRows];                   // image place that row i sees
+
+  __device__ QueryRows(const SparseAttentionParams& params, const TilePlan& tile)
+      : p(params), plan(tile) {}
+
+  __device__ void begin_rows(int32_t query) {
+    first_query = query;
+    last_query = query + kRows * 8 - 1 < p.length ? query + kRows * 8 - 1 : p.length - 1;
+    if (query >= p.length) last_query = -1;  // sees nothing
+    mine = query + static_cast<int32_t>(threadIdx.x) % kWarp / 4;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) earliest[i] = earliest_image_place(p.rule, place(i));
+  }
+  // Of row i; a row beyond the walk does as its last query does, and is not stored.
+  __device__ __forceinline__ int32_t place(int i) const {
+    return inside(i) ? mine + i * 8 : p.length - 1;
+  }
+  __device__ __forceinline__ bool inside(int i) const { return mine + i * 8 < p.length; }
+
+  template <bool kConv>
+  __device__ __forceinline__ void look(const AttentionSight& sight, int32_t first,
+                                       Seen* seen) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      seen->bits[i] = sight.template keys<kConv>(place(i), earliest[i], first);
+    }
+  }
+};
+
+// Gives `warp` what it sees of a tile, in pieces: all of it as Warp::kWide keys, or 32 keys and for
+// each of its rows a word that says which of them count.
+template <typename Warp>
+__device__ __forceinline__ void visit_tile(Warp& warp, const AttentionSight& sight,
+                                           const unsigned char* keys, int32_t tile) {
+  const int32_t first = tile * kTilePlaces;
+  if (first > warp.last_query) return;
+  if (sight.all(warp.first_query, warp.last_query, first, first + kTilePlaces - 1)) {
+#pragma unroll 1
+    for (int row = 0; row < kTilePlaces; row += Warp::kWide) {
+      warp.template attend<Warp::kWide, false>(keys, row, {});
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int row = 0; row < kTilePlaces; row += 32) {
+    typename Warp::Seen seen;
+    if (sight.rule.kind == AttentionKind::kConv) {
+      warp.template look<true>(sight, first + row, &seen);
+    } else {
+      warp.template look<false>(sight, first + row, &seen);
+    }
+    uint32_t any = 0;
+#pragma unroll
+    for (int i = 0; i < Warp::kRows; ++i) any |= seen.bits[i];
+    if (__any_sync(0xffffffffu, any != 0)) warp.template attend<32, true>(keys, row, seen);
+  }
+}
+
+// Runs `warp` over this block's share of the queries of its head.
+template <typename Warp, typename... More>
+__device__ void walk_queries(const SparseAttentionParams& p, const QueryPlan& plan,
+                             unsigned char* shared, const AttentionSight& sight, More... more) {
+  constexpr int32_t kQueries = Warp::kRows * 8 * kWarps;
+  const uint32_t parts = static_cast<uint32_t>(plan.parts), part = blockIdx.x % parts;
+  const HeadIndex head(p, blockIdx.x / parts);
+  // Places are below 2^25 and parts at most kWantedBlocks: the products stay below 2^32.
+  const uint32_t blocks = static_cast<uint32_t>(p.length + kQueries - 1) / kQueries;
+  const int32_t begin = static_cast<int32_t>(part * blocks / parts) * kQueries;
+  const int32_t end = static_cast<int32_t>((part + 1) * blocks / parts) * kQueries;
+  using Scalar = typename Warp::Scalar;
+  constexpr int kPair = 2 * TileLayout<Warp::kHead>::kBytes;  // keys, behind them values
+  const int32_t resident = plan.resident_tiles;
+  const auto load = [&](int32_t tile, int32_t slot) {
+    const HeadRows<Scalar> k(p.k, head), v(p.v, head);
+    load_tiles<Warp::kHead>(shared + slot * kPair, k, v, p, plan.tile.vectors, tile * kTilePlaces);
+    cp_async_commit();
+  };
+  // The step whose tile is in slot `resident + turn` or, before the first, will be in the other.
+  TileStep ahead(sight, resident, kQueries, begin, 0, end);
+  int32_t present = -1, turn = 1;
+  for (int32_t i = 0; i <= resident; ++i) {
+    if (i < resident || ahead.query < end) load(i < resident ? i : ahead.tile, i);
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+  const int32_t own_rows = warp_index() * Warp::kRows * 8;
+  Warp warp(p, plan.tile, head, more...);
+#pragma unroll 1
+  for (int32_t query = begin; query < end; query += kQueries) {
+    const TileRange range(sight, query, kQueries);
+    warp.begin(query + own_rows);
+#pragma unroll 1
+    for (int32_t tile = range.from(0); tile <= range.last; tile = range.from(tile + 1)) {
+      int32_t slot = tile;
+      if (tile >= resident) {
+        if (tile != present) turn ^= 1;
+        present = tile;
+        slot = resident + turn;
+        cp_async_wait<0>();
+        __syncthreads();  // the tile is there for all, and all have left the other slot
+        ahead = TileStep(sight, resident, kQueries, query, tile + 1, end);
+        if (ahead.query < end && ahead.tile != present) load(ahead.tile, resident + (turn ^ 1));
+      }
+      visit_tile(warp, sight, shared + slot * kPair, tile);
+    }
+    warp.finish();
+  }
+}
+
+}  // namespace dalle
