@@ -29,7 +29,7 @@ struct Thread {
   char* stack = nullptr;
   uint3 index = {};
   int id = 0;
-  bool waits = false, exited = false;
+  bool waits = false;
   const char* waits_for = "";
   Place place;
   int64_t groups = 0;  // of cp.async, committed
@@ -91,31 +91,47 @@ struct Counts {
 };
 extern Counts counts;
 
+constexpr unsigned char kUninitialised = 0xff;  // NaN as half, bfloat16, tf32 and float
+
+// fault.cpp
 // Ends the launch with one line that names kernel, block and thread; does not return.
 [[noreturn]] void fail(const std::string& what);
 [[noreturn]] void fail(const std::string& what, Place place);
 std::string text_of(Place place);
 
-// scheduler.cpp
+// stacks.cpp
+void make_threads();
+bool in_stacks(const void* at);
+
+// threads.cpp
+void run_threads();                   // from the kernel's first line to its end or first failure
+[[noreturn]] void abandon_threads();  // from a thread of the kernel, to run_threads()'s caller
 void make_ready(Thread& thread);
 void wait_for(const char* what, Place place);  // until make_ready
+
+// schedule.cpp
+Thread* next_thread();  // null where none is ready
 uint64_t next_random();
 
+// barrier.cpp
+void release_waiters_for(const Thread& exited);  // for it alone
 // A rendezvous of `lanes` of the running thread's warp: the last of them runs
 // finish(arguments, lanes that came).
 using Finish = void (*)(void* const* arguments, uint32_t lanes);
 void meet(const char* what, uint32_t lanes, void* argument, Finish finish, Place place);
 
-// launch.cpp
-bool in_stacks(const void* at);
+// warp.cpp
+// The .sync.aligned instructions are undefined unless all 32 lanes run them.
+void require_warp(const char* what, uint32_t lanes);
 
 // shared.cpp
 void open_arena(size_t dynamic_bytes);
 void check_arena_borders();
 bool in_arena(const void* at);
 const SharedArray* array_around(const void* at, size_t bytes);
+const void* first_forbidden(const void* at, size_t bytes);  // to AddressSanitizer; else null
 
-// race.cpp; nothing outside the build that looks for races
+// race.cpp, nothing outside the build that looks for races
 enum class Access : int { kRead, kWrite, kAtomic, kPending, kArrival };  // the last two of cp.async
 #if defined(DALLE_EMULATOR_RACES)
 void race_begin_launch();

@@ -1,4 +1,4 @@
-// Shared memory: the arrays of a block in one arena with borders between them, and cp.async.
+// Shared memory: the arrays of a block in one arena with borders between them.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -14,7 +14,6 @@
 namespace dalle::emulator {
 namespace {
 
-constexpr unsigned char kUninitialised = 0xff;  // NaN as half, bfloat16, tf32 and float
 constexpr unsigned char kBorder = 0xa5;
 constexpr size_t kBorderBytes = 64, kAlignment = 128;
 constexpr size_t kGuardBytes = size_t{1} << 20;  // without access, on both sides
@@ -33,13 +32,6 @@ void forbid([[maybe_unused]] void* at, [[maybe_unused]] size_t bytes) {
 void allow([[maybe_unused]] void* at, [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_UNPOISON_MEMORY_REGION(at, bytes);
-#endif
-}
-const void* first_forbidden([[maybe_unused]] const void* at, [[maybe_unused]] size_t bytes) {
-#if defined(__SANITIZE_ADDRESS__)
-  return __asan_region_is_poisoned(const_cast<void*>(at), bytes);
-#else
-  return nullptr;
 #endif
 }
 
@@ -62,6 +54,14 @@ void* add_array(const void* declaration, const char* name, size_t bytes, size_t 
 }
 
 }  // namespace
+
+const void* first_forbidden([[maybe_unused]] const void* at, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  return __asan_region_is_poisoned(const_cast<void*>(at), bytes);
+#else
+  return nullptr;
+#endif
+}
 
 void open_arena(size_t dynamic_bytes) {
   if (block.arena == nullptr) {
@@ -121,66 +121,6 @@ void* static_shared(const void* declaration, const char* name, size_t bytes, siz
 unsigned char* dynamic_shared() {
   if (block.shared_bytes == 0) fail("the launch gives no dynamic shared memory");
   return reinterpret_cast<unsigned char*>(block.arrays.front().begin);
-}
-
-// The destination is destroyed at once and written at the wait that covers its group, as late as
-// PTX allows: a missing wait reads NaN, a copy that starts too early destroys what others read.
-void cp_async(void* shared, const void* global, int bytes, int valid_bytes, Place place) {
-  const uintptr_t to = reinterpret_cast<uintptr_t>(shared);
-  const uintptr_t from = reinterpret_cast<uintptr_t>(global);
-  if (to % bytes || from % bytes) {
-    fail("cp.async of " + std::to_string(bytes) + " bytes: addresses must be aligned to it", place);
-  }
-  if (valid_bytes < 0 || valid_bytes > bytes) {
-    fail("cp.async: valid_bytes must be 0 .. " + std::to_string(bytes) + ", got " +
-             std::to_string(valid_bytes),
-         place);
-  }
-  if (!array_around(shared, bytes)) fail("cp.async to outside of shared memory", place);
-  if (valid_bytes && in_arena(global)) fail("cp.async from shared memory", place);
-  if (valid_bytes && first_forbidden(global, valid_bytes)) {
-    fail("cp.async from outside of its buffer", place);
-  }
-  race_access(shared, bytes, Access::kPending, "cp.async", place);
-  if (valid_bytes) race_access(global, valid_bytes, Access::kRead, "cp.async", place);
-  std::memset(shared, kUninitialised, bytes);
-  Thread& self = *block.running;
-  self.copies.push_back({static_cast<char*>(shared), static_cast<const char*>(global), bytes,
-                         valid_bytes, self.groups, place});
-}
-
-void cp_async_commit() { ++block.running->groups; }
-
-void cp_async_wait(int groups) {
-  Thread& self = *block.running;
-  size_t kept = 0;
-  for (const Copy& copy : self.copies) {
-    if (copy.group + groups >= self.groups) {
-      self.copies[kept++] = copy;
-      continue;
-    }
-    race_access(copy.to, copy.bytes, Access::kArrival, "the end of cp.async", copy.place);
-    std::memcpy(copy.to, copy.from, copy.valid_bytes);
-    counts.copied_bytes += static_cast<uint64_t>(copy.valid_bytes);
-    std::memset(copy.to + copy.valid_bytes, 0, copy.bytes - copy.valid_bytes);
-  }
-  self.copies.resize(kept);
-}
-
-void vector_access(const void* at, size_t bytes, bool writes, Place place) {
-  if (reinterpret_cast<uintptr_t>(at) % bytes) {
-    fail("a vector of " + std::to_string(bytes) + " bytes must be aligned to it", place);
-  }
-  if (in_arena(at) && !array_around(at, bytes)) fail("a vector outside of shared memory", place);
-  if (first_forbidden(at, bytes)) fail("a vector outside of its buffer", place);
-  race_access(at, bytes, writes ? Access::kWrite : Access::kRead, "a vector access", place);
-}
-
-void atomic_access(const void* at, size_t bytes, Place place) {
-  if (reinterpret_cast<uintptr_t>(at) % bytes) fail("an atomic must be aligned", place);
-  if (in_arena(at) && !array_around(at, bytes)) fail("an atomic outside of shared memory", place);
-  if (first_forbidden(at, bytes)) fail("an atomic outside of its buffer", place);
-  race_access(at, bytes, Access::kAtomic, "an atomic", place);
 }
 
 }  // namespace dalle::emulator

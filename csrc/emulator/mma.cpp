@@ -64,6 +64,7 @@ void run_mma(void* const* arguments, Matrices<kDepth>& m, const Fill& fill) {
     m.each_d(lane / 4, lane % 4, [&](int i, float& d) { d = x.d[i]; });
   }
   m.multiply();
+  ++counts.mma;
   for (int lane = 0; lane < kLanes; ++lane) {
     const auto& x = *static_cast<const Operands*>(arguments[lane]);
     m.each_d(lane / 4, lane % 4, [&](int i, float& d) { x.d[i] = d; });
@@ -87,26 +88,19 @@ void mma_16(void* const* arguments, const Widen& widen) {
   });
 }
 
-void require_warp(uint32_t lanes) {
-  if (lanes != kAllLanes) {
-    fail("mma.sync needs all 32 lanes, got " + std::to_string(std::popcount(lanes)));
-  }
-  ++counts.mma;
-}
-
 void finish_half(void* const* arguments, uint32_t lanes) {
-  require_warp(lanes);
+  require_warp("mma.sync", lanes);
   const float* table = halves().data();
   mma_16(arguments, [table](uint32_t half) { return table[half]; });
 }
 
 void finish_bfloat16(void* const* arguments, uint32_t lanes) {
-  require_warp(lanes);
+  require_warp("mma.sync", lanes);
   mma_16(arguments, [](uint32_t word) { return std::bit_cast<float>(word << 16); });
 }
 
 void finish_tf32(void* const* arguments, uint32_t lanes) {
-  require_warp(lanes);
+  require_warp("mma.sync", lanes);
   // The hardware ignores the 13 low bits, which to_tf32 leaves zero.
   const auto widen = [](uint32_t word) { return std::bit_cast<float>(word & 0xffffe000u); };
   Matrices<8> m;
