@@ -21,6 +21,7 @@ ROWS = [  # (R, K): each layout with K innermost, whole and cut vectors, odd K, 
     (40, 4095),
     (6, 8191),
     (4, 16389),
+    (2, 65536),
 ]
 COLUMNS = [(2, 2, 33), (1, 127, 40), (2, 64, 20), (1, 130, 40), (1, 1030, 40), (1, 2051, 20)]
 CASES = [(shape, 1) for shape in ROWS] + [(shape, 1) for shape in COLUMNS]
