@@ -226,9 +226,11 @@ def test_masked_keys_have_no_influence(device):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_nonfinite_input_reaches_every_query_that_sees_it(kind, which, bad, device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_nonfinite_input_reaches_every_query_that_sees_it(dtype, kind, which, bad, device):
     pattern = AttentionPattern(kind, text_len=5, grid=(6, 9), kernel_size=3)
-    leaves = [x.contiguous() for x, _ in inputs((1, 1, pattern.length, 8), device=device)[:3]]
+    shape = (1, 1, pattern.length, 8)
+    leaves = [x.contiguous() for x, _ in inputs(shape, dtype, device)[:3]]
     leaves[which][0, 0, 33, 2] = bad
     want = reference(*leaves, pattern)[0, 0]
     got = dalle_ext.sparse_attention(*leaves, pattern)[0, 0]

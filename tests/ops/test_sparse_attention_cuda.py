@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import dalle_ext
 from dalle_ext import AttentionPattern
@@ -34,8 +36,8 @@ def run(function, inputs, grad):
     return (function(*inputs), *gradients(function, inputs, grad))
 
 
-def assert_matches(pattern, heads, size, dtype, device, *, padding=8, scale=None):
-    q, k, v, grad = heads_of((2, heads, pattern.length, size), dtype, device, padding)
+def assert_matches(pattern, heads, size, dtype, device, *, batch=2, padding=8, scale=None):
+    q, k, v, grad = heads_of((batch, heads, pattern.length, size), dtype, device, padding)
     plain = lambda *x: reference(*x, pattern, scale)  # noqa: E731
     got = run(lambda *x: dalle_ext.sparse_attention(*x, pattern, scale), (q, k, v), grad)
     same = run(plain, (q, k, v), grad)
@@ -59,6 +61,30 @@ def test_head_sizes(device, dtype, size):
 def test_ragged_tiles(device, kind, text_len, grid):
     pattern = AttentionPattern(kind, text_len=text_len, grid=grid, kernel_size=5)
     assert_matches(pattern, 2, 64, torch.float16, device)
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    kind=st.sampled_from(KINDS),
+    text_len=st.integers(0, 150),
+    grid=st.tuples(st.integers(1, 14), st.integers(1, 14)),
+    half=st.integers(0, 7),
+    heads=st.integers(1, 2),
+    size=st.integers(1, 64).map(lambda n: 2 * n),
+    padding=st.sampled_from([2, 4, 8]),
+    dtype=st.sampled_from(HALVES),
+)
+def test_any_shape(device, kind, text_len, grid, half, heads, size, padding, dtype):
+    pattern = AttentionPattern(kind, text_len=text_len, grid=grid, kernel_size=2 * half + 1)
+    q, k, v, grad = heads_of((1, heads, pattern.length, size), dtype, device, padding)
+    got = run(lambda *x: dalle_ext.sparse_attention(*x, pattern), (q, k, v), grad)
+    want = run(lambda *x: reference(*x, pattern), [x.double() for x in (q, k, v)], grad.double())
+    unit = torch.finfo(dtype).eps
+    for g, w in zip(got, want, strict=True):
+        largest = max(1.0, float(w.abs().max()))
+        torch.testing.assert_close(g.double(), w, rtol=8 * unit, atol=8 * unit * largest)
 
 
 @pytest.mark.parametrize("padding", [2, 4, 8], ids=["4 bytes", "8 bytes", "16 bytes"])
@@ -117,27 +143,6 @@ def test_scale_zero_is_the_mean(device):
     assert bool(got[seen].isnan().all())
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_nonfinite_input_reaches_every_query_that_sees_it(device, which, bad):
-    pattern = AttentionPattern("row", text_len=5, grid=(6, 9))
-    inputs = [x.clone() for x in heads_of((1, 1, pattern.length, 8), torch.float16, device)[:3]]
-    inputs[which][0, 0, 33, 2] = bad
-    want = reference(*inputs, pattern)[0, 0]
-    got = dalle_ext.sparse_attention(*inputs, pattern)[0, 0]
-    seen = torch.zeros(pattern.length, dtype=torch.bool)
-    seen[33] = True
-    if which > 0:
-        seen = pattern.mask()[:, 33]
-    broken = (~want.isfinite()).any(-1).cpu() & seen
-    assert bool(broken.any()) or (which == 1 and bad == bad)
-    assert not bool(got.isfinite().all(-1).cpu()[broken].any())
-    ours = lambda *x: dalle_ext.sparse_attention(*x, pattern)  # noqa: E731
-    assert not all(
-        bool(g.isfinite().all()) for g in gradients(ours, inputs, torch.ones_like(want[None, None]))
-    )
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_twice_the_same_bits_and_alone_as_in_a_batch(backend, device, kind):
     """Nothing hangs on the order of blocks or, but for the CPU kernel, on how many share a head."""
@@ -155,13 +160,7 @@ def test_twice_the_same_bits_and_alone_as_in_a_batch(backend, device, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_size_of_the_paper(device, kind):
     pattern = AttentionPattern(kind, text_len=256, grid=(32, 32))
-    q, k, v, grad = heads_of((1, 1, 1280, 64), torch.float16, device)
-    plain = lambda *x: reference(*x, pattern)  # noqa: E731
-    got = run(lambda *x: dalle_ext.sparse_attention(*x, pattern), (q, k, v), grad)
-    same = run(plain, (q, k, v), grad)
-    exact = run(plain, [x.double() for x in (q, k, v)], grad.double())
-    for g, s, e in zip(got, same, exact, strict=True):
-        assert_as_accurate(g, s, e)
+    assert_matches(pattern, 1, 64, torch.float16, device, batch=1)
 
 
 def pairs_of(counts, products, size):
