@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dalle_ext
@@ -98,7 +98,9 @@ def test_edges_in_double(kind, text_len, grid, device):
         torch.testing.assert_close(got, want, **close)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     kind=st.sampled_from(KINDS),
     text_len=st.integers(0, 45),
@@ -109,10 +111,10 @@ def test_edges_in_double(kind, text_len, grid, device):
     head_size=st.integers(1, 40),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_any_shape(kind, text_len, grid, half, batch, heads, head_size, dtype):
+def test_any_shape(device, kind, text_len, grid, half, batch, heads, head_size, dtype):
     pattern = AttentionPattern(kind, text_len=text_len, grid=grid, kernel_size=2 * half + 1)
     shape = (batch, heads, pattern.length, head_size)
-    q, k, v, grad = (view for view, _ in inputs(shape, dtype))
+    q, k, v, grad = (view for view, _ in inputs(shape, dtype, device))
     ours = lambda *x: dalle_ext.sparse_attention(*x, pattern)  # noqa: E731
     plain = lambda *x: reference(*x, pattern)  # noqa: E731
     close = (
