@@ -1,0 +1,67 @@
+// The torch-facing check of a tensor table: that it still says where the tensors are.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "common/checks.hpp"
+#include "common/tensor_table.h"
+
+namespace dalle {
+
+inline TableKind table_kind(torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  switch (type) {
+    case ScalarType::Float:
+      return TableKind::kFloat;
+    case ScalarType::Half:
+      return TableKind::kHalf;
+    case ScalarType::BFloat16:
+      return TableKind::kBFloat16;
+    case ScalarType::Short:
+      return TableKind::kShort;
+    default:
+      return TableKind::kNone;
+  }
+}
+
+// columns[c][i] is what row i has in column c. `host` is the table on the CPU, `rows` its copy on
+// the tensors' device (the same tensor for CPU ops). A table that is out of date would have the
+// kernel write to memory that is no longer the tensors', hence a check of every address.
+inline TensorTable check_table(
+    const char* op, const torch::stable::Tensor& host, const torch::stable::Tensor& rows,
+    const std::vector<const std::vector<torch::stable::Tensor>*>& columns) {
+  constexpr int64_t kWords = sizeof(TableRow) / sizeof(int64_t);
+  const int64_t count = host.dim() == 2 ? host.size(0) : -1;
+  for (const auto* table : {&host, &rows}) {
+    DALLE_CHECK(table->dim() == 2 && table->size(0) == count && table->size(1) == kWords &&
+                    table->is_contiguous() &&
+                    table->scalar_type() == torch::headeronly::ScalarType::Long,
+                op, "table", "(tensors, 9) int64", shape_text(*table));
+  }
+  DALLE_CHECK(host.is_cpu(), op, "host table", "on the CPU", "another device");
+  const auto* expected = static_cast<const TableRow*>(host.const_data_ptr());
+  int64_t chunks = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const TableRow& row = expected[i];
+    DALLE_CHECK(row.first_chunk == chunks && (i == 0 || row.group >= expected[i - 1].group), op,
+                "table", "in order", "row ", i);
+    chunks += ceil_div(row.numel, kTableChunk);
+    for (size_t c = 0; c < columns.size(); ++c) {
+      DALLE_CHECK(static_cast<int64_t>(columns[c]->size()) == count, op, "tensors",
+                  "as many as the table has rows", columns[c]->size());
+      const torch::stable::Tensor& tensor = (*columns[c])[i];
+      DALLE_CHECK(reinterpret_cast<int64_t>(tensor.const_data_ptr()) == row.data[c] &&
+                      tensor.numel() == row.numel && tensor.is_contiguous() &&
+                      table_kind(tensor.scalar_type()) == kind_of(row, static_cast<int>(c)) &&
+                      tensor.device() == rows.device(),
+                  op, "table", "of these tensors", "another address, size, type or device in row ",
+                  i, ", column ", c);
+    }
+  }
+  return {static_cast<const TableRow*>(rows.const_data_ptr()), count, chunks};
+}
+
+}  // namespace dalle

@@ -1,0 +1,140 @@
+// Vectors of DALLE_ISA_BYTES for the CPU kernels (<op>_cpu.h), what they have in common: types,
+// loads and stores, the storage formats float, half and bfloat16. GCC vector extensions, so that
+// one source serves every instruction set; the only intrinsics are the 32 x 32 -> 64 bit product
+// (GCC finds none for a vector) and max. Everything has internal linkage; see host_device.h. No
+// torch here.
+#pragma once
+
+// GCC 12 takes the "undefined" vectors of its own immintrin.h, and vectors that are filled lane by
+// lane, for uninitialized ones.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
+#include <immintrin.h>
+
+#include "common/host_device.h"
+
+namespace dalle {
+namespace DALLE_ISA_NAMESPACE {
+namespace {
+
+constexpr int kBytes = DALLE_ISA_BYTES;
+constexpr int kLanes = kBytes / 4;  // of 32 bits
+
+typedef float Float __attribute__((vector_size(kBytes)));
+typedef int32_t Int __attribute__((vector_size(kBytes)));
+typedef uint32_t Word __attribute__((vector_size(kBytes)));
+typedef uint64_t Wide __attribute__((vector_size(kBytes)));
+typedef uint16_t Short __attribute__((vector_size(kBytes / 2)));
+
+template <typename vector_t>
+inline vector_t load(const void* p) {
+  vector_t v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename vector_t>
+inline void store(void* p, vector_t v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+inline Float splat(float x) { return x - Float{}; }
+inline Int splat(int32_t x) { return x - Int{}; }
+inline Float select(Int mask, Float a, Float b) { return mask ? a : b; }
+
+inline Float maximum(Float a, Float b) {
+#if DALLE_ISA_BYTES == 64
+  return (Float)_mm512_max_ps((__m512)a, (__m512)b);
+#elif DALLE_ISA_BYTES == 32
+  return (Float)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return (Float)_mm_max_ps((__m128)a, (__m128)b);
+#endif
+}
+
+// Products of the low halves of each 64-bit lane.
+inline Wide multiply_low(Wide a, Wide b) {
+#if DALLE_ISA_BYTES == 64
+  return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif DALLE_ISA_BYTES == 32
+  return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#else
+  return (Wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#endif
+}
+
+inline float sum(Float v) {
+  float parts[kLanes], total = 0;
+  store(parts, v);
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) parts[i] += parts[i + step];
+  }
+  total = parts[0];
+  return total;
+}
+inline float maximum(Float v) {
+  float parts[kLanes];
+  store(parts, v);
+  for (int i = 1; i < kLanes; ++i) parts[0] = parts[i] > parts[0] ? parts[i] : parts[0];
+  return parts[0];
+}
+
+// -- storage formats ------------------------------------------------------------------------------
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline Float load_float(const float* p) { return load<Float>(p); }
+inline void store_float(float* p, Float v) { store(p, v); }
+
+inline Float load_float(const BFloat16* p) {
+  return (Float)(__builtin_convertvector(load<Short>(p), Word) << 16);
+}
+inline void store_float(BFloat16* p, Float v) {
+  const Word bits = (Word)v;
+  const Word rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const Word kept = (Word)(v == v) ? rounded : Word{} + 0x7FC0;
+  store(p, __builtin_convertvector(kept, Short));
+}
+
+inline Float load_float(const Half* p) {
+  const Word half = __builtin_convertvector(load<Short>(p), Word);
+  const Word magnitude = (half & 0x7FFF) << 13;
+  const Word scaled = (Word)((Float)magnitude * 0x1p112f);  // moves the bias, subnormals as well
+  const Word special = (Word)(magnitude >= (0x7C00u << 13)) & 0x7F800000;
+  return (Float)(scaled | special | ((half & 0x8000) << 16));
+}
+inline void store_float(Half* p, Float v) {
+  const Word sign = (Word)v & 0x80000000u, magnitude = (Word)v ^ sign;
+  // Below 2^-14 the addition of 1/2 leaves the subnormal in the low bits, rounded to even.
+  const Word tiny = (Word)((Float)magnitude + 0.5f) - 0x3F000000u;
+  const Word normal = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
+  const Word infinite = ((Word)(magnitude > 0x7F800000u) & 0x200) | 0x7C00;
+  const Word half = (Word)(magnitude >= 0x477FF000u)  ? infinite
+                    : (Word)(magnitude < 0x38800000u) ? tiny
+                                                      : normal;
+  store(p, __builtin_convertvector(half | (sign >> 16), Short));
+}
+
+// The first `count` of the lanes, and the others as `rest`.
+template <typename scalar_t>
+inline Float load_some(const scalar_t* p, int64_t count, float rest) {
+  scalar_t some[kLanes];
+  store_float(some, splat(rest));
+  for (int64_t i = 0; i < count; ++i) some[i] = p[i];
+  return load_float(some);
+}
+template <typename scalar_t>
+inline void store_some(scalar_t* p, int64_t count, Float v) {
+  scalar_t some[kLanes];
+  store_float(some, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = some[i];
+}
+
+}  // namespace
+}  // namespace DALLE_ISA_NAMESPACE
+}  // namespace dalle

@@ -1,0 +1,63 @@
+"""Where the tensors of a multi-tensor op lie, as `csrc/common/tensor_table.h` reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+Tensor = torch.Tensor
+CHUNK = 32768  # elements; kTableChunk of csrc/common/tensor_table.h
+COLUMNS = 5
+KINDS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.int16: 4}
+
+
+def _address(tensor: Tensor) -> tuple[int, int, torch.dtype]:
+    return tensor.data_ptr(), tensor.numel(), tensor.dtype
+
+
+class TensorTable:
+    """A table of tensors, one row for each, ordered by group.
+
+    Args:
+        columns: one to five lists of the same length; `columns[c][i]` is tensor c of row i. All
+            contiguous, on one device, those of a row of one size, float32, float16, bfloat16 or
+            int16; the caller has checked that.
+        groups: group of each row, 0 or more; all 0 if left out.
+
+    Attributes:
+        host, rows: (n, 9) int64 on the CPU, and on the tensors' device.
+        columns: the lists in the order of the rows.
+        order: row r holds tensor `order[r]` of the lists given.
+    """
+
+    def __init__(
+        self, columns: Sequence[Sequence[Tensor]], groups: Sequence[int] | None = None
+    ) -> None:
+        count = len(columns[0])
+        groups = [0] * count if groups is None else groups
+        self.order = sorted(range(count), key=lambda i: groups[i])
+        self.columns = [[column[i] for i in self.order] for column in columns]
+        self._found = self._addresses(columns)
+        rows, chunks = [], 0
+        for r, i in enumerate(self.order):
+            tensors = [column[r] for column in self.columns]
+            numel = tensors[0].numel()
+            data = [t.data_ptr() for t in tensors] + [0] * (COLUMNS - len(tensors))
+            kinds = sum(KINDS[t.dtype] << 4 * c for c, t in enumerate(tensors))
+            rows.append([*data, numel, chunks, kinds, groups[i]])
+            chunks += -(-numel // CHUNK)
+        self.host = torch.tensor(rows, dtype=torch.int64).reshape(count, COLUMNS + 4)
+        device = columns[0][0].device if count else torch.device("cpu")
+        self.rows = self.host.to(device)
+
+    @staticmethod
+    def _addresses(columns: Sequence[Sequence[Tensor]]) -> list[tuple[int, int, torch.dtype]]:
+        return [_address(t) for column in columns for t in column]
+
+    def fits(self, columns: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether the table still says where these tensors are (same order as when it was made).
+
+        Addresses are compared, not objects: a gradient may be another tensor at the same place.
+        """
+        return self._found == self._addresses(columns)
