@@ -5,6 +5,7 @@ from __future__ import annotations
 from dalle_ext._native import build_info
 from dalle_ext._switch import use_reference
 from dalle_ext.images import area_resize
+from dalle_ext.ops.formats import Packed, pack, pack_counted, sum_codes, unpack
 from dalle_ext.ops.gumbel_softmax import GumbelSoftmax, gumbel_softmax
 from dalle_ext.ops.sparse_attention import sparse_attention
 from dalle_ext.ops.sparse_attention_pattern import AttentionPattern
@@ -12,9 +13,14 @@ from dalle_ext.ops.sparse_attention_pattern import AttentionPattern
 __all__ = [
     "AttentionPattern",
     "GumbelSoftmax",
+    "Packed",
     "area_resize",
     "build_info",
     "gumbel_softmax",
+    "pack",
+    "pack_counted",
     "sparse_attention",
+    "sum_codes",
+    "unpack",
     "use_reference",
 ]

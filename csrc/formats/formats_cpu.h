@@ -1,0 +1,205 @@
+// CPU kernels of formats on raw pointers. The table below is what formats.cpp sees; the kernels are
+// compiled once per instruction set (csrc/common/isa.h). No torch here.
+//
+// A unit of work is kFormatsUnit elements, whole Philox calls; bits do not depend on the threads.
+#pragma once
+
+#include "formats/formats.h"
+
+namespace dalle {
+
+inline constexpr int64_t kFormatsUnit = 4096;
+
+struct FormatsCpu {
+  void (*pack)(const PackArgs& args, int64_t unit_begin, int64_t unit_end);
+  void (*unpack)(const UnpackArgs& args, int64_t unit_begin, int64_t unit_end);
+  void (*reduce)(const ReduceArgs& args, int64_t unit_begin, int64_t unit_end);
+};
+
+namespace isa_v2 {
+extern const FormatsCpu formats_cpu;
+}
+namespace isa_v3 {
+extern const FormatsCpu formats_cpu;
+}
+namespace isa_v4 {
+extern const FormatsCpu formats_cpu;
+}
+namespace isa_v4_bf16 {
+extern const FormatsCpu formats_cpu;
+}
+
+}  // namespace dalle
+
+#ifdef DALLE_ISA
+
+#include "common/philox_lanes.h"
+#include "common/vector.h"
+
+namespace dalle {
+namespace DALLE_ISA_NAMESPACE {
+namespace {
+
+// Encodes vectors of neighbouring elements, and counts what became of them.
+template <Format kFormat>
+class Encoder {
+ public:
+  Encoder(const int64_t* seed, int64_t* counts) : counts_(counts), stochastic_(seed != nullptr) {
+    if (stochastic_) keys_ = philox_keys(static_cast<uint64_t>(*seed));
+  }
+  ~Encoder() {
+    if (counts_ == nullptr) return;
+    for (int c = 0; c < kNumCounts; ++c) {
+      int64_t total = 0;
+      for (int i = 0; i < kLanes; ++i) total += found_[c][i];
+      __atomic_fetch_add(counts_ + c, total, __ATOMIC_RELAXED);
+    }
+  }
+
+  // Two vectors from `element` on, a multiple of 2 kLanes. Zeros in places that are not used.
+  void encode_two(int64_t element, const Float (&x)[2], Word (&codes)[2]) {
+    Word added[2] = {Word{} + FormatOf<kFormat>::kHalfUlp, Word{} + FormatOf<kFormat>::kHalfUlp};
+    if (stochastic_) {
+      uint32_t words[2 * kLanes];
+      random_words(keys_, static_cast<uint64_t>(element) / 4, words);
+      for (int j = 0; j < 2; ++j) added[j] = stochastic<kFormat>(load<Word>(words + j * kLanes));
+    }
+    for (int j = 0; j < 2; ++j) {
+      const Word bits = (Word)x[j];
+      codes[j] = encode<kFormat>(bits, added[j]);
+      if (counts_ == nullptr) continue;
+      const Word magnitude = bits & 0x7FFFFFFFu;
+      const Word finite = (Word)(magnitude < 0x7F800000u);
+      const Word flushed = (Word)(magnitude != 0) & (Word)(codes[j] == 0) & finite;
+      const Word beyond = (Word)(magnitude > FormatOf<kFormat>::kMost) & finite & ~flushed;
+      found_[kSaturated] -= beyond;  // a mask is -1 where it holds
+      found_[kFlushed] -= flushed;
+      found_[kNonfinite] -= ~finite;
+    }
+  }
+
+ private:
+  int64_t* counts_;
+  bool stochastic_;
+  PhiloxKeys keys_;
+  Word found_[kNumCounts] = {};  // a lane sees less than 2^32 elements of a task
+};
+
+inline void store_codes(uint16_t* p, int64_t count, Word codes) {
+  const Short packed = __builtin_convertvector(codes, Short);
+  __builtin_memcpy(p, &packed, count < kLanes ? 2 * static_cast<size_t>(count) : sizeof packed);
+}
+inline Word load_codes(const uint16_t* p, int64_t count) {
+  Short packed = {};
+  __builtin_memcpy(&packed, p, count < kLanes ? 2 * static_cast<size_t>(count) : sizeof packed);
+  return __builtin_convertvector(packed, Word);
+}
+
+// Calls body(i, counts of its two vectors) for every two vectors of the units.
+template <typename Body>
+inline void for_pairs(int64_t numel, int64_t unit_begin, int64_t unit_end, const Body& body) {
+  const int64_t begin = unit_begin * kFormatsUnit;
+  const int64_t end = unit_end * kFormatsUnit < numel ? unit_end * kFormatsUnit : numel;
+  int64_t i = begin;
+  for (; i + 2 * kLanes <= end; i += 2 * kLanes) body(i, kLanes, kLanes);
+  if (i < end) {
+    const int64_t left = end - i;
+    body(i, left < kLanes ? left : kLanes, left < kLanes ? 0 : left - kLanes);
+  }
+}
+
+template <Format kFormat, typename scalar_t>
+void pack_units(const PackArgs& args, int64_t begin, int64_t end) {
+  const scalar_t* const x = static_cast<const scalar_t*>(args.x);
+  Encoder<kFormat> encoder(args.seed, args.counts);
+  for_pairs(args.numel, begin, end, [&](int64_t i, int64_t first, int64_t second) {
+    const int64_t counts[2] = {first, second};
+    Float values[2];
+    Word codes[2];
+    for (int j = 0; j < 2; ++j) {
+      const scalar_t* const from = x + i + j * kLanes;
+      values[j] = counts[j] == kLanes ? load_float(from) : load_some(from, counts[j], 0.0f);
+    }
+    encoder.encode_two(i, values, codes);
+    for (int j = 0; j < 2; ++j) store_codes(args.codes + i + j * kLanes, counts[j], codes[j]);
+  });
+}
+
+template <Format kFormat, typename scalar_t>
+void unpack_units(const UnpackArgs& args, int64_t begin, int64_t end) {
+  scalar_t* const x = static_cast<scalar_t*>(args.x);
+  for_pairs(args.numel, begin, end, [&](int64_t i, int64_t first, int64_t second) {
+    const int64_t counts[2] = {first, second};
+    for (int j = 0; j < 2; ++j) {
+      const Float value =
+          (Float)decode<kFormat>(load_codes(args.codes + i + j * kLanes, counts[j]));
+      scalar_t* const to = x + i + j * kLanes;
+      if (counts[j] == kLanes) {
+        store_float(to, value);
+      } else {
+        store_some(to, counts[j], value);
+      }
+    }
+  });
+}
+
+template <Format kFormat>
+void reduce_units(const ReduceArgs& args, int64_t begin, int64_t end) {
+  Encoder<kFormat> encoder(args.seed, args.counts);
+  for_pairs(args.numel, begin, end, [&](int64_t i, int64_t first, int64_t second) {
+    const int64_t counts[2] = {first, second};
+    Float total[2] = {};
+    Word codes[2];
+    for (int64_t r = 0; r < args.num_buffers; ++r) {
+      const uint16_t* const from = args.codes + r * args.numel + i;
+      for (int j = 0; j < 2; ++j) {
+        total[j] += (Float)decode<kFormat>(load_codes(from + j * kLanes, counts[j]));
+      }
+    }
+    encoder.encode_two(i, total, codes);
+    for (int j = 0; j < 2; ++j) store_codes(args.sum + i + j * kLanes, counts[j], codes[j]);
+  });
+}
+
+// Calls body with an element of the storage type.
+template <typename Body>
+void with_scalar(FormatsDtype dtype, const Body& body) {
+  switch (dtype) {
+    case FormatsDtype::kFloat:
+      return body(float());
+    case FormatsDtype::kHalf:
+      return body(Half());
+    case FormatsDtype::kBFloat16:
+      return body(BFloat16());
+  }
+}
+
+void pack(const PackArgs& args, int64_t begin, int64_t end) {
+  with_scalar(args.dtype, [&](auto scalar) {
+    using scalar_t = decltype(scalar);
+    if (args.format == Format::k169) return pack_units<Format::k169, scalar_t>(args, begin, end);
+    pack_units<Format::k0610, scalar_t>(args, begin, end);
+  });
+}
+
+void unpack(const UnpackArgs& args, int64_t begin, int64_t end) {
+  with_scalar(args.dtype, [&](auto scalar) {
+    using scalar_t = decltype(scalar);
+    if (args.format == Format::k169) return unpack_units<Format::k169, scalar_t>(args, begin, end);
+    unpack_units<Format::k0610, scalar_t>(args, begin, end);
+  });
+}
+
+void reduce(const ReduceArgs& args, int64_t begin, int64_t end) {
+  if (args.format == Format::k169) return reduce_units<Format::k169>(args, begin, end);
+  reduce_units<Format::k0610>(args, begin, end);
+}
+
+}  // namespace
+
+extern const FormatsCpu formats_cpu = {pack, unpack, reduce};
+
+}  // namespace DALLE_ISA_NAMESPACE
+}  // namespace dalle
+
+#endif  // DALLE_ISA

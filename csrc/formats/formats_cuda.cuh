@@ -1,0 +1,216 @@
+// CUDA kernels of formats and their launch. No torch here. Not yet measured on a GPU.
+//
+// A thread takes kEight neighbouring elements at a time: two Philox calls, and 16-byte accesses to
+// the codes. Bytes are what the kernels are bound by (11 instructions encode an element, 4 decode).
+#pragma once
+
+#include "common/vec.cuh"
+#include "formats/formats.h"
+
+namespace dalle {
+
+constexpr int kEight = 8;
+constexpr int kFormatsThreads = 256;
+
+// Eight codes, of which the first `count` are there.
+__device__ __forceinline__ void load_codes(const uint16_t* p, int64_t count, bool aligned,
+                                           uint32_t (&codes)[kEight]) {
+  if (count < kEight || !aligned) {
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) codes[i] = i < count ? p[i] : 0;
+    return;
+  }
+  const uint4 words = load_vector_once<uint4>(p);
+  const uint32_t each[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    codes[2 * w] = each[w] & 0xFFFF;
+    codes[2 * w + 1] = each[w] >> 16;
+  }
+}
+
+__device__ __forceinline__ void store_codes(uint16_t* p, int64_t count, bool aligned,
+                                            const uint32_t (&codes)[kEight]) {
+  if (count < kEight || !aligned) {
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) {
+      if (i < count) p[i] = static_cast<uint16_t>(codes[i]);
+    }
+    return;
+  }
+  uint32_t each[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) each[w] = codes[2 * w] | (codes[2 * w + 1] << 16);
+  store_vector_once(p, uint4{each[0], each[1], each[2], each[3]});
+}
+
+// Encodes eights of elements of one thread, and counts what became of them.
+template <Format kFormat>
+struct EightEncoder {
+  uint64_t seed;
+  bool stochastic_rounding;
+  int found[kNumCounts] = {};
+
+  __device__ __forceinline__ explicit EightEncoder(const int64_t* seed_pointer)
+      : seed(seed_pointer ? static_cast<uint64_t>(*seed_pointer) : 0),
+        stochastic_rounding(seed_pointer != nullptr) {}
+
+  // `element` is a multiple of 8; places beyond the end hold 0.
+  __device__ __forceinline__ void encode_eight(int64_t element, const float (&x)[kEight],
+                                               uint32_t (&codes)[kEight]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      PhiloxWords words{};
+      if (stochastic_rounding) {
+        words = philox_subsequence(static_cast<uint64_t>(element) / 4 + half, seed);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t bits = __float_as_uint(x[half * 4 + i]);
+        const uint32_t added = stochastic_rounding ? stochastic<kFormat>(words.word[i])
+                                                   : FormatOf<kFormat>::kHalfUlp;
+        const uint32_t code = encode<kFormat>(bits, added);
+        const uint32_t magnitude = bits & 0x7FFFFFFFu;
+        const bool finite = magnitude < 0x7F800000u;
+        const bool flushed = finite && magnitude != 0 && code == 0;
+        found[kSaturated] += finite && !flushed && magnitude > FormatOf<kFormat>::kMost;
+        found[kFlushed] += flushed;
+        found[kNonfinite] += !finite;
+        codes[half * 4 + i] = code;
+      }
+    }
+  }
+
+  // Every thread of the block calls this; whole numbers, so that their order does not matter.
+  __device__ __forceinline__ void add_to(int64_t* counts) const {
+    if (counts == nullptr) return;
+    DALLE_SHARED(int, totals, [kFormatsThreads / 32][kNumCounts]);
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int c = 0; c < kNumCounts; ++c) {
+      const int total = __reduce_add_sync(0xFFFFFFFFu, found[c]);
+      if (lane == 0) totals[warp][c] = total;
+    }
+    __syncthreads();
+    if (threadIdx.x < kNumCounts) {
+      int total = 0;
+      for (int w = 0; w < kFormatsThreads / 32; ++w) total += totals[w][threadIdx.x];
+      if (total != 0) {
+        atomicAdd(reinterpret_cast<unsigned long long*>(counts) + threadIdx.x,
+                  static_cast<unsigned long long>(total));
+      }
+    }
+  }
+};
+
+// Calls body(i) for the eights of this thread.
+template <typename Body>
+__device__ __forceinline__ void for_eights(int64_t numel, const Body& body) {
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kFormatsThreads + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kFormatsThreads * kEight;
+  for (int64_t i = thread * kEight; i < numel; i += step) body(i);
+}
+
+__device__ __forceinline__ bool on_16_bytes(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+template <Format kFormat, typename scalar_t>
+__global__ void __launch_bounds__(kFormatsThreads) formats_pack_kernel(PackArgs args) {
+  const scalar_t* const x = static_cast<const scalar_t*>(args.x);
+  const bool aligned = on_16_bytes(args.codes);
+  EightEncoder<kFormat> encoder(args.seed);
+  for_eights(args.numel, [&](int64_t i) {
+    float values[kEight];
+    uint32_t codes[kEight];
+    Neighbours<scalar_t, kEight>::load(x + i, args.numel - i, 0.0f, values);
+    encoder.encode_eight(i, values, codes);
+    store_codes(args.codes + i, args.numel - i, aligned, codes);
+  });
+  encoder.add_to(args.counts);
+}
+
+template <Format kFormat, typename scalar_t>
+__global__ void __launch_bounds__(kFormatsThreads) formats_unpack_kernel(UnpackArgs args) {
+  scalar_t* const x = static_cast<scalar_t*>(args.x);
+  const bool aligned = on_16_bytes(args.codes);
+  for_eights(args.numel, [&](int64_t i) {
+    float values[kEight];
+    uint32_t codes[kEight];
+    load_codes(args.codes + i, args.numel - i, aligned, codes);
+#pragma unroll
+    for (int j = 0; j < kEight; ++j) values[j] = __uint_as_float(decode<kFormat>(codes[j]));
+    Neighbours<scalar_t, kEight>::store(x + i, args.numel - i, values);
+  });
+}
+
+template <Format kFormat>
+__global__ void __launch_bounds__(kFormatsThreads) formats_sum_kernel(ReduceArgs args) {
+  // Later buffers begin aligned only where their length is a multiple of eight.
+  const bool aligned = on_16_bytes(args.codes) && args.numel % kEight == 0;
+  EightEncoder<kFormat> encoder(args.seed);
+  for_eights(args.numel, [&](int64_t i) {
+    float total[kEight] = {};
+    uint32_t codes[kEight];
+    for (int64_t r = 0; r < args.num_buffers; ++r) {
+      load_codes(args.codes + r * args.numel + i, args.numel - i, aligned, codes);
+#pragma unroll
+      for (int j = 0; j < kEight; ++j) total[j] += __uint_as_float(decode<kFormat>(codes[j]));
+    }
+    encoder.encode_eight(i, total, codes);
+    store_codes(args.sum + i, args.numel - i, on_16_bytes(args.sum), codes);
+  });
+  encoder.add_to(args.counts);
+}
+
+// A block for every 4 eights of its threads, and not more than a card can hold several times over.
+template <typename kernel_t, typename args_t>
+cudaError_t launch_eights(kernel_t kernel, const args_t& args, void* stream) {
+  if (args.numel == 0) return cudaSuccess;
+  const int64_t blocks = ceil_div(args.numel, int64_t{4} * kEight * kFormatsThreads);
+  return launch(kernel, static_cast<unsigned>(blocks < 8192 ? blocks : 8192), kFormatsThreads, 0,
+                stream, args);
+}
+
+// Calls launch_of with the format and an element of the type.
+template <typename Launch>
+cudaError_t choose_formats(Format format, FormatsDtype dtype, const Launch& launch_of) {
+  const auto with = [&](auto scalar) {
+    if (format == Format::k169) {
+      return launch_of(std::integral_constant<Format, Format::k169>(), scalar);
+    }
+    return launch_of(std::integral_constant<Format, Format::k0610>(), scalar);
+  };
+  switch (dtype) {
+    case FormatsDtype::kFloat:
+      return with(float());
+    case FormatsDtype::kHalf:
+      return with(__half());
+    case FormatsDtype::kBFloat16:
+      return with(__nv_bfloat16());
+  }
+  return cudaErrorInvalidValue;
+}
+
+inline cudaError_t launch_formats_pack(const PackArgs& args, void* stream) {
+  return choose_formats(args.format, args.dtype, [&](auto format, auto scalar) {
+    return launch_eights(formats_pack_kernel<decltype(format)::value, decltype(scalar)>, args,
+                         stream);
+  });
+}
+
+inline cudaError_t launch_formats_unpack(const UnpackArgs& args, void* stream) {
+  return choose_formats(args.format, args.dtype, [&](auto format, auto scalar) {
+    return launch_eights(formats_unpack_kernel<decltype(format)::value, decltype(scalar)>, args,
+                         stream);
+  });
+}
+
+inline cudaError_t launch_formats_sum(const ReduceArgs& args, void* stream) {
+  if (args.format == Format::k169) {
+    return launch_eights(formats_sum_kernel<Format::k169>, args, stream);
+  }
+  return launch_eights(formats_sum_kernel<Format::k0610>, args, stream);
+}
+
+}  // namespace dalle
