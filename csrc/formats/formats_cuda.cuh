@@ -67,8 +67,8 @@ struct EightEncoder {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint32_t bits = __float_as_uint(x[half * 4 + i]);
-        const uint32_t added = stochastic_rounding ? stochastic<kFormat>(words.word[i])
-                                                   : FormatOf<kFormat>::kHalfUlp;
+        const uint32_t added =
+            stochastic_rounding ? stochastic<kFormat>(words.word[i]) : FormatOf<kFormat>::kHalfUlp;
         const uint32_t code = encode<kFormat>(bits, added);
         const uint32_t magnitude = bits & 0x7FFFFFFFu;
         const bool finite = magnitude < 0x7F800000u;
