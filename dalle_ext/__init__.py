@@ -4,23 +4,39 @@ from __future__ import annotations
 
 from dalle_ext._native import build_info
 from dalle_ext._switch import use_reference
+from dalle_ext._tensor_table import TensorTable
 from dalle_ext.images import area_resize
 from dalle_ext.ops.formats import Packed, pack, pack_counted, sum_codes, unpack
+from dalle_ext.ops.grad_scale import (
+    GradientStats,
+    ScaledGradient,
+    scale_gradient,
+    unscale_gradient,
+    unscale_gradients_,
+    update_scales_,
+)
 from dalle_ext.ops.gumbel_softmax import GumbelSoftmax, gumbel_softmax
 from dalle_ext.ops.sparse_attention import sparse_attention
 from dalle_ext.ops.sparse_attention_pattern import AttentionPattern
 
 __all__ = [
     "AttentionPattern",
+    "GradientStats",
     "GumbelSoftmax",
     "Packed",
+    "ScaledGradient",
+    "TensorTable",
     "area_resize",
     "build_info",
     "gumbel_softmax",
     "pack",
     "pack_counted",
+    "scale_gradient",
     "sparse_attention",
     "sum_codes",
     "unpack",
+    "unscale_gradient",
+    "unscale_gradients_",
+    "update_scales_",
     "use_reference",
 ]

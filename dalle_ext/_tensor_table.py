@@ -12,6 +12,20 @@ COLUMNS = 5
 KINDS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.int16: 4}
 
 
+def flat(op: str, name: str, tensor: Tensor) -> Tensor:
+    """The tensor's memory as (numel,): a view of a dense tensor, in the order of its strides.
+
+    Raises:
+        ValueError: the tensor has gaps, or elements that share memory.
+    """
+    axes = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), -tensor.shape[d]))
+    ordered = tensor.detach().permute(axes)
+    if not ordered.is_contiguous():
+        got = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+        raise ValueError(f"{op}: {name} must fill their memory without gaps, got {got}")
+    return ordered.reshape(-1)
+
+
 def _address(tensor: Tensor) -> tuple[int, int, torch.dtype]:
     return tensor.data_ptr(), tensor.numel(), tensor.dtype
 
@@ -49,7 +63,10 @@ class TensorTable:
             chunks += -(-numel // CHUNK)
         self.host = torch.tensor(rows, dtype=torch.int64).reshape(count, COLUMNS + 4)
         device = columns[0][0].device if count else torch.device("cpu")
-        self.rows = self.host.to(device)
+        if device.type == "cuda":  # from pinned memory, so that the host does not wait
+            self.rows = self.host.pin_memory().to(device, non_blocking=True)
+        else:
+            self.rows = self.host
 
     @staticmethod
     def _addresses(columns: Sequence[Sequence[Tensor]]) -> list[tuple[int, int, torch.dtype]]:

@@ -6,6 +6,7 @@
 // rows are ordered by group, so that the chunks of a group (a resblock) follow one another.
 #pragma once
 
+#include "common/element.h"
 #include "common/host_device.h"
 
 namespace dalle {
@@ -13,13 +14,11 @@ namespace dalle {
 inline constexpr int64_t kTableChunk = 32768;
 inline constexpr int kTableColumns = 5;  // tensors of one row: a parameter, its gradient, ...
 
-enum class TableKind : int { kNone, kFloat, kHalf, kBFloat16, kShort };
-
 struct TableRow {
   int64_t data[kTableColumns];  // addresses; 0 in columns that the op does not have
   int64_t numel;                // of each of them
   int64_t first_chunk;
-  int64_t kinds;  // TableKind of column c in bits 4 c to 4 c + 3
+  int64_t kinds;  // ElementKind of column c in bits 4 c to 4 c + 3
   int64_t group;
 };
 static_assert(sizeof(TableRow) == 9 * sizeof(int64_t), "rows are read from an int64 tensor");
@@ -29,8 +28,8 @@ struct TensorTable {
   int64_t num_rows, num_chunks;
 };
 
-DALLE_HOST_DEVICE TableKind kind_of(const TableRow& row, int column) {
-  return static_cast<TableKind>((row.kinds >> (4 * column)) & 15);
+DALLE_HOST_DEVICE ElementKind kind_of(const TableRow& row, int column) {
+  return static_cast<ElementKind>((row.kinds >> (4 * column)) & 15);
 }
 
 template <typename scalar_t>

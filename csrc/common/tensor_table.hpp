@@ -7,25 +7,10 @@
 #include <vector>
 
 #include "common/checks.hpp"
+#include "common/element.hpp"
 #include "common/tensor_table.h"
 
 namespace dalle {
-
-inline TableKind table_kind(torch::headeronly::ScalarType type) {
-  using torch::headeronly::ScalarType;
-  switch (type) {
-    case ScalarType::Float:
-      return TableKind::kFloat;
-    case ScalarType::Half:
-      return TableKind::kHalf;
-    case ScalarType::BFloat16:
-      return TableKind::kBFloat16;
-    case ScalarType::Short:
-      return TableKind::kShort;
-    default:
-      return TableKind::kNone;
-  }
-}
 
 // columns[c][i] is what row i has in column c. `host` is the table on the CPU, `rows` its copy on
 // the tensors' device (the same tensor for CPU ops). A table that is out of date would have the
@@ -55,7 +40,7 @@ inline TensorTable check_table(
       const torch::stable::Tensor& tensor = (*columns[c])[i];
       DALLE_CHECK(reinterpret_cast<int64_t>(tensor.const_data_ptr()) == row.data[c] &&
                       tensor.numel() == row.numel && tensor.is_contiguous() &&
-                      table_kind(tensor.scalar_type()) == kind_of(row, static_cast<int>(c)) &&
+                      element_kind(tensor.scalar_type()) == kind_of(row, static_cast<int>(c)) &&
                       tensor.device() == rows.device(),
                   op, "table", "of these tensors", "another address, size, type or device in row ",
                   i, ", column ", c);

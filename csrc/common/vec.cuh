@@ -2,9 +2,25 @@
 // the address allows them. No torch here.
 #pragma once
 
+#include "common/element.h"
 #include "common/simt.h"
 
 namespace dalle {
+
+// Calls launch_of with an element of the storage type.
+template <typename Launch>
+cudaError_t with_cuda_scalar(ElementKind kind, const Launch& launch_of) {
+  switch (kind) {
+    case ElementKind::kFloat:
+      return launch_of(float());
+    case ElementKind::kHalf:
+      return launch_of(__half());
+    case ElementKind::kBFloat16:
+      return launch_of(__nv_bfloat16());
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
 
 template <typename scalar_t, int kN>
 struct Neighbours {

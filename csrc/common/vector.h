@@ -1,8 +1,8 @@
 // Vectors of DALLE_ISA_BYTES for the CPU kernels (<op>_cpu.h), what they have in common: types,
 // loads and stores, the storage formats float, half and bfloat16. GCC vector extensions, so that
 // one source serves every instruction set; the only intrinsics are the 32 x 32 -> 64 bit product
-// (GCC finds none for a vector) and max. Everything has internal linkage; see host_device.h. No
-// torch here.
+// (GCC finds none for a vector), max, and half precision. Everything has internal linkage; see
+// host_device.h. No torch here.
 #pragma once
 
 // GCC 12 takes the "undefined" vectors of its own immintrin.h, and vectors that are filled lane by
@@ -12,6 +12,7 @@
 
 #include <immintrin.h>
 
+#include "common/element.h"
 #include "common/host_device.h"
 
 namespace dalle {
@@ -101,6 +102,19 @@ inline void store_float(BFloat16* p, Float v) {
   store(p, __builtin_convertvector(kept, Short));
 }
 
+// By F16C where there is one (v3 and later): besides being one instruction, it does not stumble
+// over subnormals, of which scaled gradients are full.
+#if DALLE_ISA_BYTES == 64
+inline Float load_float(const Half* p) { return (Float)_mm512_cvtph_ps(load<__m256i>(p)); }
+inline void store_float(Half* p, Float v) {
+  store(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif DALLE_ISA_BYTES == 32
+inline Float load_float(const Half* p) { return (Float)_mm256_cvtph_ps(load<__m128i>(p)); }
+inline void store_float(Half* p, Float v) {
+  store(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
 inline Float load_float(const Half* p) {
   const Word half = __builtin_convertvector(load<Short>(p), Word);
   const Word magnitude = (half & 0x7FFF) << 13;
@@ -119,6 +133,22 @@ inline void store_float(Half* p, Float v) {
                                                       : normal;
   store(p, __builtin_convertvector(half | (sign >> 16), Short));
 }
+#endif
+
+// Calls body with an element of the storage type, which must be one of these three.
+template <typename Body>
+inline void with_scalar(ElementKind kind, const Body& body) {
+  switch (kind) {
+    case ElementKind::kFloat:
+      return body(float());
+    case ElementKind::kHalf:
+      return body(Half());
+    case ElementKind::kBFloat16:
+      return body(BFloat16());
+    default:
+      return;
+  }
+}
 
 // The first `count` of the lanes, and the others as `rest`.
 template <typename scalar_t>
@@ -133,6 +163,28 @@ inline void store_some(scalar_t* p, int64_t count, Float v) {
   scalar_t some[kLanes];
   store_float(some, v);
   for (int64_t i = 0; i < count; ++i) p[i] = some[i];
+}
+
+// The same where the first count of them may be all: kLanes.
+template <typename scalar_t>
+inline Float load_up_to(const scalar_t* p, int64_t count, float rest) {
+  return count == kLanes ? load_float(p) : load_some(p, count, rest);
+}
+template <typename scalar_t>
+inline void store_up_to(scalar_t* p, int64_t count, Float v) {
+  if (count == kLanes) {
+    store_float(p, v);
+  } else {
+    store_some(p, count, v);
+  }
+}
+
+// Calls body(i, count) for the vectors of [begin, end); the last may hold fewer than kLanes.
+template <typename Body>
+inline void for_vectors(int64_t begin, int64_t end, const Body& body) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) body(i, kLanes);
+  if (i < end) body(i, end - i);
 }
 
 }  // namespace

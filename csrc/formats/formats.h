@@ -12,12 +12,12 @@
 // rounding: the storage types of blocksparse, except for its NaN, which became the maximum.)
 #pragma once
 
+#include "common/element.h"
 #include "common/philox.h"
 
 namespace dalle {
 
 enum class Format : int { k169, k0610 };
-enum class FormatsDtype : int { kFloat, kHalf, kBFloat16 };
 
 struct PackArgs {
   const void* x;        // (N) of the dtype
@@ -26,7 +26,7 @@ struct PackArgs {
   int64_t* counts;      // (kNumCounts) zeroed, or null
   int64_t numel;
   Format format;
-  FormatsDtype dtype;
+  ElementKind dtype;
 };
 
 struct UnpackArgs {
@@ -34,7 +34,7 @@ struct UnpackArgs {
   void* x;                // (N) of the dtype
   int64_t numel;
   Format format;
-  FormatsDtype dtype;
+  ElementKind dtype;
 };
 
 // The sum of R buffers of codes, in float from buffer 0 on, encoded again.

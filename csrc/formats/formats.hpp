@@ -9,27 +9,13 @@
 #include <vector>
 
 #include "common/checks.hpp"
+#include "common/element.hpp"
 #include "formats/formats.h"
 
 namespace dalle {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline FormatsDtype check_formats_dtype(const char* op, const char* name, ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return FormatsDtype::kFloat;
-    case ScalarType::Half:
-      return FormatsDtype::kHalf;
-    case ScalarType::BFloat16:
-      return FormatsDtype::kBFloat16;
-    default:
-      DALLE_CHECK(false, op, name, "float32, float16 or bfloat16",
-                  torch::headeronly::toString(type));
-  }
-  return FormatsDtype::kFloat;
-}
 
 inline Format check_format(const char* op, int64_t format) {
   DALLE_CHECK(format == 0 || format == 1, op, "format", "0 (1-6-9) or 1 (0-6-10)", format);
@@ -65,7 +51,7 @@ inline int64_t* counts_pointer(const Tensor& counts) {
 inline std::tuple<Tensor, Tensor, PackArgs> prepare_pack(const Tensor& x, int64_t format,
                                                          const std::optional<Tensor>& seed,
                                                          bool count) {
-  const FormatsDtype dtype = check_formats_dtype("pack", "x", x.scalar_type());
+  const ElementKind dtype = check_floating("pack", "x", x.scalar_type());
   DALLE_CHECK(x.is_contiguous(), "pack", "x", "contiguous", "strides of another layout");
   const Format kind = check_format("pack", format);
   const int64_t* const word = check_seed("pack", seed, x);
@@ -84,7 +70,7 @@ inline std::tuple<Tensor, Tensor, PackArgs> prepare_pack(const Tensor& x, int64_
 inline std::tuple<Tensor, UnpackArgs> prepare_unpack(const Tensor& codes, int64_t format,
                                                      ScalarType type) {
   check_codes("unpack", codes);
-  const FormatsDtype dtype = check_formats_dtype("unpack", "dtype", type);
+  const ElementKind dtype = check_floating("unpack", "dtype", type);
   const Format kind = check_format("unpack", format);
   Tensor x = torch::stable::new_empty(codes, codes.sizes(), type);
   const UnpackArgs args{static_cast<const uint16_t*>(codes.const_data_ptr()), x.mutable_data_ptr(),

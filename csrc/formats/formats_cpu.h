@@ -95,30 +95,38 @@ inline Word load_codes(const uint16_t* p, int64_t count) {
   return __builtin_convertvector(packed, Word);
 }
 
-// Calls body(i, counts of its two vectors) for every two vectors of the units.
+// Calls body(i, counts of its two vectors) for every two vectors of `numel` elements.
 template <typename Body>
-inline void for_pairs(int64_t numel, int64_t unit_begin, int64_t unit_end, const Body& body) {
-  const int64_t begin = unit_begin * kFormatsUnit;
-  const int64_t end = unit_end * kFormatsUnit < numel ? unit_end * kFormatsUnit : numel;
-  int64_t i = begin;
-  for (; i + 2 * kLanes <= end; i += 2 * kLanes) body(i, kLanes, kLanes);
-  if (i < end) {
-    const int64_t left = end - i;
+inline void for_pairs(int64_t numel, const Body& body) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= numel; i += 2 * kLanes) body(i, kLanes, kLanes);
+  if (i < numel) {
+    const int64_t left = numel - i;
     body(i, left < kLanes ? left : kLanes, left < kLanes ? 0 : left - kLanes);
   }
+}
+
+// The same for the elements of units; body gets the element.
+template <typename Body>
+inline void for_pairs_of_units(int64_t numel, int64_t unit_begin, int64_t unit_end,
+                               const Body& body) {
+  const int64_t begin = unit_begin * kFormatsUnit;
+  const int64_t end = unit_end * kFormatsUnit < numel ? unit_end * kFormatsUnit : numel;
+  for_pairs(end - begin,
+            [&](int64_t i, int64_t first, int64_t second) { body(begin + i, first, second); });
 }
 
 template <Format kFormat, typename scalar_t>
 void pack_units(const PackArgs& args, int64_t begin, int64_t end) {
   const scalar_t* const x = static_cast<const scalar_t*>(args.x);
   Encoder<kFormat> encoder(args.seed, args.counts);
-  for_pairs(args.numel, begin, end, [&](int64_t i, int64_t first, int64_t second) {
+  for_pairs_of_units(args.numel, begin, end, [&](int64_t i, int64_t first, int64_t second) {
     const int64_t counts[2] = {first, second};
     Float values[2];
     Word codes[2];
     for (int j = 0; j < 2; ++j) {
       const scalar_t* const from = x + i + j * kLanes;
-      values[j] = counts[j] == kLanes ? load_float(from) : load_some(from, counts[j], 0.0f);
+      values[j] = load_up_to(from, counts[j], 0.0f);
     }
     encoder.encode_two(i, values, codes);
     for (int j = 0; j < 2; ++j) store_codes(args.codes + i + j * kLanes, counts[j], codes[j]);
@@ -128,17 +136,12 @@ void pack_units(const PackArgs& args, int64_t begin, int64_t end) {
 template <Format kFormat, typename scalar_t>
 void unpack_units(const UnpackArgs& args, int64_t begin, int64_t end) {
   scalar_t* const x = static_cast<scalar_t*>(args.x);
-  for_pairs(args.numel, begin, end, [&](int64_t i, int64_t first, int64_t second) {
+  for_pairs_of_units(args.numel, begin, end, [&](int64_t i, int64_t first, int64_t second) {
     const int64_t counts[2] = {first, second};
     for (int j = 0; j < 2; ++j) {
-      const Float value =
-          (Float)decode<kFormat>(load_codes(args.codes + i + j * kLanes, counts[j]));
-      scalar_t* const to = x + i + j * kLanes;
-      if (counts[j] == kLanes) {
-        store_float(to, value);
-      } else {
-        store_some(to, counts[j], value);
-      }
+      const int64_t at = i + j * kLanes;
+      store_up_to(x + at, counts[j],
+                  (Float)decode<kFormat>(load_codes(args.codes + at, counts[j])));
     }
   });
 }
@@ -146,31 +149,26 @@ void unpack_units(const UnpackArgs& args, int64_t begin, int64_t end) {
 template <Format kFormat>
 void reduce_units(const ReduceArgs& args, int64_t begin, int64_t end) {
   Encoder<kFormat> encoder(args.seed, args.counts);
-  for_pairs(args.numel, begin, end, [&](int64_t i, int64_t first, int64_t second) {
-    const int64_t counts[2] = {first, second};
-    Float total[2] = {};
-    Word codes[2];
+  constexpr int64_t kPart = 1024;  // sums kept in the first cache, one buffer read after the other
+  float totals[kPart];
+  const int64_t last = end * kFormatsUnit < args.numel ? end * kFormatsUnit : args.numel;
+  for (int64_t part = begin * kFormatsUnit; part < last; part += kPart) {
+    const int64_t count = last - part < kPart ? last - part : kPart;
+    __builtin_memset(totals, 0, sizeof totals);
     for (int64_t r = 0; r < args.num_buffers; ++r) {
-      const uint16_t* const from = args.codes + r * args.numel + i;
-      for (int j = 0; j < 2; ++j) {
-        total[j] += (Float)decode<kFormat>(load_codes(from + j * kLanes, counts[j]));
-      }
+      const uint16_t* const from = args.codes + r * args.numel + part;
+      for_vectors(0, count, [&](int64_t i, int64_t some) {
+        const Float value = (Float)decode<kFormat>(load_codes(from + i, some));
+        store(totals + i, load<Float>(totals + i) + value);
+      });
     }
-    encoder.encode_two(i, total, codes);
-    for (int j = 0; j < 2; ++j) store_codes(args.sum + i + j * kLanes, counts[j], codes[j]);
-  });
-}
-
-// Calls body with an element of the storage type.
-template <typename Body>
-void with_scalar(FormatsDtype dtype, const Body& body) {
-  switch (dtype) {
-    case FormatsDtype::kFloat:
-      return body(float());
-    case FormatsDtype::kHalf:
-      return body(Half());
-    case FormatsDtype::kBFloat16:
-      return body(BFloat16());
+    for_pairs(count, [&](int64_t i, int64_t first, int64_t second) {
+      const Float total[2] = {load<Float>(totals + i), load<Float>(totals + i + kLanes)};
+      Word codes[2];
+      encoder.encode_two(part + i, total, codes);
+      store_codes(args.sum + part + i, first, codes[0]);
+      store_codes(args.sum + part + i + kLanes, second, codes[1]);
+    });
   }
 }
 

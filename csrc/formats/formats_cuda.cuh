@@ -4,13 +4,10 @@
 // the codes. Bytes are what the kernels are bound by (11 instructions encode an element, 4 decode).
 #pragma once
 
-#include "common/vec.cuh"
+#include "common/eights.cuh"
 #include "formats/formats.h"
 
 namespace dalle {
-
-constexpr int kEight = 8;
-constexpr int kFormatsThreads = 256;
 
 // Eight codes, of which the first `count` are there.
 __device__ __forceinline__ void load_codes(const uint16_t* p, int64_t count, bool aligned,
@@ -81,42 +78,14 @@ struct EightEncoder {
     }
   }
 
-  // Every thread of the block calls this; whole numbers, so that their order does not matter.
+  // Every thread of the block calls this.
   __device__ __forceinline__ void add_to(int64_t* counts) const {
-    if (counts == nullptr) return;
-    DALLE_SHARED(int, totals, [kFormatsThreads / 32][kNumCounts]);
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-    for (int c = 0; c < kNumCounts; ++c) {
-      const int total = __reduce_add_sync(0xFFFFFFFFu, found[c]);
-      if (lane == 0) totals[warp][c] = total;
-    }
-    __syncthreads();
-    if (threadIdx.x < kNumCounts) {
-      int total = 0;
-      for (int w = 0; w < kFormatsThreads / 32; ++w) total += totals[w][threadIdx.x];
-      if (total != 0) {
-        atomicAdd(reinterpret_cast<unsigned long long*>(counts) + threadIdx.x,
-                  static_cast<unsigned long long>(total));
-      }
-    }
+    if (counts != nullptr) add_counts(found, counts);
   }
 };
 
-// Calls body(i) for the eights of this thread.
-template <typename Body>
-__device__ __forceinline__ void for_eights(int64_t numel, const Body& body) {
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kFormatsThreads + threadIdx.x;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kFormatsThreads * kEight;
-  for (int64_t i = thread * kEight; i < numel; i += step) body(i);
-}
-
-__device__ __forceinline__ bool on_16_bytes(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
-
 template <Format kFormat, typename scalar_t>
-__global__ void __launch_bounds__(kFormatsThreads) formats_pack_kernel(PackArgs args) {
+__global__ void __launch_bounds__(kEightThreads) formats_pack_kernel(PackArgs args) {
   const scalar_t* const x = static_cast<const scalar_t*>(args.x);
   const bool aligned = on_16_bytes(args.codes);
   EightEncoder<kFormat> encoder(args.seed);
@@ -131,7 +100,7 @@ __global__ void __launch_bounds__(kFormatsThreads) formats_pack_kernel(PackArgs 
 }
 
 template <Format kFormat, typename scalar_t>
-__global__ void __launch_bounds__(kFormatsThreads) formats_unpack_kernel(UnpackArgs args) {
+__global__ void __launch_bounds__(kEightThreads) formats_unpack_kernel(UnpackArgs args) {
   scalar_t* const x = static_cast<scalar_t*>(args.x);
   const bool aligned = on_16_bytes(args.codes);
   for_eights(args.numel, [&](int64_t i) {
@@ -145,7 +114,7 @@ __global__ void __launch_bounds__(kFormatsThreads) formats_unpack_kernel(UnpackA
 }
 
 template <Format kFormat>
-__global__ void __launch_bounds__(kFormatsThreads) formats_sum_kernel(ReduceArgs args) {
+__global__ void __launch_bounds__(kEightThreads) formats_sum_kernel(ReduceArgs args) {
   // Later buffers begin aligned only where their length is a multiple of eight.
   const bool aligned = on_16_bytes(args.codes) && args.numel % kEight == 0;
   EightEncoder<kFormat> encoder(args.seed);
@@ -163,33 +132,15 @@ __global__ void __launch_bounds__(kFormatsThreads) formats_sum_kernel(ReduceArgs
   encoder.add_to(args.counts);
 }
 
-// A block for every 4 eights of its threads, and not more than a card can hold several times over.
-template <typename kernel_t, typename args_t>
-cudaError_t launch_eights(kernel_t kernel, const args_t& args, void* stream) {
-  if (args.numel == 0) return cudaSuccess;
-  const int64_t blocks = ceil_div(args.numel, int64_t{4} * kEight * kFormatsThreads);
-  return launch(kernel, static_cast<unsigned>(blocks < 8192 ? blocks : 8192), kFormatsThreads, 0,
-                stream, args);
-}
-
 // Calls launch_of with the format and an element of the type.
 template <typename Launch>
-cudaError_t choose_formats(Format format, FormatsDtype dtype, const Launch& launch_of) {
-  const auto with = [&](auto scalar) {
+cudaError_t choose_formats(Format format, ElementKind dtype, const Launch& launch_of) {
+  return with_cuda_scalar(dtype, [&](auto scalar) {
     if (format == Format::k169) {
       return launch_of(std::integral_constant<Format, Format::k169>(), scalar);
     }
     return launch_of(std::integral_constant<Format, Format::k0610>(), scalar);
-  };
-  switch (dtype) {
-    case FormatsDtype::kFloat:
-      return with(float());
-    case FormatsDtype::kHalf:
-      return with(__half());
-    case FormatsDtype::kBFloat16:
-      return with(__nv_bfloat16());
-  }
-  return cudaErrorInvalidValue;
+  });
 }
 
 inline cudaError_t launch_formats_pack(const PackArgs& args, void* stream) {

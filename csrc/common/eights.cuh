@@ -1,0 +1,55 @@
+// Kernels that take eight neighbouring elements a thread at a time: their launch, their loop, the
+// sum of what their threads counted. Eight 16-bit elements are one 16-byte access. No torch here.
+#pragma once
+
+#include "common/vec.cuh"
+
+namespace dalle {
+
+constexpr int kEight = 8;
+constexpr int kEightThreads = 256;
+
+__device__ __forceinline__ bool on_16_bytes(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+// Calls body(i) for the eights of this thread.
+template <typename Body>
+__device__ __forceinline__ void for_eights(int64_t numel, const Body& body) {
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kEightThreads + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kEightThreads * kEight;
+  for (int64_t i = thread * kEight; i < numel; i += step) body(i);
+}
+
+// Adds what the threads of a block found to counts[0 .. kN). Every thread of the block calls this;
+// whole numbers, so that their order does not matter.
+template <int kN>
+__device__ __forceinline__ void add_counts(const int (&found)[kN], int64_t* counts) {
+  DALLE_SHARED(int, totals, [kEightThreads / 32][kN]);
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int c = 0; c < kN; ++c) {
+    const int total = __reduce_add_sync(0xFFFFFFFFu, found[c]);
+    if (lane == 0) totals[warp][c] = total;
+  }
+  __syncthreads();
+  if (threadIdx.x < kN) {
+    int total = 0;
+    for (int w = 0; w < kEightThreads / 32; ++w) total += totals[w][threadIdx.x];
+    if (total != 0) {
+      atomicAdd(reinterpret_cast<unsigned long long*>(counts) + threadIdx.x,
+                static_cast<unsigned long long>(total));
+    }
+  }
+}
+
+// A block for every 4 eights of its threads, and not more than a card can hold several times over.
+template <typename kernel_t, typename args_t>
+cudaError_t launch_eights(kernel_t kernel, const args_t& args, void* stream) {
+  if (args.numel == 0) return cudaSuccess;
+  const int64_t blocks = ceil_div(args.numel, int64_t{4} * kEight * kEightThreads);
+  return launch(kernel, static_cast<unsigned>(blocks < 8192 ? blocks : 8192), kEightThreads, 0,
+                stream, args);
+}
+
+}  // namespace dalle

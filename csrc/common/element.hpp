@@ -1,0 +1,36 @@
+// The torch-facing half of element.h.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "common/checks.hpp"
+#include "common/element.h"
+
+namespace dalle {
+
+// kNone for types that no op here takes.
+inline ElementKind element_kind(torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  switch (type) {
+    case ScalarType::Float:
+      return ElementKind::kFloat;
+    case ScalarType::Half:
+      return ElementKind::kHalf;
+    case ScalarType::BFloat16:
+      return ElementKind::kBFloat16;
+    case ScalarType::Short:
+      return ElementKind::kShort;
+    default:
+      return ElementKind::kNone;
+  }
+}
+
+inline ElementKind check_floating(const char* op, const char* name,
+                                  torch::headeronly::ScalarType type) {
+  const ElementKind kind = element_kind(type);
+  DALLE_CHECK(kind != ElementKind::kNone && kind != ElementKind::kShort, op, name,
+              "float32, float16 or bfloat16", torch::headeronly::toString(type));
+  return kind;
+}
+
+}  // namespace dalle

@@ -1,0 +1,194 @@
+// CPU kernels of grad_scale on raw pointers. The table below is what grad_scale.cpp sees; the
+// kernels are compiled once per instruction set (csrc/common/isa.h). No torch here.
+#pragma once
+
+#include "grad_scale/grad_scale.h"
+
+namespace dalle {
+
+inline constexpr int64_t kGradScaleUnit = 4096;  // elements
+
+struct GradScaleCpu {
+  void (*scale)(const ScaleArgs& args, int64_t unit_begin, int64_t unit_end);
+  void (*unscale)(const UnscaleArgs& args, int64_t unit_begin, int64_t unit_end);
+  void (*chunks)(const GroupStatsArgs& args, int64_t chunk_begin, int64_t chunk_end);
+};
+
+namespace isa_v2 {
+extern const GradScaleCpu grad_scale_cpu;
+}
+namespace isa_v3 {
+extern const GradScaleCpu grad_scale_cpu;
+}
+namespace isa_v4 {
+extern const GradScaleCpu grad_scale_cpu;
+}
+namespace isa_v4_bf16 {
+extern const GradScaleCpu grad_scale_cpu;
+}
+
+}  // namespace dalle
+
+#ifdef DALLE_ISA
+
+#include "common/vector.h"
+
+namespace dalle {
+namespace DALLE_ISA_NAMESPACE {
+namespace {
+
+inline Word magnitude(Float x) { return (Word)x & 0x7FFFFFFFu; }
+
+inline int64_t total(Word lanes) {
+  int64_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+  return sum;
+}
+
+// Elements of units [begin, end) of numel.
+struct Span {
+  int64_t begin, end;
+};
+inline Span span_of_units(int64_t numel, int64_t begin, int64_t end) {
+  return {begin * kGradScaleUnit, end * kGradScaleUnit < numel ? end * kGradScaleUnit : numel};
+}
+
+template <typename from_t, typename to_t>
+void scale_units(const ScaleArgs& args, int64_t begin, int64_t end) {
+  const auto* const grad = static_cast<const from_t*>(args.grad);
+  auto* const out = static_cast<to_t*>(args.out);
+  const StorageLimits limits = storage_limits(args.to);
+  const float scale = *args.scale;
+  const Span span = span_of_units(args.numel, begin, end);
+  Word found[kNumScaleCounts] = {};
+  for_vectors(span.begin, span.end, [&](int64_t i, int64_t count) {
+    const Float x = load_up_to(grad + i, count, 0.0f);
+    const Float y = x * scale;
+    const Word before = magnitude(x), after = magnitude(y);
+    const Word finite = (Word)(before < kInfinityBits);
+    const Word fits = (Word)(after < limits.infinite);
+    const Word small = (Word)(after < limits.normal), zero = (Word)(after <= limits.zero);
+    found[kOverflowed] -= finite & ~fits;  // a mask is -1 where it holds
+    found[kFlushedGrads] -= finite & zero & (Word)(before != 0);
+    found[kSubnormalGrads] -= finite & small & ~zero;
+    found[kFiltered] -= ~finite;
+    store_up_to(out + i, count, (Float)((Word)y & fits & finite));
+  });
+  for (int c = 0; c < kNumScaleCounts; ++c) {
+    __atomic_fetch_add(args.counts + c, total(found[c]), __ATOMIC_RELAXED);
+  }
+}
+
+template <typename grad_t>
+void unscale_units(const UnscaleArgs& args, int64_t begin, int64_t end) {
+  const auto* const grad = static_cast<const grad_t*>(args.grad);
+  const float scale = *args.scale;
+  const Span span = span_of_units(args.numel, begin, end);
+  for_vectors(span.begin, span.end, [&](int64_t i, int64_t count) {
+    const Float quotient = load_up_to(grad + i, count, 0.0f) / scale;
+    const Word finite = (Word)(magnitude(quotient) < kInfinityBits);
+    const Float stream = load_up_to(args.stream + i, count, 0.0f);
+    store_up_to(args.out + i, count, stream + (Float)((Word)quotient & finite));
+  });
+}
+
+// What neighbouring elements held. Zeros count as subnormal and as underflowed until the end.
+struct PartStats {
+  Word nonfinite, zeros, subnormals, underflowed, largest;
+  Float squares;
+};
+
+template <bool kAllFinite, typename scalar_t>
+PartStats examine(const scalar_t* data, int64_t count, uint32_t normal, uint32_t flushed) {
+  PartStats found = {};
+  for_vectors(0, count, [&](int64_t i, int64_t some) {
+    const Word bits = magnitude(load_up_to(data + i, some, 0.0f));
+    Word kept = bits;
+    if constexpr (!kAllFinite) {
+      const Word finite = (Word)(bits < kInfinityBits);
+      found.nonfinite -= ~finite;  // a mask is -1 where it holds
+      kept &= finite;
+    }
+    found.zeros -= (Word)(bits == 0);
+    found.subnormals -= (Word)(bits < normal);
+    found.underflowed -= (Word)(bits <= flushed);
+    found.largest = kept > found.largest ? kept : found.largest;
+    found.squares += (Float)kept * (Float)kept;
+  });
+  return found;
+}
+
+inline bool any_nonfinite(const PartStats& found) {
+  const Word beyond = (Word)(found.largest >= kInfinityBits);
+  return total(beyond & 1u) != 0;
+}
+
+template <typename scalar_t>
+void unscale_chunk(const GroupStatsArgs& args, const TableRow& row, int64_t chunk) {
+  const ElementKind kind = kind_of(row, 0);
+  const ChunkSpan span = span_of(row, chunk);
+  scalar_t* const data = data_of<scalar_t>(row, 0) + span.begin;
+  const float scale = args.scales[row.group];
+  const uint32_t normal = storage_limits(kind).normal, flushed = flushed_by(kind, scale);
+  PartStats all = {};
+  double squares = 0;
+  constexpr int64_t kPart = 2048;  // stays in the first cache; sums of more stay in double
+  for (int64_t begin = 0; begin < span.count; begin += kPart) {
+    scalar_t* const part = data + begin;
+    const int64_t count = span.count - begin < kPart ? span.count - begin : kPart;
+    // Nearly all parts are finite, and need half as many instructions then.
+    PartStats found = examine<true>(part, count, normal, flushed);
+    if (any_nonfinite(found)) found = examine<false>(part, count, normal, flushed);
+    all.nonfinite += found.nonfinite;
+    all.zeros += found.zeros;
+    all.subnormals += found.subnormals;
+    all.underflowed += found.underflowed;
+    all.largest = found.largest > all.largest ? found.largest : all.largest;
+    for (int i = 0; i < kLanes; ++i) squares += static_cast<double>(found.squares[i]);
+    if (args.check_only) continue;
+    for_vectors(0, count, [&](int64_t i, int64_t some) {
+      store_up_to(part + i, some, load_up_to(part + i, some, 0.0f) / scale);
+    });
+  }
+  // The places beyond the end held zeros; zeros are not subnormal, and do not underflow.
+  const int64_t padding = ceil_div(span.count, kLanes) * kLanes - span.count;
+  ChunkStats& stats = args.chunks[chunk];
+  const int64_t zeros = total(all.zeros);
+  stats.squares = squares;
+  stats.largest = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    stats.largest = all.largest[i] > stats.largest ? all.largest[i] : stats.largest;
+  }
+  stats.counts[kNonfiniteGrads] = static_cast<int32_t>(total(all.nonfinite));
+  stats.counts[kZeros] = static_cast<int32_t>(zeros - padding);
+  stats.counts[kSubnormals] = static_cast<int32_t>(total(all.subnormals) - zeros);
+  stats.counts[kUnderflowed] = static_cast<int32_t>(total(all.underflowed) - zeros);
+}
+
+void scale(const ScaleArgs& args, int64_t begin, int64_t end) {
+  with_scalar(args.from, [&](auto from) {
+    with_scalar(args.to,
+                [&](auto to) { scale_units<decltype(from), decltype(to)>(args, begin, end); });
+  });
+}
+
+void unscale(const UnscaleArgs& args, int64_t begin, int64_t end) {
+  with_scalar(args.kind, [&](auto grad) { unscale_units<decltype(grad)>(args, begin, end); });
+}
+
+void chunks(const GroupStatsArgs& args, int64_t begin, int64_t end) {
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const TableRow& row = args.table.rows[row_of_chunk(args.table, chunk)];
+    with_scalar(kind_of(row, 0),
+                [&](auto scalar) { unscale_chunk<decltype(scalar)>(args, row, chunk); });
+  }
+}
+
+}  // namespace
+
+extern const GradScaleCpu grad_scale_cpu = {scale, unscale, chunks};
+
+}  // namespace DALLE_ISA_NAMESPACE
+}  // namespace dalle
+
+#endif  // DALLE_ISA

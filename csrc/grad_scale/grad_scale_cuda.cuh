@@ -1,0 +1,200 @@
+// CUDA kernels of grad_scale and their launch. No torch here. Not yet measured on a GPU.
+//
+// The ends of a block take eight neighbouring elements a thread (common/eights.cuh). Gradients of
+// parameters are cut into chunks, one a thread block, each of which leaves a ChunkStats; a second
+// launch adds them up, one block a group, in an order that hangs on the table alone.
+#pragma once
+
+#include "common/eights.cuh"
+#include "grad_scale/grad_scale.h"
+
+namespace dalle {
+
+template <typename from_t, typename to_t>
+__global__ void __launch_bounds__(kEightThreads) grad_scale_scale_kernel(ScaleArgs args) {
+  const auto* const grad = static_cast<const from_t*>(args.grad);
+  auto* const out = static_cast<to_t*>(args.out);
+  const StorageLimits limits = storage_limits(args.to);
+  const float scale = *args.scale;
+  int found[kNumScaleCounts] = {};
+  for_eights(args.numel, [&](int64_t i) {
+    float x[kEight];
+    Neighbours<from_t, kEight>::load(grad + i, args.numel - i, 0.0f, x);
+#pragma unroll
+    for (int j = 0; j < kEight; ++j) {
+      const float y = x[j] * scale;
+      const uint32_t before = magnitude_of(x[j]), after = magnitude_of(y);
+      const bool finite = before < kInfinityBits, fits = after < limits.infinite;
+      found[kOverflowed] += finite && !fits;
+      found[kFlushedGrads] += finite && before != 0 && after <= limits.zero;
+      found[kSubnormalGrads] += finite && after > limits.zero && after < limits.normal;
+      found[kFiltered] += !finite;
+      x[j] = finite && fits ? y : 0.0f;
+    }
+    Neighbours<to_t, kEight>::store(out + i, args.numel - i, x);
+  });
+  add_counts(found, args.counts);
+}
+
+template <typename grad_t>
+__global__ void __launch_bounds__(kEightThreads) grad_scale_unscale_kernel(UnscaleArgs args) {
+  const auto* const grad = static_cast<const grad_t*>(args.grad);
+  const float scale = *args.scale;
+  for_eights(args.numel, [&](int64_t i) {
+    float x[kEight], stream[kEight];
+    Neighbours<grad_t, kEight>::load(grad + i, args.numel - i, 0.0f, x);
+    Neighbours<float, kEight>::load(args.stream + i, args.numel - i, 0.0f, stream);
+#pragma unroll
+    for (int j = 0; j < kEight; ++j) {
+      const float quotient = x[j] / scale;
+      stream[j] += magnitude_of(quotient) < kInfinityBits ? quotient : 0.0f;
+    }
+    Neighbours<float, kEight>::store(args.out + i, args.numel - i, stream);
+  });
+}
+
+// What threads found, added up: first the lanes of a warp, then the warps, each in order. Every
+// thread of the block calls it; thread 0 has the sum.
+__device__ __forceinline__ ChunkStats add_up(ChunkStats mine) {
+  DALLE_SHARED(ChunkStats, parts, [kEightThreads / 32]);
+  constexpr unsigned kAll = 0xFFFFFFFFu;
+  mine.largest = __reduce_max_sync(kAll, mine.largest);
+#pragma unroll
+  for (int c = 0; c < kNumGroupCounts; ++c) {
+    mine.counts[c] = __reduce_add_sync(kAll, mine.counts[c]);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    mine.squares += __shfl_down_sync(kAll, mine.squares, step);
+  }
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = mine;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kEightThreads / 32; ++w) {
+      mine.squares += parts[w].squares;
+      mine.largest = parts[w].largest > mine.largest ? parts[w].largest : mine.largest;
+      for (int c = 0; c < kNumGroupCounts; ++c) mine.counts[c] += parts[w].counts[c];
+    }
+  }
+  return mine;
+}
+
+template <typename scalar_t>
+__device__ __forceinline__ ChunkStats unscale_chunk(const GroupStatsArgs& args, const TableRow& row,
+                                                    int64_t chunk) {
+  const ElementKind kind = kind_of(row, 0);
+  const ChunkSpan span = span_of(row, chunk);
+  scalar_t* const data = data_of<scalar_t>(row, 0) + span.begin;
+  const float scale = args.scales[row.group];
+  const uint32_t normal = storage_limits(kind).normal, flushed = flushed_by(kind, scale);
+  const int count = static_cast<int>(span.count);
+  float squares = 0;  // of at most kTableChunk / kEightThreads = 128 elements
+  ChunkStats found = {};
+  for (int i = static_cast<int>(threadIdx.x) * kEight; i < count; i += kEightThreads * kEight) {
+    float x[kEight];
+    Neighbours<scalar_t, kEight>::load(data + i, count - i, 1.0f, x);
+#pragma unroll
+    for (int j = 0; j < kEight; ++j) {
+      const uint32_t bits = magnitude_of(x[j]);
+      const bool there = j < count - i, finite = bits < kInfinityBits;
+      const uint32_t kept = there && finite ? bits : 0;
+      found.counts[kNonfiniteGrads] += there && !finite;
+      found.counts[kZeros] += there && bits == 0;
+      found.counts[kSubnormals] += there && bits != 0 && bits < normal;
+      found.counts[kUnderflowed] += there && bits != 0 && bits <= flushed;
+      found.largest = kept > found.largest ? kept : found.largest;
+      squares = fmaf(float_of(kept), float_of(kept), squares);
+    }
+    if (args.check_only) continue;
+#pragma unroll
+    for (int j = 0; j < kEight; ++j) x[j] /= scale;
+    Neighbours<scalar_t, kEight>::store(data + i, count - i, x);
+  }
+  found.squares = static_cast<double>(squares);
+  return found;
+}
+
+__global__ void __launch_bounds__(kEightThreads) grad_scale_chunks_kernel(GroupStatsArgs args) {
+  const int64_t chunk = blockIdx.x;
+  const TableRow row = args.table.rows[row_of_chunk(args.table, chunk)];
+  ChunkStats found = {};
+  switch (kind_of(row, 0)) {
+    case ElementKind::kHalf:
+      found = unscale_chunk<__half>(args, row, chunk);
+      break;
+    case ElementKind::kBFloat16:
+      found = unscale_chunk<__nv_bfloat16>(args, row, chunk);
+      break;
+    default:
+      found = unscale_chunk<float>(args, row, chunk);
+  }
+  found = add_up(found);
+  if (threadIdx.x == 0) args.chunks[chunk] = found;
+}
+
+// A block a group. A thread adds every 256th chunk, 65,536 times 32,768 elements fit its counts.
+__global__ void __launch_bounds__(kEightThreads) grad_scale_groups_kernel(GroupStatsArgs args) {
+  const int64_t group = blockIdx.x;
+  const int64_t begin = first_chunk_of_group(args.table, group);
+  const int64_t end = first_chunk_of_group(args.table, group + 1);
+  ChunkStats found = {};
+  for (int64_t chunk = begin + threadIdx.x; chunk < end; chunk += kEightThreads) {
+    const ChunkStats& part = args.chunks[chunk];
+    found.squares += part.squares;
+    found.largest = part.largest > found.largest ? part.largest : found.largest;
+#pragma unroll
+    for (int c = 0; c < kNumGroupCounts; ++c) found.counts[c] += part.counts[c];
+  }
+  found = add_up(found);
+  if (threadIdx.x != 0) return;
+  const float scale = args.scales[group];
+  args.squares[group] = found.squares / scale / scale;
+  args.largest[group] = float_of(found.largest) / scale;
+  for (int c = 0; c < kNumGroupCounts; ++c) {
+    args.counts[group * kNumGroupCounts + c] = found.counts[c];
+  }
+}
+
+__global__ void __launch_bounds__(kEightThreads) grad_scale_update_kernel(UpdateScalesArgs args) {
+  int bad = 0;
+  for (int64_t g = threadIdx.x; g < args.num_groups; g += kEightThreads) {
+    bad |= args.nonfinite[g] != 0;
+  }
+  const bool skipped = __syncthreads_or(bad) != 0;
+  for (int64_t g = threadIdx.x; g < args.num_groups; g += kEightThreads) {
+    update_scale(args, g, skipped);
+  }
+}
+
+inline cudaError_t launch_grad_scale_scale(const ScaleArgs& args, void* stream) {
+  return with_cuda_scalar(args.from, [&](auto from) {
+    return with_cuda_scalar(args.to, [&](auto to) {
+      return launch_eights(grad_scale_scale_kernel<decltype(from), decltype(to)>, args, stream);
+    });
+  });
+}
+
+inline cudaError_t launch_grad_scale_unscale(const UnscaleArgs& args, void* stream) {
+  return with_cuda_scalar(args.kind, [&](auto grad) {
+    return launch_eights(grad_scale_unscale_kernel<decltype(grad)>, args, stream);
+  });
+}
+
+inline cudaError_t launch_grad_scale_stats(const GroupStatsArgs& args, void* stream) {
+  if (args.table.num_chunks > 0) {
+    const cudaError_t error =
+        launch(grad_scale_chunks_kernel, static_cast<unsigned>(args.table.num_chunks),
+               kEightThreads, 0, stream, args);
+    if (error != cudaSuccess) return error;
+  }
+  if (args.num_groups == 0) return cudaSuccess;
+  return launch(grad_scale_groups_kernel, static_cast<unsigned>(args.num_groups), kEightThreads, 0,
+                stream, args);
+}
+
+inline cudaError_t launch_grad_scale_update(const UpdateScalesArgs& args, void* stream) {
+  if (args.num_groups == 0) return cudaSuccess;
+  return launch(grad_scale_update_kernel, 1, kEightThreads, 0, stream, args);
+}
+
+}  // namespace dalle
