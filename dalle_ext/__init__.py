@@ -7,14 +7,8 @@ from dalle_ext._switch import use_reference
 from dalle_ext._tensor_table import TensorTable
 from dalle_ext.images import area_resize
 from dalle_ext.ops.formats import Packed, pack, pack_counted, sum_codes, unpack
-from dalle_ext.ops.grad_scale import (
-    GradientStats,
-    ScaledGradient,
-    scale_gradient,
-    unscale_gradient,
-    unscale_gradients_,
-    update_scales_,
-)
+from dalle_ext.ops.grad_scale import ScaledGradient, scale_gradient, unscale_gradient
+from dalle_ext.ops.grad_scale_groups import GradientStats, unscale_gradients_, update_scales_
 from dalle_ext.ops.gumbel_softmax import GumbelSoftmax, gumbel_softmax
 from dalle_ext.ops.sparse_attention import sparse_attention
 from dalle_ext.ops.sparse_attention_pattern import AttentionPattern

@@ -18,10 +18,11 @@ def flat(op: str, name: str, tensor: Tensor) -> Tensor:
     Raises:
         ValueError: the tensor has gaps, or elements that share memory.
     """
-    axes = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), -tensor.shape[d]))
+    strides = tensor.stride()
+    axes = sorted(range(tensor.dim()), key=lambda d: (-strides[d], -tensor.shape[d]))
     ordered = tensor.detach().permute(axes)
     if not ordered.is_contiguous():
-        got = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+        got = f"shape {tuple(tensor.shape)}, strides {strides}"
         raise ValueError(f"{op}: {name} must fill their memory without gaps, got {got}")
     return ordered.reshape(-1)
 
