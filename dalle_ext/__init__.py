@@ -6,6 +6,7 @@ from dalle_ext._native import build_info
 from dalle_ext._switch import use_reference
 from dalle_ext._tensor_table import TensorTable
 from dalle_ext.images import area_resize
+from dalle_ext.ops.adam16 import AdamW16
 from dalle_ext.ops.formats import Packed, pack, pack_counted, sum_codes, unpack
 from dalle_ext.ops.grad_scale import ScaledGradient, scale_gradient, unscale_gradient
 from dalle_ext.ops.grad_scale_groups import GradientStats, unscale_gradients_, update_scales_
@@ -14,6 +15,7 @@ from dalle_ext.ops.sparse_attention import sparse_attention
 from dalle_ext.ops.sparse_attention_pattern import AttentionPattern
 
 __all__ = [
+    "AdamW16",
     "AttentionPattern",
     "GradientStats",
     "GumbelSoftmax",

@@ -36,8 +36,8 @@ class TensorTable:
 
     Args:
         columns: one to five lists of the same length; `columns[c][i]` is tensor c of row i. All
-            contiguous, on one device, those of a row of one size, float32, float16, bfloat16 or
-            int16; the caller has checked that.
+            contiguous, on one device, those of a row of one size (or one element, where an op says
+            so), float32, float16, bfloat16 or int16; the op checks that.
         groups: group of each row, 0 or more; all 0 if left out.
 
     Attributes:
@@ -53,7 +53,7 @@ class TensorTable:
         groups = [0] * count if groups is None else groups
         self.order = sorted(range(count), key=lambda i: groups[i])
         self.columns = [[column[i] for i in self.order] for column in columns]
-        self._found = self._addresses(columns)
+        self._found = self._key(columns, groups)
         rows, chunks = [], 0
         for r, i in enumerate(self.order):
             tensors = [column[r] for column in self.columns]
@@ -70,12 +70,14 @@ class TensorTable:
             self.rows = self.host
 
     @staticmethod
-    def _addresses(columns: Sequence[Sequence[Tensor]]) -> list[tuple[int, int, torch.dtype]]:
-        return [_address(t) for column in columns for t in column]
+    def _key(columns: Sequence[Sequence[Tensor]], groups: Sequence[int]) -> list[object]:
+        return [list(groups), *(_address(t) for column in columns for t in column)]
 
-    def fits(self, columns: Sequence[Sequence[Tensor]]) -> bool:
+    def fits(
+        self, columns: Sequence[Sequence[Tensor]], groups: Sequence[int] | None = None
+    ) -> bool:
         """Whether the table still says where these tensors are (same order as when it was made).
 
         Addresses are compared, not objects: a gradient may be another tensor at the same place.
         """
-        return self._found == self._addresses(columns)
+        return self._found == self._key(columns, groups or [0] * len(columns[0]))

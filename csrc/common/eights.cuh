@@ -13,6 +13,38 @@ __device__ __forceinline__ bool on_16_bytes(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
+// Eight codes, of which the first `count` are there.
+__device__ __forceinline__ void load_codes(const uint16_t* p, int64_t count, bool aligned,
+                                           uint32_t (&codes)[kEight]) {
+  if (count < kEight || !aligned) {
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) codes[i] = i < count ? p[i] : 0;
+    return;
+  }
+  const uint4 words = load_vector_once<uint4>(p);
+  const uint32_t each[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    codes[2 * w] = each[w] & 0xFFFF;
+    codes[2 * w + 1] = each[w] >> 16;
+  }
+}
+
+__device__ __forceinline__ void store_codes(uint16_t* p, int64_t count, bool aligned,
+                                            const uint32_t (&codes)[kEight]) {
+  if (count < kEight || !aligned) {
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) {
+      if (i < count) p[i] = static_cast<uint16_t>(codes[i]);
+    }
+    return;
+  }
+  uint32_t each[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) each[w] = codes[2 * w] | (codes[2 * w + 1] << 16);
+  store_vector_once(p, uint4{each[0], each[1], each[2], each[3]});
+}
+
 // Calls body(i) for the eights of this thread.
 template <typename Body>
 __device__ __forceinline__ void for_eights(int64_t numel, const Body& body) {

@@ -14,10 +14,11 @@ namespace dalle {
 
 // columns[c][i] is what row i has in column c. `host` is the table on the CPU, `rows` its copy on
 // the tensors' device (the same tensor for CPU ops). A table that is out of date would have the
-// kernel write to memory that is no longer the tensors', hence a check of every address.
+// kernel write to memory that is no longer the tensors', hence a check of every address. The last
+// `num_scalars` columns hold one element a row.
 inline TensorTable check_table(
     const char* op, const torch::stable::Tensor& host, const torch::stable::Tensor& rows,
-    const std::vector<const std::vector<torch::stable::Tensor>*>& columns) {
+    const std::vector<const std::vector<torch::stable::Tensor>*>& columns, size_t num_scalars = 0) {
   constexpr int64_t kWords = sizeof(TableRow) / sizeof(int64_t);
   const int64_t count = host.dim() == 2 ? host.size(0) : -1;
   for (const auto* table : {&host, &rows}) {
@@ -38,8 +39,9 @@ inline TensorTable check_table(
       DALLE_CHECK(static_cast<int64_t>(columns[c]->size()) == count, op, "tensors",
                   "as many as the table has rows", columns[c]->size());
       const torch::stable::Tensor& tensor = (*columns[c])[i];
+      const int64_t numel = c + num_scalars < columns.size() ? row.numel : 1;
       DALLE_CHECK(reinterpret_cast<int64_t>(tensor.const_data_ptr()) == row.data[c] &&
-                      tensor.numel() == row.numel && tensor.is_contiguous() &&
+                      tensor.numel() == numel && tensor.is_contiguous() &&
                       element_kind(tensor.scalar_type()) == kind_of(row, static_cast<int>(c)) &&
                       tensor.device() == rows.device(),
                   op, "table", "of these tensors", "another address, size, type or device in row ",

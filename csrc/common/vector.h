@@ -1,8 +1,8 @@
 // Vectors of DALLE_ISA_BYTES for the CPU kernels (<op>_cpu.h), what they have in common: types,
 // loads and stores, the storage formats float, half and bfloat16. GCC vector extensions, so that
 // one source serves every instruction set; the only intrinsics are the 32 x 32 -> 64 bit product
-// (GCC finds none for a vector), max, and half precision. Everything has internal linkage; see
-// host_device.h. No torch here.
+// (GCC finds none for a vector), max, square root, and half precision. Everything has internal
+// linkage; see host_device.h. No torch here.
 #pragma once
 
 // GCC 12 takes the "undefined" vectors of its own immintrin.h, and vectors that are filled lane by
@@ -50,6 +50,16 @@ inline Float maximum(Float a, Float b) {
   return (Float)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return (Float)_mm_max_ps((__m128)a, (__m128)b);
+#endif
+}
+
+inline Float square_root(Float v) {
+#if DALLE_ISA_BYTES == 64
+  return (Float)_mm512_sqrt_ps((__m512)v);
+#elif DALLE_ISA_BYTES == 32
+  return (Float)_mm256_sqrt_ps((__m256)v);
+#else
+  return (Float)_mm_sqrt_ps((__m128)v);
 #endif
 }
 
@@ -177,6 +187,17 @@ inline void store_up_to(scalar_t* p, int64_t count, Float v) {
   } else {
     store_some(p, count, v);
   }
+}
+
+// 16-bit words, of which the first `count` are there.
+inline void store_codes(uint16_t* p, int64_t count, Word codes) {
+  const Short packed = __builtin_convertvector(codes, Short);
+  __builtin_memcpy(p, &packed, count < kLanes ? 2 * static_cast<size_t>(count) : sizeof packed);
+}
+inline Word load_codes(const uint16_t* p, int64_t count) {
+  Short packed = {};
+  __builtin_memcpy(&packed, p, count < kLanes ? 2 * static_cast<size_t>(count) : sizeof packed);
+  return __builtin_convertvector(packed, Word);
 }
 
 // Calls body(i, count) for the vectors of [begin, end); the last may hold fewer than kLanes.

@@ -85,16 +85,6 @@ class Encoder {
   Word found_[kNumCounts] = {};  // a lane sees less than 2^32 elements of a task
 };
 
-inline void store_codes(uint16_t* p, int64_t count, Word codes) {
-  const Short packed = __builtin_convertvector(codes, Short);
-  __builtin_memcpy(p, &packed, count < kLanes ? 2 * static_cast<size_t>(count) : sizeof packed);
-}
-inline Word load_codes(const uint16_t* p, int64_t count) {
-  Short packed = {};
-  __builtin_memcpy(&packed, p, count < kLanes ? 2 * static_cast<size_t>(count) : sizeof packed);
-  return __builtin_convertvector(packed, Word);
-}
-
 // Calls body(i, counts of its two vectors) for every two vectors of `numel` elements.
 template <typename Body>
 inline void for_pairs(int64_t numel, const Body& body) {

@@ -9,38 +9,6 @@
 
 namespace dalle {
 
-// Eight codes, of which the first `count` are there.
-__device__ __forceinline__ void load_codes(const uint16_t* p, int64_t count, bool aligned,
-                                           uint32_t (&codes)[kEight]) {
-  if (count < kEight || !aligned) {
-#pragma unroll
-    for (int i = 0; i < kEight; ++i) codes[i] = i < count ? p[i] : 0;
-    return;
-  }
-  const uint4 words = load_vector_once<uint4>(p);
-  const uint32_t each[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    codes[2 * w] = each[w] & 0xFFFF;
-    codes[2 * w + 1] = each[w] >> 16;
-  }
-}
-
-__device__ __forceinline__ void store_codes(uint16_t* p, int64_t count, bool aligned,
-                                            const uint32_t (&codes)[kEight]) {
-  if (count < kEight || !aligned) {
-#pragma unroll
-    for (int i = 0; i < kEight; ++i) {
-      if (i < count) p[i] = static_cast<uint16_t>(codes[i]);
-    }
-    return;
-  }
-  uint32_t each[4];
-#pragma unroll
-  for (int w = 0; w < 4; ++w) each[w] = codes[2 * w] | (codes[2 * w + 1] << 16);
-  store_vector_once(p, uint4{each[0], each[1], each[2], each[3]});
-}
-
 // Encodes eights of elements of one thread, and counts what became of them.
 template <Format kFormat>
 struct EightEncoder {

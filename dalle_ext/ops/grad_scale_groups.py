@@ -80,7 +80,7 @@ def unscale_gradients_(
         flats = [g if g.is_contiguous() else flat(op, "grads", g) for g in grads]
         if table is None:
             table = TensorTable([flats], group_of)
-        elif not table.fits([flats]):
+        elif not table.fits([flats], group_of):
             raise ValueError(f"{op}: table must be of these gradients, got one of other tensors")
         found = native.unscale_all(table.columns[0], table.host, table.rows, scales, check_only)
     counts, squares, largest = found

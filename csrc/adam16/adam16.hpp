@@ -1,0 +1,91 @@
+// Torch-facing half of the contract: checks the inputs once.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <vector>
+
+#include "adam16/adam16.h"
+#include "common/checks.hpp"
+#include "common/element.hpp"
+#include "common/tensor_table.hpp"
+
+namespace dalle {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+inline const float* check_one_float(const char* name, const std::optional<Tensor>& tensor,
+                                    const Tensor& rows) {
+  if (!tensor) return nullptr;
+  DALLE_CHECK(tensor->numel() == 1 && tensor->scalar_type() == ScalarType::Float &&
+                  tensor->device() == rows.device(),
+              "AdamW16", name, "one float32 on the parameters' device", shape_text(*tensor), " of ",
+              torch::headeronly::toString(tensor->scalar_type()));
+  return static_cast<const float*>(tensor->const_data_ptr());
+}
+
+inline AdamArgs prepare_adam(const Tensors& params, const Tensors& grads, const Tensors& means,
+                             const Tensors& variances, const Tensors& steps, const Tensor& host,
+                             const Tensor& rows, const std::optional<Tensor>& scales,
+                             const std::optional<Tensor>& clip_factor,
+                             const std::optional<Tensor>& skip,
+                             const std::optional<Tensor>& lr_tensor,
+                             const std::optional<Tensor>& seed, double lr, double beta1,
+                             double beta2, double eps, double weight_decay, double variance_clip) {
+  const char* const op = "AdamW16";
+  const TensorTable table =
+      check_table(op, host, rows, {&params, &grads, &means, &variances, &steps}, 1);
+  const auto* expected = static_cast<const TableRow*>(host.const_data_ptr());
+  for (int64_t i = 0; i < table.num_rows; ++i) {
+    check_floating(op, "params", params[i].scalar_type());
+    check_floating(op, "grads", grads[i].scalar_type());
+    const ElementKind kind = kind_of(expected[i], kMean);
+    DALLE_CHECK((kind == ElementKind::kShort || kind == ElementKind::kFloat) &&
+                    kind_of(expected[i], kVariance) == kind,
+                op, "moments", "both int16 codes or both float32",
+                torch::headeronly::toString(means[i].scalar_type()));
+    DALLE_CHECK(!scales || expected[i].group < scales->numel(), op, "groups",
+                "below the number of scales", expected[i].group);
+  }
+  AdamArgs args{};
+  args.table = table;
+  if (scales) {
+    DALLE_CHECK(scales->scalar_type() == ScalarType::Float && scales->is_contiguous() &&
+                    scales->device() == rows.device(),
+                op, "scales", "contiguous float32 on the parameters' device", shape_text(*scales));
+    args.scales = static_cast<const float*>(scales->const_data_ptr());
+  }
+  args.clip_factor = check_one_float("clip_factor", clip_factor, rows);
+  args.skip = check_one_float("found_nonfinite", skip, rows);
+  args.lr_pointer = check_one_float("lr", lr_tensor, rows);
+  if (seed) {
+    DALLE_CHECK(seed->numel() == 1 && seed->scalar_type() == ScalarType::Long &&
+                    seed->device() == rows.device(),
+                op, "seed", "an int64 scalar on the parameters' device", shape_text(*seed));
+    args.seed = static_cast<const int64_t*>(seed->const_data_ptr());
+  }
+  args.lr = lr;
+  args.beta1 = beta1;
+  args.beta2 = beta2;
+  args.eps = eps;
+  args.weight_decay = weight_decay;
+  args.variance_clip = variance_clip;
+  return args;
+}
+
+}  // namespace dalle
+
+// The arguments of the raw op, in order; its CPU and CUDA registrations have the same.
+#define DALLE_ADAM_PARAMETERS                                                             \
+  Tensors params, Tensors grads, Tensors means, Tensors variances, Tensors steps,         \
+      const Tensor &host, const Tensor &rows, const std::optional<Tensor>&scales,         \
+      const std::optional<Tensor>&clip_factor, const std::optional<Tensor>&skip,          \
+      const std::optional<Tensor>&lr_tensor, const std::optional<Tensor>&seed, double lr, \
+      double beta1, double beta2, double eps, double weight_decay, double variance_clip
+#define DALLE_ADAM_ARGUMENTS                                                                      \
+  params, grads, means, variances, steps, host, rows, scales, clip_factor, skip, lr_tensor, seed, \
+      lr, beta1, beta2, eps, weight_decay, variance_clip

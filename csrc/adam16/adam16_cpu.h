@@ -1,0 +1,151 @@
+// CPU kernel of adam16 on raw pointers. The table below is what adam16.cpp sees; the kernel is
+// compiled once per instruction set (csrc/common/isa.h). No torch here.
+#pragma once
+
+#include "adam16/adam16.h"
+
+namespace dalle {
+
+struct Adam16Cpu {
+  void (*chunks)(const AdamArgs& args, int64_t chunk_begin, int64_t chunk_end);
+};
+
+namespace isa_v2 {
+extern const Adam16Cpu adam16_cpu;
+}
+namespace isa_v3 {
+extern const Adam16Cpu adam16_cpu;
+}
+namespace isa_v4 {
+extern const Adam16Cpu adam16_cpu;
+}
+namespace isa_v4_bf16 {
+extern const Adam16Cpu adam16_cpu;
+}
+
+}  // namespace dalle
+
+#ifdef DALLE_ISA
+
+#include <type_traits>
+
+#include "common/philox_lanes.h"
+#include "common/vector.h"
+
+namespace dalle {
+namespace DALLE_ISA_NAMESPACE {
+namespace {
+
+// The kind of with_scalar's element.
+template <typename scalar_t>
+constexpr ElementKind kKindOf = std::is_same_v<scalar_t, Half>       ? ElementKind::kHalf
+                                : std::is_same_v<scalar_t, BFloat16> ? ElementKind::kBFloat16
+                                                                     : ElementKind::kFloat;
+
+// A moment kept as codes: what is added below the code's last bit is in `added`.
+template <Format kFormat>
+struct CodedMoment {
+  uint16_t* data;
+  Float load(int64_t i, int64_t count) const {
+    return (Float)decode<kFormat>(load_codes(data + i, count));
+  }
+  void store(int64_t i, int64_t count, Float value, Word added) const {
+    store_codes(data + i, count, encode<kFormat>((Word)value, added));
+  }
+};
+
+struct FloatMoment {
+  float* data;
+  Float load(int64_t i, int64_t count) const { return load_up_to(data + i, count, 0.0f); }
+  void store(int64_t i, int64_t count, Float value, Word) const {
+    store_up_to(data + i, count, value);
+  }
+};
+
+// Random words of two vectors of neighbouring elements.
+struct TwoWords {
+  Word word[2];
+  TwoWords(const PhiloxKeys& keys, uint64_t call) {
+    uint32_t words[2 * kLanes];
+    random_words(keys, call, words);
+    for (int j = 0; j < 2; ++j) word[j] = load<Word>(words + j * kLanes);
+  }
+};
+
+template <bool kStochastic, typename param_t, typename grad_t, typename mean_t, typename variance_t>
+void step_chunk(const AdamFactors& f, int64_t chunk, int64_t count, param_t* params,
+                const grad_t* grads, mean_t means, variance_t variances) {
+  const PhiloxKeys keys = philox_keys(f.seed), param_keys = philox_keys(~f.seed);
+  const uint64_t calls = first_call(chunk);
+  const auto one = [&](int64_t i, int64_t some, Word for_moments, Word for_param) {
+    const Float grad = load_up_to(grads + i, some, 0.0f) * f.grad;
+    const Float mean = f.keep_mean * means.load(i, some) + f.add_mean * grad;
+    Float variance = f.keep_variance * variances.load(i, some) + f.add_variance * (grad * grad);
+    variance = variance > f.most ? splat(f.most) : variance;
+    const Float update = mean / (square_root(variance) * f.root + f.eps);
+    const Float param = load_up_to(params + i, some, 0.0f) * f.decay - f.step_size * update;
+    if constexpr (kStochastic) {
+      means.store(i, some, mean, mean_bits(for_moments));
+      variances.store(i, some, variance, variance_bits(for_moments));
+      const Word bits = round_stochastically<kKindOf<param_t>>((Word)param, for_param);
+      store_up_to(params + i, some, (Float)bits);
+    } else {
+      means.store(i, some, mean, Word{} + FormatOf<Format::k169>::kHalfUlp);
+      variances.store(i, some, variance, Word{} + FormatOf<Format::k0610>::kHalfUlp);
+      store_up_to(params + i, some, param);
+    }
+  };
+  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+    Word for_moments[2] = {}, for_param[2] = {};
+    if constexpr (kStochastic) {
+      const uint64_t call = calls + static_cast<uint64_t>(i) / 4;
+      const TwoWords words(keys, call);
+      for (int j = 0; j < 2; ++j) for_moments[j] = words.word[j];
+      if constexpr (!std::is_same_v<param_t, float>) {
+        const TwoWords more(param_keys, call);
+        for (int j = 0; j < 2; ++j) for_param[j] = more.word[j];
+      }
+    }
+    for (int j = 0; j < 2; ++j) {
+      const int64_t at = i + j * kLanes, left = count - at;
+      if (left > 0) one(at, left < kLanes ? left : kLanes, for_moments[j], for_param[j]);
+    }
+  }
+}
+
+void chunks(const AdamArgs& args, int64_t begin, int64_t end) {
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const TableRow& row = args.table.rows[row_of_chunk(args.table, chunk)];
+    const ChunkSpan span = span_of(row, chunk);
+    const AdamFactors f = adam_factors(args, row);
+    with_scalar(kind_of(row, kParam), [&](auto param) {
+      with_scalar(kind_of(row, kGrad), [&](auto grad) {
+        auto* const params = data_of<decltype(param)>(row, kParam) + span.begin;
+        const auto* const grads = data_of<decltype(grad)>(row, kGrad) + span.begin;
+        const auto step = [&](auto means, auto variances) {
+          if (args.seed != nullptr) {
+            step_chunk<true>(f, chunk, span.count, params, grads, means, variances);
+          } else {
+            step_chunk<false>(f, chunk, span.count, params, grads, means, variances);
+          }
+        };
+        if (kind_of(row, kMean) == ElementKind::kShort) {
+          step(CodedMoment<Format::k169>{data_of<uint16_t>(row, kMean) + span.begin},
+               CodedMoment<Format::k0610>{data_of<uint16_t>(row, kVariance) + span.begin});
+        } else {
+          step(FloatMoment{data_of<float>(row, kMean) + span.begin},
+               FloatMoment{data_of<float>(row, kVariance) + span.begin});
+        }
+      });
+    });
+  }
+}
+
+}  // namespace
+
+extern const Adam16Cpu adam16_cpu = {chunks};
+
+}  // namespace DALLE_ISA_NAMESPACE
+}  // namespace dalle
+
+#endif  // DALLE_ISA
