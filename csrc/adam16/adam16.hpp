@@ -10,6 +10,7 @@
 #include "adam16/adam16.h"
 #include "common/checks.hpp"
 #include "common/element.hpp"
+#include "common/scales.hpp"
 #include "common/tensor_table.hpp"
 
 namespace dalle {
@@ -48,17 +49,12 @@ inline AdamArgs prepare_adam(const Tensors& params, const Tensors& grads, const 
                     kind_of(expected[i], kVariance) == kind,
                 op, "moments", "both int16 codes or both float32",
                 torch::headeronly::toString(means[i].scalar_type()));
-    DALLE_CHECK(!scales || expected[i].group < scales->numel(), op, "groups",
-                "below the number of scales", expected[i].group);
+    DALLE_CHECK(!scales || (expected[i].group >= 0 && expected[i].group < scales->numel()), op,
+                "groups", "0 or more and below the number of scales", expected[i].group);
   }
   AdamArgs args{};
   args.table = table;
-  if (scales) {
-    DALLE_CHECK(scales->scalar_type() == ScalarType::Float && scales->is_contiguous() &&
-                    scales->device() == rows.device(),
-                op, "scales", "contiguous float32 on the parameters' device", shape_text(*scales));
-    args.scales = static_cast<const float*>(scales->const_data_ptr());
-  }
+  if (scales) args.scales = check_scales(op, "scales", *scales, scales->numel(), rows);
   args.clip_factor = check_one_float("clip_factor", clip_factor, rows);
   args.skip = check_one_float("found_nonfinite", skip, rows);
   args.lr_pointer = check_one_float("lr", lr_tensor, rows);

@@ -4,12 +4,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
 #include <tuple>
 #include <vector>
 
 #include "common/checks.hpp"
 #include "common/element.hpp"
+#include "common/scales.hpp"
 #include "common/tensor_table.hpp"
 #include "grad_scale/grad_scale.h"
 
@@ -20,23 +20,6 @@ using torch::stable::Tensor;
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return {tensor.sizes().begin(), tensor.sizes().end()};
-}
-
-// The value is looked at on the CPU alone: elsewhere that would wait for the device.
-inline const float* check_scales(const char* op, const char* name, const Tensor& scales,
-                                 int64_t count, const Tensor& beside) {
-  DALLE_CHECK(scales.numel() == count && scales.scalar_type() == ScalarType::Float &&
-                  scales.is_contiguous() && scales.device() == beside.device(),
-              op, name, "contiguous float32 on the gradients' device, one a group",
-              shape_text(scales), " of ", torch::headeronly::toString(scales.scalar_type()));
-  const auto* values = static_cast<const float*>(scales.const_data_ptr());
-  if (scales.is_cpu()) {
-    for (int64_t i = 0; i < count; ++i) {
-      DALLE_CHECK(values[i] > 0 && std::isfinite(values[i]), op, name, "positive and finite",
-                  values[i]);
-    }
-  }
-  return values;
 }
 
 inline std::tuple<Tensor, Tensor, ScaleArgs> prepare_scale(const Tensor& grad, const Tensor& scale,

@@ -70,11 +70,21 @@ def test_bad_input_gets_one_line(message):
         BAD[message]()
 
 
-def test_groups_beyond_the_scales():
+@pytest.mark.parametrize("group", [1, -1])
+def test_groups_beyond_the_scales(group):
     optimizer = make()
     param = optimizer.param_groups[0]["params"][0]
-    with pytest.raises(RuntimeError, match="AdamW16: groups must be below the number of scales"):
-        optimizer.step(scales=torch.ones(1), groups={param: 1})
+    with pytest.raises(RuntimeError, match="AdamW16: groups must be 0 or more and below the"):
+        optimizer.step(scales=torch.ones(1), groups={param: group})
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_scales_that_are_none(scale):
+    optimizer = make()
+    before = optimizer.param_groups[0]["params"][0].detach().clone()
+    with pytest.raises(RuntimeError, match="AdamW16: scales must be positive and finite, got"):
+        optimizer.step(scales=torch.tensor([scale]))
+    assert torch.equal(before, optimizer.param_groups[0]["params"][0])
 
 
 def test_the_raw_op_says_what_it_changes():
