@@ -15,7 +15,7 @@ namespace dalle {
 
 // Columns of the table. Mean and variance are codes, or floats (both); the step is one float, the
 // number of updates so far.
-enum AdamColumn : int { kParam, kGrad, kMean, kVariance, kStep, kNumAdamColumns };
+enum AdamColumn : int { kParam, kGrad, kMean, kVariance, kStep };
 
 struct AdamArgs {
   TensorTable table;
