@@ -16,6 +16,7 @@ import torch
 
 FOLDER = Path(__file__).parent
 HOW_TO_BUILD = "pip install -c constraints.txt -e ."
+FLOATING = {torch.float32, torch.float16, torch.bfloat16}  # of ops that store in 16 bits
 
 
 def _load(name: str) -> str | None:
@@ -52,6 +53,12 @@ def require(op: str, device: torch.device) -> None:
     problem = CUDA_PROBLEM if device.type == "cuda" else CPU_PROBLEM
     if problem is not None:
         raise RuntimeError(f"{op}: {problem}")
+
+
+def require_floating(op: str, name: str, dtype: torch.dtype) -> None:
+    """Raises TypeError unless `dtype` is one of `FLOATING`."""
+    if dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16, got {dtype}")
 
 
 def host(function: str) -> ModuleType:

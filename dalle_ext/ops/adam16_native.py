@@ -11,7 +11,6 @@ import torch
 from dalle_ext import _native
 
 Tensor = torch.Tensor
-DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 
 def _step_fake(*_: object) -> None:
@@ -45,10 +44,7 @@ def check_group(group: Mapping[str, Any]) -> None:
         if not holds:
             raise ValueError(f"AdamW16: {name} must be {requirement}, got {value}")
     for param in group["params"]:
-        if param.dtype not in DTYPES:
-            raise TypeError(
-                f"AdamW16: params must be float32, float16 or bfloat16, got {param.dtype}"
-            )
+        _native.require_floating("AdamW16", "params", param.dtype)
 
 
 def check_grad(param: Tensor) -> Tensor:
@@ -57,10 +53,7 @@ def check_grad(param: Tensor) -> Tensor:
     assert grad is not None
     if grad.layout != torch.strided:
         raise TypeError(f"AdamW16: gradients must be dense, got {grad.layout}")
-    if grad.dtype not in DTYPES:
-        raise TypeError(
-            f"AdamW16: gradients must be float32, float16 or bfloat16, got {grad.dtype}"
-        )
+    _native.require_floating("AdamW16", "gradients", grad.dtype)
     if grad.stride() != param.stride():
         grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
     return grad

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import torch
 
+from dalle_ext._native import require_floating
 from dalle_ext._switch import reference_in_use
 from dalle_ext.ops import formats_native as native
-from dalle_ext.ops.formats_native import DTYPES, FORMATS, require_format, rounding_seed
+from dalle_ext.ops.formats_native import FORMATS, require_format, rounding_seed
 from dalle_ext.reference import formats as reference
 
 Tensor = torch.Tensor
@@ -26,8 +27,7 @@ class Packed(NamedTuple):
 
 
 def _packed(op: str, x: Tensor, format: str, seed: Tensor | None, count: bool) -> Packed:
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{op}: x must be float32, float16 or bfloat16, got {x.dtype}")
+    require_floating(op, "x", x.dtype)
     require_format(op, x, format)
     if reference_in_use():
         added = None if seed is None else reference.rounding_words(seed, x.numel(), format)
@@ -86,8 +86,7 @@ def unpack(codes: Tensor, format: str, dtype: torch.dtype = torch.float32) -> Te
         TypeError, ValueError, RuntimeError: as `pack`; TypeError for codes or `dtype`.
     """
     require_format("unpack", codes, format, codes=True)
-    if dtype not in DTYPES:
-        raise TypeError(f"unpack: dtype must be float32, float16 or bfloat16, got {dtype}")
+    require_floating("unpack", "dtype", dtype)
     if reference_in_use():
         return reference.decode(codes, format, dtype)
     return native.unpack(codes.contiguous(), FORMATS.index(format), dtype)  # type: ignore[no-any-return]

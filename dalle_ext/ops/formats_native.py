@@ -14,7 +14,6 @@ from dalle_ext._switch import reference_in_use
 Tensor = torch.Tensor
 FORMATS = ("1-6-9", "0-6-10")
 ROUNDINGS = ("nearest", "stochastic")
-DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 
 def _counts(beside: Tensor, count: bool) -> Tensor:

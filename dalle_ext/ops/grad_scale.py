@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from dalle_ext._native import require_floating
 from dalle_ext._switch import reference_in_use
 from dalle_ext.ops import grad_scale_native as native
 from dalle_ext.reference import grad_scale as reference
@@ -45,8 +46,8 @@ def scale_gradient(
         RuntimeError: no native library for the device.
     """
     op = "scale_gradient"
-    native.require_floating(op, "grad", grad.dtype)
-    native.require_floating(op, "dtype", dtype)
+    require_floating(op, "grad", grad.dtype)
+    require_floating(op, "dtype", dtype)
     native.require_library(op, grad.device)
     factor = native.as_scale(op, scale, grad.device)
     if reference_in_use():
@@ -71,7 +72,7 @@ def unscale_gradient(stream: Tensor, grad: Tensor, scale: float | Tensor) -> Ten
     op = "unscale_gradient"
     if stream.dtype != torch.float32:
         raise TypeError(f"{op}: stream must be float32, got {stream.dtype}")
-    native.require_floating(op, "grad", grad.dtype)
+    require_floating(op, "grad", grad.dtype)
     if grad.shape != stream.shape or grad.device != stream.device:
         got = f"{tuple(grad.shape)} on {grad.device}"
         wanted = f"{tuple(stream.shape)} on {stream.device}"

@@ -11,7 +11,6 @@ from dalle_ext import _native
 from dalle_ext._switch import reference_in_use
 
 Tensor = torch.Tensor
-DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 
 def _scale_fake(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -53,11 +52,6 @@ def require_library(op: str, device: torch.device) -> None:
         _native.require(op, device)
 
 
-def require_floating(op: str, name: str, dtype: torch.dtype) -> None:
-    if dtype not in DTYPES:
-        raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16, got {dtype}")
-
-
 def as_scale(op: str, scale: float | Tensor, device: torch.device) -> Tensor:
     """A scale as a 0-d float32 tensor on the device."""
     if isinstance(scale, Tensor):
@@ -77,7 +71,7 @@ def check_gradients(op: str, grads: Sequence[Tensor]) -> None:
     for i, grad in enumerate(grads):
         if grad.layout != torch.strided:
             raise TypeError(f"{op}: grads must be dense, got {grad.layout} in place {i}")
-        require_floating(op, "grads", grad.dtype)
+        _native.require_floating(op, "grads", grad.dtype)
         if grad.device != grads[0].device:
             devices = f"{grads[0].device} and {grad.device}"
             raise ValueError(f"{op}: grads must be on one device, got {devices}")
