@@ -16,7 +16,6 @@ from dalle_ext.reference import adam16 as reference
 
 Tensor = torch.Tensor
 STATE = ("exp_avg", "exp_avg_sq", "step")
-CODED_FROM = 8192  # elements; smaller tensors keep float32 moments (paper, earlier code)
 
 
 class AdamW16(torch.optim.Optimizer):
@@ -24,7 +23,7 @@ class AdamW16(torch.optim.Optimizer):
 
     Equivalent to `torch.optim.AdamW` with the running variance at most `variance_clip`, and the
     moments rounded to the 16-bit formats after each update. Arithmetic is in float32; one launch a
-    parameter group. Tensors of fewer than 8,192 elements keep float32 moments.
+    parameter group. Moments stay float32 in tensors below 8,192 elements and with `fp32_moments`.
 
     Args:
         params: parameters or groups; float32, float16 or bfloat16, dense.
@@ -43,6 +42,7 @@ class AdamW16(torch.optim.Optimizer):
         self, params: Iterable[Any], lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2,
         variance_clip: float = 5.0, *, stochastic_rounding: bool = False, seed: int = 0,
+        fp32_moments: bool = False,
     ) -> None:  # fmt: skip
         params = list(params)
         if not params:
@@ -50,7 +50,7 @@ class AdamW16(torch.optim.Optimizer):
         self._tables: dict[int, TensorTable] = {}
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         more = {"variance_clip": variance_clip, "stochastic_rounding": stochastic_rounding}
-        super().__init__(params, {**numbers, **more, "seed": seed})
+        super().__init__(params, {**numbers, **more, "seed": seed, "fp32_moments": fp32_moments})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -94,7 +94,7 @@ class AdamW16(torch.optim.Optimizer):
         group, device = self.param_groups[index], params[0].device
         for p in params:
             if not self.state[p]:
-                self.state[p] = state.moments_like(p, p.numel() >= CODED_FROM)
+                self.state[p] = state.moments_like(p, group)
         rows = [[p, native.check_grad(p), *map(self.state[p].get, STATE)] for p in params]
         columns = [[flat("AdamW16", "params", t) for t in c] for c in zip(*rows, strict=True)]
         table = self._tables.get(index)
@@ -116,5 +116,5 @@ class AdamW16(torch.optim.Optimizer):
         self._tables.clear()
 
     def state_bytes(self) -> int:
-        """Bytes of the state so far: 4 a parameter, 8 in tensors of fewer than 8,192 elements."""
+        """Bytes of the state so far: 4 a parameter, 8 where the moments are float32."""
         return sum(t.nbytes for found in self.state.values() for t in found.values())

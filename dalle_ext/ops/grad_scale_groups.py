@@ -117,4 +117,4 @@ def update_scales_(
     native.require_library("update_scales_", scales.device)
     rule = (growth, backoff, window, low, high, grow_on_skip)
     update = reference.update_scales_ if reference_in_use() else native.update
-    update(scales, since_drop, nonfinite, *rule)
+    update(scales, since_drop, nonfinite.contiguous(), *rule)

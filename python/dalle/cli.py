@@ -31,6 +31,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
         "dalle.commands.dvae_import:import_openai",
         "take the weights that the paper's authors released",
     ),
+    ("plot", "scales"): ("dalle.commands.plot:scales", "the gradient scales of a training"),
     ("tokenizer", "train"): ("dalle.commands.tokenizer:train", "learn a byte-level BPE"),
     ("env",): ("dalle.commands.env:env", "versions, devices, native objects and extras found"),
     ("plan",): ("dalle.commands.plan:plan", "parameters, memory and FLOPs of a prior preset"),

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import dalle_ext
 from dalle.errors import UsageError
 from dalle.pretrained import Pretrained, from_presets
-from dalle.prior_blocks import KeysValues, Layer
-from dalle.prior_config import DTYPES, IMAGE_WEIGHT, PAD, PRESETS, TEXT_WEIGHT, PriorConfig
+from dalle.prior_blocks import KeysValues, Layer, Resblock
+from dalle.prior_config import IMAGE_WEIGHT, PAD, PRESETS, TEXT_WEIGHT, PriorConfig
 
 
 class PriorOutput(NamedTuple):
@@ -49,7 +49,7 @@ class Prior(Pretrained[PriorConfig]):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)
         c = config
-        d, dtype = c.d_model, DTYPES[c.precision]
+        d = c.d_model
         classes = c.text_vocab + (c.text_targets == "padded")
         self.start_of_text = nn.Parameter(torch.empty(d))
         self.start_of_image = nn.Parameter(torch.empty(d))
@@ -62,8 +62,7 @@ class Prior(Pretrained[PriorConfig]):
         self.image_widen = nn.Linear(rank, d, bias=False) if narrow else nn.Identity()
         self.image_row = nn.Parameter(torch.empty(c.grid[0], d))
         self.image_column = nn.Parameter(torch.empty(c.grid[1], d))
-        layers = (Layer(d, c.num_heads, c.dropout, dtype) for _ in range(c.num_layers))
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
         self.norm = nn.LayerNorm(d)
         self.text_head = nn.Linear(d, classes)
         self.image_narrow = nn.Linear(d, rank, bias=False) if narrow else nn.Identity()
@@ -89,6 +88,10 @@ class Prior(Pretrained[PriorConfig]):
                 nn.init.orthogonal_(part.weight)
         for layer in self.layers:
             layer.init_weights(c.num_layers, c.init_gain)  # type: ignore[operator]
+
+    def resblocks(self) -> dict[str, Resblock]:
+        """Name -> residual block, two for each layer, in the order in which they run."""
+        return {n: m for n, m in self.named_modules() if isinstance(m, Resblock)}
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:

@@ -6,13 +6,17 @@ Letters: B batch, T positions of the stream, d width, H heads, D = d / H, L laye
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dalle_ext
+from dalle.precision import BlockEnds, linear
+
+if TYPE_CHECKING:
+    from dalle.prior_config import PriorConfig
 
 GELU_SLOPE = 1.702
 
@@ -38,25 +42,46 @@ def gelu(x: Tensor) -> Tensor:
     return F.silu(x * GELU_SLOPE) * (1 / GELU_SLOPE)
 
 
-def linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """`layer` in x's dtype; the parameters stay as they are stored."""
-    if layer.weight.dtype == x.dtype:
-        return layer(x)
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+def make_linear(fan_in: int, fan_out: int, dtype: torch.dtype) -> nn.Linear:
+    """A linear layer with its weight in `dtype` and an fp32 bias (paper appendix D)."""
+    layer = nn.Linear(fan_in, fan_out)
+    layer.weight.data = layer.weight.data.to(dtype)
+    return layer
 
 
-class AttentionBlock(nn.Module):
-    """x + out(sparse_attention(qkv(norm(x)))): the first resblock of a layer.
+class Resblock(nn.Module):
+    """What both residual blocks share: the norm, and the dtypes at their ends.
 
     The identity path and the norm are fp32, what stands between them is `dtype` (paper Fig. 4).
+
+    Attributes:
+        ends: set by a training that scales this block's gradients (`ResblockScaler`).
     """
 
-    def __init__(self, d_model: int, num_heads: int, dropout: float, dtype: torch.dtype) -> None:
+    def __init__(self, d_model: int, dropout: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.num_heads, self.dropout, self.dtype = num_heads, dropout, dtype
+        self.dropout, self.dtype = dropout, dtype
         self.norm = nn.LayerNorm(d_model)
-        self.qkv = nn.Linear(d_model, 3 * d_model)
-        self.out = nn.Linear(d_model, d_model)
+        self.ends: BlockEnds | None = None
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, d) -> the identity path and what the norm reads."""
+        return (x, x) if self.ends is None else self.ends.enter(x)
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        """Identity path x plus the branch's output y, both (B, T, d)."""
+        y = F.dropout(y, self.dropout, self.training)
+        return x + (y.to(x.dtype) if self.ends is None else self.ends.leave(y))
+
+
+class AttentionBlock(Resblock):
+    """x + out(sparse_attention(qkv(norm(x)))): the first resblock of a layer."""
+
+    def __init__(self, c: PriorConfig) -> None:
+        super().__init__(c.d_model, c.dropout, c.compute_dtype)
+        self.num_heads = c.num_heads
+        self.qkv = make_linear(c.d_model, 3 * c.d_model, c.weight_dtype)
+        self.out = make_linear(c.d_model, c.d_model, c.weight_dtype)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, d) -> queries, keys, values (B, H, T, D): views of one packed projection."""
@@ -68,39 +93,37 @@ class AttentionBlock(nn.Module):
 
     def merge(self, x: Tensor, attended: Tensor) -> Tensor:
         """Adds the attended values (B, H, T, D) to the identity path x (B, T, d)."""
-        y = linear(attended.transpose(1, 2).reshape(x.shape), self.out)
-        return x + F.dropout(y, self.dropout, self.training).to(x.dtype)
+        return self.leave(x, linear(attended.transpose(1, 2).reshape(x.shape), self.out))
 
     def forward(self, x: Tensor, pattern: dalle_ext.AttentionPattern) -> tuple[Tensor, KeysValues]:
         """(B, T, d) -> (B, T, d), and the keys and values for a cache."""
-        queries, keys, values = self.project(x)
+        x, inside = self.enter(x)
+        queries, keys, values = self.project(inside)
         attended = dalle_ext.sparse_attention(queries, keys, values, pattern)
         return self.merge(x, attended), KeysValues(keys, values)
 
 
-class MlpBlock(nn.Module):
+class MlpBlock(Resblock):
     """x + wide_out(gelu(wide_in(norm(x)))), four times as wide inside: the second resblock."""
 
-    def __init__(self, d_model: int, dropout: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dropout, self.dtype = dropout, dtype
-        self.norm = nn.LayerNorm(d_model)
-        self.wide_in = nn.Linear(d_model, 4 * d_model)
-        self.wide_out = nn.Linear(4 * d_model, d_model)
+    def __init__(self, c: PriorConfig) -> None:
+        super().__init__(c.d_model, c.dropout, c.compute_dtype)
+        self.wide_in = make_linear(c.d_model, 4 * c.d_model, c.weight_dtype)
+        self.wide_out = make_linear(4 * c.d_model, c.d_model, c.weight_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = gelu(linear(self.norm(x).to(self.dtype), self.wide_in))
-        y = linear(hidden, self.wide_out)
-        return x + F.dropout(y, self.dropout, self.training).to(x.dtype)
+        x, inside = self.enter(x)
+        hidden = gelu(linear(self.norm(inside).to(self.dtype), self.wide_in))
+        return self.leave(x, linear(hidden, self.wide_out))
 
 
 class Layer(nn.Module):
     """One layer: an attention resblock and an MLP resblock."""
 
-    def __init__(self, d_model: int, num_heads: int, dropout: float, dtype: torch.dtype) -> None:
+    def __init__(self, c: PriorConfig) -> None:
         super().__init__()
-        self.attention = AttentionBlock(d_model, num_heads, dropout, dtype)
-        self.mlp = MlpBlock(d_model, dropout, dtype)
+        self.attention = AttentionBlock(c)
+        self.mlp = MlpBlock(c)
 
     def forward(self, x: Tensor, pattern: dalle_ext.AttentionPattern) -> tuple[Tensor, KeysValues]:
         x, cached = self.attention(x, pattern)

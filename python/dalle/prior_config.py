@@ -12,7 +12,7 @@ from dalle.errors import UsageError
 from dalle.prior_blocks import layer_kinds
 
 PAD = -1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16-scaled": torch.float16}
 TEXT_TARGETS = ("real", "padded")
 TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8
 
@@ -28,8 +28,10 @@ class PriorConfig:
         d_model, num_heads, num_layers: width, heads, layers of two resblocks each.
         kernel_size: odd width of the last layer's convolutional pattern.
         attention: the pattern of each layer; empty means the paper's schedule.
-        precision: "fp32" or "bf16", of everything inside the resblocks; the identity path,
-            parameters and logits are fp32.
+        precision: "fp32", "bf16" or "fp16-scaled", of everything inside the resblocks; the
+            identity path, the norms and the logits are fp32. fp16 needs `ResblockScaler` to train.
+        half_weights: store the matrices of the resblocks in that 16-bit type too, as the paper
+            did; otherwise they are fp32 and rounded where they are used.
         checkpointing: recompute each resblock in the backward pass instead of keeping it.
         text_targets: "real" counts real text tokens in the text loss; "padded" also the padding
             after them, as one more class.
@@ -50,6 +52,7 @@ class PriorConfig:
     kernel_size: int = 11
     attention: tuple[str, ...] = ()
     precision: str = "fp32"
+    half_weights: bool = False
     checkpointing: bool = False
     text_targets: str = "real"
     init_gain: float = 0.125
@@ -68,6 +71,8 @@ class PriorConfig:
         odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
         self._require(odd, "kernel_size", "odd and at least 1")
         self._require(self.precision in DTYPES, "precision", f"one of {', '.join(DTYPES)}")
+        sixteen = self.precision != "fp32" or not self.half_weights
+        self._require(sixteen, "half_weights", "False where precision is fp32")
         known = self.text_targets in TEXT_TARGETS
         self._require(known, "text_targets", f"one of {', '.join(TEXT_TARGETS)}")
         self._require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
@@ -80,6 +85,16 @@ class PriorConfig:
     def _require(self, holds: bool, name: str, requirement: str) -> None:
         if not holds:
             raise UsageError(f"Prior: {name} must be {requirement}, got {getattr(self, name)!r}")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of what stands inside the resblocks."""
+        return DTYPES[self.precision]
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the matrices of the resblocks as stored."""
+        return self.compute_dtype if self.half_weights else torch.float32
 
     @property
     def num_image_tokens(self) -> int:

@@ -16,7 +16,8 @@ from dalle.rerank import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
 from dalle.train.loop import LoopConfig, train
-from dalle.train.prior import PriorTask, PriorTrainConfig
+from dalle.train.prior import PriorTask
+from dalle.train.prior_recipe import PriorTrainConfig
 from dalle.train.ranker import RankerTask, RankerTrainConfig
 
 STEPS = 50

@@ -15,7 +15,8 @@ from torch import nn
 
 from dalle.errors import NumericalError, UsageError
 from dalle.train.checkpoint import checkpoints
-from dalle.train.loop import LoopConfig, check_finite, step_seed, train, update
+from dalle.train.loop import LoopConfig, step_seed, train
+from dalle.train.update import check_gradients, check_loss, update
 
 
 def test_trains_without_a_connection(tmp_path, no_sockets):
@@ -72,11 +73,12 @@ def test_nonfinite_input_stops_before_the_update(tmp_path):
     assert torch.equal(task.model[0].weight, weights)
 
 
-def test_check_finite_passes_finite_numbers():
+def test_checks_pass_finite_numbers():
     model = nn.Linear(2, 1)
     model(torch.ones(1, 2)).sum().backward()
-    check_finite("x", torch.tensor(1.0), 0, model)
-    check_finite("x", 1.0, 0)
+    check_gradients("x", model, 0)
+    check_loss("x", torch.tensor(1.0), 0, model)
+    check_loss("x", 1.0, 0)
 
 
 def test_update_clips_the_global_norm():
@@ -156,5 +158,6 @@ def test_the_example_in_the_docstring_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = textwrap.dedent(loop.__doc__.split("one bit for bit:")[1])
     names = vars(loop) | {"IterateAverage": IterateAverage, "linear_warmup": linear_warmup}
+    names["update"] = update
     exec(code, names)
     assert names["result"].step == 100 and Path("out/line/metrics.jsonl").exists()

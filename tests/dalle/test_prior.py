@@ -249,7 +249,14 @@ def test_save_and_load(tmp_path):
     [
         ({"d_model": 33}, "Prior: d_model must be a multiple of num_heads, got 33"),
         ({"kernel_size": 4}, "Prior: kernel_size must be odd and at least 1, got 4"),
-        ({"precision": "fp8"}, "Prior: precision must be one of fp32, bf16, got 'fp8'"),
+        (
+            {"precision": "fp8"},
+            "Prior: precision must be one of fp32, bf16, fp16-sca",
+        ),
+        (
+            {"half_weights": True},
+            "Prior: half_weights must be False where precision is",
+        ),
         ({"grid": (0, 4)}, "Prior: grid must be (rows, columns) of at least 1, got (0, 4)"),
         ({"attention": ("row",)}, "Prior: attention must be empty or one pattern for each layer"),
         ({"attention": ("row", "row", "ring")}, "Prior: attention must be made of row, column"),

@@ -17,12 +17,8 @@ from dalle.errors import UsageError
 from dalle.prior import PAD, Prior
 from dalle.tokenizer import Tokenizer
 from dalle.train.loop import LoopConfig, train
-from dalle.train.prior import (
-    PriorTask,
-    PriorTrainConfig,
-    init_from_codebook,
-    parameter_groups,
-)
+from dalle.train.prior import PriorTask
+from dalle.train.prior_recipe import PriorTrainConfig, init_from_codebook, parameter_groups
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 80, 220)}
 SMALL = PriorTrainConfig(
@@ -158,16 +154,20 @@ def test_start_from_the_codebook_keeps_distances(parts):
         torch.testing.assert_close(torch.cdist(head, head), 2 * wanted, atol=8e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("cut", [3, 7, 11])
-def test_resume_is_bit_for_bit(parts, tmp_path, cut):
+SIXTEEN = {"precision": "fp16-scaled", "half_weights": True}
+
+
+@pytest.mark.parametrize(("cut", "sizes"), [(3, {}), (7, {}), (11, {}), (5, SIXTEEN)])
+def test_resume_is_bit_for_bit(parts, tmp_path, cut, sizes):
     config = replace(SMALL, caption_dropout=0.2, token_dropout=0.1, bpe_dropout=0.1)
     config = replace(config, decay="plateau", plateau_window=2, plateau_patience=1)
+    config = replace(config, stochastic_rounding=bool(sizes))
     options = {"picture_every": 0, "checkpoint_every": 100}
-    whole = make_task(parts, config, dropout=0.1)
+    whole = make_task(parts, config, dropout=0.1, **sizes)
     train(whole, LoopConfig(out=tmp_path / "whole", steps=14, **options))
-    first = make_task(parts, config, dropout=0.1)
+    first = make_task(parts, config, dropout=0.1, **sizes)
     train(first, LoopConfig(out=tmp_path / "cut", steps=cut, **options))
-    second = make_task(parts, config, dropout=0.1)
+    second = make_task(parts, config, dropout=0.1, **sizes)
     train(second, LoopConfig(out=tmp_path / "cut", steps=14, **options))
     assert second.state() == whole.state()
     for one, other in zip(whole.model.parameters(), second.model.parameters(), strict=True):
@@ -221,5 +221,13 @@ def test_command(parts, tmp_path, capsys):
     assert "2 updates" in capsys.readouterr().out
     prior = Prior.from_pretrained(tmp_path / "out" / "prior")
     assert prior.config.grid == (4, 4) and prior.config.text_len == 6
+    assert prior.config.precision == "fp32"  # the CPU's default
+    words[words.index("--out") + 1] = str(tmp_path / "half")
+    half = ["--precision", "fp16-scaled", "--half-weights"]
+    assert main([*words, *half, "--steps", "2", "--device", "cpu"]) == 0
+    prior = Prior.from_pretrained(tmp_path / "half" / "prior")
+    assert prior.layers[0].mlp.wide_in.weight.dtype == torch.float16
+    assert main([*words, *half, "--steps", "2", "--optimizer", "adamw"]) == 2
+    assert "optimizer must be adamw16 for half_weights, got adamw" in capsys.readouterr().err
     assert main([*words, "--steps", "2", "--preset", "huge"]) == 2
     assert "preset must be one of tiny" in capsys.readouterr().err

@@ -12,8 +12,9 @@ from torch import nn
 from dalle.averaging import IterateAverage
 from dalle.schedules import PlateauHalving, linear_warmup
 from dalle.train.checkpoint import task_state
-from dalle.train.loop import LoopConfig, step_seed, update
+from dalle.train.loop import LoopConfig, step_seed
 from dalle.train.tree import pack_tree
+from dalle.train.update import update
 
 
 class TinyTask:

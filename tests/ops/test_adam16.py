@@ -124,6 +124,31 @@ def test_moments_are_codes_from_8192_elements_on(device):
     assert mean[0].item() == pytest.approx(0.1, rel=2**-10)
 
 
+def test_a_group_may_keep_float32_moments(device):
+    """Embeddings do in the paper (appendix D, guideline 2); such a state goes round too."""
+    params = [torch.nn.Parameter(numbers(9000, 0, device)) for _ in range(3)]
+    groups = [{"params": params[:1]}, {"params": params[1:2], "fp32_moments": True}]
+    optimizer = dalle_ext.AdamW16(groups, lr=1e-3, variance_clip=1e9)
+    plain = torch.optim.AdamW(params[2:], lr=1e-3)
+    for step in range(3):
+        for param in params:
+            param.grad = numbers(9000, step + 1, device)
+        optimizer.step()
+        plain.step()
+    dtypes = [optimizer.state[p]["exp_avg_sq"].dtype for p in params[:2]]
+    assert dtypes == [torch.int16, torch.float32] and optimizer.state_bytes() == 12 * 9000 + 2 * 4
+    torch.testing.assert_close(params[1], params[2], rtol=1e-6, atol=1e-7)
+    again = dalle_ext.AdamW16(groups, lr=1e-3)
+    again.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"AdamW16: state exp_avg of parameter 1 must be"):
+        dalle_ext.AdamW16(params[:2], lr=1e-3).load_state_dict(
+            {
+                **optimizer.state_dict(),
+                "param_groups": dalle_ext.AdamW16(params[:2]).state_dict()["param_groups"],
+            }
+        )
+
+
 def test_variance_is_clipped_and_the_clip_is_a_number(device):
     param = torch.nn.Parameter(torch.zeros(8192, device=device))
     optimizer = run([param], [[torch.full((8192,), 100.0, device=device)]] * 3, lr=1e-3)

@@ -18,7 +18,8 @@ from dalle.prior import Prior
 from dalle.prior_config import PRESETS
 from dalle.tokenizer import Tokenizer
 from dalle.train.loop import LoopConfig, train
-from dalle.train.prior import PriorTask, PriorTrainConfig
+from dalle.train.prior import PriorTask
+from dalle.train.prior_recipe import PriorTrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,9 @@ class PriorCommandConfig:
         steps: updates.
         preset: tiny, small, base, 1b or 12b; vocabularies and grid come from tokenizer and dVAE.
         text_len: text positions, start-of-text included; 0 is the preset's.
-        precision: fp32 or bf16 inside the resblocks.
+        precision: inside the resblocks; fp16-scaled is the paper's, with a gradient scale for
+            each resblock; auto is fp32 on the CPU and fp16-scaled elsewhere.
+        half_weights: store the resblocks' matrices in 16 bits too, as the paper did.
         checkpointing: recompute each resblock in the backward pass.
         device: cpu, cuda or auto.
         seed: for everything random.
@@ -52,7 +55,8 @@ class PriorCommandConfig:
     steps: int
     preset: str = "tiny"
     text_len: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16-scaled"] = "auto"
+    half_weights: bool = False
     checkpointing: bool = False
     device: str = "auto"
     seed: int = 0
@@ -82,7 +86,10 @@ def train_command(config: PriorCommandConfig) -> None:
         "image_vocab": vae.num_tokens,
         "grid": vae.grid(config.image_size),
         "precision": config.precision,
+        "half_weights": config.half_weights,
     }
+    if config.precision == "auto":
+        sizes["precision"] = "fp32" if device.type == "cpu" else "fp16-scaled"
     if config.text_len:
         sizes["text_len"] = config.text_len
     if config.checkpointing:

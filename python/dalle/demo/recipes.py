@@ -17,7 +17,7 @@ from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
 from dalle.prior import PriorConfig
 from dalle.tokenizer import Tokenizer
 from dalle.train.dvae import DvaeTrainConfig
-from dalle.train.prior import PriorTrainConfig
+from dalle.train.prior_recipe import PriorTrainConfig
 from dalle.train.ranker import RankerTrainConfig
 
 T = TypeVar("T")

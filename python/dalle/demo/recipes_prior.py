@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dalle.train.prior import PriorTrainConfig
+from dalle.train.prior_recipe import PriorTrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from dalle.dvae import DiscreteVAE
 from dalle.errors import UsageError
 from dalle.likelihood import expected_pixels, map_pixels, psnr
 from dalle.schedules import cosine_ramp
-from dalle.train.loop import step_seed, update
+from dalle.train.loop import step_seed
 from dalle.train.metrics import say
+from dalle.train.update import update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,19 +152,22 @@ class DvaeTask:
             if c.distortion == "mse":
                 loss = self._mse(images, mu)
             lr = cosine_ramp(step, c.warm_start_lr, c.warm_start_lr / 10, c.warm_start_steps)
-            grad_norm = update(self, loss, step, lr=lr)
+            again = partial(self.model.autoencode, images)
+            grad_norm = update(self, loss, step, lr=lr, forward=again)
             return {"loss": loss.detach(), "grad_norm": grad_norm, **self._psnr(images, mu)}
         if step == c.warm_start_steps and c.warm_start_steps:
             self._make_codebook()
         done = step - c.warm_start_steps
         tau = cosine_ramp(done, c.tau_start, c.tau_end, c.tau_steps)
         kl_weight = cosine_ramp(done, 0.0, c.kl_weight, c.kl_steps)
-        out = self.model(images, tau=tau, kl_weight=kl_weight, seed=step_seed(self.seed, step, 2))
+        seed = step_seed(self.seed, step, 2)
+        forward = partial(self.model, images, tau=tau, kl_weight=kl_weight, seed=seed)
+        out = forward()
         loss = out.loss
         if c.distortion == "mse":
             loss = self._mse(images, out.mu) + (out.loss - out.nll)
         lr = cosine_ramp(done, c.lr_start, c.lr_end, c.lr_steps)
-        grad_norm = update(self, loss, step, lr=lr)
+        grad_norm = update(self, loss, step, lr=lr, forward=forward)
         self._count(out.index, step)
         return {
             "loss": loss.detach(),

@@ -27,7 +27,6 @@ the uninterrupted one bit for bit:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,10 +38,11 @@ from torch import Tensor, nn
 
 from dalle.averaging import IterateAverage
 from dalle.configs import require
-from dalle.errors import Interrupted, NumericalError
+from dalle.errors import Interrupted
 from dalle.files import make_folder
 from dalle.train.metrics import Metrics
 from dalle.train.run import Saver, resume, settings, signals, write_pictures
+from dalle.train.update import check_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class Task(Protocol):
         """JSON values that fix the training; a checkpoint with others is refused."""
 
     def train_step(self, step: int) -> Mapping[str, float | Tensor]:
-        """One update (see `update`) on a batch that is a pure function of `step` (from 0).
+        """One update (see `train.update`) on a batch that is a pure function of `step` (from 0).
 
         Returns scalars by name: "loss" always, "images" where images are counted.
         """
@@ -139,60 +139,6 @@ def step_seed(seed: int, step: int, stream: int = 0) -> int:
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def check_finite(
-    name: str, loss: Tensor | float, step: int, model: nn.Module | None = None
-) -> None:
-    """Stops a training whose numbers went wrong.
-
-    Raises:
-        NumericalError: naming the loss, or the first parameter of `model` whose gradient has
-            nonfinite values.
-    """
-    value = float(loss)
-    if not math.isfinite(value):
-        raise NumericalError(f"{name}: loss must be finite, got {value} at step {step}")
-    for key, parameter in model.named_parameters() if model is not None else ():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-            raise NumericalError(
-                f"{name}: gradient of {key} must be finite, got nonfinite values at step {step}"
-            )
-
-
-def update(
-    task: Task, loss: Tensor, step: int, *, lr: float, clip_norm: float | None = None
-) -> float:
-    """Backward, check, clip, optimizer step, average: the second half of most `train_step`s.
-
-    Args:
-        task: whose parameters are updated.
-        loss: scalar with a graph.
-        step: as given to `train_step`.
-        lr: step size of this update, for all parameter groups.
-        clip_norm: largest global gradient norm, or None.
-
-    Returns:
-        The global gradient norm before clipping.
-
-    Raises:
-        NumericalError: if loss or gradients are not finite; the weights are then untouched.
-    """
-    task.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    limit = math.inf if clip_norm is None else clip_norm
-    norm = nn.utils.get_total_norm([p.grad for p in task.model.parameters() if p.grad is not None])
-    if not math.isfinite(float(norm) + float(loss.detach())):
-        check_finite(task.name, loss.detach(), step, task.model)
-        raise NumericalError(f"{task.name}: gradient norm must be finite, got inf at step {step}")
-    if float(norm) > limit:
-        nn.utils.clip_grads_with_norm_(task.model.parameters(), limit, norm)
-    for group in task.optimizer.param_groups:
-        group["lr"] = lr
-    task.optimizer.step()
-    if task.average is not None:
-        task.average.update(step)
-    return float(norm)
-
-
 def train(task: Task, config: LoopConfig) -> TrainResult:
     """Trains `task` until `config.steps` updates are done.
 
@@ -212,7 +158,7 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
             task.model.train()
             while step < config.steps:
                 values = task.train_step(step)
-                check_finite(task.name, values["loss"], step)
+                check_loss(task.name, values["loss"], step)
                 step += 1
                 metrics.add(values)
                 stop = bool(received)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -47,10 +48,20 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: such a value is written as null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Metrics:
     """Collects the values of each step and reports their means every interval.
 
-    A record of `metrics.jsonl`: step (updates done), the mean of every value since the last record,
+    A record of `metrics.jsonl`: step (updates done), the mean of every value since the last record
+    (lists where a task gives tensors of more than one element),
     lr (of the optimizer's first group), steps_per_second, images_per_second (where a task counts
     "images"), seconds (of this run), eta (seconds left).
 
@@ -66,7 +77,7 @@ class Metrics:
         self.path = folder / METRICS_FILE
         self.last: dict[str, Any] = {}
         self._name, self._start, self._steps = name, start, steps
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
         self._failed = False
         self._begin = self._mark = time.monotonic()
@@ -87,7 +98,8 @@ class Metrics:
     def add(self, values: Mapping[str, float | torch.Tensor]) -> None:
         """Takes the values of one step; "images" is a count, everything else is averaged."""
         for key, value in values.items():
-            self._sums[key] = self._sums.get(key, 0.0) + float(value)
+            one = value.detach().double().cpu() if isinstance(value, torch.Tensor) else value
+            self._sums[key] = self._sums.get(key, 0.0) + np.asarray(one, dtype=np.float64)
             self._counts[key] = self._counts.get(key, 0) + 1
         self._bar.update(1)
 
@@ -98,11 +110,11 @@ class Metrics:
         record: dict[str, Any] = {"step": step}
         for key, total in self._sums.items():
             if key != "images":
-                record[key] = total / self._counts[key]
+                record[key] = (total / self._counts[key]).tolist()
         record["lr"] = lr
         record["steps_per_second"] = (step - self._mark_step) / elapsed
         if "images" in self._sums:
-            record["images_per_second"] = self._sums["images"] / elapsed
+            record["images_per_second"] = float(self._sums["images"]) / elapsed
         record["seconds"] = self.seconds
         record["eta"] = (self._steps - step) * self.seconds / max(step - self._start, 1)
         self._sums, self._counts = {}, {}
@@ -116,12 +128,7 @@ class Metrics:
         try:
             if self._file is None:
                 self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-            # JSON has no NaN: such a value is written as null.
-            safe = {
-                k: None if isinstance(v, float) and not math.isfinite(v) else v
-                for k, v in record.items()
-            }
-            self._file.write(json.dumps(safe) + "\n")
+            self._file.write(json.dumps(_without_nan(record)) + "\n")
         except OSError as problem:
             self._tell(problem)
 
@@ -132,7 +139,8 @@ class Metrics:
 
     def _show(self, record: dict[str, Any]) -> None:
         hidden = {"step", "seconds", "eta", "steps_per_second"}
-        shown = {k: number(v) for k, v in record.items() if k not in hidden}
+        alone = {k: v for k, v in record.items() if not isinstance(v, list)}
+        shown = {k: number(v) for k, v in alone.items() if k not in hidden}
         if not self._bar.disable:
             self._bar.set_postfix(shown, refresh=False)
             return

@@ -1,98 +1,28 @@
-"""Training of the prior (paper 2.2, B.2); the defaults are the paper's numbers."""
+"""Training of the prior (paper 2.2, B.2)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle.averaging import IterateAverage
-from dalle.configs import require, require_adamw, to_dict
+from dalle.configs import to_dict
 from dalle.data.augment import center_crop, prior_crop, to_tensor
 from dalle.data.pairs import BatchSampler, Pairs, load_or_skip
 from dalle.dvae import DiscreteVAE
 from dalle.errors import UsageError
 from dalle.pictures import rows_of
-from dalle.prior import PAD, Prior
-from dalle.schedules import PlateauHalving, cosine_ramp, linear_warmup
+from dalle.precision import ResblockScaler
+from dalle.prior import PAD, Prior, PriorOutput
+from dalle.schedules import PlateauHalving
 from dalle.tokenizer import Tokenizer
-from dalle.train.loop import step_seed, update
-
-DECAYS = ("plateau", "cosine", "none")
-IMAGE_INITS = ("random", "codebook")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriorTrainConfig:
-    """The recipe. Fields down to `bpe_dropout` are the paper's; the rest are named options.
-
-    Attributes:
-        batch_size: pairs an update.
-        lr, warmup_steps: step size, reached linearly.
-        decay: "plateau" halves it when the training loss stalls (see `PlateauHalving`), "cosine"
-            takes it to zero at `decay_steps`, "none" holds it.
-        plateau_window, plateau_patience, plateau_min_delta, max_halvings: when to halve.
-        beta1, beta2, eps, weight_decay: AdamW; only the matrices of the resblocks decay.
-        clip_norm: largest global gradient norm.
-        average_decay, average_every: iterate averaging.
-        augment: "paper" crops as in listing 2 at every step; "none" encodes each image once.
-        bpe_dropout: share of merges skipped while training.
-        decay_steps: length of the cosine, warm-up included.
-        average_warmup: whether the averaging decay grows from 0.1, for short runs.
-        caption_dropout: share of captions replaced by padding, for guidance.
-        token_dropout: image tokens missing from the input, against copying from memory.
-        image_init: "codebook" starts image embedding and head from the dVAE's codebook, so that
-            similar codes share what is learned; "random" is the paper's.
-        embedding_scale, head_scale: size of that start; a code has norm 1 on average.
-    """
-
-    batch_size: int = 1024
-    lr: float = 4.5e-4
-    warmup_steps: int = 5000
-    decay: str = "plateau"
-    plateau_window: int = 1000
-    plateau_patience: int = 5
-    plateau_min_delta: float = 1e-3
-    max_halvings: int = 5
-    beta1: float = 0.9
-    beta2: float = 0.96
-    eps: float = 1e-8
-    weight_decay: float = 4.5e-2
-    clip_norm: float = 4.0
-    average_decay: float = 0.99
-    average_every: int = 25
-    augment: str = "paper"
-    bpe_dropout: float = 0.1
-    decay_steps: int = 0
-    average_warmup: bool = False
-    caption_dropout: float = 0.0
-    token_dropout: float = 0.0
-    image_init: str = "random"
-    embedding_scale: float = 0.5
-    head_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("decay", DECAYS),
-            ("augment", ("paper", "none")),
-            ("image_init", IMAGE_INITS),
-        ):
-            require("prior train", self, f"one of {', '.join(known)}", known.__contains__, name)
-        shares = ("bpe_dropout", "caption_dropout", "token_dropout")
-        require("prior train", self, "in [0, 1)", lambda x: 0 <= x < 1, *shares)
-        require("prior train", self, "positive", lambda x: x > 0, "batch_size", "lr", "clip_norm")
-        require_adamw("prior train", self)
-        if self.decay == "cosine" and self.decay_steps < 1:
-            raise UsageError(f"prior train: decay_steps must be 1 or more, got {self.decay_steps}")
-
-    def step_size(self, step: int) -> float:
-        """Step size of update `step` without the halvings."""
-        rate = linear_warmup(step, self.lr, self.warmup_steps)
-        return rate * cosine_ramp(step, 1, 0, self.decay_steps) if self.decay == "cosine" else rate
+from dalle.train.loop import step_seed
+from dalle.train.prior_recipe import PriorTrainConfig, init_from_codebook, make_optimizer
+from dalle.train.update import update
 
 
 class PriorTask:
@@ -150,13 +80,12 @@ class PriorTask:
             min_delta=config.plateau_min_delta,
             max_halvings=config.max_halvings if config.decay == "plateau" else 0,
         )
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(prior, config.weight_decay),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(prior, config, seed)
+        self.scaler: ResblockScaler | None = None
+        if sizes.precision == "fp16-scaled":
+            self.scaler = ResblockScaler(prior.resblocks())
+            for key, block in prior.resblocks().items():
+                block.ends = self.scaler[key]
         self.average: IterateAverage | None = IterateAverage(
             prior, config.average_decay, config.average_every, warmup=config.average_warmup
         )
@@ -189,16 +118,27 @@ class PriorTask:
         text, tokens = self.batch(step)
         cut = self.tokenizer.truncated - cut
         rng = torch.Generator().manual_seed(step_seed(self.seed, step, 3))
-        torch.manual_seed(step_seed(self.seed, step, 4))  # the model's own dropout
         if c.caption_dropout:
             without = torch.rand(len(text), 1, generator=rng) < c.caption_dropout
             text = text.masked_fill(without.to(self.device), PAD)
         keep = None
         if c.token_dropout:
             keep = (torch.rand(tokens.shape, generator=rng) >= c.token_dropout).to(self.device)
-        out = self.model(text, tokens, keep=keep)
-        lr = c.step_size(step) * self.plateau.factor
-        grad_norm = update(self, out.loss, step, lr=lr, clip_norm=c.clip_norm)
+
+        def forward() -> PriorOutput:
+            torch.manual_seed(step_seed(self.seed, step, 4))  # the model's own dropout
+            return self.model(text, tokens, keep=keep)  # type: ignore[no-any-return]
+
+        out = forward()
+        grad_norm = update(
+            self,
+            out.loss,
+            step,
+            lr=c.step_size(step) * self.plateau.factor,
+            clip_norm=c.clip_norm,
+            scaler=self.scaler,
+            forward=forward,
+        )
         if c.decay == "plateau":
             self.plateau.update(float(out.loss.detach()))
         return {
@@ -209,6 +149,7 @@ class PriorTask:
             "halvings": self.plateau.halvings,
             "captions_cut": cut / len(text),
             "images": len(text),
+            **(self.scaler.metrics() if self.scaler is not None else {}),
         }
 
     @torch.no_grad()
@@ -227,12 +168,15 @@ class PriorTask:
         return {"samples": rows_of(seen, self.vae.decode(samples[:, 0].to(self.device)))}
 
     def state(self) -> dict[str, Any]:
-        """The plateau's bookkeeping."""
-        return {"plateau": self.plateau.state_dict()}
+        """The plateau's bookkeeping and the gradient scales."""
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return {"plateau": self.plateau.state_dict(), "scaler": scaler}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes `state()` back."""
         self.plateau.load_state_dict(state["plateau"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
 
     def _encode(self, images: list[np.ndarray]) -> Tensor:
         """(B, N) tokens of pictures of the right size."""
@@ -249,49 +193,3 @@ class PriorTask:
             tokens.append(self._encode(images).cpu())
             kept += found
         return torch.cat(tokens), np.array(kept)
-
-
-def parameter_groups(prior: Prior, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices of the resblocks with decay; embeddings, heads, gains and biases without."""
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, parameter in prior.named_parameters():
-        decayed = parameter.dim() == 2 and name.startswith("layers.")
-        (matrices if decayed else rest).append(parameter)
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-
-
-@torch.no_grad()
-def init_from_codebook(
-    prior: Prior, codebook: Tensor, embedding_scale: float, head_scale: float, *, seed: int
-) -> None:
-    """Starts image embedding and image head as a random rotation of the dVAE's codebook.
-
-    The codes are centred, scaled to a mean square norm of 1 and mapped into d dimensions by a
-    matrix with orthonormal columns, so that distances between codes stay.
-
-    Args:
-        prior: changed in place.
-        codebook: (K, C) with C at most d.
-        embedding_scale, head_scale: factors on the embedding and on the head's weight.
-        seed: of the map.
-    """
-    width, rank = prior.config.d_model, prior.config.image_rank
-    if codebook.shape[1] > width or rank not in (0, codebook.shape[1]):
-        want = f"image_rank {rank}" if rank else f"at most d_model {width}"
-        raise UsageError(f"prior train: codebook width must be {want}, got {codebook.shape[1]}")
-    codes = codebook.detach().float().cpu()
-    codes = codes - codes.mean(0)
-    codes = codes / codes.square().sum(1).mean().sqrt().clamp_min(1e-12)
-    generator = torch.Generator().manual_seed(seed)
-    turn, _ = torch.linalg.qr(torch.randn(width, codes.shape[1], generator=generator))
-    start = codes @ turn.t()
-    if isinstance(prior.image_widen, nn.Linear) and isinstance(prior.image_narrow, nn.Linear):
-        start = codes
-        prior.image_widen.weight.copy_(turn)
-        prior.image_narrow.weight.copy_(turn.t())
-    prior.image_embedding.weight.copy_(start * embedding_scale)
-    prior.image_head.weight.copy_(start * head_scale)

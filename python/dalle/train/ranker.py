@@ -27,8 +27,9 @@ from dalle.errors import UsageError
 from dalle.pictures import rows_of
 from dalle.rerank import ContrastiveRanker
 from dalle.schedules import cosine_ramp, linear_warmup
-from dalle.train.loop import step_seed, update
+from dalle.train.loop import step_seed
 from dalle.train.splicing import patches, pixels, splice
+from dalle.train.update import update
 
 REMEMBERED = 50_000  # items whose codes and reconstruction are kept, at most
 POOL = 2048  # captions among which a batch's look-alikes are searched

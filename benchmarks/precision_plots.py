@@ -1,0 +1,75 @@
+"""The pictures of `train_precision`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+AGAINST = {"one scale": "one scale against own", "own scales": "own scales against a quarter"}
+COLOURS = {"fp32": "C0", "bf16": "C1", "fp16-scaled": "C2"}
+
+
+def draw(what: str, result: dict[str, Any], path: Path) -> None:
+    """Draws the result of `same` or `deep` into a PNG."""
+    figure = (_same if what == "same" else _deep)(result)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _same(result: dict[str, Any]) -> Any:
+    figure, (curves, ends) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(3, 2))
+    for run in result["runs"]:
+        colour = COLOURS[run["precision"]]
+        label = run["precision"] if run["seed"] == 0 else None
+        curves.plot(run["steps"], run["validation"], color=colour, label=label, linewidth=1)
+    curves.set(xlabel="updates", ylabel="validation loss (nats)", yscale="log")
+    curves.legend(fontsize=8)
+    for i, (name, row) in enumerate(result["table"].items()):
+        percent = [100 * value for value in row["against_fp32"]]
+        ends.plot([i] * len(percent), percent, "o", color=COLOURS[name], alpha=0.6)
+        ends.plot([i - 0.2, i + 0.2], [100 * row["mean_against_fp32"]] * 2, color=COLOURS[name])
+    ends.axhspan(-1, 1, color="grey", alpha=0.15, label="within 1 %")
+    ends.set_xticks(range(len(result["table"])), list(result["table"]))
+    ends.set(ylabel="last loss against fp32, %", title="each seed, and the mean (line)")
+    ends.legend(fontsize=8)
+    return figure
+
+
+def _deep(result: dict[str, Any]) -> Any:
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6))
+    shares = result["own scales"]["block_exponents"]
+    blocks = range(len(shares))
+    for quantile in (0.01, 0.5, 0.99):
+        line = [_quantile(row, quantile) for row in shares]
+        axes[0].plot(blocks, line, label=f"{quantile:.0%} of the elements", linewidth=1)
+    for name, colour in (("one scale", "C3"), ("own scales", "C2")):
+        scale, kept = result[name]["block_scale"], result[name]
+        axes[0].plot(blocks, [-24 - s for s in scale], ":", color=colour, label=f"zero: {name}")
+        axes[1].plot(blocks, scale, color=colour, label=name)
+        axes[2].plot(blocks, kept["block_underflow"], color=colour, label=f"{name}: to zero")
+        axes[2].plot(blocks, kept["block_subnormal"], ":", color=colour, label=f"{name}: subnormal")
+        axes[3].plot(blocks, kept["error"], color=colour, label=AGAINST[name])
+    axes[0].set(title="log2 |activation gradient|", xlabel="resblock")
+    axes[1].set(title="log2 of the largest clean scale", xlabel="resblock")
+    axes[2].set(title="share of the elements in fp16", xlabel="resblock", ylim=(-0.02, 1.02))
+    axes[3].set(title="relative change of the parameter gradients", xlabel="resblock")
+    axes[3].set_yscale("log")
+    for axis in axes:
+        axis.legend(fontsize=7)
+    return figure
+
+
+def _quantile(shares: list[float], quantile: float) -> float:
+    """Exponent below which that share of a row of `block_exponents` lies."""
+    total = 0.0
+    for place, share in enumerate(shares):
+        total += share
+        if total >= quantile:
+            return place - 64
+    return float("nan")

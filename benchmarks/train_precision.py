@@ -1,0 +1,210 @@
+"""Does 16-bit training end where fp32 does, and does one global scale lose gradients?
+
+    dalle demo --data shapes --out out/shapes            # trains the dVAE and tokenizer used
+    python -m benchmarks.train_precision same --demo out/shapes --out out/precision
+    python -m benchmarks.train_precision deep --demo out/shapes --out out/precision
+
+`same`: the tiny prior on `shapes`, three precisions from the same weights on the same batches, for
+three seeds. `deep`: a thin model of 128 resblocks whose gradient grows from the last block to the
+first; at the same weights and batch, what each block's fp16 gradients lose with one scale for all
+blocks and with one for each. Both write a result file and a picture (`--record`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import precision_plots
+from dalle.data.pairs import Pairs
+from dalle.data.shapes_pairs import ShapesPairs
+from dalle.dvae import DiscreteVAE
+from dalle.precision import ResblockScaler
+from dalle.prior import Prior
+from dalle.tokenizer import Tokenizer
+from dalle.train.prior import PriorTask
+from dalle.train.prior_recipe import PriorTrainConfig
+from harness import RESULTS, machine
+
+SIDE, STEPS, BATCH = 24, 2000, 8
+PRECISIONS = {"fp32": "AdamW", "bf16": "AdamW16", "fp16-scaled": "AdamW16, ResblockScaler"}
+DEEP = {"d_model": 32, "num_heads": 2, "num_layers": 64, "init_gain": 8.0}
+DEEP_STEPS, WITHIN = 40, 0.01
+
+
+class Parts:
+    """Tokenizer and dVAE of a demo's folder, and the pictures drawn with them."""
+
+    def __init__(self, demo: Path) -> None:
+        self.tokenizer = Tokenizer.from_pretrained(demo / "pipeline" / "tokenizer")
+        self.vae = DiscreteVAE.from_pretrained(demo / "pipeline" / "vae")
+        self.pairs: Pairs = ShapesPairs("train", image_size=SIDE, seed=0)
+        self.unseen = ShapesPairs("train", image_size=SIDE, seed=1, size=1000)
+
+    def task(self, config: PriorTrainConfig, seed: int, **sizes: Any) -> PriorTask:
+        torch.manual_seed(seed)
+        grid, words, codes = self.vae.grid(SIDE), self.tokenizer.vocab_size, self.vae.num_tokens
+        fixed = {"text_vocab": words, "image_vocab": codes, "grid": grid}
+        prior = Prior.from_preset("tiny", **fixed, **sizes)
+        return PriorTask(prior, self.tokenizer, self.vae, self.pairs, config, seed=seed)
+
+    @torch.no_grad()
+    def validation(self, task: PriorTask) -> float:
+        """Loss of the averaged weights on 1,000 pictures that were not trained on."""
+        images = torch.from_numpy(self.unseen.images).permute(0, 3, 1, 2) / 255
+        text = self.tokenizer.encode(self.unseen.captions, task.model.config.text_len - 1)
+        losses = []
+        with task.average.applied():
+            for part in torch.arange(len(images)).split(100):
+                tokens = self.vae.encode(images[part]).flatten(1)
+                losses.append(task.model(text[part], tokens).loss)
+        return float(torch.stack(losses).mean())
+
+
+def recipe(steps: int, **changes: Any) -> PriorTrainConfig:
+    short = {"warmup_steps": 100, "decay": "cosine", "decay_steps": steps, "augment": "none"}
+    average = {"average_every": 5, "average_warmup": True, "bpe_dropout": 0.0}
+    return PriorTrainConfig(batch_size=BATCH, **({"lr": 2e-3} | short | average | changes))
+
+
+def same(demo: Path, out: Path, seeds: int, steps: int, jobs: int) -> dict[str, Any]:
+    """Trains every precision with every seed; a run whose file is there is not repeated."""
+    wanted = [(p, seed, out / f"{p}-{seed}.json") for seed in range(seeds) for p in PRECISIONS]
+    missing = [(demo, *run, steps, jobs) for run in wanted if not run[2].exists()]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        list(pool.map(train_one, *zip(*missing, strict=True)) if missing else ())
+    runs = [json.loads(file.read_text()) for _, _, file in wanted]
+    table: dict[str, Any] = {}
+    for precision in PRECISIONS:
+        ends = [run["validation"][-1] for run in runs if run["precision"] == precision]
+        plain = [run["validation"][-1] for run in runs if run["precision"] == "fp32"]
+        apart = [end / own - 1 for end, own in zip(ends, plain, strict=True)]
+        table[precision] = {
+            "optimizer": PRECISIONS[precision],
+            "validation_loss": ends,
+            "mean": sum(ends) / len(ends),
+            "against_fp32": apart,
+            "mean_against_fp32": sum(ends) / sum(plain) - 1,
+            "seconds": [run["seconds"] for run in runs if run["precision"] == precision],
+        }
+        print(precision, json.dumps(table[precision]))
+    met = all(abs(row["mean_against_fp32"]) <= WITHIN for row in table.values())
+    return {"steps": steps, "batch": BATCH, "runs": runs, "table": table, "within_1_percent": met}
+
+
+def train_one(demo: Path, precision: str, seed: int, file: Path, steps: int, jobs: int) -> None:
+    """One run in a process of its own; writes its file at the end."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    parts = Parts(demo)
+    task = parts.task(recipe(steps), seed, precision=precision)
+    begin, at, validation, skipped = time.monotonic(), [], [], 0.0
+    for step in range(steps):
+        values = task.train_step(step)
+        skipped += float(values.get("skipped", 0))
+        if (step + 1) % (steps // 10) == 0:
+            at.append(step + 1)
+            validation.append(parts.validation(task))
+            print(precision, seed, step + 1, f"{validation[-1]:.4f}", flush=True)
+    found = {"precision": precision, "seed": seed, "steps": at, "validation": validation}
+    found |= {"skipped": skipped, "seconds": round(time.monotonic() - begin, 1)}
+    file.write_text(json.dumps(found))
+
+
+def gradients(task: PriorTask, batch: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+    """Per block: all its parameter gradients as one vector, still scaled."""
+    task.optimizer.zero_grad()
+    task.model(*batch).loss.backward()
+    blocks = task.model.resblocks().values()
+    return [torch.cat([p.grad.flatten() for p in block.parameters()]) for block in blocks]
+
+
+def deep(parts: Parts, steps: int) -> dict[str, Any]:
+    """What the gradients of each block lose in fp16, at weights trained in fp32.
+
+    A factor of two more or less changes no bit of a gradient but where fp16 runs out, so the two
+    kinds of scales differ in nothing else. "error" is the relative change of a block's parameter
+    gradients: one scale against own scales, and own scales against a quarter of them.
+    """
+    config = recipe(steps, decay="none", lr=5e-4, warmup_steps=20)
+    task = parts.task(config, 0, **DEEP)
+    losses = [float(task.train_step(step)["loss"]) for step in range(steps)]
+    print(f"fp32: loss {losses[0]:.3f} -> {losses[-1]:.3f} in {steps} updates", flush=True)
+    half = parts.task(config, 0, **DEEP, precision="fp16-scaled")
+    half.model.load_state_dict(task.model.state_dict())
+    batch = task.batch(steps)
+    found: dict[str, Any] = {"sizes": DEEP, "steps": steps, "losses": losses}
+    got: dict[str, list[torch.Tensor]] = {}
+    for name, shared in (("one scale", True), ("own scales", False), ("a quarter", False)):
+        if name != "a quarter":
+            scaler = largest_scales(half, batch, shared)
+        else:
+            scaler.scales[: len(scaler)] /= 4
+        grads = gradients(half, batch)
+        got[name] = [g / s for g, s in zip(grads, scaler.scales.tolist(), strict=False)]
+        found[name] = {key: value.tolist() for key, value in scaler.metrics().items()}
+    for name, other in (("one scale", "own scales"), ("own scales", "a quarter")):
+        pairs = zip(got[name], got[other], strict=True)
+        found[name]["error"] = [float((a - b).norm() / b.norm()) for a, b in pairs]
+        for key in ("block_underflow", "block_subnormal", "error"):
+            late = found[name][key][len(got[name]) // 2 :]
+            found[name][f"late half: {key}"] = sum(late) / len(late)
+            print(f"{name}: {key} of the late half {sum(late) / len(late):.3g}")
+    return found
+
+
+def largest_scales(task: PriorTask, batch: Any, shared: bool) -> ResblockScaler:
+    """A scaler of the model with the largest powers of two at which no gradient is nonfinite."""
+    scaler = ResblockScaler(
+        task.model.resblocks(),
+        initial=2.0**24,
+        low=2.0**-24,
+        growth=1.0,
+        backoff=0.5,
+        window=1,
+        shared=shared,
+        sample_every=1,
+    )
+    for key, block in task.model.resblocks().items():
+        block.ends = scaler[key]
+    still = torch.optim.SGD(task.model.parameters(), lr=0.0)
+    for _ in range(64):
+        gradients(task, batch)
+        if not bool(scaler.step(still).skipped):
+            break
+    scaler.metrics()  # what the search counted
+    return scaler
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["same", "deep"])
+    parser.add_argument("--demo", type=Path, required=True, help="folder of dalle demo")
+    parser.add_argument("--out", type=Path, default=Path("out/precision"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=0, help="0: 2,000 for same, 40 for deep")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of `same`")
+    parser.add_argument("--record", action="store_true", help="write result file and docs picture")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.what == "same":
+        result = same(given.demo, given.out, given.seeds, given.steps or STEPS, given.jobs)
+    else:
+        result = deep(Parts(given.demo), given.steps or DEEP_STEPS)
+    name = f"precision_{given.what}"
+    folder = Path("docs/images") if given.record else given.out
+    precision_plots.draw(given.what, result, folder / f"{name}.png")
+    file = (RESULTS if given.record else given.out) / f"{date.today()}_{name}.json"
+    file.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+    print(f"wrote {file} and {folder / name}.png")
+
+
+if __name__ == "__main__":
+    main()

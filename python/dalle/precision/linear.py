@@ -1,0 +1,54 @@
+"""A linear layer in 16 bits whose bias and bias gradient are fp32 (paper appendix D)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b with x, W and the gradients of both in x's 16-bit dtype, sums in fp32.
+
+    No CPU has a fast fp16 product in torch, so there the fp16 values are multiplied in fp32 and
+    the result rounded once: what a GPU's matrix units do, up to the order of the sums.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = bias.dtype
+        if widened(x):
+            return F.linear(x.float(), weight.to(x.dtype).float(), bias.float()).to(x.dtype)
+        return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        dtype, rows = x.dtype, grad.reshape(-1, grad.shape[-1])
+        by, given, onto = rows, x.reshape(-1, x.shape[-1]), weight.to(dtype)
+        if widened(x):
+            by, given, onto = by.float(), given.float(), onto.float()
+        to_x = (by @ onto).to(dtype).view(x.shape)
+        to_weight = (by.t() @ given).to(dtype).to(weight.dtype)
+        return to_x, to_weight, rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+
+
+def widened(x: Tensor) -> bool:
+    """Whether products of x are made in fp32."""
+    return x.dtype == torch.float16 and x.device.type == "cpu"
+
+
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """`layer` in x's dtype; the parameters stay as they are stored.
+
+    Equivalent to `F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))`, with the bias
+    gradient summed in fp32 and, where x is fp16 on the CPU, the products made in fp32.
+    """
+    if layer.weight.dtype == x.dtype == layer.bias.dtype:
+        return layer(x)
+    return _Linear.apply(x, layer.weight, layer.bias)  # type: ignore[no-any-return, no-untyped-call]

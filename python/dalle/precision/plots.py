@@ -1,0 +1,104 @@
+"""The picture of the paper's Figure 12: every block's gradient scale over the training."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dalle.errors import DataError, EnvironmentProblem
+from dalle.pictures import save_bytes
+from dalle.precision.ends import LOWEST
+
+FP16_ZERO, FP16_NORMAL, FP16_TOP = -25, -14, 15  # exponents: below, to zero; least normal; largest
+
+
+def plot_scales(records: list[dict[str, Any]], path: Path) -> None:
+    """Draws scales, lost gradients and the gradients' exponents of a run's metrics into a PNG.
+
+    Args:
+        records: of `metrics.jsonl`, those of a training with `ResblockScaler`.
+        path: where to.
+
+    Raises:
+        DataError: no record holds scales.
+        EnvironmentProblem: matplotlib is not installed.
+    """
+    scaled = [r for r in records if r.get("block_scale")]
+    if not scaled:
+        raise DataError("plot scales: metrics must hold block_scale, got none (fp16-scaled only)")
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as missing:
+        raise EnvironmentProblem(
+            "plot scales: matplotlib must be installed, got none: "
+            "pip install -c constraints.txt -e '.[demo]'"
+        ) from missing
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    _scales(axes[0], scaled)
+    _lost(axes[1], scaled[-1])
+    _exponents(axes[2], scaled)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    save_bytes(path, buffer.getvalue())
+
+
+def _scales(axis: Any, records: list[dict[str, Any]]) -> None:
+    import matplotlib
+
+    steps = [r["step"] for r in records]
+    scales = np.array([r["block_scale"] for r in records])
+    count = scales.shape[1]
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 1, count))
+    for block in range(count):
+        axis.plot(steps, scales[:, block], color=colours[block], linewidth=1)
+    norm = matplotlib.colors.Normalize(0, max(count - 1, 1))
+    mappable = matplotlib.cm.ScalarMappable(norm, "viridis")
+    axis.figure.colorbar(mappable, ax=axis, label="resblock")
+    axis.set(title="gradient scale of each resblock", xlabel="updates", ylabel="log2 scale")
+
+
+def _lost(axis: Any, record: dict[str, Any]) -> None:
+    blocks = range(len(record["block_scale"]))
+    for name, label in (
+        ("underflow", "to zero"),
+        ("subnormal", "subnormal"),
+        ("overflow", "overflow"),
+    ):
+        axis.plot(blocks, record[f"block_{name}"], label=label, linewidth=1)
+    axis.set(title=f"share of gradient elements, update {record['step']}", xlabel="resblock")
+    axis.set_yscale("symlog", linthresh=1e-4)
+    axis.set_ylim(0, 1)
+    axis.legend(fontsize=8)
+
+
+def _exponents(axis: Any, records: list[dict[str, Any]]) -> None:
+    sampled = [r for r in records if r.get("block_exponents")]
+    axis.set(title="no exponents sampled yet", xlabel="resblock", ylabel="log2 |gradient|")
+    if not sampled:
+        return
+    record = sampled[-1]
+    shares = np.array(record["block_exponents"]).T  # exponents x blocks
+    seen = np.flatnonzero(shares.sum(1))
+    low, high = int(seen.min()), int(seen.max()) + 1
+    count = shares.shape[1]
+    extent = (-0.5, count - 0.5, low + LOWEST, high + LOWEST)
+    axis.imshow(shares[low:high], origin="lower", aspect="auto", extent=extent, cmap="magma")
+    scale = np.array(record["block_scale"])
+    lines = (
+        (FP16_ZERO, "to zero", "-"),
+        (FP16_NORMAL, "subnormal", ":"),
+        (FP16_TOP, "overflow", "--"),
+    )
+    for exponent, label, style in lines:
+        edge = exponent - scale + (exponent == FP16_TOP)
+        axis.step(range(count), edge, style, where="mid", color="white", linewidth=1, label=label)
+    axis.legend(fontsize=8, labelcolor="white", facecolor="black", loc="lower right")
+    axis.set_facecolor("black")
+    axis.set(title=f"exponents of the gradient and fp16's range, update {record['step']}")

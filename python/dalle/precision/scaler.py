@@ -1,0 +1,276 @@
+"""`ResblockScaler`: one gradient scale for each residual block (paper 2.4, appendix D)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import dalle_ext
+from dalle.errors import CheckpointError, UsageError
+from dalle.precision.ends import BINS, COUNTS, BlockEnds
+
+Block = nn.Module | Sequence[nn.Module]
+
+
+class ScalerStep(NamedTuple):
+    """One update.
+
+    Attributes:
+        norm: 0-d fp64, of all finite gradients, unscaled, before clipping.
+        nonfinite: (blocks + 1,) int64 elements by block; the last entry is everything else.
+        skipped: 0-d bool, whether nothing was updated.
+    """
+
+    norm: Tensor
+    nonfinite: Tensor
+    skipped: Tensor
+
+
+class ResblockScaler:
+    """Gradient scales of the residual blocks of any transformer, for 16-bit training.
+
+    The identity path is fp32. Each block's gradient is multiplied by its own scale where it enters
+    the block and divided by it where it leaves, so a block's 16 bits cover the gradients of that
+    block alone. Parameter gradients stay scaled in `.grad` until `step`.
+
+        scaler = ResblockScaler({"0": layer0, "1": layer1})
+        x, inside = scaler["0"].enter(x)              # in the model: fp32 -> fp32, fp32
+        x = x + scaler["0"].leave(f(norm(inside).half()))
+        loss.backward()
+        scaler.step(optimizer, clip_norm=4.0)         # instead of optimizer.step()
+
+    Works with activation checkpointing, gradient accumulation and `torch.compile`. A model whose
+    code is not to be changed: `scaler["0"].hook(first_module, last_module)`.
+
+    Args:
+        blocks: name -> module or modules of one residual block (norm and branch), in order. What
+            no block holds (embeddings, heads) has no scale.
+        replicas: M, the number of data-parallel replicas; start and bounds are multiplied by it.
+        initial, low, high: the scale's start and bounds for M = 1.
+        growth: factor after a clean update.
+        backoff: factor after nonfinite parameter gradients of the block; then the update is
+            skipped, and the scale falls at most once in `window` updates.
+        window: see there.
+        grow_on_skip: whether clean blocks' scales grow also on a skipped update.
+        shared: one scale for all blocks: a global loss scale, to compare with.
+        sample_every: at every so many updates, count the gradients' exponents; 0 for never.
+
+    Raises:
+        UsageError: no blocks, a parameter in two blocks, several devices, numbers out of range.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, Block],
+        *,
+        replicas: int = 1,
+        initial: float = 2.0**13,
+        low: float = 2.0**7,
+        high: float = 2.0**24,
+        growth: float = 2 ** (1 / 1000),
+        backoff: float = 2**-0.5,
+        window: int = 125,
+        grow_on_skip: bool = True,
+        shared: bool = False,
+        sample_every: int = 100,
+    ) -> None:
+        _check(replicas >= 1, "replicas", "1 or more", replicas)
+        ordered = 0 < low <= initial <= high < math.inf
+        _check(ordered, "initial", "in [low, high], all positive", (low, initial, high))
+        _check(1 <= growth < math.inf, "growth", "1 or more, finite", growth)
+        _check(0 < backoff < 1, "backoff", "in (0, 1)", backoff)
+        _check(window >= 1, "window", "1 or more", window)
+        _check(sample_every >= 0, "sample_every", "0 or more", sample_every)
+        self.names = list(blocks)
+        self.groups = _groups(blocks)
+        device = next(iter(self.groups)).device
+        self.shared, self.sample_every, self.updates, self.window = shared, sample_every, 0, window
+        self.low, self.high = low * replicas, high * replicas
+        self._growth, self._backoff = growth, backoff
+        self._grow_on_skip = grow_on_skip
+        count = len(self.names)
+        # One more for what belongs to no block: its scale is 1 for ever.
+        self.scales = torch.full((count + 1,), initial * replicas, device=device)
+        self.scales[count] = 1
+        self.since_drop = torch.full((count,), window, dtype=torch.int64, device=device)
+        # Skipped updates in a row that a block caused at its lowest scale.
+        self._stuck = torch.zeros(count, dtype=torch.int64, device=device)
+        self._skips = torch.zeros(2, dtype=torch.float64, device=device)  # skipped, updates
+        self._ends = {name: BlockEnds(self.scales[i]) for i, name in enumerate(self.names)}
+        self._sample()
+
+    def __getitem__(self, name: str) -> BlockEnds:
+        return self._ends[name]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @torch.no_grad()
+    def step(
+        self, optimizer: torch.optim.Optimizer, *, clip_norm: float | None = None
+    ) -> ScalerStep:
+        """Unscales, clips, updates the parameters unless a gradient is nonfinite, and the scales.
+
+        With `dalle_ext.AdamW16` the gradients are read as they are and nothing waits for the
+        device. Other optimizers get them unscaled in place, and the host waits to learn whether
+        they are finite; they need fp32 parameters, as unscaled gradients would vanish in fp16.
+
+        Args:
+            optimizer: of all parameters; those without a gradient are left alone.
+            clip_norm: largest global norm of the unscaled gradients.
+
+        Raises:
+            UsageError: no gradients, or 16-bit parameters in another optimizer.
+        """
+        params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        if not params:
+            raise UsageError("ResblockScaler: optimizer must hold gradients, got none")
+        fused = isinstance(optimizer, dalle_ext.AdamW16)
+        rest = len(self)
+        groups = [self.groups.get(p, rest) for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
+        if not fused:
+            _check_fp32(params, optimizer)
+        stats = dalle_ext.unscale_gradients_(grads, self.scales, groups, check_only=fused)
+        skipped = stats.found_nonfinite
+        factor = None
+        if clip_norm is not None:
+            factor = (clip_norm / stats.norm.clamp_min(clip_norm)).float()
+        if isinstance(optimizer, dalle_ext.AdamW16):
+            where = dict(zip(params, groups, strict=True))
+            optimizer.step(
+                clip_factor=factor, found_nonfinite=skipped, scales=self.scales, groups=where
+            )
+        elif not bool(skipped):
+            if factor is not None:
+                torch._foreach_mul_(grads, factor)
+            optimizer.step()
+        self._update_scales(stats.nonfinite)
+        self._skips += torch.stack([skipped.double(), torch.ones_like(stats.norm)])
+        return ScalerStep(stats.norm, stats.nonfinite, skipped)
+
+    def _update_scales(self, nonfinite: Tensor) -> None:
+        count = len(self)
+        scales, found = self.scales[:count], nonfinite[:count]
+        dirty_elsewhere = nonfinite[count] > 0
+        if self.shared:
+            found = nonfinite.sum().expand(count)
+        at_floor = (scales <= self.low) & (found > 0)
+        self._stuck = torch.where(at_floor, self._stuck + 1, 0)
+        before = scales.clone() if not self._grow_on_skip else None
+        dalle_ext.update_scales_(
+            scales,
+            self.since_drop,
+            found,
+            growth=self._growth,
+            backoff=self._backoff,
+            window=self.window,
+            low=self.low,
+            high=self.high,
+            grow_on_skip=self._grow_on_skip,
+        )
+        if before is not None:  # the op knows of the blocks only
+            scales.copy_(torch.where(dirty_elsewhere, torch.minimum(scales, before), scales))
+        self.updates += 1
+        self._sample()
+
+    def stuck(self) -> list[str]:
+        """Blocks whose gradients were nonfinite at the lowest scale for `window` updates."""
+        return [
+            n for n, c in zip(self.names, self._stuck.tolist(), strict=True) if c >= self.window
+        ]
+
+    def _sample(self) -> None:
+        every = self.sample_every
+        due = every > 0 and self.updates % every == every - 1
+        for ends in self._ends.values():
+            ends.sampling = due
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, Tensor]:
+        """What the blocks' gradients were since the last call, (blocks,) each.
+
+        "block_scale" is log2 of it now; "block_overflow", "block_underflow" (not zero, but zero in
+        16 bits), "block_subnormal" and "block_nonfinite" are shares of the elements that entered
+        the block; and where they were sampled, "block_exponents" (blocks, 80) are shares of the
+        elements by floor(log2 |g|) from -64, before scaling. "skipped" is the share of skipped
+        updates, one number.
+        """
+        probes = [self._ends[name].probe for name in self.names]
+        seen = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in probes])
+        for probe in probes:
+            probe.grad = None
+        found = {"block_scale": self.scales[: len(self)].log2()}
+        found["skipped"] = self._skips[0] / self._skips[1].clamp_min(1)
+        self._skips.zero_()
+        counts, size, bins = seen.split([len(COUNTS), 1, BINS], 1)
+        shares = counts / size.clamp_min(1)
+        found |= {f"block_{name}": shares[:, i] for i, name in enumerate(COUNTS)}
+        if bool(bins.any()):
+            found["block_exponents"] = bins / bins.sum(1, keepdim=True).clamp_min(1)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values: scales and updates since they fell, by block, and the updates done."""
+        return {
+            "names": list(self.names),
+            "scales": self.scales[: len(self)].tolist(),
+            "since_drop": self.since_drop.tolist(),
+            "stuck": self._stuck.tolist(),
+            "updates": self.updates,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes `state_dict()` back, bit for bit.
+
+        Raises:
+            CheckpointError: a state of other blocks, or scales out of range.
+        """
+        if state.get("names") != self.names:
+            got = state.get("names")
+            raise CheckpointError(f"ResblockScaler: blocks must be {self.names}, got {got}")
+        scales = torch.tensor(state["scales"], dtype=torch.float32)
+        if not bool(((scales >= self.low) & (scales <= self.high)).all()):
+            within, got = f"[{self.low:g}, {self.high:g}]", state["scales"]
+            raise CheckpointError(f"ResblockScaler: scales must be in {within}, got {got}")
+        self.scales[: len(self)] = scales.to(self.scales.device)
+        for own, name in ((self.since_drop, "since_drop"), (self._stuck, "stuck")):
+            own.copy_(torch.tensor(state[name], dtype=torch.int64))
+        self.updates = int(state["updates"])
+        self._sample()
+
+
+def _check(holds: bool, name: str, requirement: str, value: object) -> None:
+    if not holds:
+        raise UsageError(f"ResblockScaler: {name} must be {requirement}, got {value}")
+
+
+def _groups(blocks: Mapping[str, Block]) -> dict[Tensor, int]:
+    """Parameter -> number of its block."""
+    groups: dict[Tensor, int] = {}
+    for index, (name, block) in enumerate(blocks.items()):
+        modules: Iterable[nn.Module] = [block] if isinstance(block, nn.Module) else block
+        for parameter in (p for module in modules for p in module.parameters()):
+            if groups.setdefault(parameter, index) != index:
+                raise UsageError(
+                    f"ResblockScaler: blocks must not share parameters, got one of {name} that "
+                    f"is in {list(blocks)[groups[parameter]]} too"
+                )
+    _check(bool(groups), "blocks", "modules with parameters", list(blocks))
+    devices = {p.device for p in groups}
+    _check(len(devices) == 1, "blocks", "on one device", sorted(map(str, devices)))
+    return groups
+
+
+def _check_fp32(params: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    for parameter in params:
+        if parameter.dtype != torch.float32:
+            raise UsageError(
+                f"ResblockScaler: {parameter.dtype} parameters must be in dalle_ext.AdamW16, "
+                f"got {type(optimizer).__name__}"
+            )

@@ -1,0 +1,129 @@
+"""The second half of a training step: backward, check, clip, optimizer, average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from dalle.errors import NumericalError
+from dalle.precision import ResblockScaler, ScalerStep, first_nonfinite
+
+if TYPE_CHECKING:
+    from dalle.train.loop import Task
+
+
+def check_loss(
+    name: str,
+    loss: Tensor | float,
+    step: int,
+    model: nn.Module | None = None,
+    forward: Callable[[], object] | None = None,
+) -> None:
+    """Stops a training whose loss is not a number.
+
+    Args:
+        name: of the task, at the head of the line.
+        loss: scalar.
+        step: as given to `train_step`.
+        model, forward: `forward()` repeats the forward pass of `model`, to say where it began.
+
+    Raises:
+        NumericalError: with the loss and the first nonfinite module.
+    """
+    value = float(loss)
+    if math.isfinite(value):
+        return
+    where = None
+    if model is not None and forward is not None:
+        where = first_nonfinite(model, forward)
+    because = f" (first nonfinite: {where})" if where else ""
+    raise NumericalError(f"{name}: loss must be finite, got {value} at step {step}{because}")
+
+
+def check_gradients(name: str, model: nn.Module, step: int) -> None:
+    """Raises NumericalError naming the first parameter of `model` with a nonfinite gradient."""
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            raise NumericalError(
+                f"{name}: gradient of {key} must be finite, got nonfinite values at step {step}"
+            )
+
+
+def update(
+    task: Task,
+    loss: Tensor,
+    step: int,
+    *,
+    lr: float,
+    clip_norm: float | None = None,
+    scaler: ResblockScaler | None = None,
+    forward: Callable[[], object] | None = None,
+) -> float:
+    """Backward, check, clip, optimizer step, average: the second half of most `train_step`s.
+
+    Args:
+        task: whose parameters are updated.
+        loss: scalar with a graph.
+        step: as given to `train_step`.
+        lr: step size of this update, for all parameter groups.
+        clip_norm: largest global gradient norm, or None.
+        scaler: of the gradients of the model's residual blocks. Then nonfinite gradients in a
+            block skip the update and lower that block's scale.
+        forward: repeats the forward pass, to name the first nonfinite module.
+
+    Returns:
+        The global gradient norm before clipping, of the finite gradients.
+
+    Raises:
+        NumericalError: if loss or gradients are not finite, or stay so in a block whose scale
+            cannot fall any more; the weights are then untouched.
+    """
+    task.optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    for group in task.optimizer.param_groups:
+        group["lr"] = lr
+    if scaler is None:
+        norm = _plain_step(task, loss, step, clip_norm, forward)
+    else:
+        check_loss(task.name, loss.detach(), step, task.model, forward)
+        found = scaler.step(task.optimizer, clip_norm=clip_norm)
+        norm = float(found.norm)
+        if bool(found.skipped):
+            _explain_skip(task, step, scaler, found)
+            return norm
+    if task.average is not None:
+        task.average.update(step)
+    return norm
+
+
+def _plain_step(
+    task: Task,
+    loss: Tensor,
+    step: int,
+    clip_norm: float | None,
+    forward: Callable[[], object] | None,
+) -> float:
+    norm = nn.utils.get_total_norm([p.grad for p in task.model.parameters() if p.grad is not None])
+    if not math.isfinite(float(norm) + float(loss.detach())):
+        check_loss(task.name, loss.detach(), step, task.model, forward)
+        check_gradients(task.name, task.model, step)
+        raise NumericalError(f"{task.name}: gradient norm must be finite, got inf at step {step}")
+    if clip_norm is not None and float(norm) > clip_norm:
+        nn.utils.clip_grads_with_norm_(task.model.parameters(), clip_norm, norm)
+    task.optimizer.step()
+    return float(norm)
+
+
+def _explain_skip(task: Task, step: int, scaler: ResblockScaler, found: ScalerStep) -> None:
+    """Raises NumericalError where a skipped update cannot be mended by a smaller scale."""
+    if int(found.nonfinite[-1]):  # what belongs to no block has no scale
+        check_gradients(task.name, task.model, step)
+    stuck = scaler.stuck()
+    if stuck:
+        raise NumericalError(
+            f"{task.name}: gradients of {stuck[0]} must be finite at the smallest scale, "
+            f"got nonfinite values in {scaler.window} updates in a row, the last at step {step}"
+        )
