@@ -23,6 +23,7 @@ def test_cases_cover_what_was_asked_for():
     assert {c.size[2] for c in cases if c.op == "sparse_attention"} == {64}
     gumbel = [(c.size, c.dtype) for c in cases if c.op == "gumbel_softmax"]
     assert gumbel == [((8192, 8192), d) for d in ("float32", *dtypes)]
+    assert {c.op for c in cases} >= {"formats", "grad_scale", "adam16"}
     assert len({c.name for c in cases}) == len(cases) and cases[0].op == "card"
     tiny = all_cases(dry_run=True)
     assert [(c.op, c.kind, c.dtype) for c in tiny] == [(c.op, c.kind, c.dtype) for c in cases]
@@ -43,6 +44,16 @@ def test_goals_of_attention(kind, which, number, floor, goal):
     assert (found.number, found.floor_us, found.goal_us) == (number, floor, goal)
     few = Case("sparse_attention", kind, "bfloat16", (8, 16, *ROW.size[2:]), 20.0)
     assert goals.goal_of(few, which).goal_us == pytest.approx(goal * 16 / 62)
+
+
+def test_goals_of_the_16_bit_ops():
+    size = (2**28,)
+    pack = goals.goal_of(Case("formats", "1-6-9", "float32", size, 5.0), "pack")
+    assert pack.floor_us == pytest.approx(6 * 2**28 / 4.3e6) and pack.goal_us < 1.08 * pack.floor_us
+    assert pack.ratios == {names.COPY: pytest.approx(1 / 1.07)}
+    step = goals.goal_of(Case("adam16", "", "float32", size, 5.0), "step")
+    assert step.ratios == {names.ADAMW: 1.6, names.ADAMW8: 1.2}
+    assert goals.goal_of(Case("adam16", "", "float16", size, 5.0), "step") is None
 
 
 def test_no_goal_where_none_was_set():

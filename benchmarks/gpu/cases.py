@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 KINDS = ("row", "column", "conv", "causal")
 PASSES = ("forward", "backward")
+SIXTEEN = {  # op of the 16-bit rooms -> its passes
+    "formats": ("pack", "unpack"),
+    "grad_scale": ("enter", "leave", "unscale"),
+    "adam16": ("step",),
+}
 
 
 @dataclass(frozen=True)
@@ -13,11 +18,11 @@ class Case:
     """One set of inputs; forward and backward are measured on it.
 
     Attributes:
-        op: "sparse_attention", "gumbel_softmax" or "card" (copy bandwidth and GEMM rates).
-        kind: the attention pattern; "" for other ops.
+        op: a room, or "card" (copy bandwidth and GEMM rates).
+        kind: the attention pattern, the 16-bit format; "" for other ops.
         dtype: as torch names it.
-        size: (batch, heads, head_size, text_len, rows, columns); (rows, codes); (copied bytes, n)
-            of the card's copy and of its n x n x n products.
+        size: (batch, heads, head_size, text_len, rows, columns); (rows, codes); (elements,);
+            (copied bytes, n) of the card's copy and of its n x n x n products.
         seconds: a first guess of what it takes, compilation of rivals included.
     """
 
@@ -34,6 +39,8 @@ class Case:
             return "card"
         if self.op == "gumbel_softmax":
             return f"gumbel_softmax {self.size[0]} x {self.size[1]} {self.dtype}"
+        if self.op in SIXTEEN:
+            return " ".join(filter(None, (self.op, self.kind, str(self.size[0]), self.dtype)))
         batch, heads, head_size, text_len, rows, columns = self.size
         length = text_len + rows * columns
         return f"{self.op} {self.kind} B{batch} H{heads} T{length} D{head_size} {self.dtype}"
@@ -41,14 +48,17 @@ class Case:
     @property
     def passes(self) -> tuple[str, ...]:
         """The rows that it gives."""
-        return ("copy", "float16 GEMM", "bfloat16 GEMM") if self.op == "card" else PASSES
+        if self.op == "card":
+            return ("copy", "float16 GEMM", "bfloat16 GEMM")
+        return SIXTEEN.get(self.op, PASSES)
 
 
 def all_cases(*, dry_run: bool) -> list[Case]:
     """The cases in order; of a dry run the same list with tiny sizes."""
     full, small = (8, 62, 64, 256, 32, 32), (8, 16, 64, 256, 32, 32)
-    codes, card = (8192, 8192), (2**30, 8192)
+    codes, card, many = (8192, 8192), (2**30, 8192), (2**28,)
     if dry_run:
+        many = (20_000,)
         full, small, codes, card = (1, 2, 16, 5, 4, 4), (1, 1, 16, 5, 4, 4), (8, 32), (2**10, 16)
 
     def attention(dtype: str, size: tuple[int, ...]) -> list[Case]:
@@ -56,6 +66,8 @@ def all_cases(*, dry_run: bool) -> list[Case]:
 
     dtypes = ("float32", "float16", "bfloat16")
     gumbel = [Case("gumbel_softmax", "", dtype, codes, 15.0) for dtype in dtypes]
+    formats = [Case("formats", kind, "float32", many, 5.0) for kind in ("1-6-9", "0-6-10")]
+    others = [Case(op, "", d, many, 8.0) for op in ("grad_scale", "adam16") for d in dtypes[:2]]
     first, last = attention("float16", full), attention("bfloat16", full)
     few = attention("bfloat16", small) + attention("float16", small)
-    return [Case("card", "", "", card, 10.0), *first, *gumbel, *last, *few]
+    return [Case("card", "", "", card, 10.0), *first, *gumbel, *formats, *others, *last, *few]

@@ -14,7 +14,7 @@ from gpu.cases import Case
 
 CARD = "H200"
 SIZE = (8, 62, 64, 256, 32, 32)  # of the attention goals; other numbers of heads scale the times
-LOGITS = (8192, 8192)
+LOGITS, ELEMENTS = (8192, 8192), (2**28,)
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,15 @@ _BACKWARD = {names.FLEX: 2.7, names.CUDNN: 3.3, names.FLASH: 4.3}
 for _ratios in (_FORWARD, _BACKWARD):  # the stronger form of the same rival, for columns
     _ratios[names.FLEX_COLUMNS] = _ratios[names.FLEX]
 _GUMBEL = {names.BY_HAND: 8.0}
+_COPY = {names.COPY: 1 / 1.07}  # within 7 % of a copy of the same bytes
+
+
+def _stream(number: str, bytes_each: int, ratios: dict[str, float]) -> Goal:
+    """Of an op that moves so many bytes an element of ELEMENTS."""
+    floor = ELEMENTS[0] * bytes_each / 4.3e6
+    return Goal(number, floor, 1.07 * floor, ratios)
+
+
 GOALS = {  # (op, kind or dtype, pass)
     ("sparse_attention", "row", "forward"): Goal("1f", 76, 105, _FORWARD),
     ("sparse_attention", "row", "backward"): Goal("1b", 152, 300, _BACKWARD),
@@ -45,14 +54,24 @@ GOALS = {  # (op, kind or dtype, pass)
     ("gumbel_softmax", "float16", "forward"): Goal("2f'", 80, 95, _GUMBEL),
     ("gumbel_softmax", "bfloat16", "forward"): Goal("2f'", 80, 95, _GUMBEL),
     ("gumbel_softmax", "float32", "backward"): Goal("2b", 250, 280, {names.BY_HAND: 3.0}),
+    **{
+        ("formats", kind, which): _stream("4", 6, _COPY)
+        for kind in ("1-6-9", "0-6-10")
+        for which in ("pack", "unpack")
+    },
+    ("grad_scale", "float32", "enter"): _stream("3", 6, _COPY),
+    ("grad_scale", "float32", "leave"): _stream("3", 10, _COPY),
+    ("grad_scale", "float32", "unscale"): _stream("3", 8, _COPY),
+    ("grad_scale", "float16", "unscale"): _stream("3", 4, _COPY),
+    ("adam16", "float32", "step"): _stream("4a", 20, {names.ADAMW: 1.6, names.ADAMW8: 1.2}),
 }
 
 
 def goal_of(case: Case, which: str) -> Goal | None:
     """The goal of pass `which` of `case`, for its number of heads; None where there is none."""
     goal = GOALS.get((case.op, case.kind or case.dtype, which))
-    if goal is None or case.op == "gumbel_softmax":
-        return goal if case.size == LOGITS else None
+    if goal is None or case.op != "sparse_attention":
+        return goal if case.size in (LOGITS, ELEMENTS) else None
     batch, heads, *rest = case.size
     if (batch, *rest) != (SIZE[0], *SIZE[2:]):
         return None

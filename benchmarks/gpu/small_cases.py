@@ -1,4 +1,4 @@
-"""What compute-sanitizer watches: every kernel of both ops once, at sizes with ragged ends.
+"""What compute-sanitizer watches: every kernel once, at sizes with ragged ends.
 
     python -m gpu.small_cases [cuda | cpu]
 
@@ -18,6 +18,7 @@ from gpu.cases import KINDS
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = (64, 32, 80, 128, 40)
 GRIDS = ((37, (5, 7)), (0, (3, 4)))  # (text_len, grid)
+ELEMENTS = (1, 7, 4097, 32_768, 100_003)
 LOGITS = ((5, 29), (3, 250), (2, 4095), (1, 16_389), (2, 33, 17))  # dim 1 is the codebook
 
 
@@ -40,9 +41,38 @@ def run(device: str) -> int:
             out = dalle_ext.gumbel_softmax(logits, 0.5, seed=1)
             torch.autograd.grad(out.sample.float().square().sum() + out.kl.sum(), logits)
             count += 1
+    for dtype in DTYPES:
+        count += sixteen(device, dtype)
     if device == "cuda":
         torch.cuda.synchronize()
     return count
+
+
+def sixteen(device: str, dtype: torch.dtype) -> int:
+    """The 16-bit rooms, over sizes with ragged ends and addresses that are no multiple of 16."""
+    for size in ELEMENTS:
+        x = torch.randn(size + 1, device=device).to(dtype)[1:]
+        for kind in ("1-6-9", "0-6-10"):
+            for rounding, seed in (("nearest", None), ("stochastic", 1)):
+                packed = dalle_ext.pack_counted(x, kind, rounding=rounding, seed=seed)
+                dalle_ext.unpack(packed.codes, kind, dtype)
+            dalle_ext.sum_codes(torch.stack([packed.codes] * 3), kind)
+        scaled = dalle_ext.scale_gradient(x, 8.0).grad
+        dalle_ext.unscale_gradient(x.float(), scaled, 8.0)
+    grads = [torch.randn(n, device=device).to(dtype) for n in ELEMENTS]
+    scales = torch.tensor([2.0, 8.0], device=device)
+    groups = [i % 2 for i in range(len(grads))]
+    found = dalle_ext.unscale_gradients_(grads, scales, groups)
+    since = torch.zeros(2, dtype=torch.int64, device=device)
+    dalle_ext.update_scales_(scales, since, found.nonfinite)
+    for rounding in (False, True):
+        params = [torch.nn.Parameter(g.clone()) for g in grads]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimizer = dalle_ext.AdamW16(params, lr=1e-3, stochastic_rounding=rounding)
+        for flag in (False, True):
+            optimizer.step(clip_factor=0.5, found_nonfinite=flag)
+    return 5 * len(ELEMENTS) + 4
 
 
 if __name__ == "__main__":

@@ -18,14 +18,15 @@ from typing import Any
 import torch
 import torch._functorch.config
 
-from gpu import attention, card, gumbel
+from gpu import attention, card, gumbel, sixteen
 from gpu.bench import Bench, cuda_bench, dry_bench, reason
-from gpu.cases import Case, all_cases
+from gpu.cases import SIXTEEN, Case, all_cases
 
 MEASURE: dict[str, Callable[[Case, Bench], Iterator[dict[str, Any]]]] = {
     "card": card.measure,
     "sparse_attention": attention.measure,
     "gumbel_softmax": gumbel.measure,
+    **dict.fromkeys(SIXTEEN, sixteen.measure),
 }
 
 
