@@ -184,6 +184,29 @@ def test_sums_are_the_same_whatever_the_threads_and_the_company():
     assert alone.sum_squares[0] == beside.sum_squares[1]
 
 
+@pytest.mark.parametrize("block", [64, 3000, 63_488 * 2])
+def test_every_half_divided_by_any_scale_is_the_definitions(device, block):
+    """Bit for bit, and the counts with it: the kernels may divide and compare in their own way."""
+    generator = torch.Generator().manual_seed(block)
+    bits = torch.arange(0x7C00, dtype=torch.int32)  # all finite magnitudes
+    halves = torch.cat([bits, bits - 0x8000]).to(torch.int16).view(torch.float16)
+    halves = halves[torch.randperm(len(halves), generator=generator)].repeat(2)[:block]
+    drawn = torch.rand(20, generator=generator) * 80 - 40
+    for scale in [*(2**drawn).tolist(), 2.0**13, 3.0, 2.0**-24, 2.0**70, 2.0**-70]:
+        grad = halves.clone().to(device)
+        scales = torch.tensor([scale], device=device)
+        found = dalle_ext.unscale_gradients_([grad], scales)
+        wanted = (halves.float() / scales.cpu()).half()
+        assert torch.equal(grad.cpu().view(torch.int16), wanted.view(torch.int16)), scale
+        lost = ((wanted == 0) & (halves != 0)).sum()
+        assert found.underflowed.item() == lost and found.nonfinite.item() == 0
+        small = (halves.abs() < 2.0**-14) & (halves != 0)
+        assert (found.zeros.item(), found.subnormals.item()) == ((halves == 0).sum(), small.sum())
+        norm = (halves.double() / scale).norm()
+        assert found.norm.item() == pytest.approx(norm.item(), rel=1e-5)
+        assert found.max_abs.item() == (halves.float().abs().max() / scales.cpu()).item()
+
+
 def run_rule(device, nonfinite, **options):
     """Scales after each update, nonfinite[t][g] being what update t found in group g."""
     groups = len(nonfinite[0])
