@@ -18,6 +18,8 @@ def flat(op: str, name: str, tensor: Tensor) -> Tensor:
     Raises:
         ValueError: the tensor has gaps, or elements that share memory.
     """
+    if tensor.is_contiguous():
+        return tensor.detach().view(-1)
     strides = tensor.stride()
     axes = sorted(range(tensor.dim()), key=lambda d: (-strides[d], -tensor.shape[d]))
     ordered = tensor.detach().permute(axes)

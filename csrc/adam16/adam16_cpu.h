@@ -62,28 +62,23 @@ struct FloatMoment {
   }
 };
 
-// Random words of two vectors of neighbouring elements.
-struct TwoWords {
-  Word word[2];
-  TwoWords(const PhiloxKeys& keys, uint64_t call) {
-    uint32_t words[2 * kLanes];
-    random_words(keys, call, words);
-    for (int j = 0; j < 2; ++j) word[j] = load<Word>(words + j * kLanes);
-  }
-};
-
 template <bool kStochastic, typename param_t, typename grad_t, typename mean_t, typename variance_t>
 void step_chunk(const AdamFactors& f, int64_t chunk, int64_t count, param_t* params,
                 const grad_t* grads, mean_t means, variance_t variances) {
   const PhiloxKeys keys = philox_keys(f.seed), param_keys = philox_keys(~f.seed);
   const uint64_t calls = first_call(chunk);
-  const auto one = [&](int64_t i, int64_t some, Word for_moments, Word for_param) {
-    const Float grad = load_up_to(grads + i, some, 0.0f) * f.grad;
-    const Float mean = f.keep_mean * means.load(i, some) + f.add_mean * grad;
-    Float variance = f.keep_variance * variances.load(i, some) + f.add_variance * (grad * grad);
-    variance = variance > f.most ? splat(f.most) : variance;
-    const Float update = mean / (square_root(variance) * f.root + f.eps);
-    const Float param = load_up_to(params + i, some, 0.0f) * f.decay - f.step_size * update;
+  // Vectors of their own: what is written could be the factors, for all that the compiler knows.
+  const Float scale = splat(f.grad), keep_mean = splat(f.keep_mean), add_mean = splat(f.add_mean);
+  const Float keep_variance = splat(f.keep_variance), add_variance = splat(f.add_variance);
+  const Float most = splat(f.most), root = splat(f.root), eps = splat(f.eps);
+  const Float decay = splat(f.decay), step_size = splat(f.step_size);
+  const auto one = [&](int64_t i, int64_t some, Word for_moments, Word for_param) DALLE_INLINE {
+    const Float grad = load_up_to(grads + i, some, 0.0f) * scale;
+    const Float mean = keep_mean * means.load(i, some) + add_mean * grad;
+    Float variance = keep_variance * variances.load(i, some) + add_variance * (grad * grad);
+    variance = variance > most ? most : variance;
+    const Float update = mean / (square_root(variance) * root + eps);
+    const Float param = load_up_to(params + i, some, 0.0f) * decay - step_size * update;
     if constexpr (kStochastic) {
       means.store(i, some, mean, mean_bits(for_moments));
       variances.store(i, some, variance, variance_bits(for_moments));
@@ -95,22 +90,16 @@ void step_chunk(const AdamFactors& f, int64_t chunk, int64_t count, param_t* par
       store_up_to(params + i, some, param);
     }
   };
-  for (int64_t i = 0; i < count; i += 2 * kLanes) {
-    Word for_moments[2] = {}, for_param[2] = {};
+  for_pairs(count, [&](int64_t i, int64_t first, int64_t second) DALLE_INLINE {
+    TwoWords for_moments = {}, for_param = {};
     if constexpr (kStochastic) {
       const uint64_t call = calls + static_cast<uint64_t>(i) / 4;
-      const TwoWords words(keys, call);
-      for (int j = 0; j < 2; ++j) for_moments[j] = words.word[j];
-      if constexpr (!std::is_same_v<param_t, float>) {
-        const TwoWords more(param_keys, call);
-        for (int j = 0; j < 2; ++j) for_param[j] = more.word[j];
-      }
+      for_moments = two_words(keys, call);
+      if constexpr (!std::is_same_v<param_t, float>) for_param = two_words(param_keys, call);
     }
-    for (int j = 0; j < 2; ++j) {
-      const int64_t at = i + j * kLanes, left = count - at;
-      if (left > 0) one(at, left < kLanes ? left : kLanes, for_moments[j], for_param[j]);
-    }
-  }
+    one(i, first, for_moments.word[0], for_param.word[0]);
+    if (second > 0) one(i + kLanes, second, for_moments.word[1], for_param.word[1]);
+  });
 }
 
 void chunks(const AdamArgs& args, int64_t begin, int64_t end) {

@@ -83,6 +83,17 @@ inline void random_words(const PhiloxKeys& keys, uint64_t call, uint32_t* out) {
   }
 }
 
+// Random words of two vectors of neighbouring elements, from 4 * call on.
+struct TwoWords {
+  Word word[2];
+};
+
+inline TwoWords two_words(const PhiloxKeys& keys, uint64_t call) {
+  uint32_t words[2 * kLanes];
+  random_words(keys, call, words);
+  return {{load<Word>(words), load<Word>(words + kLanes)}};
+}
+
 }  // namespace
 }  // namespace DALLE_ISA_NAMESPACE
 }  // namespace dalle

@@ -19,6 +19,10 @@ namespace dalle {
 namespace DALLE_ISA_NAMESPACE {
 namespace {
 
+// After the arguments of a lambda that is called in two places, one of them with whole vectors: the
+// compiler must see the count in each.
+#define DALLE_INLINE __attribute__((always_inline))
+
 constexpr int kBytes = DALLE_ISA_BYTES;
 constexpr int kLanes = kBytes / 4;  // of 32 bits
 
@@ -74,6 +78,14 @@ inline Wide multiply_low(Wide a, Wide b) {
 #endif
 }
 
+inline Word widened(Short v) {
+#if DALLE_ISA_BYTES == 64
+  return (Word)_mm512_cvtepu16_epi32((__m256i)v);  // GCC takes four instructions
+#else
+  return __builtin_convertvector(v, Word);
+#endif
+}
+
 inline float sum(Float v) {
   float parts[kLanes], total = 0;
   store(parts, v);
@@ -102,9 +114,7 @@ struct BFloat16 {
 inline Float load_float(const float* p) { return load<Float>(p); }
 inline void store_float(float* p, Float v) { store(p, v); }
 
-inline Float load_float(const BFloat16* p) {
-  return (Float)(__builtin_convertvector(load<Short>(p), Word) << 16);
-}
+inline Float load_float(const BFloat16* p) { return (Float)(widened(load<Short>(p)) << 16); }
 inline void store_float(BFloat16* p, Float v) {
   const Word bits = (Word)v;
   const Word rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
@@ -126,7 +136,7 @@ inline void store_float(Half* p, Float v) {
 }
 #else
 inline Float load_float(const Half* p) {
-  const Word half = __builtin_convertvector(load<Short>(p), Word);
+  const Word half = widened(load<Short>(p));
   const Word magnitude = (half & 0x7FFF) << 13;
   const Word scaled = (Word)((Float)magnitude * 0x1p112f);  // moves the bias, subnormals as well
   const Word special = (Word)(magnitude >= (0x7C00u << 13)) & 0x7F800000;
@@ -197,7 +207,7 @@ inline void store_codes(uint16_t* p, int64_t count, Word codes) {
 inline Word load_codes(const uint16_t* p, int64_t count) {
   Short packed = {};
   __builtin_memcpy(&packed, p, count < kLanes ? 2 * static_cast<size_t>(count) : sizeof packed);
-  return __builtin_convertvector(packed, Word);
+  return widened(packed);
 }
 
 // Calls body(i, count) for the vectors of [begin, end); the last may hold fewer than kLanes.
@@ -206,6 +216,17 @@ inline void for_vectors(int64_t begin, int64_t end, const Body& body) {
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) body(i, kLanes);
   if (i < end) body(i, end - i);
+}
+
+// Calls body(i, counts of its two vectors) for every two vectors of `numel` elements.
+template <typename Body>
+inline void for_pairs(int64_t numel, const Body& body) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= numel; i += 2 * kLanes) body(i, kLanes, kLanes);
+  if (i < numel) {
+    const int64_t left = numel - i;
+    body(i, left < kLanes ? left : kLanes, left < kLanes ? 0 : left - kLanes);
+  }
 }
 
 }  // namespace

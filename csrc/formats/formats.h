@@ -67,14 +67,15 @@ struct FormatOf {
 template <Format kFormat, typename word_t>
 DALLE_HOST_DEVICE word_t encode(word_t bits, word_t added) {
   using F = FormatOf<kFormat>;
-  const word_t magnitude = bits & 0x7FFFFFFFu;
-  const word_t clamped = magnitude < F::kMost ? magnitude : word_t{} + F::kMost;
-  const word_t code = (clamped + added - F::kLeast) >> F::kDropped;
-  const word_t sign = bits >> 31;
-  // Too small, NaN, or negative where there is no sign.
-  const word_t kept = (magnitude < F::kLeast) | (magnitude > 0x7F800000u) ? word_t{} : code;
-  if constexpr (F::kSigned) return kept != 0 ? kept | (sign << 15) : word_t{};
-  return sign != 0 ? word_t{} : kept;
+  constexpr uint32_t kInfinity = 0x7F800000u;
+  // From the least magnitude on. What is smaller wraps around, to beyond all numbers where NaN is;
+  // and so do negative numbers where there is no sign.
+  const word_t above = (F::kSigned ? bits & 0x7FFFFFFFu : bits) - F::kLeast;
+  const word_t most = word_t{} + (F::kMost - F::kLeast);
+  const word_t code = ((above < most ? above : most) + added) >> F::kDropped;
+  const word_t kept = above <= kInfinity - F::kLeast ? code : word_t{};
+  if constexpr (F::kSigned) return kept != 0 ? kept | ((bits >> 16) & 0x8000u) : word_t{};
+  return kept;
 }
 
 // The bits of the float that a code stands for; exact.

@@ -60,9 +60,8 @@ class Encoder {
   void encode_two(int64_t element, const Float (&x)[2], Word (&codes)[2]) {
     Word added[2] = {Word{} + FormatOf<kFormat>::kHalfUlp, Word{} + FormatOf<kFormat>::kHalfUlp};
     if (stochastic_) {
-      uint32_t words[2 * kLanes];
-      random_words(keys_, static_cast<uint64_t>(element) / 4, words);
-      for (int j = 0; j < 2; ++j) added[j] = stochastic<kFormat>(load<Word>(words + j * kLanes));
+      const TwoWords random = two_words(keys_, static_cast<uint64_t>(element) / 4);
+      for (int j = 0; j < 2; ++j) added[j] = stochastic<kFormat>(random.word[j]);
     }
     for (int j = 0; j < 2; ++j) {
       const Word bits = (Word)x[j];
@@ -85,18 +84,7 @@ class Encoder {
   Word found_[kNumCounts] = {};  // a lane sees less than 2^32 elements of a task
 };
 
-// Calls body(i, counts of its two vectors) for every two vectors of `numel` elements.
-template <typename Body>
-inline void for_pairs(int64_t numel, const Body& body) {
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= numel; i += 2 * kLanes) body(i, kLanes, kLanes);
-  if (i < numel) {
-    const int64_t left = numel - i;
-    body(i, left < kLanes ? left : kLanes, left < kLanes ? 0 : left - kLanes);
-  }
-}
-
-// The same for the elements of units; body gets the element.
+// `for_pairs` of the elements of units; body gets the element.
 template <typename Body>
 inline void for_pairs_of_units(int64_t numel, int64_t unit_begin, int64_t unit_end,
                                const Body& body) {
