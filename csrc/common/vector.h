@@ -27,6 +27,7 @@ constexpr int kBytes = DALLE_ISA_BYTES;
 constexpr int kLanes = kBytes / 4;  // of 32 bits
 
 typedef float Float __attribute__((vector_size(kBytes)));
+typedef double Double __attribute__((vector_size(kBytes)));
 typedef int32_t Int __attribute__((vector_size(kBytes)));
 typedef uint32_t Word __attribute__((vector_size(kBytes)));
 typedef uint64_t Wide __attribute__((vector_size(kBytes)));
@@ -86,6 +87,25 @@ inline Word widened(Short v) {
 #endif
 }
 
+// Whether a mask, -1 where it holds, holds in any lane.
+inline bool any(Word mask) {
+#if DALLE_ISA_BYTES == 64
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif DALLE_ISA_BYTES == 32
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  return _mm_movemask_ps((__m128)mask) != 0;
+#endif
+}
+
+// The lower and the upper half of the lanes.
+typedef float HalfFloat __attribute__((vector_size(kBytes / 2)));
+inline Double low_doubles(Float v) { return __builtin_convertvector(load<HalfFloat>(&v), Double); }
+inline Double high_doubles(Float v) {
+  const char* const upper = reinterpret_cast<const char*>(&v) + sizeof(HalfFloat);
+  return __builtin_convertvector(load<HalfFloat>(upper), Double);
+}
+
 inline float sum(Float v) {
   float parts[kLanes], total = 0;
   store(parts, v);
@@ -125,18 +145,18 @@ inline void store_float(BFloat16* p, Float v) {
 // By F16C where there is one (v3 and later): besides being one instruction, it does not stumble
 // over subnormals, of which scaled gradients are full.
 #if DALLE_ISA_BYTES == 64
-inline Float load_float(const Half* p) { return (Float)_mm512_cvtph_ps(load<__m256i>(p)); }
+inline Float widened_half(Short v) { return (Float)_mm512_cvtph_ps((__m256i)v); }
 inline void store_float(Half* p, Float v) {
   store(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif DALLE_ISA_BYTES == 32
-inline Float load_float(const Half* p) { return (Float)_mm256_cvtph_ps(load<__m128i>(p)); }
+inline Float widened_half(Short v) { return (Float)_mm256_cvtph_ps((__m128i)v); }
 inline void store_float(Half* p, Float v) {
   store(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #else
-inline Float load_float(const Half* p) {
-  const Word half = widened(load<Short>(p));
+inline Float widened_half(Short v) {
+  const Word half = widened(v);
   const Word magnitude = (half & 0x7FFF) << 13;
   const Word scaled = (Word)((Float)magnitude * 0x1p112f);  // moves the bias, subnormals as well
   const Word special = (Word)(magnitude >= (0x7C00u << 13)) & 0x7F800000;
@@ -154,6 +174,8 @@ inline void store_float(Half* p, Float v) {
   store(p, __builtin_convertvector(half | (sign >> 16), Short));
 }
 #endif
+
+inline Float load_float(const Half* p) { return widened_half(load<Short>(p)); }
 
 // Calls body with an element of the storage type, which must be one of these three.
 template <typename Body>

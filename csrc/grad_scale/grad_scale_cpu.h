@@ -118,9 +118,66 @@ PartStats examine(const scalar_t* data, int64_t count, uint32_t normal, uint32_t
   return found;
 }
 
+// The magnitudes that separate kinds of elements, as bits of a float.
+struct Edges {
+  uint32_t normal, flushed;
+  uint16_t flushed_half;  // the largest half not above `flushed`, as its own bits
+};
+
+inline uint32_t float_of_half(uint32_t bits) {  // of a finite magnitude
+  return bits < 0x0400 ? magnitude_of(static_cast<float>(bits) * 0x1p-24f)
+                       : (bits << 13) + (112u << 23);
+}
+
+inline Edges edges_of(ElementKind kind, float scale) {
+  Edges edges = {storage_limits(kind).normal, flushed_by(kind, scale), 0};
+  for (uint32_t bit = 1u << 14; kind == ElementKind::kHalf && bit != 0; bit >>= 1) {
+    const uint32_t bits = edges.flushed_half | bit;
+    if (bits < 0x7C00 && float_of_half(bits) <= edges.flushed) edges.flushed_half = bits;
+  }
+  return edges;
+}
+
+// Of elements that are all finite. Where they are not `largest` tells, and nothing else counts.
+template <typename scalar_t>
+PartStats examine_finite(const scalar_t* data, int64_t count, const Edges& edges) {
+  return examine<true>(data, count, edges.normal, edges.flushed);
+}
+
+// Halves are compared and counted as they are, twice as many in a vector as floats.
+typedef uint16_t Halves __attribute__((vector_size(kBytes)));
+
+inline Word in_pairs(Halves lanes) { return ((Word)lanes & 0xFFFF) + ((Word)lanes >> 16); }
+
+inline PartStats examine_finite(const Half* data, int64_t count, const Edges& edges) {
+  const Halves flushed = Halves{} + edges.flushed_half;
+  Halves zeros = {}, subnormals = {}, underflowed = {}, largest = {};
+  Float squares = {}, others = {};
+  constexpr int64_t kStep = 2 * kLanes;
+  const int64_t whole = count / kStep * kStep;  // of a part: the lanes cannot wrap around
+  for (int64_t i = 0; i < whole; i += kStep) {
+    const Halves bits = load<Halves>(data + i) & 0x7FFF;
+    zeros -= (Halves)(bits == 0);
+    subnormals -= (Halves)(bits < 0x0400);
+    underflowed -= (Halves)(bits <= flushed);
+    largest = bits > largest ? bits : largest;
+    const Float x = load_float(data + i), y = load_float(data + i + kLanes);
+    squares += x * x;
+    others += y * y;
+  }
+  PartStats found = examine<true>(data + whole, count - whole, edges.normal, edges.flushed);
+  found.zeros += in_pairs(zeros);
+  found.subnormals += in_pairs(subnormals);
+  found.underflowed += in_pairs(underflowed);
+  found.squares += squares + others;
+  const Word low = (Word)largest & 0xFFFF, high = (Word)largest >> 16;
+  const Word most = (Word)widened_half(__builtin_convertvector(low > high ? low : high, Short));
+  found.largest = most > found.largest ? most : found.largest;
+  return found;
+}
+
 inline bool any_nonfinite(const PartStats& found) {
-  const Word beyond = (Word)(found.largest >= kInfinityBits);
-  return total(beyond & 1u) != 0;
+  return any((Word)(found.largest >= kInfinityBits));
 }
 
 template <typename scalar_t>
@@ -129,22 +186,22 @@ void unscale_chunk(const GroupStatsArgs& args, const TableRow& row, int64_t chun
   const ChunkSpan span = span_of(row, chunk);
   scalar_t* const data = data_of<scalar_t>(row, 0) + span.begin;
   const float scale = args.scales[row.group];
-  const uint32_t normal = storage_limits(kind).normal, flushed = flushed_by(kind, scale);
+  const Edges edges = edges_of(kind, scale);
   PartStats all = {};
-  double squares = 0;
-  constexpr int64_t kPart = 2048;  // stays in the first cache; sums of more stay in double
+  Double squares = {};
+  constexpr int64_t kPart = 4096;  // stays in the first cache; sums of more stay in double
   for (int64_t begin = 0; begin < span.count; begin += kPart) {
     scalar_t* const part = data + begin;
     const int64_t count = span.count - begin < kPart ? span.count - begin : kPart;
     // Nearly all parts are finite, and need half as many instructions then.
-    PartStats found = examine<true>(part, count, normal, flushed);
-    if (any_nonfinite(found)) found = examine<false>(part, count, normal, flushed);
+    PartStats found = examine_finite(part, count, edges);
+    if (any_nonfinite(found)) found = examine<false>(part, count, edges.normal, edges.flushed);
     all.nonfinite += found.nonfinite;
     all.zeros += found.zeros;
     all.subnormals += found.subnormals;
     all.underflowed += found.underflowed;
     all.largest = found.largest > all.largest ? found.largest : all.largest;
-    for (int i = 0; i < kLanes; ++i) squares += static_cast<double>(found.squares[i]);
+    squares += low_doubles(found.squares) + high_doubles(found.squares);
     if (args.check_only) continue;
     for_vectors(0, count, [&](int64_t i, int64_t some) {
       store_up_to(part + i, some, load_up_to(part + i, some, 0.0f) / scale);
@@ -154,7 +211,8 @@ void unscale_chunk(const GroupStatsArgs& args, const TableRow& row, int64_t chun
   const int64_t padding = ceil_div(span.count, kLanes) * kLanes - span.count;
   ChunkStats& stats = args.chunks[chunk];
   const int64_t zeros = total(all.zeros);
-  stats.squares = squares;
+  stats.squares = 0;
+  for (int i = 0; i < kLanes / 2; ++i) stats.squares += squares[i];
   stats.largest = 0;
   for (int i = 0; i < kLanes; ++i) {
     stats.largest = all.largest[i] > stats.largest ? all.largest[i] : stats.largest;
