@@ -57,7 +57,7 @@ def measure() -> list[dict[str, Any]]:
             work=sum(SIZES) * 1e-6,
             unit="Mparam/s",
             goals={FUSED: 1.3} if name == "float32 parameters" else None,
-            rounds=5,
+            rounds=11,
         )
     theirs = sum(t.nbytes for state in fused.state.values() for t in state.values())
     for row, optimizer in zip(rows, cases.values(), strict=True):

@@ -63,7 +63,7 @@ def measure(names: tuple[str, ...] = ()) -> list[dict[str, Any]]:
             work=NUMEL * 1e-6,
             unit="Melem/s",
             goals={COPY: 1 / 1.3} if name in ("pack", "unpack") else None,
-            rounds=7,
+            rounds=41,
         )
     return rows
 

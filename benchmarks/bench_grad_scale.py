@@ -91,7 +91,7 @@ def measure(names: tuple[str, ...] = ()) -> list[dict[str, Any]]:
             work=numel * 1e-6,
             unit="Melem/s",
             goals=GOAL if goal else None,
-            rounds=7,
+            rounds=41,
         )
     return rows
 
