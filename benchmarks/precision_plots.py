@@ -42,7 +42,8 @@ def _same(result: dict[str, Any]) -> Any:
 
 
 def _deep(result: dict[str, Any]) -> Any:
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6))
+    figure, grid = plt.subplots(2, 2, figsize=(10, 7))
+    axes = grid.flatten()
     shares = result["own scales"]["block_exponents"]
     blocks = range(len(shares))
     for quantile in (0.01, 0.5, 0.99):

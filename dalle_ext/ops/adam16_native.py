@@ -45,6 +45,11 @@ def check_group(group: Mapping[str, Any]) -> None:
             raise ValueError(f"AdamW16: {name} must be {requirement}, got {value}")
     for param in group["params"]:
         _native.require_floating("AdamW16", "params", param.dtype)
+    devices = sorted({str(param.device) for param in group["params"]})
+    if len(devices) > 1:
+        raise ValueError(
+            f"AdamW16: params of a group must be on one device, got {' and '.join(devices)}"
+        )
 
 
 def check_grad(param: Tensor) -> Tensor:

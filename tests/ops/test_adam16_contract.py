@@ -37,6 +37,9 @@ def other_model(*shapes):
 
 BAD = {
     "AdamW16: params must hold a parameter, got none": lambda: dalle_ext.AdamW16([]),
+    "AdamW16: params of a group must be on one device, got cpu and meta": lambda: dalle_ext.AdamW16(
+        [torch.nn.Parameter(torch.ones(4, device=d)) for d in ("cpu", "meta")]
+    ),
     "AdamW16: params must be float32, float16 or bfloat16, got torch.complex64": lambda: (
         dalle_ext.AdamW16([torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))])
     ),
