@@ -44,18 +44,8 @@ def _same(result: dict[str, Any]) -> Any:
 def _deep(result: dict[str, Any]) -> Any:
     figure, grid = plt.subplots(2, 2, figsize=(10, 7))
     axes = grid.flatten()
-    shares = result["own scales"]["block_exponents"]
-    blocks = range(len(shares))
-    for quantile in (0.01, 0.5, 0.99):
-        line = [_quantile(row, quantile) for row in shares]
-        axes[0].plot(blocks, line, label=f"{quantile:.0%} of the elements", linewidth=1)
-    for name, colour in (("one scale", "C3"), ("own scales", "C2")):
-        scale, kept = result[name]["block_scale"], result[name]
-        axes[0].plot(blocks, [-24 - s for s in scale], ":", color=colour, label=f"zero: {name}")
-        axes[1].plot(blocks, scale, color=colour, label=name)
-        axes[2].plot(blocks, kept["block_underflow"], color=colour, label=f"{name}: to zero")
-        axes[2].plot(blocks, kept["block_subnormal"], ":", color=colour, label=f"{name}: subnormal")
-        axes[3].plot(blocks, kept["error"], color=colour, label=AGAINST[name])
+    for run in result["runs"]:
+        _deep_lines(axes, run, first=run["seed"] == 0)
     axes[0].set(title="log2 |activation gradient|", xlabel="resblock")
     axes[1].set(title="log2 of the largest clean scale", xlabel="resblock")
     axes[2].set(title="share of the elements in fp16", xlabel="resblock", ylim=(-0.02, 1.02))
@@ -64,6 +54,26 @@ def _deep(result: dict[str, Any]) -> Any:
     for axis in axes:
         axis.legend(fontsize=7)
     return figure
+
+
+def _deep_lines(axes: Any, run: dict[str, Any], first: bool) -> None:
+    """One seed's lines; only the first seed's are named."""
+
+    def line(axis: Any, values: list[float], label: str, *style: str, **more: Any) -> None:
+        axis.plot(range(len(values)), values, *style, label=label if first else None, lw=1, **more)
+
+    exponents = run["own scales"]["block_exponents"]
+    for i, quantile in enumerate((0.01, 0.5, 0.99)):
+        places = [_quantile(row, quantile) for row in exponents]
+        line(axes[0], places, f"{quantile:.0%} of the elements", color=f"C{(0, 1, 4)[i]}")
+    for name, color in (("one scale", "C3"), ("own scales", "C2")):
+        kept = run[name]
+        ends = [-24 - scale for scale in kept["block_scale"]]
+        line(axes[0], ends, f"zero: {name}", ":", color=color)
+        line(axes[1], kept["block_scale"], name, color=color)
+        line(axes[2], kept["block_underflow"], f"{name}: to zero", color=color)
+        line(axes[2], kept["block_subnormal"], f"{name}: subnormal", ":", color=color)
+        line(axes[3], kept["error"], AGAINST[name], color=color)
 
 
 def _quantile(shares: list[float], quantile: float) -> float:

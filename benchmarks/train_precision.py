@@ -7,7 +7,7 @@
 `same`: the tiny prior on `shapes`, three precisions from the same weights on the same batches, for
 three seeds. `deep`: a thin model of 128 resblocks whose gradient grows from the last block to the
 first; at the same weights and batch, what each block's fp16 gradients lose with one scale for all
-blocks and with one for each. Both write a result file and a picture (`--record`).
+blocks and with one for each, for three seeds. Both write a result file and a picture (`--record`).
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from harness import RESULTS, machine
 
 SIDE, STEPS, BATCH = 24, 2000, 8
 PRECISIONS = {"fp32": "AdamW", "bf16": "AdamW16", "fp16-scaled": "AdamW16, ResblockScaler"}
-DEEP = {"d_model": 32, "num_heads": 2, "num_layers": 64, "init_gain": 8.0}
+DEEP = {"d_model": 32, "num_heads": 2, "num_layers": 64, "init_gain": 16.0}
 DEEP_STEPS, WITHIN = 40, 0.01
+SHARES = ("block_underflow", "block_subnormal", "error")
 
 
 class Parts:
@@ -126,7 +127,22 @@ def gradients(task: PriorTask, batch: tuple[torch.Tensor, torch.Tensor]) -> list
     return [torch.cat([p.grad.flatten() for p in block.parameters()]) for block in blocks]
 
 
-def deep(parts: Parts, steps: int) -> dict[str, Any]:
+def deep(parts: Parts, seeds: int, steps: int) -> dict[str, Any]:
+    """`deep_one` for every seed, and the means over the late half of the blocks."""
+    runs = [deep_one(parts, seed, steps) for seed in range(seeds)]
+    late: dict[str, Any] = {}
+    for name in ("one scale", "own scales"):
+        late[name] = {key: [mean_of_late_half(run[name][key]) for run in runs] for key in SHARES}
+        print(f"{name}, late half: {json.dumps(late[name])}")
+    return {"sizes": DEEP, "steps": steps, "batch": BATCH, "late_half": late, "runs": runs}
+
+
+def mean_of_late_half(of_blocks: list[float]) -> float:
+    late = of_blocks[len(of_blocks) // 2 :]
+    return sum(late) / len(late)
+
+
+def deep_one(parts: Parts, seed: int, steps: int) -> dict[str, Any]:
     """What the gradients of each block lose in fp16, at weights trained in fp32.
 
     A factor of two more or less changes no bit of a gradient but where fp16 runs out, so the two
@@ -134,13 +150,16 @@ def deep(parts: Parts, steps: int) -> dict[str, Any]:
     gradients: one scale against own scales, and own scales against a quarter of them.
     """
     config = recipe(steps, decay="none", lr=5e-4, warmup_steps=20)
-    task = parts.task(config, 0, **DEEP)
+    task = parts.task(config, seed, **DEEP)
     losses = [float(task.train_step(step)["loss"]) for step in range(steps)]
-    print(f"fp32: loss {losses[0]:.3f} -> {losses[-1]:.3f} in {steps} updates", flush=True)
-    half = parts.task(config, 0, **DEEP, precision="fp16-scaled")
+    print(
+        f"seed {seed}, fp32: loss {losses[0]:.3f} -> {losses[-1]:.3f} in {steps} updates",
+        flush=True,
+    )
+    half = parts.task(config, seed, **DEEP, precision="fp16-scaled")
     half.model.load_state_dict(task.model.state_dict())
     batch = task.batch(steps)
-    found: dict[str, Any] = {"sizes": DEEP, "steps": steps, "losses": losses}
+    found: dict[str, Any] = {"seed": seed, "losses": losses}
     got: dict[str, list[torch.Tensor]] = {}
     for name, shared in (("one scale", True), ("own scales", False), ("a quarter", False)):
         if name != "a quarter":
@@ -153,10 +172,6 @@ def deep(parts: Parts, steps: int) -> dict[str, Any]:
     for name, other in (("one scale", "own scales"), ("own scales", "a quarter")):
         pairs = zip(got[name], got[other], strict=True)
         found[name]["error"] = [float((a - b).norm() / b.norm()) for a, b in pairs]
-        for key in ("block_underflow", "block_subnormal", "error"):
-            late = found[name][key][len(got[name]) // 2 :]
-            found[name][f"late half: {key}"] = sum(late) / len(late)
-            print(f"{name}: {key} of the late half {sum(late) / len(late):.3g}")
     return found
 
 
@@ -197,7 +212,7 @@ def main() -> None:
     if given.what == "same":
         result = same(given.demo, given.out, given.seeds, given.steps or STEPS, given.jobs)
     else:
-        result = deep(Parts(given.demo), given.steps or DEEP_STEPS)
+        result = deep(Parts(given.demo), given.seeds, given.steps or DEEP_STEPS)
     name = f"precision_{given.what}"
     folder = Path("docs/images") if given.record else given.out
     precision_plots.draw(given.what, result, folder / f"{name}.png")
