@@ -62,10 +62,8 @@ def _deep_lines(axes: Any, run: dict[str, Any], first: bool) -> None:
     def line(axis: Any, values: list[float], label: str, *style: str, **more: Any) -> None:
         axis.plot(range(len(values)), values, *style, label=label if first else None, lw=1, **more)
 
-    exponents = run["own scales"]["block_exponents"]
-    for i, quantile in enumerate((0.01, 0.5, 0.99)):
-        places = [_quantile(row, quantile) for row in exponents]
-        line(axes[0], places, f"{quantile:.0%} of the elements", color=f"C{(0, 1, 4)[i]}")
+    for place, (share, values) in enumerate(run["quantiles"].items()):
+        line(axes[0], values, f"{share} of the elements", color=f"C{(0, 1, 4)[place]}")
     for name, color in (("one scale", "C3"), ("own scales", "C2")):
         kept = run[name]
         ends = [-24 - scale for scale in kept["block_scale"]]
@@ -74,13 +72,3 @@ def _deep_lines(axes: Any, run: dict[str, Any], first: bool) -> None:
         line(axes[2], kept["block_underflow"], f"{name}: to zero", color=color)
         line(axes[2], kept["block_subnormal"], f"{name}: subnormal", ":", color=color)
         line(axes[3], kept["error"], AGAINST[name], color=color)
-
-
-def _quantile(shares: list[float], quantile: float) -> float:
-    """Exponent below which that share of a row of `block_exponents` lies."""
-    total = 0.0
-    for place, share in enumerate(shares):
-        total += share
-        if total >= quantile:
-            return place - 64
-    return float("nan")

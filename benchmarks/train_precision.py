@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
@@ -38,6 +39,7 @@ SIDE, STEPS, BATCH = 24, 2000, 8
 PRECISIONS = {"fp32": "AdamW", "bf16": "AdamW16", "fp16-scaled": "AdamW16, ResblockScaler"}
 DEEP = {"d_model": 32, "num_heads": 2, "num_layers": 64, "init_gain": 16.0}
 DEEP_STEPS, WITHIN = 40, 0.01
+QUANTILES = (0.01, 0.5, 0.99)
 SHARES = ("block_underflow", "block_subnormal", "error")
 
 
@@ -119,6 +121,16 @@ def train_one(demo: Path, precision: str, seed: int, file: Path, steps: int, job
     file.write_text(json.dumps(found))
 
 
+def quantile_of(shares: list[float], wanted: float) -> float:
+    """Exponent below which that share of a row of `block_exponents` lies."""
+    total = 0.0
+    for place, share in enumerate(shares):
+        total += share
+        if total >= wanted:
+            return place - 64
+    return float("nan")
+
+
 def gradients(task: PriorTask, batch: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
     """Per block: all its parameter gradients as one vector, still scaled."""
     task.optimizer.zero_grad()
@@ -168,7 +180,10 @@ def deep_one(parts: Parts, seed: int, steps: int) -> dict[str, Any]:
             scaler.scales[: len(scaler)] /= 4
         grads = gradients(half, batch)
         got[name] = [g / s for g, s in zip(grads, scaler.scales.tolist(), strict=False)]
-        found[name] = {key: value.tolist() for key, value in scaler.metrics().items()}
+        metrics = {key: value.tolist() for key, value in scaler.metrics().items()}
+        found[name] = {key: metrics[key] for key in ("block_scale", *SHARES[:2])}
+    shares = metrics["block_exponents"]
+    found["quantiles"] = {f"{q:.0%}": [quantile_of(row, q) for row in shares] for q in QUANTILES}
     for name, other in (("one scale", "own scales"), ("own scales", "a quarter")):
         pairs = zip(got[name], got[other], strict=True)
         found[name]["error"] = [float((a - b).norm() / b.norm()) for a, b in pairs]
@@ -198,6 +213,12 @@ def largest_scales(task: PriorTask, batch: Any, shared: bool) -> ResblockScaler:
     return scaler
 
 
+def in_lines(result: dict[str, Any]) -> str:
+    """JSON with a line for each entry of the upper levels, and whole lists of numbers in one."""
+    text = json.dumps(result, indent=1)
+    return re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found.group().split()), text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["same", "deep"])
@@ -217,7 +238,7 @@ def main() -> None:
     folder = Path("docs/images") if given.record else given.out
     precision_plots.draw(given.what, result, folder / f"{name}.png")
     file = (RESULTS if given.record else given.out) / f"{date.today()}_{name}.json"
-    file.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+    file.write_text(in_lines({"machine": machine(), **result}) + "\n")
     print(f"wrote {file} and {folder / name}.png")
 
 
