@@ -66,7 +66,7 @@ PRIOR_RECIPES: dict[str, PriorRecipe] = {
         model=_sizes(16, d_model=192, num_heads=6, num_layers=2, attention=("causal",) * 2),
         train=_short(SHAPES_STEPS, batch_size=16, lr=2.5e-3),
         steps=SHAPES_STEPS,
-        sampling={"temperature": 0.4, "cond_scale": 1.5},
+        sampling={"temperature": 0.5, "cond_scale": 1.5},
         seconds=230.0,
     ),
 }
