@@ -1,0 +1,293 @@
+// CUDA kernels of powersgd and their launch: plain fp32 tiles. No torch here. Not yet measured on a
+// GPU.
+//
+// One launch takes up to kMostMatrices matrices, described in the kernel's own arguments. A block
+// makes one tile of one matrix and sums in the order of the depth, so bits do not depend on the
+// grid.
+#pragma once
+
+#include "common/vec.cuh"
+#include "powersgd/powersgd.h"
+
+namespace dalle {
+
+constexpr int kPowerThreads = 256, kPowerSide = 16;  // a tile has kPowerSide rows
+constexpr int kPowerWide = 128, kPowerEach = kPowerWide / kPowerSide;
+constexpr int kPowerDepth = 64, kSpreadDepth = 32;
+constexpr int kMostMatrices = 40;
+
+struct PowerGroup {
+  PowerMatrix matrix[kMostMatrices];
+  int count;
+};
+static_assert(sizeof(PowerGroup) + sizeof(PowerFactors) <= 4096, "the arguments of a launch");
+
+__device__ __forceinline__ const PowerMatrix& matrix_of_tile(const PowerGroup& group,
+                                                             int64_t tile) {
+  int at = 0;
+  while (at + 1 < group.count && tile >= group.matrix[at + 1].tile_begin) ++at;
+  return group.matrix[at];
+}
+
+__device__ __forceinline__ float decoded_code(uint16_t code) {
+  return __uint_as_float(decode<Format::k169>(static_cast<uint32_t>(code)));
+}
+__device__ __forceinline__ uint16_t encoded_code(float x) {
+  const uint32_t half_ulp = FormatOf<Format::k169>::kHalfUlp;
+  return static_cast<uint16_t>(encode<Format::k169>(__float_as_uint(x), half_ulp));
+}
+
+// A tile of kPowerSide rows of E Q (compress), or of E^T P: kPowerSide columns of E (project). The
+// first pass over its part of E adds the gradient; ranks beyond kPowerWide read E again.
+template <bool kProject, typename grad_t>
+__global__ void __launch_bounds__(kPowerThreads)
+    powersgd_factor_kernel(PowerGroup group, PowerFactors f) {
+  DALLE_SHARED(float, values, [kPowerDepth][kPowerSide + 1]);
+  DALLE_SHARED(float, factors, [kPowerDepth][kPowerWide]);
+  const PowerMatrix& m = matrix_of_tile(group, blockIdx.x);
+  const int64_t first = (blockIdx.x - m.tile_begin) * kPowerSide;
+  const int64_t lines = kProject ? m.columns : m.rows, depth = kProject ? m.rows : m.columns;
+  const int64_t rank = m.rank;
+  const float* const other = kProject ? m.left : m.right;
+  const int line = threadIdx.x / kPowerSide, column = threadIdx.x % kPowerSide;
+  const bool adds = !kProject && !skipped(f);
+  const float factor = adds ? gradient_factor(f) : 0.0f;
+  for (int64_t begin = 0; begin < rank; begin += kPowerWide) {
+    float sums[kPowerEach] = {};
+    for (int64_t k0 = 0; k0 < depth; k0 += kPowerDepth) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < kPowerSide * kPowerDepth; i += kPowerThreads) {
+        // Neighbouring threads take neighbouring columns of E.
+        const int own = kProject ? i % kPowerSide : i / kPowerDepth;
+        const int k = kProject ? i / kPowerSide : i % kPowerDepth;
+        float value = 0.0f;
+        if (first + own < lines && k0 + k < depth) {
+          const int64_t at =
+              kProject ? (k0 + k) * m.columns + first + own : (first + own) * m.columns + k0 + k;
+          value = decoded_code(m.error[at]);
+          if (adds && begin == 0) {
+            value += static_cast<float>(static_cast<const grad_t*>(m.grad)[at]) * factor;
+            const uint16_t code = encoded_code(value);
+            m.error[at] = code;
+            value = decoded_code(code);
+          }
+        }
+        values[k][own] = value;
+      }
+      for (int i = threadIdx.x; i < kPowerDepth * kPowerWide; i += kPowerThreads) {
+        const int k = i / kPowerWide, r = i % kPowerWide;
+        factors[k][r] =
+            k0 + k < depth && begin + r < rank ? other[(k0 + k) * rank + begin + r] : 0.0f;
+      }
+      __syncthreads();
+      for (int k = 0; k < kPowerDepth; ++k) {
+        const float value = values[k][line];
+#pragma unroll
+        for (int c = 0; c < kPowerEach; ++c) {
+          sums[c] += value * factors[k][column + c * kPowerSide];
+        }
+      }
+    }
+    const float inverse = 1.0f / f.error_scale;
+#pragma unroll
+    for (int c = 0; c < kPowerEach; ++c) {
+      const int64_t r = begin + column + c * kPowerSide;
+      if (first + line < lines && r < rank) m.out[(first + line) * rank + r] = sums[c] * inverse;
+    }
+  }
+}
+
+// A tile of kPowerSide rows and kPowerWide columns of D = P Q^T, and what is left of E there.
+__global__ void __launch_bounds__(kPowerThreads)
+    powersgd_decompress_kernel(PowerGroup group, PowerFactors f) {
+  DALLE_SHARED(float, lefts, [kPowerSide][kSpreadDepth + 1]);
+  DALLE_SHARED(float, rights, [kPowerWide][kSpreadDepth + 1]);
+  const PowerMatrix& m = matrix_of_tile(group, blockIdx.x);
+  const int64_t across = ceil_div(m.columns, kPowerWide);
+  const int64_t tile = blockIdx.x - m.tile_begin;
+  const int64_t row = tile / across * kPowerSide, first = tile % across * kPowerWide;
+  const int line = threadIdx.x / kPowerSide, column = threadIdx.x % kPowerSide;
+  float sums[kPowerEach] = {};
+  for (int64_t k0 = 0; k0 < m.rank; k0 += kSpreadDepth) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < (kPowerSide + kPowerWide) * kSpreadDepth; i += kPowerThreads) {
+      const int own = i / kSpreadDepth, k = i % kSpreadDepth;
+      const bool left = own < kPowerSide;
+      const int64_t at = left ? row + own : first + own - kPowerSide;
+      const bool inside = at < (left ? m.rows : m.columns) && k0 + k < m.rank;
+      const float value = inside ? (left ? m.left : m.right)[at * m.rank + k0 + k] : 0.0f;
+      if (left) {
+        lefts[own][k] = value;
+      } else {
+        rights[own - kPowerSide][k] = value;
+      }
+    }
+    __syncthreads();
+    for (int k = 0; k < kSpreadDepth; ++k) {
+      const float value = lefts[line][k];
+#pragma unroll
+      for (int c = 0; c < kPowerEach; ++c) {
+        sums[c] += value * rights[column + c * kPowerSide][k];
+      }
+    }
+  }
+  const bool keep = f.feedback == 0.0f || skipped(f);
+#pragma unroll
+  for (int c = 0; c < kPowerEach; ++c) {
+    const int64_t j = first + column + c * kPowerSide;
+    if (row + line >= m.rows || j >= m.columns) continue;
+    const int64_t at = (row + line) * m.columns + j;
+    m.out[at] = sums[c];
+    if (!keep) m.error[at] = encoded_code(decoded_code(m.error[at]) - sums[c] * f.feedback);
+  }
+}
+
+// The sum over the block of what its threads give, the same in every thread.
+__device__ __forceinline__ double block_sum(double value, double* parts) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, step);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
+  __syncthreads();
+  double total = 0;
+  for (int w = 0; w < kPowerThreads / 32; ++w) total += parts[w];
+  return total;
+}
+
+// x -= tau (v . x) v over [k, n), v_k = 1 and the rest in `v`: one warp.
+__device__ __forceinline__ void reflect(const float* v, float tau, float* x, int64_t k, int64_t n) {
+  const int lane = threadIdx.x % 32;
+  float dot = lane == 0 ? x[k] : 0.0f;
+  for (int64_t i = k + 1 + lane; i < n; i += 32) dot += v[i] * x[i];
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(0xFFFFFFFFu, dot, step);
+  const float by = tau * dot;
+  if (lane == 0) x[k] -= by;
+  for (int64_t i = k + 1 + lane; i < n; i += 32) x[i] -= by * v[i];
+}
+
+// Householder's Q of P + eps I, as LAPACK's geqrf and orgqr make it: one block a matrix, columns in
+// `work` as rows. The sign of R's diagonal is opposite to the pivot's; a column that is zero below
+// its pivot gives no reflection.
+__global__ void __launch_bounds__(kPowerThreads)
+    powersgd_orthogonalize_kernel(OrthogonalizeArgs args) {
+  DALLE_SHARED(double, parts, [kPowerThreads / 32]);
+  DALLE_DYNAMIC_SHARED(bytes);
+  float* const taus = reinterpret_cast<float*>(bytes);
+  const int64_t n = args.length, rank = args.rank;
+  const float* const p = args.p + blockIdx.x * n * rank;
+  float* const out = args.out + blockIdx.x * n * rank;
+  float* const work = args.work + blockIdx.x * n * rank;
+  const int warp = threadIdx.x / 32, warps = kPowerThreads / 32;
+  for (int64_t i = threadIdx.x; i < n * rank; i += kPowerThreads) {
+    const int64_t row = i / rank, column = i % rank;
+    work[column * n + row] = p[i] + (row == column ? args.eps : 0.0f);
+  }
+  __syncthreads();
+  for (int64_t k = 0; k < rank; ++k) {
+    float* const v = work + k * n;
+    double below = 0;
+    for (int64_t i = k + 1 + threadIdx.x; i < n; i += kPowerThreads) {
+      below += static_cast<double>(v[i]) * static_cast<double>(v[i]);
+    }
+    below = block_sum(below, parts);
+    const double pivot = static_cast<double>(v[k]);
+    double tau = 0, by = 0;
+    if (below > 0) {
+      const double norm = sqrt(pivot * pivot + below);
+      const double diagonal = pivot >= 0 ? -norm : norm;
+      tau = (diagonal - pivot) / diagonal;
+      by = 1 / (pivot - diagonal);
+    }
+    if (threadIdx.x == 0) taus[k] = static_cast<float>(tau);
+    for (int64_t i = k + 1 + threadIdx.x; i < n; i += kPowerThreads) {
+      v[i] = static_cast<float>(static_cast<double>(v[i]) * by);
+    }
+    __syncthreads();
+    for (int64_t j = k + 1 + warp; j < rank; j += warps) {
+      reflect(v, static_cast<float>(tau), work + j * n, k, n);
+    }
+    __syncthreads();
+  }
+  for (int64_t k = rank - 1; k >= 0; --k) {
+    float* const v = work + k * n;
+    const float tau = taus[k];
+    for (int64_t j = k + 1 + warp; j < rank; j += warps) reflect(v, tau, work + j * n, k, n);
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < n; i += kPowerThreads) {
+      v[i] = i < k ? 0.0f : i == k ? 1.0f - tau : -tau * v[i];
+    }
+    __syncthreads();
+  }
+  for (int64_t i = threadIdx.x; i < n * rank; i += kPowerThreads) {
+    out[i] = work[i % rank * n + i / rank];
+  }
+}
+
+// Launches `kernel` over the tiles of [begin, end) of the matrices, at most kMostMatrices of them.
+template <typename Kernel, typename Tiles>
+cudaError_t launch_group(Kernel kernel, const PowerMatrix* begin, const PowerMatrix* end,
+                         const PowerFactors& f, const Tiles& tiles, void* stream) {
+  PowerGroup group{};
+  int64_t count = 0;
+  for (const PowerMatrix* m = begin; m != end; ++m) {
+    group.matrix[group.count] = *m;
+    group.matrix[group.count++].tile_begin = count;
+    count += tiles(*m);
+  }
+  return launch(kernel, dim3(static_cast<unsigned>(count)), dim3(kPowerThreads), 0, stream, group,
+                f);
+}
+
+// The same over all matrices, a launch for as many of one gradient type as it can take.
+template <typename Choose, typename Tiles>
+cudaError_t launch_matrices(const PowerMatrix* matrices, int64_t count, const PowerFactors& f,
+                            const Choose& kernel_of, const Tiles& tiles, void* stream) {
+  for (int64_t i = 0; i < count;) {
+    int64_t end = i + 1;
+    while (end < count && end - i < kMostMatrices &&
+           matrices[end].grad_kind == matrices[i].grad_kind) {
+      ++end;
+    }
+    const cudaError_t error =
+        launch_group(kernel_of(matrices[i]), matrices + i, matrices + end, f, tiles, stream);
+    if (error != cudaSuccess) return error;
+    i = end;
+  }
+  return cudaSuccess;
+}
+
+inline cudaError_t launch_powersgd_compress(const PowerMatrix* matrices, int64_t count,
+                                            const PowerFactors& f, void* stream) {
+  const auto kernel_of = [](const PowerMatrix& m) {
+    if (m.grad_kind == ElementKind::kHalf) return powersgd_factor_kernel<false, __half>;
+    if (m.grad_kind == ElementKind::kBFloat16) return powersgd_factor_kernel<false, __nv_bfloat16>;
+    return powersgd_factor_kernel<false, float>;
+  };
+  const auto tiles = [](const PowerMatrix& m) { return ceil_div(m.rows, kPowerSide); };
+  return launch_matrices(matrices, count, f, kernel_of, tiles, stream);
+}
+
+inline cudaError_t launch_powersgd_project(const PowerMatrix* matrices, int64_t count,
+                                           const PowerFactors& f, void* stream) {
+  const auto kernel_of = [](const PowerMatrix&) { return powersgd_factor_kernel<true, float>; };
+  const auto tiles = [](const PowerMatrix& m) { return ceil_div(m.columns, kPowerSide); };
+  return launch_matrices(matrices, count, f, kernel_of, tiles, stream);
+}
+
+inline cudaError_t launch_powersgd_decompress(const PowerMatrix* matrices, int64_t count,
+                                              const PowerFactors& f, void* stream) {
+  const auto kernel_of = [](const PowerMatrix&) { return powersgd_decompress_kernel; };
+  const auto tiles = [](const PowerMatrix& m) {
+    return ceil_div(m.rows, kPowerSide) * ceil_div(m.columns, kPowerWide);
+  };
+  return launch_matrices(matrices, count, f, kernel_of, tiles, stream);
+}
+
+inline cudaError_t launch_powersgd_orthogonalize(const OrthogonalizeArgs& args, void* stream) {
+  if (args.batch == 0) return cudaSuccess;
+  return launch(powersgd_orthogonalize_kernel, dim3(static_cast<unsigned>(args.batch)),
+                dim3(kPowerThreads), static_cast<size_t>(args.rank) * sizeof(float), stream, args);
+}
+
+}  // namespace dalle

@@ -1,0 +1,278 @@
+"""PowerSGD as the paper ran it (section 2.5, appendix E.2): the part that knows no engine."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import dalle_ext
+from dalle import __version__
+from dalle.distributed.wire import WIRES, Traffic, sum_codes_, sum_fp32_
+from dalle.errors import CheckpointError, UsageError
+from dalle.precision import ResblockScaler
+
+SAMPLE_EVERY = 100  # calls; the reconstruction error is measured in one of them
+
+
+@dataclass
+class Matrix:
+    """A gradient that is compressed.
+
+    Attributes:
+        name: of the parameter.
+        error: (m, n) int16 codes of 1-6-9: what was not sent yet.
+        q: (n, r) float32, drawn once and never updated.
+    """
+
+    name: str
+    error: Tensor
+    q: Tensor
+
+
+@dataclass
+class Gradient:
+    """One gradient to be reduced in place: its name, and the block whose scale it carries."""
+
+    name: str
+    grad: Tensor
+    block: int = -1
+
+
+class Compressor:
+    """Sums gradients over a group, matrices as P Q^T of a small rank with error feedback.
+
+    What `reduce_` does with the error buffer E of a matrix: add the gradient to E; P = E Q with a
+    fixed Q; sum P over the group; orthonormalise P; Q' = E^T P; sum Q'; the gradient becomes
+    P Q'^T, and E keeps what that leaves out. All else is summed in fp32 words.
+
+    A gradient with an Inf or NaN anywhere in the group leaves every error buffer of its block as it
+    was but for the finite gradients added, and comes out as NaN everywhere, so that clipping,
+    `ResblockScaler` or a loss scaler skips the update; no buffer ever holds an Inf or NaN.
+
+    Args: as `dalle.distributed.PowerSGD`.
+    """
+
+    def __init__(
+        self, rank: int, group: dist.ProcessGroup | None, *, wire: str, error_feedback: bool,
+        average: bool, min_compression: float, error_scale: float, factor_scale: float, eps: float,
+        seed: int, scaler: ResblockScaler | None,
+    ) -> None:  # fmt: skip
+        _check(rank >= 1, "rank", "1 or more", rank)
+        _check(wire in WIRES, "wire", f"one of {', '.join(WIRES)}", wire)
+        _check(min_compression >= 1, "min_compression", "1 or more", min_compression)
+        for name, value in (("error_scale", error_scale), ("factor_scale", factor_scale)):
+            _check(0 < value < math.inf, name, "positive and finite", value)
+        self.rank, self.group, self.wire, self.average = rank, group, wire, average
+        self.error_feedback, self.min_compression = error_feedback, min_compression
+        self.error_scale, self.factor_scale = error_scale, factor_scale
+        self.eps, self.seed, self.scaler = eps, seed, scaler
+        self.matrices: dict[str, Matrix] = {}
+        self.traffic, self.exchange_seconds, self.seconds = Traffic(), 0.0, 0.0
+        self.uncompressed_bytes = self.calls = 0
+        self.kept_squares = self.all_squares = 0.0
+        self._agreed: set[tuple[str, ...]] = set()
+        self._loaded: dict[str, Tensor] = {}
+
+    @property
+    def world(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def compresses(self, shape: torch.Size) -> bool:
+        """Whether a gradient of this shape is sent as factors."""
+        if len(shape) < 2:
+            return False
+        m, n = shape[0], math.prod(shape[1:])
+        return self.rank <= min(m, n) and self.min_compression * self.rank * (m + n) <= m * n
+
+    @torch.no_grad()
+    def reduce_(self, gradients: list[Gradient], whole: set[str]) -> None:
+        """Replaces the gradients by their means (or sums) over the group.
+
+        Args:
+            gradients: in an order that all processes share.
+            whole: names of those that are not to be compressed.
+        """
+        begin = time.perf_counter()
+        packed = [g for g in gradients if g.name not in whole and self.compresses(g.grad.shape)]
+        names = {g.name for g in packed}
+        rest = [g for g in gradients if g.name not in names]
+        matrices = [self._matrix(g) for g in packed]
+        self._agree(packed)
+        blocks = sorted({g.block for g in gradients})
+        flags = torch.stack(
+            [_nonfinite([g.grad for g in gradients if g.block == b]) for b in blocks]
+        )
+        ps = self._each_block(packed, matrices, self._compress, flags, blocks)
+        wide = [g.grad.float() for g in rest]
+        self._exchange([*wide, flags], whole=True)
+        for gradient, total in zip(rest, wide, strict=True):
+            gradient.grad.copy_(total / self.world if self.average else total)
+        ps = self._orthonormal(ps)
+        qs = dalle_ext.powersgd_project(
+            [m.error for m in matrices], ps, error_scale=self.error_scale
+        ) if ps else []  # fmt: skip
+        self._exchange(qs)
+        machines = 1 if self.average else self.world
+        if self.average:
+            qs = [q / self.world for q in qs]
+        for at, block in enumerate(blocks):
+            own = [i for i, g in enumerate(packed) if g.block == block]
+            if own:
+                self._decompress(
+                    [packed[i] for i in own], [matrices[i] for i in own], [ps[i] for i in own],
+                    [qs[i] for i in own], machines, flags[at])  # fmt: skip
+            bad = torch.where(flags[at] > 0, math.nan, 0.0)
+            for gradient in (g for g in rest if g.block == block):
+                gradient.grad.add_(bad)
+        self.calls += 1
+        self.uncompressed_bytes += sum(
+            8 * (self.world - 1) * g.grad.numel() // self.world for g in gradients
+        )
+        self.seconds += time.perf_counter() - begin
+
+    def _each_block(self, packed: Any, matrices: Any, run: Any, flags: Tensor, blocks: Any) -> Any:
+        """`run` over the matrices of each block, results in the order of `packed`."""
+        found: dict[int, Tensor] = {}
+        for at, block in enumerate(blocks):
+            own = [i for i, g in enumerate(packed) if g.block == block]
+            if own:
+                results = run([packed[i] for i in own], [matrices[i] for i in own], flags[at])
+                found |= dict(zip(own, results, strict=True))
+        return [found[i] for i in range(len(packed))]
+
+    def _compress(self, packed: list[Gradient], own: list[Matrix], flag: Tensor) -> list[Tensor]:
+        return dalle_ext.powersgd_compress_(
+            [m.error for m in own], [_flat(g.grad) for g in packed], [m.q for m in own],
+            scale=self._scale(packed[0].block), error_scale=self.error_scale,
+            skip=flag)  # fmt: skip
+
+    def _orthonormal(self, ps: list[Tensor]) -> list[Tensor]:
+        """Sums P and orthonormalises it; kept in the wire's words, as the paper does."""
+        self._exchange(ps)
+        found = [dalle_ext.orthogonalize(p, eps=self.eps) for p in ps]
+        if self.wire == "1-6-9":
+            found = [dalle_ext.unpack(dalle_ext.pack(p, "1-6-9"), "1-6-9") for p in found]
+        return found
+
+    def _decompress(
+        self, packed: list[Gradient], own: list[Matrix], ps: list[Tensor], qs: list[Tensor],
+        machines: int, flag: Tensor,
+    ) -> None:  # fmt: skip
+        errors = [m.error for m in own]
+        sums = dalle_ext.powersgd_decompress_(
+            errors, ps, qs, machines=machines, error_scale=self.error_scale, skip=flag,
+            feedback=self.error_feedback)  # fmt: skip
+        scale, bad = self._scale(packed[0].block), torch.where(flag > 0, math.nan, 0.0)
+        if self.calls % SAMPLE_EVERY == 0:
+            self._sample(errors, sums, machines)
+        for gradient, total, error in zip(packed, sums, errors, strict=True):
+            total = total + bad if scale is None else total * scale + bad
+            gradient.grad.copy_(total.view_as(gradient.grad))
+            if not self.error_feedback:
+                error.zero_()
+
+    def _sample(self, errors: list[Tensor], sums: list[Tensor], machines: int) -> None:
+        """Squares of what the buffers keep, and of what they held before it was handed out."""
+        self.kept_squares = self.all_squares = 0.0
+        for error, total in zip(errors, sums, strict=True):
+            kept = dalle_ext.unpack(error, "1-6-9") / self.error_scale
+            self.kept_squares += float(kept.square().sum())
+            self.all_squares += float((kept + total / machines).square().sum())
+
+    def _exchange(self, tensors: list[Tensor], whole: bool = False) -> None:
+        begin = time.perf_counter()
+        if whole or self.wire == "fp32":
+            sum_fp32_(tensors, self.group, self.traffic)
+        else:
+            for tensor in tensors:
+                tensor.mul_(self.factor_scale)
+            sum_codes_(tensors, self.group, self.traffic)
+            for tensor in tensors:
+                tensor.div_(self.factor_scale)
+        self.exchange_seconds += time.perf_counter() - begin
+
+    def _scale(self, block: int) -> Tensor | None:
+        return None if self.scaler is None or block < 0 else self.scaler.scales[block]
+
+    def _matrix(self, gradient: Gradient) -> Matrix:
+        found = self.matrices.get(gradient.name)
+        if found is None:
+            flat, device = _flat(gradient.grad), gradient.grad.device
+            draw = torch.Generator().manual_seed(self.seed ^ zlib.crc32(gradient.name.encode()))
+            q = torch.randn(flat.shape[1], self.rank, generator=draw).to(device)
+            error = torch.zeros(flat.shape, dtype=torch.int16, device=device)
+            if gradient.name in self._loaded:
+                error.copy_(self._loaded.pop(gradient.name))
+            found = self.matrices[gradient.name] = Matrix(gradient.name, error, q)
+        return found
+
+    def _agree(self, packed: list[Gradient]) -> None:
+        """Once for each set of matrices: all processes must compress the same in the same way."""
+        key = tuple(g.name for g in packed)
+        if key in self._agreed:
+            return
+        self._agreed.add(key)
+        drawn = [self.matrices[name].q.sum(dtype=torch.float64).item() for name in key]
+        shapes = [(name, tuple(self.matrices[name].error.shape)) for name in key]
+        own = {"version": __version__, "rank": self.rank, "wire": self.wire,
+               "seed": self.seed, "matrices": shapes, "sums of Q": drawn}  # fmt: skip
+        all_of: list[Any] = [None] * self.world
+        dist.all_gather_object(all_of, own, group=self.group)
+        for process, other in enumerate(all_of):
+            for what, value in other.items():
+                first = all_of[0][what]
+                requirement = f"the same on all processes ({first} on process 0)"
+                _check(value == first, what, requirement, f"{value} on process {process}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The error buffers, one copy for all: every process gets their mean and returns it.
+
+        Only the sum over the group matters (the method is linear), so the buffers are made equal
+        first; who saves and goes on, and who loads, then hold the same bits. Collective.
+        """
+        for matrix in self.matrices.values():
+            mean = dalle_ext.unpack(matrix.error, "1-6-9")
+            dist.all_reduce(mean, group=self.group)
+            matrix.error.copy_(dalle_ext.pack(mean / self.world, "1-6-9"))
+        errors = {name: matrix.error.clone() for name, matrix in self.matrices.items()}
+        return {"errors": errors, "machines": self.world, "rank": self.rank, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the buffers of `state_dict`, shared out over as many processes as there are now."""
+        for what in ("rank", "seed"):
+            own, got = getattr(self, what), state.get(what)
+            if own != got:
+                raise CheckpointError(f"PowerSGD: state must be of {what} {own}, got {got}")
+        share = state["machines"] / self.world
+        for name, codes in state["errors"].items():
+            if share != 1:
+                codes = dalle_ext.pack(dalle_ext.unpack(codes, "1-6-9") * share, "1-6-9")
+            if name in self.matrices:
+                self.matrices[name].error.copy_(codes)
+            else:
+                self._loaded[name] = codes.clone()
+
+
+def _flat(grad: Tensor) -> Tensor:
+    return grad.reshape(grad.shape[0], -1)
+
+
+def _nonfinite(grads: Iterable[Tensor]) -> Tensor:
+    """float32, 1 where any element is not finite; read on the device."""
+    grads = list(grads)
+    one = torch.ones(1, device=grads[0].device)
+    found = dalle_ext.unscale_gradients_(grads, one, check_only=True).found_nonfinite
+    return found.reshape(()).float()
+
+
+def _check(holds: bool, name: str, requirement: str, value: Any) -> None:
+    if not holds:
+        raise UsageError(f"PowerSGD: {name} must be {requirement}, got {value}")

@@ -1,0 +1,387 @@
+"""`PowerSGD` over processes: exactness, the invariant, one Inf, two engines, state."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import dalle_ext
+from dalle.distributed import PowerSGD
+from dalle.distributed.powersgd import Gradient
+from dalle.errors import CheckpointError, UsageError
+from dalle.precision import ResblockScaler
+
+WIDTH, STEPS, WIRE = 32, 12, ("fp32", "1-6-9")
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def process(rank, world, port, calls, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        found = {name: body(rank, *arguments) for name, (body, *arguments) in calls.items()}
+        torch.save(found, Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def run(world, calls, folder):
+    """By name, what `body(rank, *arguments)` returned in each of `world` processes.
+
+    All calls in the same processes, as most of the time goes into starting them.
+    """
+    mp.spawn(process, (world, free_port(), calls, str(folder)), nprocs=world)
+    every = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    return {name: [found[name] for found in every] for name in calls}
+
+
+def gradients(rank, count, rows=24, columns=40, inner=None, seed=0):
+    """Of one process: `count` matrices, of rank `inner` where it is given, and a bias."""
+    draw = torch.Generator().manual_seed(100 * seed + rank)
+    shared = torch.Generator().manual_seed(100 * seed + 77)  # one row space, or the sum has more
+    found = []
+    for _ in range(count):
+        if inner is None:
+            found.append(torch.randn(rows, columns, generator=draw))
+        else:  # small integers, which the error buffer holds as they are
+            left = torch.randint(-2, 3, (rows, inner), generator=draw).float()
+            found.append(left @ torch.randint(-2, 3, (inner, columns), generator=shared).float())
+    return found, torch.randn(7, generator=draw)
+
+
+def named(matrices, bias):
+    return [Gradient(f"m{i}", m.clone()) for i, m in enumerate(matrices)] + [
+        Gradient("bias", bias.clone())
+    ]
+
+
+def reduce_once(rank, options, count, inner, rows=24, columns=40):
+    matrices, bias = gradients(rank, count, rows, columns, inner)
+    psgd = PowerSGD(**options)
+    given = named(matrices, bias)
+    psgd.compressor.reduce_(given, set())
+    return {g.name: g.grad for g in given}
+
+
+def mean_of(world, count, inner, rows=24, columns=40):
+    every = [gradients(rank, count, rows, columns, inner) for rank in range(world)]
+    means = [sum(e[0][i] for e in every) / world for i in range(count)]
+    return means, sum(e[1] for e in every) / world
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_gradients_of_a_small_rank_are_exact(two, count, rank):
+    """1, 2 and 8 matrices of one shape, rank 1 and 2: no rival's is right for more than one."""
+    results = two[f"exact {count} {rank}"]
+    means, bias = mean_of(2, count, rank)
+    for found in results:
+        for i, mean in enumerate(means):
+            torch.testing.assert_close(found[f"m{i}"], mean, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found["bias"], bias)
+
+
+def test_what_factors_would_not_make_smaller_is_sent_whole(two):
+    wanted = mean_of(2, 1, None, 8, 64)[0][0]  # 8 (8 + 64) > 8 * 64
+    torch.testing.assert_close(two["full"][0]["m0"], wanted)
+
+
+def test_all_processes_hold_the_same_bits(four):
+    for found in four["bits"][1:]:
+        assert all(torch.equal(found[name], four["bits"][0][name]) for name in found)
+
+
+def feedback(rank, wire, steps):
+    psgd = PowerSGD(rank=4, wire=wire)
+    handed = [torch.zeros(24, 40) for _ in range(2)]
+    given = [torch.zeros(24, 40) for _ in range(2)]
+    for step in range(steps):
+        matrices, bias = gradients(rank, 2, seed=step)
+        reduced = named(matrices, bias)
+        psgd.compressor.reduce_(reduced, set())
+        for i in range(2):
+            given[i] += matrices[i]
+            handed[i] += reduced[i].grad
+    kept = [dalle_ext.unpack(psgd.compressor.matrices[f"m{i}"].error, "1-6-9") for i in range(2)]
+    return {"given": given, "handed": handed, "kept": kept}
+
+
+@pytest.mark.parametrize("wire", WIRE)
+def test_what_is_not_handed_out_is_in_the_buffers(two, wire):
+    """Sum of gradients = world * handed out + sum of buffers, up to the words' rounding."""
+    steps, results = STEPS, two[f"feedback {wire}"]
+    for i in range(2):
+        given = sum(r["given"][i] for r in results)
+        kept = sum(r["kept"][i] for r in results)
+        lost = given - 2 * results[0]["handed"][i] - kept
+        assert kept.norm() > 0.1 * given.norm()  # the buffers do hold something
+        assert lost.norm() <= steps * 2**-10 * given.norm()
+
+
+def one_infinity(rank):
+    psgd = PowerSGD(rank=4)
+    before, found = [], []
+    for step in range(3):
+        matrices, bias = gradients(rank, 2, seed=step)
+        if step == 1 and rank == 1:
+            matrices[0][3, 5] = float("inf")
+        reduced = named(matrices, bias)
+        psgd.compressor.reduce_(reduced, set())
+        before.append(psgd.compressor.matrices["m0"].error.clone())
+        found.append([g.grad for g in reduced])
+    kept = dalle_ext.unpack(psgd.compressor.matrices["m0"].error, "1-6-9")
+    return {"found": found, "errors": before, "kept": kept}
+
+
+def test_one_infinity_leaves_finite_state_and_the_next_step_is_right(two):
+    results = two["infinity"]
+    for rank, result in enumerate(results):
+        assert all(g.isnan().all() for g in result["found"][1])
+        assert all(g.isfinite().all() for g in result["found"][2])
+        assert result["kept"].isfinite().all()
+        if rank == 1:  # its own gradient had the infinity: its buffer did not change
+            assert torch.equal(result["errors"][1], result["errors"][0])
+    handed = 2 * (results[0]["found"][0][0] + results[0]["found"][2][0])
+    given = sum(gradients(rank, 2, seed=step)[0][0] for rank in range(2) for step in (0, 2))
+    given = given + gradients(0, 2, seed=1)[0][0]  # the finite gradient of the skipped step stays
+    lost = given - handed - sum(r["kept"] for r in results)
+    assert lost.norm() <= 5 * 2**-10 * given.norm()
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(),
+        nn.Linear(4 * WIDTH, WIDTH), nn.Linear(WIDTH, 11),
+    )  # fmt: skip
+
+
+def batch(rank, step):
+    draw = torch.Generator().manual_seed(1000 + 10 * step + rank)
+    tokens = torch.randint(0, 11, (16,), generator=draw)
+    return tokens, (3 * tokens + 1) % 11
+
+
+def train(net, rank, steps, optimizer):
+    losses = []
+    for step in range(steps):
+        tokens, wanted = batch(rank, step)
+        loss = nn.functional.cross_entropy(net(tokens), wanted)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def ddp(rank, options, steps):
+    net = DDP(model(), bucket_cap_mb=0.02)
+    psgd = None
+    if options is not None:
+        psgd = PowerSGD(**options, exclude=[net.module[4].weight])  # the unembedding
+        psgd.attach(net)
+    losses = train(net, rank, steps, torch.optim.AdamW(net.parameters(), lr=1e-2))
+    weights = {name: p.detach() for name, p in net.module.named_parameters()}
+    names = [] if psgd is None else sorted(psgd.compressor.matrices)
+    return {"losses": losses, "weights": weights, "names": names}
+
+
+def fsdp(rank, options, steps):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    net = model()
+    for layer in (net[1], net[3]):
+        fully_shard(layer, mesh=mesh["shard"])
+    fully_shard(net, mesh=mesh["shard"])
+    psgd = PowerSGD(group=mesh["replicate"].get_group(), **options)
+    psgd.attach(net)
+    losses = train(net, rank, steps, torch.optim.AdamW(net.parameters(), lr=1e-2))
+    weights = {name: p.detach().full_tensor() for name, p in net.named_parameters()}
+    return {"losses": losses, "weights": weights, "names": sorted(psgd.compressor.matrices)}
+
+
+def scaled(rank):
+    """Gradients as two blocks scale them, and plain ones; the report."""
+    scaler = ResblockScaler({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    scaler.scales[:2] = torch.tensor([8.0, 1024.0])
+    matrices, _ = gradients(rank, 2)
+    plain = PowerSGD(rank=4)
+    reduced = [Gradient(f"m{i}", m.clone()) for i, m in enumerate(matrices)]
+    plain.compressor.reduce_(reduced, set())
+    psgd = PowerSGD(rank=4, scaler=scaler)
+    halves = [Gradient(f"m{i}", m * scaler.scales[i], i) for i, m in enumerate(matrices)]
+    psgd.compressor.reduce_(halves, set())
+    blown = [Gradient(f"m{i}", m * scaler.scales[i], i) for i, m in enumerate(matrices)]
+    blown[1].grad[0, 0] = math.inf
+    psgd.compressor.reduce_(blown, set())
+    report = {k: v for k, v in plain.report().items() if k != "advice"}
+    return {
+        "plain": [g.grad for g in reduced], "scaled": [g.grad for g in halves],
+        "blown": [g.grad for g in blown], "scales": scaler.scales, "report": report,
+        "advice": plain.report()["advice"],
+    }  # fmt: skip
+
+
+def others(rank):
+    """Options that process 1 has otherwise."""
+    matrices, bias = gradients(rank, 1)
+    psgd = PowerSGD(rank=2, seed=rank)
+    try:
+        psgd.compressor.reduce_(named(matrices, bias), set())
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def saved(rank):
+    """State after a step; and buffers made of it by as many processes, and by one."""
+    psgd, again = PowerSGD(rank=4), PowerSGD(rank=4)
+    psgd.compressor.reduce_(named(*gradients(rank, 2)), set())
+    sums = dalle_ext.unpack(psgd.compressor.matrices["m0"].error, "1-6-9").clone()
+    dist.all_reduce(sums)
+    state = psgd.state_dict()
+    again.load_state_dict(state)
+    results = []
+    for one in (psgd, again):
+        given = named(*gradients(rank, 2, seed=1))
+        one.compressor.reduce_(given, set())
+        results.append([g.grad for g in given])
+    halved = PowerSGD(rank=4)
+    halved.load_state_dict(state | {"machines": 1})  # a checkpoint of one machine, on two
+    return {"sums": sums, "state": state, "results": results,
+            "halved": halved.compressor._loaded["m0"]}  # fmt: skip
+
+
+PLAIN = {"rank": 4}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two processes."""
+    calls = {
+        f"exact {count} {rank}": (reduce_once, {"rank": rank, "wire": "fp32"}, count, rank)
+        for count in (1, 2, 8) for rank in (1, 2)
+    }  # fmt: skip
+    calls |= {f"feedback {wire}": (feedback, wire, STEPS) for wire in WIRE}
+    calls |= {
+        "full": (reduce_once, {"rank": 8, "min_compression": 1.0}, 1, None, 8, 64),
+        "infinity": (one_infinity,), "plain": (ddp, None, 60), "ddp": (ddp, PLAIN, 60),
+        "saved": (saved,), "others": (others,), "scaled": (scaled,),
+    }  # fmt: skip
+    return run(2, calls, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """Four processes: two machines of two."""
+    whole = {"rank": 8, "min_compression": 2.9}
+    calls = {
+        "bits": (reduce_once, {"rank": 2}, 2, None), "plain": (ddp, None, 4),
+        "whole": (fsdp, whole, 4), "fsdp": (fsdp, PLAIN, 60),
+    }  # fmt: skip
+    return run(4, calls, tmp_path_factory.mktemp("four"))
+
+
+def last_loss(results):
+    return sum(sum(r["losses"][-5:]) for r in results) / (5 * len(results))
+
+
+def test_ddp_trains_as_without_compression(two):
+    """Several buckets, overlapped: the loss ends where plain DDP's does."""
+    found = two["ddp"]
+    assert found[0]["names"] == ["1.weight", "3.weight"]
+    for name, weight in found[0]["weights"].items():
+        assert torch.equal(weight, found[1]["weights"][name])
+    assert last_loss(found) < 1.3 * last_loss(two["plain"]) + 0.02
+    assert last_loss(found) < 0.2 * found[0]["losses"][0]
+
+
+def test_fsdp2_compresses_shards_between_machines(four):
+    """The shards' hooks run, and every process ends with the same whole weights."""
+    found = four["fsdp"]
+    assert found[0]["names"] == ["1.weight", "3.weight"]
+    for other in found[1:]:
+        for name, weight in found[0]["weights"].items():
+            assert torch.equal(weight, other["weights"][name])
+    assert last_loss(found) < 0.2 * found[0]["losses"][0]
+
+
+def test_fsdp2_with_nothing_compressed_is_data_parallel(four):
+    """The hook's views and factors: as plain DDP over four processes, to 1e-5."""
+    assert four["whole"][0]["names"] == []
+    for name, weight in four["whole"][0]["weights"].items():
+        torch.testing.assert_close(weight, four["plain"][0]["weights"][name], rtol=1e-5, atol=1e-6)
+
+
+def test_state_is_one_copy_and_goes_on_bit_for_bit(two):
+    """Buffers are made equal, their sum kept; who saved and who loaded hold the same bits."""
+    first, second = two["saved"]
+    for name, codes in first["state"]["errors"].items():
+        assert torch.equal(codes, second["state"]["errors"][name])
+    kept = 2 * dalle_ext.unpack(first["state"]["errors"]["m0"], "1-6-9")
+    torch.testing.assert_close(kept, first["sums"], rtol=2**-9, atol=1e-6)
+    own, loaded = first["results"]
+    assert all(torch.equal(a, b) for a, b in zip(own, loaded, strict=True))
+    halved = dalle_ext.unpack(first["halved"], "1-6-9")
+    assert torch.equal(halved, kept / 4)
+
+
+def test_blocks_of_their_own_scales(two):
+    """They come out scaled, else bit for bit as plain ones; an Inf is that of its block alone."""
+    for found in two["scaled"]:
+        for i in range(2):
+            assert torch.equal(found["scaled"][i], found["plain"][i] * found["scales"][i])
+        assert found["blown"][0].isfinite().all() and found["blown"][1].isnan().all()
+
+
+def test_report(two):
+    found = two["scaled"][0]
+    report = found["report"]
+    factors = 2 * (24 + 40) * 4 * 2  # P and Q of two matrices in words of 2 bytes
+    assert report["bytes_sent"] == factors + 4  # and a flag
+    assert report["bytes_uncompressed"] == 2 * 24 * 40 * 4
+    assert 0 < report["exchange_seconds"] < report["seconds"]
+    kept = math.sqrt(1 - report["reconstruction_error"] ** 2)  # the part that was handed out
+    assert 0.1 < kept < 0.9
+    assert found["advice"].startswith("compression ")
+
+
+def test_other_options_on_one_process_are_named(two):
+    wanted = "PowerSGD: seed must be the same on all processes (0 on process 0), got 1 on process 1"
+    assert two["others"] == [wanted, wanted]
+
+
+BAD = {
+    "PowerSGD: rank must be 1 or more, got 0": lambda: PowerSGD(rank=0),
+    "PowerSGD: wire must be one of 1-6-9, fp32, got fp8": lambda: PowerSGD(wire="fp8"),
+    "PowerSGD: error_scale must be positive and finite, got 0": lambda: PowerSGD(error_scale=0),
+    "PowerSGD: model must be DistributedDataParallel or hold fully_shard modules, got Sequential":
+        lambda: PowerSGD(rank=4).attach(model()),
+    "PowerSGD: rank must leave a matrix that factors make smaller, got 500: nothing would be":
+        lambda: PowerSGD(rank=500).attach(model()),
+    "PowerSGD: state must be of rank 4, got 5":
+        lambda: PowerSGD(rank=4).load_state_dict({"rank": 5, "seed": 0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_gets_one_line(message):
+    with pytest.raises((UsageError, CheckpointError), match=re.escape(message)):
+        BAD[message]()
