@@ -148,14 +148,15 @@ class PowerSGD:
             bytes_sent, bytes_uncompressed (all gradients in fp32, ring all-reduce), compression
             (their ratio), seconds (in all; with overlap not all of them are waited for),
             exchange_seconds (of them in collectives), reconstruction_error (norm of what the
-            buffers kept over the norm of what they held, in the last call that was sampled; nan
-            before), saturated and flushed (elements of P and Q that 1-6-9 could not hold; counted
-            on the CPU), advice (one line).
+            buffers kept over the norm of what they held, each where it was last sampled),
+            saturated and flushed (elements of P and Q that 1-6-9 could not hold; counted on the
+            CPU), advice (one line).
         """
         c = self.compressor
         sent, whole = c.traffic.sent, c.uncompressed_bytes
         rate = sent / c.exchange_seconds if c.exchange_seconds > 0 else math.inf
         plain = whole / rate
+        kept, held = (sum(pair[i] for pair in c.squares.values()) for i in range(2))
         found = f"{1e3 * c.seconds:.0f} ms so far; fp32 gradients would take {1e3 * plain:.0f} ms"
         verdict = "compression pays" if c.seconds < plain else "compression does not pay"
         return {
@@ -164,9 +165,7 @@ class PowerSGD:
             "compression": whole / sent if sent else math.nan,
             "seconds": c.seconds,
             "exchange_seconds": c.exchange_seconds,
-            "reconstruction_error": math.sqrt(c.kept_squares / c.all_squares)
-            if c.all_squares
-            else math.nan,
+            "reconstruction_error": math.sqrt(kept / held) if held else math.nan,
             "saturated": c.traffic.saturated,
             "flushed": c.traffic.flushed,
             "advice": f"{verdict} at {8e-6 * rate:.0f} Mbit/s: {found}",
