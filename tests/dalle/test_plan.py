@@ -8,6 +8,7 @@ import torch
 from dalle.cli import main
 from dalle.errors import UsageError
 from dalle.plan import flops, make_plan, memory, parameters
+from dalle.plan_cluster import compression, factor_elements, memory_of_gpu, shards, traffic
 from dalle.prior import PRESETS, Prior, PriorConfig
 
 
@@ -129,3 +130,71 @@ def test_command(capsys):
     assert main(["plan", "--batch", "0"]) == 2
     with pytest.raises(UsageError, match="batch must be 1 or more, got 0"):
         make_plan("base", PRESETS["base"], 0)
+
+
+@pytest.mark.parametrize(
+    ("width", "rank", "percent"), [(1920, 512, 83), (2688, 640, 85), (3968, 896, 86)]
+)
+def test_table_1_of_the_paper(width, rank, percent):
+    assert compression(width, 8, rank) == pytest.approx(1 - 5 * rank / (8 * width), rel=1e-12)
+    assert round(100 * compression(width, 8, rank)) == percent
+
+
+def test_table_2_of_the_paper():
+    """P: (5drm + 4dr) / m^2, Q: (drm + 8dr) / m^2, shards: 12 d^2 / m."""
+    d, r, m = 3968, 896, 8
+    p, q = factor_elements(d, m, r)
+    assert p == (5 * d * r * m + 4 * d * r) // m**2
+    assert q == (d * r * m + 8 * d * r) // m**2
+    assert sum(a * b for a, b in shards(d, m)) == 12 * d * d // m
+    assert shards(d, m)[0] == (3968, 496) and shards(d, m)[4:] == [(3968, 1984), (1984, 3968)]
+
+
+def test_shards_are_those_of_the_module():
+    """The layers' matrices of the 12b model, over 8 GPUs."""
+    with torch.device("meta"):
+        layer = Prior(PRESETS["12b"]).layers[0]
+    matrices = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
+    assert 8 * sum(a * b for a, b in shards(3968, 8)) == matrices
+
+
+def test_one_machine_sends_nothing_and_compression_sends_its_share():
+    shape = PRESETS["12b"]
+    alone, many = traffic(shape, 1, 8, 896), traffic(shape, 128, 8, 896)
+    assert alone["factors"] == alone["rest"] == alone["uncompressed"] == 0
+    assert alone["gather"] == many["gather"] > 0
+    matrices = many["uncompressed"] - many["rest"]
+    assert many["factors"] / matrices == pytest.approx(1 - compression(3968, 8, 896))
+    kept = memory_of_gpu(shape, 1, 8, compressed=True)
+    assert kept["error_buffers"] == 12 * 3968**2 * 64 / 8 * 2
+    assert kept["total"] == sum(v for k, v in kept.items() if k != "total")
+
+
+def test_plan_of_a_cluster_prints(capsys):
+    assert main(["plan", "--preset", "12b", "--gpus", "1024"]) == 0
+    text = capsys.readouterr().out
+    assert "rank 896 (112 a GPU): compression 85.9%" in text
+    assert "width 1920 rank 512 83%, width 2688 rank 640 85%, width 3968 rank 896 86%" in text
+    assert main(["plan", "--preset", "12b", "--gpus", "1024", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)[0]["cluster"]
+    assert list(found["machines"]) == ["1", "8", "64", "128"]
+    seconds = found["machines"]["128"]["seconds"]
+    assert seconds["compute"] <= seconds["step"] < seconds["step_uncompressed"]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("--gpus 12", "plan: gpus must be a multiple of 8 a machine, got 12"),
+        ("--gpus 0", "plan: gpus must be above 0 and finite, got 0"),
+        ("--gpus 8 --rank 100", "plan: rank must be a multiple of 8 from 8 to 3968, got 100"),
+        (
+            "--gpus 14 --per-machine 7",
+            "plan: per_machine must be a divisor of the width 3968, got 7",
+        ),
+        ("--gpus 8 --link-gbit -1", "plan: link_gbit must be above 0 and finite, got -1.0"),
+    ],
+)
+def test_bad_clusters_get_one_line(options, line, capsys):
+    assert main(["plan", "--preset", "12b", *options.split()]) == 2
+    assert line in capsys.readouterr().err
