@@ -6,6 +6,7 @@ import math
 import os
 import re
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,9 @@ def run(world, calls, folder):
 
     All calls in the same processes, as most of the time goes into starting them.
     """
+    # They inherit the path, on which this folder's parent would hide the package `dalle`.
+    tests = Path(__file__).resolve().parents[1]
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() != tests]
     mp.spawn(process, (world, free_port(), calls, str(folder)), nprocs=world)
     every = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
     return {name: [found[name] for found in every] for name in calls}
