@@ -31,8 +31,9 @@ void run_units(const GumbelSoftmaxCpu& cpu, kernel_t kernel, const GumbelSoftmax
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& tau,
-                                                   const Tensor& seed, int64_t dim, bool hard) {
-  const GumbelSoftmaxParams p = check_gumbel_softmax(logits, tau, seed, dim);
+                                                   const Tensor& seed, int64_t dim, bool hard,
+                                                   int64_t first_row) {
+  const GumbelSoftmaxParams p = check_gumbel_softmax(logits, tau, seed, dim, first_row);
   auto outputs = gumbel_softmax_outputs(logits, dim);
   const auto args = gumbel_softmax_forward_args(logits, tau, seed, hard, outputs);
   const GumbelSoftmaxCpu& cpu = DALLE_SELECT_ISA(gumbel_softmax_cpu);
@@ -42,8 +43,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const T
 
 Tensor backward(const std::optional<Tensor>& grad_sample, const std::optional<Tensor>& grad_kl,
                 const Tensor& logits, const Tensor& tau, const Tensor& seed, const Tensor& kl,
-                const Tensor& stats, int64_t dim) {
-  const GumbelSoftmaxParams p = check_gumbel_softmax(logits, tau, seed, dim);
+                const Tensor& stats, int64_t dim, int64_t first_row) {
+  const GumbelSoftmaxParams p = check_gumbel_softmax(logits, tau, seed, dim, first_row);
   Tensor grad_logits = torch::stable::empty_like(logits);
   const auto args = gumbel_softmax_backward_args(p, grad_sample, grad_kl, logits, tau, seed, kl,
                                                  stats, grad_logits);
@@ -70,11 +71,12 @@ Tensor words(const Tensor& seed, int64_t count) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dalle_ext, m) {
   m.def(
-      "_gumbel_softmax_forward(Tensor logits, Tensor tau, Tensor seed, int dim, bool hard)"
+      "_gumbel_softmax_forward(Tensor logits, Tensor tau, Tensor seed, int dim, bool hard,"
+      " int first_row=0)"
       " -> (Tensor sample, Tensor index, Tensor kl, Tensor stats)");
   m.def(
       "_gumbel_softmax_backward(Tensor? grad_sample, Tensor? grad_kl, Tensor logits, Tensor tau,"
-      " Tensor seed, Tensor kl, Tensor stats, int dim) -> Tensor");
+      " Tensor seed, Tensor kl, Tensor stats, int dim, int first_row=0) -> Tensor");
   m.def("_gumbel_softmax_words(Tensor seed, int count) -> Tensor");
 }
 

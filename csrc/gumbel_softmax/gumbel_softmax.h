@@ -2,10 +2,13 @@
 //
 //   outer, K, inner   logits are (outer, K, inner), contiguous; softmax runs over K
 //   row               outer_idx * inner + inner_idx, in [0, R)
-//   element           row * K + k, whatever the layout: it decides which random word belongs to
-//   (row, k) noisy             l - log E, E = -log u, u = (word + 1/2) 2^-32; in float before any
-//   rounding y                 softmax of noisy / tau, p = softmax(l), kl = sum p ln p + ln K stats
-//   (4, R) float, what backward needs besides logits and seed: see below
+//   element           (first_row + row) * K + k, whatever the layout: which random word it gets
+//
+//   noisy             l - log E, E = -log u, u = (word + 1/2) 2^-32; in float, not rounded
+//
+//   y                 softmax of noisy / tau, p = softmax(l), kl = sum p ln p + ln K
+//
+//   stats             (4, R) float, what backward needs besides logits and seed: see below
 //
 // A row with a logit that is not finite gets sample and kl NaN and index 0.
 #pragma once
@@ -19,6 +22,7 @@ enum class GumbelSoftmaxDtype : int { kFloat, kHalf, kBFloat16 };
 struct GumbelSoftmaxParams {
   int64_t outer, num_codes, inner;
   GumbelSoftmaxDtype dtype;  // of logits, sample and their gradients
+  int64_t first_row;         // rows of a larger batch before these
 };
 
 // Rows of stats: maximum of noisy; 1 / sum exp((noisy - maximum) / tau); maximum of l; the
@@ -48,6 +52,11 @@ struct GumbelSoftmaxBackward {
 };
 
 DALLE_HOST_DEVICE int64_t num_rows(const GumbelSoftmaxParams& p) { return p.outer * p.inner; }
+
+// Number of code 0 of a row among the elements.
+DALLE_HOST_DEVICE uint64_t element_of(const GumbelSoftmaxParams& p, int64_t row) {
+  return static_cast<uint64_t>((p.first_row + row) * p.num_codes);
+}
 
 // Place of (row, k) in memory.
 DALLE_HOST_DEVICE int64_t offset_of(const GumbelSoftmaxParams& p, int64_t row, int64_t k) {

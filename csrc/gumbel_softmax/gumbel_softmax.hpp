@@ -18,9 +18,10 @@ using torch::stable::Tensor;
 
 // logits contiguous; tau a float64 scalar and seed an int64 scalar on its device.
 inline GumbelSoftmaxParams check_gumbel_softmax(const Tensor& logits, const Tensor& tau,
-                                                const Tensor& seed, int64_t dim) {
+                                                const Tensor& seed, int64_t dim,
+                                                int64_t first_row) {
   constexpr const char* kOp = "gumbel_softmax";
-  GumbelSoftmaxParams p{1, 1, 1, GumbelSoftmaxDtype::kFloat};
+  GumbelSoftmaxParams p{1, 1, 1, GumbelSoftmaxDtype::kFloat, first_row};
   switch (logits.scalar_type()) {
     case ScalarType::Float:
       break;
@@ -42,6 +43,7 @@ inline GumbelSoftmaxParams check_gumbel_softmax(const Tensor& logits, const Tens
   }
   DALLE_CHECK(p.num_codes >= 1 && p.num_codes < (int64_t{1} << 31), kOp, "K",
               "from 1 to 2147483647", p.num_codes);
+  DALLE_CHECK(first_row >= 0, kOp, "first_row", "0 or more", first_row);
   const auto scalar = [&](const Tensor& t, const char* name, ScalarType type, const char* what) {
     DALLE_CHECK(t.numel() == 1 && t.scalar_type() == type && t.device() == logits.device(), kOp,
                 name, what, torch::headeronly::toString(t.scalar_type()), " of shape ",

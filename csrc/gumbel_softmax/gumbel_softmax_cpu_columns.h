@@ -65,7 +65,7 @@ class ColumnWords {
     keys_ = &keys;
     aligned_ = p.num_codes % 4 == 0;
     for (int i = 0; i < kLanes / 2; ++i) {
-      const uint64_t even = static_cast<uint64_t>((row + 2 * i) * p.num_codes);
+      const uint64_t even = element_of(p, row + 2 * i);
       const uint64_t odd = even + static_cast<uint64_t>(p.num_codes);
       even_[i] = even / 4;
       odd_[i] = odd / 4;

@@ -159,8 +159,7 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
     const Int valid = lanes < static_cast<int32_t>(rest);
     uint32_t words[kRowChunk + 4 * kLanes];
     float noisy[kRowChunk];
-    const uint32_t* word =
-        row_words(keys, static_cast<uint64_t>(row * num_codes), begin, count, words);
+    const uint32_t* word = row_words(keys, element_of(p, row), begin, count, words);
     const scalar_t* l = logits + begin;
 
     Float noisy_max = splat(-kInfinity), logit_max = splat(-kInfinity), last{};
@@ -283,8 +282,7 @@ void backward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
       const int64_t count = num_codes - begin < kRowChunk ? num_codes - begin : kRowChunk;
       const int64_t whole = count / kLanes * kLanes, rest = count - whole;
       uint32_t words[kRowChunk + 4 * kLanes];
-      const uint32_t* word =
-          row_words(keys, static_cast<uint64_t>(row * num_codes), begin, count, words);
+      const uint32_t* word = row_words(keys, element_of(p, row), begin, count, words);
       const auto sample_of = [&](auto many, const auto& logit, const uint32_t* from, auto& y) {
         constexpr int kN = many.kCount;
         add_noise<kN>(logit, from, y);

@@ -7,8 +7,9 @@ namespace dalle {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& tau,
-                                                   const Tensor& seed, int64_t dim, bool hard) {
-  const GumbelSoftmaxParams p = check_gumbel_softmax(logits, tau, seed, dim);
+                                                   const Tensor& seed, int64_t dim, bool hard,
+                                                   int64_t first_row) {
+  const GumbelSoftmaxParams p = check_gumbel_softmax(logits, tau, seed, dim, first_row);
   const DeviceScope on(logits);
   auto outputs = gumbel_softmax_outputs(logits, dim);
   const auto args = gumbel_softmax_forward_args(logits, tau, seed, hard, outputs);
@@ -18,8 +19,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const T
 
 Tensor backward(const std::optional<Tensor>& grad_sample, const std::optional<Tensor>& grad_kl,
                 const Tensor& logits, const Tensor& tau, const Tensor& seed, const Tensor& kl,
-                const Tensor& stats, int64_t dim) {
-  const GumbelSoftmaxParams p = check_gumbel_softmax(logits, tau, seed, dim);
+                const Tensor& stats, int64_t dim, int64_t first_row) {
+  const GumbelSoftmaxParams p = check_gumbel_softmax(logits, tau, seed, dim, first_row);
   const DeviceScope on(logits);
   Tensor grad_logits = torch::stable::empty_like(logits);
   const auto args = gumbel_softmax_backward_args(p, grad_sample, grad_kl, logits, tau, seed, kl,

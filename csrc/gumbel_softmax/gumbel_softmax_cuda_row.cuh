@@ -104,12 +104,13 @@ struct Row {
     index = static_cast<int64_t>(blockIdx.x) * layout_t::kRows +
             (kStrided ? thread % layout_t::kRows : thread / layout_t::kLanes);
     num_codes = index < num_rows(p) ? static_cast<int>(p.num_codes) : 0;
-    element = static_cast<uint64_t>(index * p.num_codes);
+    element = element_of(p, index);
     inner = kStrided ? p.inner : 1;
     base = kStrided ? offset_of(p, index, 0) : index * p.num_codes;
     const uintptr_t bits = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) |
                            reinterpret_cast<uintptr_t>(c);
-    aligned = kStrided || bits % 16 == 0;
+    // Vectors begin where Philox calls do: both need the same places.
+    aligned = kStrided || (bits % 16 == 0 && p.first_row * p.num_codes % kWidth == 0);
   }
 
   // First code of this thread's chunk: up to kWidth - 1 before code 0.

@@ -6,7 +6,7 @@ Letters: K codebook size, R rows (all other axes in logical order).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,6 +56,7 @@ def gumbel_softmax(
     dim: int = 1,
     hard: bool = False,
     seed: int | Tensor | None = None,
+    first_row: int = 0,
 ) -> GumbelSoftmax:
     """Draws relaxed one-hot vectors over `dim`, and the KL term beside them (paper, section 2.1).
 
@@ -77,6 +78,7 @@ def gumbel_softmax(
             the same noise on every device: element number row * K + k takes word (number % 4) of
             Philox4x32-10 call number // 4. None draws a seed from torch's default generator, so
             that `torch.manual_seed` fixes it.
+        first_row: rows of a larger batch before these, whose noise these get as its part.
 
     Returns:
         GumbelSoftmax(sample, index, kl). Sample and kl are differentiable once in logits. A row
@@ -84,7 +86,8 @@ def gumbel_softmax(
 
     Raises:
         TypeError: dtype of logits, tau or seed.
-        ValueError: dim out of range, K = 0, tau not positive, a seed or tau of another device.
+        ValueError: dim or first_row out of range, K = 0, tau not positive, a seed or tau of another
+            device.
         RuntimeError: no native library for the logits' device.
     """
     if logits.dtype not in DTYPES:
@@ -97,6 +100,8 @@ def gumbel_softmax(
         )
     if isinstance(tau, (int, float)) and not 0.0 < tau < math.inf:
         raise ValueError(f"gumbel_softmax: tau must be positive and finite, got {tau}")
+    if not 0 <= first_row < 2**31:
+        raise ValueError(f"gumbel_softmax: first_row must be in [0, 2^31), got {first_row}")
     if seed is None:
         seed = torch.randint(2**63 - 1, (), device=logits.device)
     elif isinstance(seed, int) and not -(2**63) <= seed < 2**63:
@@ -104,10 +109,12 @@ def gumbel_softmax(
     tau = _scalar("tau", tau, torch.float64, logits.device)
     seed = _scalar("seed", seed, torch.int64, logits.device)
     if reference_in_use() or logits.dtype == torch.float64:
-        return GumbelSoftmax(*reference.gumbel_softmax(logits, tau, dim=dim, hard=hard, seed=seed))
+        given: Any = {"dim": dim, "hard": hard, "seed": seed, "first_row": first_row}
+        return GumbelSoftmax(*reference.gumbel_softmax(logits, tau, **given))
     _native.require("gumbel_softmax", logits.device)
     if logits.is_contiguous():
-        return GumbelSoftmax(*native.gumbel_softmax(logits, tau, seed, dim % logits.dim(), hard))
+        axis = dim % logits.dim()
+        return GumbelSoftmax(*native.gumbel_softmax(logits, tau, seed, axis, hard, first_row))
     rows = logits.movedim(dim, -1).contiguous()  # no copy where the codebook axis is innermost
-    sample, index, kl = native.gumbel_softmax(rows, tau, seed, rows.dim() - 1, hard)
+    sample, index, kl = native.gumbel_softmax(rows, tau, seed, rows.dim() - 1, hard, first_row)
     return GumbelSoftmax(sample.movedim(-1, dim), index, kl)

@@ -15,7 +15,7 @@ Tensor = torch.Tensor
 
 
 def _forward_fake(
-    logits: Tensor, tau: Tensor, seed: Tensor, dim: int, hard: bool
+    logits: Tensor, tau: Tensor, seed: Tensor, dim: int, hard: bool, first_row: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = (*logits.shape[:dim], *logits.shape[dim + 1 :])
     return (
@@ -47,11 +47,11 @@ if _native.CPU_PROBLEM is None:
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, tau: Tensor, seed: Tensor, dim: int, hard: bool
+        ctx: Any, logits: Tensor, tau: Tensor, seed: Tensor, dim: int, hard: bool, first_row: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        sample, index, kl, stats = _forward(logits, tau, seed, dim, hard)
+        sample, index, kl, stats = _forward(logits, tau, seed, dim, hard, first_row)
         ctx.save_for_backward(logits, tau, seed, kl, stats)
-        ctx.dim = dim
+        ctx.dim, ctx.first_row = dim, first_row
         ctx.mark_non_differentiable(index)
         ctx.set_materialize_grads(False)
         return sample, index, kl
@@ -62,17 +62,17 @@ class _Function(torch.autograd.Function):
         ctx: Any, grad_sample: Tensor | None, grad_index: None, grad_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if grad_sample is None and grad_kl is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         grad_sample = None if grad_sample is None else grad_sample.contiguous()
         grad_kl = None if grad_kl is None else grad_kl.contiguous()
-        grad = _backward(grad_sample, grad_kl, *ctx.saved_tensors, ctx.dim)
-        return grad, None, None, None, None
+        grad = _backward(grad_sample, grad_kl, *ctx.saved_tensors, ctx.dim, ctx.first_row)
+        return grad, None, None, None, None, None
 
 
 def gumbel_softmax(
-    logits: Tensor, tau: Tensor, seed: Tensor, dim: int, hard: bool
+    logits: Tensor, tau: Tensor, seed: Tensor, dim: int, hard: bool, first_row: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sample, index and kl of contiguous logits over axis `dim` >= 0."""
     if torch.is_grad_enabled() and logits.requires_grad:
-        return _Function.apply(logits, tau, seed, dim, hard)
-    return _forward(logits, tau, seed, dim, hard)[:3]
+        return _Function.apply(logits, tau, seed, dim, hard, first_row)
+    return _forward(logits, tau, seed, dim, hard, first_row)[:3]

@@ -172,6 +172,24 @@ def test_layouts_give_the_same(device, dtype):
     assert result.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7, 8), (7, 13), (7, 600), (7, 8, 3, 5), (7, 13, 20)])
+def test_a_part_of_a_batch_draws_its_own_noise(device, dtype, shape):
+    """Bit for bit what the whole batch gets, wherever the part begins; backward too."""
+    whole = sample(shape, dtype, device).requires_grad_()
+    wanted = dalle_ext.gumbel_softmax(whole, 0.5, seed=3)
+    wanted.sample.float().square().sum().backward()
+    inner = whole[0, 0].numel()
+    for first in (1, 4):
+        part = whole.detach()[first:].clone().requires_grad_()
+        got = dalle_ext.gumbel_softmax(part, 0.5, seed=3, first_row=first * inner)
+        got.sample.float().square().sum().backward()
+        assert torch.equal(got.index, wanted.index[first:])
+        assert torch.equal(got.kl, wanted.kl[first:])
+        assert torch.equal(got.sample, wanted.sample[first:])
+        assert torch.equal(part.grad, whole.grad[first:])
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (2, 8, 0), (0, 8, 3, 3)])
 def test_empty(shape, device):
     logits = torch.empty(shape, requires_grad=True, device=device)
@@ -263,6 +281,7 @@ L = torch.zeros(2, 8)
             (L, 1.0),
             {"seed": torch.tensor(0, device="meta")},
         ),
+        (ValueError, r"first_row must be in \[0, 2\^31\), got -1", (L, 1.0), {"first_row": -1}),
         (ValueError, "seed must fit 64 bits, got 18446744073709551616", (L, 1.0), {"seed": 2**64}),
     ],
 )
