@@ -23,7 +23,7 @@ def test_cases_cover_what_was_asked_for():
     assert {c.size[2] for c in cases if c.op == "sparse_attention"} == {64}
     gumbel = [(c.size, c.dtype) for c in cases if c.op == "gumbel_softmax"]
     assert gumbel == [((8192, 8192), d) for d in ("float32", *dtypes)]
-    assert {c.op for c in cases} >= {"formats", "grad_scale", "adam16"}
+    assert {c.op for c in cases} >= {"formats", "grad_scale", "adam16", "powersgd", "block"}
     assert len({c.name for c in cases}) == len(cases) and cases[0].op == "card"
     tiny = all_cases(dry_run=True)
     assert [(c.op, c.kind, c.dtype) for c in tiny] == [(c.op, c.kind, c.dtype) for c in cases]
@@ -54,6 +54,21 @@ def test_goals_of_the_16_bit_ops():
     step = goals.goal_of(Case("adam16", "", "float32", size, 5.0), "step")
     assert step.ratios == {names.ADAMW: 1.6, names.ADAMW8: 1.2}
     assert goals.goal_of(Case("adam16", "", "float16", size, 5.0), "step") is None
+
+
+def test_goals_of_powersgd():
+    numbers = [
+        (case.name, which, goal.number)
+        for case in all_cases(dry_run=False) if case.op == "powersgd"
+        for which in case.passes if (goal := goals.goal_of(case, which)) is not None
+    ]  # fmt: skip
+    assert numbers == [
+        ("powersgd 1 of 3968 x 3968, rank 112", "project", "5a"),
+        ("powersgd 1 of 3968 x 15872, rank 112", "round", "5d"),
+        ("powersgd orthogonalize 1 of 3968, rank 112", "orthogonalize", "5b"),
+        ("powersgd orthogonalize 16 of 3968, rank 112", "orthogonalize", "5b"),
+        ("powersgd orthogonalize 1 of 3968, rank 896", "orthogonalize", "5c"),
+    ]
 
 
 def test_no_goal_where_none_was_set():

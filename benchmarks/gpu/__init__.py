@@ -5,7 +5,8 @@
     cases.py      what is measured, most wanted first
     budget.py     what still fits into the time
     supervise.py  a worker process measures: a kernel that hangs or crashes loses one case
-    worker.py     that process; card.py, attention.py, gumbel.py, sixteen.py measure, bench.py times
+    worker.py     that process; card.py, attention.py, gumbel.py, sixteen.py, powersgd.py and
+                  block.py measure, bench.py times
     goals.py      what we mean to reach; names.py the rivals
     report.py     goal columns, rows as text
 

@@ -67,8 +67,21 @@ GOALS = {  # (op, kind or dtype, pass)
 }
 
 
+POWERSGD = {  # (size, pass)
+    ((3968, 3968, 112, 1), "project"): Goal(
+        "5a", 7.3, 12, {names.MATMUL: 5.0, names.MATMUL_TF32: 1.8}
+    ),
+    ((3968, 112, 1), "orthogonalize"): Goal("5b", 112, 120, {names.QR: 8.0}),
+    ((3968, 112, 16), "orthogonalize"): Goal("5b", 112, 240, {names.QR: 40.0}),
+    ((3968, 896, 1), "orthogonalize"): Goal("5c", 896, 1500, {names.QR: 4.0}),
+    ((3968, 15872, 112, 1), "round"): Goal("5d", 176, 320, {names.HOOK: 8.0}),
+}
+
+
 def goal_of(case: Case, which: str) -> Goal | None:
     """The goal of pass `which` of `case`, for its number of heads; None where there is none."""
+    if case.op == "powersgd":
+        return POWERSGD.get((case.size, which))
     goal = GOALS.get((case.op, case.kind or case.dtype, which))
     if goal is None or case.op != "sparse_attention":
         return goal if case.size in (LOGITS, ELEMENTS) else None

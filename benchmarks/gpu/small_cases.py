@@ -42,7 +42,7 @@ def run(device: str) -> int:
             torch.autograd.grad(out.sample.float().square().sum() + out.kl.sum(), logits)
             count += 1
     for dtype in DTYPES:
-        count += sixteen(device, dtype)
+        count += sixteen(device, dtype) + powersgd(device, dtype)
     if device == "cuda":
         torch.cuda.synchronize()
     return count
@@ -73,6 +73,18 @@ def sixteen(device: str, dtype: torch.dtype) -> int:
         for flag in (False, True):
             optimizer.step(clip_factor=0.5, found_nonfinite=flag)
     return len(ELEMENTS) + 1
+
+
+def powersgd(device: str, dtype: torch.dtype) -> int:
+    """PowerSGD's ops on matrices with ragged ends, several in a launch."""
+    for shapes, rank in ((((65, 130), (7, 300)), 5), (((33, 17),), 17), (((200, 64),), 40)):
+        grads = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+        qs = [torch.randn(n, rank, device=device) for _, n in shapes]
+        errors = [torch.zeros(shape, dtype=torch.int16, device=device) for shape in shapes]
+        ps = dalle_ext.powersgd_compress_(errors, grads, qs)
+        ps = [dalle_ext.orthogonalize(p) if p.shape[0] >= rank else p for p in ps]
+        dalle_ext.powersgd_decompress_(errors, ps, dalle_ext.powersgd_project(errors, ps))
+    return 3
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 
-from gpu import attention, card, gumbel, sixteen
+from gpu import attention, block, card, gumbel, powersgd, sixteen
 from gpu.bench import Bench, cuda_bench, dry_bench, reason
 from gpu.cases import SIXTEEN, Case, all_cases
 
@@ -27,6 +27,8 @@ MEASURE: dict[str, Callable[[Case, Bench], Iterator[dict[str, Any]]]] = {
     "sparse_attention": attention.measure,
     "gumbel_softmax": gumbel.measure,
     **dict.fromkeys(SIXTEEN, sixteen.measure),
+    "powersgd": powersgd.measure,
+    "block": block.measure,
 }
 
 

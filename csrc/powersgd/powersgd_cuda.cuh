@@ -1,9 +1,12 @@
-// CUDA kernels of powersgd and their launch: plain fp32 tiles. No torch here. Not yet measured on a
-// GPU.
+// CUDA kernels of powersgd and their launch: products on the matrix units in tf32 words, exact to
+// float. No torch here. Not yet measured on a GPU.
 //
 // One launch takes up to kMostMatrices matrices, described in the kernel's own arguments. A block
 // makes one tile of one matrix and sums in the order of the depth, so bits do not depend on the
 // grid.
+//
+// A decoded 1-6-9 code has 9 bits of mantissa and so is a tf32 word as it is. A factor is the sum
+// of two such words, high and low, which leaves an error of 2^-22.
 #pragma once
 
 #include "common/vec.cuh"
@@ -12,7 +15,8 @@
 namespace dalle {
 
 constexpr int kPowerThreads = 256, kPowerSide = 16;  // a tile has kPowerSide rows
-constexpr int kPowerWide = 128, kPowerEach = kPowerWide / kPowerSide;
+constexpr int kPowerWide = 128;
+constexpr int kPowerTiles = kPowerWide / 8 / (kPowerThreads / 32);  // 16 x 8, of one warp
 constexpr int kPowerDepth = 64, kSpreadDepth = 32;
 constexpr int kMostMatrices = 40;
 
@@ -37,23 +41,32 @@ __device__ __forceinline__ uint16_t encoded_code(float x) {
   return static_cast<uint16_t>(encode<Format::k169>(__float_as_uint(x), half_ulp));
 }
 
+struct SplitTf32 {
+  uint32_t high, low;
+};
+__device__ __forceinline__ SplitTf32 split_tf32(float x) {
+  const uint32_t high = to_tf32(x);
+  return {high, to_tf32(x - __uint_as_float(high))};
+}
+
 // A tile of kPowerSide rows of E Q (compress), or of E^T P: kPowerSide columns of E (project). The
 // first pass over its part of E adds the gradient; ranks beyond kPowerWide read E again.
 template <bool kProject, typename grad_t>
 __global__ void __launch_bounds__(kPowerThreads)
     powersgd_factor_kernel(PowerGroup group, PowerFactors f) {
   DALLE_SHARED(float, values, [kPowerDepth][kPowerSide + 1]);
-  DALLE_SHARED(float, factors, [kPowerDepth][kPowerWide]);
+  DALLE_SHARED(float, factors, [kPowerDepth][kPowerWide + 8]);  // no two lanes in one bank
   const PowerMatrix& m = matrix_of_tile(group, blockIdx.x);
   const int64_t first = (blockIdx.x - m.tile_begin) * kPowerSide;
   const int64_t lines = kProject ? m.columns : m.rows, depth = kProject ? m.rows : m.columns;
   const int64_t rank = m.rank;
   const float* const other = kProject ? m.left : m.right;
-  const int line = threadIdx.x / kPowerSide, column = threadIdx.x % kPowerSide;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int wide = threadIdx.x / 32 * kPowerTiles * 8;  // first of this warp's columns
   const bool adds = !kProject && !skipped(f);
   const float factor = adds ? gradient_factor(f) : 0.0f;
   for (int64_t begin = 0; begin < rank; begin += kPowerWide) {
-    float sums[kPowerEach] = {};
+    float sums[kPowerTiles][4] = {};
     for (int64_t k0 = 0; k0 < depth; k0 += kPowerDepth) {
       __syncthreads();
       for (int i = threadIdx.x; i < kPowerSide * kPowerDepth; i += kPowerThreads) {
@@ -80,19 +93,27 @@ __global__ void __launch_bounds__(kPowerThreads)
             k0 + k < depth && begin + r < rank ? other[(k0 + k) * rank + begin + r] : 0.0f;
       }
       __syncthreads();
-      for (int k = 0; k < kPowerDepth; ++k) {
-        const float value = values[k][line];
 #pragma unroll
-        for (int c = 0; c < kPowerEach; ++c) {
-          sums[c] += value * factors[k][column + c * kPowerSide];
+      for (int k = 0; k < kPowerDepth; k += 8) {
+        const uint32_t a[] = {
+            __float_as_uint(values[k + t][g]), __float_as_uint(values[k + t][g + 8]),
+            __float_as_uint(values[k + t + 4][g]), __float_as_uint(values[k + t + 4][g + 8])};
+#pragma unroll
+        for (int tile = 0; tile < kPowerTiles; ++tile) {
+          const int r = wide + 8 * tile + g;
+          const SplitTf32 upper = split_tf32(factors[k + t][r]);
+          const SplitTf32 lower = split_tf32(factors[k + t + 4][r]);
+          mma_m16n8k8_tf32(sums[tile], a, {upper.low, lower.low});
+          mma_m16n8k8_tf32(sums[tile], a, {upper.high, lower.high});
         }
       }
     }
     const float inverse = 1.0f / f.error_scale;
 #pragma unroll
-    for (int c = 0; c < kPowerEach; ++c) {
-      const int64_t r = begin + column + c * kPowerSide;
-      if (first + line < lines && r < rank) m.out[(first + line) * rank + r] = sums[c] * inverse;
+    for (int i = 0; i < kPowerTiles * 4; ++i) {
+      const int64_t row = first + g + i % 4 / 2 * 8;
+      const int64_t r = begin + wide + i / 4 * 8 + 2 * t + i % 2;
+      if (row < lines && r < rank) m.out[row * rank + r] = sums[i / 4][i % 4] * inverse;
     }
   }
 }
@@ -100,14 +121,15 @@ __global__ void __launch_bounds__(kPowerThreads)
 // A tile of kPowerSide rows and kPowerWide columns of D = P Q^T, and what is left of E there.
 __global__ void __launch_bounds__(kPowerThreads)
     powersgd_decompress_kernel(PowerGroup group, PowerFactors f) {
-  DALLE_SHARED(float, lefts, [kPowerSide][kSpreadDepth + 1]);
-  DALLE_SHARED(float, rights, [kPowerWide][kSpreadDepth + 1]);
+  DALLE_SHARED(float, lefts, [kPowerSide][kSpreadDepth + 4]);  // no two lanes in one bank
+  DALLE_SHARED(float, rights, [kPowerWide][kSpreadDepth + 4]);
   const PowerMatrix& m = matrix_of_tile(group, blockIdx.x);
   const int64_t across = ceil_div(m.columns, kPowerWide);
   const int64_t tile = blockIdx.x - m.tile_begin;
   const int64_t row = tile / across * kPowerSide, first = tile % across * kPowerWide;
-  const int line = threadIdx.x / kPowerSide, column = threadIdx.x % kPowerSide;
-  float sums[kPowerEach] = {};
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int wide = threadIdx.x / 32 * kPowerTiles * 8;
+  float sums[kPowerTiles][4] = {};
   for (int64_t k0 = 0; k0 < m.rank; k0 += kSpreadDepth) {
     __syncthreads();
     for (int i = threadIdx.x; i < (kPowerSide + kPowerWide) * kSpreadDepth; i += kPowerThreads) {
@@ -123,22 +145,35 @@ __global__ void __launch_bounds__(kPowerThreads)
       }
     }
     __syncthreads();
-    for (int k = 0; k < kSpreadDepth; ++k) {
-      const float value = lefts[line][k];
 #pragma unroll
-      for (int c = 0; c < kPowerEach; ++c) {
-        sums[c] += value * rights[column + c * kPowerSide][k];
+    for (int k = 0; k < kSpreadDepth; k += 8) {
+      uint32_t high[4], low[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const SplitTf32 left = split_tf32(lefts[g + i % 2 * 8][k + t + i / 2 * 4]);
+        high[i] = left.high;
+        low[i] = left.low;
+      }
+#pragma unroll
+      for (int tile = 0; tile < kPowerTiles; ++tile) {
+        const float* const right = rights[wide + 8 * tile + g] + k + t;
+        const SplitTf32 upper = split_tf32(right[0]), lower = split_tf32(right[4]);
+        mma_m16n8k8_tf32(sums[tile], low, {upper.high, lower.high});
+        mma_m16n8k8_tf32(sums[tile], high, {upper.low, lower.low});
+        mma_m16n8k8_tf32(sums[tile], high, {upper.high, lower.high});
       }
     }
   }
   const bool keep = f.feedback == 0.0f || skipped(f);
 #pragma unroll
-  for (int c = 0; c < kPowerEach; ++c) {
-    const int64_t j = first + column + c * kPowerSide;
-    if (row + line >= m.rows || j >= m.columns) continue;
-    const int64_t at = (row + line) * m.columns + j;
-    m.out[at] = sums[c];
-    if (!keep) m.error[at] = encoded_code(decoded_code(m.error[at]) - sums[c] * f.feedback);
+  for (int i = 0; i < kPowerTiles * 4; ++i) {
+    const int64_t line = row + g + i % 4 / 2 * 8;
+    const int64_t j = first + wide + i / 4 * 8 + 2 * t + i % 2;
+    if (line >= m.rows || j >= m.columns) continue;
+    const int64_t at = line * m.columns + j;
+    const float sum = sums[i / 4][i % 4];
+    m.out[at] = sum;
+    if (!keep) m.error[at] = encoded_code(decoded_code(m.error[at]) - sum * f.feedback);
   }
 }
 
