@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dalle.distributed import PowerSGD
 from dalle.prior import Prior
 
-WORDS, BATCH, LR, WARMUP = 64, 2, 5e-4, 30
+WORDS, BATCH, LR, WARMUP = 32, 2, 1e-3, 30
 
 
 def make(width: int, layers: int) -> Prior:
@@ -34,15 +34,16 @@ def make(width: int, layers: int) -> Prior:
 
 
 def batch(step: int, process: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Words at random; a picture's token follows from the one before, a word, and some noise."""
+    """Words at random; the first is a picture's first token, each next one follows from the one
+    before, but for some noise."""
     draw = torch.Generator().manual_seed(1009 * step + process)
-    table = torch.randint(0, WORDS, (WORDS, 8), generator=torch.Generator().manual_seed(1))
+    follows = torch.randperm(WORDS, generator=torch.Generator().manual_seed(1))
     text = torch.randint(0, WORDS, (BATCH, 8), generator=draw)
     tokens = [text[:, 0]]
-    for i in range(1, 24):
+    for _ in range(1, 24):
         noise = torch.randint(0, WORDS, (BATCH,), generator=draw)
-        wanted = table[tokens[-1], text[:, i % 8] % 8]
-        tokens.append(torch.where(torch.rand(BATCH, generator=draw) < 0.1, noise, wanted))
+        wanted = follows[tokens[-1]]
+        tokens.append(torch.where(torch.rand(BATCH, generator=draw) < 0.05, noise, wanted))
     return text, torch.stack(tokens, 1)
 
 
