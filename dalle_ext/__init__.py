@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dalle_ext._native import build_info
 from dalle_ext._switch import use_reference
-from dalle_ext._tensor_table import TensorTable
+from dalle_ext._tensor_table import TensorTable, local_part
 from dalle_ext.images import area_resize
 from dalle_ext.ops.adam16 import AdamW16
 from dalle_ext.ops.formats import Packed, pack, pack_counted, sum_codes, unpack
@@ -27,6 +27,7 @@ __all__ = [
     "area_resize",
     "build_info",
     "gumbel_softmax",
+    "local_part",
     "orthogonalize",
     "pack",
     "pack_counted",

@@ -12,17 +12,25 @@ COLUMNS = 5
 KINDS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.int16: 4}
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a `DTensor`, not a copy; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()  # type: ignore[no-any-return]
+
+
 def flat(op: str, name: str, tensor: Tensor) -> Tensor:
-    """The tensor's memory as (numel,): a view of a dense tensor, in the order of its strides.
+    """The tensor's memory as (numel,): a view of a dense tensor, in the order of its strides; of a
+    `DTensor`, this process's part.
 
     Raises:
         ValueError: the tensor has gaps, or elements that share memory.
     """
+    tensor = local_part(tensor).detach()
     if tensor.is_contiguous():
-        return tensor.detach().view(-1)
+        return tensor.view(-1)
     strides = tensor.stride()
     axes = sorted(range(tensor.dim()), key=lambda d: (-strides[d], -tensor.shape[d]))
-    ordered = tensor.detach().permute(axes)
+    ordered = tensor.permute(axes)
     if not ordered.is_contiguous():
         got = f"shape {tuple(tensor.shape)}, strides {strides}"
         raise ValueError(f"{op}: {name} must fill their memory without gaps, got {got}")

@@ -188,8 +188,9 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
         return expected_pixels(maps[:, :CHANNELS])
 
     def forward(
-        self, images: Tensor, *, tau: float, kl_weight: float, seed: int | Tensor | None = None
-    ) -> DVAEOutput:
+        self, images: Tensor, *, tau: float, kl_weight: float, seed: int | Tensor | None = None,
+        first: int = 0,
+    ) -> DVAEOutput:  # fmt: skip
         """The evidence lower bound of stage 1 (paper Eq. 1 and A.2).
 
         Args:
@@ -197,8 +198,11 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
             tau: temperature of the relaxation, positive.
             kl_weight: beta in the paper's units (6.6 there).
             seed: of the Gumbel noise; None draws one from torch's generator.
+            first: images of a larger batch before these, whose noise these get as its part.
         """
-        relaxed = dalle_ext.gumbel_softmax(self.logits(images), tau, dim=1, seed=seed)
+        logits = self.logits(images)
+        before = first * logits.shape[2] * logits.shape[3]
+        relaxed = dalle_ext.gumbel_softmax(logits, tau, dim=1, seed=seed, first_row=before)
         mu, nll = self.likelihood(images, self.decoder(relaxed.sample))
         positions = relaxed.kl.shape[1] * relaxed.kl.shape[2]
         values = images.shape[1] * images.shape[2] * images.shape[3]

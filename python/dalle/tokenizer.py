@@ -97,8 +97,9 @@ class Tokenizer:
         return cls(bpe)
 
     def encode(
-        self, captions: Sequence[str], length: int, *, dropout: float = 0.0, seed: int = 0
-    ) -> Tensor:
+        self, captions: Sequence[str], length: int, *, dropout: float = 0.0, seed: int = 0,
+        places: Sequence[int] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Encodes captions into slots.
 
         Args:
@@ -107,7 +108,8 @@ class Tokenizer:
                 `truncated`.
             dropout: probability in [0, 1] that a possible merge is passed over, drawn anew at each
                 merge; 0.1 in the paper's training, 0 for sampling.
-            seed: decides the dropout of caption i together with i; unused without dropout.
+            seed: decides a caption's dropout together with its place; unused without dropout.
+            places: of the captions in their batch; 0, 1, ... if left out.
 
         Returns:
             (B, length) int64, unused slots hold PAD = -1.
@@ -122,12 +124,13 @@ class Tokenizer:
         if not 0 <= dropout <= 1:
             raise UsageError(f"tokenizer: dropout must be in [0, 1], got {dropout}")
         texts = [lower(caption) for caption in captions]
+        places = range(len(texts)) if places is None else places
         if dropout == 0:
             rows = [encoding.ids for encoding in self._bpe.encode_batch_fast(texts)]
         else:
             rows = [
                 self._encode_with_dropout(text, dropout, random.Random(f"{seed}/{i}"))
-                for i, text in enumerate(texts)
+                for i, text in zip(places, texts, strict=True)
             ]
         ids = torch.full((len(rows), length), self.PAD, dtype=torch.int64)
         for i, row in enumerate(rows):

@@ -92,9 +92,9 @@ class Spoiled(ArrayPairs):
 def test_bad_pictures_are_skipped_and_counted():
     images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
     pairs = Spoiled("toy", images, list("abcdef"))
-    loaded, kept = load_or_skip(pairs, np.array([0, 1, 4, 3]), lambda image: image + 1)
-    assert kept == [0, 4]
-    assert [int(image[0, 0, 0]) for image in loaded] == [1, 5]
+    loaded, kept = load_or_skip(pairs, np.array([0, 1, 4, 3]), lambda image, place: image + place)
+    assert kept == [0, 2]
+    assert [int(image[0, 0, 0]) for image in loaded] == [0, 6]
     assert pairs.skipped == {"does not decode": 2}
     with pytest.raises(DataError, match="a batch must hold a picture that decodes"):
         load_or_skip(pairs, [1, 3])

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import socket
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import dalle_ext
@@ -25,36 +21,6 @@ from dalle.errors import CheckpointError, UsageError
 from dalle.precision import ResblockScaler
 
 WIDTH, STEPS, WIRE = 32, 12, ("fp32", "1-6-9")
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def process(rank, world, port, calls, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    try:
-        found = {name: body(rank, *arguments) for name, (body, *arguments) in calls.items()}
-        torch.save(found, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def run(world, calls, folder):
-    """By name, what `body(rank, *arguments)` returned in each of `world` processes.
-
-    All calls in the same processes, as most of the time goes into starting them.
-    """
-    # They inherit the path, on which this folder's parent would hide the package `dalle`.
-    tests = Path(__file__).resolve().parents[1]
-    sys.path[:] = [p for p in sys.path if Path(p).resolve() != tests]
-    mp.spawn(process, (world, free_port(), calls, str(folder)), nprocs=world)
-    every = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
-    return {name: [found[name] for found in every] for name in calls}
 
 
 def gradients(rank, count, rows=24, columns=40, inner=None, seed=0):
@@ -184,12 +150,17 @@ def batch(rank, step):
     return tokens, (3 * tokens + 1) % 11
 
 
-def train(net, rank, steps, optimizer):
+def train(net, rank, steps, optimizer, parts=1, sync=None):
+    """`parts` micro-batches an update; `sync(last)` is called before each of several."""
     losses = []
     for step in range(steps):
         tokens, wanted = batch(rank, step)
-        loss = nn.functional.cross_entropy(net(tokens), wanted)
-        loss.backward()
+        for part in range(parts):
+            if sync is not None:
+                sync(part == parts - 1)
+            own = slice(part, None, parts)
+            loss = nn.functional.cross_entropy(net(tokens[own]), wanted[own])
+            (loss / parts).backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -208,17 +179,26 @@ def ddp(rank, options, steps):
     return {"losses": losses, "weights": weights, "names": names}
 
 
-def fsdp(rank, options, steps):
+def fsdp(rank, options, steps, parts=1, way="", mixed=None):
+    """`way`: "at once" never overlaps, "last" exchanges with the last micro-batch only."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    net = model()
+    net, policy = model(), {}
+    if mixed is not None:
+        reduce = getattr(torch, mixed)
+        policy = {"mp_policy": MixedPrecisionPolicy(reduce_dtype=reduce)}
     for layer in (net[1], net[3]):
-        fully_shard(layer, mesh=mesh["shard"])
-    fully_shard(net, mesh=mesh["shard"])
+        fully_shard(layer, mesh=mesh["shard"], **policy)
+    fully_shard(net, mesh=mesh["shard"], **policy)
     psgd = PowerSGD(group=mesh["replicate"].get_group(), **options)
+    if way == "at once":
+        psgd._follow = lambda gradients, _: psgd.compressor.reduce_(gradients, psgd._whole)
     psgd.attach(net)
-    losses = train(net, rank, steps, torch.optim.AdamW(net.parameters(), lr=1e-2))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    sync = net.set_requires_gradient_sync if way == "last" else None
+    losses = train(net, rank, steps, optimizer, parts, sync)
     weights = {name: p.detach().full_tensor() for name, p in net.named_parameters()}
-    return {"losses": losses, "weights": weights, "names": sorted(psgd.compressor.matrices)}
+    names, report = sorted(psgd.compressor.matrices), psgd.report()
+    return {"losses": losses, "weights": weights, "names": names, "report": report}
 
 
 def scaled(rank):
@@ -299,6 +279,8 @@ def four(tmp_path_factory):
     calls = {
         "bits": (reduce_once, {"rank": 2}, 2, None), "plain": (ddp, None, 4),
         "whole": (fsdp, whole, 4), "fsdp": (fsdp, PLAIN, 60),
+        "at once": (fsdp, PLAIN, 60, 1, "at once"), "fp16": (fsdp, PLAIN, 60, 1, "", "float16"),
+        "each": (fsdp, PLAIN, 60, 2), "last": (fsdp, PLAIN, 60, 2, "last"),
     }  # fmt: skip
     return run(4, calls, tmp_path_factory.mktemp("four"))
 
@@ -325,6 +307,26 @@ def test_fsdp2_compresses_shards_between_machines(four):
         for name, weight in found[0]["weights"].items():
             assert torch.equal(weight, other["weights"][name])
     assert last_loss(found) < 0.2 * found[0]["losses"][0]
+
+
+def test_fsdp2_overlaps_and_gives_the_same_bits(four):
+    found, other = four["fsdp"][0], four["at once"][0]
+    assert found["losses"] == other["losses"]
+    for name, weight in found["weights"].items():
+        assert torch.equal(weight, other["weights"][name])
+    assert 0 < found["report"]["waited_seconds"] < found["report"]["seconds"]
+    assert other["report"]["waited_seconds"] == 0
+
+
+@pytest.mark.parametrize("name", ["each", "last", "fp16"])
+def test_micro_batches_and_fp16_reductions_train_too(four, name):
+    """Exchanged with each micro-batch, with the last alone; and where FSDP2 casts and divides."""
+    found = four[name]
+    assert last_loss(found) < 0.2 * found[0]["losses"][0]
+    for other in found[1:]:
+        assert all(torch.equal(w, other["weights"][n]) for n, w in found[0]["weights"].items())
+    waited = found[0]["report"]["waited_seconds"]
+    assert waited == 0 if name == "fp16" else waited > 0
 
 
 def test_fsdp2_with_nothing_compressed_is_data_parallel(four):

@@ -37,6 +37,10 @@ SMALL = PriorTrainConfig(
 
 @pytest.fixture(scope="module")
 def parts():
+    return make_parts()
+
+
+def make_parts():
     """Twelve flat pictures of 8 pixels, a tokenizer, and a dVAE with a 4 x 4 grid."""
     rng = np.random.default_rng(0)
     names = list(COLOURS) * 4
@@ -54,13 +58,13 @@ def parts():
     return tokenizer, vae.eval(), pairs
 
 
-def make_task(parts, config=SMALL, seed=0, **overrides):
+def make_task(parts, config=SMALL, seed=0, cluster=None, **overrides):
     tokenizer, vae, pairs = parts
     torch.manual_seed(seed)
     sizes = {"text_vocab": tokenizer.vocab_size, "image_vocab": 32, "text_len": 4, "grid": (4, 4)}
     sizes |= {"d_model": 32, "num_heads": 2, "num_layers": 2, "kernel_size": 3, "init_gain": 1.0}
     prior = Prior.from_preset("tiny", **(sizes | overrides))
-    return PriorTask(prior, tokenizer, vae, pairs, config, seed=seed)
+    return PriorTask(prior, tokenizer, vae, pairs, config, seed=seed, cluster=cluster)
 
 
 def test_training_learns_which_caption_has_which_picture(parts, tmp_path):
@@ -108,7 +112,7 @@ def test_batches_are_a_function_of_seed_and_step(parts):
         config = replace(SMALL, augment=augment, bpe_dropout=0.5)
         task, again = make_task(parts, config), make_task(parts, config)
         for step in (3, 0):
-            for one, other in zip(task.batch(step), again.batch(step), strict=True):
+            for one, other in zip(task.batch(step)[:2], again.batch(step)[:2], strict=True):
                 assert torch.equal(one, other)
         other = make_task(parts, config, seed=1)
         assert not torch.equal(task.batch(0)[1], other.batch(0)[1])
@@ -117,7 +121,7 @@ def test_batches_are_a_function_of_seed_and_step(parts):
 def test_tokens_are_the_argmax_and_captions_fit(parts):
     tokenizer, vae, pairs = parts
     task = make_task(parts)
-    text, tokens = task.batch(0)
+    text, tokens, _ = task.batch(0)
     chosen = task.sampler.indices(0)
     images = torch.from_numpy(pairs.images[chosen]).permute(0, 3, 1, 2) / 255
     assert torch.equal(tokens, vae.encode(images).flatten(1))

@@ -11,6 +11,7 @@ from torch import nn
 
 from dalle.averaging import IterateAverage
 from dalle.schedules import PlateauHalving, linear_warmup
+from dalle.sharded import local_part
 from dalle.train.checkpoint import task_state
 from dalle.train.loop import LoopConfig, step_seed
 from dalle.train.tree import pack_tree
@@ -36,6 +37,7 @@ class TinyTask:
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.96))
         self.average = IterateAverage(self.model, 0.9, every=2)
+        self.cluster = None
         self.plateau = PlateauHalving(window=2, patience=1, min_delta=0.01)
         self.seed, self.width, self.before, self.batches = seed, width, before, []
 
@@ -76,5 +78,6 @@ def state_hash(task):
     digest = hashlib.sha256(json.dumps(tree).encode())
     for name in sorted(tensors):
         digest.update(name.encode() + str(tensors[name].dtype).encode())
-        digest.update(tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy())
+        part = local_part(tensors[name].detach())
+        digest.update(part.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -61,7 +61,7 @@ class CheckConfig:
 def contact_sheet(pairs: Pairs, count: int, side: int) -> Image.Image:
     """The first pictures with their captions, centre-cropped to `side`, at least 64 pixels each."""
     images, kept = load_or_skip(
-        pairs, range(min(count, len(pairs))), lambda image: center_crop(image, side)
+        pairs, range(min(count, len(pairs))), lambda image, _: center_crop(image, side)
     )
     scale = max(1, -(-96 // side))
     labels = [pairs.captions[i] for i in kept]

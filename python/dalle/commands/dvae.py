@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from dalle.data.images import decode, read_bytes
 from dalle.data.pairs import BUILT_IN, load_or_skip, load_pairs
 from dalle.demo.recipes_dvae import DVAE_RECIPES
 from dalle.devices import pick_device
+from dalle.distributed.cluster import ClusterConfig, join
 from dalle.dvae import PRESETS, DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.files import saving
@@ -24,6 +25,8 @@ from dalle.likelihood import psnr
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
 from dalle.train.loop import LoopConfig
 from dalle.train.loop import train as run_loop
+from dalle.train.metrics import leads
+from dalle.train.run import averaged_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,7 @@ class DvaeTrainCommand:
         log_every, checkpoint_every, picture_every: updates between records.
         resume: auto, none, or the path of a checkpoint.
         deterministic: same bits on every run.
+        cluster: how the processes of torchrun work together.
     """
 
     data: str
@@ -58,6 +62,7 @@ class DvaeTrainCommand:
     picture_every: int = 500
     resume: str = "auto"
     deterministic: bool = False
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,16 +122,19 @@ def train(config: DvaeTrainCommand) -> None:
             f"dvae train: steps must be more than the {train_config.warm_start_steps} of the warm "
             f"start, got {loop.steps}"
         )
-    device = pick_device(config.device)
-    pairs = load_pairs(config.data, image_size=train_config.image_size, seed=config.seed)
-    torch.manual_seed(config.seed)
-    vae = DiscreteVAE(model_config).to(device)
-    task = DvaeTask(vae, pairs, train_config, seed=config.seed)
-    run_loop(task, loop)
-    assert task.average is not None
-    with saving("dvae train", config.out / "model"), task.average.applied():
-        vae.save_pretrained(config.out / "model")
-    print(f"dvae: {loop.steps} updates, model in {config.out / 'model'}")
+    with join(config.cluster, pick_device(config.device)) as cluster:
+        device = pick_device(config.device) if cluster is None else cluster.device
+        pairs = load_pairs(config.data, image_size=train_config.image_size, seed=config.seed)
+        torch.manual_seed(config.seed)
+        vae = DiscreteVAE(model_config).to(device)
+        task = DvaeTask(vae, pairs, train_config, seed=config.seed, cluster=cluster)
+        run_loop(task, loop)
+        with saving("dvae train", config.out / "model"), averaged_model(task) as model:
+            if model is not None:
+                assert isinstance(model, DiscreteVAE)
+                model.save_pretrained(config.out / "model")
+    if leads():
+        print(f"dvae: {loop.steps} updates, model in {config.out / 'model'}")
 
 
 def load_pictures(config: ReconstructCommand, size: int) -> torch.Tensor:

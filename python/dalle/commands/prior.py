@@ -11,6 +11,7 @@ import torch
 from dalle.configs import did_you_mean
 from dalle.data.pairs import load_pairs
 from dalle.devices import pick_device
+from dalle.distributed.cluster import Cluster, ClusterConfig, join
 from dalle.dvae import DiscreteVAE
 from dalle.errors import UsageError
 from dalle.files import saving
@@ -18,8 +19,10 @@ from dalle.prior import Prior
 from dalle.prior_config import PRESETS
 from dalle.tokenizer import Tokenizer
 from dalle.train.loop import LoopConfig, train
+from dalle.train.metrics import leads, say
 from dalle.train.prior import PriorTask
 from dalle.train.prior_recipe import PriorTrainConfig
+from dalle.train.run import averaged_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,7 @@ class PriorCommandConfig:
         log_every, checkpoint_every, picture_every: updates between records, checkpoints, pictures.
         deterministic: same bits on every run.
         recipe: the training recipe; the defaults are the paper's.
+        cluster: how the processes of torchrun work together.
     """
 
     data: str
@@ -66,6 +70,7 @@ class PriorCommandConfig:
     picture_every: int = 500
     deterministic: bool = False
     recipe: PriorTrainConfig = field(default_factory=PriorTrainConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -77,7 +82,12 @@ class PriorCommandConfig:
 
 def train_command(config: PriorCommandConfig) -> None:
     """Trains, saves the averaged weights, and says where."""
-    device = pick_device(config.device)
+    with join(config.cluster, pick_device(config.device)) as cluster:
+        _train(config, cluster)
+
+
+def _train(config: PriorCommandConfig, cluster: Cluster | None) -> None:
+    device = pick_device(config.device) if cluster is None else cluster.device
     tokenizer = Tokenizer.from_pretrained(config.tokenizer)
     vae = DiscreteVAE.from_pretrained(config.vae).to(device)
     pairs = load_pairs(config.data, image_size=config.image_size, seed=config.seed)
@@ -96,7 +106,7 @@ def train_command(config: PriorCommandConfig) -> None:
         sizes["checkpointing"] = True
     torch.manual_seed(config.seed)
     prior = Prior.from_preset(config.preset, **sizes).to(device)
-    task = PriorTask(prior, tokenizer, vae, pairs, config.recipe, seed=config.seed)
+    task = PriorTask(prior, tokenizer, vae, pairs, config.recipe, seed=config.seed, cluster=cluster)
     loop = LoopConfig(
         out=config.out,
         steps=config.steps,
@@ -108,7 +118,11 @@ def train_command(config: PriorCommandConfig) -> None:
         deterministic=config.deterministic,
     )
     result = train(task, loop)
-    assert task.average is not None
-    with saving("prior train", config.out / "prior"), task.average.applied():
-        prior.save_pretrained(config.out / "prior")
-    print(f"prior train: {result.step} updates, weights in {config.out / 'prior'}")
+    with saving("prior train", config.out / "prior"), averaged_model(task) as model:
+        if model is not None:
+            assert isinstance(model, Prior)
+            model.save_pretrained(config.out / "prior")
+    if cluster is not None and cluster.psgd is not None:
+        say(f"prior train: PowerSGD: {cluster.psgd.report()['advice']}")
+    if leads():
+        print(f"prior train: {result.step} updates, weights in {config.out / 'prior'}")

@@ -115,34 +115,34 @@ def load_pairs(spec: str, *, image_size: int, split: str = "train", seed: int = 
 def load_or_skip(
     pairs: Pairs,
     indices: Sequence[int] | np.ndarray,
-    transform: Callable[[np.ndarray], np.ndarray] | None = None,
+    transform: Callable[[np.ndarray, int], np.ndarray] | None = None,
 ) -> tuple[list[np.ndarray], list[int]]:
     """Loads pictures; one that does not decode is counted in `pairs.skipped` and left out.
 
     Args:
         pairs: where from.
         indices: which.
-        transform: applied to each picture, in the order of `indices`.
+        transform: applied to each picture and its place in `indices`, in that order.
 
     Returns:
-        The pictures, and the indices they belong to. Both may be shorter than `indices`.
+        The pictures, and their places in `indices`. Both may be shorter than `indices`.
 
     Raises:
         DataError: not one of them decodes.
     """
-    images, kept, reason = [], [], ""
-    for i in (int(index) for index in indices):
+    images, places, reason = [], [], ""
+    for place, i in enumerate(indices):
         try:
-            image = pairs.load(i)
+            image = pairs.load(int(i))
         except DataError as error:
             reason = str(error)
             pairs.skipped["does not decode"] += 1
             continue
-        images.append(image if transform is None else transform(image))
-        kept.append(i)
+        images.append(image if transform is None else transform(image, place))
+        places.append(place)
     if not images and len(indices):
         raise DataError(f"{pairs.name}: a batch must hold a picture that decodes, got {reason}")
-    return images, kept
+    return images, places
 
 
 class BatchSampler:

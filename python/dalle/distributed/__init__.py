@@ -1,5 +1,13 @@
 """Training over many machines (paper section 2.5, appendix E)."""
 
-from dalle.distributed.hooks import PowerSGD
+from typing import Any
 
 __all__ = ["PowerSGD"]
+
+
+def __getattr__(name: str) -> Any:  # a run on one process does not import FSDP2
+    if name == "PowerSGD":
+        from dalle.distributed.hooks import PowerSGD
+
+        return PowerSGD
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

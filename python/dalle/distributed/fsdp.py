@@ -11,17 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from dalle.errors import UsageError
 
 
-def _parameters(part: FSDPModule) -> list[Any]:
+def _groups(part: FSDPModule) -> list[Any]:
     state = part._get_fsdp_state()  # type: ignore[operator]
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:
         group = state._fsdp_param_group
         groups = [] if group is None else [group]
-    return [p for group in groups for p in group.fsdp_params if p.sharded_param.requires_grad]
+    return list(groups)
+
+
+def _parameters(part: FSDPModule) -> list[Any]:
+    params = [p for group in _groups(part) for p in group.fsdp_params]
+    return [p for p in params if p.sharded_param.requires_grad]
 
 
 def sharded_parameters(part: FSDPModule) -> list[Tensor]:
@@ -44,3 +50,29 @@ def parameter_gradients(part: FSDPModule, flat: Tensor) -> list[tuple[Tensor, Te
     if flat.device.type == "cuda":  # until torch 2.15 nothing else keeps it for this stream
         flat.record_stream(torch.cuda.current_stream())
     return found
+
+
+def can_follow(part: FSDPModule, flat: Tensor) -> bool:
+    """Whether the buffer may be changed until the backward pass ends: gradients will be its views.
+
+    They are copies where FSDP2 casts, adds to gradients that are there, or divides once more (in
+    fp16, and where it is told by what). On a GPU the stream is asynchronous without this.
+    """
+    if flat.device.type != "cpu" or flat.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    told = any(
+        g.gradient_divide_factor is not None or g.force_sum_reduction_for_comms
+        for g in _groups(part)
+    )
+    params = sharded_parameters(part)
+    return not told and all(p.dtype == flat.dtype and p.grad is None for p in params)
+
+
+def as_shard(param: Tensor | None, part: Tensor) -> Tensor:
+    """This process's part of something shaped like the parameter, which may be a `DTensor`."""
+    if not isinstance(param, DTensor):
+        return part
+    return DTensor.from_local(
+        part.view(param.to_local().shape), param.device_mesh, param.placements, run_check=False,
+        shape=param.shape, stride=param.stride(),
+    )  # fmt: skip

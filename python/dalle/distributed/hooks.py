@@ -5,6 +5,7 @@
 import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,10 +15,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from dalle.distributed.fsdp import parameter_gradients, sharded_parameters
+from dalle.distributed.fsdp import (
+    as_shard,
+    can_follow,
+    parameter_gradients,
+    sharded_parameters,
+)
 from dalle.distributed.powersgd import Compressor, Gradient
 from dalle.errors import UsageError
 from dalle.precision import ResblockScaler
+from dalle.sharded import local_part
 
 
 class PowerSGD:
@@ -31,8 +38,8 @@ class PowerSGD:
     and exchanges them with the same-ordinal processes of the other machines; with DDP the group is
     that of the model. `ddp_model.register_comm_hook(psgd, PowerSGD.ddp_hook)` does the same as
     `attach`, but knows no names of parameters. Gradients come out averaged over the group, NaN
-    where any process had an Inf or NaN. With DDP on the CPU the exchange overlaps with the rest of
-    the backward pass.
+    where any process had an Inf or NaN. On the CPU the exchange overlaps with the rest of the
+    backward pass; with FSDP2 where gradients are reduced in their parameters' dtype.
 
     Args:
         rank: columns of the factors of each matrix (each shard).
@@ -65,8 +72,11 @@ class PowerSGD:
             eps=eps, seed=seed, scaler=scaler)  # fmt: skip
         self._exclude = {id(p) for p in exclude}
         self._names: dict[int, str] = {}
+        self._params: dict[str, Tensor] = {}
         self._whole: set[str] = set()
         self._thread: _InOrder | None = None
+        self._following: list[torch.futures.Future[Tensor]] = []
+        self._waited = 0.0
 
     def attach(self, model: nn.Module) -> None:
         """Registers the hook of a DDP model, or of every FSDP2 module inside the model."""
@@ -88,7 +98,7 @@ class PowerSGD:
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         shapes = []
         for name, param in model.named_parameters():
-            self._names[id(param)] = name
+            self._names[id(param)], self._params[name] = name, param
             if id(param) in self._exclude | embeddings:
                 self._whole.add(name)
             elif param.requires_grad:
@@ -130,25 +140,44 @@ class PowerSGD:
 
     def _fsdp_hook(self, part: FSDPModule) -> Callable[[Tensor], None]:
         def hook(flat: Tensor) -> None:
-            gradients = [
-                Gradient(self._names[id(param)], grad)
-                for param, grad in parameter_gradients(part, flat)
-            ]
-            self.compressor.reduce_(gradients, self._whole)
+            gradients = [self._gradient(p, grad) for p, grad in parameter_gradients(part, flat)]
+            if can_follow(part, flat):  # what the optimizer will read is this buffer
+                self._follow(gradients, flat)
+            else:
+                self.compressor.reduce_(gradients, self._whole)
 
         for param in sharded_parameters(part):
             if id(param) not in self._names:
                 raise UsageError("PowerSGD: parameters must be of the model, got one that is not")
         return hook
 
+    def _follow(self, gradients: list[Gradient], flat: Tensor) -> None:
+        """Reduces in the thread while the backward pass goes on; its end waits for the thread."""
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        if self._thread is None:
+            self._thread = _InOrder()
+        if not self._following:  # the first of this backward pass
+            torch.autograd.Variable._execution_engine.queue_callback(self._wait)
+        self._following.append(future)
+        self._thread.put(lambda: self.compressor.reduce_(gradients, self._whole), future, flat)
+
+    def _wait(self) -> None:
+        following, self._following = self._following, []
+        begin = time.perf_counter()
+        for future in following:
+            future.wait()
+        self._waited += time.perf_counter() - begin
+
     def report(self) -> dict[str, Any]:
         """What this process sent and what it cost since the start.
 
         Returns:
             bytes_sent, bytes_uncompressed (all gradients in fp32, ring all-reduce), compression
-            (their ratio), seconds (in all; with overlap not all of them are waited for),
-            exchange_seconds (of them in collectives), reconstruction_error (norm of what the
-            buffers kept over the norm of what they held, each where it was last sampled),
+            (their ratio), seconds (in all), waited_seconds (of them after the backward pass, with
+            FSDP2 on the CPU; the others were hidden behind it),
+            exchange_seconds (of them in collectives), reconstruction_error (the part of what this
+            process's buffers held that the factors cannot express, 0 to 1, by norms, each where it
+            was last sampled),
             saturated and flushed (elements of P and Q that 1-6-9 could not hold; counted on the
             CPU), advice (one line).
         """
@@ -164,6 +193,7 @@ class PowerSGD:
             "bytes_uncompressed": whole,
             "compression": whole / sent if sent else math.nan,
             "seconds": c.seconds,
+            "waited_seconds": self._waited,
             "exchange_seconds": c.exchange_seconds,
             "reconstruction_error": math.sqrt(kept / held) if held else math.nan,
             "saturated": c.traffic.saturated,
@@ -172,12 +202,19 @@ class PowerSGD:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The error buffers (collective; every process returns the same)."""
-        return self.compressor.state_dict()
+        """The error buffers, averaged over the group, and equal on it from here on. Collective.
+
+        With FSDP2 each is a `DTensor` like its parameter, of which a process holds its part.
+        """
+        state = self.compressor.state_dict()
+        errors = {name: as_shard(self._params.get(name), e) for name, e in state["errors"].items()}
+        return {**state, "errors": errors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The buffers of `state_dict`, of this or another number of processes."""
-        self.compressor.load_state_dict(state)
+        given = state.get("errors", {})
+        errors = {name: local_part(error).flatten(1) for name, error in given.items()}
+        self.compressor.load_state_dict({**state, "errors": errors})
 
 
 class _InOrder:

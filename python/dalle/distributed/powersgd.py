@@ -78,7 +78,8 @@ class Compressor:
         self.traffic, self.exchange_seconds, self.seconds = Traffic(), 0.0, 0.0
         self.uncompressed_bytes = self.calls = 0
         self._agreed: set[tuple[str, ...]] = set()
-        # By the matrices of a call: calls so far; and squares of what the buffers kept and held.
+        # By the matrices of a call: calls so far; and squares of what P left out of the buffers,
+        # and of what they held.
         self._seen: dict[tuple[str, ...], int] = {}
         self.squares: dict[tuple[str, ...], tuple[float, float]] = {}
         self._loaded: dict[str, Tensor] = {}
@@ -121,6 +122,7 @@ class Compressor:
         qs = dalle_ext.powersgd_project(
             [m.error for m in matrices], ps, error_scale=self.error_scale
         ) if ps else []  # fmt: skip
+        self._sample(matrices, qs)
         self._exchange(qs)
         machines = 1 if self.average else self.world
         if self.average:
@@ -173,27 +175,27 @@ class Compressor:
             errors, ps, qs, machines=machines, error_scale=self.error_scale, skip=flag,
             feedback=self.error_feedback)  # fmt: skip
         scale, bad = self._scale(packed[0].block), torch.where(flag > 0, math.nan, 0.0)
-        key = tuple(m.name for m in own)
-        unknown = self.squares.get(key, (0.0, 0.0))[1] == 0  # the first gradients may be zeros
-        if self._seen.setdefault(key, 0) % SAMPLE_EVERY == 0 or unknown:
-            self._sample(key, errors, sums, machines)
-        self._seen[key] += 1
         for gradient, total, error in zip(packed, sums, errors, strict=True):
             total = total + bad if scale is None else total * scale + bad
             gradient.grad.copy_(total.view_as(gradient.grad))
             if not self.error_feedback:
                 error.zero_()
 
-    def _sample(
-        self, key: tuple[str, ...], errors: list[Tensor], sums: list[Tensor], machines: int
-    ) -> None:
-        """Squares of what the buffers keep, and of what they held before it was handed out."""
-        kept_squares = all_squares = 0.0
-        for error, total in zip(errors, sums, strict=True):
-            kept = dalle_ext.unpack(error, "1-6-9") / self.error_scale
-            kept_squares += float(kept.square().sum())
-            all_squares += float((kept + total / machines).square().sum())
-        self.squares[key] = kept_squares, all_squares
+    def _sample(self, matrices: list[Matrix], qs: list[Tensor]) -> None:
+        """Now and then, squares of what the buffers hold, and of what P's span leaves out of it.
+
+        `qs` are this process's own E^T P; P's columns are orthonormal.
+        """
+        key = tuple(m.name for m in matrices)
+        unknown = self.squares.get(key, (0.0, 0.0))[1] == 0  # the first gradients may be zeros
+        due = self._seen.setdefault(key, 0) % SAMPLE_EVERY == 0 or unknown
+        self._seen[key] += 1
+        if not due:
+            return
+        held = [dalle_ext.unpack(m.error, "1-6-9") / self.error_scale for m in matrices]
+        whole = sum(float(e.square().sum()) for e in held)
+        inside = sum(float(q.square().sum()) for q in qs)
+        self.squares[key] = max(whole - inside, 0.0), whole
 
     def _exchange(self, tensors: list[Tensor], whole: bool = False) -> None:
         begin = time.perf_counter()

@@ -11,6 +11,8 @@ from torch import Tensor
 import dalle_ext
 
 WIRES = ("1-6-9", "fp32")
+# Its name since torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass
@@ -51,7 +53,7 @@ def sum_codes_(tensors: list[Tensor], group: dist.ProcessGroup | None, traffic: 
     dist.all_to_all_single(theirs.view(torch.bfloat16), codes.view(torch.bfloat16), group=group)
     total = dalle_ext.sum_codes(theirs.view(world, part), "1-6-9")
     gathered = codes.view(torch.bfloat16)
-    dist.all_gather_into_tensor(gathered, total.codes.view(torch.bfloat16), group=group)
+    _all_gather(gathered, total.codes.view(torch.bfloat16), group=group)
     counts = (packed.counts + total.counts).tolist() if flat.device.type == "cpu" else (0, 0)
     traffic.saturated += int(counts[0])
     traffic.flushed += int(counts[1])

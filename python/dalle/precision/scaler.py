@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import dalle_ext
 from dalle.errors import CheckpointError, UsageError
 from dalle.precision.ends import BINS, COUNTS, BlockEnds
+from dalle.sharded import local_part, over_shards
 
 Block = nn.Module | Sequence[nn.Module]
 
@@ -132,14 +133,15 @@ class ResblockScaler:
         fused = isinstance(optimizer, dalle_ext.AdamW16)
         rest = len(self)
         groups = [self.groups.get(p, rest) for p in params]
-        grads = [p.grad for p in params if p.grad is not None]
+        grads = [local_part(p.grad) for p in params if p.grad is not None]
         if not fused:
             _check_fp32(params, optimizer)
         stats = dalle_ext.unscale_gradients_(grads, self.scales, groups, check_only=fused)
-        skipped = stats.found_nonfinite
+        norm, nonfinite = over_shards(params, stats.norm, stats.nonfinite)
+        skipped = nonfinite.sum() > 0
         factor = None
         if clip_norm is not None:
-            factor = (clip_norm / stats.norm.clamp_min(clip_norm)).float()
+            factor = (clip_norm / norm.clamp_min(clip_norm)).float()
         if isinstance(optimizer, dalle_ext.AdamW16):
             where = dict(zip(params, groups, strict=True))
             optimizer.step(
@@ -149,9 +151,9 @@ class ResblockScaler:
             if factor is not None:
                 torch._foreach_mul_(grads, factor)
             optimizer.step()
-        self._update_scales(stats.nonfinite)
-        self._skips += torch.stack([skipped.double(), torch.ones_like(stats.norm)])
-        return ScalerStep(stats.norm, stats.nonfinite, skipped)
+        self._update_scales(nonfinite)
+        self._skips += torch.stack([skipped.double(), torch.ones_like(norm)])
+        return ScalerStep(norm, nonfinite, skipped)
 
     def _update_scales(self, nonfinite: Tensor) -> None:
         count = len(self)

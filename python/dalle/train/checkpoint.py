@@ -9,6 +9,8 @@ the highest number. Old ones are pruned only after the new one is there.
       model.safetensors  optimizer.safetensors  average.safetensors  rng.safetensors
       state.json       the task's own state; for the other files, what is not a tensor
       manifest.json    format, step, versions, the task's description, hashes
+
+A checkpoint of many processes (`checkpoint_shards`) has `shards/` in place of the first three.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +38,10 @@ if TYPE_CHECKING:
     from dalle.train.loop import Task
 
 FORMAT = 1
+SHARDS = "shards"
 MANIFEST = "manifest.json"
 STATE = "state.json"
+ALL = slice(None)
 _NAME = re.compile(r"step-(\d{8,})")
 _STALE = re.compile(r"step-\d{8,}\.tmp-[0-9a-f]+")
 
@@ -69,12 +74,15 @@ def remove_stale(root: Path) -> list[Path]:
 
 def task_state(task: Task) -> dict[str, Any]:
     """Everything a checkpoint holds besides the model's weights."""
-    return {
+    state = {
         "optimizer": task.optimizer.state_dict(),
         "average": None if task.average is None else task.average.state_dict(),
         "rng": rng_state(),
         "task": task.state(),
     }
+    if task.cluster is not None and task.cluster.psgd is not None:
+        state["powersgd"] = task.cluster.psgd.state_dict()
+    return state
 
 
 def save_checkpoint(task: Task, root: Path, step: int, *, keep: int = 3) -> Path:
@@ -84,17 +92,28 @@ def save_checkpoint(task: Task, root: Path, step: int, *, keep: int = 3) -> Path
         OSError: if the disk is full, not writable or failing; older checkpoints are untouched.
         CheckpointError: if what was written does not read back.
     """
+    if task.cluster is not None:
+        from dalle.train import checkpoint_shards
+
+        return checkpoint_shards.save(task, task.cluster, root, step, keep=keep)
     final = root / checkpoint_name(step)
     temporary = temporary_name(final)
     try:
         os.mkdir(temporary)
         _write_files(task, temporary, step)
-        sync_folder(temporary)
-        read_manifest(temporary)
-        os.rename(temporary, final)
+        publish(temporary, final, keep)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    return final
+
+
+def publish(temporary: Path, final: Path, keep: int, part: slice = ALL) -> None:
+    """Verifies `part` of a written checkpoint's files, gives it its name, prunes to `keep`."""
+    sync_folder(temporary)
+    read_manifest(temporary, part)
+    os.rename(temporary, final)
+    root = final.parent
     sync_folder(root)
     with contextlib.suppress(OSError):  # the new one is safe; the next save prunes again
         for old in checkpoints(root)[:-keep]:
@@ -102,7 +121,6 @@ def save_checkpoint(task: Task, root: Path, step: int, *, keep: int = 3) -> Path
             os.rename(old, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
     remove_stale(root)
-    return final
 
 
 def _write_files(task: Task, folder: Path, step: int) -> None:
@@ -116,10 +134,19 @@ def _write_files(task: Task, folder: Path, step: int) -> None:
     for name, tensors in groups.items():
         write_synced(folder / f"{name}.safetensors", tensors_to_bytes(tensors))
     write_synced(folder / STATE, to_json(state))
-    files = {
-        path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.iterdir())
+    write_manifest(task, folder, step, hashes(folder, folder.iterdir()))
+
+
+def hashes(folder: Path, paths: Iterable[Path]) -> dict[str, Any]:
+    """What the manifest says of files in `folder`."""
+    return {
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(paths)
     }
+
+
+def write_manifest(task: Task, folder: Path, step: int, files: dict[str, Any]) -> None:
+    """Completes a checkpoint's folder."""
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -140,8 +167,8 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(to_json(manifest)).hexdigest()
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every byte was verified.
+def read_manifest(path: Path, part: slice = ALL) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every byte was verified, or that of `part` of its files.
 
     Raises:
         CheckpointError: in one line naming the file that is missing, truncated or altered.
@@ -155,7 +182,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{where}: {MANIFEST} must match its SHA-256, got other bytes")
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{where}: format must be {FORMAT}, got {manifest['format']}")
-        for name, expected in manifest["files"].items():
+        for name, expected in list(manifest["files"].items())[part]:
             file = path / name
             if file.stat().st_size != expected["bytes"]:
                 raise CheckpointError(
@@ -181,7 +208,24 @@ def load_checkpoint(task: Task, path: Path) -> int:
         CheckpointError: if it is damaged, or of another task or description (the line names the
             first key that differs, and both values); in these cases `task` is untouched.
     """
+    if task.cluster is not None or (path / SHARDS).is_dir():
+        from dalle.train import checkpoint_shards
+
+        return checkpoint_shards.load(task, task.cluster, path)
     manifest = read_manifest(path)
+    state = check_fits(task, manifest, path)
+    groups = {}
+    for name in ("model", "optimizer", "average", "rng"):
+        file = path / f"{name}.safetensors"
+        groups[name] = tensors_from_bytes(file.read_bytes(), file)
+    load_tensors(task.model, groups["model"], f"checkpoint {path}: model.safetensors")
+    restore(task, state, groups["optimizer"] | groups["average"], path)
+    set_rng_state(unpack_tree(state["rng"], groups["rng"]))
+    return int(manifest["step"])
+
+
+def check_fits(task: Task, manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The packed state of a checkpoint of this training. Raises CheckpointError for another's."""
     where = f"checkpoint {path}"
     if manifest["task"] != task.name:
         raise CheckpointError(f"{where}: task must be {task.name}, got {manifest['task']}")
@@ -191,26 +235,25 @@ def load_checkpoint(task: Task, path: Path) -> int:
         raise CheckpointError(
             f"{where}: {key} must be {json.dumps(mine)} as in this run, got {json.dumps(theirs)}"
         )
-    state = read_json(path / STATE, CheckpointError)
-    groups = {}
-    for name in ("model", "optimizer", "average", "rng"):
-        file = path / f"{name}.safetensors"
-        groups[name] = tensors_from_bytes(file.read_bytes(), file)
+    state: dict[str, Any] = read_json(path / STATE, CheckpointError)
     if (state["average"] is None) != (task.average is None):
         raise CheckpointError(
             f"{where}: average must be there or not as in this run, got otherwise"
         )
-    load_tensors(task.model, groups["model"], f"{where}: model.safetensors")
+    return state
+
+
+def restore(task: Task, state: dict[str, Any], tensors: dict[str, Any], path: Path) -> None:
+    """Puts the packed state into `task`, all but the model's weights and the generators."""
+    where = f"checkpoint {path}"
     try:
-        task.optimizer.load_state_dict(unpack_tree(state["optimizer"], groups["optimizer"]))
+        task.optimizer.load_state_dict(unpack_tree(state["optimizer"], tensors))
     except (KeyError, ValueError) as problem:
         reason = str(problem).splitlines()[0]
         raise CheckpointError(f"{where}: optimizer must fit this run's, got: {reason}") from problem
     if task.average is not None:
-        task.average.load_state_dict(unpack_tree(state["average"], groups["average"]))
+        task.average.load_state_dict(unpack_tree(state["average"], tensors))
     task.load_state(unpack_tree(state["task"], {}))
-    set_rng_state(unpack_tree(state["rng"], groups["rng"]))
-    return int(manifest["step"])
 
 
 def first_difference(mine: Any, theirs: Any, key: str = "") -> tuple[str, Any, Any] | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,12 +16,17 @@ from dalle.configs import require, require_adamw, to_dict
 from dalle.data.augment import center_crop, dvae_crop, to_tensor
 from dalle.data.pairs import BatchSampler, Pairs, load_or_skip
 from dalle.dvae import DiscreteVAE
+from dalle.dvae_blocks import Block, PatchBlock
 from dalle.errors import UsageError
 from dalle.likelihood import expected_pixels, map_pixels, psnr
 from dalle.schedules import cosine_ramp
 from dalle.train.loop import step_seed
 from dalle.train.metrics import say
+from dalle.train.run import averaged_model, whole
 from dalle.train.update import update
+
+if TYPE_CHECKING:
+    from dalle.distributed.cluster import Cluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,8 @@ class DvaeTask:
         pairs: pictures; their captions are not used.
         config: the recipe.
         seed: of the batches, crops, noise and the codebook.
+        cluster: the processes that train together, each with the same arguments; a batch is shared
+            out, the model too. The losses do not depend on how many there are.
 
     Raises:
         UsageError: sizes that do not fit, or a warm start without the patch stem.
@@ -104,14 +110,18 @@ class DvaeTask:
     name = "dvae"
 
     def __init__(
-        self, vae: DiscreteVAE, pairs: Pairs, config: DvaeTrainConfig, *, seed: int = 0
-    ) -> None:
+        self, vae: DiscreteVAE, pairs: Pairs, config: DvaeTrainConfig, *, seed: int = 0,
+        cluster: Cluster | None = None,
+    ) -> None:  # fmt: skip
         vae.grid(config.image_size)
         if config.warm_start_steps and vae.config.stem != "patch":
             raise UsageError(
                 f"dvae train: stem must be 'patch' for a warm start, got {vae.config.stem!r}"
             )
         self.model, self.pairs, self.config, self.seed = vae, pairs, config, seed
+        self.cluster, self.device = cluster, next(vae.parameters()).device
+        if cluster is not None:
+            self._share_out(cluster)
         self.sampler = BatchSampler(len(pairs), config.batch_size, seed)
         self.optimizer = torch.optim.AdamW(
             vae.parameters(),
@@ -134,68 +144,81 @@ class DvaeTask:
         model, recipe = to_dict(self.model.config), to_dict(self.config)
         return {"model": model, "train": recipe, "data": data, "seed": self.seed}
 
-    def images(self, indices: np.ndarray, step: int | None) -> Tensor:
-        """(B, 3, S, S) in [0, 1]; augmented with the randomness of `step`, or cropped for None."""
+    def images(self, indices: np.ndarray, step: int | None, first: int = 0) -> Tensor:
+        """(B, 3, S, S) in [0, 1]; cropped to the centre if `step` is None.
+
+        Otherwise augmented with the randomness of `step` and the place in the batch, which begins
+        at `first`.
+        """
         size = self.config.image_size
-        if step is None or self.config.augment == "none":
-            return to_tensor(load_or_skip(self.pairs, indices, lambda x: center_crop(x, size))[0])
-        rng = np.random.default_rng(step_seed(self.seed, step, 1))
-        return to_tensor(load_or_skip(self.pairs, indices, lambda x: dvae_crop(x, size, rng))[0])
+
+        def crop(image: np.ndarray, place: int) -> np.ndarray:
+            if step is None or self.config.augment == "none":
+                return center_crop(image, size)
+            rng = np.random.default_rng(step_seed(self.seed, step, 1, first + place))
+            return dvae_crop(image, size, rng)
+
+        return to_tensor(load_or_skip(self.pairs, indices, crop)[0]).to(self.device)
+
+    def batch(self, step: int) -> Tensor:
+        """This process's part of the pictures of update `step`, (B, 3, S, S) in [0, 1]."""
+        part = self.part()
+        return self.images(self.sampler.indices(step)[part], step, part.start)
+
+    def part(self) -> slice:
+        """Where in a batch this process's pictures are."""
+        size = self.config.batch_size
+        return slice(0, size) if self.cluster is None else self.cluster.part(size)
 
     def train_step(self, step: int) -> dict[str, float | Tensor]:
         """One update; before the codebook exists the codes are continuous."""
         c = self.config
-        images = self.images(self.sampler.indices(step), step)
-        images = images.to(next(self.model.parameters()).device)
+        images = self.batch(step)
+        share = 1.0 if self.cluster is None else self.cluster.share(len(images))
         if step < c.warm_start_steps:
             mu, loss = self.model.autoencode(images)
             if c.distortion == "mse":
                 loss = self._mse(images, mu)
             lr = cosine_ramp(step, c.warm_start_lr, c.warm_start_lr / 10, c.warm_start_steps)
             again = partial(self.model.autoencode, images)
-            grad_norm = update(self, loss, step, lr=lr, forward=again)
-            return {"loss": loss.detach(), "grad_norm": grad_norm, **self._psnr(images, mu)}
+            grad_norm = update(self, loss * share, step, lr=lr, forward=again)
+            return self._of_all(
+                share, {"loss": loss, "psnr": self._psnr(images, mu)}, {"grad_norm": grad_norm}
+            )
         if step == c.warm_start_steps and c.warm_start_steps:
             self._make_codebook()
         done = step - c.warm_start_steps
         tau = cosine_ramp(done, c.tau_start, c.tau_end, c.tau_steps)
         kl_weight = cosine_ramp(done, 0.0, c.kl_weight, c.kl_steps)
-        seed = step_seed(self.seed, step, 2)
-        forward = partial(self.model, images, tau=tau, kl_weight=kl_weight, seed=seed)
+        seed, first = step_seed(self.seed, step, 2), self.part().start
+        forward = partial(self.model, images, tau=tau, kl_weight=kl_weight, seed=seed, first=first)
         out = forward()
         loss = out.loss
         if c.distortion == "mse":
             loss = self._mse(images, out.mu) + (out.loss - out.nll)
         lr = cosine_ramp(done, c.lr_start, c.lr_end, c.lr_steps)
-        grad_norm = update(self, loss, step, lr=lr, forward=forward)
+        grad_norm = update(self, loss * share, step, lr=lr, forward=forward)
         self._count(out.index, step)
-        return {
-            "loss": loss.detach(),
-            "nll": out.nll.detach(),
-            "kl": out.kl.detach(),
-            "tau": tau,
-            "kl_weight": kl_weight,
-            "grad_norm": grad_norm,
-            "images": len(images),
-            **self._psnr(images, out.mu),
-            **self.health,
-        }
+        means = {"loss": loss, "nll": out.nll, "kl": out.kl, "psnr": self._psnr(images, out.mu)}
+        same = {"tau": tau, "kl_weight": kl_weight, "grad_norm": grad_norm, **self.health}
+        return self._of_all(share, means, {**same, "images": len(images)})
 
     def pictures(self, step: int) -> dict[str, Tensor]:
         """Eight training pictures above their reconstructions with the averaged weights."""
         images = self.images(np.arange(min(8, len(self.pairs))), None)
-        images = images.to(next(self.model.parameters()).device)
-        averaged = self.average if step > self.config.warm_start_steps else None
-        with averaged.applied() if averaged is not None else nullcontext():
-            both = (images, self.reconstruct(images, step))
+        with averaged_model(self, step > self.config.warm_start_steps) as model:
+            if model is None:
+                return {}
+            assert isinstance(model, DiscreteVAE)
+            both = (images, self.reconstruct(model, images, step))
         return {"reconstructions": torch.cat([torch.cat(list(row), 2) for row in both], 1)}
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, step: int) -> Tensor:
+    def reconstruct(self, model: DiscreteVAE, images: Tensor, step: int) -> Tensor:
         """Through the codes, or through the continuous ones where there are no codes yet."""
         if step <= self.config.warm_start_steps and self.config.warm_start_steps:
-            return expected_pixels(self.model.autoencode(images)[0])
-        return self.model.decode(self.model.encode(images))
+            return expected_pixels(model.autoencode(images)[0])
+        return model.decode(model.encode(images))
 
     def state(self) -> dict[str, Any]:
         """The code counts of the window that is open, and the last window's health."""
@@ -211,15 +234,17 @@ class DvaeTask:
     def _make_codebook(self) -> None:
         c = self.config
         chosen = np.random.default_rng(step_seed(self.seed, 0, 3)).permutation(len(self.pairs))
-        images = self.images(np.sort(chosen[: c.codebook_images]), None)
-        init_codebook(
-            self.model,
-            images.to(next(self.model.parameters()).device),
-            sharpness=c.codebook_sharpness,
-            iterations=c.codebook_iterations,
-            max_points=c.codebook_points,
-            seed=self.seed,
-        )
+        with whole(self) as model:
+            if model is not None:
+                assert isinstance(model, DiscreteVAE)
+                init_codebook(
+                    model,
+                    self.images(np.sort(chosen[: c.codebook_images]), None),
+                    sharpness=c.codebook_sharpness,
+                    iterations=c.codebook_iterations,
+                    max_points=c.codebook_points,
+                    seed=self.seed,
+                )
         self.average = IterateAverage(self.model, c.average_decay, warmup=c.average_warmup)
 
     def _mse(self, images: Tensor, mu: Tensor) -> Tensor:
@@ -227,13 +252,31 @@ class DvaeTask:
         return self.config.mse_weight * error
 
     @torch.no_grad()
-    def _psnr(self, images: Tensor, mu: Tensor) -> dict[str, Tensor]:
-        return {"psnr": psnr(images, expected_pixels(mu)).mean()}
+    def _psnr(self, images: Tensor, mu: Tensor) -> Tensor:
+        return psnr(images, expected_pixels(mu)).mean()
+
+    def _share_out(self, cluster: Cluster) -> None:
+        from dalle.distributed.sharding import shard
+
+        cluster.part(self.config.batch_size)
+        cluster.agree(self.describe())
+        blocks = [m for m in self.model.modules() if isinstance(m, (Block, PatchBlock))]
+        shard(self.model, blocks, cluster, forwards=("autoencode",))
+
+    def _of_all(
+        self, share: float, means: dict[str, Tensor], rest: dict[str, Any]
+    ) -> dict[str, float | Tensor]:
+        """A step's values; on many processes over all of them, each mean with its share."""
+        found = {key: value.detach() * share for key, value in means.items()} | rest
+        return found if self.cluster is None else self.cluster.mean(found)
 
     def _count(self, index: Tensor, step: int) -> None:
         """Counts the codes of this batch; closes the window where it is full."""
-        self.counts += torch.bincount(index.flatten().cpu(), minlength=len(self.counts))
-        self.tokens_counted += index.numel()
+        found = torch.bincount(index.flatten().cpu(), minlength=len(self.counts))
+        if self.cluster is not None:
+            found = self.cluster.sum(found).long()
+        self.counts += found
+        self.tokens_counted += int(found.sum())
         if (step + 1) % self.config.health_every:
             return
         health = codebook_health(self.counts)

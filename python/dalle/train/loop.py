@@ -9,7 +9,7 @@ the uninterrupted one bit for bit:
         def __init__(self, seed: int = 0) -> None:
             self.model, self.seed = nn.Linear(1, 1), seed
             self.optimizer = torch.optim.AdamW(self.model.parameters())
-            self.average = IterateAverage(self.model, 0.999)
+            self.average, self.cluster = IterateAverage(self.model, 0.999), None
         def describe(self) -> dict[str, Any]:
             return {"features": 1, "seed": self.seed}
         def train_step(self, step: int) -> dict[str, float | Tensor]:
@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -41,8 +41,11 @@ from dalle.configs import require
 from dalle.errors import Interrupted
 from dalle.files import make_folder
 from dalle.train.metrics import Metrics
-from dalle.train.run import Saver, resume, settings, signals, write_pictures
+from dalle.train.run import Saver, answering, resume, settings, signals, write_pictures
 from dalle.train.update import check_loss
+
+if TYPE_CHECKING:
+    from dalle.distributed.cluster import Cluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,17 +99,25 @@ class Task(Protocol):
     def average(self) -> IterateAverage | None:
         """The averaged weights, or None."""
 
+    @property
+    def cluster(self) -> Cluster | None:
+        """The processes that train together, each its own task; None where there is but one."""
+
     def describe(self) -> dict[str, Any]:
         """JSON values that fix the training; a checkpoint with others is refused."""
 
     def train_step(self, step: int) -> Mapping[str, float | Tensor]:
         """One update (see `train.update`) on a batch that is a pure function of `step` (from 0).
 
-        Returns scalars by name: "loss" always, "images" where images are counted.
+        Returns scalars by name: "loss" always, "images" where images are counted; on many
+        processes the same on all.
         """
 
     def pictures(self, step: int) -> dict[str, Tensor]:
-        """Name -> (3, H, W) in [0, 1]; written as out/pictures/NAME-STEP.png."""
+        """Name -> (3, H, W) in [0, 1]; written as out/pictures/NAME-STEP.png.
+
+        Called on all processes; what process 0 returns is written.
+        """
 
     def state(self) -> dict[str, Any]:
         """JSON values needed to go on besides model, optimizer, average and global generators."""
@@ -133,9 +144,9 @@ class TrainingInterrupted(Interrupted):
         self.result = result
 
 
-def step_seed(seed: int, step: int, stream: int = 0) -> int:
-    """A 63-bit seed for step `step`; other `stream`s are independent of it."""
-    sequence = np.random.SeedSequence(seed, spawn_key=(stream, step))
+def step_seed(seed: int, step: int, stream: int = 0, *place: int) -> int:
+    """A 63-bit seed for step `step`; others for other `stream`s, and places in a batch."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(stream, step, *place))
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -147,10 +158,16 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
             written. A second signal ends the process at once.
         NumericalError: if loss or gradients are not finite; the last checkpoint stays.
         CheckpointError: if the checkpoint to resume from is damaged or of another training.
-        EnvironmentProblem: if `out` cannot be made, or the last checkpoint cannot be written.
+        EnvironmentProblem: if `out` cannot be made, or the last checkpoint cannot be written, or
+            a process of the cluster does not answer.
     """
+    cluster, step, stop = task.cluster, 0, False
     out = make_folder(config.out, "train")
-    with settings(config.seed, config.deterministic), signals() as received:
+    with (
+        settings(config.seed, config.deterministic),
+        signals() as received,
+        answering(cluster, lambda: step),
+    ):
         step = resume(task, config)
         saver = Saver(task, out, config.keep)
         metrics = Metrics(out, name=task.name, start=step, steps=config.steps)
@@ -161,7 +178,7 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
                 check_loss(task.name, values["loss"], step)
                 step += 1
                 metrics.add(values)
-                stop = bool(received)
+                stop = bool(received) if cluster is None else cluster.any(bool(received))
                 last = stop or step >= config.steps
                 if last or step % config.log_every == 0:
                     metrics.write(step, task.optimizer.param_groups[0]["lr"])
@@ -173,14 +190,14 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
                     break
         finally:
             metrics.close()
-        interrupted = step < config.steps and bool(received)
+        interrupted = step < config.steps and stop
         result = TrainResult(
             step=step, seconds=metrics.seconds, interrupted=interrupted, metrics=metrics.last
         )
     if interrupted:
         raise TrainingInterrupted(
-            f"{task.name}: stopped by {received[0]} after step {step} of {config.steps}, "
-            "checkpoint written; the same command goes on",
+            f"{task.name}: stopped by {received[0] if received else 'another process'} after step "
+            f"{step} of {config.steps}, checkpoint written; the same command goes on",
             result,
         )
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -20,9 +21,15 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def say(text: str) -> None:
-    """One line on stderr, above a progress bar if there is one."""
-    tqdm.write(text, file=sys.stderr)
-    sys.stderr.flush()
+    """One line on stderr, above a progress bar if there is one; of many processes the first's."""
+    if leads():
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def leads() -> bool:
+    """Whether this process speaks and writes: the only one, or number 0 of `torchrun`'s."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -83,11 +90,11 @@ class Metrics:
         self._begin = self._mark = time.monotonic()
         self._mark_step = start
         self._file: TextIO | None = None
-        if self.path.exists():
+        if leads() and self.path.exists():
             kept = [r for r in read_metrics(self.path) if r.get("step", 0) <= start]
             self.last = kept[-1] if kept else {}
             write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
-        terminal = sys.stderr.isatty()
+        terminal = leads() and sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, desc=name, disable=not terminal)
 
     @property
@@ -125,6 +132,8 @@ class Metrics:
         return record
 
     def _append(self, record: dict[str, Any]) -> None:
+        if not leads():
+            return
         try:
             if self._file is None:
                 self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115

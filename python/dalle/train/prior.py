@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,30 @@ from dalle.errors import UsageError
 from dalle.pictures import rows_of
 from dalle.precision import ResblockScaler
 from dalle.prior import PAD, Prior, PriorOutput
+from dalle.prior_config import IMAGE_WEIGHT, TEXT_WEIGHT
 from dalle.schedules import PlateauHalving
 from dalle.tokenizer import Tokenizer
 from dalle.train.loop import step_seed
 from dalle.train.prior_recipe import PriorTrainConfig, init_from_codebook, make_optimizer
+from dalle.train.run import averaged_model
 from dalle.train.update import update
+
+if TYPE_CHECKING:
+    from dalle.distributed.cluster import Cluster
+
+
+class Batch(NamedTuple):
+    """What one process learns from in one update.
+
+    Attributes:
+        text: (B, text_len - 1) int64.
+        tokens: (B, N) int64.
+        keep: (B, N) bool, the image tokens that are inputs; or None for all.
+    """
+
+    text: Tensor
+    tokens: Tensor
+    keep: Tensor | None
 
 
 class PriorTask:
@@ -35,6 +54,8 @@ class PriorTask:
         pairs: the data set.
         config: the recipe.
         seed: of batches, crops, dropouts and the start from the codebook.
+        cluster: the processes that train together, each with the same arguments; a batch is shared
+            out, the model too. Only the model's own dropout depends on how many there are.
 
     Raises:
         UsageError: sizes of prior, tokenizer, dVAE and images that do not fit each other.
@@ -52,6 +73,7 @@ class PriorTask:
         config: PriorTrainConfig,
         *,
         seed: int = 0,
+        cluster: Cluster | None = None,
     ) -> None:
         sizes = prior.config
         if sizes.text_vocab < tokenizer.vocab_size:
@@ -63,7 +85,7 @@ class PriorTask:
         if sizes.grid[0] != sizes.grid[1]:
             raise UsageError(f"prior train: grid must be square, got {sizes.grid}")
         self.model, self.tokenizer, self.vae, self.pairs = prior, tokenizer, vae.eval(), pairs
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.cluster = config, seed, cluster
         self.image_size = sizes.grid[0] * vae.factor
         self.device = prior.start_of_text.device
         self.tokens: Tensor | None = None
@@ -80,12 +102,18 @@ class PriorTask:
             min_delta=config.plateau_min_delta,
             max_halvings=config.max_halvings if config.decay == "plateau" else 0,
         )
+        if cluster is not None:
+            self._share_out(cluster)
         self.optimizer = make_optimizer(prior, config, seed)
         self.scaler: ResblockScaler | None = None
         if sizes.precision == "fp16-scaled":
             self.scaler = ResblockScaler(prior.resblocks())
             for key, block in prior.resblocks().items():
                 block.ends = self.scaler[key]
+        if cluster is not None:
+            from dalle.distributed.sharding import compress
+
+            compress(prior, cluster, self.scaler, [prior.text_head, prior.image_head])
         self.average: IterateAverage | None = IterateAverage(
             prior, config.average_decay, config.average_every, warmup=config.average_warmup
         )
@@ -96,40 +124,52 @@ class PriorTask:
         model, recipe = to_dict(self.model.config), to_dict(self.config)
         return {"model": model, "train": recipe, "data": data, "seed": self.seed}
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """(B, text_len - 1) text and (B, N) image tokens of update `step`."""
-        chosen = self.sampler.indices(step)
+    def batch(self, step: int) -> Batch:
+        """This process's part of the batch of update `step`, a pure function of the seed."""
+        c, whole = self.config, self.sampler.indices(step)
+        part = slice(0, len(whole)) if self.cluster is None else self.cluster.part(len(whole))
+        chosen, first = whole[part], part.start
+        places = np.arange(part.start, part.stop)
         if self.tokens is not None:
             items, tokens = self.kept[chosen], self.tokens[torch.from_numpy(chosen)]
         else:
-            rng, size = np.random.default_rng(step_seed(self.seed, step, 1)), self.image_size
-            images, kept = load_or_skip(self.pairs, chosen, lambda x: prior_crop(x, size, rng))
-            items, tokens = np.array(kept), self._encode(images)
+
+            def crop(image: np.ndarray, place: int) -> np.ndarray:
+                rng = np.random.default_rng(step_seed(self.seed, step, 1, first + place))
+                return prior_crop(image, self.image_size, rng)
+
+            images, found = load_or_skip(self.pairs, chosen, crop)
+            items, tokens, places = chosen[found], self._encode(images), places[found]
         captions = [self.pairs.captions[int(i)] for i in items]
-        rate, seed = self.config.bpe_dropout, step_seed(self.seed, step, 2)
-        length = self.model.config.text_len - 1
-        text = self.tokenizer.encode(captions, length, dropout=rate, seed=seed)
-        return text.to(self.device), tokens.to(self.device)
+        text = self.tokenizer.encode(
+            captions, self.model.config.text_len - 1,
+            dropout=c.bpe_dropout, seed=step_seed(self.seed, step, 2), places=places.tolist(),
+        )  # fmt: skip
+        draw = torch.Generator().manual_seed(step_seed(self.seed, step, 3))
+        at, keep = torch.from_numpy(places), None
+        if c.caption_dropout:
+            without = torch.rand(len(whole), 1, generator=draw)[at] < c.caption_dropout
+            text = text.masked_fill(without, PAD)
+        if c.token_dropout:
+            kept = torch.rand(len(whole), tokens.shape[1], generator=draw)[at] >= c.token_dropout
+            keep = kept.to(self.device)
+        return Batch(text.to(self.device), tokens.to(self.device), keep)
 
     def train_step(self, step: int) -> dict[str, float | Tensor]:
         """One update; all its randomness comes from (seed, step)."""
         c = self.config
         cut = self.tokenizer.truncated
-        text, tokens = self.batch(step)
+        text, tokens, keep = self.batch(step)
         cut = self.tokenizer.truncated - cut
-        rng = torch.Generator().manual_seed(step_seed(self.seed, step, 3))
-        if c.caption_dropout:
-            without = torch.rand(len(text), 1, generator=rng) < c.caption_dropout
-            text = text.masked_fill(without.to(self.device), PAD)
-        keep = None
-        if c.token_dropout:
-            keep = (torch.rand(tokens.shape, generator=rng) >= c.token_dropout).to(self.device)
 
         def forward() -> PriorOutput:
-            torch.manual_seed(step_seed(self.seed, step, 4))  # the model's own dropout
+            process = 0 if self.cluster is None else self.cluster.rank
+            torch.manual_seed(step_seed(self.seed, step, 4) + process)  # the model's own dropout
             return self.model(text, tokens, keep=keep)  # type: ignore[no-any-return]
 
         out = forward()
+        if self.cluster is not None:
+            out = self._of_all(out, text)
         grad_norm = update(
             self,
             out.loss,
@@ -139,9 +179,7 @@ class PriorTask:
             scaler=self.scaler,
             forward=forward,
         )
-        if c.decay == "plateau":
-            self.plateau.update(float(out.loss.detach()))
-        return {
+        values: dict[str, float | Tensor] = {
             "loss": out.loss.detach(),
             "text_loss": out.text_loss.detach(),
             "image_loss": out.image_loss.detach(),
@@ -151,6 +189,11 @@ class PriorTask:
             "images": len(text),
             **(self.scaler.metrics() if self.scaler is not None else {}),
         }
+        if self.cluster is not None:
+            values = self.cluster.mean(values)
+        if c.decay == "plateau":
+            self.plateau.update(float(values["loss"]))
+        return values
 
     @torch.no_grad()
     def pictures(self, step: int) -> dict[str, Tensor]:
@@ -159,11 +202,11 @@ class PriorTask:
         images = [center_crop(self.pairs.load(int(i)), self.image_size) for i in items]
         captions = [self.pairs.captions[int(i)] for i in items]
         text = self.tokenizer.encode(captions, self.model.config.text_len - 1).to(self.device)
-        if self.average is None:
-            samples = self.model.generate(text, seed=self.seed)
-        else:
-            with self.average.applied():
-                samples = self.model.generate(text, seed=self.seed)
+        with averaged_model(self) as model:
+            if model is None:
+                return {}
+            assert isinstance(model, Prior)
+            samples = model.generate(text, seed=self.seed)
         seen = self.vae.decode(self._encode(images).view(-1, *self.model.config.grid))
         return {"samples": rows_of(seen, self.vae.decode(samples[:, 0].to(self.device)))}
 
@@ -178,18 +221,49 @@ class PriorTask:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
 
+    def _share_out(self, cluster: Cluster) -> None:
+        if self.model.config.half_weights:
+            raise UsageError(
+                "prior train: half_weights must be off on many processes, where a gathered block "
+                "has one dtype, got True"
+            )
+        cluster.part(self.config.batch_size)
+        cluster.agree(self.describe())
+        from dalle.distributed.sharding import shard
+
+        shard(self.model, self.model.resblocks().values(), cluster)
+
+    def _of_all(self, out: PriorOutput, text: Tensor) -> PriorOutput:
+        """Losses such that their means over the processes are those of the whole batch.
+
+        A process weighs as much as the tokens that it has of it.
+        """
+        assert self.cluster is not None
+        padded = self.model.config.text_targets == "padded"
+        targets = text.numel() if padded else int((text != PAD).sum())
+        text_loss = out.text_loss * self.cluster.share(targets)
+        image_loss = out.image_loss * self.cluster.share(len(text))
+        loss = TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss
+        return out._replace(loss=loss, text_loss=text_loss, image_loss=image_loss)
+
     def _encode(self, images: list[np.ndarray]) -> Tensor:
         """(B, N) tokens of pictures of the right size."""
         return self.vae.encode(to_tensor(images).to(self.device)).flatten(1)
 
     def _encode_all(self) -> tuple[Tensor, np.ndarray]:
-        """Tokens of every picture that decodes, and which those are."""
-        tokens: list[Tensor] = []
-        kept: list[int] = []
-        for part in np.array_split(np.arange(len(self.pairs)), math.ceil(len(self.pairs) / 128)):
-            images, found = load_or_skip(
-                self.pairs, part, lambda x: center_crop(x, self.image_size)
-            )
-            tokens.append(self._encode(images).cpu())
-            kept += found
-        return torch.cat(tokens), np.array(kept)
+        """Tokens of every picture that decodes, and which those are; each process encodes some."""
+        own, cluster = np.arange(len(self.pairs)), self.cluster
+        if cluster is not None:
+            own = np.array_split(own, cluster.world)[cluster.rank]
+        size, tokens, kept = self.image_size, [], []
+        for part in np.array_split(own, math.ceil(len(own) / 128) or 1):
+            images, found = load_or_skip(self.pairs, part, lambda x, _: center_crop(x, size))
+            if found:
+                tokens.append(self._encode(images).cpu())
+            kept += part[found].tolist()
+        every = torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64)
+        if cluster is None:
+            return every, np.array(kept)
+        gathered = cluster.gather((every.numpy(), kept))
+        every = torch.cat([torch.from_numpy(t) for t, _ in gathered if len(t)])
+        return every, np.array([i for _, ours in gathered for i in ours])

@@ -149,6 +149,7 @@ class RankerTask:
 
     name = "ranker"
     average: IterateAverage | None = None
+    cluster = None
 
     def __init__(
         self,
@@ -197,7 +198,10 @@ class RankerTask:
             self.bags, self.caption_ids, self.config.batch_size, self.config.group, rng
         )
         size = self.ranker.config.image_size
-        found, kept = load_or_skip(self.pairs, wanted.tolist(), lambda im: center_crop(im, size))
+        found, places = load_or_skip(
+            self.pairs, wanted.tolist(), lambda im, _: center_crop(im, size)
+        )
+        kept = wanted[places].tolist()
         device = self.ranker.log_scale.device
         images = to_tensor(found).to(device)
         # Pictures of one group stand side by side; taking from elsewhere makes worse mistakes.

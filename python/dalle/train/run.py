@@ -6,8 +6,8 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
 from dalle.files import temporary_name
@@ -29,6 +30,7 @@ from dalle.train.checkpoint import (
 from dalle.train.metrics import say
 
 if TYPE_CHECKING:
+    from dalle.distributed.cluster import Cluster
     from dalle.train.loop import LoopConfig, Task
 
 
@@ -84,9 +86,10 @@ def resume(task: Task, config: LoopConfig) -> int:
         CheckpointError: if the checkpoint is damaged, missing or of another training.
         UsageError: if `resume` is "none" and `out` holds checkpoints, which would mix two runs.
     """
-    out = Path(config.out)
-    remove_stale(out)
-    found = checkpoints(out)
+    out, cluster = Path(config.out), task.cluster
+    if cluster is None or cluster.leads:
+        remove_stale(out)
+    found = checkpoints(out) if cluster is None else cluster.first(checkpoints(out))
     if config.resume == "none":
         if found:
             raise UsageError(
@@ -97,7 +100,8 @@ def resume(task: Task, config: LoopConfig) -> int:
     if config.resume != "auto":
         path = Path(config.resume)
         step = load_checkpoint(task, path)
-        set_aside_later(out, step)
+        if cluster is None or cluster.leads:
+            set_aside_later(out, step)
     elif found:
         path = found[-1]
         try:
@@ -109,6 +113,18 @@ def resume(task: Task, config: LoopConfig) -> int:
         return 0
     say(f"{task.name}: resumed after step {step} from {path}")
     return step
+
+
+@contextmanager
+def answering(cluster: Cluster | None, step: Callable[[], int]) -> Iterator[None]:
+    """Turns an exchange that fails inside into the line that names who did not answer."""
+    try:
+        yield
+    except RuntimeError as problem:
+        found = None if cluster is None else cluster.explain(problem, step())
+        if found is None:
+            raise
+        raise found from problem
 
 
 def set_aside_later(out: Path, step: int) -> None:
@@ -146,6 +162,37 @@ class Saver:
             self._told = True
 
 
+@contextmanager
+def averaged_model(task: Task, averaged: bool = True) -> Iterator[nn.Module | None]:
+    """The whole model of a task, with the averaged weights if there are some and unless told not.
+
+    On many processes a copy, on process 0; None on the others. Collective.
+    """
+    average = task.average if averaged else None
+    if task.cluster is not None:
+        from dalle.distributed.sharding import whole_model
+
+        values = None if average is None else average.average
+        yield whole_model(task.model, task.cluster, values)
+        return
+    with nullcontext() if average is None else average.applied():
+        yield task.model
+
+
+@contextmanager
+def whole(task: Task) -> Iterator[nn.Module | None]:
+    """The whole model of a task, to be changed inside the block.
+
+    On many processes a copy, on process 0; None on the others, which then take it over. Collective.
+    """
+    with averaged_model(task, False) as model:
+        yield model
+    if task.cluster is not None:
+        from dalle.distributed.sharding import take_over
+
+        take_over(task.model, model, task.cluster)
+
+
 def write_pictures(task: Task, step: int, folder: Path) -> None:
     """Writes `task.pictures(step)` as folder/NAME-STEP.png, the model in evaluation mode."""
     was_training = task.model.training
@@ -153,6 +200,8 @@ def write_pictures(task: Task, step: int, folder: Path) -> None:
     try:
         with torch.no_grad():
             pictures = task.pictures(step)
+        if task.cluster is not None and not task.cluster.leads:
+            return
         for name, picture in pictures.items():
             image = Image.fromarray(to_uint8(picture))
             save_png(folder / f"{name}-{step:08d}.png", image)

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from dalle.errors import NumericalError
 from dalle.precision import ResblockScaler, ScalerStep, first_nonfinite
+from dalle.sharded import gather, local_part
 
 if TYPE_CHECKING:
     from dalle.train.loop import Task
@@ -46,7 +48,7 @@ def check_loss(
 def check_gradients(name: str, model: nn.Module, step: int) -> None:
     """Raises NumericalError naming the first parameter of `model` with a nonfinite gradient."""
     for key, parameter in model.named_parameters():
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+        if parameter.grad is not None and not bool(local_part(parameter.grad).isfinite().all()):
             raise NumericalError(
                 f"{name}: gradient of {key} must be finite, got nonfinite values at step {step}"
             )
@@ -81,14 +83,18 @@ def update(
         NumericalError: if loss or gradients are not finite, or stay so in a block whose scale
             cannot fall any more; the weights are then untouched.
     """
+    cluster = task.cluster
+    shown = loss.detach()
+    if cluster is not None:  # all see the same, so that all stop or none; none runs ahead again
+        shown, forward = torch.as_tensor(cluster.mean({"loss": shown})["loss"]), None
     task.optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     for group in task.optimizer.param_groups:
         group["lr"] = lr
     if scaler is None:
-        norm = _plain_step(task, loss, step, clip_norm, forward)
+        norm = _plain_step(task, shown, step, clip_norm, forward)
     else:
-        check_loss(task.name, loss.detach(), step, task.model, forward)
+        check_loss(task.name, shown, step, task.model, forward)
         found = scaler.step(task.optimizer, clip_norm=clip_norm)
         norm = float(found.norm)
         if bool(found.skipped):
@@ -106,15 +112,16 @@ def _plain_step(
     clip_norm: float | None,
     forward: Callable[[], object] | None,
 ) -> float:
-    norm = nn.utils.get_total_norm([p.grad for p in task.model.parameters() if p.grad is not None])
-    if not math.isfinite(float(norm) + float(loss.detach())):
-        check_loss(task.name, loss.detach(), step, task.model, forward)
+    found = nn.utils.get_total_norm([p.grad for p in task.model.parameters() if p.grad is not None])
+    norm = float(gather(found))
+    if not math.isfinite(norm + float(loss)):
+        check_loss(task.name, loss, step, task.model, forward)
         check_gradients(task.name, task.model, step)
         raise NumericalError(f"{task.name}: gradient norm must be finite, got inf at step {step}")
-    if clip_norm is not None and float(norm) > clip_norm:
-        nn.utils.clip_grads_with_norm_(task.model.parameters(), clip_norm, norm)
+    if clip_norm is not None and norm > clip_norm:
+        nn.utils.clip_grads_with_norm_(task.model.parameters(), clip_norm, found)
     task.optimizer.step()
-    return float(norm)
+    return norm
 
 
 def _explain_skip(task: Task, step: int, scaler: ResblockScaler, found: ScalerStep) -> None:

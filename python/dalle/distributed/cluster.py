@@ -1,0 +1,218 @@
+"""A training over the processes of `torchrun`: who they are, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.device_mesh import init_device_mesh
+
+from dalle import __version__
+from dalle.configs import require
+from dalle.distributed.heartbeat import Heartbeat
+from dalle.errors import DalleError, EnvironmentProblem, UsageError
+from dalle.train.checkpoint import first_difference
+from dalle.train.metrics import say
+
+if TYPE_CHECKING:
+    from dalle.distributed.hooks import PowerSGD
+
+SUMMED = ("images",)  # counts among a step's values; the others are means
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """How the processes of `torchrun` work together; of no effect on one process.
+
+    Attributes:
+        machines: groups of processes; the parameters are shared out inside each, and gradients are
+            summed between them. 0: the machines torchrun knows of.
+        powersgd_rank: columns of the factors in which gradients travel between machines (paper
+            2.5); 0 sends them whole.
+        powersgd_wire: words of the factors.
+        timeout: seconds after which a process that does not answer ends the run.
+    """
+
+    machines: int = 0
+    powersgd_rank: int = 0
+    powersgd_wire: Literal["1-6-9", "fp32"] = "1-6-9"
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        require("cluster", self, "0 or more", lambda x: x >= 0, "machines", "powersgd_rank")
+        require("cluster", self, "positive", lambda x: x > 0, "timeout")
+
+
+class Cluster:
+    """The processes of this run: `machines` times as many as share the parameters.
+
+    Attributes:
+        rank, world: number of this process, and of all.
+        machines: see `ClusterConfig`.
+        device: of this process.
+        mesh: axes "replicate" (machines) and "shard" (processes of one).
+        control: the group for what is not a gradient: numbers, flags, checkpoints; on the CPU.
+        psgd: what compresses the gradients between machines, or None.
+
+    Raises:
+        UsageError: machines that do not divide the processes.
+        EnvironmentProblem: the processes do not reach each other.
+    """
+
+    def __init__(self, config: ClusterConfig, device: torch.device) -> None:
+        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        self.config, self.machines = config, config.machines or self.world // local
+        self.psgd: PowerSGD | None = None
+        if self.world % self.machines:
+            raise UsageError(
+                f"cluster: machines must divide the {self.world} processes, got {self.machines}"
+            )
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        self.device, limit = device, timedelta(seconds=config.timeout)
+        try:
+            backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, timeout=limit)
+            shape = (self.machines, self.world // self.machines)
+            self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+            self.control = dist.new_group(backend="gloo", timeout=limit)
+            self.heartbeat = Heartbeat(self.rank, self.world, limit)
+        except (RuntimeError, ValueError) as problem:
+            raise EnvironmentProblem(
+                f"cluster: processes must reach each other, got on process {self.rank}: "
+                f"{_first_line(problem)}"
+            ) from problem
+        for name in ("replicate", "shard"):  # groups of a mesh do not take the limit from the world
+            c10d._set_pg_timeout(limit, self.mesh[name].get_group())
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if agent and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            say("cluster: torchrun restarts hang without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; "
+                "see docs/operations.md")  # fmt: skip
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is process 0, which writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def shards(self) -> int:
+        """Processes of one machine."""
+        return self.world // self.machines
+
+    def part(self, count: int) -> slice:
+        """This process's part of `count` things; parts differ by one at most.
+
+        Raises:
+            UsageError: fewer than there are processes.
+        """
+        if count < self.world:
+            raise UsageError(
+                f"cluster: batch_size must be at least the {self.world} processes, got {count}"
+            )
+        return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums over all processes, on the CPU, in float64."""
+        found = values.detach().to("cpu", torch.float64, copy=True)
+        dist.all_reduce(found, group=self.control)
+        return found
+
+    def share(self, count: int) -> float:
+        """What a mean over `count` things of this process weighs in the mean of all processes'."""
+        return count * self.world / max(float(self.sum(torch.tensor(count))), 1.0)
+
+    def mean(self, values: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
+        """A step's values over all processes, in one exchange: means, of counts the sums."""
+        shaped = {k: torch.as_tensor(v).detach().to("cpu", torch.float64)
+                  for k, v in values.items()}  # fmt: skip
+        total = self.sum(torch.cat([v.reshape(-1) for v in shaped.values()]))
+        parts = total.split([v.numel() for v in shaped.values()])
+        return {
+            key: part.view(shaped[key].shape) / (1 if key in SUMMED else self.world)
+            for key, part in zip(shaped, parts, strict=True)
+        }
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return bool(self.sum(torch.tensor([float(flag)])) > 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each process, in their order."""
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def first(self, value: Any) -> Any:
+        """Process 0's value."""
+        found = [value]
+        dist.broadcast_object_list(found, src=0, group=self.control)
+        return found[0]
+
+    def together(self, problem: Exception | None) -> None:
+        """Raises on every process if any has a problem: the first, with the process it is of."""
+        lines = [None if problem is None else (type(problem), _first_line(problem))]
+        for process, (found,) in enumerate(self.gather(lines)):
+            if found is not None:
+                kind, text = found
+                raise (kind if issubclass(kind, DalleError) else EnvironmentProblem)(
+                    text if process == 0 else f"{text} (on process {process})"
+                ) from problem
+
+    def agree(self, own: Mapping[str, Any]) -> None:
+        """Raises UsageError on every process unless all have the same JSON values and versions."""
+        versions = {"dalle": __version__, "torch": torch.__version__}
+        every = self.gather({**own, "versions": versions})
+        for process, other in enumerate(every):
+            found = first_difference(every[0], other)
+            if found is not None:
+                key, first, got = found
+                raise UsageError(
+                    f"cluster: {key} must be the same on all processes ({first} on process 0), got "
+                    f"{got} on process {process}"
+                )
+
+    def explain(self, problem: Exception, step: int) -> DalleError | None:
+        """An exchange that failed, in one line that names the processes that did not answer.
+
+        None where the problem is not an exchange's.
+        """
+        if not (isinstance(problem, dist.DistError) or "gloo" in str(problem).lower()):
+            return None
+        kind = "timed out" if "imed out" in str(problem) else "closed"
+        who = ", ".join(map(str, self.heartbeat.gone())) or "none (the link failed)"
+        return EnvironmentProblem(
+            f"cluster: every process must answer, got none from process {who} of {self.world}: "
+            f"exchange {kind} in step {step} on process {self.rank}; the same command goes on from "
+            "the last checkpoint"
+        )
+
+
+@contextmanager
+def join(config: ClusterConfig, device: torch.device) -> Iterator[Cluster | None]:
+    """The cluster that `torchrun` started this process in; None where it is alone.
+
+    Raises: as `Cluster`.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    cluster = Cluster(config, device)
+    yield cluster
+    with suppress(RuntimeError):  # the work is done: nothing hangs on a clean farewell
+        dist.barrier(group=cluster.control)
+        cluster.heartbeat.stop()
+        dist.destroy_process_group()
+
+
+def _first_line(problem: Exception) -> str:
+    return next(iter(str(problem).strip().splitlines()), type(problem).__name__)

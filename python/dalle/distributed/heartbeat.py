@@ -1,0 +1,94 @@
+"""Who is still alive: each process leaves a sign in the store that all of them can read."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+BEAT = 0.5  # seconds
+GRACE = 3.0  # seconds without a sign from who is gone
+
+
+class Heartbeat:
+    """Signs of life of `world` processes, beside their collectives.
+
+    An exchange fails on whoever talks to the process that is gone, and on the rest only when those
+    have left; so nobody can tell from its own failure whose fault it was.
+
+    Args:
+        rank, world: number of this process, and of all.
+        limit: in which the store must answer at first.
+    """
+
+    def __init__(self, rank: int, world: int, limit: timedelta) -> None:
+        self.rank, self.world = rank, world
+        self._verdict = ""
+        # A connection of its own: the collectives' may be waiting for something.
+        self._store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+            timeout=limit, wait_for_workers=False,
+        )  # fmt: skip
+        self._store.set_timeout(timedelta(seconds=GRACE))
+        run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may outlive a restart
+        self._prefix = f"dalle/alive/{run}"
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="Heartbeat")
+        self._thread.start()
+        # A thread that comes back from C++ while the interpreter ends takes the process down.
+        atexit.register(self.stop)
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._store.add(f"{self._prefix}/{self.rank}", 1)
+                if self._store.check([f"{self._prefix}/verdict"]):
+                    self._verdict = self._store.get(f"{self._prefix}/verdict").decode()
+            except RuntimeError:
+                pass  # the process that keeps the store is busy, or has gone
+            self._stopped.wait(BEAT)
+
+    def stop(self) -> None:
+        """Ends the signs of life."""
+        self._stopped.set()
+        self._thread.join(GRACE)
+
+    def gone(self) -> list[int]:
+        """Called by a process whose exchange failed: the processes that are the reason.
+
+        Those that give no sign in `GRACE` seconds; if all do, those whose exchange did not fail.
+        All processes get what the first of them found. Process 0, which may keep the store, where
+        it does not answer: a dead link lets whoever reads it wait for minutes, hence the thread.
+        """
+        asking = threading.Thread(target=self._ask, daemon=True)
+        asking.start()
+        asking.join(3 * GRACE)
+        verdict = self._verdict or "0"
+        return [] if verdict == "none" else [int(r) for r in verdict.split(",")]
+
+    def _ask(self) -> None:
+        try:
+            self._store.set(f"{self._prefix}/failed/{self.rank}", "1")
+            before = self._beats()
+            time.sleep(GRACE)
+            if not self._store.check([f"{self._prefix}/verdict"]):
+                beats = zip(before, self._beats(), strict=True)
+                found = [r for r, (then, now) in enumerate(beats) if then == now]
+                found = found or [
+                    r for r in range(self.world)
+                    if not self._store.check([f"{self._prefix}/failed/{r}"])
+                ]  # fmt: skip
+                verdict = ",".join(map(str, found)) or "none"
+                self._store.compare_set(f"{self._prefix}/verdict", "", verdict)
+            self._verdict = self._store.get(f"{self._prefix}/verdict").decode()
+            if self.rank == 0:
+                time.sleep(2 * BEAT)  # it may keep the store, which the others still read
+        except RuntimeError:
+            return
+
+    def _beats(self) -> list[int]:
+        return [self._store.add(f"{self._prefix}/{r}", 0) for r in range(self.world)]
