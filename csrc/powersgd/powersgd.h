@@ -42,9 +42,9 @@ DALLE_HOST_DEVICE float gradient_factor(const PowerFactors& f) {
 
 struct OrthogonalizeArgs {
   const float* p;  // (batch, n, r)
-  float* work;     // (batch, r, n)
+  float* work;     // (batch, work_floats)
   float* out;      // (batch, n, r)
-  int64_t batch, length, rank;
+  int64_t batch, length, rank, work_floats;
   float eps;
 };
 

@@ -40,8 +40,8 @@ Tensor orthogonalize(const Tensor& p, double eps) {
                   p.size(1) >= p.size(2) && p.size(2) >= 1,
               op, "P", "contiguous float32 (batch, n, r) with n >= r >= 1", shape_text(p));
   const DeviceScope on(p);
-  const int64_t turned[] = {p.size(0), p.size(2), p.size(1)};
-  const Tensor work = torch::stable::new_empty(p, turned);
+  const int64_t sizes[] = {p.size(0), householder_floats(p.size(1), p.size(2))};
+  const Tensor work = torch::stable::new_empty(p, sizes);
   Tensor out = torch::stable::new_empty(p, p.sizes());
   const OrthogonalizeArgs args{static_cast<const float*>(p.const_data_ptr()),
                                static_cast<float*>(work.mutable_data_ptr()),
@@ -49,6 +49,7 @@ Tensor orthogonalize(const Tensor& p, double eps) {
                                p.size(0),
                                p.size(1),
                                p.size(2),
+                               sizes[1],
                                static_cast<float>(eps)};
   check_launch(op, launch_powersgd_orthogonalize(args, on.stream()));
   return out;

@@ -177,8 +177,8 @@ def test_orthogonalize(kind, n, r, device):
 
 @pytest.mark.parametrize("kind", ["plain", "deficient"])
 @pytest.mark.parametrize(("n", "r"), [(160, 112), (1000, 896), (1024, 1024)])
-def test_orthogonalize_of_the_papers_ranks(kind, n, r, device, backend):
-    if backend == "emulated" and r > 112:
+def test_orthogonalize_at_a_size_of_the_paper(kind, n, r, device, backend):
+    if backend == "emulated" and (r > 896 or (r > 112 and kind == "plain")):
         pytest.skip("emulated: too many columns for its pace")
     p = tall(kind, n, r, device)
     q = dalle_ext.orthogonalize(p).double()
