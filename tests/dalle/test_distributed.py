@@ -8,11 +8,9 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
+from engines import ddp, fsdp, model
 from processes import run
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import dalle_ext
 from dalle.distributed import PowerSGD
@@ -20,7 +18,7 @@ from dalle.distributed.powersgd import Gradient
 from dalle.errors import CheckpointError, UsageError
 from dalle.precision import ResblockScaler
 
-WIDTH, STEPS, WIRE = 32, 12, ("fp32", "1-6-9")
+STEPS, WIRE = 12, ("fp32", "1-6-9")
 
 
 def gradients(rank, count, rows=24, columns=40, inner=None, seed=0):
@@ -48,7 +46,7 @@ def reduce_once(rank, options, count, inner, rows=24, columns=40):
     psgd = PowerSGD(**options)
     given = named(matrices, bias)
     psgd.compressor.reduce_(given, set())
-    return {g.name: g.grad for g in given}
+    return {g.name: g.grad for g in given} | {"norm": psgd.gradient_norm()}
 
 
 def mean_of(world, count, inner, rows=24, columns=40):
@@ -65,8 +63,16 @@ def test_gradients_of_a_small_rank_are_exact(two, count, rank):
     means, bias = mean_of(2, count, rank)
     for found in results:
         for i, mean in enumerate(means):
-            torch.testing.assert_close(found[f"m{i}"], mean, rtol=1e-4, atol=1e-4)
+            assert (found[f"m{i}"] - mean).norm() <= 1e-6 * mean.norm()
         torch.testing.assert_close(found["bias"], bias)
+
+
+@pytest.mark.parametrize(("name", "within"), [("exact 2 2", 1e-6), ("inexact", 2**-9)])
+def test_the_norm_is_known_from_the_factors(two, name, within):
+    for found in two[name]:
+        given = [grad.double() for key, grad in found.items() if key != "norm"]
+        wanted = nn.utils.get_total_norm(given)
+        assert abs(found["norm"] - wanted) <= within * wanted
 
 
 def test_what_factors_would_not_make_smaller_is_sent_whole(two):
@@ -116,7 +122,7 @@ def one_infinity(rank):
         reduced = named(matrices, bias)
         psgd.compressor.reduce_(reduced, set())
         before.append(psgd.compressor.matrices["m0"].error.clone())
-        found.append([g.grad for g in reduced])
+        found.append([*(g.grad for g in reduced), psgd.gradient_norm()])
     kept = dalle_ext.unpack(psgd.compressor.matrices["m0"].error, "1-6-9")
     return {"found": found, "errors": before, "kept": kept}
 
@@ -134,71 +140,6 @@ def test_one_infinity_leaves_finite_state_and_the_next_step_is_right(two):
     given = given + gradients(0, 2, seed=1)[0][0]  # the finite gradient of the skipped step stays
     lost = given - handed - sum(r["kept"] for r in results)
     assert lost.norm() <= 5 * 2**-10 * given.norm()
-
-
-def model():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(),
-        nn.Linear(4 * WIDTH, WIDTH), nn.Linear(WIDTH, 11),
-    )  # fmt: skip
-
-
-def batch(rank, step):
-    draw = torch.Generator().manual_seed(1000 + 10 * step + rank)
-    tokens = torch.randint(0, 11, (16,), generator=draw)
-    return tokens, (3 * tokens + 1) % 11
-
-
-def train(net, rank, steps, optimizer, parts=1, sync=None):
-    """`parts` micro-batches an update; `sync(last)` is called before each of several."""
-    losses = []
-    for step in range(steps):
-        tokens, wanted = batch(rank, step)
-        for part in range(parts):
-            if sync is not None:
-                sync(part == parts - 1)
-            own = slice(part, None, parts)
-            loss = nn.functional.cross_entropy(net(tokens[own]), wanted[own])
-            (loss / parts).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def ddp(rank, options, steps):
-    net = DDP(model(), bucket_cap_mb=0.02)
-    psgd = None
-    if options is not None:
-        psgd = PowerSGD(**options, exclude=[net.module[4].weight])  # the unembedding
-        psgd.attach(net)
-    losses = train(net, rank, steps, torch.optim.AdamW(net.parameters(), lr=1e-2))
-    weights = {name: p.detach() for name, p in net.module.named_parameters()}
-    names = [] if psgd is None else sorted(psgd.compressor.matrices)
-    return {"losses": losses, "weights": weights, "names": names}
-
-
-def fsdp(rank, options, steps, parts=1, way="", mixed=None):
-    """`way`: "at once" never overlaps, "last" exchanges with the last micro-batch only."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    net, policy = model(), {}
-    if mixed is not None:
-        reduce = getattr(torch, mixed)
-        policy = {"mp_policy": MixedPrecisionPolicy(reduce_dtype=reduce)}
-    for layer in (net[1], net[3]):
-        fully_shard(layer, mesh=mesh["shard"], **policy)
-    fully_shard(net, mesh=mesh["shard"], **policy)
-    psgd = PowerSGD(group=mesh["replicate"].get_group(), **options)
-    if way == "at once":
-        psgd._follow = lambda gradients, _: psgd.compressor.reduce_(gradients, psgd._whole)
-    psgd.attach(net)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-    sync = net.set_requires_gradient_sync if way == "last" else None
-    losses = train(net, rank, steps, optimizer, parts, sync)
-    weights = {name: p.detach().full_tensor() for name, p in net.named_parameters()}
-    names, report = sorted(psgd.compressor.matrices), psgd.report()
-    return {"losses": losses, "weights": weights, "names": names, "report": report}
 
 
 def scaled(rank):
@@ -265,6 +206,7 @@ def two(tmp_path_factory):
     }  # fmt: skip
     calls |= {f"feedback {wire}": (feedback, wire, STEPS) for wire in WIRE}
     calls |= {
+        "inexact": (reduce_once, {"rank": 4}, 2, None),
         "full": (reduce_once, {"rank": 8, "min_compression": 1.0}, 1, None, 8, 64),
         "infinity": (one_infinity,), "plain": (ddp, None, 60), "ddp": (ddp, PLAIN, 60),
         "saved": (saved,), "others": (others,), "scaled": (scaled,),
@@ -314,6 +256,8 @@ def test_fsdp2_overlaps_and_gives_the_same_bits(four):
     assert found["losses"] == other["losses"]
     for name, weight in found["weights"].items():
         assert torch.equal(weight, other["weights"][name])
+    norm, wanted = found["norms"]
+    assert abs(norm - wanted) <= 2**-9 * wanted
     assert 0 < found["report"]["waited_seconds"] < found["report"]["seconds"]
     assert other["report"]["waited_seconds"] == 0
 

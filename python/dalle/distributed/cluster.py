@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import init_device_mesh
 
-from dalle import __version__
 from dalle.configs import require
+from dalle.distributed.agreement import require_same
 from dalle.distributed.heartbeat import Heartbeat
 from dalle.errors import DalleError, EnvironmentProblem, UsageError
-from dalle.train.checkpoint import first_difference
 from dalle.train.metrics import say
 
 if TYPE_CHECKING:
@@ -170,16 +169,7 @@ class Cluster:
 
     def agree(self, own: Mapping[str, Any]) -> None:
         """Raises UsageError on every process unless all have the same JSON values and versions."""
-        versions = {"dalle": __version__, "torch": torch.__version__}
-        every = self.gather({**own, "versions": versions})
-        for process, other in enumerate(every):
-            found = first_difference(every[0], other)
-            if found is not None:
-                key, first, got = found
-                raise UsageError(
-                    f"cluster: {key} must be the same on all processes ({first} on process 0), got "
-                    f"{got} on process {process}"
-                )
+        require_same("cluster", own, self.control)
 
     def explain(self, problem: Exception, step: int) -> DalleError | None:
         """An exchange that failed, in one line that names the processes that did not answer.

@@ -7,6 +7,7 @@ import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dalle_ext
-from dalle import __version__
-from dalle.distributed.wire import WIRES, Traffic, sum_codes_, sum_fp32_
+from dalle.distributed.account import Account
+from dalle.distributed.agreement import require_same
+from dalle.distributed.wire import WIRES, sum_codes_, sum_fp32_
 from dalle.errors import CheckpointError, UsageError
 from dalle.precision import ResblockScaler
-
-SAMPLE_EVERY = 100  # calls; the reconstruction error is measured in one of them
 
 
 @dataclass
@@ -75,14 +75,11 @@ class Compressor:
         self.error_scale, self.factor_scale = error_scale, factor_scale
         self.eps, self.seed, self.scaler = eps, seed, scaler
         self.matrices: dict[str, Matrix] = {}
-        self.traffic, self.exchange_seconds, self.seconds = Traffic(), 0.0, 0.0
-        self.uncompressed_bytes = self.calls = 0
+        self.account = Account()
         self._agreed: set[tuple[str, ...]] = set()
-        # By the matrices of a call: calls so far; and squares of what P left out of the buffers,
-        # and of what they held.
-        self._seen: dict[tuple[str, ...], int] = {}
-        self.squares: dict[tuple[str, ...], tuple[float, float]] = {}
         self._loaded: dict[str, Tensor] = {}
+        # By the gradients of a call: the squared norm of what it handed out.
+        self.squared_norms: dict[tuple[str, ...], Tensor] = {}
 
     @property
     def world(self) -> int:
@@ -105,7 +102,7 @@ class Compressor:
         """
         begin = time.perf_counter()
         packed = [g for g in gradients if g.name not in whole and self.compresses(g.grad.shape)]
-        names = {g.name for g in packed}
+        names = tuple(g.name for g in packed)
         rest = [g for g in gradients if g.name not in names]
         matrices = [self._matrix(g) for g in packed]
         self._agree(packed)
@@ -116,17 +113,20 @@ class Compressor:
         ps = self._each_block(packed, matrices, self._compress, flags, blocks)
         wide = [g.grad.float() for g in rest]
         self._exchange([*wide, flags], whole=True)
+        norms = list(torch._foreach_norm(wide)) if wide else []
         for gradient, total in zip(rest, wide, strict=True):
             gradient.grad.copy_(total / self.world if self.average else total)
         ps = self._orthonormal(ps)
         qs = dalle_ext.powersgd_project(
             [m.error for m in matrices], ps, error_scale=self.error_scale
         ) if ps else []  # fmt: skip
-        self._sample(matrices, qs)
+        self.account.sample(names, partial(self._squares, matrices, qs))
         self._exchange(qs)
         machines = 1 if self.average else self.world
         if self.average:
             qs = [q / self.world for q in qs]
+        key = tuple(g.name for g in gradients)
+        self.squared_norms[key] = self._squared_norm(qs, rest, norms, flags)
         for at, block in enumerate(blocks):
             own = [i for i, g in enumerate(packed) if g.block == block]
             if own:
@@ -136,11 +136,26 @@ class Compressor:
             bad = torch.where(flags[at] > 0, math.nan, 0.0)
             for gradient in (g for g in rest if g.block == block):
                 gradient.grad.add_(bad)
-        self.calls += 1
-        self.uncompressed_bytes += sum(
+        self.account.uncompressed_bytes += sum(
             8 * (self.world - 1) * g.grad.numel() // self.world for g in gradients
         )
-        self.seconds += time.perf_counter() - begin
+        self.account.seconds += time.perf_counter() - begin
+
+    def _squared_norm(
+        self, qs: list[Tensor], rest: list[Gradient], sums: list[Tensor], flags: Tensor
+    ) -> Tensor:
+        """Of the gradients handed out, unscaled; NaN where any of them is.
+
+        That of P Q^T is that of Q, as P's columns are orthonormal: no matrix is read. `sums`: norms
+        of the sums of the rest.
+        """
+        found = list(torch._foreach_norm(qs)) if qs else []
+        for gradient, norm in zip(rest, sums, strict=True):
+            scale = self._scale(gradient.block)
+            mean = norm / self.world if self.average else norm
+            found.append(mean if scale is None else mean / scale)
+        squares = torch.stack(found).double().square()
+        return squares.sum() + torch.where(flags.sum() > 0, math.nan, 0.0)
 
     def _each_block(self, packed: Any, matrices: Any, run: Any, flags: Tensor, blocks: Any) -> Any:
         """`run` over the matrices of each block, results in the order of `packed`."""
@@ -181,33 +196,23 @@ class Compressor:
             if not self.error_feedback:
                 error.zero_()
 
-    def _sample(self, matrices: list[Matrix], qs: list[Tensor]) -> None:
-        """Now and then, squares of what the buffers hold, and of what P's span leaves out of it.
-
-        `qs` are this process's own E^T P; P's columns are orthonormal.
-        """
-        key = tuple(m.name for m in matrices)
-        unknown = self.squares.get(key, (0.0, 0.0))[1] == 0  # the first gradients may be zeros
-        due = self._seen.setdefault(key, 0) % SAMPLE_EVERY == 0 or unknown
-        self._seen[key] += 1
-        if not due:
-            return
+    def _squares(self, matrices: list[Matrix], qs: list[Tensor]) -> tuple[float, float]:
+        """Of what the buffers hold, and of its part in the span of P: `qs` are the own E^T P."""
         held = [dalle_ext.unpack(m.error, "1-6-9") / self.error_scale for m in matrices]
         whole = sum(float(e.square().sum()) for e in held)
-        inside = sum(float(q.square().sum()) for q in qs)
-        self.squares[key] = max(whole - inside, 0.0), whole
+        return whole, sum(float(q.square().sum()) for q in qs)
 
     def _exchange(self, tensors: list[Tensor], whole: bool = False) -> None:
         begin = time.perf_counter()
         if whole or self.wire == "fp32":
-            sum_fp32_(tensors, self.group, self.traffic)
+            sum_fp32_(tensors, self.group, self.account.traffic)
         else:
             for tensor in tensors:
                 tensor.mul_(self.factor_scale)
-            sum_codes_(tensors, self.group, self.traffic)
+            sum_codes_(tensors, self.group, self.account.traffic)
             for tensor in tensors:
                 tensor.div_(self.factor_scale)
-        self.exchange_seconds += time.perf_counter() - begin
+        self.account.exchange_seconds += time.perf_counter() - begin
 
     def _scale(self, block: int) -> Tensor | None:
         return None if self.scaler is None or block < 0 else self.scaler.scales[block]
@@ -230,17 +235,12 @@ class Compressor:
         if key in self._agreed:
             return
         self._agreed.add(key)
-        drawn = [self.matrices[name].q.sum(dtype=torch.float64).item() for name in key]
-        shapes = [(name, tuple(self.matrices[name].error.shape)) for name in key]
-        own = {"version": __version__, "rank": self.rank, "wire": self.wire,
-               "seed": self.seed, "matrices": shapes, "sums of Q": drawn}  # fmt: skip
-        all_of: list[Any] = [None] * self.world
-        dist.all_gather_object(all_of, own, group=self.group)
-        for process, other in enumerate(all_of):
-            for what, value in other.items():
-                first = all_of[0][what]
-                requirement = f"the same on all processes ({first} on process 0)"
-                _check(value == first, what, requirement, f"{value} on process {process}")
+        own = {
+            "rank": self.rank, "wire": self.wire, "seed": self.seed,
+            "matrices": [(name, tuple(self.matrices[name].error.shape)) for name in key],
+            "sums of Q": [self.matrices[name].q.sum(dtype=torch.float64).item() for name in key],
+        }  # fmt: skip
+        require_same("PowerSGD", own, self.group)
 
     def state_dict(self) -> dict[str, Any]:
         """The error buffers, one copy for all: every process gets their mean and returns it.

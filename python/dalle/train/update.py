@@ -112,14 +112,18 @@ def _plain_step(
     clip_norm: float | None,
     forward: Callable[[], object] | None,
 ) -> float:
-    found = nn.utils.get_total_norm([p.grad for p in task.model.parameters() if p.grad is not None])
-    norm = float(gather(found))
+    grads = [p.grad for p in task.model.parameters() if p.grad is not None]
+    psgd = None if task.cluster is None else task.cluster.psgd
+    if psgd is None:
+        norm = float(gather(nn.utils.get_total_norm(grads)))
+    else:
+        norm = float(psgd.gradient_norm())
     if not math.isfinite(norm + float(loss)):
         check_loss(task.name, loss, step, task.model, forward)
         check_gradients(task.name, task.model, step)
         raise NumericalError(f"{task.name}: gradient norm must be finite, got inf at step {step}")
     if clip_norm is not None and norm > clip_norm:
-        nn.utils.clip_grads_with_norm_(task.model.parameters(), clip_norm, found)
+        torch._foreach_mul_([local_part(grad) for grad in grads], clip_norm / norm)
     task.optimizer.step()
     return norm
 

@@ -1,0 +1,68 @@
+"""What compressed exchanges cost, what they saved, and what they left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dalle.distributed.wire import Traffic
+
+SAMPLE_EVERY = 100  # calls; the reconstruction error is measured in one of them
+
+
+@dataclass
+class Account:
+    """Kept by one process since its start.
+
+    Attributes:
+        traffic: bytes sent, and elements that 16-bit words could not hold.
+        uncompressed_bytes: of all gradients in fp32, ring all-reduce.
+        seconds: in all; exchange_seconds: of them in collectives; waited_seconds: of them after the
+            backward pass, with FSDP2 on the CPU; the others were hidden behind it.
+    """
+
+    traffic: Traffic = field(default_factory=Traffic)
+    uncompressed_bytes: int = 0
+    seconds: float = 0.0
+    exchange_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    # By the matrices of a call: calls so far; and squares of what P left out of the buffers, and of
+    # what they held.
+    _seen: dict[tuple[str, ...], int] = field(default_factory=dict)
+    _squares: dict[tuple[str, ...], tuple[float, float]] = field(default_factory=dict)
+
+    def sample(self, names: tuple[str, ...], squares: Callable[[], tuple[float, float]]) -> None:
+        """Now and then asks for squares of all that these matrices' buffers hold, and of P's part.
+
+        It waits for the device and reads whole buffers, which is why it is not done each time.
+        """
+        unknown = self._squares.get(names, (0.0, 0.0))[1] == 0  # the first gradients may be zeros
+        due = self._seen.setdefault(names, 0) % SAMPLE_EVERY == 0 or unknown
+        self._seen[names] += 1
+        if due:
+            whole, inside = squares()
+            self._squares[names] = max(whole - inside, 0.0), whole
+
+    def report(self) -> dict[str, Any]:
+        """See `PowerSGD.report`."""
+        sent, whole = self.traffic.sent, self.uncompressed_bytes
+        rate = sent / self.exchange_seconds if self.exchange_seconds > 0 else math.inf
+        plain = whole / rate
+        kept, held = (sum(pair[i] for pair in self._squares.values()) for i in range(2))
+        own = f"{1e3 * self.seconds:.0f} ms so far"
+        pays = "compression pays" if self.seconds < plain else "compression does not pay"
+        return {
+            "bytes_sent": sent,
+            "bytes_uncompressed": whole,
+            "compression": whole / sent if sent else math.nan,
+            "seconds": self.seconds,
+            "waited_seconds": self.waited_seconds,
+            "exchange_seconds": self.exchange_seconds,
+            "reconstruction_error": math.sqrt(kept / held) if held else math.nan,
+            "saturated": self.traffic.saturated,
+            "flushed": self.traffic.flushed,
+            "advice": f"{pays} at {8e-6 * rate:.0f} Mbit/s: {own}; fp32 gradients would take "
+            f"{1e3 * plain:.0f} ms",
+        }
