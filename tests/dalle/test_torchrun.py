@@ -1,4 +1,4 @@
-"""R16: `torchrun ... dalle prior train`: a process dies, hangs or has to stop; nothing is lost."""
+"""R16: `torchrun ... dalle prior train`: a process dies, hangs, must stop or is out of reach."""
 
 from __future__ import annotations
 
@@ -7,106 +7,26 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from contextlib import redirect_stderr, suppress
-from pathlib import Path
+from contextlib import redirect_stderr
 
 import pytest
 import torch.distributed as dist
-from PIL import Image
+from jobs import STEPS, Job, arguments, make_given
 from processes import free_port, run
-from test_train_prior import make_parts
 
+import cluster_box
 from dalle.cli import main
 from dalle.files import sha256
 from dalle.train.checkpoint import checkpoints
 from dalle.train.metrics import read_metrics
 
-STEPS, EVERY = 16, 3
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """A folder with pictures, a tokenizer and a dVAE."""
-    folder = tmp_path_factory.mktemp("given")
-    tokenizer, vae, pairs = make_parts()
-    (folder / "pairs").mkdir()
-    for i, caption in enumerate(pairs.captions):
-        Image.fromarray(pairs.load(i)).save(folder / "pairs" / f"{i}.png")
-        (folder / "pairs" / f"{i}.txt").write_text(caption)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    vae.save_pretrained(folder / "vae")
-    return folder
-
-
-def arguments(given, out):
-    """Of `dalle`."""
-    return [
-        "prior", "train", "--data", str(given / "pairs"), "--image-size", "8",
-        "--tokenizer", str(given / "tokenizer"), "--vae", str(given / "vae"), "--out", str(out),
-        "--text-len", "4", "--batch-size", "8", "--lr", "1e-3", "--warmup-steps", "2",
-        "--average-every", "1", "--log-every", "1", "--picture-every", "0",
-        "--steps", str(STEPS), "--checkpoint-every", str(EVERY),
-    ]  # fmt: skip
-
-
-class Job:
-    """A run of `torchrun` in the background, its output in files."""
-
-    def __init__(self, given, out, *options, processes=4, restarts=0, **environment):
-        self.out, self.log = out, out.with_suffix(".log")
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            "--nproc-per-node", str(processes), "--max-restarts", str(restarts),
-            "-m", "dalle", *arguments(given, out), *options,
-        ]  # fmt: skip
-        settings = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                command, env={**os.environ, **settings, **environment}, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
-
-    def wait(self, limit=120):
-        try:
-            self.process.wait(limit)
-        finally:
-            self.kill()
-        return self.process.returncode, self.log.read_text()
-
-    def kill(self):
-        """All that is left of it; workers lead sessions of their own."""
-        for one in [*self.workers(), self.process.pid]:
-            with suppress(ProcessLookupError):
-                os.kill(one, signal.SIGKILL)
-
-    def until(self, holds, limit=90):
-        """Waits for something to be seen; the job must be running then."""
-        end = time.monotonic() + limit
-        while not holds():
-            assert time.monotonic() < end and self.process.poll() is None, self.log.read_text()
-            time.sleep(0.002)
-
-    def at(self, step):
-        metrics = self.out / "metrics.jsonl"
-        self.until(lambda: metrics.exists() and read_metrics(metrics)[-1:] and
-                   read_metrics(metrics)[-1]["step"] >= step)  # fmt: skip
-
-    def workers(self):
-        """Process ids, in the order of their ranks."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent == self.process.pid:
-                    variables = (folder / "environ").read_bytes().split(b"\0")
-                    rank = next(v for v in variables if v.startswith(b"RANK="))
-                    found[int(rank[5:])] = int(folder.name)
-            except (OSError, StopIteration):
-                continue
-        return [found[rank] for rank in sorted(found)]
+    return make_given(tmp_path_factory.mktemp("given"))
 
 
 POWERSGD = ("--machines", "2", "--powersgd-rank", "2")
@@ -166,6 +86,51 @@ def test_a_process_that_hangs_is_named(given, tmp_path):
     finally:
         job.kill()
     assert checkpoints(job.out)
+
+
+def start(given, out, machine, name):
+    """torchrun on one of the machines of a box, as docs/operations.md has it."""
+    net = cluster_box.NET
+    return Job(
+        given, out, "--timeout", "8", "--powersgd-rank", "2", processes=2, restarts=3, name=name,
+        within=["ip", "netns", "exec", f"{cluster_box.PREFIX}{machine}"],
+        join=["--nnodes", "2", "--rdzv-id", "cut", "--rdzv-backend", "c10d",
+              "--rdzv-endpoint", f"{net}.1:29501", "--local-addr", f"{net}.{machine + 1}",
+              "--rdzv-conf", f"is_host={1 - machine},last_call_timeout=2"],
+        GLOO_SOCKET_IFNAME="eth0",
+    )  # fmt: skip
+
+
+def link(state):
+    name = f"{cluster_box.PREFIX}1"
+    subprocess.run(["ip", "-n", name, "link", "set", "eth0", state], check=True)
+
+
+@pytest.mark.skipif(cluster_box.missing() is not None, reason=f"{cluster_box.missing()}")
+def test_a_cut_link_and_a_lost_machine(given, whole, tmp_path):
+    """Two machines in one: both sides say so, one is started anew, and the bits are the same."""
+    with cluster_box.Box(None):
+        first, second = (start(given, tmp_path / "out", i, f"log{i}") for i in range(2))
+        try:
+            first.at(4)
+            link("down")
+            for job, others in (
+                (first, "2, 3"),
+                (second, "0"),
+            ):  # who keeps the store stands for all
+                line = f"every process must answer, got none from process {others} of 4"
+                job.until(lambda job=job, line=line: line in job.log.read_text(), 60)
+            link("up")
+            second.kill()  # the machine is lost for good, and comes back
+            second = start(given, tmp_path / "out", 1, "log1b")
+            for job in (first, second):
+                code, log = job.wait()
+                assert code == 0, log
+            assert "prior: resumed after step" in first.log.read_text()
+        finally:
+            first.kill()
+            second.kill()
+    assert sha256(tmp_path / "out" / "prior" / "model.safetensors") == whole
 
 
 BAD = {
