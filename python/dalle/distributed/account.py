@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from dalle.distributed.wire import Traffic
 
@@ -19,8 +24,9 @@ class Account:
     Attributes:
         traffic: bytes sent, and elements that 16-bit words could not hold.
         uncompressed_bytes: of all gradients in fp32, ring all-reduce.
-        seconds: in all; exchange_seconds: of them in collectives; waited_seconds: of them after the
-            backward pass, with FSDP2 on the CPU; the others were hidden behind it.
+        seconds: in all; exchange_seconds: of them in collectives, waiting for the other processes
+            included; waited_seconds: of them after the backward pass, with FSDP2 on the CPU; the
+            others were hidden behind it.
     """
 
     traffic: Traffic = field(default_factory=Traffic)
@@ -32,6 +38,32 @@ class Account:
     # what they held.
     _seen: dict[tuple[str, ...], int] = field(default_factory=dict)
     _squares: dict[tuple[str, ...], tuple[float, float]] = field(default_factory=dict)
+    _pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque)
+
+    @contextmanager
+    def timed(self, what: str, device: torch.device) -> Iterator[None]:
+        """Adds what the block takes on its device to the attribute `what`; never waits for it."""
+        if device.type != "cuda":
+            begun = time.perf_counter()
+            yield
+            self._add(what, time.perf_counter() - begun)
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self._pending.append((what, begin, end))
+        self._collect(wait=False)
+
+    def _collect(self, *, wait: bool) -> None:
+        """Adds the times of what the device has done, in order; `wait`: of all."""
+        while self._pending and (wait or self._pending[0][2].query()):
+            what, begin, end = self._pending.popleft()
+            end.synchronize()
+            self._add(what, begin.elapsed_time(end) / 1e3)
+
+    def _add(self, what: str, seconds: float) -> None:
+        setattr(self, what, getattr(self, what) + seconds)
 
     def sample(self, names: tuple[str, ...], squares: Callable[[], tuple[float, float]]) -> None:
         """Now and then asks for squares of all that these matrices' buffers hold, and of P's part.
@@ -47,6 +79,7 @@ class Account:
 
     def report(self) -> dict[str, Any]:
         """See `PowerSGD.report`."""
+        self._collect(wait=True)
         sent, whole = self.traffic.sent, self.uncompressed_bytes
         rate = sent / self.exchange_seconds if self.exchange_seconds > 0 else math.inf
         plain = whole / rate

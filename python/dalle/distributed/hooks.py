@@ -37,8 +37,9 @@ class PowerSGD:
     and exchanges them with the same-ordinal processes of the other machines; with DDP the group is
     that of the model. `ddp_model.register_comm_hook(psgd, PowerSGD.ddp_hook)` does the same as
     `attach`, but knows no names of parameters. Gradients come out averaged over the group, NaN
-    where any process had an Inf or NaN. On the CPU the exchange overlaps with the rest of the
-    backward pass; with FSDP2 where gradients are reduced in their parameters' dtype.
+    where any process had an Inf or NaN. The exchange overlaps with the rest of the backward pass:
+    on the CPU in a thread, with FSDP2 where gradients are reduced in their parameters' dtype; on a
+    GPU on a stream of its own (not yet run on one).
 
     Args:
         rank: columns of the factors of each matrix (each shard).
@@ -74,6 +75,7 @@ class PowerSGD:
         self._params: dict[str, Tensor] = {}
         self._whole: set[str] = set()
         self._thread: _InOrder | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._following: list[torch.futures.Future[Tensor]] = []
 
     def attach(self, model: nn.Module) -> None:
@@ -114,19 +116,34 @@ class PowerSGD:
             state._gradient(param, grad)
             for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True)
         ]
-        future: torch.futures.Future[Tensor] = torch.futures.Future()
         buffer = bucket.buffer()
 
         def reduce() -> None:
             state.compressor.reduce_(gradients, state._whole)
 
-        if buffer.device.type != "cpu":  # the stream is asynchronous already
+        if buffer.device.type == "cuda":
+            return state._on_stream(reduce, buffer)
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        state._in_order(reduce, future, buffer)
+        return future
+
+    def _in_order(self, job: Callable[[], None], future: Any, buffer: Tensor) -> None:
+        if self._thread is None:
+            self._thread = _InOrder()
+        self._thread.put(job, future, buffer)
+
+    def _on_stream(
+        self, reduce: Callable[[], None], buffer: Tensor
+    ) -> torch.futures.Future[Tensor]:
+        """Reduces beside the backward pass; who waits for the future lets its stream wait."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(buffer.device)
+        self._stream.wait_stream(torch.cuda.current_stream(buffer.device))
+        buffer.record_stream(self._stream)
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device])
+        with torch.cuda.stream(self._stream):
             reduce()
             future.set_result(buffer)
-            return future
-        if state._thread is None:
-            state._thread = _InOrder()
-        state._thread.put(reduce, future, buffer)
         return future
 
     def _gradient(self, param: Tensor, grad: Tensor) -> Gradient:
@@ -152,12 +169,10 @@ class PowerSGD:
     def _follow(self, gradients: list[Gradient], flat: Tensor) -> None:
         """Reduces in the thread while the backward pass goes on; its end waits for the thread."""
         future: torch.futures.Future[Tensor] = torch.futures.Future()
-        if self._thread is None:
-            self._thread = _InOrder()
         if not self._following:  # the first of this backward pass
             torch.autograd.Variable._execution_engine.queue_callback(self._wait)
         self._following.append(future)
-        self._thread.put(lambda: self.compressor.reduce_(gradients, self._whole), future, flat)
+        self._in_order(lambda: self.compressor.reduce_(gradients, self._whole), future, flat)
 
     def _wait(self) -> None:
         following, self._following = self._following, []
@@ -184,8 +199,8 @@ class PowerSGD:
 
         Returns:
             bytes_sent, bytes_uncompressed (all gradients in fp32, ring all-reduce), compression
-            (their ratio), seconds (in all), waited_seconds (of them after the backward pass, with
-            FSDP2 on the CPU; the others were hidden behind it),
+            (their ratio), seconds (in all, on the device), waited_seconds (of them after the
+            backward pass, with FSDP2 on the CPU; the others were hidden behind it),
             exchange_seconds (of them in collectives), reconstruction_error (the part of what this
             process's buffers held that the factors cannot express, 0 to 1, by norms, each where it
             was last sampled),

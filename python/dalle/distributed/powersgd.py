@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -100,7 +99,10 @@ class Compressor:
             gradients: in an order that all processes share.
             whole: names of those that are not to be compressed.
         """
-        begin = time.perf_counter()
+        with self.account.timed("seconds", gradients[0].grad.device):
+            self._reduce(gradients, whole)
+
+    def _reduce(self, gradients: list[Gradient], whole: set[str]) -> None:
         packed = [g for g in gradients if g.name not in whole and self.compresses(g.grad.shape)]
         names = tuple(g.name for g in packed)
         rest = [g for g in gradients if g.name not in names]
@@ -139,7 +141,6 @@ class Compressor:
         self.account.uncompressed_bytes += sum(
             8 * (self.world - 1) * g.grad.numel() // self.world for g in gradients
         )
-        self.account.seconds += time.perf_counter() - begin
 
     def _squared_norm(
         self, qs: list[Tensor], rest: list[Gradient], sums: list[Tensor], flags: Tensor
@@ -203,16 +204,17 @@ class Compressor:
         return whole, sum(float(q.square().sum()) for q in qs)
 
     def _exchange(self, tensors: list[Tensor], whole: bool = False) -> None:
-        begin = time.perf_counter()
-        if whole or self.wire == "fp32":
-            sum_fp32_(tensors, self.group, self.account.traffic)
-        else:
+        if not tensors:
+            return
+        with self.account.timed("exchange_seconds", tensors[0].device):
+            if whole or self.wire == "fp32":
+                sum_fp32_(tensors, self.group, self.account.traffic)
+                return
             for tensor in tensors:
                 tensor.mul_(self.factor_scale)
             sum_codes_(tensors, self.group, self.account.traffic)
             for tensor in tensors:
                 tensor.div_(self.factor_scale)
-        self.account.exchange_seconds += time.perf_counter() - begin
 
     def _scale(self, block: int) -> Tensor | None:
         return None if self.scaler is None or block < 0 else self.scaler.scales[block]
