@@ -31,12 +31,12 @@ struct SpreadBlock {
 
   const PowerMatrix& m;
   unsigned char *arrived, *tiles;  // tiles: of high words, and behind them of low ones
-  int64_t row, column;             // first of the tile of D
+  int32_t row, column;             // first of the tile of D
   int32_t rank, lane, warp_row, warp_column;
   bool vectors;  // rows of the factors begin at multiples of 16 bytes
   float sums[kRowTiles][kColumnTiles][4] = {};
 
-  __device__ SpreadBlock(const PowerMatrix& matrix, unsigned char* shared, int64_t tile)
+  __device__ SpreadBlock(const PowerMatrix& matrix, unsigned char* shared, int32_t tile)
       : m(matrix),
         arrived(shared),
         tiles(shared + kArrivedBytes),
@@ -45,31 +45,38 @@ struct SpreadBlock {
         warp_row(static_cast<int>(threadIdx.x) / 128 * 32),
         warp_column(static_cast<int>(threadIdx.x) / 32 % 4 * 32),
         vectors(matrix.rank % 4 == 0 && on_vectors(matrix.left) && on_vectors(matrix.right)) {
-    const int64_t across = ceil_div(m.columns, kSpreadColumns);
+    const auto across = static_cast<int32_t>(ceil_div(m.columns, kSpreadColumns));
     row = tile / across * kSpreadRows;
     column = tile % across * kSpreadColumns;
   }
 
   // Starts copying the numbers k0 .. of the rank; zeros beyond the rank and the factors' ends.
   __device__ __forceinline__ void start(int k0) const {
-#pragma unroll
+    if (vectors) {
+      copy<4>(k0);
+    } else {
+      copy<1>(k0);
+    }
+  }
+  template <int kN>  // numbers a copy
+  __device__ __forceinline__ void copy(int k0) const {
+    constexpr int kStep = kProductThreads / kChunks;  // lines from one chunk to the next
+    static_assert(kSpreadRows % kStep == 0);
+    const int own = static_cast<int>(threadIdx.x) / kChunks;
+    const int k = k0 + static_cast<int>(threadIdx.x) % kChunks * 4;
+    unsigned char* to = arrived + threadIdx.x * 16;
+#pragma unroll(kN == 4 ? kOwnChunks : 1)
     for (int j = 0; j < kOwnChunks; ++j) {
-      const int id = static_cast<int>(threadIdx.x) + j * kProductThreads;
-      const int line = id / kChunks, k = k0 + id % kChunks * 4;
-      const bool left = line < kSpreadRows;
-      const int64_t at = left ? row + line : column + line - kSpreadRows;
-      const int count = at < (left ? m.rows : m.columns) ? rank - k : 0;  // that are there
+      const bool left = j * kStep < kSpreadRows;
+      const int line = (left ? row : column - kSpreadRows) + own + j * kStep;
       const float* const factor = left ? m.left : m.right;
-      const float* const from = factor + (count > 0 ? at * rank + k : 0);
-      unsigned char* const to = arrived + id * 16;
-      if (vectors) {
-        cp_async<16>(to, from, count > 0 ? 16 : 0);
-      } else {
+      const int count = line < (left ? m.rows : m.columns) ? rank - k : 0;  // that are there
+      const float* const from = factor + int64_t{line} * rank + k;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          cp_async<4>(to + i * 4, i < count ? from + i : factor, i < count ? 4 : 0);
-        }
+      for (int i = 0; i < 4; i += kN) {
+        cp_async<4 * kN>(to + i * 4, i < count ? from + i : factor, i < count ? 4 * kN : 0);
       }
+      to += kProductThreads * 16;
     }
   }
 
@@ -90,7 +97,7 @@ struct SpreadBlock {
   // Steps of 8 of the rank.
   __device__ __forceinline__ void multiply(int steps) {
     if (row + warp_row >= m.rows) return;
-    const int64_t left = (m.columns - column - warp_column + 7) / 8;
+    const int left = (static_cast<int>(m.columns) - column - warp_column + 7) / 8;
 #pragma unroll
     for (int step = 0; step < kSpreadSlab / 8; ++step) {
       if (step >= steps) break;
@@ -113,14 +120,16 @@ struct SpreadBlock {
                    tiles + w * kTileBytes + chunk_place<kChunks>(line, 2 * step + lane / 8 % 2));
         }
 #pragma unroll
-        for (int which = 0; which < 2; ++which) {
-          if (pair + which >= left) break;
+        for (int product = 0; product < (kFast ? 1 : 3); ++product) {
+          const int of_a = !kFast && product == 1, of_b = !kFast && product == 0;
 #pragma unroll
-          for (int i = 0; i < (kFast ? 1 : 3) * kRowTiles; ++i) {
-            const int product = i / kRowTiles;  // exact: high low, low high, high high
-            const int of_a = !kFast && product == 1, of_b = !kFast && product == 0;
-            mma_m16n8k8_tf32(sums[i % kRowTiles][pair + which], a[of_a][i % kRowTiles],
-                             {b[of_b][2 * which], b[of_b][2 * which + 1]});
+          for (int which = 0; which < 2; ++which) {
+            if (pair + which >= left) break;
+#pragma unroll
+            for (int i = 0; i < kRowTiles; ++i) {
+              mma_m16n8k8_tf32(sums[i][pair + which], a[of_a][i],
+                               {b[of_b][2 * which], b[of_b][2 * which + 1]});
+            }
           }
         }
       }
@@ -194,11 +203,11 @@ struct SpreadBlock {
 };
 
 template <bool kFast>
-__global__ void __launch_bounds__(kProductThreads, 2)
+__global__ void __launch_bounds__(kProductThreads, kFast ? 3 : 2)
     powersgd_decompress_kernel(PowerGroup group, PowerFactors f) {
   DALLE_DYNAMIC_SHARED(shared);
   const PowerMatrix& m = matrix_of_tile(group, blockIdx.x);
-  SpreadBlock<kFast> block(m, shared, blockIdx.x - m.tile_begin);
+  SpreadBlock<kFast> block(m, shared, static_cast<int32_t>(blockIdx.x - m.tile_begin));
   block.start(0);
   cp_async_commit();
 #pragma unroll 1

@@ -191,19 +191,21 @@ struct FactorBlock {
 #pragma unroll
       for (int w = 0; w < 4; ++w) a[i][w] = halves_of(a[i][w]);
     }
+    const unsigned char* const own =
+        factors +
+        chunk_place<kChunks>(lane() / 16 * 16 + warp_column() + lane() % 8, k / 8 + lane() / 8 % 2);
+    uint32_t b[2][4];  // of two tiles, one pair ahead
+    ldmatrix(b[0], own);
 #pragma unroll
-    for (int tile = 0; tile < kRankTiles; tile += 2) {
+    for (int tile = 0; tile < kRankTiles; ++tile) {
       if (tile >= tiles) break;
-      uint32_t b[4];  // two tiles
-      const int column = (tile + lane() / 16) * 16 + warp_column() + lane() % 8;
-      ldmatrix(b, factors + chunk_place<kChunks>(column, k / 8 + lane() / 8 % 2));
-#pragma unroll
-      for (int i = 0; i < kLineTiles; ++i) mma_m16n8k16<__half>(sums[i][tile], a[i], {b[0], b[1]});
-      if (tile + 1 >= tiles) break;
-#pragma unroll
-      for (int i = 0; i < kLineTiles; ++i) {
-        mma_m16n8k16<__half>(sums[i][tile + 1], a[i], {b[2], b[3]});
+      const int pair = tile / 2;
+      if (tile % 2 == 0 && tile + 2 < kRankTiles) {
+        ldmatrix(b[(pair + 1) % 2], own + chunk_place<kChunks>((tile + 2) * 16, 0));
       }
+      const uint32_t words[2] = {b[pair % 2][tile % 2 * 2], b[pair % 2][tile % 2 * 2 + 1]};
+#pragma unroll
+      for (int i = 0; i < kLineTiles; ++i) mma_m16n8k16<__half>(sums[i][tile], a[i], words);
     }
   }
 
@@ -217,17 +219,26 @@ struct FactorBlock {
       const uint32_t word = codes[i / 4 * 2 + i % 2];
       a[i / 4][i % 4] = decode<Format::k169>(i % 4 < 2 ? word & 0xFFFFu : word >> 16);
     }
+    const unsigned char* const own =
+        factors + chunk_place<kChunks>(warp_column() + lane() % 8,
+                                       k / 4 + lane() / 8 % 2 + lane() / 16 * (kChunks / 2));
+    uint32_t b[2][4];  // high and low of a tile, one tile ahead
+    ldmatrix(b[0], own);
 #pragma unroll
     for (int tile = 0; tile < kRankTiles; ++tile) {
       if (tile >= tiles) break;
-      uint32_t b[4];  // high, low
-      const int column = tile * 16 + warp_column() + lane() % 8;
-      const int chunk = k / 4 + lane() / 8 % 2 + lane() / 16 * (kChunks / 2);
-      ldmatrix(b, factors + chunk_place<kChunks>(column, chunk));
+      if (tile + 1 < kRankTiles) {
+        ldmatrix(b[(tile + 1) % 2], own + chunk_place<kChunks>((tile + 1) * 16, 0));
+      }
+      const uint32_t (&words)[4] = b[tile % 2];
 #pragma unroll
-      for (int i = 0; i < kLineTiles; ++i) mma_m16n8k8_tf32(sums[i][tile], a[i], {b[2], b[3]});
+      for (int i = 0; i < kLineTiles; ++i) {
+        mma_m16n8k8_tf32(sums[i][tile], a[i], {words[2], words[3]});
+      }
 #pragma unroll
-      for (int i = 0; i < kLineTiles; ++i) mma_m16n8k8_tf32(sums[i][tile], a[i], {b[0], b[1]});
+      for (int i = 0; i < kLineTiles; ++i) {
+        mma_m16n8k8_tf32(sums[i][tile], a[i], {words[0], words[1]});
+      }
     }
   }
 
