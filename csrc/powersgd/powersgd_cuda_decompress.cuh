@@ -26,6 +26,7 @@ struct SpreadBlock {
   static constexpr int kPitch = kSpreadColumns + 8;  // no two lanes that store a pair in one bank
   static constexpr int kResultBytes = kSpreadRows * kPitch * 4;
   static constexpr int kBytes = kArrivedBytes + kWords * kTileBytes;
+  static_assert(kBytes <= kMostShared);
   static_assert(kResultBytes <= kBytes, "the results go where the factors were");
   static constexpr int kRowTiles = 2, kColumnTiles = 4;  // 16 x 8, of one warp
 

@@ -37,7 +37,8 @@ DALLE_HOST_DEVICE int factor_parts(int64_t lines, int64_t depth) {
 
 template <bool kProject, bool kFast, typename grad_t>
 struct FactorBlock {
-  static constexpr int kAhead = kFast ? 2 : 1;
+  // fast has less to do in the time that a copy takes.
+  static constexpr int kAhead = kFast && (kProject || sizeof(grad_t) == 2) ? 2 : 1;
   using Windows = ErrorWindows<kProject, kAhead, grad_t>;
   // A column of the factor is one row of its tile. exact: of every 8 of the depth a chunk of the
   // even ones and one of the odd ones, and the same of the low words behind; fast: halves in order.
@@ -47,6 +48,7 @@ struct FactorBlock {
   static constexpr int kBytes = Windows::kBytes + kFactorBytes + kAhead * kArrivedBytes;
   static constexpr int kLineTiles = 2, kRankTiles = 8;  // 16 x 8, of one warp
   static constexpr int kStep = kFast ? 16 : 8;          // of the depth, of one mma
+  static_assert(kBytes <= kMostShared);
   static_assert(kProductThreads == 2 * kFactorRanks, "half a slab of a column each");
 
   const PowerMatrix& m;

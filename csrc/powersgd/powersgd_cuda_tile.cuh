@@ -9,6 +9,7 @@ namespace dalle {
 
 constexpr int kProductThreads = 256;
 constexpr int kMostMatrices = 40;
+constexpr int kMostShared = 99 * 1024;  // of a block, on every card from sm_80 on
 
 // The matrices of a launch, in its arguments.
 struct PowerGroup {
