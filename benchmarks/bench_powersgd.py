@@ -29,10 +29,13 @@ def check() -> None:
     torch.testing.assert_close(d, p @ q.t(), rtol=1e-4, atol=1e-3)
 
 
-def ours(errors: list[Tensor], grads: list[Tensor], qs: list[Tensor]) -> list[Tensor]:
-    ps = dalle_ext.powersgd_compress_(errors, grads, qs)
+def ours(
+    errors: list[Tensor], grads: list[Tensor], qs: list[Tensor], fast: bool = False
+) -> list[Tensor]:
+    ps = dalle_ext.powersgd_compress_(errors, grads, qs, fast=fast)
     ps = [dalle_ext.orthogonalize(p) for p in ps]
-    return dalle_ext.powersgd_decompress_(errors, ps, dalle_ext.powersgd_project(errors, ps))
+    new = dalle_ext.powersgd_project(errors, ps, fast=fast)
+    return dalle_ext.powersgd_decompress_(errors, ps, new, fast=fast)
 
 
 def hook(errors: list[Tensor], grads: list[Tensor], qs: list[Tensor]) -> None:

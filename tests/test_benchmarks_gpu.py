@@ -63,6 +63,7 @@ def test_goals_of_powersgd():
         for which in case.passes if (goal := goals.goal_of(case, which)) is not None
     ]  # fmt: skip
     assert numbers == [
+        ("powersgd 1 of 3968 x 3968, rank 112", "compress", "5a"),
         ("powersgd 1 of 3968 x 3968, rank 112", "project", "5a"),
         ("powersgd 1 of 3968 x 15872, rank 112", "round", "5d"),
         ("powersgd orthogonalize 1 of 3968, rank 112", "orthogonalize", "5b"),

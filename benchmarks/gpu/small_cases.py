@@ -77,14 +77,22 @@ def sixteen(device: str, dtype: torch.dtype) -> int:
 
 def powersgd(device: str, dtype: torch.dtype) -> int:
     """PowerSGD's ops on matrices with ragged ends, several in a launch."""
-    for shapes, rank in ((((65, 130), (7, 300)), 5), (((33, 17),), 17), (((200, 64),), 40)):
-        grads = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-        qs = [torch.randn(n, rank, device=device) for _, n in shapes]
-        errors = [torch.zeros(shape, dtype=torch.int16, device=device) for shape in shapes]
-        ps = dalle_ext.powersgd_compress_(errors, grads, qs)
-        ps = [dalle_ext.orthogonalize(p) if p.shape[0] >= rank else p for p in ps]
-        dalle_ext.powersgd_decompress_(errors, ps, dalle_ext.powersgd_project(errors, ps))
-    return 3
+    sizes = (
+        (((65, 130), (7, 300)), 5),
+        (((33, 17),), 17),
+        (((200, 64),), 40),
+        (((136, 144),), 130),
+    )
+    for shapes, rank in sizes:
+        for fast in (False, True):
+            grads = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+            qs = [torch.randn(n, rank, device=device) for _, n in shapes]
+            errors = [torch.zeros(shape, dtype=torch.int16, device=device) for shape in shapes]
+            ps = dalle_ext.powersgd_compress_(errors, grads, qs, fast=fast)
+            ps = [dalle_ext.orthogonalize(p) if p.shape[0] >= rank else p for p in ps]
+            new = dalle_ext.powersgd_project(errors, ps, fast=fast)
+            dalle_ext.powersgd_decompress_(errors, ps, new, fast=fast)
+    return 2 * len(sizes)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ void compress_(DALLE_COMPRESS_PARAMETERS) {
   for_panels(matrices, panels, f, packed, DALLE_SELECT_ISA(powersgd_cpu).compress);
 }
 
-void project(Tensors errors, Tensors ps, Tensors qs, double error_scale) {
+void project(DALLE_PROJECT_PARAMETERS) {
   const char* const op = "powersgd_project";
   std::vector<PowerMatrix> matrices = prepare_matrices(op, errors, {}, ps, {}, qs);
   const PowerFactors f = prepare_factors(op, {}, {}, error_scale, 0, errors[0]);
@@ -89,12 +89,13 @@ void decompress_(DALLE_DECOMPRESS_PARAMETERS) {
 STABLE_TORCH_LIBRARY_FRAGMENT(dalle_ext, m) {
   m.def(
       "_powersgd_compress_(Tensor(a!)[] errors, Tensor[] grads, Tensor[] qs, Tensor(b!)[] ps,"
-      " Tensor? scale, float error_scale, Tensor? skip) -> ()");
+      " Tensor? scale, float error_scale, Tensor? skip, bool fast) -> ()");
   m.def(
-      "_powersgd_project(Tensor[] errors, Tensor[] ps, Tensor(a!)[] qs, float error_scale) -> ()");
+      "_powersgd_project(Tensor[] errors, Tensor[] ps, Tensor(a!)[] qs, float error_scale,"
+      " bool fast) -> ()");
   m.def(
       "_powersgd_decompress_(Tensor(a!)[] errors, Tensor[] ps, Tensor[] qs, Tensor(b!)[] grads,"
-      " float feedback, Tensor? skip) -> ()");
+      " float feedback, Tensor? skip, bool fast) -> ()");
   m.def("_powersgd_orthogonalize(Tensor p, float eps) -> Tensor");
 }
 

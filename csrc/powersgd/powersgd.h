@@ -12,14 +12,18 @@
 
 namespace dalle {
 
+inline constexpr int64_t kMostLines = int64_t{1} << 30;  // m and n are below: kernels count in int
+
 struct PowerMatrix {
   uint16_t* error;     // (m, n)
   const void* grad;    // (m, n) of grad_kind: compress
   const float* left;   // P: project, decompress
   const float* right;  // Q: compress, decompress
   float* out;          // P (m, r): compress; Q (n, r): project; D (m, n): decompress
+  float* partials;  // CUDA: sums of each part of the depth (parts, m or n, r); null with one part
   int64_t rows, columns, rank;
   int64_t tile_begin;  // tiles of the matrices before it, of whatever tile a kernel takes
+  int32_t parts;       // CUDA: of the depth of compress or project
   ElementKind grad_kind;
 };
 

@@ -55,6 +55,8 @@ inline std::vector<PowerMatrix> prepare_matrices(const char* op, const Tensors& 
     DALLE_CHECK(factor.dim() == 2 && factor.size(1) >= 1, op, "factors", "(m or n, r) with r >= 1",
                 shape_text(factor));
     const int64_t r = factor.size(1);
+    DALLE_CHECK(m < kMostLines && n < kMostLines, op, "errors", "under 2^30 long",
+                shape_text(error));
     check_matrix(op, "errors", error, m, n, ScalarType::Short, errors[0]);
     PowerMatrix matrix{};
     matrix.error = static_cast<uint16_t*>(error.mutable_data_ptr());
@@ -107,7 +109,9 @@ int64_t number_tiles(std::vector<PowerMatrix>& matrices, const Tiles& tiles) {
 // The arguments of the raw ops, in order; their CPU and CUDA registrations have the same.
 #define DALLE_COMPRESS_PARAMETERS                                                           \
   Tensors errors, Tensors grads, Tensors qs, Tensors ps, const std::optional<Tensor>&scale, \
-      double error_scale, const std::optional<Tensor>&skip
+      double error_scale, const std::optional<Tensor>&skip, [[maybe_unused]] bool fast
+#define DALLE_PROJECT_PARAMETERS \
+  Tensors errors, Tensors ps, Tensors qs, double error_scale, [[maybe_unused]] bool fast
 #define DALLE_DECOMPRESS_PARAMETERS                                       \
   Tensors errors, Tensors ps, Tensors qs, Tensors grads, double feedback, \
-      const std::optional<Tensor>&skip
+      const std::optional<Tensor>&skip, [[maybe_unused]] bool fast

@@ -10,20 +10,30 @@ int64_t size_of(const std::vector<PowerMatrix>& matrices) {
   return static_cast<int64_t>(matrices.size());
 }
 
-void compress_(DALLE_COMPRESS_PARAMETERS) {
-  const char* const op = "powersgd_compress_";
-  const auto matrices = prepare_matrices(op, errors, grads, {}, qs, ps);
-  const DeviceScope on(errors[0]);
-  const PowerFactors f = prepare_factors(op, scale, skip, error_scale, 0, errors[0]);
-  check_launch(op, launch_powersgd_compress(matrices.data(), size_of(matrices), f, on.stream()));
+// compress or project of matrices whose depth may be split: with room for their partial sums.
+template <bool kProject>
+void launch_factor(const char* op, std::vector<PowerMatrix>& matrices, const PowerFactors& f,
+                   bool fast, const Tensor& beside) {
+  const DeviceScope on(beside);
+  const int64_t floats[] = {split_matrices<kProject>(matrices.data(), size_of(matrices))};
+  const Tensor work = torch::stable::new_empty(beside, floats, ScalarType::Float);
+  check_launch(op, launch_powersgd_factor<kProject>(matrices.data(), size_of(matrices), f,
+                                                    static_cast<float*>(work.mutable_data_ptr()),
+                                                    fast, on.stream()));
 }
 
-void project(Tensors errors, Tensors ps, Tensors qs, double error_scale) {
+void compress_(DALLE_COMPRESS_PARAMETERS) {
+  const char* const op = "powersgd_compress_";
+  auto matrices = prepare_matrices(op, errors, grads, {}, qs, ps);
+  const PowerFactors f = prepare_factors(op, scale, skip, error_scale, 0, errors[0]);
+  launch_factor<false>(op, matrices, f, fast, errors[0]);
+}
+
+void project(DALLE_PROJECT_PARAMETERS) {
   const char* const op = "powersgd_project";
-  const auto matrices = prepare_matrices(op, errors, {}, ps, {}, qs);
-  const DeviceScope on(errors[0]);
+  auto matrices = prepare_matrices(op, errors, {}, ps, {}, qs);
   const PowerFactors f = prepare_factors(op, {}, {}, error_scale, 0, errors[0]);
-  check_launch(op, launch_powersgd_project(matrices.data(), size_of(matrices), f, on.stream()));
+  launch_factor<true>(op, matrices, f, fast, errors[0]);
 }
 
 void decompress_(DALLE_DECOMPRESS_PARAMETERS) {
@@ -31,7 +41,8 @@ void decompress_(DALLE_DECOMPRESS_PARAMETERS) {
   const auto matrices = prepare_matrices(op, errors, {}, ps, qs, grads);
   const DeviceScope on(errors[0]);
   const PowerFactors f = prepare_factors(op, {}, skip, 1, feedback, errors[0]);
-  check_launch(op, launch_powersgd_decompress(matrices.data(), size_of(matrices), f, on.stream()));
+  check_launch(
+      op, launch_powersgd_decompress(matrices.data(), size_of(matrices), f, fast, on.stream()));
 }
 
 Tensor orthogonalize(const Tensor& p, double eps) {

@@ -40,6 +40,14 @@ if _native.CPU_PROBLEM is None:
     torch.library.register_kernel(orthogonalize, "cpu", _orthogonalize_cpu)
 
 
+def results(errors: Sequence[Tensor], factors: Sequence[Tensor], side: int) -> list[Tensor]:
+    """Room for (m or n, r) float32 of each matrix; zeros of an empty one, which no kernel sees."""
+    return [
+        (f.new_empty if e.numel() else f.new_zeros)((e.shape[side], f.shape[1]))
+        for e, f in zip(errors, factors, strict=True)
+    ]
+
+
 def check_errors(op: str, errors: Sequence[Tensor], **others: Sequence[Tensor]) -> None:
     """Raises unless there are int16 matrices on one device and lists of the same length."""
     if not errors:

@@ -11,7 +11,7 @@ Tensor = torch.Tensor
 
 def compress_(
     error: Tensor, grad: Tensor, q: Tensor, scale: Tensor | None, error_scale: float,
-    skip: Tensor | None,
+    skip: Tensor | None, fast: bool = False,
 ) -> Tensor:  # fmt: skip
     """E += grad / scale where not `skip`; returns P = E Q of the E that is kept."""
     if skip is None or not skip:
@@ -19,22 +19,34 @@ def compress_(
         if scale is not None:
             factor = factor / scale
         error.copy_(encode(decode(error, "1-6-9") + grad.float() * factor, "1-6-9"))
-    return decode(error, "1-6-9") @ q / error_scale
+    return _product(decode(error, "1-6-9"), q, fast) / error_scale
 
 
-def project(error: Tensor, p: Tensor, error_scale: float) -> Tensor:
+def project(error: Tensor, p: Tensor, error_scale: float, fast: bool = False) -> Tensor:
     """Q = E^T P."""
-    return decode(error, "1-6-9").t() @ p / error_scale
+    return _product(decode(error, "1-6-9").t(), p, fast) / error_scale
+
+
+def _product(values: Tensor, factor: Tensor, fast: bool) -> Tensor:
+    """Of decoded codes and a factor, float32; `fast`: of both as half words, codes times 2^11."""
+    if not fast:
+        return values @ factor
+    return (values * 2048).half().float() @ factor.half().float() / 2048
 
 
 def decompress_(
-    error: Tensor, p: Tensor, q: Tensor, feedback: float, skip: Tensor | None
+    error: Tensor, p: Tensor, q: Tensor, feedback: float, skip: Tensor | None, fast: bool = False
 ) -> Tensor:
-    """D = P Q^T; what is left of E's codes is E - feedback D."""
-    grad = p @ q.t()
+    """D = P Q^T, `fast`: of P and Q in tf32; what is left of E's codes is E - feedback D."""
+    grad = _tf32(p) @ _tf32(q).t() if fast else p @ q.t()
     if feedback != 0 and (skip is None or not skip):
         error.copy_(encode(decode(error, "1-6-9") - grad * feedback, "1-6-9"))
     return grad
+
+
+def _tf32(x: Tensor) -> Tensor:
+    """Rounded to 10 bits of mantissa, ties away from zero."""
+    return (x.view(torch.int32) + 0x1000 & -0x2000).view(torch.float32)
 
 
 def orthogonalize(p: Tensor, eps: float) -> Tensor:

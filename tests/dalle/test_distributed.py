@@ -164,10 +164,10 @@ def scaled(rank):
     }  # fmt: skip
 
 
-def others(rank):
+def others(rank, options):
     """Options that process 1 has otherwise."""
     matrices, bias = gradients(rank, 1)
-    psgd = PowerSGD(rank=2, seed=rank)
+    psgd = PowerSGD(rank=2, **options[rank])
     try:
         psgd.compressor.reduce_(named(matrices, bias), set())
     except UsageError as error:
@@ -209,7 +209,8 @@ def two(tmp_path_factory):
         "inexact": (reduce_once, {"rank": 4}, 2, None),
         "full": (reduce_once, {"rank": 8, "min_compression": 1.0}, 1, None, 8, 64),
         "infinity": (one_infinity,), "plain": (ddp, None, 60), "ddp": (ddp, PLAIN, 60),
-        "saved": (saved,), "others": (others,), "scaled": (scaled,),
+        "saved": (saved,), "seed": (others, [{"seed": 0}, {"seed": 1}]),
+        "fast": (others, [{"fast": False}, {"fast": True}]), "scaled": (scaled,),
     }  # fmt: skip
     return run(2, calls, tmp_path_factory.mktemp("two"))
 
@@ -313,9 +314,13 @@ def test_report(two):
     assert found["advice"].startswith("compression ")
 
 
-def test_other_options_on_one_process_are_named(two):
-    wanted = "PowerSGD: seed must be the same on all processes (0 on process 0), got 1 on process 1"
-    assert two["others"] == [wanted, wanted]
+@pytest.mark.parametrize(("what", "values"), [("seed", (0, 1)), ("fast", (False, True))])
+def test_other_options_on_one_process_are_named(what, values, two):
+    wanted = (
+        f"PowerSGD: {what} must be the same on all processes ({values[0]} on process 0), "
+        f"got {values[1]} on process 1"
+    )
+    assert two[what] == [wanted, wanted]
 
 
 BAD = {

@@ -55,6 +55,7 @@ class PowerSGD:
         eps: added to the diagonal of P before it is made orthonormal.
         seed: of the fixed gaussian Q.
         scaler: whose scales the blocks' gradients carry; they come out scaled as they came.
+        fast: products of rounded words on CUDA (`dalle_ext.powersgd_compress_`).
 
     Raises:
         UsageError: numbers out of range, a model that is neither, or nothing to compress.
@@ -65,11 +66,12 @@ class PowerSGD:
         error_feedback: bool = True, average: bool = True, exclude: Iterable[nn.Parameter] = (),
         min_compression: float = 2.0, error_scale: float = 1.0, factor_scale: float = 1.0,
         eps: float = 1e-6, seed: int = 0, scaler: ResblockScaler | None = None,
+        fast: bool = False,
     ) -> None:  # fmt: skip
         self.compressor = Compressor(
             rank, group, wire=wire, error_feedback=error_feedback, average=average,
             min_compression=min_compression, error_scale=error_scale, factor_scale=factor_scale,
-            eps=eps, seed=seed, scaler=scaler)  # fmt: skip
+            eps=eps, seed=seed, scaler=scaler, fast=fast)  # fmt: skip
         self._exclude = {id(p) for p in exclude}
         self._names: dict[int, str] = {}
         self._params: dict[str, Tensor] = {}

@@ -62,7 +62,7 @@ class Compressor:
     def __init__(
         self, rank: int, group: dist.ProcessGroup | None, *, wire: str, error_feedback: bool,
         average: bool, min_compression: float, error_scale: float, factor_scale: float, eps: float,
-        seed: int, scaler: ResblockScaler | None,
+        seed: int, scaler: ResblockScaler | None, fast: bool = False,
     ) -> None:  # fmt: skip
         _check(rank >= 1, "rank", "1 or more", rank)
         _check(wire in WIRES, "wire", f"one of {', '.join(WIRES)}", wire)
@@ -72,7 +72,7 @@ class Compressor:
         self.rank, self.group, self.wire, self.average = rank, group, wire, average
         self.error_feedback, self.min_compression = error_feedback, min_compression
         self.error_scale, self.factor_scale = error_scale, factor_scale
-        self.eps, self.seed, self.scaler = eps, seed, scaler
+        self.eps, self.seed, self.scaler, self.fast = eps, seed, scaler, fast
         self.matrices: dict[str, Matrix] = {}
         self.account = Account()
         self._agreed: set[tuple[str, ...]] = set()
@@ -120,7 +120,7 @@ class Compressor:
             gradient.grad.copy_(total / self.world if self.average else total)
         ps = self._orthonormal(ps)
         qs = dalle_ext.powersgd_project(
-            [m.error for m in matrices], ps, error_scale=self.error_scale
+            [m.error for m in matrices], ps, error_scale=self.error_scale, fast=self.fast
         ) if ps else []  # fmt: skip
         self.account.sample(names, partial(self._squares, matrices, qs))
         self._exchange(qs)
@@ -172,7 +172,7 @@ class Compressor:
         return dalle_ext.powersgd_compress_(
             [m.error for m in own], [_flat(g.grad) for g in packed], [m.q for m in own],
             scale=self._scale(packed[0].block), error_scale=self.error_scale,
-            skip=flag)  # fmt: skip
+            skip=flag, fast=self.fast)  # fmt: skip
 
     def _orthonormal(self, ps: list[Tensor]) -> list[Tensor]:
         """Sums P and orthonormalises it; kept in the wire's words, as the paper does."""
@@ -189,7 +189,7 @@ class Compressor:
         errors = [m.error for m in own]
         sums = dalle_ext.powersgd_decompress_(
             errors, ps, qs, machines=machines, error_scale=self.error_scale, skip=flag,
-            feedback=self.error_feedback)  # fmt: skip
+            feedback=self.error_feedback, fast=self.fast)  # fmt: skip
         scale, bad = self._scale(packed[0].block), torch.where(flag > 0, math.nan, 0.0)
         for gradient, total, error in zip(packed, sums, errors, strict=True):
             total = total + bad if scale is None else total * scale + bad
@@ -238,7 +238,7 @@ class Compressor:
             return
         self._agreed.add(key)
         own = {
-            "rank": self.rank, "wire": self.wire, "seed": self.seed,
+            "rank": self.rank, "wire": self.wire, "seed": self.seed, "fast": self.fast,
             "matrices": [(name, tuple(self.matrices[name].error.shape)) for name in key],
             "sums of Q": [self.matrices[name].q.sum(dtype=torch.float64).item() for name in key],
         }  # fmt: skip
