@@ -21,11 +21,12 @@ import harness
 
 WORKER = Path(__file__).parent / "cluster_worker.py"
 FP32, FP16, OURS = "hsdp:fp32", "hsdp:fp16", "psgd:32:1-6-9"
+RANKS = (8, 16, 32, 64)
+PSGD = tuple(f"psgd:{rank}:{wire}" for wire in ("1-6-9", "fp32") for rank in RANKS)
 RATES = {
-    "100mbit": (FP32, FP16, "psgd:8:1-6-9", "psgd:16:1-6-9", OURS, "psgd:64:1-6-9", "psgd:32:fp32",
-                "ddp:fp32", "ddp:16", "ddp:32"),
-    "1gbit": (FP32, FP16, "psgd:16:1-6-9", OURS, "psgd:32:fp32", "ddp:32"),
-}  # fmt: skip
+    "100mbit": (FP32, FP16, *PSGD, "ddp:fp32", "ddp:16", "ddp:32"),
+    "1gbit": (FP32, FP16, *PSGD[:4], "psgd:32:fp32", "ddp:32"),
+}
 LOW, OFF = "psgd:8:1-6-9", ":nofeedback"
 CURVES = (FP32, LOW, LOW + OFF, OURS, OURS + OFF, "psgd:64:1-6-9")
 CURVE, STEPS = 400, 5

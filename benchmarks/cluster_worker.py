@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dalle.distributed import PowerSGD
 from dalle.prior import Prior
 
-WORDS, BATCH, LR, WARMUP = 32, 2, 1e-3, 30
+WORDS, KEYS, BATCH, LR, WARMUP = 64, 4, 2, 1e-3, 30
 
 
 def make(width: int, layers: int) -> Prior:
@@ -34,15 +34,15 @@ def make(width: int, layers: int) -> Prior:
 
 
 def batch(step: int, process: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Words at random; the first is a picture's first token, each next one follows from the one
-    before, but for some noise."""
+    """Words at random. The first is a picture's first token, the second says by which of `KEYS`
+    tables each next one follows from the one before, but for some noise."""
     draw = torch.Generator().manual_seed(1009 * step + process)
-    follows = torch.randperm(WORDS, generator=torch.Generator().manual_seed(1))
+    table = torch.randint(0, WORDS, (WORDS, KEYS), generator=torch.Generator().manual_seed(1))
     text = torch.randint(0, WORDS, (BATCH, 8), generator=draw)
     tokens = [text[:, 0]]
     for _ in range(1, 24):
         noise = torch.randint(0, WORDS, (BATCH,), generator=draw)
-        wanted = follows[tokens[-1]]
+        wanted = table[tokens[-1], text[:, 1] % KEYS]
         tokens.append(torch.where(torch.rand(BATCH, generator=draw) < 0.05, noise, wanted))
     return text, torch.stack(tokens, 1)
 
