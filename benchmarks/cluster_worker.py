@@ -1,6 +1,7 @@
 """One process of `bench_cluster`: trains a prior in one way and writes what a step cost.
 
     torchrun ... cluster_worker.py MODE --steps N --out FILE [--width D --layers L]
+                 [--words W --tables T]
 
 MODE: hsdp:fp32, hsdp:fp16 (native, uncompressed), psgd:RANK:WIRE[:nofeedback] (this library's),
 ddp:fp32, ddp:RANK (torch's `powerSGD_hook` of that rank). Process 0 writes FILE as JSON.
@@ -24,25 +25,28 @@ from torch.nn.parallel import DistributedDataParallel
 from dalle.distributed import PowerSGD
 from dalle.prior import Prior
 
-WORDS, KEYS, BATCH, LR, WARMUP = 64, 4, 2, 1e-3, 30
+BATCH, LR, WARMUP = 2, 1e-3, 30
 
 
-def make(width: int, layers: int) -> Prior:
+def make(width: int, layers: int, words: int) -> Prior:
     torch.manual_seed(0)
     sizes = {"d_model": width, "num_heads": 8, "num_layers": layers, "text_len": 9, "grid": (4, 6)}
-    return Prior.from_preset("tiny", **sizes, text_vocab=WORDS, image_vocab=WORDS, init_gain=0.5)
+    return Prior.from_preset("tiny", **sizes, text_vocab=words, image_vocab=words, init_gain=0.5)
 
 
-def batch(step: int, process: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Words at random. The first is a picture's first token, the second says by which of `KEYS`
-    tables each next one follows from the one before, but for some noise."""
+def batch(step: int, process: int, words: int, tables: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words at random. The first is a picture's first token, the second says by which table each
+    next one follows from the one before, but for some noise."""
     draw = torch.Generator().manual_seed(1009 * step + process)
-    table = torch.randint(0, WORDS, (WORDS, KEYS), generator=torch.Generator().manual_seed(1))
-    text = torch.randint(0, WORDS, (BATCH, 8), generator=draw)
+    fixed = torch.Generator().manual_seed(1)
+    follows = torch.randint(0, words, (words, tables), generator=fixed)
+    if tables == 1:
+        follows = torch.randperm(words, generator=fixed.manual_seed(1))[:, None]
+    text = torch.randint(0, words, (BATCH, 8), generator=draw)
     tokens = [text[:, 0]]
     for _ in range(1, 24):
-        noise = torch.randint(0, WORDS, (BATCH,), generator=draw)
-        wanted = table[tokens[-1], text[:, 1] % KEYS]
+        noise = torch.randint(0, words, (BATCH,), generator=draw)
+        wanted = follows[tokens[-1], text[:, 1] % tables]
         tokens.append(torch.where(torch.rand(BATCH, generator=draw) < 0.05, noise, wanted))
     return text, torch.stack(tokens, 1)
 
@@ -90,17 +94,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--words", type=int, default=32)
+    parser.add_argument("--tables", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     process = dist.get_rank()
-    plain = make(given.width, given.layers)
+    plain = make(given.width, given.layers, given.words)
     count = sum(p.numel() for p in plain.parameters())
     model, psgd = wrap(plain, given.mode)
     optimizer = torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.98), fused=True)
     seconds, losses, bytes_before = [], [], sent_bytes()
     for step in range(given.steps + 3):
-        text, image = batch(step, process)
+        text, image = batch(step, process, given.words, given.tables)
         for group in optimizer.param_groups:
             group["lr"] = LR * min(1.0, (step + 1) / WARMUP)
         dist.barrier()
