@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from tiny_task import state_hash
 
 from dalle.distributed.cluster import Cluster, ClusterConfig, join
 from dalle.dvae import DiscreteVAE
-from dalle.errors import CheckpointError, DalleError
-from dalle.sharded import gather
+from dalle.errors import CheckpointError, DalleError, NumericalError, UsageError
+from dalle.sharded import gather, local_part
 from dalle.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dalle.train.dvae import DvaeTask
 from dalle.train.loop import LoopConfig, train
@@ -160,6 +161,26 @@ def bad_loss(_rank):
     return "nothing"
 
 
+def bad_rest(rank):
+    """An Inf in process 1's part of a gradient that belongs to no block, and so has no scale."""
+    task = small_task(cluster_of())
+    step = task.scaler.step
+
+    def spoilt(optimizer, **options):
+        rest = [p for p in task.model.parameters() if p not in task.scaler.groups]
+        part = next(g for p in rest if (g := local_part(p.grad)).numel())
+        if rank == 1:
+            part.view(-1)[0] = float("inf")
+        return step(optimizer, **options)
+
+    task.scaler.step = spoilt
+    try:
+        task.train_step(0)
+    except NumericalError as problem:
+        return str(problem)
+    return "nothing"
+
+
 def others(rank):
     """One process with another step size."""
     config = replace(SMALL, lr=[0.1, 0.2][rank])
@@ -205,7 +226,7 @@ def two(folder, tmp_path_factory):
     calls |= {
         "dvae": (dvae_losses,), "saved": (saved, str(folder / "saved")), "sums": (sums,),
         "damaged": (damaged, str(folder / "damaged")), "full": (full_disk, str(folder / "full")),
-        "bad loss": (bad_loss,), "others": (others,),
+        "bad loss": (bad_loss,), "bad rest": (bad_rest,), "others": (others,),
     }  # fmt: skip
     return run(2, calls, tmp_path_factory.mktemp("two"), joined=False)
 
@@ -298,6 +319,11 @@ def test_a_bad_loss_on_one_process_stops_all(two):
         assert said.startswith("prior: loss must be finite, got nan at step 0")
 
 
+def test_a_bad_gradient_in_the_part_of_one_process_stops_all(two):
+    for said in two["bad rest"]:
+        assert re.fullmatch(r"prior: gradient of .* at step 0 \(on process 1\)", said), said
+
+
 def test_another_recipe_on_one_process_is_named(two):
     wanted = "cluster: train.lr must be the same on all processes (0.1 on process 0), got 0.2 on"
     assert all(said == f"{wanted} process 1" for said in two["others"])
@@ -324,3 +350,11 @@ def test_one_process_is_no_cluster(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with join(ClusterConfig(), torch.device("cpu")) as cluster:
         assert cluster is None
+
+
+def test_an_environment_that_is_not_torchruns(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    line = "cluster: RANK must be set where WORLD_SIZE is, as torchrun does, got none"
+    with pytest.raises(UsageError, match=line), join(ClusterConfig(), torch.device("cpu")):
+        pass

@@ -141,19 +141,25 @@ BAD = {
     "dtype, got True": ["--precision", "fp16-scaled", "--half-weights"],
     "PowerSGD: rank must leave a matrix that factors make smaller, got 5000: nothing would be "
     "compressed": ["--machines", "2", "--powersgd-rank", "5000"],
+    "cluster: cluster.powersgd_rank must be the same on all processes (2 on process 0), got 3 on": [
+        "--machines", "2", "--powersgd-rank", ["2", "3"]],
+    "cluster: picture_every must be the same on all processes (5 on process 0), got 6 on": [
+        "--picture-every", ["5", "6"]],
     "cluster: processes must reach each other, got on process": ["no such interface"],
 }  # fmt: skip
 
 
 def commands(rank, given, out, ports):
-    """What `dalle prior train` says on this process to each of `BAD`."""
+    """What `dalle prior train` says on this process to each of `BAD`, and without its data."""
     said = []
-    for port, options in zip(ports, BAD.values(), strict=True):
+    lacking = ["--data", [str(given / "pairs"), "nowhere"]]
+    for port, options in zip(ports, [lacking, *BAD.values()], strict=True):
         os.environ["MASTER_PORT"] = str(port)
         if options == ["no such interface"]:
             os.environ["GLOO_SOCKET_IFNAME"], options = "nowhere0", []
+        words = [word if isinstance(word, str) else word[rank] for word in options]
         with redirect_stderr(io.StringIO()) as lines:
-            code = main([*arguments(given, out), *options])
+            code = main([*arguments(given, out), *words])
         said.append([code, lines.getvalue()])
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -161,9 +167,16 @@ def commands(rank, given, out, ports):
 
 
 def test_bad_input_gets_one_line_on_every_process(given, tmp_path):
-    ports = [free_port() for _ in BAD]
+    ports = [free_port() for _ in range(1 + len(BAD))]
     found = run(2, {"said": (commands, given, tmp_path / "out", ports)}, tmp_path, joined=False)
     for said in found["said"]:
-        for line, (code, text) in zip(BAD, said, strict=True):
+        for line, (code, text) in zip(BAD, said[1:], strict=True):
             assert code in (2, 4) and text.startswith(line) and text.count("\n") == 1, text
     assert not checkpoints(tmp_path / "out")
+    for (code, text), wanted in zip(
+        [said[0] for said in found["said"]],
+        [(4, "cluster: every process must answer, got none from process 1 of 2: exchange closed "
+             "outside the training on process 0"), (3, "data: spec must be one of")],
+        strict=True,
+    ):  # fmt: skip
+        assert code == wanted[0] and text.startswith(wanted[1]) and text.count("\n") == 1, text

@@ -17,7 +17,7 @@ from dalle.data.images import decode, read_bytes
 from dalle.data.pairs import BUILT_IN, load_or_skip, load_pairs
 from dalle.demo.recipes_dvae import DVAE_RECIPES
 from dalle.devices import pick_device
-from dalle.distributed.cluster import ClusterConfig, join
+from dalle.distributed.cluster import ClusterConfig, alike, join
 from dalle.dvae import PRESETS, DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.files import saving
@@ -122,7 +122,7 @@ def train(config: DvaeTrainCommand) -> None:
             f"dvae train: steps must be more than the {train_config.warm_start_steps} of the warm "
             f"start, got {loop.steps}"
         )
-    with join(config.cluster, pick_device(config.device)) as cluster:
+    with join(config.cluster, pick_device(config.device), alike(config)) as cluster:
         device = pick_device(config.device) if cluster is None else cluster.device
         pairs = load_pairs(config.data, image_size=train_config.image_size, seed=config.seed)
         torch.manual_seed(config.seed)

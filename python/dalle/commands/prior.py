@@ -11,7 +11,7 @@ import torch
 from dalle.configs import did_you_mean
 from dalle.data.pairs import load_pairs
 from dalle.devices import pick_device
-from dalle.distributed.cluster import Cluster, ClusterConfig, join
+from dalle.distributed.cluster import Cluster, ClusterConfig, alike, join
 from dalle.dvae import DiscreteVAE
 from dalle.errors import UsageError
 from dalle.files import saving
@@ -82,7 +82,7 @@ class PriorCommandConfig:
 
 def train_command(config: PriorCommandConfig) -> None:
     """Trains, saves the averaged weights, and says where."""
-    with join(config.cluster, pick_device(config.device)) as cluster:
+    with join(config.cluster, pick_device(config.device), alike(config)) as cluster:
         _train(config, cluster)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import init_device_mesh
 
-from dalle.configs import require
+from dalle.configs import require, to_dict
 from dalle.distributed.agreement import require_same
 from dalle.distributed.heartbeat import Heartbeat
 from dalle.errors import DalleError, EnvironmentProblem, UsageError
@@ -66,7 +66,9 @@ class Cluster:
         EnvironmentProblem: the processes do not reach each other.
     """
 
-    def __init__(self, config: ClusterConfig, device: torch.device) -> None:
+    def __init__(
+        self, config: ClusterConfig, device: torch.device, asked: Mapping[str, Any] | None = None
+    ) -> None:
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
         self.config, self.machines = config, config.machines or self.world // local
@@ -82,10 +84,14 @@ class Cluster:
         try:
             backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, timeout=limit)
-            shape = (self.machines, self.world // self.machines)
-            self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
             self.control = dist.new_group(backend="gloo", timeout=limit)
             self.heartbeat = Heartbeat(self.rank, self.world, limit)
+            # Before anything that other options would make another exchange.
+            require_same("cluster", asked or {"cluster": to_dict(config)}, self.control)
+            shape = (self.machines, self.world // self.machines)
+            self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+        except DalleError:
+            raise
         except (RuntimeError, ValueError) as problem:
             raise EnvironmentProblem(
                 f"cluster: processes must reach each other, got on process {self.rank}: "
@@ -171,7 +177,7 @@ class Cluster:
         """Raises UsageError on every process unless all have the same JSON values and versions."""
         require_same("cluster", own, self.control)
 
-    def explain(self, problem: Exception, step: int) -> DalleError | None:
+    def explain(self, problem: Exception, step: int | None = None) -> DalleError | None:
         """An exchange that failed, in one line that names the processes that did not answer.
 
         None where the problem is not an exchange's.
@@ -179,29 +185,56 @@ class Cluster:
         if not (isinstance(problem, dist.DistError) or "gloo" in str(problem).lower()):
             return None
         kind = "timed out" if "imed out" in str(problem) else "closed"
+        when = "outside the training" if step is None else f"in step {step}"
         who = ", ".join(map(str, self.heartbeat.gone())) or "none (the link failed)"
         return EnvironmentProblem(
             f"cluster: every process must answer, got none from process {who} of {self.world}: "
-            f"exchange {kind} in step {step} on process {self.rank}; the same command goes on from "
+            f"exchange {kind} {when} on process {self.rank}; the same command goes on from "
             "the last checkpoint"
         )
 
 
 @contextmanager
-def join(config: ClusterConfig, device: torch.device) -> Iterator[Cluster | None]:
+def join(
+    config: ClusterConfig, device: torch.device, asked: Mapping[str, Any] | None = None
+) -> Iterator[Cluster | None]:
     """The cluster that `torchrun` started this process in; None where it is alone.
 
-    Raises: as `Cluster`.
+    An exchange that fails inside becomes the line that names who did not answer.
+
+    Args:
+        config: how they work together.
+        device: of this process; of several GPUs its own is chosen.
+        asked: JSON values that all processes must have alike, the configuration among them.
+
+    Raises: as `Cluster`; UsageError where `asked` differs, or the environment is not torchrun's.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield None
         return
-    cluster = Cluster(config, device)
-    yield cluster
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UsageError(
+                f"cluster: {name} must be set where WORLD_SIZE is, as torchrun does, got none"
+            )
+    cluster = Cluster(config, device, asked)
+    try:
+        yield cluster
+    except RuntimeError as problem:
+        found = cluster.explain(problem)
+        if found is None:
+            raise
+        raise found from problem
     with suppress(RuntimeError):  # the work is done: nothing hangs on a clean farewell
         dist.barrier(group=cluster.control)
         cluster.heartbeat.stop()
         dist.destroy_process_group()
+
+
+def alike(config: Any) -> dict[str, Any]:
+    """What of a command's configuration all processes must share: all but its paths and device."""
+    own = ("data", "tokenizer", "vae", "out", "device")
+    return {key: value for key, value in to_dict(config).items() if key not in own}
 
 
 def _first_line(problem: Exception) -> str:

@@ -131,7 +131,15 @@ def _plain_step(
 def _explain_skip(task: Task, step: int, scaler: ResblockScaler, found: ScalerStep) -> None:
     """Raises NumericalError where a skipped update cannot be mended by a smaller scale."""
     if int(found.nonfinite[-1]):  # what belongs to no block has no scale
-        check_gradients(task.name, task.model, step)
+        problem: NumericalError | None = None
+        try:
+            check_gradients(task.name, task.model, step)
+        except NumericalError as error:
+            problem = error
+        if task.cluster is not None:  # it may be in another process's part
+            task.cluster.together(problem)
+        elif problem is not None:
+            raise problem
     stuck = scaler.stuck()
     if stuck:
         raise NumericalError(
