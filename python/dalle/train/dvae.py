@@ -258,6 +258,10 @@ class DvaeTask:
     def _share_out(self, cluster: Cluster) -> None:
         from dalle.distributed.sharding import shard
 
+        if cluster.config.powersgd_rank:  # `shard` would leave gradients unsummed between machines
+            raise UsageError(
+                f"dvae train: powersgd_rank must be 0, got {cluster.config.powersgd_rank}"
+            )
         cluster.part(self.config.batch_size)
         cluster.agree(self.describe())
         blocks = [m for m in self.model.modules() if isinstance(m, (Block, PatchBlock))]
