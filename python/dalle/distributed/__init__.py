@@ -5,7 +5,7 @@ from typing import Any
 __all__ = ["PowerSGD"]
 
 
-def __getattr__(name: str) -> Any:  # a run on one process does not import FSDP2
+def __getattr__(name: str) -> Any:  # what has no use for it does not import FSDP2
     if name == "PowerSGD":
         from dalle.distributed.hooks import PowerSGD
 

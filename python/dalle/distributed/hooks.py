@@ -39,7 +39,7 @@ class PowerSGD:
     `attach`, but knows no names of parameters. Gradients come out averaged over the group, NaN
     where any process had an Inf or NaN. The exchange overlaps with the rest of the backward pass:
     on the CPU in a thread, with FSDP2 where gradients are reduced in their parameters' dtype; on a
-    GPU on a stream of its own (not yet run on one).
+    GPU on a stream beside it, DDP here and FSDP2 by itself (not yet run on one).
 
     Args:
         rank: columns of the factors of each matrix (each shard).
