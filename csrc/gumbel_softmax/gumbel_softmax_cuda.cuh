@@ -22,6 +22,14 @@ cudaError_t choose_layout(const GumbelSoftmaxParams& p, const launch_t& launch) 
   }
 }
 
+// Moves a tensor's address to where element 0 of the larger batch would be: see Row.
+template <typename scalar_t, typename pointer_t>
+void count_from_first_row(const GumbelSoftmaxParams& p, pointer_t& data) {
+  if (data == nullptr || p.inner > 1) return;
+  const uint64_t before = element_of(p, 0) * sizeof(scalar_t);
+  data = reinterpret_cast<pointer_t>(reinterpret_cast<uintptr_t>(data) - before);
+}
+
 template <typename kernel_t, typename args_t, typename layout_t>
 cudaError_t launch_rows(kernel_t kernel, layout_t, const GumbelSoftmaxParams& p, const args_t& args,
                         void* stream) {
@@ -32,8 +40,9 @@ cudaError_t launch_rows(kernel_t kernel, layout_t, const GumbelSoftmaxParams& p,
 }
 
 template <typename scalar_t>
-cudaError_t launch_forward(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
-                           void* stream) {
+cudaError_t launch_forward(const GumbelSoftmaxParams& p, GumbelSoftmaxForward args, void* stream) {
+  count_from_first_row<scalar_t>(p, args.logits);
+  count_from_first_row<scalar_t>(p, args.sample);
   const auto launch = [&](auto layout) {
     return launch_rows(gumbel_softmax_forward_kernel<scalar_t, decltype(layout)>, layout, p, args,
                        stream);
@@ -49,8 +58,11 @@ cudaError_t launch_forward(const GumbelSoftmaxParams& p, const GumbelSoftmaxForw
 }
 
 template <typename scalar_t>
-cudaError_t launch_backward(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& args,
+cudaError_t launch_backward(const GumbelSoftmaxParams& p, GumbelSoftmaxBackward args,
                             void* stream) {
+  count_from_first_row<scalar_t>(p, args.logits);
+  count_from_first_row<scalar_t>(p, args.grad_sample);
+  count_from_first_row<scalar_t>(p, args.grad_logits);
   const auto launch = [&](auto layout) {
     return launch_rows(gumbel_softmax_backward_kernel<scalar_t, decltype(layout)>, layout, p, args,
                        stream);

@@ -81,6 +81,8 @@ __device__ __forceinline__ float float_exponent_scale(double tau) {
 
 // One row as one thread sees it. Its codes come in units of kWidth that start at element numbers
 // divisible by kWidth: whole Philox calls, and aligned vectors where the tensor begins aligned.
+// Codes that lie side by side are addressed by the same numbers, from where row 0 of the larger
+// batch would begin: a place of their own would take two registers more.
 template <typename scalar_t, typename layout_t>
 struct Row {
   static constexpr bool kStrided = layout_t::kStrided;
@@ -91,10 +93,10 @@ struct Row {
   // A code's number; of 32 bits unless kStep beyond the last code may not fit.
   using Code = std::conditional_t<layout_t::kTail, int64_t, int>;
 
-  int64_t index, base, inner;
-  uint64_t element;  // number of code 0
-  int num_codes;     // 0 beyond the last row
-  int member;        // of the kLanes threads
+  int64_t index, base, inner;  // base: place of code 0
+  uint64_t element;            // its number
+  int num_codes;               // 0 beyond the last row
+  int member;                  // of the kLanes threads
   bool aligned;
 
   __device__ __forceinline__ Row(const GumbelSoftmaxParams& p, const void* a, const void* b,
@@ -106,11 +108,10 @@ struct Row {
     num_codes = index < num_rows(p) ? static_cast<int>(p.num_codes) : 0;
     element = element_of(p, index);
     inner = kStrided ? p.inner : 1;
-    base = kStrided ? offset_of(p, index, 0) : index * p.num_codes;
+    base = kStrided ? offset_of(p, index, 0) : static_cast<int64_t>(element);
     const uintptr_t bits = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) |
                            reinterpret_cast<uintptr_t>(c);
-    // Vectors begin where Philox calls do: both need the same places.
-    aligned = kStrided || (bits % 16 == 0 && p.first_row * p.num_codes % kWidth == 0);
+    aligned = kStrided || bits % 16 == 0;
   }
 
   // First code of this thread's chunk: up to kWidth - 1 before code 0.

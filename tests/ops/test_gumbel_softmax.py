@@ -173,7 +173,10 @@ def test_layouts_give_the_same(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(7, 8), (7, 13), (7, 600), (7, 8, 3, 5), (7, 13, 20)])
+@pytest.mark.parametrize(
+    "shape",
+    [(7, 8), (7, 13), (7, 600), (6, 3001), (6, 8192), (6, 17001), (7, 8, 3, 5), (7, 13, 20)],
+)
 def test_a_part_of_a_batch_draws_its_own_noise(device, dtype, shape):
     """Bit for bit what the whole batch gets, wherever the part begins; backward too."""
     whole = sample(shape, dtype, device).requires_grad_()
