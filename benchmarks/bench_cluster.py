@@ -83,6 +83,7 @@ def means(losses: dict[str, list[float]]) -> dict[str, Any]:
     return {"ends": ends, "early": early}
 
 
+@pytest.mark.timeout(0)  # of its hour each run has a limit of its own
 def test_two_machines_over_a_slow_link(benchmark, request, tmp_path):
     problem = cluster_box.missing()
     if not any("bench_cluster" in str(given) for given in request.config.args):
