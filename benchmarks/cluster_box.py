@@ -12,6 +12,11 @@ from types import TracebackType
 PREFIX, NET = "dallebox", "10.77.0"
 
 
+def machine(i: int) -> str:
+    """The network namespace of machine i of this process's box."""
+    return f"{PREFIX}-{os.getpid()}-{i}"
+
+
 def missing() -> str | None:
     """Why there can be no box here, in one line; None where there can."""
     if os.geteuid() != 0:
@@ -41,7 +46,7 @@ class Box:
 
     def __enter__(self) -> Box:
         self._down()
-        names = [f"{PREFIX}{i}" for i in range(2)]
+        names = [machine(i) for i in range(2)]
         for name in names:
             _run("ip", "netns", "add", name)
             _run("ip", "-n", name, "link", "set", "lo", "up")
@@ -63,8 +68,14 @@ class Box:
 
     @staticmethod
     def _down() -> None:
-        for i in range(2):
-            _run("ip", "netns", "del", f"{PREFIX}{i}", check=False)
+        """Of this process, and of those that were killed before they could."""
+        for line in _run("ip", "netns", "list").splitlines():
+            name = line.split()[0]
+            prefix, _, rest = name.partition("-")
+            owner = rest.partition("-")[0]
+            own = owner == str(os.getpid()) or not Path("/proc", owner).exists()
+            if prefix == PREFIX and own:
+                _run("ip", "netns", "del", name, check=False)
 
     def torchrun(self, processes: int, script: Path, arguments: list[str], seconds: float) -> None:
         """Runs a script in so many processes on each machine.
@@ -75,7 +86,7 @@ class Box:
         own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0"}
         running = []
         for i in (1, 0):
-            command = ["ip", "netns", "exec", f"{PREFIX}{i}", sys.executable, "-m"]
+            command = ["ip", "netns", "exec", machine(i), sys.executable, "-m"]
             command += ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node"]
             command += [str(processes), "--rdzv-backend", "c10d", "--rdzv-id", "box"]
             command += ["--rdzv-endpoint", f"{NET}.1:29501", "--local-addr", f"{NET}.{i + 1}"]

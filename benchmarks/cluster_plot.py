@@ -17,7 +17,7 @@ def _smooth(losses: list[float]) -> list[float]:
     return [sum(losses[k : k + SMOOTH]) / SMOOTH for k in range(len(losses) - SMOOTH)]
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(found: dict[str, Any], times: dict[str, Any], path: Path) -> None:
     """Losses of both tasks against steps; of the second against wall time at 100 Mbit/s too."""
     figure, (early, late, wall) = plt.subplots(1, 3, figsize=(15, 4))
     colours = {mode: f"C{i}" for i, mode in enumerate(found["losses"])}
@@ -25,7 +25,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         for mode, values in losses.items():
             at = range(SMOOTH, len(values))
             axis.plot(at, _smooth(values), color=colours[mode], label=mode, linewidth=1)
-            timed = found["times"]["100mbit"].get(mode)
+            timed = times["100mbit"].get(mode)
             if axis is late and timed is not None:
                 minutes = [k * timed["seconds"] / 60 for k in at]
                 wall.plot(minutes, _smooth(values), color=colours[mode], label=mode, linewidth=1)

@@ -56,7 +56,7 @@ class AdamW16(torch.optim.Optimizer):
         super().add_param_group(param_group)
         native.check_group(self.param_groups[-1])
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable would import the compiler with this module
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, closure: Callable[[], Tensor] | None = None, *,

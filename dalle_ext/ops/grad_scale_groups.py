@@ -39,7 +39,7 @@ class GradientStats(NamedTuple):
         return self.sum_squares.sum().sqrt()  # 0-d float64: of all finite gradients
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable would import the compiler with this module
 @torch.no_grad()
 def unscale_gradients_(
     grads: Sequence[Tensor],

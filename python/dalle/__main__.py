@@ -20,5 +20,10 @@ def leave(code: int) -> None:
     sys.exit(code)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The script `dalle`."""
     leave(main())
+
+
+if __name__ == "__main__":
+    run()

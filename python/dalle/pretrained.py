@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
@@ -59,6 +60,12 @@ def tensors_to_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
         seen.add(tensor.untyped_storage().data_ptr())
         plain[name] = tensor
     return save(plain)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A hash of a module's weights and buffers."""
+    found = hashlib.sha256(tensors_to_bytes(module.state_dict()))
+    return f"SHA-256 {found.hexdigest()[:16]}"
 
 
 def tensors_from_bytes(data: bytes, where: Path) -> dict[str, torch.Tensor]:

@@ -174,6 +174,10 @@ class Tokenizer:
         }
         write_atomic(directory / CONFIG_FILE, to_json(head))
 
+    def fingerprint(self) -> str:
+        """A hash of the vocabulary and its merges."""
+        return f"SHA-256 {hashlib.sha256(self._bpe.to_str().encode()).hexdigest()[:16]}"
+
     @classmethod
     def from_pretrained(cls, directory: Path | str) -> Tokenizer:
         """Reads a folder that `save_pretrained` wrote.

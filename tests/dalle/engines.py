@@ -57,7 +57,8 @@ def ddp(rank, options, steps):
 
 
 def fsdp(rank, options, steps, parts=1, way="", mixed=None):
-    """`way`: "at once" never overlaps, "last" exchanges with the last micro-batch only."""
+    """`way`: "at once" never overlaps, "last" exchanges with the last micro-batch only, "whole"
+    compresses nothing."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     net, policy = model(), {}
     if mixed is not None:
@@ -70,6 +71,8 @@ def fsdp(rank, options, steps, parts=1, way="", mixed=None):
     if way == "at once":
         psgd._follow = lambda gradients, _: psgd.compressor.reduce_(gradients, psgd._whole)
     psgd.attach(net)
+    if way == "whole":
+        psgd._whole |= set(psgd._params)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     sync = net.set_requires_gradient_sync if way == "last" else None
     losses = train(net, rank, steps, optimizer, parts, sync)
@@ -81,4 +84,4 @@ def fsdp(rank, options, steps, parts=1, way="", mixed=None):
     norms = [psgd.gradient_norm(), nn.utils.get_total_norm(
         [p.grad.full_tensor() for p in net.parameters()])]  # fmt: skip
     return {"losses": losses, "weights": weights, "names": names, "report": report,
-            "norms": norms}  # fmt: skip
+            "norms": norms, "compressed": list(psgd.compressed())}  # fmt: skip

@@ -14,6 +14,7 @@ from torch import nn
 
 import dalle_ext
 from dalle.distributed import PowerSGD
+from dalle.distributed.hooks import _InOrder
 from dalle.distributed.powersgd import Gradient
 from dalle.errors import CheckpointError, UsageError
 from dalle.precision import ResblockScaler
@@ -218,14 +219,23 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     """Four processes: two machines of two."""
-    whole = {"rank": 8, "min_compression": 2.9}
     calls = {
         "bits": (reduce_once, {"rank": 2}, 2, None), "plain": (ddp, None, 4),
-        "whole": (fsdp, whole, 4), "fsdp": (fsdp, PLAIN, 60),
+        "whole": (fsdp, PLAIN, 4, 1, "whole"), "fsdp": (fsdp, PLAIN, 60),
         "at once": (fsdp, PLAIN, 60, 1, "at once"), "fp16": (fsdp, PLAIN, 60, 1, "", "float16"),
         "each": (fsdp, PLAIN, 60, 2), "last": (fsdp, PLAIN, 60, 2, "last"),
+        "too large": (too_large,),
     }  # fmt: skip
     return run(4, calls, tmp_path_factory.mktemp("four"))
+
+
+def too_large(rank):
+    """A rank that the whole matrices allow, but not the processes' parts."""
+    try:
+        fsdp(rank, {"rank": 12, "min_compression": 2.0}, 1)
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def last_loss(results):
@@ -246,6 +256,7 @@ def test_fsdp2_compresses_shards_between_machines(four):
     """The shards' hooks run, and every process ends with the same whole weights."""
     found = four["fsdp"]
     assert found[0]["names"] == ["1.weight", "3.weight"]
+    assert found[0]["compressed"] == [2, 3]  # the unembedding is too small
     for other in found[1:]:
         for name, weight in found[0]["weights"].items():
             assert torch.equal(weight, other["weights"][name])
@@ -279,6 +290,11 @@ def test_fsdp2_with_nothing_compressed_is_data_parallel(four):
     assert four["whole"][0]["names"] == []
     for name, weight in four["whole"][0]["weights"].items():
         torch.testing.assert_close(weight, four["plain"][0]["weights"][name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_rank_above_every_shards_limit_is_refused(four):
+    wanted = "PowerSGD: rank must leave a matrix that factors make smaller, got 12: nothing would"
+    assert all(said.startswith(wanted) for said in four["too large"])
 
 
 def test_state_is_one_copy_and_goes_on_bit_for_bit(two):
@@ -321,6 +337,23 @@ def test_other_options_on_one_process_are_named(what, values, two):
         f"got {values[1]} on process 1"
     )
     assert two[what] == [wanted, wanted]
+
+
+def test_after_an_exchange_that_failed_no_other_is_begun():
+    order, ran = _InOrder(), []
+
+    def fail():
+        raise RuntimeError("the link")
+
+    futures = [torch.futures.Future() for _ in range(3)]
+    jobs = (lambda: ran.append("first"), fail, lambda: ran.append("last"))
+    for job, future in zip(jobs, futures, strict=True):
+        order.put(job, future, torch.zeros(1))
+    futures[0].wait()
+    for future in futures[1:]:
+        with pytest.raises(RuntimeError, match="the link"):
+            future.wait()
+    assert ran == ["first"]
 
 
 BAD = {

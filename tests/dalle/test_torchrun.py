@@ -93,7 +93,7 @@ def start(given, out, machine, name):
     net = cluster_box.NET
     return Job(
         given, out, "--timeout", "8", "--powersgd-rank", "2", processes=2, restarts=3, name=name,
-        within=["ip", "netns", "exec", f"{cluster_box.PREFIX}{machine}"],
+        within=["ip", "netns", "exec", cluster_box.machine(machine)],
         join=["--nnodes", "2", "--rdzv-id", "cut", "--rdzv-backend", "c10d",
               "--rdzv-endpoint", f"{net}.1:29501", "--local-addr", f"{net}.{machine + 1}",
               "--rdzv-conf", f"is_host={1 - machine},last_call_timeout=2"],
@@ -102,8 +102,7 @@ def start(given, out, machine, name):
 
 
 def link(state):
-    name = f"{cluster_box.PREFIX}1"
-    subprocess.run(["ip", "-n", name, "link", "set", "eth0", state], check=True)
+    subprocess.run(["ip", "-n", cluster_box.machine(1), "link", "set", "eth0", state], check=True)
 
 
 @pytest.mark.skipif(cluster_box.missing() is not None, reason=f"{cluster_box.missing()}")
@@ -133,6 +132,7 @@ def test_a_cut_link_and_a_lost_machine(given, whole, tmp_path):
     assert sha256(tmp_path / "out" / "prior" / "model.safetensors") == whole
 
 
+# A list is what each process gets; NAME=VALUE is set in the environment; "dvae" begins a command.
 BAD = {
     "cluster: machines must divide the 2 processes, got 3": ["--machines", "3"],
     "cluster: timeout must be positive, got 0.0": ["--timeout", "0"],
@@ -145,21 +145,38 @@ BAD = {
         "--machines", "2", "--powersgd-rank", ["2", "3"]],
     "cluster: picture_every must be the same on all processes (5 on process 0), got 6 on": [
         "--picture-every", ["5", "6"]],
-    "cluster: processes must reach each other, got on process": ["no such interface"],
+    "dvae train: powersgd_rank must be 0, got 2": [
+        "dvae", "train", "--data", "{given}/pairs", "--out", "{out}", "--preset", "tiny",
+        "--batch-size", "4", "--steps", "1", "--machines", "2", "--powersgd-rank", "2"],
+    "data: spec must be one of shapes, emoji or a folder, got 'nowhere' (no such folder) (on "
+    "process 1)": ["--data", ["{given}/pairs", "nowhere"]],
+    "nowhere/config.json: must be a readable file, got: No such file or directory (on process 1)": [
+        "--vae", ["{given}/vae", "nowhere"]],
+    "train: out must be a folder that can be written, got {given}/pairs/0.png: it is a file": [
+        "--out", "{given}/pairs/0.png"],
+    "prior: {given}/blocked/metrics.jsonl must be writable, got Is a directory": [
+        "--out", "{given}/blocked"],
+    "prior train: {given}/occupied/prior must be writable, got its folder is a file": [
+        "--out", "{given}/occupied", "--steps", "0"],
+    "cluster: processes of a machine must be as many on each, or machines given, got "
+    "LOCAL_WORLD_SIZE 1, 2 of 2": [["LOCAL_WORLD_SIZE=1", "LOCAL_WORLD_SIZE=2"]],
+    "cluster: processes must reach each other, got on process": ["GLOO_SOCKET_IFNAME=nowhere0"],
 }  # fmt: skip
 
 
 def commands(rank, given, out, ports):
-    """What `dalle prior train` says on this process to each of `BAD`, and without its data."""
+    """What `dalle prior train` says on this process to each of `BAD`."""
     said = []
-    lacking = ["--data", [str(given / "pairs"), "nowhere"]]
-    for port, options in zip(ports, [lacking, *BAD.values()], strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        if options == ["no such interface"]:
-            os.environ["GLOO_SOCKET_IFNAME"], options = "nowhere0", []
+    for port, options in zip(ports, BAD.values(), strict=True):
+        os.environ |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
         words = [word if isinstance(word, str) else word[rank] for word in options]
+        words = [word.format(given=given, out=out) for word in words]
+        os.environ |= dict(word.split("=") for word in words if "=" in word)
+        words = [word for word in words if "=" not in word]
+        if words[:1] != ["dvae"]:
+            words = arguments(given, out) + words
         with redirect_stderr(io.StringIO()) as lines:
-            code = main([*arguments(given, out), *words])
+            code = main(words)
         said.append([code, lines.getvalue()])
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -167,16 +184,13 @@ def commands(rank, given, out, ports):
 
 
 def test_bad_input_gets_one_line_on_every_process(given, tmp_path):
-    ports = [free_port() for _ in range(1 + len(BAD))]
+    (given / "blocked" / "metrics.jsonl").mkdir(parents=True)
+    (given / "occupied").mkdir()
+    (given / "occupied" / "prior").write_text("")
+    ports = [free_port() for _ in BAD]
     found = run(2, {"said": (commands, given, tmp_path / "out", ports)}, tmp_path, joined=False)
     for said in found["said"]:
-        for line, (code, text) in zip(BAD, said[1:], strict=True):
-            assert code in (2, 4) and text.startswith(line) and text.count("\n") == 1, text
+        for line, (code, text) in zip(BAD, said, strict=True):
+            line = line.format(given=given)
+            assert code in (2, 3, 4) and text.startswith(line) and text.count("\n") == 1, text
     assert not checkpoints(tmp_path / "out")
-    for (code, text), wanted in zip(
-        [said[0] for said in found["said"]],
-        [(4, "cluster: every process must answer, got none from process 1 of 2: exchange closed "
-             "outside the training on process 0"), (3, "data: spec must be one of")],
-        strict=True,
-    ):  # fmt: skip
-        assert code == wanted[0] and text.startswith(wanted[1]) and text.count("\n") == 1, text

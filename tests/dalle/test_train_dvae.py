@@ -90,12 +90,15 @@ def test_a_step_is_a_function_of_its_number():
 
 
 def test_augmentation_moves_the_crop_with_the_step():
-    task = make_task(SHORT)
-    same = [task.images(np.arange(4), step) for step in (3, 3, 4)]
+    def batches(config, steps):
+        task = make_task(config)
+        task.sampler.indices = lambda _: np.arange(4)
+        return [task.batch(step) for step in steps]
+
+    same = batches(SHORT, (3, 3, 4))
     assert torch.equal(same[0], same[1]) and not torch.equal(same[0], same[2])
     assert same[0].shape == (4, 3, 8, 8)
-    plain = make_task(replace(SHORT, augment="none"))
-    assert torch.equal(plain.images(np.arange(4), 3), plain.images(np.arange(4), 4))
+    assert torch.equal(*batches(replace(SHORT, augment="none"), (3, 4)))
 
 
 def test_warm_start_trains_continuously_then_makes_a_codebook():
@@ -128,7 +131,7 @@ def test_squared_error_leaves_the_scale_alone_and_keeps_the_kl():
     task = make_task(replace(SHORT, distortion="mse", kl_weight=6.6, kl_steps=1, mse_weight=3.0))
     task.train_step(0)
     metrics = task.train_step(1)
-    images = task.images(task.sampler.indices(1), 1)
+    images = task.batch(1)
     kl_share = 6.6 * float(metrics["kl"]) * 4 / images[0].numel()
     error = float(metrics["loss"]) - kl_share
     assert 0 < error < 3.0 and abs(float(metrics["nll"]) - error) > 1e-3

@@ -26,7 +26,7 @@ from dalle.train.dvae import DvaeTask, DvaeTrainConfig
 from dalle.train.loop import LoopConfig
 from dalle.train.loop import train as run_loop
 from dalle.train.metrics import leads
-from dalle.train.run import averaged_model
+from dalle.train.run import agreed, averaged_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +123,19 @@ def train(config: DvaeTrainCommand) -> None:
             f"start, got {loop.steps}"
         )
     with join(config.cluster, pick_device(config.device), alike(config)) as cluster:
-        device = pick_device(config.device) if cluster is None else cluster.device
-        pairs = load_pairs(config.data, image_size=train_config.image_size, seed=config.seed)
+        with agreed(cluster):
+            pairs = load_pairs(config.data, image_size=train_config.image_size, seed=config.seed)
         torch.manual_seed(config.seed)
-        vae = DiscreteVAE(model_config).to(device)
+        vae = DiscreteVAE(model_config)
+        if cluster is None:  # of many processes none needs the whole of it on its device
+            vae.to(pick_device(config.device))
         task = DvaeTask(vae, pairs, train_config, seed=config.seed, cluster=cluster)
         run_loop(task, loop)
-        with saving("dvae train", config.out / "model"), averaged_model(task) as model:
+        with (
+            agreed(cluster),
+            saving("dvae train", config.out / "model"),
+            averaged_model(task) as model,
+        ):
             if model is not None:
                 assert isinstance(model, DiscreteVAE)
                 model.save_pretrained(config.out / "model")

@@ -22,7 +22,7 @@ from dalle.train.loop import LoopConfig, train
 from dalle.train.metrics import leads, say
 from dalle.train.prior import PriorTask
 from dalle.train.prior_recipe import PriorTrainConfig
-from dalle.train.run import averaged_model
+from dalle.train.run import agreed, averaged_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +88,10 @@ def train_command(config: PriorCommandConfig) -> None:
 
 def _train(config: PriorCommandConfig, cluster: Cluster | None) -> None:
     device = pick_device(config.device) if cluster is None else cluster.device
-    tokenizer = Tokenizer.from_pretrained(config.tokenizer)
-    vae = DiscreteVAE.from_pretrained(config.vae).to(device)
-    pairs = load_pairs(config.data, image_size=config.image_size, seed=config.seed)
+    with agreed(cluster):
+        tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+        vae = DiscreteVAE.from_pretrained(config.vae).to(device)
+        pairs = load_pairs(config.data, image_size=config.image_size, seed=config.seed)
     sizes: dict[str, Any] = {
         "text_vocab": tokenizer.vocab_size,
         "image_vocab": vae.num_tokens,
@@ -105,7 +106,9 @@ def _train(config: PriorCommandConfig, cluster: Cluster | None) -> None:
     if config.checkpointing:
         sizes["checkpointing"] = True
     torch.manual_seed(config.seed)
-    prior = Prior.from_preset(config.preset, **sizes).to(device)
+    prior = Prior.from_preset(config.preset, **sizes)
+    if cluster is None:  # of many processes none needs the whole of it on its device
+        prior.to(device)
     task = PriorTask(prior, tokenizer, vae, pairs, config.recipe, seed=config.seed, cluster=cluster)
     loop = LoopConfig(
         out=config.out,
@@ -118,7 +121,11 @@ def _train(config: PriorCommandConfig, cluster: Cluster | None) -> None:
         deterministic=config.deterministic,
     )
     result = train(task, loop)
-    with saving("prior train", config.out / "prior"), averaged_model(task) as model:
+    with (
+        agreed(cluster),
+        saving("prior train", config.out / "prior"),
+        averaged_model(task) as model,
+    ):
         if model is not None:
             assert isinstance(model, Prior)
             model.save_pretrained(config.out / "prior")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from dalle.errors import DataError, UsageError
 
 BUILT_IN = ("shapes", "emoji")
+DRAWS = 1000  # pictures tried in the place of one that does not decode
 
 
 @runtime_checkable
@@ -116,6 +118,8 @@ def load_or_skip(
     pairs: Pairs,
     indices: Sequence[int] | np.ndarray,
     transform: Callable[[np.ndarray, int], np.ndarray] | None = None,
+    *,
+    some: bool = True,
 ) -> tuple[list[np.ndarray], list[int]]:
     """Loads pictures; one that does not decode is counted in `pairs.skipped` and left out.
 
@@ -123,12 +127,13 @@ def load_or_skip(
         pairs: where from.
         indices: which.
         transform: applied to each picture and its place in `indices`, in that order.
+        some: whether one at least must decode.
 
     Returns:
         The pictures, and their places in `indices`. Both may be shorter than `indices`.
 
     Raises:
-        DataError: not one of them decodes.
+        DataError: not one of them decodes, where some must.
     """
     images, places, reason = [], [], ""
     for place, i in enumerate(indices):
@@ -140,9 +145,68 @@ def load_or_skip(
             continue
         images.append(image if transform is None else transform(image, place))
         places.append(place)
-    if not images and len(indices):
+    if some and not images and len(indices):
         raise DataError(f"{pairs.name}: a batch must hold a picture that decodes, got {reason}")
     return images, places
+
+
+def load_or_draw(
+    pairs: Pairs,
+    indices: Sequence[int] | np.ndarray,
+    seed: Callable[[int], int],
+    transform: Callable[[np.ndarray, int], np.ndarray],
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Loads as many pictures as are asked for: where one does not decode, another is drawn.
+
+    So a batch keeps its size, and what stands at a place of it depends on nothing but the place,
+    however many processes share the batch out. Each that does not decode is counted in
+    `pairs.skipped`.
+
+    Args:
+        pairs: where from.
+        indices: which.
+        seed: of the draws at a place in `indices`.
+        transform: applied to each picture and its place.
+
+    Returns:
+        The pictures, and which they are, int64.
+
+    Raises:
+        DataError: none of those drawn for a place decodes.
+    """
+    images, items = [], []
+    for place, i in enumerate(indices):
+        item, draws, reason = int(i), None, ""
+        for _ in range(DRAWS):
+            try:
+                image = pairs.load(item)
+                break
+            except DataError as error:
+                reason = str(error)
+            pairs.skipped["does not decode"] += 1
+            draws = draws or np.random.default_rng(seed(place))
+            item = int(draws.integers(len(pairs)))
+        else:
+            raise DataError(
+                f"{pairs.name}: of {DRAWS} pictures drawn one must decode, got {reason}"
+            )
+        images.append(transform(image, place))
+        items.append(item)
+    return images, np.array(items, dtype=np.int64)
+
+
+def fingerprint(pairs: Pairs) -> str:
+    """A hash of captions and pictures; of a folder's pictures, of their names and sizes."""
+    found = hashlib.sha256()
+    for caption in pairs.captions:
+        found.update(caption.encode("utf-8", "surrogatepass") + b"\0")
+    images, paths = getattr(pairs, "images", None), getattr(pairs, "paths", ())
+    if images is not None:
+        found.update(np.ascontiguousarray(images).data)
+    for path in paths:
+        size = path.stat().st_size if path.exists() else -1
+        found.update(f"{path.name} {size}\0".encode("utf-8", "surrogateescape"))
+    return f"SHA-256 {found.hexdigest()[:16]}"
 
 
 class BatchSampler:

@@ -70,9 +70,11 @@ class Account:
 
         It waits for the device and reads whole buffers, which is why it is not done each time.
         """
-        unknown = self._squares.get(names, (0.0, 0.0))[1] == 0  # the first gradients may be zeros
-        due = self._seen.setdefault(names, 0) % SAMPLE_EVERY == 0 or unknown
-        self._seen[names] += 1
+        seen = self._seen.get(names, 0)
+        self._seen[names] = seen + 1
+        due = seen % SAMPLE_EVERY == 0
+        if self._squares.get(names, (0.0, 0.0))[1] == 0:  # the first gradients may be zeros
+            due = due or seen.bit_count() == 1
         if due:
             whole, inside = squares()
             self._squares[names] = max(whole - inside, 0.0), whole

@@ -22,13 +22,14 @@ def require_same(command: str, own: Mapping[str, Any], group: dist.ProcessGroup 
         group: which processes; None for all.
     """
     mine = {**own, "versions": {"dalle": __version__, "torch": torch.__version__}}
-    every: list[Any] = [None] * dist.get_world_size(group)
+    processes = dist.get_process_group_ranks(group)
+    every: list[Any] = [None] * len(processes)
     dist.all_gather_object(every, mine, group=group)
-    for process, other in enumerate(every):
+    for process, other in zip(processes, every, strict=True):
         found = first_difference(every[0], other)
         if found is not None:
             key, first, got = found
             raise UsageError(
-                f"{command}: {key} must be the same on all processes ({first} on process 0), got "
-                f"{got} on process {process}"
+                f"{command}: {key} must be the same on all processes ({first} on process "
+                f"{processes[0]}), got {got} on process {process}"
             )

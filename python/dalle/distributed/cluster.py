@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Cluster:
         psgd: what compresses the gradients between machines, or None.
 
     Raises:
-        UsageError: machines that do not divide the processes.
+        UsageError: machines that do not divide the processes, or have fewer GPUs than processes.
         EnvironmentProblem: the processes do not reach each other.
     """
 
@@ -71,23 +72,24 @@ class Cluster:
     ) -> None:
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-        self.config, self.machines = config, config.machines or self.world // local
+        self.config = config
         self.psgd: PowerSGD | None = None
-        if self.world % self.machines:
-            raise UsageError(
-                f"cluster: machines must divide the {self.world} processes, got {self.machines}"
-            )
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-        self.device, limit = device, timedelta(seconds=config.timeout)
+        limit = timedelta(seconds=config.timeout)
         try:
             backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, timeout=limit)
             self.control = dist.new_group(backend="gloo", timeout=limit)
-            self.heartbeat = Heartbeat(self.rank, self.world, limit)
+            run = self.first(secrets.token_hex(4))
+            self.heartbeat = Heartbeat(self.rank, self.world, limit, run)
             # Before anything that other options would make another exchange.
-            require_same("cluster", asked or {"cluster": to_dict(config)}, self.control)
+            own = {"device": device.type, **(asked or {"cluster": to_dict(config)})}
+            require_same("cluster", own, self.control)
+            self.machines = config.machines or self._machines(local)
+            if self.world % self.machines:
+                raise UsageError(
+                    f"cluster: machines must divide the {self.world} processes, got {self.machines}"
+                )
+            self.device = self._own_device(device, local)
             shape = (self.machines, self.world // self.machines)
             self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
         except DalleError:
@@ -103,6 +105,30 @@ class Cluster:
         if agent and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             say("cluster: torchrun restarts hang without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; "
                 "see docs/operations.md")  # fmt: skip
+
+    def _machines(self, local: int) -> int:
+        """As torchrun knows them: all with as many processes."""
+        every = self.gather(local)
+        if len(set(every)) > 1 or self.world % local:
+            raise UsageError(
+                "cluster: processes of a machine must be as many on each, or machines given, got "
+                f"LOCAL_WORLD_SIZE {', '.join(map(str, sorted(set(every))))} of {self.world}"
+            )
+        return self.world // local
+
+    def _own_device(self, device: torch.device, local: int) -> torch.device:
+        """Of several GPUs the one of this process."""
+        if device.type != "cuda":
+            return device
+        problem, there = None, torch.cuda.device_count()
+        if there < local:
+            problem = UsageError(
+                f"cluster: processes of a machine must be at most its {there} GPUs, got {local}"
+            )
+        self.together(problem)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
 
     @property
     def leads(self) -> bool:
@@ -126,6 +152,11 @@ class Cluster:
             )
         return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
+    def weight(self, count: int) -> float:
+        """Of a mean over this process's part of `count` things in the mean of all processes."""
+        part = self.part(count)
+        return (part.stop - part.start) * self.world / count
+
     def sum(self, values: Tensor) -> Tensor:
         """Sums over all processes, on the CPU, in float64."""
         found = values.detach().to("cpu", torch.float64, copy=True)
@@ -133,7 +164,7 @@ class Cluster:
         return found
 
     def share(self, count: int) -> float:
-        """What a mean over `count` things of this process weighs in the mean of all processes'."""
+        """As `weight`, of as many things as each process has: `count` is this one's."""
         return count * self.world / max(float(self.sum(torch.tensor(count))), 1.0)
 
     def mean(self, values: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
@@ -164,7 +195,11 @@ class Cluster:
         return found[0]
 
     def together(self, problem: Exception | None) -> None:
-        """Raises on every process if any has a problem: the first, with the process it is of."""
+        """Raises on every process if any has a problem: the first, with the process it is of.
+
+        However long process 0 takes to come here: the others wait while it lives.
+        """
+        self.heartbeat.follow()
         lines = [None if problem is None else (type(problem), _first_line(problem))]
         for process, (found,) in enumerate(self.gather(lines)):
             if found is not None:
@@ -186,7 +221,8 @@ class Cluster:
             return None
         kind = "timed out" if "imed out" in str(problem) else "closed"
         when = "outside the training" if step is None else f"in step {step}"
-        who = ", ".join(map(str, self.heartbeat.gone())) or "none (the link failed)"
+        who = ", ".join(map(str, self.heartbeat.gone()))
+        who = who or "none (the link failed, or not all are in the same exchange)"
         return EnvironmentProblem(
             f"cluster: every process must answer, got none from process {who} of {self.world}: "
             f"exchange {kind} {when} on process {self.rank}; the same command goes on from "

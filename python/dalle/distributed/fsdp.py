@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from dalle.errors import UsageError
 
@@ -66,6 +66,17 @@ def can_follow(part: FSDPModule, flat: Tensor) -> bool:
     )
     params = sharded_parameters(part)
     return not told and all(p.dtype == flat.dtype and p.grad is None for p in params)
+
+
+def largest_shard(param: Tensor) -> torch.Size:
+    """Shape of the first process's part of a parameter, the same on all of them."""
+    if not isinstance(param, DTensor):
+        return param.shape
+    shape = list(param.shape)
+    for axis, placed in enumerate(param.placements):
+        if isinstance(placed, Shard):
+            shape[placed.dim] = -(-shape[placed.dim] // param.device_mesh.size(axis))
+    return torch.Size(shape)
 
 
 def as_shard(param: Tensor | None, part: Tensor) -> Tensor:

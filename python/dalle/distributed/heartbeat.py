@@ -22,19 +22,20 @@ class Heartbeat:
 
     Args:
         rank, world: number of this process, and of all.
-        limit: in which the store must answer at first.
+        limit: in which the store must answer at first; without a sign for as long, process 0 is not
+            waited for any more.
+        run: the same on all, and another after each restart, which the store may outlive.
     """
 
-    def __init__(self, rank: int, world: int, limit: timedelta) -> None:
-        self.rank, self.world = rank, world
-        self._verdict = ""
+    def __init__(self, rank: int, world: int, limit: timedelta, run: str) -> None:
+        self.rank, self.world, self._limit = rank, world, limit.total_seconds()
+        self._verdict, self._turn = "", 0
         # A connection of its own: the collectives' may be waiting for something.
         self._store = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
             timeout=limit, wait_for_workers=False,
         )  # fmt: skip
         self._store.set_timeout(timedelta(seconds=GRACE))
-        run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may outlive a restart
         self._prefix = f"dalle/alive/{run}"
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="Heartbeat")
@@ -51,6 +52,29 @@ class Heartbeat:
             except RuntimeError:
                 pass  # the process that keeps the store is busy, or has gone
             self._stopped.wait(BEAT)
+
+    def follow(self) -> None:
+        """Returns when process 0 has called it as often, however long that takes while it lives.
+
+        What process 0 does alone may take longer than any exchange is waited for.
+
+        Raises:
+            DistError: it gave no sign of life for as long as an exchange is waited for.
+        """
+        self._turn += 1
+        key = f"{self._prefix}/turn"
+        if self.rank == 0:
+            self._store.set(key, str(self._turn))
+            return
+        beats, since, pause = -1, time.monotonic(), 1e-3
+        while not (self._store.check([key]) and int(self._store.get(key)) >= self._turn):
+            seen = self._store.add(f"{self._prefix}/0", 0)
+            if seen != beats:
+                beats, since = seen, time.monotonic()
+            elif time.monotonic() - since > self._limit:
+                raise dist.DistError("timed out waiting for process 0")
+            time.sleep(pause)
+            pause = min(2 * pause, BEAT)
 
     def stop(self) -> None:
         """Ends the signs of life."""

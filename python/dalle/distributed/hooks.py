@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dalle.distributed.fsdp import (
     as_shard,
     can_follow,
+    largest_shard,
     parameter_gradients,
     sharded_parameters,
 )
@@ -76,6 +77,7 @@ class PowerSGD:
         self._names: dict[int, str] = {}
         self._params: dict[str, Tensor] = {}
         self._whole: set[str] = set()
+        self._matrices: list[bool] = []  # of those that may be compressed: whether they are
         self._thread: _InOrder | None = None
         self._stream: torch.cuda.Stream | None = None
         self._following: list[torch.futures.Future[Tensor]] = []
@@ -103,13 +105,18 @@ class PowerSGD:
             self._names[id(param)], self._params[name] = name, param
             if id(param) in self._exclude | embeddings:
                 self._whole.add(name)
-            elif param.requires_grad:
-                shapes.append(param.shape)
-        if not any(self.compressor.compresses(shape) for shape in shapes):
+            elif param.requires_grad and param.dim() > 1:
+                shapes.append(largest_shard(param))
+        self._matrices = [self.compressor.compresses(shape) for shape in shapes]
+        if not any(self._matrices):
             raise UsageError(
                 "PowerSGD: rank must leave a matrix that factors make smaller, got "
                 f"{self.compressor.rank}: nothing would be compressed"
             )
+
+    def compressed(self) -> tuple[int, int]:
+        """How many matrices travel as factors, of how many that may; once attached."""
+        return sum(self._matrices), len(self._matrices)
 
     @staticmethod
     def ddp_hook(state: "PowerSGD", bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -179,7 +186,7 @@ class PowerSGD:
     def _wait(self) -> None:
         following, self._following = self._following, []
         begin = time.perf_counter()
-        for future in following:
+        for future in following:  # after one that failed no other is begun
             future.wait()
         self.compressor.account.waited_seconds += time.perf_counter() - begin
 
@@ -229,7 +236,7 @@ class PowerSGD:
 
 class _InOrder:
     """One thread that reduces buckets in the order in which they came, so that all processes issue
-    their collectives in one order."""
+    their collectives in one order. After one that failed, all fail: they would wait in vain."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Any, Tensor]] = queue.SimpleQueue()
@@ -239,10 +246,15 @@ class _InOrder:
         self._jobs.put((job, future, result))
 
     def _run(self) -> None:
+        failed: Exception | None = None
         while True:
             job, future, result = self._jobs.get()
-            try:
-                job()
+            if failed is None:
+                try:
+                    job()
+                except Exception as error:  # it reaches the caller through the future
+                    failed = error
+            if failed is None:
                 future.set_result(result)
-            except Exception as error:  # it reaches the caller through the future
-                future.set_exception(error)
+            else:
+                future.set_exception(failed)

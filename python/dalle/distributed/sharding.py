@@ -20,11 +20,12 @@ from dalle.train.metrics import say
 
 
 def shard(
-    model: nn.Module, units: Iterable[nn.Module], cluster: Cluster, forwards: Iterable[str] = ()
-) -> None:
+    model: nn.Module, units: Iterable[nn.Module], cluster: Cluster, forwards: Iterable[str] = (),
+    *, compressed: bool = False,
+) -> None:  # fmt: skip
     """`fully_shard` over each machine, one unit after the other; the root takes what is left.
 
-    Gradients come out averaged over all processes; but with PowerSGD over a machine's, and
+    Gradients come out averaged over all processes; with `compressed` over a machine's only, and
     `compress` has to be called. A process gathers the parameters of a unit before the unit runs,
     and of the next one meanwhile. A matrix wider than tall is shared out along its columns (paper
     E.1: the second matrix of the MLP), so that the factors of its part stay small.
@@ -34,9 +35,9 @@ def shard(
         units: modules that run as a whole: resblocks.
         cluster: over which.
         forwards: methods of the model that run it, besides `forward`.
+        compressed: whether `compress` sums the gradients between machines.
     """
-    whole = cluster.machines > 1 and not cluster.config.powersgd_rank
-    mesh = cluster.mesh if whole else cluster.mesh["shard"]
+    mesh = cluster.mesh["shard"] if compressed or cluster.machines == 1 else cluster.mesh
 
     def place(param: nn.Parameter) -> Shard:
         wide = param.dim() == 2 and param.shape[1] > param.shape[0]
@@ -75,13 +76,15 @@ def compress(
         exclude=[p for part in whole for p in part.parameters()], scaler=scaler,
     )  # fmt: skip
     cluster.psgd.attach(model)
+    sent, matrices = cluster.psgd.compressed()
+    say(f"cluster: PowerSGD sends {sent} of {matrices} matrices as factors of rank {rank}")
 
 
 @torch.no_grad()
 def whole_model(
     model: nn.Module, cluster: Cluster, values: Mapping[str, Tensor] | None = None
 ) -> nn.Module | None:
-    """A plain copy of the model on process 0, in evaluation mode; None elsewhere. Collective.
+    """A plain copy of the model on process 0's CPU, in evaluation mode; None elsewhere. Collective.
 
     Args:
         model: with a `config` from which its class makes another one.
@@ -89,17 +92,17 @@ def whole_model(
         values: by name in place of the model's own parameters, as of `IterateAverage.average`.
     """
     given = dict(model.named_parameters()) if values is None else values
-    state: dict[str, Tensor] = dict(model.named_buffers())
+    state = {name: buffer.cpu() for name, buffer in model.named_buffers()}
     for name, tensor in given.items():
         found = gather(tensor)  # one at a time: only process 0 keeps them
         if cluster.leads:
-            state[name] = found
+            state[name] = found.cpu()
     if not cluster.leads:
         return None
     plain_class: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
     with torch.random.fork_rng(devices=[]):
         plain: nn.Module = plain_class(model.config)
-    plain.to(cluster.device).load_state_dict(state)
+    plain.load_state_dict(state)
     return plain.eval()
 
 

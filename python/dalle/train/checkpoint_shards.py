@@ -36,6 +36,7 @@ from dalle.pretrained import load_tensors, tensors_from_bytes, tensors_to_bytes
 from dalle.train import checkpoint
 from dalle.train.checkpoint import SHARDS, STATE, checkpoint_name
 from dalle.train.metrics import say
+from dalle.train.run import agreed
 from dalle.train.tree import pack_tree, set_rng_state, unpack_tree
 
 if TYPE_CHECKING:
@@ -45,17 +46,11 @@ if TYPE_CHECKING:
 @contextmanager
 def _agreed(cluster: Cluster | None) -> Iterator[None]:
     """What fails inside on one process fails as a CheckpointError on all."""
-    problem: Exception | None = None
-    try:
-        yield
-    except CheckpointError as found:
-        problem = found
-    except (OSError, dcp.CheckpointException) as found:
-        problem = CheckpointError(_reason(found))
-    if cluster is not None:
-        cluster.together(problem)
-    elif problem is not None:
-        raise problem
+    with agreed(cluster):
+        try:
+            yield
+        except (OSError, dcp.CheckpointException) as found:
+            raise CheckpointError(_reason(found)) from found
 
 
 def _reason(problem: BaseException) -> str:
@@ -130,6 +125,7 @@ def load(task: Task, cluster: Cluster | None, path: Path) -> int:
     with _agreed(cluster):
         state = checkpoint.check_fits(task, manifest, path)
         sharded = (path / SHARDS).is_dir()
+        _check_no_others(path, manifest)
         reader = HuggingFaceStorageReader(str(path / SHARDS if sharded else path))
         tensors = _targets(task, reader)
         with warnings.catch_warnings():  # that one process alone is meant to be alone
@@ -152,6 +148,14 @@ def load(task: Task, cluster: Cluster | None, path: Path) -> int:
     return int(manifest["step"])
 
 
+def _check_no_others(path: Path, manifest: dict[str, Any]) -> None:
+    """The reader takes every file it finds; those that nobody vouches for are refused."""
+    for file in sorted((path / SHARDS).glob("*.safetensors")):
+        name = file.relative_to(path).as_posix()
+        if name not in manifest["files"]:
+            raise CheckpointError(f"checkpoint {path}: files must be in its manifest, got {name}")
+
+
 @torch.no_grad()
 def _targets(task: Task, reader: HuggingFaceStorageReader) -> dict[str, Tensor]:
     """Tensors to be filled, by name: those of a parameter's shape shared out as it is."""
@@ -166,7 +170,7 @@ def _targets(task: Task, reader: HuggingFaceStorageReader) -> dict[str, Tensor]:
         assert isinstance(entry, TensorStorageMetadata)
         dtype, size = entry.properties.dtype, entry.size
         if like is not None and like.shape == size:
-            found[name] = torch.empty_like(like.detach(), dtype=dtype)
+            found[name] = torch.zeros_like(like.detach(), dtype=dtype)
         elif not name.startswith("rng."):
-            found[name] = torch.empty(size, dtype=dtype)
+            found[name] = torch.zeros(size, dtype=dtype)
     return found

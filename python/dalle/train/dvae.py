@@ -14,7 +14,7 @@ from dalle.averaging import IterateAverage
 from dalle.codebook import codebook_health, init_codebook
 from dalle.configs import require, require_adamw, to_dict
 from dalle.data.augment import center_crop, dvae_crop, to_tensor
-from dalle.data.pairs import BatchSampler, Pairs, load_or_skip
+from dalle.data.pairs import BatchSampler, Pairs, fingerprint, load_or_draw, load_or_skip
 from dalle.dvae import DiscreteVAE
 from dalle.dvae_blocks import Block, PatchBlock
 from dalle.errors import UsageError
@@ -22,7 +22,7 @@ from dalle.likelihood import expected_pixels, map_pixels, psnr
 from dalle.schedules import cosine_ramp
 from dalle.train.loop import step_seed
 from dalle.train.metrics import say
-from dalle.train.run import averaged_model, whole
+from dalle.train.run import agreed, averaged_model, whole
 from dalle.train.update import update
 
 if TYPE_CHECKING:
@@ -95,8 +95,10 @@ class DvaeTrainConfig:
 class DvaeTask:
     """Trains a `DiscreteVAE` on the pictures of a data set; fits `train.loop.train`.
 
+    In the place of a picture that does not decode another one is drawn.
+
     Args:
-        vae: the model to train.
+        vae: the model to train; with a cluster on the CPU, where each process takes its part.
         pairs: pictures; their captions are not used.
         config: the recipe.
         seed: of the batches, crops, noise and the codebook.
@@ -113,13 +115,16 @@ class DvaeTask:
         self, vae: DiscreteVAE, pairs: Pairs, config: DvaeTrainConfig, *, seed: int = 0,
         cluster: Cluster | None = None,
     ) -> None:  # fmt: skip
+        self.model, self.pairs, self.config, self.seed = vae, pairs, config, seed
+        self.cluster = cluster
+        self.device = next(vae.parameters()).device if cluster is None else cluster.device
+        if cluster is not None:
+            cluster.agree({**self.describe(), "pairs": fingerprint(pairs)})
         vae.grid(config.image_size)
         if config.warm_start_steps and vae.config.stem != "patch":
             raise UsageError(
                 f"dvae train: stem must be 'patch' for a warm start, got {vae.config.stem!r}"
             )
-        self.model, self.pairs, self.config, self.seed = vae, pairs, config, seed
-        self.cluster, self.device = cluster, next(vae.parameters()).device
         if cluster is not None:
             self._share_out(cluster)
         self.sampler = BatchSampler(len(pairs), config.batch_size, seed)
@@ -144,26 +149,27 @@ class DvaeTask:
         model, recipe = to_dict(self.model.config), to_dict(self.config)
         return {"model": model, "train": recipe, "data": data, "seed": self.seed}
 
-    def images(self, indices: np.ndarray, step: int | None, first: int = 0) -> Tensor:
-        """(B, 3, S, S) in [0, 1]; cropped to the centre if `step` is None.
-
-        Otherwise augmented with the randomness of `step` and the place in the batch, which begins
-        at `first`.
-        """
+    def images(self, indices: np.ndarray) -> Tensor:
+        """(B, 3, S, S) in [0, 1], cropped to the centre; without those that do not decode."""
         size = self.config.image_size
-
-        def crop(image: np.ndarray, place: int) -> np.ndarray:
-            if step is None or self.config.augment == "none":
-                return center_crop(image, size)
-            rng = np.random.default_rng(step_seed(self.seed, step, 1, first + place))
-            return dvae_crop(image, size, rng)
-
-        return to_tensor(load_or_skip(self.pairs, indices, crop)[0]).to(self.device)
+        found, _ = load_or_skip(self.pairs, indices, lambda image, _: center_crop(image, size))
+        return to_tensor(found).to(self.device)
 
     def batch(self, step: int) -> Tensor:
-        """This process's part of the pictures of update `step`, (B, 3, S, S) in [0, 1]."""
-        part = self.part()
-        return self.images(self.sampler.indices(step)[part], step, part.start)
+        """This process's part of update `step`, (B, 3, S, S) in [0, 1]; crops drawn by place."""
+        part, size = self.part(), self.config.image_size
+
+        def crop(image: np.ndarray, place: int) -> np.ndarray:
+            if self.config.augment == "none":
+                return center_crop(image, size)
+            seed = step_seed(self.seed, step, 1, part.start + place)
+            return dvae_crop(image, size, np.random.default_rng(seed))
+
+        found, _ = load_or_draw(
+            self.pairs, self.sampler.indices(step)[part],
+            lambda place: step_seed(self.seed, step, 4, part.start + place), crop,
+        )  # fmt: skip
+        return to_tensor(found).to(self.device)
 
     def part(self) -> slice:
         """Where in a batch this process's pictures are."""
@@ -174,7 +180,7 @@ class DvaeTask:
         """One update; before the codebook exists the codes are continuous."""
         c = self.config
         images = self.batch(step)
-        share = 1.0 if self.cluster is None else self.cluster.share(len(images))
+        share = 1.0 if self.cluster is None else self.cluster.weight(c.batch_size)
         if step < c.warm_start_steps:
             mu, loss = self.model.autoencode(images)
             if c.distortion == "mse":
@@ -182,9 +188,8 @@ class DvaeTask:
             lr = cosine_ramp(step, c.warm_start_lr, c.warm_start_lr / 10, c.warm_start_steps)
             again = partial(self.model.autoencode, images)
             grad_norm = update(self, loss * share, step, lr=lr, forward=again)
-            return self._of_all(
-                share, {"loss": loss, "psnr": self._psnr(images, mu)}, {"grad_norm": grad_norm}
-            )
+            means = {"loss": loss, "psnr": self._psnr(images, mu)}
+            return self._of_all(share, means, {"grad_norm": grad_norm, "images": len(images)})
         if step == c.warm_start_steps and c.warm_start_steps:
             self._make_codebook()
         done = step - c.warm_start_steps
@@ -205,11 +210,12 @@ class DvaeTask:
 
     def pictures(self, step: int) -> dict[str, Tensor]:
         """Eight training pictures above their reconstructions with the averaged weights."""
-        images = self.images(np.arange(min(8, len(self.pairs))), None)
         with averaged_model(self, step > self.config.warm_start_steps) as model:
             if model is None:
                 return {}
             assert isinstance(model, DiscreteVAE)
+            model.to(self.device)
+            images = self.images(np.arange(min(8, len(self.pairs))))
             both = (images, self.reconstruct(model, images, step))
         return {"reconstructions": torch.cat([torch.cat(list(row), 2) for row in both], 1)}
 
@@ -234,12 +240,12 @@ class DvaeTask:
     def _make_codebook(self) -> None:
         c = self.config
         chosen = np.random.default_rng(step_seed(self.seed, 0, 3)).permutation(len(self.pairs))
-        with whole(self) as model:
+        with whole(self) as model, agreed(self.cluster):
             if model is not None:
                 assert isinstance(model, DiscreteVAE)
                 init_codebook(
-                    model,
-                    self.images(np.sort(chosen[: c.codebook_images]), None),
+                    model.to(self.device),
+                    self.images(np.sort(chosen[: c.codebook_images])),
                     sharpness=c.codebook_sharpness,
                     iterations=c.codebook_iterations,
                     max_points=c.codebook_points,
@@ -258,12 +264,10 @@ class DvaeTask:
     def _share_out(self, cluster: Cluster) -> None:
         from dalle.distributed.sharding import shard
 
-        if cluster.config.powersgd_rank:  # `shard` would leave gradients unsummed between machines
-            raise UsageError(
-                f"dvae train: powersgd_rank must be 0, got {cluster.config.powersgd_rank}"
-            )
+        if cluster.config.powersgd_rank:  # a warm start leaves parameters without a gradient
+            rank = cluster.config.powersgd_rank
+            raise UsageError(f"dvae train: powersgd_rank must be 0, got {rank}")
         cluster.part(self.config.batch_size)
-        cluster.agree(self.describe())
         blocks = [m for m in self.model.modules() if isinstance(m, (Block, PatchBlock))]
         shard(self.model, blocks, cluster, forwards=("autoencode",))
 

@@ -41,7 +41,15 @@ from dalle.configs import require
 from dalle.errors import Interrupted
 from dalle.files import make_folder
 from dalle.train.metrics import Metrics
-from dalle.train.run import Saver, answering, resume, settings, signals, write_pictures
+from dalle.train.run import (
+    Saver,
+    agreed,
+    answering,
+    resume,
+    settings,
+    signals,
+    write_pictures,
+)
 from dalle.train.update import check_loss
 
 if TYPE_CHECKING:
@@ -116,7 +124,7 @@ class Task(Protocol):
     def pictures(self, step: int) -> dict[str, Tensor]:
         """Name -> (3, H, W) in [0, 1]; written as out/pictures/NAME-STEP.png.
 
-        Called on all processes; what process 0 returns is written.
+        Called on all processes; all but process 0 return none.
         """
 
     def state(self) -> dict[str, Any]:
@@ -162,7 +170,8 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
             a process of the cluster does not answer.
     """
     cluster, step, stop = task.cluster, 0, False
-    out = make_folder(config.out, "train")
+    with agreed(cluster):
+        out = make_folder(config.out, "train")
     with (
         settings(config.seed, config.deterministic),
         signals() as received,
@@ -170,7 +179,8 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
     ):
         step = resume(task, config)
         saver = Saver(task, out, config.keep)
-        metrics = Metrics(out, name=task.name, start=step, steps=config.steps)
+        with agreed(cluster):
+            metrics = Metrics(out, name=task.name, start=step, steps=config.steps)
         try:
             task.model.train()
             while step < config.steps:
@@ -182,10 +192,10 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
                 last = stop or step >= config.steps
                 if last or step % config.log_every == 0:
                     metrics.write(step, task.optimizer.param_groups[0]["lr"])
-                if config.picture_every and step % config.picture_every == 0:
-                    write_pictures(task, step, out / "pictures")
                 if last or step % config.checkpoint_every == 0:
                     saver.save(step, last=last)
+                if config.picture_every and step % config.picture_every == 0:
+                    write_pictures(task, step, out / "pictures")
                 if stop:
                     break
         finally:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dalle.files import write_atomic
+from dalle.files import saving, write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -91,9 +91,10 @@ class Metrics:
         self._mark_step = start
         self._file: TextIO | None = None
         if leads() and self.path.exists():
-            kept = [r for r in read_metrics(self.path) if r.get("step", 0) <= start]
+            with saving(name, self.path):
+                kept = [r for r in read_metrics(self.path) if r.get("step", 0) <= start]
+                write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
             self.last = kept[-1] if kept else {}
-            write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
         terminal = leads() and sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, desc=name, disable=not terminal)
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from dalle.averaging import IterateAverage
 from dalle.configs import to_dict
 from dalle.data.augment import center_crop, prior_crop, to_tensor
-from dalle.data.pairs import BatchSampler, Pairs, load_or_skip
+from dalle.data.pairs import BatchSampler, Pairs, fingerprint, load_or_draw, load_or_skip
 from dalle.dvae import DiscreteVAE
-from dalle.errors import UsageError
+from dalle.errors import DataError, UsageError
 from dalle.pictures import rows_of
 from dalle.precision import ResblockScaler
+from dalle.pretrained import fingerprint as fingerprint_of_weights
 from dalle.prior import PAD, Prior, PriorOutput
 from dalle.prior_config import IMAGE_WEIGHT, TEXT_WEIGHT
 from dalle.schedules import PlateauHalving
@@ -47,8 +48,10 @@ class Batch(NamedTuple):
 class PriorTask:
     """Trains a `Prior` on pairs; fits `train.loop.train`.
 
+    In the place of a pair whose picture does not decode another one is drawn.
+
     Args:
-        prior: the model to train.
+        prior: the model to train; with a cluster on the CPU, where each process takes its part.
         tokenizer: of the captions.
         vae: frozen; image tokens are the argmax of its encoder.
         pairs: the data set.
@@ -75,6 +78,13 @@ class PriorTask:
         seed: int = 0,
         cluster: Cluster | None = None,
     ) -> None:
+        self.model, self.tokenizer, self.vae, self.pairs = prior, tokenizer, vae.eval(), pairs
+        self.config, self.seed, self.cluster = config, seed, cluster
+        if cluster is not None:
+            cluster.agree({
+                "tokenizer": tokenizer.fingerprint(), "vae": fingerprint_of_weights(vae),
+                **self.describe(), "pairs": fingerprint(pairs),
+            })  # fmt: skip
         sizes = prior.config
         if sizes.text_vocab < tokenizer.vocab_size:
             want = f"at least the tokenizer's {tokenizer.vocab_size}"
@@ -84,10 +94,8 @@ class PriorTask:
             raise UsageError(f"prior train: image_vocab must be {want}, got {sizes.image_vocab}")
         if sizes.grid[0] != sizes.grid[1]:
             raise UsageError(f"prior train: grid must be square, got {sizes.grid}")
-        self.model, self.tokenizer, self.vae, self.pairs = prior, tokenizer, vae.eval(), pairs
-        self.config, self.seed, self.cluster = config, seed, cluster
         self.image_size = sizes.grid[0] * vae.factor
-        self.device = prior.start_of_text.device
+        self.device = prior.start_of_text.device if cluster is None else cluster.device
         self.tokens: Tensor | None = None
         self.kept = np.arange(len(pairs))
         if config.augment == "none":
@@ -138,8 +146,11 @@ class PriorTask:
                 rng = np.random.default_rng(step_seed(self.seed, step, 1, first + place))
                 return prior_crop(image, self.image_size, rng)
 
-            images, found = load_or_skip(self.pairs, chosen, crop)
-            items, tokens, places = chosen[found], self._encode(images), places[found]
+            def draws(place: int) -> int:
+                return step_seed(self.seed, step, 5, first + place)
+
+            images, items = load_or_draw(self.pairs, chosen, draws, crop)
+            tokens = self._encode(images)
         captions = [self.pairs.captions[int(i)] for i in items]
         text = self.tokenizer.encode(
             captions, self.model.config.text_len - 1,
@@ -185,7 +196,7 @@ class PriorTask:
             "image_loss": out.image_loss.detach(),
             "grad_norm": grad_norm,
             "halvings": self.plateau.halvings,
-            "captions_cut": cut / len(text),
+            "captions_cut": self._weight() * cut / len(text),
             "images": len(text),
             **(self.scaler.metrics() if self.scaler is not None else {}),
         }
@@ -198,15 +209,15 @@ class PriorTask:
     @torch.no_grad()
     def pictures(self, step: int) -> dict[str, Tensor]:
         """Eight training pictures through the dVAE, above samples for their captions."""
-        items = self.kept[: min(8, len(self.kept))]
-        images = [center_crop(self.pairs.load(int(i)), self.image_size) for i in items]
-        captions = [self.pairs.captions[int(i)] for i in items]
-        text = self.tokenizer.encode(captions, self.model.config.text_len - 1).to(self.device)
         with averaged_model(self) as model:
             if model is None:
                 return {}
             assert isinstance(model, Prior)
-            samples = model.generate(text, seed=self.seed)
+            size, items = self.image_size, self.kept[:8]
+            images, found = load_or_skip(self.pairs, items, lambda x, _: center_crop(x, size))
+            captions = [self.pairs.captions[int(i)] for i in items[found]]
+            text = self.tokenizer.encode(captions, self.model.config.text_len - 1)
+            samples = model.to(self.device).generate(text.to(self.device), seed=self.seed)
         seen = self.vae.decode(self._encode(images).view(-1, *self.model.config.grid))
         return {"samples": rows_of(seen, self.vae.decode(samples[:, 0].to(self.device)))}
 
@@ -228,10 +239,14 @@ class PriorTask:
                 "has one dtype, got True"
             )
         cluster.part(self.config.batch_size)
-        cluster.agree(self.describe())
         from dalle.distributed.sharding import shard
 
-        shard(self.model, self.model.resblocks().values(), cluster)
+        compressed = cluster.config.powersgd_rank > 0
+        shard(self.model, self.model.resblocks().values(), cluster, compressed=compressed)
+
+    def _weight(self) -> float:
+        """Of a mean over this process's pairs in the mean of all processes."""
+        return 1.0 if self.cluster is None else self.cluster.weight(self.config.batch_size)
 
     def _of_all(self, out: PriorOutput, text: Tensor) -> PriorOutput:
         """Losses such that their means over the processes are those of the whole batch.
@@ -242,7 +257,7 @@ class PriorTask:
         padded = self.model.config.text_targets == "padded"
         targets = text.numel() if padded else int((text != PAD).sum())
         text_loss = out.text_loss * self.cluster.share(targets)
-        image_loss = out.image_loss * self.cluster.share(len(text))
+        image_loss = out.image_loss * self._weight()
         loss = TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss
         return out._replace(loss=loss, text_loss=text_loss, image_loss=image_loss)
 
@@ -257,13 +272,17 @@ class PriorTask:
             own = np.array_split(own, cluster.world)[cluster.rank]
         size, tokens, kept = self.image_size, [], []
         for part in np.array_split(own, math.ceil(len(own) / 128) or 1):
-            images, found = load_or_skip(self.pairs, part, lambda x, _: center_crop(x, size))
+            images, found = load_or_skip(
+                self.pairs, part, lambda x, _: center_crop(x, size), some=False
+            )
             if found:
                 tokens.append(self._encode(images).cpu())
             kept += part[found].tolist()
         every = torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64)
-        if cluster is None:
-            return every, np.array(kept)
-        gathered = cluster.gather((every.numpy(), kept))
-        every = torch.cat([torch.from_numpy(t) for t, _ in gathered if len(t)])
-        return every, np.array([i for _, ours in gathered for i in ours])
+        if cluster is not None:
+            gathered = cluster.gather((every.numpy(), kept))
+            kept = [i for _, ours in gathered for i in ours]
+            every = torch.cat([torch.from_numpy(t) for t, _ in gathered if len(t)] or [every])
+        if not kept:
+            raise DataError(f"{self.pairs.name}: a picture must decode, got none that does")
+        return every, np.array(kept)

@@ -17,8 +17,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
-from dalle.files import temporary_name
+from dalle.errors import (
+    CheckpointError,
+    DalleError,
+    DataError,
+    EnvironmentProblem,
+    UsageError,
+)
+from dalle.files import saving, temporary_name
 from dalle.pictures import save_png, to_uint8
 from dalle.train.checkpoint import (
     checkpoints,
@@ -79,6 +85,23 @@ def signals() -> Iterator[list[str]]:
             signal.signal(each, handler)
 
 
+@contextmanager
+def agreed(cluster: Cluster | None) -> Iterator[None]:
+    """What fails inside on one process fails on all, in its words. Collective.
+
+    Process 0 may take longer inside than an exchange is waited for.
+    """
+    if cluster is None:
+        yield
+        return
+    problem: Exception | None = None
+    try:
+        yield
+    except (DalleError, OSError) as found:
+        problem = found
+    cluster.together(problem)
+
+
 def resume(task: Task, config: LoopConfig) -> int:
     """Puts the state to begin with into `task` and returns the updates already done.
 
@@ -87,8 +110,9 @@ def resume(task: Task, config: LoopConfig) -> int:
         UsageError: if `resume` is "none" and `out` holds checkpoints, which would mix two runs.
     """
     out, cluster = Path(config.out), task.cluster
-    if cluster is None or cluster.leads:
-        remove_stale(out)
+    with agreed(cluster):
+        if cluster is None or cluster.leads:
+            remove_stale(out)
     found = checkpoints(out) if cluster is None else cluster.first(checkpoints(out))
     if config.resume == "none":
         if found:
@@ -100,8 +124,9 @@ def resume(task: Task, config: LoopConfig) -> int:
     if config.resume != "auto":
         path = Path(config.resume)
         step = load_checkpoint(task, path)
-        if cluster is None or cluster.leads:
-            set_aside_later(out, step)
+        with agreed(cluster), saving("train", out):
+            if cluster is None or cluster.leads:
+                set_aside_later(out, step)
     elif found:
         path = found[-1]
         try:
@@ -166,7 +191,7 @@ class Saver:
 def averaged_model(task: Task, averaged: bool = True) -> Iterator[nn.Module | None]:
     """The whole model of a task, with the averaged weights if there are some and unless told not.
 
-    On many processes a copy, on process 0; None on the others. Collective.
+    On many processes a copy, on the CPU of process 0; None on the others. Collective.
     """
     average = task.average if averaged else None
     if task.cluster is not None:
@@ -200,12 +225,12 @@ def write_pictures(task: Task, step: int, folder: Path) -> None:
     try:
         with torch.no_grad():
             pictures = task.pictures(step)
-        if task.cluster is not None and not task.cluster.leads:
-            return
         for name, picture in pictures.items():
             image = Image.fromarray(to_uint8(picture))
             save_png(folder / f"{name}-{step:08d}.png", image)
-    except EnvironmentProblem as problem:
+    except (EnvironmentProblem, DataError) as problem:
         say(f"{task.name}: pictures after step {step} not written: {problem}")
     finally:
         task.model.train(was_training)
+    if task.cluster is not None:
+        task.cluster.together(None)  # the others have waited for process 0

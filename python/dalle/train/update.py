@@ -121,7 +121,9 @@ def _plain_step(
     if not math.isfinite(norm + float(loss)):
         check_loss(task.name, loss, step, task.model, forward)
         check_gradients(task.name, task.model, step)
-        raise NumericalError(f"{task.name}: gradient norm must be finite, got inf at step {step}")
+        raise NumericalError(
+            f"{task.name}: gradient norm must be finite, got {norm} at step {step}"
+        )
     if clip_norm is not None and norm > clip_norm:
         torch._foreach_mul_([local_part(grad) for grad in grads], clip_norm / norm)
     task.optimizer.step()

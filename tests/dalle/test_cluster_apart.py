@@ -1,0 +1,232 @@
+"""What one process of several has otherwise: pictures that do not decode, other data, its time."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import test_train_dvae
+import torch
+import torch.distributed as dist
+from processes import run
+from test_cluster import cluster_of, dvae_task, said_of
+from test_train_prior import SMALL, make_parts, make_task
+
+from dalle.data.pairs import ArrayPairs, load_or_draw
+from dalle.distributed.cluster import Cluster
+from dalle.errors import CheckpointError, DataError, UsageError
+from dalle.train.checkpoint import load_checkpoint, save_checkpoint
+from dalle.train.loop import step_seed
+from dalle.train.run import agreed, write_pictures
+
+STEPS = 6
+RECIPES = {
+    "crops": replace(SMALL, batch_size=6, augment="paper"),
+    "encoded once": replace(SMALL, batch_size=6),
+}
+
+
+class Broken(ArrayPairs):
+    """Pairs of which some pictures do not decode; by a set's own numbers, as files do."""
+
+    def __init__(self, pairs, bad):
+        super().__init__(pairs.name, pairs.images, pairs.captions)
+        self.bad = bad
+
+    def load(self, i):
+        if i in self.bad:
+            raise DataError(f"{i}: image must decode")
+        return super().load(i)
+
+
+def losses(task):
+    values = [task.train_step(step) for step in range(STEPS)]
+    found = {key: [float(v[key]) for v in values] for key in ("loss", "grad_norm", "images")}
+    return found | {"skipped": task.pairs.skipped["does not decode"]}
+
+
+def prior_losses(_rank, name):
+    """Half the pictures are broken, all but two of the first half of the set among them."""
+    tokenizer, vae, pairs = make_parts()
+    parts = tokenizer, vae, Broken(pairs, {0, 1, 2, 3, 8, 11})
+    return losses(make_task(parts, RECIPES[name], cluster=cluster_of()))
+
+
+def dvae_losses(_rank):
+    config = replace(test_train_dvae.WARM, batch_size=5)
+    task = dvae_task(cluster_of(), config)
+    task.pairs = Broken(task.pairs, set(range(0, len(task.pairs), 3)))
+    return losses(task)
+
+
+def own_part_gone(_rank):
+    """Encoded once: nothing that process 0 would encode decodes; then nothing at all."""
+    tokenizer, vae, pairs = make_parts()
+    half = Broken(pairs, set(range(6)))
+    task = make_task((tokenizer, vae, half), RECIPES["encoded once"], cluster=cluster_of())
+    none = Broken(pairs, set(range(12)))
+    said = said_of(
+        lambda: make_task((tokenizer, vae, none), RECIPES["encoded once"], cluster=cluster_of())
+    )
+    return {"kept": task.kept.tolist(), "said": said}
+
+
+def other_data(rank):
+    """What is said where process 1 has another recipe, picture, caption or dVAE."""
+    tokenizer, vae, pairs = make_parts()
+    images, captions = pairs.images.copy(), list(pairs.captions)
+    images[3, 0, 0, 0] ^= 1
+    captions[3] += "!"
+    other_vae = make_parts()[1]
+    with torch.no_grad():
+        next(other_vae.parameters()).view(-1)[0] += 1e-3
+    other_words = type(tokenizer).train(["quite", "other", "words"] * 9, vocab_size=300)
+    given = {
+        "train.lr": (replace(SMALL, lr=0.5), (tokenizer, vae, pairs)),
+        "picture": (SMALL, (tokenizer, vae, ArrayPairs("toy", images, pairs.captions))),
+        "caption": (SMALL, (tokenizer, vae, ArrayPairs("toy", pairs.images, captions))),
+        "tokenizer": (SMALL, (other_words, vae, pairs)),
+        "vae": (SMALL, (tokenizer, other_vae, pairs)),
+    }
+    said = {}
+    for what, (config, parts) in given.items():
+        own = (config, parts) if rank else (SMALL, (tokenizer, vae, pairs))
+        said[what] = said_of(lambda own=own: make_task(own[1], own[0], cluster=cluster_of()))
+    return said
+
+
+def time_apart(rank):
+    """Process 0 works alone for longer than an exchange waits; then it gives no sign of life."""
+    cluster = cluster_of()
+    cluster.heartbeat._limit = 1.0
+    begin = time.monotonic()
+    with agreed(cluster):
+        if rank == 0:
+            time.sleep(3.0)
+    waited = time.monotonic() - begin
+
+    def fail():
+        with agreed(cluster):
+            if rank == 0:
+                raise OSError(21, "Is a directory", "metrics.jsonl")
+
+    said = said_of(fail)
+    lost = ""
+    if rank == 0:
+        cluster.heartbeat.stop()
+        time.sleep(4.0)
+        cluster.heartbeat.follow()
+    else:
+        try:
+            cluster.heartbeat.follow()
+        except dist.DistError as problem:
+            lost = str(problem)
+    return {"waited": waited, "said": said, "lost": lost}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    calls = {name: (prior_losses, name) for name in RECIPES}
+    calls |= {"dvae": (dvae_losses,), "gone": (own_part_gone,), "other": (other_data,)}
+    calls |= {"time": (time_apart,)}  # the last: its heartbeat has stopped
+    return run(2, calls, tmp_path_factory.mktemp("two"), joined=False)
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "dvae"])
+def test_losses_with_broken_pictures_are_those_of_one_process(two, name):
+    one = dvae_losses(0) if name == "dvae" else prior_losses(0, name)
+    assert one["skipped"] > 0
+    if name == "crops":
+        assert one["images"] == [6.0] * STEPS  # others were drawn in their places
+    for found in two[name]:
+        for key in ("loss", "grad_norm", "images"):
+            assert found[key] == pytest.approx(one[key], rel=1e-5, nan_ok=False), key
+
+
+def test_a_process_without_a_picture_that_decodes_goes_on(two):
+    for found in two["gone"]:
+        assert found["kept"] == [6, 7, 8, 9, 10, 11]
+        assert found["said"] == "toy: a picture must decode, got none that does"
+
+
+def test_other_data_on_one_process_is_named(two):
+    for found in two["other"]:
+        for what, said in found.items():
+            key = {"picture": "pairs", "caption": "pairs"}.get(what, what)
+            assert said.startswith(f"cluster: {key} must be the same on all processes ("), said
+            assert said.endswith(" on process 1"), said
+
+
+def test_others_wait_for_process_0_while_it_lives(two):
+    first, second = two["time"]
+    assert second["waited"] > 2.5
+    assert first["said"] == second["said"] != "nothing"
+    assert "Is a directory" in first["said"]
+    assert second["lost"] == "timed out waiting for process 0"
+
+
+def test_fewer_gpus_than_processes(monkeypatch):
+    def together(problem):
+        raise problem
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    line = "cluster: processes of a machine must be at most its 2 GPUs, got 4"
+    with pytest.raises(UsageError, match=line):
+        Cluster._own_device(SimpleNamespace(together=together), torch.device("cuda"), 4)
+
+
+def test_a_shard_that_no_manifest_lists_is_refused(tmp_path, tmp_path_factory):
+    calls = {"saved": (saved, str(tmp_path))}
+    run(2, calls, tmp_path_factory.mktemp("saved"), joined=False)
+    path = tmp_path / "step-00000001"
+    task = make_task(make_parts(), SMALL)
+    assert load_checkpoint(task, path) == 1
+    shard = next((path / "shards").glob("*.safetensors"))
+    shutil.copy(shard, shard.with_name("stranger.safetensors"))
+    line = "files must be in its manifest, got shards/stranger.safetensors"
+    with pytest.raises(CheckpointError, match=line):
+        load_checkpoint(task, path)
+
+
+def saved(_rank, folder):
+    task = make_task(make_parts(), SMALL, cluster=cluster_of())
+    task.train_step(0)
+    save_checkpoint(task, Path(folder), 1)
+
+
+def test_pictures_leave_out_what_does_not_decode(tmp_path, capsys):
+    """One process: the first are drawn without it; where none decodes the run says so."""
+    tokenizer, vae, pairs = make_parts()
+    broken = Broken(pairs, {0, 2})
+    task = make_task((tokenizer, vae, broken), RECIPES["crops"])
+    write_pictures(task, 1, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["samples-00000001.png"]
+    assert broken.skipped["does not decode"] == 2
+    broken.bad = set(range(12))
+    write_pictures(task, 2, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert "prior: pictures after step 2 not written: toy: a batch must" in capsys.readouterr().err
+
+
+def test_what_is_drawn_at_a_place_depends_on_the_place_alone():
+    images = np.zeros((40, 8, 8, 3), np.uint8)
+    pairs = Broken(ArrayPairs("toy", images, ["x"] * 40), set(range(30)))
+
+    def load(first, stop):
+        def seed(place):
+            return step_seed(0, 0, 5, first + place)
+
+        return load_or_draw(pairs, range(first, stop), seed, lambda image, _: image)[1]
+
+    found, later = load(0, 8), load(4, 8)
+    assert found[4:].tolist() == later.tolist() and set(found) <= set(range(30, 40))
+    assert len(set(found.tolist())) > 2
+
+    pairs.bad = set(range(40))
+    with pytest.raises(DataError, match="toy: of 1000 pictures drawn one must decode, got"):
+        load(0, 1)
