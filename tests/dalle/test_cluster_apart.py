@@ -228,5 +228,5 @@ def test_what_is_drawn_at_a_place_depends_on_the_place_alone():
     assert len(set(found.tolist())) > 2
 
     pairs.bad = set(range(40))
-    with pytest.raises(DataError, match="toy: of 1000 pictures drawn one must decode, got"):
+    with pytest.raises(DataError, match="toy: a batch must hold a picture that decodes, got"):
         load(0, 1)

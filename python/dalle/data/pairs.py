@@ -187,9 +187,7 @@ def load_or_draw(
             draws = draws or np.random.default_rng(seed(place))
             item = int(draws.integers(len(pairs)))
         else:
-            raise DataError(
-                f"{pairs.name}: of {DRAWS} pictures drawn one must decode, got {reason}"
-            )
+            raise DataError(f"{pairs.name}: a batch must hold a picture that decodes, got {reason}")
         images.append(transform(image, place))
         items.append(item)
     return images, np.array(items, dtype=np.int64)
