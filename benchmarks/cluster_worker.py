@@ -4,7 +4,8 @@
                  [--words W --tables T]
 
 MODE: hsdp:fp32, hsdp:fp16 (native, uncompressed), psgd:RANK:WIRE[:nofeedback] (this library's),
-ddp:fp32, ddp:RANK (torch's `powerSGD_hook` of that rank). Process 0 writes FILE as JSON.
+ddp:fp32, ddp:RANK (torch's `powerSGD_hook` of that rank), ddp:psgd:RANK:WIRE (this library's).
+Process 0 writes FILE as JSON.
 """
 
 from __future__ import annotations
@@ -54,7 +55,14 @@ def batch(step: int, process: int, words: int, tables: int) -> tuple[torch.Tenso
 def wrap(model: Prior, mode: str) -> tuple[Any, PowerSGD | None]:
     """The model as the mode trains it."""
     kind, *more = mode.split(":")
+    heads = [*model.text_head.parameters(), *model.image_head.parameters()]
+    scales: dict[str, Any] = {"exclude": heads, "error_scale": 2.0**8, "factor_scale": 2.0**-2}
     if kind == "ddp":
+        if more[0] == "psgd":
+            parallel = DistributedDataParallel(model)
+            ours = PowerSGD(int(more[1]), wire=more[2], **scales)
+            ours.attach(parallel)
+            return parallel, ours
         parallel = DistributedDataParallel(model, bucket_cap_mb=1000)  # torch's hook needs one
         if more[0] != "fp32":
             state = torchs.PowerSGDState(
@@ -72,8 +80,7 @@ def wrap(model: Prior, mode: str) -> tuple[Any, PowerSGD | None]:
         return model, None
     psgd = PowerSGD(
         int(more[0]), mesh["replicate"].get_group(), wire=more[1], error_feedback=len(more) < 3,
-        exclude=[*model.text_head.parameters(), *model.image_head.parameters()],
-        error_scale=2.0**8, factor_scale=2.0**-2)  # fmt: skip
+        **scales)  # fmt: skip
     psgd.attach(model)
     return model, psgd
 
