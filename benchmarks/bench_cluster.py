@@ -74,8 +74,8 @@ def train(folder: Path, modes: tuple[str, ...], *task: str) -> dict[str, Any]:
     with cluster_box.Box(None) as box:
         for mode in modes:
             losses[mode] = run(box, mode, CURVE, folder, *task)["losses"]
-    ends = {mode: sum(values[-LAST:]) / LAST for mode, values in losses.items()}
-    early = {mode: sum(values[:EARLY]) / EARLY for mode, values in losses.items()}
+    ends = {mode: statistics.mean(values[-LAST:]) for mode, values in losses.items()}
+    early = {mode: statistics.mean(values[:EARLY]) for mode, values in losses.items()}
     print(f"mean loss of the last {LAST} of {CURVE} steps: {ends}\nof the first {EARLY}: {early}")
     return {"losses": losses, "ends": ends, "early": early}
 
@@ -112,10 +112,9 @@ def test_losses(benchmark, request, tmp_path):
     benchmark.extra_info["losses"] = found["ends"]
     if request.config.getoption("--record"):
         harness.record("cluster_losses", [], **found)
-        times = sorted(harness.RESULTS.glob("*_cluster_steps.json"))
-        if times:
-            newest = json.loads(times[-1].read_text())["times"]
-            cluster_plot.draw(found, newest, Path("docs/images/cluster.png"))
+        for times in sorted(harness.RESULTS.glob("*_cluster_steps.json"))[-1:]:
+            at = json.loads(times.read_text())["times"]
+            cluster_plot.draw(found, at, Path("docs/images/cluster.png"))
     assert found["ends"][OURS] <= (1 + WITHIN) * found["ends"][FP32]
     for mode in (LOW, OURS):
         assert found["early"][mode + OFF] > found["early"][mode], "error feedback must help"

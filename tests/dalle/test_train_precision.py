@@ -138,8 +138,8 @@ def test_nan_pixels_are_named(monkeypatch, step, where):
     task = test_train_dvae.make_task()
     for done in range(step):
         task.train_step(done)
-    before, images = weights(task), task.images
-    monkeypatch.setattr(task, "images", lambda *given: images(*given) * math.nan)
+    before, batch = weights(task), task.batch
+    monkeypatch.setattr(task, "batch", lambda step: batch(step) * math.nan)
     with pytest.raises(NumericalError, match=rf"dvae: loss must be finite, got nan .*{where}"):
         task.train_step(step)
     assert unchanged(task, before)
