@@ -62,17 +62,29 @@ class Heartbeat:
             DistError: it gave no sign of life for as long as an exchange is waited for.
         """
         self._turn += 1
-        key = f"{self._prefix}/turn"
         if self.rank == 0:
-            self._store.set(key, str(self._turn))
+            self._store.set(f"{self._prefix}/turn", str(self._turn))
             return
-        beats, since, pause = -1, time.monotonic(), 1e-3
-        while not (self._store.check([key]) and int(self._store.get(key)) >= self._turn):
-            seen = self._store.add(f"{self._prefix}/0", 0)
-            if seen != beats:
-                beats, since = seen, time.monotonic()
-            elif time.monotonic() - since > self._limit:
+        seen: list[float] = [time.monotonic()]  # when process 0 last gave a sign
+        come = threading.Event()
+        # A dead link lets whoever asks the store wait for minutes, hence the thread.
+        threading.Thread(target=self._watch, args=(self._turn, seen, come), daemon=True).start()
+        while not come.wait(BEAT):
+            if time.monotonic() - seen[0] > self._limit:
                 raise dist.DistError("timed out waiting for process 0")
+
+    def _watch(self, turn: int, seen: list[float], come: threading.Event) -> None:
+        key, beats, pause = f"{self._prefix}/turn", -1, 1e-3
+        while time.monotonic() - seen[0] <= self._limit:
+            try:
+                if self._store.check([key]) and int(self._store.get(key)) >= turn:
+                    come.set()
+                    return
+                now = self._store.add(f"{self._prefix}/0", 0)
+            except RuntimeError:  # the store is busy, or has gone: no sign
+                now = beats
+            if now != beats:
+                beats, seen[0] = now, time.monotonic()
             time.sleep(pause)
             pause = min(2 * pause, BEAT)
 
