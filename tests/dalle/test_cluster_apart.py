@@ -58,7 +58,7 @@ def prior_losses(_rank, name):
 
 
 def dvae_losses(_rank):
-    config = replace(test_train_dvae.WARM, batch_size=5)
+    config = replace(test_train_dvae.WARM, batch_size=5, warm_start_steps=2, augment="paper")
     task = dvae_task(cluster_of(), config)
     task.pairs = Broken(task.pairs, set(range(0, len(task.pairs), 3)))
     return losses(task)
@@ -145,7 +145,9 @@ def test_losses_with_broken_pictures_are_those_of_one_process(two, name):
         assert one["images"] == [6.0] * STEPS  # others were drawn in their places
     for found in two[name]:
         for key in ("loss", "grad_norm", "images"):
-            assert found[key] == pytest.approx(one[key], rel=1e-5, nan_ok=False), key
+            # The norm of the first gradients through the codes: sums in another order.
+            within = 1e-4 if (name, key) == ("dvae", "grad_norm") else 1e-5
+            assert found[key] == pytest.approx(one[key], rel=within), key
 
 
 def test_a_process_without_a_picture_that_decodes_goes_on(two):
@@ -175,6 +177,7 @@ def test_fewer_gpus_than_processes(monkeypatch):
         raise problem
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
     line = "cluster: processes of a machine must be at most its 2 GPUs, got 4"
     with pytest.raises(UsageError, match=line):
         Cluster._own_device(SimpleNamespace(together=together), torch.device("cuda"), 4)

@@ -202,7 +202,10 @@ def fingerprint(pairs: Pairs) -> str:
     if images is not None:
         found.update(np.ascontiguousarray(images).data)
     for path in paths:
-        size = path.stat().st_size if path.exists() else -1
+        try:
+            size = path.stat().st_size
+        except OSError:  # it has gone, which another process may not see
+            size = -1
         found.update(f"{path.name} {size}\0".encode("utf-8", "surrogateescape"))
     return f"SHA-256 {found.hexdigest()[:16]}"
 

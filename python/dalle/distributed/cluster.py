@@ -121,12 +121,13 @@ class Cluster:
         if device.type != "cuda":
             return device
         problem, there = None, torch.cuda.device_count()
-        if there < local:
+        own = int(os.environ.get("LOCAL_RANK", 0))
+        if own >= there:
             problem = UsageError(
                 f"cluster: processes of a machine must be at most its {there} GPUs, got {local}"
             )
         self.together(problem)
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", own)
         torch.cuda.set_device(device)
         return device
 
