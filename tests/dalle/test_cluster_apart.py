@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +18,13 @@ import torch.distributed as dist
 from processes import run
 from test_cluster import cluster_of, dvae_task, said_of
 from test_train_prior import SMALL, make_parts, make_task
+from torch.distributed import distributed_c10d as c10d
 
+from dalle.commands import prior as prior_command
+from dalle.data.images import BadPicture
 from dalle.data.pairs import ArrayPairs, load_or_draw
 from dalle.distributed.cluster import Cluster
+from dalle.dvae import DiscreteVAE
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.train.checkpoint import load_checkpoint, save_checkpoint
 from dalle.train.loop import step_seed
@@ -100,10 +106,66 @@ def other_data(rank):
     return said
 
 
+def other_shapes(rank):
+    """What is said where process 1 has a dVAE to which the pictures' size does not fit."""
+    tokenizer, vae, _ = make_parts()
+    if rank:
+        vae = DiscreteVAE(replace(vae.config, patch=16))
+    folder = Path(tempfile.mkdtemp())
+    tokenizer.save_pretrained(folder / "tokenizer")
+    vae.save_pretrained(folder / "vae")
+    config = prior_command.PriorCommandConfig(
+        data="shapes", image_size=24, tokenizer=folder / "tokenizer", vae=folder / "vae",
+        out=folder / "out", steps=1, recipe=replace(SMALL, augment="paper"),
+    )  # fmt: skip
+    return said_of(lambda: prior_command._train(config, cluster_of()))
+
+
+def pictures(rank):
+    """Pictures on process 0: as they are, all broken, and with too little memory; then a step."""
+    folder = Path(tempfile.mkdtemp())
+    task = make_task(make_parts(), RECIPES["crops"], cluster=cluster_of())
+    dvae = dvae_task(cluster_of())
+    own, whole_set = task.pairs, range(12) if rank == 0 else ()
+    for step, pairs in ((1, own), (2, Broken(own, set(whole_set)))):
+        task.pairs = pairs
+        write_pictures(task, step, folder)
+    task.pairs, task.vae = own, NoMemory()
+    write_pictures(task, 3, folder)
+    task.vae = make_parts()[1]
+    write_pictures(dvae, 1, folder)
+    values = [float(t.train_step(0)["loss"]) for t in (task, dvae)]
+    return {"written": sorted(p.name for p in folder.iterdir()), "losses": values}
+
+
+class NoMemory:
+    def encode(self, _):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    decode = encode
+
+
+def broken_codebook(_rank):
+    task = dvae_task(cluster_of())
+    task.pairs = Broken(task.pairs, set(range(len(task.pairs))))
+    return said_of(task._make_codebook)
+
+
+def told_apart(rank):
+    """An error whose class takes more than its line."""
+    problem = BadPicture("a.png", "empty", "decode") if rank else None
+    try:
+        cluster_of().together(problem)
+    except DataError as found:
+        return [type(found).__name__, str(found)]
+    return []
+
+
 def time_apart(rank):
     """Process 0 works alone for longer than an exchange waits; then it gives no sign of life."""
     cluster = cluster_of()
-    cluster.heartbeat._limit = 1.0
+    cluster.heartbeat._limit = 1.5
+    c10d._set_pg_timeout(timedelta(seconds=1.5), cluster.control)
     begin = time.monotonic()
     with agreed(cluster):
         if rank == 0:
@@ -126,14 +188,23 @@ def time_apart(rank):
             cluster.heartbeat.follow()
         except dist.DistError as problem:
             lost = str(problem)
-    return {"waited": waited, "said": said, "lost": lost}
+    cluster.heartbeat._limit, cluster.heartbeat._verdict = 60.0, "0"
+    begin = time.monotonic()
+    if rank:  # another process has found that process 0 is gone
+        with pytest.raises(dist.DistError):
+            cluster.heartbeat.follow()
+    return {"waited": waited, "said": said, "lost": lost, "judged": time.monotonic() - begin}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     calls = {name: (prior_losses, name) for name in RECIPES}
     calls |= {"dvae": (dvae_losses,), "gone": (own_part_gone,), "other": (other_data,)}
-    calls |= {"time": (time_apart,)}  # the last: its heartbeat has stopped
+    calls |= {"shapes": (other_shapes,), "pictures": (pictures,), "told": (told_apart,)}
+    calls |= {
+        "codebook": (broken_codebook,),
+        "time": (time_apart,),
+    }  # the last: its heartbeat has stopped
     return run(2, calls, tmp_path_factory.mktemp("two"), joined=False)
 
 
@@ -167,9 +238,34 @@ def test_other_data_on_one_process_is_named(two):
 def test_others_wait_for_process_0_while_it_lives(two):
     first, second = two["time"]
     assert second["waited"] > 2.5
+    assert second["judged"] < 5.0
     assert first["said"] == second["said"] != "nothing"
     assert "Is a directory" in first["said"]
     assert second["lost"] == "timed out waiting for process 0"
+
+
+def test_pictures_of_many_processes(two):
+    first, second = two["pictures"]
+    assert first["written"] == ["reconstructions-00000001.png", "samples-00000001.png"]
+    assert second["written"] == []
+    assert first["losses"] == second["losses"]
+
+
+def test_a_codebook_without_pictures_ends_on_all(two):
+    first, second = two["codebook"]
+    assert first == second
+    assert "a batch must hold a picture that decodes" in first
+
+
+def test_a_dvae_that_does_not_fit_is_told_on_all(two):
+    first, second = two["shapes"]
+    assert first == second
+    assert "multiple of 16" in first and first.endswith(" (on process 1)")
+
+
+def test_an_error_of_more_than_a_line_is_told_on_all(two):
+    line = "a.png: image must decode, got: empty (on process 1)"
+    assert two["told"] == [["DataError", line]] * 2
 
 
 def test_fewer_gpus_than_processes(monkeypatch):

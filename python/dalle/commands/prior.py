@@ -86,12 +86,10 @@ def train_command(config: PriorCommandConfig) -> None:
         _train(config, cluster)
 
 
-def _train(config: PriorCommandConfig, cluster: Cluster | None) -> None:
-    device = pick_device(config.device) if cluster is None else cluster.device
-    with agreed(cluster):
-        tokenizer = Tokenizer.from_pretrained(config.tokenizer)
-        vae = DiscreteVAE.from_pretrained(config.vae).to(device)
-        pairs = load_pairs(config.data, image_size=config.image_size, seed=config.seed)
+def _new_prior(
+    config: PriorCommandConfig, tokenizer: Tokenizer, vae: DiscreteVAE, device: torch.device
+) -> Prior:
+    """On the CPU, for training on `device`."""
     sizes: dict[str, Any] = {
         "text_vocab": tokenizer.vocab_size,
         "image_vocab": vae.num_tokens,
@@ -106,7 +104,16 @@ def _train(config: PriorCommandConfig, cluster: Cluster | None) -> None:
     if config.checkpointing:
         sizes["checkpointing"] = True
     torch.manual_seed(config.seed)
-    prior = Prior.from_preset(config.preset, **sizes)
+    return Prior.from_preset(config.preset, **sizes)
+
+
+def _train(config: PriorCommandConfig, cluster: Cluster | None) -> None:
+    device = pick_device(config.device) if cluster is None else cluster.device
+    with agreed(cluster):
+        tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+        vae = DiscreteVAE.from_pretrained(config.vae).to(device)
+        pairs = load_pairs(config.data, image_size=config.image_size, seed=config.seed)
+        prior = _new_prior(config, tokenizer, vae, device)
     if cluster is None:  # of many processes none needs the whole of it on its device
         prior.to(device)
     task = PriorTask(prior, tokenizer, vae, pairs, config.recipe, seed=config.seed, cluster=cluster)

@@ -201,13 +201,11 @@ class Cluster:
         However long process 0 takes to come here: the others wait while it lives.
         """
         self.heartbeat.follow()
-        lines = [None if problem is None else (type(problem), _first_line(problem))]
+        lines = [None if problem is None else (_plain(problem), _first_line(problem))]
         for process, (found,) in enumerate(self.gather(lines)):
             if found is not None:
                 kind, text = found
-                raise (kind if issubclass(kind, DalleError) else EnvironmentProblem)(
-                    text if process == 0 else f"{text} (on process {process})"
-                ) from problem
+                raise kind(text if process == 0 else f"{text} (on process {process})") from problem
 
     def agree(self, own: Mapping[str, Any]) -> None:
         """Raises UsageError on every process unless all have the same JSON values and versions."""
@@ -272,6 +270,12 @@ def alike(config: Any) -> dict[str, Any]:
     """What of a command's configuration all processes must share: all but its paths and device."""
     own = ("data", "tokenizer", "vae", "out", "device")
     return {key: value for key, value in to_dict(config).items() if key not in own}
+
+
+def _plain(problem: Exception) -> type[DalleError]:
+    """Its class of `dalle.errors`, which all are made of a line alone."""
+    kinds = (c for c in type(problem).__mro__ if c.__module__ == DalleError.__module__)
+    return next(kinds, EnvironmentProblem)
 
 
 def _first_line(problem: Exception) -> str:

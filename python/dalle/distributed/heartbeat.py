@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 BEAT = 0.5  # seconds
 GRACE = 3.0  # seconds without a sign from who is gone
+SILENCE = 60.0  # of process 0 at most while it works alone, perhaps too busy for signs
 
 
 class Heartbeat:
@@ -22,13 +23,13 @@ class Heartbeat:
 
     Args:
         rank, world: number of this process, and of all.
-        limit: in which the store must answer at first; without a sign for as long, process 0 is not
-            waited for any more.
+        limit: in which the store must answer at first; without a sign for as long, or for
+            `SILENCE` where that is less, process 0 is not waited for any more.
         run: the same on all, and another after each restart, which the store may outlive.
     """
 
     def __init__(self, rank: int, world: int, limit: timedelta, run: str) -> None:
-        self.rank, self.world, self._limit = rank, world, limit.total_seconds()
+        self.rank, self.world, self._limit = rank, world, min(limit.total_seconds(), SILENCE)
         self._verdict, self._turn = "", 0
         # A connection of its own: the collectives' may be waiting for something.
         self._store = dist.TCPStore(
@@ -59,7 +60,7 @@ class Heartbeat:
         What process 0 does alone may take longer than any exchange is waited for.
 
         Raises:
-            DistError: it gave no sign of life for as long as an exchange is waited for.
+            DistError: it gave no sign of life for too long, or an exchange of another failed.
         """
         self._turn += 1
         if self.rank == 0:
@@ -70,12 +71,12 @@ class Heartbeat:
         # A dead link lets whoever asks the store wait for minutes, hence the thread.
         threading.Thread(target=self._watch, args=(self._turn, seen, come), daemon=True).start()
         while not come.wait(BEAT):
-            if time.monotonic() - seen[0] > self._limit:
+            if self._verdict or time.monotonic() - seen[0] > self._limit:
                 raise dist.DistError("timed out waiting for process 0")
 
     def _watch(self, turn: int, seen: list[float], come: threading.Event) -> None:
         key, beats, pause = f"{self._prefix}/turn", -1, 1e-3
-        while time.monotonic() - seen[0] <= self._limit:
+        while not self._verdict and time.monotonic() - seen[0] <= self._limit:
             try:
                 if self._store.check([key]) and int(self._store.get(key)) >= turn:
                     come.set()

@@ -128,6 +128,7 @@ def load(task: Task, cluster: Cluster | None, path: Path) -> int:
         _check_no_others(path, manifest)
         reader = HuggingFaceStorageReader(str(path / SHARDS if sharded else path))
         tensors = _targets(task, reader)
+    with _agreed(cluster):  # what fails above on one would leave the others alone in here
         with warnings.catch_warnings():  # that one process alone is meant to be alone
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             group = None if cluster is None else cluster.control

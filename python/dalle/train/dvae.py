@@ -217,7 +217,7 @@ class DvaeTask:
             model.to(self.device)
             images = self.images(np.arange(min(8, len(self.pairs))))
             both = (images, self.reconstruct(model, images, step))
-        return {"reconstructions": torch.cat([torch.cat(list(row), 2) for row in both], 1)}
+            return {"reconstructions": torch.cat([torch.cat(list(row), 2) for row in both], 1)}
 
     @torch.no_grad()
     def reconstruct(self, model: DiscreteVAE, images: Tensor, step: int) -> Tensor:

@@ -48,7 +48,8 @@ class Batch(NamedTuple):
 class PriorTask:
     """Trains a `Prior` on pairs; fits `train.loop.train`.
 
-    In the place of a pair whose picture does not decode another one is drawn.
+    In the place of a pair whose picture does not decode another one is drawn; with `augment`
+    "none", where all are encoded at the start, such pairs leave the set.
 
     Args:
         prior: the model to train; with a cluster on the CPU, where each process takes its part.
@@ -218,8 +219,8 @@ class PriorTask:
             captions = [self.pairs.captions[int(i)] for i in items[found]]
             text = self.tokenizer.encode(captions, self.model.config.text_len - 1)
             samples = model.to(self.device).generate(text.to(self.device), seed=self.seed)
-        seen = self.vae.decode(self._encode(images).view(-1, *self.model.config.grid))
-        return {"samples": rows_of(seen, self.vae.decode(samples[:, 0].to(self.device)))}
+            seen = self.vae.decode(self._encode(images).view(-1, *self.model.config.grid))
+            return {"samples": rows_of(seen, self.vae.decode(samples[:, 0].to(self.device)))}
 
     def state(self) -> dict[str, Any]:
         """The plateau's bookkeeping and the gradient scales."""

@@ -97,7 +97,7 @@ def agreed(cluster: Cluster | None) -> Iterator[None]:
     problem: Exception | None = None
     try:
         yield
-    except (DalleError, OSError) as found:
+    except (DalleError, OSError, torch.OutOfMemoryError) as found:
         problem = found
     cluster.together(problem)
 
@@ -188,19 +188,34 @@ class Saver:
 
 
 @contextmanager
+def _room(task: Task) -> Iterator[None]:
+    """Too little memory of a GPU for what comes beside the training, in one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as problem:
+        found = str(problem).splitlines()[0]
+        raise EnvironmentProblem(f"{task.name}: memory must suffice, got: {found}") from problem
+
+
+@contextmanager
 def averaged_model(task: Task, averaged: bool = True) -> Iterator[nn.Module | None]:
     """The whole model of a task, with the averaged weights if there are some and unless told not.
 
-    On many processes a copy, on the CPU of process 0; None on the others. Collective.
+    On many processes a copy, on the CPU of process 0; None on the others. Collective, but not what
+    is done with it inside.
+
+    Raises:
+        EnvironmentProblem: a GPU's memory does not suffice for what is done inside.
     """
     average = task.average if averaged else None
     if task.cluster is not None:
         from dalle.distributed.sharding import whole_model
 
         values = None if average is None else average.average
-        yield whole_model(task.model, task.cluster, values)
+        with _room(task):
+            yield whole_model(task.model, task.cluster, values)
         return
-    with nullcontext() if average is None else average.applied():
+    with nullcontext() if average is None else average.applied(), _room(task):
         yield task.model
 
 
