@@ -126,8 +126,8 @@ def pictures(rank):
     folder = Path(tempfile.mkdtemp())
     task = make_task(make_parts(), RECIPES["crops"], cluster=cluster_of())
     dvae = dvae_task(cluster_of())
-    own, whole_set = task.pairs, range(12) if rank == 0 else ()
-    for step, pairs in ((1, own), (2, Broken(own, set(whole_set)))):
+    own = task.pairs
+    for step, pairs in ((1, own), (2, Broken(own, set() if rank else set(range(12))))):
         task.pairs = pairs
         write_pictures(task, step, folder)
     task.pairs, task.vae = own, NoMemory()
@@ -201,10 +201,8 @@ def two(tmp_path_factory):
     calls = {name: (prior_losses, name) for name in RECIPES}
     calls |= {"dvae": (dvae_losses,), "gone": (own_part_gone,), "other": (other_data,)}
     calls |= {"shapes": (other_shapes,), "pictures": (pictures,), "told": (told_apart,)}
-    calls |= {
-        "codebook": (broken_codebook,),
-        "time": (time_apart,),
-    }  # the last: its heartbeat has stopped
+    calls |= {"codebook": (broken_codebook,)}
+    calls |= {"time": (time_apart,)}  # the last: its heartbeat has stopped
     return run(2, calls, tmp_path_factory.mktemp("two"), joined=False)
 
 

@@ -212,8 +212,9 @@ def averaged_model(task: Task, averaged: bool = True) -> Iterator[nn.Module | No
         from dalle.distributed.sharding import whole_model
 
         values = None if average is None else average.average
+        model = whole_model(task.model, task.cluster, values)  # of its exchanges none may be left
         with _room(task):
-            yield whole_model(task.model, task.cluster, values)
+            yield model
         return
     with nullcontext() if average is None else average.applied(), _room(task):
         yield task.model
