@@ -209,7 +209,8 @@ class Pretrained(nn.Module, Generic[T]):
             CheckpointError: the folder is damaged or holds something else.
         """
         config = load_config(directory, cls.__name__, cls.config_type)
-        model = cls._with_parts(config, Path(directory))
+        with torch.random.fork_rng(devices=[]):  # loading must not move the caller's generator
+            model = cls._with_parts(config, Path(directory))
         load_weights(model, directory)
         return model.eval()
 

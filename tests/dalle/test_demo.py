@@ -20,6 +20,7 @@ from dalle.demo.recipes import load_recipe, scaled
 from dalle.errors import EnvironmentProblem, Interrupted, UsageError
 from dalle.pipeline import Pipeline
 from dalle.train.dvae import DvaeTrainConfig
+from dalle.train.prior import PriorTask
 from dalle.train.ranker import RankerTask
 
 SHAPES_KEYS = {
@@ -102,9 +103,18 @@ def test_stopped_and_gone_on_ends_as_if_never_stopped(finished, tmp_path, monkey
     page = (out / "index.html").read_text()
     assert summary["complete"] is False and "psnr" in summary and "samples" not in summary
     assert "Stopped before the end" in page and "pictures/reconstructions.png" in page
-    assert cli.main(words) == 0
+
+    def stop_at_once(self, step):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # before the first checkpoint of a stage
+        patch.setattr(PriorTask, "train_step", stop_at_once)
+        assert cli.main(words) == 6
     captured = capsys.readouterr()
     assert "ranker: resumed after step 6" in captured.err
+    assert "stopped in stage prior" in captured.err
+    assert cli.main(words) == 0
+    captured = capsys.readouterr()
     assert f"look at {out / 'index.html'}" in captured.out
     for part in ("vae", "ranker", "prior"):
         file = f"pipeline/{part}/model.safetensors"

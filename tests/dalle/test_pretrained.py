@@ -166,3 +166,12 @@ def test_unknown_presets_and_options_get_one_line(make, match):
     with pytest.raises(UsageError, match=match) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+def test_loading_leaves_the_callers_generator_alone(tmp_path):
+    DiscreteVAE.from_preset("tiny").save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    DiscreteVAE.from_pretrained(tmp_path)
+    assert torch.equal(torch.rand(3), wanted)

@@ -153,9 +153,10 @@ def ranker_stage(demo: Demo) -> None:
     """Trains the contrastive ranker on pictures as the dVAE gives them back."""
     if demo.space.trained("ranker"):
         return
+    tokenizer = demo.tokenizer
     torch.manual_seed(demo.seed + 1)
     ranker = ContrastiveRanker.from_preset(
-        "tiny", tokenizer=demo.tokenizer, image_size=demo.recipe.image_size, **demo.recipe.ranker
+        "tiny", tokenizer=tokenizer, image_size=demo.recipe.image_size, **demo.recipe.ranker
     ).to(demo.device)
     task = RankerTask(
         ranker, demo.train_pairs, demo.recipe.ranker_train, vae=demo.vae, seed=demo.seed
@@ -166,8 +167,9 @@ def ranker_stage(demo: Demo) -> None:
 def prior_stage(demo: Demo) -> None:
     """Trains the transformer on captions and codes."""
     if not demo.space.trained("prior"):
-        torch.manual_seed(demo.seed + 2)
-        prior = Prior(demo.recipe.prior_config(demo.tokenizer, demo.vae)).to(demo.device)
+        sizes = demo.recipe.prior_config(demo.tokenizer, demo.vae)
+        torch.manual_seed(demo.seed + 2)  # after what is loaded on the way
+        prior = Prior(sizes).to(demo.device)
         task = PriorTask(
             prior,
             demo.tokenizer,

@@ -31,7 +31,8 @@ from dalle.train.loop import step_seed
 from dalle.train.splicing import patches, pixels, splice
 from dalle.train.update import update
 
-REMEMBERED = 50_000  # items whose codes and reconstruction are kept, at most
+REMEMBERED = 50_000  # items whose codes and reconstruction are kept; of larger sets none are
+BLOCK = 32  # items that go through the dVAE at once
 POOL = 2048  # captions among which a batch's look-alikes are searched
 
 
@@ -220,22 +221,32 @@ class RankerTask:
     def _through_vae(
         self, items: list[int], images: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes (B, h, w) and reconstructions (B, 3, H, W), remembered by item (8 bits a value)."""
-        assert self.vae is not None
-        new = [row for row, item in enumerate(items) if item not in self.seen]
-        if new:
-            codes = self.vae.encode(images[new])
-            back = (self.vae.decode(codes).clamp(0, 1) * 255).round().to(torch.uint8)
-            found = dict(
-                zip([items[row] for row in new], zip(codes, back, strict=True), strict=True)
+        """Codes (B, h, w) and reconstructions (B, 3, H, W) of 8 bits a value.
+
+        Remembered by item, and made in blocks that depend on nothing but the item: the last bits of
+        a code's logits may hang on the size of the batch, and a resumed run has seen other items.
+        """
+        if len(self.pairs) > REMEMBERED:
+            codes, back = self._round_trip(images)
+            return codes, back.float() / 255
+        size = self.ranker.config.image_size
+        for block in sorted({item // BLOCK for item in items if item not in self.seen}):
+            inside = range(block * BLOCK, min((block + 1) * BLOCK, len(self.pairs)))
+            found, places = load_or_skip(
+                self.pairs, inside, lambda im, _: center_crop(im, size), some=False
             )
-        else:
-            found = {}
-        pairs = [found[item] if item in found else self.seen[item] for item in items]
-        if len(self.seen) < REMEMBERED:
-            self.seen |= found
+            made = self._round_trip(to_tensor(found).to(images.device))
+            for place, code, again in zip(places, *made, strict=True):
+                self.seen[inside[place]] = code, again
+        pairs = [self.seen[item] for item in items]
         codes = torch.stack([code for code, _ in pairs])
         return codes, torch.stack([back for _, back in pairs]).float() / 255
+
+    def _round_trip(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (B, h, w) of pictures, and what the decoder makes of them, (B, 3, H, W) uint8."""
+        assert self.vae is not None
+        codes = self.vae.encode(images)
+        return codes, (self.vae.decode(codes).clamp(0, 1) * 255).round().to(torch.uint8)
 
     def train_step(self, step: int) -> Mapping[str, float | torch.Tensor]:
         items, images, spliced = self.views(step)
