@@ -9,7 +9,7 @@ Letters: B captions, S samples of each, H heads, D head size, N image slots, K i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,16 @@ from torch import Tensor
 import dalle_ext
 from dalle.errors import UsageError
 from dalle.prior_blocks import AttentionBlock
-from dalle.sampling import check_options, draw, uniform_noise
+from dalle.prior_config import PAD
+from dalle.sampling import (
+    MAX_SEED,
+    caption_key,
+    check_options,
+    draw,
+    first_numbers,
+    uniform_noise,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from dalle.prior import Prior
@@ -134,7 +143,7 @@ def generate(
     cond_scale: float = 1.0,
     prime: Tensor | None = None,
     seed: int = 0,
-    first_sample: int = 0,
+    first_sample: int | Sequence[int] = 0,
     max_batch: int = 256,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -150,9 +159,12 @@ def generate(
             no guidance, 0 ignores the caption; neither costs a second pass. The caption-free branch
             reads padding only, so train with `caption_dropout` for scales above 1.
         prime: (B, n) int64, the first n tokens of each image in raster order, kept as they are.
-        seed: the noise is a function of (seed, sample index, step) alone: a caption's images do
-            not depend on what else is in the batch.
-        first_sample: index of the first sample, to continue an earlier call.
+        seed: the noise is a function of (seed, caption, number of the sample, step) alone, so an
+            image does not depend on what else is drawn, nor on `max_batch` (but logits of batches
+            of other sizes may differ in their last bits). A caption given twice is drawn twice the
+            same. With `cond_scale` 0 all captions are the empty one.
+        first_sample: number of the first sample, to continue an earlier call; or one number for
+            each caption.
         max_batch: images drawn at a time.
         progress: called as progress(tokens drawn, tokens in all).
 
@@ -165,19 +177,21 @@ def generate(
     c = prior.config
     prior.check_text(text)
     check_options(temperature, top_k, top_p)
-    least_of = {"num_samples": (num_samples, 1), "max_batch": (max_batch, 1), "seed": (seed, 0)}
-    for name, (value, least) in least_of.items():
-        if value < least:
-            raise UsageError(f"generate: {name} must be {least} or more, got {value}")
+    num_samples = whole_number("generate", "num_samples", num_samples, 1)
+    max_batch = whole_number("generate", "max_batch", max_batch, 1)
+    seed = whole_number("generate", "seed", seed, 0, MAX_SEED)
+    first = first_numbers("generate", "first_sample", first_sample, len(text))
     if not math.isfinite(cond_scale):
         raise UsageError(f"generate: cond_scale must be a finite number, got {cond_scale}")
     if prime is None:
         prime = text.new_empty(len(text), 0)
     _check_prime(prior, prime, len(text))
-    samples = range(first_sample, first_sample + num_samples)
-    noise = uniform_noise(seed, samples, c.num_image_tokens)
-    text, prime = (x.to(prior.start_of_text.device) for x in (text, prime))
-    wide = min(num_samples, max_batch)
+    if cond_scale == 0:
+        text = torch.full_like(text, PAD)
+    keys = [caption_key(row) for row in text.cpu()]
+    device = prior.start_of_text.device
+    text, prime = (x.to(device) for x in (text, prime))
+    slots, wide = c.num_image_tokens, min(num_samples, max_batch)
     tall = max(1, max_batch // wide)
     parts = [
         (rows, columns)
@@ -185,7 +199,7 @@ def generate(
         for columns in torch.arange(num_samples).split(wide)
         if len(rows)
     ]
-    out = torch.empty(len(text), num_samples, c.num_image_tokens, dtype=torch.int64)
+    out = torch.empty(len(text), num_samples, slots, dtype=torch.int64)
     training = prior.training
     prior.eval()
     try:
@@ -193,14 +207,18 @@ def generate(
 
             def tell(done: int, before: int = index) -> None:
                 if progress is not None:
-                    total = len(parts) * c.num_image_tokens
-                    progress(before * c.num_image_tokens + done, total)
+                    progress(before * slots + done, len(parts) * slots)
 
+            start, stop = int(columns[0]), int(columns[-1]) + 1
+            noise = [
+                uniform_noise(seed, keys[row], range(first[row] + start, first[row] + stop), slots)
+                for row in rows.tolist()
+            ]
             out[rows[:, None], columns[None]] = _generate(
                 prior,
                 text[rows],
                 prime[rows],
-                noise[columns],
+                torch.stack(noise).to(device),
                 lambda logits, u: draw(
                     logits, u, temperature=temperature, top_k=top_k, top_p=top_p
                 ),
@@ -221,15 +239,12 @@ def _generate(
     cond_scale: float,
     tell: Callable[[int], None],
 ) -> Tensor:
-    """(B, S, N) tokens on the CPU for B captions and the S rows of `noise`, (S, N)."""
-    batch, samples, slots = len(text), len(noise), prior.config.num_image_tokens
-    without = torch.full_like(text, -1)
-    if cond_scale == 0:
-        text = without
+    """(B, S, N) tokens on the CPU for B captions; `noise` is (B, S, N) on the prior's device."""
+    batch, samples, slots = noise.shape
     state = DecodeState(prior, text, samples, prime)
     second = None
     if cond_scale not in (0, 1):
-        second = DecodeState(prior, without, samples, prime)
+        second = DecodeState(prior, torch.full_like(text, PAD), samples, prime)
     tokens = prime.new_empty(batch, samples, slots)
     tokens[:, :, : prime.shape[1]] = prime[:, None]
     for slot in range(prime.shape[1], slots):
@@ -238,7 +253,7 @@ def _generate(
         if second is not None:
             base = second.step(slot, previous)
             logits = base + cond_scale * (logits - base)
-        drawn = pick(logits.flatten(0, 1), noise[:, slot].repeat(batch))
+        drawn = pick(logits.flatten(0, 1), noise[:, :, slot].flatten())
         tokens[:, :, slot] = drawn.view(batch, samples)
         tell(slot + 1)
     return tokens.cpu()

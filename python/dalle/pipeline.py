@@ -18,6 +18,7 @@ from dalle.errors import CheckpointError, UsageError
 from dalle.files import read_json, to_json, write_atomic
 from dalle.prior import Prior
 from dalle.rerank import ContrastiveRanker, ImageTextRanker, load_ranker
+from dalle.sampling import first_numbers, whole_number
 from dalle.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -150,6 +151,7 @@ class Pipeline:
         num_candidates: int,
         *,
         seed: int = 0,
+        first_candidate: int | Sequence[int] = 0,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -159,20 +161,24 @@ class Pipeline:
     ) -> torch.Tensor:
         """Codes for many captions: (B, N, h, w) int64, `SEQUENCES` at a time.
 
-        The same arguments give the same codes; chunk number c is drawn with seed + c.
+        A candidate's noise is a function of seed, caption and its own number alone: it is the
+        same picture drawn alone, beside other captions, or as one of more candidates. A caption
+        given twice gets the same pictures twice, unless its `first_candidate` differs.
 
         Args:
             captions: B captions.
             num_candidates: N.
-            seed: of the first chunk.
+            seed: another seed shares no candidate with this one.
+            first_candidate: number of the first, to go on from an earlier call; or one number for
+                each caption.
             temperature, top_k, top_p, cond_scale: as in `Prior.generate`.
             prime: (n,) codes every sample begins with.
             progress: called with (sequences done, sequences in all) after each chunk.
         """
-        if num_candidates < 1:
-            raise UsageError(f"pipeline: num_candidates must be at least 1, got {num_candidates}")
+        num_candidates = whole_number("pipeline", "num_candidates", num_candidates, 1)
         text = self.tokenizer.encode(list(captions), self.prior.config.text_len - 1)
         text = text.to(self.device)
+        first = first_numbers("pipeline", "first_candidate", first_candidate, len(text))
         total, done, found = len(text) * num_candidates, 0, []
         width = min(num_candidates, SEQUENCES)
         height = max(1, SEQUENCES // width)
@@ -192,9 +198,9 @@ class Pipeline:
                         cond_scale=cond_scale,
                         prime=primes,
                         seed=seed,
+                        first_sample=[number + left for number in first[top : top + height]],
                     )
                 )
-                seed += 1
                 done += len(rows) * count
                 if progress is not None:
                     progress(done, total)
@@ -240,7 +246,10 @@ class Pipeline:
         Raises:
             UsageError: an argument is out of range.
         """
-        if not 1 <= top <= num_candidates:
+        num_candidates = whole_number("pipeline", "num_candidates", num_candidates, 1)
+        top = whole_number("pipeline", "top", top, 1)
+        prime_rows = whole_number("pipeline", "prime_rows", prime_rows, 0)
+        if top > num_candidates:
             raise UsageError(
                 f"pipeline: top must be 1 to num_candidates = {num_candidates}, got {top}"
             )

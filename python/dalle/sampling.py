@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import operator
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +13,20 @@ from torch import Tensor
 
 from dalle.errors import UsageError
 
+MAX_SEED = 2**63 - 1  # as in training
+
 
 def check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raises UsageError for sampling options out of range."""
     if not (math.isfinite(temperature) and temperature >= 0):
         raise UsageError(f"generate: temperature must be 0 or more, got {temperature}")
-    if top_k is not None and (isinstance(top_k, bool) or top_k != int(top_k) or top_k < 1):
-        raise UsageError(f"generate: top_k must be a whole number of at least 1, got {top_k}")
+    if top_k is not None:
+        try:
+            least = -1 if isinstance(top_k, bool) else operator.index(top_k)
+        except TypeError:
+            least = -1
+        if least < 1:
+            raise UsageError(f"generate: top_k must be a whole number of at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise UsageError(f"generate: top_p must be in (0, 1], got {top_p}")
 
@@ -30,7 +40,7 @@ def filter_logits(
         logits: (..., K).
         top_k: keep the k largest; ties with the k-th are kept.
         top_p: then keep the fewest largest whose probability together is at least top_p, one at
-            least.
+            least; of equal ones those of smaller index.
 
     Returns:
         (..., K), a new tensor unless nothing is asked for.
@@ -39,7 +49,7 @@ def filter_logits(
         least = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p is not None and top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True)
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
         chances = ordered.softmax(-1)
         before = chances.cumsum(-1) - chances
         drop = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, index, before >= top_p)
@@ -78,7 +88,62 @@ def draw(
     return torch.minimum(found, last)
 
 
-def uniform_noise(seed: int, samples: range, steps: int) -> Tensor:
-    """(len(samples), steps) float64 in [0, 1): a pure function of (seed, sample index, step)."""
-    rows = [np.random.default_rng((seed, sample)).random(steps) for sample in samples]
-    return torch.from_numpy(np.stack(rows))
+def whole_number(owner: str, name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int, where it is any kind of integer (of numpy, a 0-d tensor).
+
+    Raises:
+        UsageError: it is no integer, or not in low .. high.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise UsageError(f"{owner}: {name} must be a whole number, got {value!r}")
+    if number < low:
+        raise UsageError(f"{owner}: {name} must be {low} or more, got {value}")
+    if high is not None and number > high:
+        raise UsageError(f"{owner}: {name} must be at most {high}, got {value}")
+    return number
+
+
+def first_numbers(owner: str, name: str, given: Any, batch: int) -> list[int]:
+    """The number of each caption's first sample: `given` for all, or one for each of `batch`.
+
+    Raises:
+        UsageError: another count of them, no whole number, or not in 0 .. 2^63 - 1.
+    """
+    numbers = list(given) if np.ndim(given) else [given] * batch
+    if len(numbers) != batch:
+        raise UsageError(
+            f"{owner}: {name} must be one number or one for each of {batch} captions, "
+            f"got {len(numbers)}"
+        )
+    return [whole_number(owner, name, number, 0, MAX_SEED) for number in numbers]
+
+
+def caption_key(tokens: Tensor) -> int:
+    """A 64-bit number for one caption, (length,) ids; padding behind it does not count."""
+    ids = tokens.cpu().numpy()
+    used = len(ids) - int((ids[::-1] >= 0).argmax()) if (ids >= 0).any() else 0
+    digest = hashlib.blake2b(ids[:used].astype("<i8").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def uniform_noise(seed: int, caption: int, samples: range, steps: int) -> Tensor:
+    """(len(samples), steps) float64 in [0, 1): a pure function of (seed, caption, sample, step).
+
+    Philox4x64-10 (Salmon et al. 2011) with the key (seed, caption) and the counter
+    (call, 0, sample, 0): step t is the top 53 bits of word t % 4 of call t // 4 + 1. So no two
+    of these streams meet, and a number depends on no other sample, caption or batch.
+
+    Args:
+        seed: 0 .. `MAX_SEED`.
+        caption: its `caption_key`.
+        samples: numbers of the samples, 0 .. 2^64 - 1.
+        steps: numbers drawn of each stream.
+    """
+    key = np.array([seed, caption], dtype=np.uint64)
+    rows = [np.random.Philox(key=key, counter=s << 128).random_raw(steps) for s in samples]
+    words = np.stack(rows) if rows else np.empty((0, steps), np.uint64)
+    return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)

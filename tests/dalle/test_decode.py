@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from test_prior import KINDS, make, sample
@@ -10,7 +11,7 @@ import dalle_ext
 from dalle.decode import DecodeState, attended_slots, generate
 from dalle.errors import UsageError
 from dalle.prior import PAD
-from dalle.sampling import draw, uniform_noise
+from dalle.sampling import caption_key, draw, uniform_noise
 
 MIXED = ("row", "column", "conv")
 
@@ -18,7 +19,8 @@ MIXED = ("row", "column", "conv")
 def uncached(model, text, *, samples, seed, cond_scale=1.0, prime=None, **options):
     """Sampling with the training forward at every step: the definition of `generate`."""
     slots = model.config.num_image_tokens
-    noise = uniform_noise(seed, range(samples), slots)
+    keys = [caption_key(row if cond_scale else row[:0]) for row in text]  # 0 ignores the caption
+    noise = torch.cat([uniform_noise(seed, key, range(samples), slots) for key in keys])
     text = text.repeat_interleave(samples, 0)
     tokens = torch.zeros(len(text), slots, dtype=torch.int64)
     start = 0
@@ -31,7 +33,7 @@ def uncached(model, text, *, samples, seed, cond_scale=1.0, prime=None, **option
             if cond_scale != 1:
                 base = model(torch.full_like(text, PAD), tokens).image_logits[:, slot]
                 logits = base + cond_scale * (logits - base)
-        tokens[:, slot] = draw(logits, noise[:, slot].repeat(len(text) // samples), **options)
+        tokens[:, slot] = draw(logits, noise[:, slot], **options)
     return tokens.view(-1, samples, *model.config.grid)
 
 
@@ -110,8 +112,38 @@ def test_seed_decides_and_the_batch_does_not():
     assert torch.equal(base[1:2], model.generate(text[1:2], num_samples=4, seed=9))
     assert torch.equal(base[:, :2], model.generate(text, num_samples=2, seed=9))
     assert torch.equal(base[:, 2:], model.generate(text, num_samples=2, seed=9, first_sample=2))
-    for max_batch in (1, 3, 5, 100):
+    for max_batch in (1, 3, 5, np.int64(100)):
         assert torch.equal(base, model.generate(text, num_samples=4, seed=9, max_batch=max_batch))
+    again = model.generate(text.flip(0), num_samples=2, seed=9, first_sample=np.array([2, 0, 1]))
+    assert torch.equal(again[0], base[2, 2:]) and torch.equal(again[2], base[0, 1:3])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prime": 4}, {"cond_scale": 2.0}, {"top_k": np.int64(3)}, {"top_p": 0.8, "prime": 5}],
+)
+def test_a_sample_is_the_same_alone_and_among_others(options):
+    model = make()
+    text, image = sample(model, batch=3)
+    given = options.pop("prime", 0)
+    options["seed"] = 2**40
+    many = model.generate(text, num_samples=5, max_batch=4, prime=image[:, :given], **options)
+    for caption, number in ((0, 4), (2, 1)):
+        row = slice(caption, caption + 1)
+        alone = model.generate(text[row], first_sample=number, prime=image[row, :given], **options)
+        assert torch.equal(alone[0, 0], many[caption, number])
+
+
+def test_two_captions_have_noise_of_their_own():
+    """With logits that do not depend on the caption, samples of two captions still differ."""
+    model = make()
+    text, _ = sample(model, batch=2)
+    with torch.no_grad():
+        for weight in (model.image_head.weight, model.image_head.bias):
+            weight.zero_()
+    found = model.generate(text, num_samples=2, seed=0)
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(*model.generate(text[[0, 0]], num_samples=2, seed=0))
 
 
 def test_scale_one_is_no_guidance_and_costs_nothing(monkeypatch):
@@ -170,6 +202,9 @@ def test_progress_and_mode_and_empty_batch():
     ("options", "line"),
     [
         ({"num_samples": 0}, "generate: num_samples must be 1 or more, got 0"),
+        ({"num_samples": 1.5}, "generate: num_samples must be a whole number, got 1.5"),
+        ({"seed": 2**63}, "generate: seed must be at most 9223372036854775807, got 922337"),
+        ({"first_sample": [1]}, "first_sample must be one number or one for each of 2 captions"),
         ({"max_batch": 0}, "generate: max_batch must be 1 or more, got 0"),
         ({"cond_scale": float("nan")}, "generate: cond_scale must be a finite number, got nan"),
         ({"prime": torch.zeros(2, 12, dtype=torch.int64)}, r"prime must be \(2, n\) with n below"),

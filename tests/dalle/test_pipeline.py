@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -81,10 +82,29 @@ def test_seed_decides(pipeline):
 def test_candidates_come_in_chunks(pipeline, monkeypatch):
     monkeypatch.setattr("dalle.pipeline.SEQUENCES", 4)
     calls = []
-    tokens = pipeline.sample([CAPTION, "a", "b"], 6, progress=lambda *done: calls.append(done))
+    captions = [CAPTION, "a", "b"]
+    tokens = pipeline.sample(captions, 6, temperature=9, progress=lambda *done: calls.append(done))
     assert tokens.shape == (3, 6, 4, 4)
     assert calls[-1] == (18, 18) and len(calls) == 6
     assert len({tuple(t.flatten().tolist()) for t in tokens.flatten(0, 1)}) == 18
+
+
+def test_a_candidate_is_the_same_picture_however_it_is_drawn(pipeline, monkeypatch):
+    """Alone, among other captions, in chunks of another size; and no other seed draws it."""
+    captions = [CAPTION, "a", "a blue square"]
+    sample = partial(pipeline.sample, temperature=9.0)  # the toy repeats itself at 1
+    together, other = (sample(captions, 7, seed=seed) for seed in (0, 1))
+    assert len(torch.cat([together, other]).view(42, 16).unique(dim=0)) == 42
+    for sequences in (1, 3, 4, 21):
+        monkeypatch.setattr("dalle.pipeline.SEQUENCES", sequences)
+        assert torch.equal(sample(captions[::-1], 7, seed=0).flip(0), together)
+    for number in (0, 3, 6):
+        alone = sample([captions[1]], np.int64(1), seed=np.uint8(0), first_candidate=number)
+        assert torch.equal(alone[0, 0], together[1, number])
+    again = sample([CAPTION, CAPTION], 3, first_candidate=(0, 3))
+    assert torch.equal(again.flatten(0, 1), together[0, :6])
+    found = pipeline.generate("a", num_candidates=np.int32(7), top=np.int32(7), temperature=9.0)
+    assert torch.equal(found.tokens, together[1][found.order])
 
 
 def test_without_a_ranker_the_order_is_that_of_sampling():
@@ -157,7 +177,7 @@ def test_sample_writes_grids_pictures_and_json(folder, tmp_path, capsys):
     assert code == 0, capsys.readouterr().err
     records = json.loads((out / "samples.json").read_text())
     assert [r["caption"] for r in records] == [CAPTION, "a blue square"]
-    assert [r["seed"] for r in records] == [5, 1005]
+    assert [r["seed"] for r in records] == [5, 5]
     for record in records:
         assert len(record["scores"]) == len(record["files"]) == 2
         for file in record["files"]:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from dalle.errors import UsageError
-from dalle.sampling import check_options, draw, filter_logits, uniform_noise
+from dalle.sampling import (
+    caption_key,
+    check_options,
+    draw,
+    filter_logits,
+    first_numbers,
+    uniform_noise,
+    whole_number,
+)
 
 CHANCES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 LOGITS = CHANCES.log()[None]
@@ -72,13 +81,64 @@ def test_extreme_noise_stays_among_the_kept():
     assert draw(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)).tolist() == [0, 2]
 
 
-def test_noise_is_a_function_of_seed_sample_and_step():
-    noise = uniform_noise(3, range(4), 6)
-    assert torch.equal(noise[2:], uniform_noise(3, range(2, 4), 6))
-    assert torch.equal(noise[:, :5], uniform_noise(3, range(4), 5))
-    assert not torch.equal(noise, uniform_noise(4, range(4), 6))
+def philox_4x64(counter, key, rounds=10):
+    """Philox4x64-10 by its paper (Salmon et al. 2011), in whole numbers."""
+    mask, c, k = 2**64 - 1, list(counter), list(key)
+    for _ in range(rounds):
+        p, q = c[0] * 0xD2E7470EE14C6C93, c[2] * 0xCA5A826395121157
+        c = [q >> 64 ^ c[1] ^ k[0], q & mask, p >> 64 ^ c[3] ^ k[1], p & mask]
+        k = [(k[0] + 0x9E3779B97F4A7C15) & mask, (k[1] + 0xBB67AE8584CAA73B) & mask]
+    return c
+
+
+def test_noise_is_philox_of_seed_caption_sample_and_step():
+    # the published answer to counter 0 and key 0
+    assert philox_4x64([0] * 4, [0] * 2)[0] == 0x16554D9ECA36314C
+    for seed, caption, sample in ((0, 0, 0), (2**63 - 1, 2**64 - 1, 2**63 + 5)):
+        words = [
+            word for call in (1, 2) for word in philox_4x64([call, 0, sample, 0], [seed, caption])
+        ]
+        found = uniform_noise(seed, caption, range(sample, sample + 1), 7)
+        assert found.dtype == torch.float64
+        assert found[0].tolist() == [(word >> 11) * 2.0**-53 for word in words[:7]]
+
+
+def test_no_two_streams_share_a_number():
+    noise = torch.stack(
+        [uniform_noise(seed, caption, range(600), 4) for seed in (0, 1) for caption in (7, 8)]
+    )
     assert len(noise.unique()) == noise.numel()
     assert bool(((noise >= 0) & (noise < 1)).all())
+    assert abs(float(noise.mean()) - 0.5) < 4 * (12 * noise.numel()) ** -0.5
+    assert torch.equal(noise[0, 256:, :3], uniform_noise(0, 7, range(256, 600), 3))
+
+
+def test_a_captions_key_is_of_its_tokens_and_not_of_the_padding():
+    key = caption_key(torch.tensor([5, 0, 7]))
+    assert key == caption_key(torch.tensor([5, 0, 7, -1, -1]))
+    others = ([5, 7], [5, 0, 7, 0], [0, 5, 7], [5, -1, 7], [-1, -1], [0])
+    assert len({key, *(caption_key(torch.tensor(other)) for other in others)}) == 7
+    assert caption_key(torch.tensor([-1])) == caption_key(torch.tensor([], dtype=torch.int64))
+
+
+def test_whole_numbers_of_any_kind():
+    for value in (3, np.int8(3), np.uint64(3), torch.tensor(3)):
+        found = whole_number("x", "n", value, 0)
+        assert found == 3 and type(found) is int
+        assert first_numbers("x", "n", value, 2) == [3, 3]
+    for given in ([3, 4], np.array([3, 4]), torch.tensor([3, 4])):
+        assert first_numbers("x", "n", given, 2) == [3, 4]
+    for value, line in (
+        (3.0, "x: n must be a whole number, got 3.0"),
+        (True, "x: n must be a whole number, got True"),
+        ("3", "x: n must be a whole number, got '3'"),
+        (-1, "x: n must be 0 or more, got -1"),
+        (9, "x: n must be at most 8, got 9"),
+    ):
+        with pytest.raises(UsageError, match=line):
+            whole_number("x", "n", value, 0, 8)
+    with pytest.raises(UsageError, match="one number or one for each of 3 captions, got 2"):
+        first_numbers("x", "n", [1, 2], 3)
 
 
 @pytest.mark.parametrize(

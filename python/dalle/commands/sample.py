@@ -33,7 +33,7 @@ class SampleConfig:
         out: folder for grid PNGs, single PNGs and samples.json.
         num_candidates: samples a caption to choose from; the paper takes 512.
         top: how many of them to keep.
-        seed: same seed, same pictures; caption number i uses seed + 1000 i.
+        seed: a caption gets the same pictures from the same seed, whatever else is drawn.
         temperature: divides the logits.
         top_k: only the k likeliest codes.
         top_p: only the likeliest codes that together have this probability.
@@ -121,12 +121,12 @@ def sample(config: SampleConfig) -> None:
         prime = read_image(config.prime_image, pipeline.image_size)
     records = []
     for number, caption in enumerate(captions):
-        seed, cut = config.seed + 1000 * number, pipeline.tokenizer.truncated
+        cut = pipeline.tokenizer.truncated
         found = pipeline.generate(
             caption,
             num_candidates=config.num_candidates,
             top=config.top,
-            seed=seed,
+            seed=config.seed,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
@@ -147,7 +147,7 @@ def sample(config: SampleConfig) -> None:
         for place, image in enumerate(pictures.to_uint8(found.images)):
             files.append(f"{name}/{place}.png")
             pictures.save_png(config.out / files[-1], Image.fromarray(image))
-        records.append(record(caption, seed, found, files))
+        records.append(record(caption, config.seed, found, files))
         print(f"sample: {number + 1}/{len(captions)} {caption}", file=sys.stderr)
         pictures.save_bytes(config.out / "samples.json", to_json(records))
     print(f"sample: {len(captions)} captions, grids and samples.json in {config.out}")

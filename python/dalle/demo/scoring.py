@@ -96,10 +96,12 @@ def samples_stage(demo: Demo) -> None:
                 left = duration((now - begin) / done * (total - done))
                 say(f"samples {done}/{total} | ETA {left}")
 
+        before = [captions[:i].count(caption) for i, caption in enumerate(captions)]
         tokens = demo.pipeline.sample(
             captions,
             recipe.num_samples,
             seed=demo.seed,
+            first_candidate=[times * recipe.num_samples for times in before],
             progress=progress,
             **recipe.sampling,
         )
