@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
+from collections import Counter
 
 import pytest
 import torch
@@ -106,6 +108,72 @@ def test_dropout_statistics(word, chances):
     expected = (1 - dropout) ** chances
     sigma = math.sqrt(trials * expected * (1 - expected))
     assert abs(whole - trials * expected) < 3 * sigma
+
+
+class Script:
+    """A random source whose answers are given; beyond them every merge is dropped."""
+
+    def __init__(self, kept):
+        self.kept, self.asked = kept, 0
+
+    def random(self):
+        self.asked += 1
+        return 1.0 if self.asked <= len(self.kept) and self.kept[self.asked - 1] else 0.0
+
+
+def chances(tokenizer, word, dropout):
+    """What `_merge` makes of a word, with the chance of each, over all that can be drawn."""
+    found = Counter()
+    open_ends = [()]
+    while open_ends:
+        kept = open_ends.pop()
+        source = Script(kept)
+        symbols = tuple(tokenizer._merge(list(word), dropout, source))
+        if source.asked > len(kept):
+            open_ends += [(*kept, True), (*kept, False)]
+        else:
+            found[symbols] += math.prod(1 - dropout if keep else dropout for keep in kept)
+    return found
+
+
+def defined(tokenizer, word, dropout):
+    """The same by definition: at each merge all possible ones are dropped by chance, then the
+    lowest rank of those left is applied, the leftmost of equals; none left ends it."""
+    found = Counter()
+    ranked = []
+    for position, pair in enumerate(zip(word, word[1:], strict=False)):
+        if pair in tokenizer._merges:
+            ranked.append((tokenizer._merges[pair][0], position, tokenizer._merges[pair][1]))
+    for place, (_, position, merged) in enumerate(sorted(ranked)):
+        after = (*word[:position], merged, *word[position + 2 :])
+        for symbols, chance in defined(tokenizer, after, dropout).items():
+            found[symbols] += dropout**place * (1 - dropout) * chance
+    found[word] += dropout ** len(ranked)
+    return found
+
+
+@pytest.mark.parametrize("word", ["abcd", "aaaaa", "ababc", "bcabcd", "banana"])
+def test_dropout_is_distributed_as_defined(word):
+    own = Tokenizer.train("ab bc cd abc bcd aa aaa ba an na ana nan".split() * 3, vocab_size=290)
+    ids = tuple(own.encode([word], 9, dropout=1.0)[0, : len(word)].tolist())
+    for dropout in (0.1, 0.6):
+        found, wanted = chances(own, ids, dropout), defined(own, ids, dropout)
+        assert len(wanted) > 3 and sum(wanted.values()) == pytest.approx(1)
+        assert found == pytest.approx(wanted, abs=1e-12)
+
+
+def test_long_words_take_no_longer_than_their_length_says():
+    """16 times the letters, where every merge is possible everywhere: far from 256 times."""
+    own = Tokenizer.train(["ab", "abab", "aaaa", "bbbb", "\u6c34\u6c34"] * 5, vocab_size=280)
+    seconds = []
+    for size in (2_000, 32_000):
+        words = ["ab" * (size // 2), "a" * size, "\u6c34" * (size // 3)]
+        begin = time.process_time()
+        rows = own.encode(words, size, dropout=0.1, seed=1)
+        seconds.append(time.process_time() - begin)
+        for word, row in zip(words, rows, strict=True):
+            assert own.decode(row) == word
+    assert seconds[1] < 60 * seconds[0], seconds
 
 
 def test_full_dropout_leaves_the_bytes(tokenizer):
