@@ -16,7 +16,8 @@ from typing import Any
 
 from dalle import __version__
 from dalle.configs import did_you_mean
-from dalle.errors import DalleError, UsageError
+from dalle.console import guarded_streams, printable
+from dalle.errors import DalleError, EnvironmentProblem, UsageError
 
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("data", "check"): ("dalle.commands.data:check", "what a folder of pairs holds and lacks"),
@@ -87,7 +88,13 @@ def find_command(words: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
 def load_target(verb: tuple[str, ...]) -> tuple[Callable[[Any], None], type]:
     """The function behind a verb and the dataclass it takes."""
     module_name, _, function_name = COMMANDS[verb][0].partition(":")
-    function = getattr(import_module(module_name), function_name)
+    try:
+        function = getattr(import_module(module_name), function_name)
+    except ImportError as problem:
+        found = problem.name or str(problem)
+        raise EnvironmentProblem(
+            f"dalle: package {found} must load, got: {problem}; type: pip install dalle-ext"
+        ) from problem
     hints = typing.get_type_hints(function)
     (config_type,) = (hint for name, hint in hints.items() if name != "return")
     return function, config_type
@@ -123,14 +130,26 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "dalle: stopped by the keyboard; nothing saved since the last message", 130
-    text = next(iter(str(error).strip().splitlines()), "")
+    from dalle.memory import is_refusal, refusal_line
+
+    if is_refusal(error):
+        return f"dalle: out of memory: {refusal_line(error)}", 4
+    text = next(iter(str(error).strip().splitlines()), "") or "no reason given"
     if isinstance(error, OSError):
-        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        reason = error.strerror or text
         code = 3 if isinstance(error, FileNotFoundError) else 4
-        return f"dalle: {text}", code
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"dalle: out of memory: {text}", 4
-    return f"dalle: {type(error).__name__}: {text} (--debug shows where)", 1
+        return f"dalle: {error.filename}: {reason}" if error.filename else f"dalle: {reason}", code
+    return f"dalle: a fault of dalle itself{_place(error)}: {text} (--debug shows where)", 1
+
+
+def _place(error: BaseException) -> str:
+    """Where in this package an unforeseen error came from, e.g. " (pipeline.py, line 3)"."""
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if f"{os.sep}dalle{os.sep}" in frame.filename
+    ]
+    return f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,16 +161,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # loads, so it is set here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = [word for word in words if word != "--debug"]
-    try:
-        run(words)
-        sys.stdout.flush()
-    except BrokenPipeError:  # e.g. `dalle plan | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        line, code = describe_error(error)
-        if debug:
-            traceback.print_exc()
-        print(" ".join(line.split("\n")), file=sys.stderr)
-        return code
-    return 0
+    code = 0
+    with guarded_streams() as (out, _):
+        try:
+            run(words)
+        except SystemExit:  # after the help of a command
+            raise
+        except BaseException as error:  # Rust's panics are no Exception
+            line, code = describe_error(error)
+            if debug:
+                traceback.print_exc()
+            print(printable(" ".join(line.split("\n"))), file=sys.stderr)
+        out.flush()
+        if code == 0 and out.problem and not isinstance(out.problem, BrokenPipeError):
+            # Not of `dalle plan | head`: who closes a pipe has read enough.
+            reason = out.problem.strerror or out.problem
+            print(f"dalle: stdout must be writable, got {reason}", file=sys.stderr)
+            code = 4
+    return code

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import numbers
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +42,44 @@ def require_adamw(owner: str, config: object) -> None:
     require(owner, config, "in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2")
     require(owner, config, "positive", lambda x: x > 0, "eps")
     require(owner, config, "0 or more", lambda x: x >= 0, "weight_decay")
+
+
+# The largest value of an option by its name, where a larger one is no size but a slip of the hand:
+# it would run for days, or ask for more memory than machines have, before anything is said.
+LARGEST: dict[str, float] = {
+    "batch_size": 2**20, "batch": 2**20, "steps": 10**9, "log_every": 10**9,
+    "checkpoint_every": 10**9, "picture_every": 10**9, "keep": 10**6, "count": 10**7,
+    "image_size": 2**14, "scale": 64, "columns": 4096, "limit": 10**6, "top": 10**6,
+    "show": 10**6, "num_candidates": 2**20, "top_k": 2**24, "text_len": 2**16, "grid": 2**12,
+    "d_model": 2**17, "num_heads": 2**12, "num_layers": 2**12, "kernel_size": 2**12,
+    "text_vocab": 2**24, "image_vocab": 2**24, "image_rank": 2**17,
+    "group_count": 12, "n_hid": 2**15, "n_blk_per_group": 2**10, "n_init": 2**15, "patch": 2**10,
+    "width": 2**15, "depth": 2**10, "embed_dim": 2**15, "gpus": 10**7, "per_machine": 10**5,
+    "rank": 2**17, "powersgd_rank": 2**17, "machines": 10**6, "timeout": 10**7,
+    "tflops": 1e9, "link_gbit": 1e9, "peer_gbyte": 1e9,
+}  # fmt: skip
+
+
+def check_numbers(owner: str, config: Any, largest: Mapping[str, float] = LARGEST) -> None:
+    """Checks every number in a config and the configs inside it: finite, and of a size in reason.
+
+    Raises:
+        UsageError: naming the first that is not, and the largest value there is.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            check_numbers(owner, value, largest)
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UsageError(f"{owner}: {field.name} must be a finite number, got {number}")
+            if field.name == "seed" and isinstance(number, int) and number >= 2**63:
+                raise UsageError(f"{owner}: seed must be 0 .. 2^63 - 1, got {number}")
+            most = largest.get(field.name)
+            if most is not None and isinstance(number, (int, float)) and abs(number) > most:
+                raise UsageError(
+                    f"{owner}: {field.name} must be at most {most} in size, got {number}"
+                )
 
 
 def field_types(config_type: type) -> dict[str, Any]:
@@ -93,7 +133,9 @@ def from_dict(
         key: _rebuild(known[key], value, f"{where}: {key}", error) for key, value in values.items()
     }
     try:
-        return config_type(**filled)
+        made = config_type(**filled)
+        check_numbers(config_type.__name__, made, {**LARGEST, "vocab_size": 2**24})
+        return made
     except DalleError as refused:
         raise error(f"{where}: {refused}") from refused
     except (TypeError, ValueError, AttributeError) as refused:
@@ -102,22 +144,63 @@ def from_dict(
         ) from refused
 
 
+_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+
+
 def _rebuild(wanted: Any, value: Any, where: str, error: type[DalleError]) -> Any:
-    """`value` as the annotation `wanted` has it, where JSON knows no such type."""
+    """`value` as the annotation `wanted` has it; JSON has no tuples, paths and dataclasses.
+
+    Raises:
+        DalleError: (of class `error`) it is of another type.
+    """
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin is typing.Annotated:
         return _rebuild(arguments[0], value, where, error)
     if origin in (typing.Union, types.UnionType):
-        for candidate in arguments:
-            rebuilt = _rebuild(candidate, value, where, error)
-            if type(rebuilt) is not type(value):
-                return rebuilt
-        return value
-    if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
+        return _rebuild_one_of(arguments, value, where, error)
+    if dataclasses.is_dataclass(wanted):
         return from_dict(typing.cast(type, wanted), value, where=where, error=error)
-    if (origin or wanted) is tuple and isinstance(value, list):
-        inner = arguments[0] if arguments else Any
-        return tuple(_rebuild(inner, item, where, error) for item in value)
+    if (origin or wanted) is tuple:
+        return _rebuild_tuple(arguments, value, where, error)
     if wanted is Path and isinstance(value, str):
         return Path(value)
+    if origin is typing.Literal:
+        fits, name = value in arguments, f"one of {', '.join(map(str, arguments))}"
+    elif wanted in (int, float):
+        number = numbers.Integral if wanted is int else numbers.Real
+        fits, name = isinstance(value, number) and not isinstance(value, bool), _NAMES[wanted]
+    elif wanted in (bool, str, Path):
+        fits, name = isinstance(value, wanted), _NAMES.get(wanted, "a path")
+    else:
+        fits, name = wanted is not types.NoneType or value is None, "null"
+    if not fits:
+        raise error(f"{where} must be {name}, got {value!r}")
     return value
+
+
+def _rebuild_one_of(
+    wanted: tuple[Any, ...], value: Any, where: str, error: type[DalleError]
+) -> Any:
+    """As `_rebuild` for a union: the first of its types that takes `value`."""
+    refused: DalleError | None = None
+    for candidate in wanted:
+        if (value is None) != (candidate is types.NoneType):
+            continue
+        try:
+            return _rebuild(candidate, value, where, error)
+        except DalleError as problem:
+            refused = refused or problem
+    raise refused or error(f"{where} must not be null")
+
+
+def _rebuild_tuple(
+    inner: tuple[Any, ...], value: Any, where: str, error: type[DalleError]
+) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise error(f"{where} must be a list, got {value!r}")
+    if not inner or inner[-1] is Ellipsis:
+        inner = (inner[0] if inner else Any,) * len(value)
+    if len(inner) != len(value):
+        raise error(f"{where} must have {len(inner)} items, got {len(value)}")
+    pairs = zip(inner, value, strict=True)
+    return tuple(_rebuild(kind, item, where, error) for kind, item in pairs)

@@ -1,17 +1,90 @@
-"""Files that are there whole or not at all: write aside, fsync, rename, fsync the folder."""
+"""Files that are read within limits, and written whole or not at all.
+
+Reading never waits and always ends: only regular files are opened, and none is read beyond a limit.
+Writing goes aside, is synced to the disk, gets its name by a rename, and the folder is synced.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dalle.errors import DalleError, EnvironmentProblem
+
+MAX_TEXT_BYTES = 64 << 20  # of a JSON, YAML or text file
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_NOW = getattr(os, "O_NONBLOCK", 0)  # a pipe is not waited for
+
+
+def check_regular(path: Path | str, *, missing_ok: bool = False) -> None:
+    """Refuses what is no regular file, without opening it; links are followed.
+
+    Raises:
+        OSError: a pipe, a device, a socket or a folder, or none there.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        if missing_ok:
+            return
+        raise
+    except ValueError as problem:  # a NUL in it, or letters that this locale's names cannot have
+        reason = "no file can have this name here"
+        raise FileNotFoundError(errno.ENOENT, reason, str(path)) from problem
+    _check_mode(mode, path)
+
+
+def _check_mode(mode: int, path: Path | str) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+
+
+def regular_opener(path: str, flags: int) -> int:
+    """`open(..., opener=regular_opener)` opens regular files only, and waits for nobody.
+
+    Raises:
+        OSError: as `check_regular`, or what is asked for is not permitted.
+    """
+    check_regular(path, missing_ok=bool(flags & os.O_CREAT))
+    handle = os.open(path, flags | _NOW, 0o666)
+    try:
+        _check_mode(os.fstat(handle).st_mode, path)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def read_bytes(path: Path | str, limit: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: it is larger, not a regular file, missing or not readable.
+    """
+    check_regular(path)
+    with open(path, "rb", opener=regular_opener) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(size + 1) if size <= limit else b""
+        if size < len(data) <= limit:  # it grows, or is of /proc, where sizes are 0
+            data += file.read(limit + 1 - len(data))
+    if max(size, len(data)) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
+    return data
 
 
 def make_folder(path: Path | str, owner: str) -> Path:
@@ -28,11 +101,31 @@ def make_folder(path: Path | str, owner: str) -> Path:
         reason = "it is a file"
     except OSError as problem:
         reason = problem.strerror
+    except ValueError:
+        reason = "no folder can have this name here"
     if reason is not None:
         raise EnvironmentProblem(
             f"{owner}: out must be a folder that can be written, got {path}: {reason}"
         )
     return path
+
+
+def read_lines(path: Path, longest: int, limit: int) -> Iterator[bytes | None]:
+    """Lines of a regular file one by one, None in the place of one with more than `longest` bytes.
+
+    Raises:
+        OSError: it has more than `limit` bytes, is not a regular file, missing or not readable.
+    """
+    with open(path, "rb", opener=regular_opener) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
+        while line := file.readline(longest + 1):
+            if len(line) <= longest:
+                yield line
+                continue
+            while line and not line.endswith(b"\n"):
+                line = file.readline(longest + 1)
+            yield None
 
 
 @contextmanager
@@ -49,6 +142,10 @@ def saving(owner: str, path: Path | str) -> Iterator[None]:
         if isinstance(problem, (FileExistsError, NotADirectoryError)):
             reason = "its folder is a file"
         raise EnvironmentProblem(f"{owner}: {path} must be writable, got {reason}") from problem
+    except UnicodeEncodeError as problem:
+        raise EnvironmentProblem(
+            f"{owner}: {path} must be a name that this locale can write, got {ascii(str(path))}"
+        ) from problem
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -81,8 +178,10 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Puts `data` at `path`: a crash leaves the old file or the new one, never a part.
 
     Raises:
-        OSError: as `write_synced`; the temporary file is removed.
+        OSError: as `write_synced`, or something that is no regular file has the name; the temporary
+            file is removed.
     """
+    check_regular(path, missing_ok=True)  # a rename would put a file in the place of /dev/null
     temporary = temporary_name(path)
     try:
         write_synced(temporary, data)
@@ -94,25 +193,57 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+    """Hex SHA-256 of a regular file's bytes."""
+    with open(path, "rb", opener=regular_opener) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_json(value: Any) -> bytes:
-    """`value` as indented UTF-8 JSON with a final newline."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    """`value` as indented UTF-8 JSON with a final newline.
+
+    Lone surrogates (bytes of an argument or a file name that are not UTF-8) become JSON's escapes.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
 
 
-def read_json(path: Path, error: type[DalleError]) -> Any:
+def read_json(path: Path, error: type[DalleError], limit: int = MAX_TEXT_BYTES) -> Any:
     """The JSON value in `path`.
 
     Raises:
-        DalleError: (of class `error`) in one line where the file is missing or no JSON.
+        DalleError: (of class `error`) in one line where the file is missing, too large, or no JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(read_bytes(path, limit))
     except OSError as problem:
         raise error(f"{path}: must be a readable file, got: {problem.strerror}") from problem
-    except (ValueError, RecursionError) as problem:
+    except ValueError as problem:
         raise error(f"{path}: must be JSON, got: {str(problem).splitlines()[0]}") from problem
+
+
+def parse_json(data: bytes) -> Any:
+    """The JSON value in `data`.
+
+    Raises:
+        ValueError: it is no JSON, not UTF-8, or nested too deeply; the text says which.
+    """
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"byte {problem.start} is not UTF-8") from problem
+    except RecursionError as problem:
+        raise ValueError("it is nested too deeply") from problem
+
+
+def read_object(path: Path, error: type[DalleError]) -> dict[str, Any]:
+    """The JSON object in `path`. Raises as `read_json`, also where it is another JSON value."""
+    value = read_json(path, error)
+    if not isinstance(value, dict):
+        raise error(f"{path}: must be a JSON object, got {json_kind(value)}")
+    return value
+
+
+def json_kind(value: Any) -> str:
+    """What JSON calls a value of this type."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value"}
+    return names.get(type(value), "null" if value is None else "a number")

@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from dalle.configs import did_you_mean, field_types
+from dalle.configs import check_numbers, did_you_mean, field_types
 from dalle.errors import UsageError
+from dalle.files import read_bytes
 
+MAX_FILE_BYTES = 1 << 20  # of options
 T = TypeVar("T")
 _FRAME = " │╭╮╰╯─|"  # what tyro draws around a message
 
@@ -45,13 +47,20 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
             raise UsageError(f"{prog}: {name} is not an option{hint}")
     if file is not None:
         words = _file_words(config_type, file) + words
+    for word in words:
+        if "\0" in word:
+            raise UsageError(f"{prog}: options must hold no NUL character, got {word!r}")
     heard, shown = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(shown):
-            return tyro.cli(config_type, args=words, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+            config = tyro.cli(
+                config_type, args=words, prog=prog, config=(tyro.conf.OmitArgPrefixes,)
+            )
+        check_numbers(prog.removeprefix("dalle "), config)
+        return config
     except SystemExit as stop:
         if stop.code in (0, None):
-            sys.stdout.write(shown.getvalue())
+            sys.stdout.write(re.sub(r"\x1b\[[\d;]*m", "", shown.getvalue()))  # FORCE_COLOR
             raise
         lines = [line.strip(_FRAME) for line in (heard.getvalue() + shown.getvalue()).splitlines()]
         missing = _missing(lines)
@@ -103,12 +112,20 @@ def _take_config(words: list[str], prog: str) -> tuple[list[str], Path | None]:
 def _file_words(config_type: type, path: Path) -> list[str]:
     """The options in a YAML file, as command-line words."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = read_bytes(path, MAX_FILE_BYTES).decode("utf-8-sig")
+        values = yaml.safe_load(text)
     except OSError as problem:
         raise UsageError(f"{path}: must be a readable file, got: {problem.strerror}") from problem
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as problem:
+    except UnicodeDecodeError as problem:
+        where = f"byte {problem.start} is not UTF-8"
+        raise UsageError(f"{path}: must be plain YAML, got: {where}") from problem
+    except RecursionError as problem:
+        raise UsageError(f"{path}: must be plain YAML, got: it is nested too deeply") from problem
+    except yaml.YAMLError as problem:
         reason = " ".join(str(problem).split())
         raise UsageError(f"{path}: must be plain YAML, got: {reason[:200]}") from problem
+    except Exception as problem:  # its constructors of numbers and dates raise what they happen to
+        raise UsageError(f"{path}: must be plain YAML, got a damaged number or date") from problem
     return [] if values is None else _mapping_words(config_type, values, str(path))
 
 
@@ -126,10 +143,15 @@ def _mapping_words(config_type: type, values: Any, where: str) -> list[str]:
             words += _mapping_words(inner, value, f"{where}: {key}")
         elif isinstance(value, bool) and _plain(known[name]) is bool:
             words.append(f"--{option}" if value else f"--no-{option}")
-        elif isinstance(value, (list, tuple)):
-            words += [f"--{option}", *(str(item) for item in value)]
         else:
-            words += [f"--{option}", str(value)]
+            items = value if isinstance(value, (list, tuple)) else (value,)
+            for item in items:  # a list in a list may hold itself many times over, by aliases
+                if isinstance(item, (dict, list, tuple, set, bytes)):
+                    raise UsageError(
+                        f"{where}: {key} must be a plain value or a list of them, "
+                        f"got {type(item).__name__}"
+                    )
+            words += [f"--{option}", *(str(item) for item in items)]
     return words
 
 

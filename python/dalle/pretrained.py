@@ -16,11 +16,12 @@ from torch import nn
 from dalle import __version__
 from dalle.configs import did_you_mean, field_types, from_dict, to_dict
 from dalle.errors import CheckpointError, UsageError
-from dalle.files import read_json, sha256, to_json, write_atomic
+from dalle.files import read_bytes, read_json, to_json, write_atomic
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+MAX_HEADER_BYTES = 16 << 20  # of names, shapes and dtypes
 
 T = TypeVar("T")
 
@@ -68,6 +69,20 @@ def fingerprint(module: nn.Module) -> str:
     return f"SHA-256 {found.hexdigest()[:16]}"
 
 
+def read_tensors(path: Path, expected: int) -> bytes:
+    """The bytes of a safetensors file whose tensors should have `expected` bytes.
+
+    Raises:
+        CheckpointError: it cannot be read, or is larger than that and any header there could be.
+    """
+    try:
+        return read_bytes(path, expected + MAX_HEADER_BYTES)
+    except OSError as problem:
+        raise CheckpointError(
+            f"{path}: must be a readable file, got: {problem.strerror}"
+        ) from problem
+
+
 def tensors_from_bytes(data: bytes, where: Path) -> dict[str, torch.Tensor]:
     """The inverse of `tensors_to_bytes`.
 
@@ -94,13 +109,14 @@ def save_pretrained(module: nn.Module, directory: Path | str, config: Any) -> No
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(directory / WEIGHTS_FILE, tensors_to_bytes(module.state_dict()))
+    weights = tensors_to_bytes(module.state_dict())
+    write_atomic(directory / WEIGHTS_FILE, weights)
     head = {
         "format_version": FORMAT_VERSION,
         "class": type(module).__name__,
         "dalle_version": __version__,
         "config": to_dict(config),
-        "weights_sha256": sha256(directory / WEIGHTS_FILE),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     write_atomic(directory / CONFIG_FILE, to_json(head))
 
@@ -135,13 +151,8 @@ def load_weights(module: nn.Module, directory: Path | str) -> None:
     directory = Path(directory)
     path = directory / WEIGHTS_FILE
     head = _checked(read_json(directory / CONFIG_FILE, CheckpointError), directory / CONFIG_FILE)
-    try:
-        found_hash, data = sha256(path), path.read_bytes()
-    except OSError as problem:
-        raise CheckpointError(
-            f"{path}: must be a readable file, got: {problem.strerror}"
-        ) from problem
-    tensors = tensors_from_bytes(data, path)
+    data = read_tensors(path, sum(t.nbytes for t in module.state_dict().values()))
+    tensors, found_hash = tensors_from_bytes(data, path), hashlib.sha256(data).hexdigest()
     if found_hash != head["weights_sha256"]:
         raise CheckpointError(
             f"{path}: SHA-256 must be {head['weights_sha256'][:12]}... as {CONFIG_FILE} says, "

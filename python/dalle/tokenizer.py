@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dalle import __version__
 from dalle.errors import CheckpointError, DataError, UsageError
-from dalle.files import read_json, to_json, write_atomic
+from dalle.files import parse_json, read_bytes, read_json, to_json, write_atomic
 
 FORMAT_VERSION = 1
 TOKENIZER_FILE = "tokenizer.json"
@@ -199,14 +199,11 @@ class Tokenizer:
                 f"got {head.get('format_version')}"
             )
         try:
-            size = path.stat().st_size
-            data = path.read_bytes() if size <= MAX_FILE_BYTES else b""
+            data = read_bytes(path, MAX_FILE_BYTES)
         except OSError as problem:
             raise CheckpointError(
                 f"{path}: must be a readable file, got: {problem.strerror}"
             ) from problem
-        if size > MAX_FILE_BYTES:
-            raise CheckpointError(f"{path}: must be at most {MAX_FILE_BYTES} bytes, got {size}")
         if hashlib.sha256(data).hexdigest() != head.get("tokenizer_sha256"):
             raise CheckpointError(
                 f"{path}: content must match the hash in {CONFIG_FILE}, got another"
@@ -278,8 +275,12 @@ class Tokenizer:
 
 def _from_json(data: bytes) -> tokenizers.Tokenizer:
     """Parses tokenizer.json and checks that it is of the one kind that `train` makes."""
-    content: Any = json.loads(data)
-    kinds = [(content.get(key) or {}).get("type") for key in ("model", "pre_tokenizer", "decoder")]
+    content: Any = parse_json(data)
+    parts = content if isinstance(content, dict) else {}
+    kinds = [
+        part.get("type") if isinstance(part := parts.get(key), dict) else None
+        for key in ("model", "pre_tokenizer", "decoder")
+    ]
     if kinds != ["BPE", "ByteLevel", "ByteLevel"]:
         raise CheckpointError(f"{TOKENIZER_FILE}: must be a byte-level BPE, got {kinds}")
     return tokenizers.Tokenizer.from_str(data.decode())

@@ -147,7 +147,7 @@ def test_bad_usage_is_one_line_and_exit_2(capsys, words, match):
         ("disk", 4, "dalle: out/x: No space left on device"),
         ("file", 3, "dalle: in/x: No such file or directory"),
         ("memory", 4, "out of memory"),
-        ("bug", 1, "KeyError: 'oops' .--debug"),
+        ("bug", 1, r"a fault of dalle itself .cli_target.py, line \d+.: 'oops' .--debug"),
     ],
 )
 def test_errors_are_one_line_and_their_exit_code(capsys, fail, code, match):

@@ -3,12 +3,14 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import sys
 
 import pytest
 import torch
 from tiny_task import TinyTask, config
 
+from dalle.errors import EnvironmentProblem
 from dalle.train import metrics
 from dalle.train.loop import train
 from dalle.train.metrics import Metrics, duration, read_metrics
@@ -100,3 +102,63 @@ def test_a_full_disk_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+DAMAGE = [
+    b'{"step": 8, "lo',
+    b"\x00" * 100,
+    b'{"step": "\xff"}\n',
+    b"[1, 2]\n3\nnull\n",
+    b'{"step": "4"}\n{"loss": 1}\n{"step": true}\n{"step": -1}\n{"step": 1e300}\n',
+    b'{"step": 3, "loss": "low"}\n{"step": 3, "block_scale": [{}]}\n',
+    b"[" * 50_000 + b"\n",
+    b"\xef\xbb\xbf\xfe\xff\n",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
+def test_a_damaged_tail_is_cut_and_said_and_training_goes_on(tmp_path, capsys, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 2, "loss": 0.5}\n' + damage)
+    log = Metrics(tmp_path, name="x", start=4, steps=8)
+    log.add({"loss": 0.5})
+    log.write(5, 0.1)
+    log.close()
+    assert [r["step"] for r in read_metrics(path)] == [2, 5]
+    said = capsys.readouterr().err.splitlines()
+    assert "metrics.jsonl: left out" in said[0] and len(said) == 2
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "/dev/full", "pipe"])
+def test_metrics_that_are_no_file_are_refused_before_the_training(tmp_path, target):
+    if target == "pipe":
+        target = tmp_path / "pipe"
+        os.mkfifo(target)
+    (tmp_path / "metrics.jsonl").symlink_to(target)
+    with pytest.raises(EnvironmentProblem, match="metrics.jsonl must be writable, got it is a"):
+        Metrics(tmp_path, name="x", start=0, steps=8)
+
+
+def test_a_record_that_a_full_disk_took_a_part_of_spoils_no_other(tmp_path, monkeypatch, capsys):
+    log = Metrics(tmp_path, name="x", start=0, steps=8)
+    for step in (1, 2, 3):
+        log.add({"loss": 0.5})
+        log.write(step, 0.1)
+        if step == 1:
+            monkeypatch.setattr(log, "_file", Torn(log._file))
+    log.close()
+    damaged = []
+    records = read_metrics(tmp_path / "metrics.jsonl", damaged)
+    assert ([r["step"] for r in records], damaged) == ([1, 3], [2])
+    assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+class Torn:
+    """A file that takes 9 bytes the first time."""
+
+    def __init__(self, file):
+        self.file, self.close, self.times = file, file.close, 0
+
+    def write(self, line):
+        self.times += 1
+        return self.file.write(line[:9] if self.times == 1 else line)

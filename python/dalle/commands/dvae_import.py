@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from dalle.dvae import PRESETS, DiscreteVAE, DiscreteVAEConfig
-from dalle.errors import CheckpointError, UsageError
+from dalle.errors import UsageError
 from dalle.files import make_folder, saving
-from dalle.pretrained import load_tensors, tensors_from_bytes
+from dalle.pretrained import load_tensors, read_tensors, tensors_from_bytes
 
 PICKLES = {".pkl", ".pt", ".pth", ".bin", ".ckpt"}
 
@@ -49,13 +49,9 @@ def import_released(
                 f"dvae import-openai: {name} must be a safetensors file, got {path}, which may run "
                 "code when read; docs/released_dvae.md says how to convert it"
             )
-        try:
-            data = path.read_bytes()
-        except OSError as problem:
-            raise CheckpointError(
-                f"{path}: must be a readable file, got: {problem.strerror}"
-            ) from problem
-        load_tensors(getattr(vae, name), tensors_from_bytes(data, path), f"{path} ({name})")
+        part = getattr(vae, name)
+        data = read_tensors(path, sum(t.nbytes for t in part.state_dict().values()))
+        load_tensors(part, tensors_from_bytes(data, path), f"{path} ({name})")
     return vae.eval()
 
 

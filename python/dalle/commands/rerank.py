@@ -12,6 +12,7 @@ import tyro
 
 from dalle import pictures
 from dalle.commands.sample import read_image
+from dalle.console import printable
 from dalle.data.folder import SUFFIXES
 from dalle.devices import pick_device
 from dalle.errors import CheckpointError, DataError, UsageError
@@ -71,7 +72,7 @@ def rerank(config: RerankConfig) -> None:
             kept.append(path)
         except DataError as error:
             skipped["does not decode"] += 1
-            print(f"rerank: skipped: {error}")
+            print(printable(f"rerank: skipped: {error}"))
     if not kept:
         raise DataError(
             f"rerank: images must hold a picture that decodes, got none of {len(files)}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,13 +12,14 @@ import torch
 import tyro
 from PIL import Image
 
-from dalle import pictures
+from dalle import files, pictures
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.images import decode, read_bytes
 from dalle.devices import pick_device
 from dalle.errors import DataError, UsageError
 from dalle.files import make_folder, to_json
 from dalle.pipeline import Generation, Pipeline
+from dalle.train.metrics import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +80,16 @@ def read_captions(config: SampleConfig) -> list[str]:
     captions = [caption for caption in config.captions if caption.strip()]
     if config.file is not None:
         try:
-            lines = config.file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"sample: file must be readable text, got {config.file}") from error
+            lines = files.read_bytes(config.file).decode("utf-8-sig").splitlines()
+        except OSError as error:
+            raise DataError(
+                f"sample: file must be readable text, got {config.file}: {error.strerror}"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"sample: file must be readable text, got {config.file}: byte {error.start} is not "
+                "UTF-8"
+            ) from error
         captions += [line.strip() for line in lines if line.strip()]
     if not captions:
         raise UsageError("sample: captions must be at least one, got none")
@@ -95,7 +102,7 @@ def slug(caption: str, number: int) -> str:
     return f"{number:02d}-{words[:48].strip('-') or 'caption'}"
 
 
-def record(caption: str, seed: int, found: Generation, files: list[str]) -> dict[str, object]:
+def record(caption: str, seed: int, found: Generation, names: list[str]) -> dict[str, object]:
     """What samples.json says of one caption; a missing score is null."""
     scores = [None if math.isnan(s) else round(s, 5) for s in found.scores.tolist()]
     return {
@@ -103,7 +110,7 @@ def record(caption: str, seed: int, found: Generation, files: list[str]) -> dict
         "seed": seed,
         "scores": scores,
         "candidates": found.order.tolist(),
-        "files": files,
+        "files": names,
     }
 
 
@@ -143,11 +150,11 @@ def sample(config: SampleConfig) -> None:
             found.images, columns=min(8, config.top), scale=config.scale, labels=labels
         )
         pictures.save_png(config.out / f"{name}.png", sheet)
-        files = []
+        names = []
         for place, image in enumerate(pictures.to_uint8(found.images)):
-            files.append(f"{name}/{place}.png")
-            pictures.save_png(config.out / files[-1], Image.fromarray(image))
-        records.append(record(caption, config.seed, found, files))
-        print(f"sample: {number + 1}/{len(captions)} {caption}", file=sys.stderr)
+            names.append(f"{name}/{place}.png")
+            pictures.save_png(config.out / names[-1], Image.fromarray(image))
+        records.append(record(caption, config.seed, found, names))
+        say(f"sample: {number + 1}/{len(captions)} {caption}")
         pictures.save_bytes(config.out / "samples.json", to_json(records))
     print(f"sample: {len(captions)} captions, grids and samples.json in {config.out}")

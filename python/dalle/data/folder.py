@@ -7,6 +7,7 @@ unless verification is asked for.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dalle import files as limited
 from dalle.data.images import BadPicture, decode, open_checked, read_bytes
 from dalle.errors import DataError, UsageError
 
@@ -31,12 +33,12 @@ def read_caption(path: Path) -> str:
     try:
         if not path.is_file():
             raise BadPicture(path, "caption is not a file", "have a plain caption file")
-        with path.open("rb") as file:
-            content = file.read(MAX_CAPTION_BYTES + 1)
+        content = limited.read_bytes(path, MAX_CAPTION_BYTES)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            limit = f"have at most {MAX_CAPTION_BYTES} bytes"
+            raise BadPicture(path, "caption too long", limit) from error
         raise BadPicture(path, "caption is not readable", "have a readable caption") from error
-    if len(content) > MAX_CAPTION_BYTES:
-        raise BadPicture(path, "caption too long", f"have at most {MAX_CAPTION_BYTES} bytes")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
+from dalle import files
 from dalle.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -39,11 +41,11 @@ def read_bytes(path: Path) -> bytes:
     try:
         if not path.is_file():
             raise BadPicture(path, "not a file", "be a plain file")
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise BadPicture(path, "file too large", f"be at most {MAX_FILE_BYTES} bytes")
-        content = path.read_bytes()
+        content = files.read_bytes(path, MAX_FILE_BYTES)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            limit = f"be at most {MAX_FILE_BYTES} bytes"
+            raise BadPicture(path, "file too large", limit) from error
         raise BadPicture(path, "not readable", "be readable") from error
     if not content:
         raise BadPicture(path, "empty file", "hold bytes")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dalle import __version__
-from dalle.errors import UsageError
-from dalle.files import read_json, to_json
+from dalle.errors import DataError, UsageError
+from dalle.files import read_object, saving, temporary_name, to_json
 from dalle.pictures import save_bytes
+from dalle.train.metrics import say
 
 STAGES = ("data", "tokenizer", "dvae", "ranker", "prior", "samples", "report")
 
@@ -74,7 +75,12 @@ class Workspace:
         }
         path = self.work / "demo.json"
         if path.exists():
-            found = read_json(path, UsageError)
+            found = self._read(path)
+            if found is None:
+                raise DataError(
+                    f"demo: {path} must be as dalle demo wrote it, got other bytes; "
+                    "choose another --out, or remove it to go on with these options"
+                )
             for key, value in identity.items():
                 if found.get(key) != value:
                     raise UsageError(
@@ -82,7 +88,34 @@ class Workspace:
                         "choose another --out"
                     )
         else:
-            save_bytes(path, to_json({**identity, "dalle_version": __version__}))
+            self.write(path, {**identity, "dalle_version": __version__})
+
+    def write(self, path: Path, values: dict[str, Any]) -> None:
+        """Writes a work file: JSON with the SHA-256 of the rest in it."""
+        save_bytes(path, to_json({**values, "sha256": _digest(values)}))
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """What `write` wrote; empty where nothing has, or where it is damaged, which is said.
+
+        A damaged file is set aside, so that the demo goes on and makes it anew.
+        """
+        if not path.exists():
+            return {}
+        found = self._read(path)
+        if found is None:
+            aside = temporary_name(path.with_name(f"damaged-{path.name}"))
+            with saving("demo", path):
+                path.rename(aside)
+            say(f"demo: {path} was not as dalle demo wrote it; set aside as {aside.name}")
+        return found or {}
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        """The values in a work file, or None where they do not match its SHA-256."""
+        try:
+            found = read_object(path, DataError)
+        except DataError:
+            return None
+        return None if found.pop("sha256", "") != _digest(found) else found
 
     def folder(self, stage: str) -> Path:
         """Where a training stage keeps checkpoints, metrics and pictures."""
@@ -95,11 +128,7 @@ class Workspace:
 
     def timings(self) -> dict[str, dict[str, float]]:
         """Stage -> seconds (wall) and cpu_seconds, over all runs."""
-        path = self.work / "timings.json"
-        if not path.exists():
-            return {}
-        found: dict[str, dict[str, float]] = json.loads(path.read_text())
-        return found
+        return self.read(self.work / "timings.json")
 
     def add_time(self, stage: str, seconds: float, cpu_seconds: float) -> None:
         """Adds a session's time to a stage."""
@@ -107,15 +136,16 @@ class Workspace:
         entry = timings.setdefault(stage, {"seconds": 0.0, "cpu_seconds": 0.0})
         entry["seconds"] = round(entry["seconds"] + seconds, 2)
         entry["cpu_seconds"] = round(entry["cpu_seconds"] + cpu_seconds, 2)
-        save_bytes(self.work / "timings.json", to_json(timings))
+        self.write(self.work / "timings.json", timings)
 
     def read_scores(self) -> dict[str, Any]:
         """What scoring has found so far."""
-        if not self.scores.exists():
-            return {}
-        found: dict[str, Any] = read_json(self.scores, UsageError)
-        return found
+        return self.read(self.scores)
 
     def add_scores(self, values: dict[str, Any]) -> None:
         """Adds to what scoring has found."""
-        save_bytes(self.scores, to_json({**self.read_scores(), **values}))
+        self.write(self.scores, {**self.read_scores(), **values})
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(to_json(values)).hexdigest()

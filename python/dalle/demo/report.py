@@ -10,8 +10,7 @@ from dalle import __version__
 from dalle.configs import to_dict
 from dalle.demo.config import STAGES, Workspace
 from dalle.demo.recipes import DemoRecipe
-from dalle.errors import DataError
-from dalle.files import read_json, to_json
+from dalle.files import to_json
 from dalle.pictures import save_bytes
 from dalle.train.metrics import duration
 
@@ -68,7 +67,7 @@ def write_report(space: Workspace, recipe: DemoRecipe, *, complete: bool) -> dic
         "dalle_version": __version__,
     }
     save_bytes(space.out / "summary.json", to_json(summary))
-    save_bytes(space.out / "index.html", page(space, summary).encode())
+    save_bytes(space.out / "index.html", page(space, summary).encode("utf-8", "backslashreplace"))
     return summary
 
 
@@ -127,8 +126,8 @@ def _number(value: float) -> str:
 
 
 def _strips(space: Workspace) -> str:
-    path = space.work / "strips.json"
-    if not path.exists():
+    strips = space.read(space.work / "strips.json").get("strips")
+    if not strips:
         return ""
     first = "true picture, then " if space.config.data == "emoji" else ""
     head = (
@@ -137,7 +136,7 @@ def _strips(space: Workspace) -> str:
     )
     figures = [
         _figure(space, strip["picture"], f"{strip['caption']} ({strip['split']})")
-        for strip in read_json(path, DataError)
+        for strip in strips
     ]
     return head + "\n".join(figures)
 

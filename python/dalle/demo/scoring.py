@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -13,9 +14,11 @@ from dalle.data.augment import to_tensor
 from dalle.data.pairs import Pairs
 from dalle.data.shapes import parse
 from dalle.demo import score
+from dalle.demo.config import Workspace
 from dalle.demo.stages import SHOWN, Demo, captions_to_draw, scale_for
-from dalle.files import to_json
-from dalle.pretrained import tensors_from_bytes, tensors_to_bytes
+from dalle.errors import CheckpointError
+from dalle.files import read_bytes
+from dalle.pretrained import MAX_HEADER_BYTES, tensors_from_bytes, tensors_to_bytes
 from dalle.train.metrics import duration, say
 
 STRIP = 6  # samples shown beside a true picture
@@ -84,7 +87,9 @@ def samples_stage(demo: Demo) -> None:
     wanted = captions_to_draw(demo)
     captions, splits = wanted["caption"], wanted["split"]
     recipe, space = demo.recipe, demo.space
-    if not space.samples.exists():
+    shape = (len(captions), recipe.num_samples, *demo.pipeline.grid)
+    tokens = stored_tokens(space, shape, demo.vae.num_tokens)
+    if tokens is None:
         begin = time.monotonic()
         told = begin
 
@@ -105,8 +110,8 @@ def samples_stage(demo: Demo) -> None:
             progress=progress,
             **recipe.sampling,
         )
-        pictures.save_bytes(space.samples, tensors_to_bytes({"tokens": tokens.cpu()}))
-    tokens = tensors_from_bytes(space.samples.read_bytes(), space.samples)["tokens"]
+        tokens = tokens.cpu()
+        pictures.save_bytes(space.samples, tensors_to_bytes({"tokens": tokens}))
     images = demo.pipeline.decode(tokens)
     ranker = demo.pipeline.ranker
     assert ranker is not None
@@ -126,6 +131,27 @@ def samples_stage(demo: Demo) -> None:
         beside = None
     draw_strips(demo, captions, splits, images, ranked, beside)
     space.add_scores({**found, "captions_drawn": len(captions), "samples": int(ranked.size)})
+
+
+def stored_tokens(space: Workspace, shape: tuple[int, ...], codes: int) -> torch.Tensor | None:
+    """The codes an earlier run has drawn, int64 of `shape`; None where there are none.
+
+    What is damaged, or of another demo, is said and drawn anew.
+    """
+    if not space.samples.exists():
+        return None
+    try:
+        data = read_bytes(space.samples, 8 * math.prod(shape) + MAX_HEADER_BYTES)
+        tokens = tensors_from_bytes(data, space.samples).get("tokens")
+    except (OSError, CheckpointError):
+        tokens = None
+    if tokens is not None and (tokens.shape, tokens.dtype) == (shape, torch.int64):
+        if 0 <= int(tokens.min()) and int(tokens.max()) < codes:
+            return tokens
+    say(f"demo: {space.samples} must hold this demo's samples, got others; drawing them anew")
+    if not space.samples.is_file():
+        space.samples.unlink()  # a device or a pipe, which nothing is written over
+    return None
 
 
 def draw_strips(
@@ -163,7 +189,7 @@ def draw_strips(
     labels = words if truth is None else [text for word in words for text in (word, "drawn")]
     sheet = pictures.grid(shown, columns=8, scale=scale, labels=labels)
     pictures.save_png(demo.space.out / "pictures" / "samples.png", sheet)
-    pictures.save_bytes(demo.space.work / "strips.json", to_json(strips))
+    demo.space.write(demo.space.work / "strips.json", {"strips": strips})
 
 
 def _some(splits: list[str], split: str, count: int) -> list[int]:

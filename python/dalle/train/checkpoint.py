@@ -30,7 +30,17 @@ import torch
 
 from dalle import __version__
 from dalle.errors import CheckpointError
-from dalle.files import read_json, sha256, sync_folder, temporary_name, to_json, write_synced
+from dalle.files import (
+    check_regular,
+    parse_json,
+    read_bytes,
+    read_json,
+    sha256,
+    sync_folder,
+    temporary_name,
+    to_json,
+    write_synced,
+)
 from dalle.pretrained import load_tensors, tensors_from_bytes, tensors_to_bytes
 from dalle.train.tree import pack_tree, rng_state, set_rng_state, unpack_tree
 
@@ -175,8 +185,8 @@ def read_manifest(path: Path, part: slice = ALL) -> dict[str, Any]:
     """
     where = f"checkpoint {path}"
     try:
-        written = (path / MANIFEST).read_bytes()
-        manifest = json.loads(written)
+        written = read_bytes(path / MANIFEST)
+        manifest = parse_json(written)
         digest = manifest.pop("sha256")
         if digest != _digest(manifest) or written != to_json({**manifest, "sha256": digest}):
             raise CheckpointError(f"{where}: {MANIFEST} must match its SHA-256, got other bytes")
@@ -184,6 +194,7 @@ def read_manifest(path: Path, part: slice = ALL) -> dict[str, Any]:
             raise CheckpointError(f"{where}: format must be {FORMAT}, got {manifest['format']}")
         for name, expected in list(manifest["files"].items())[part]:
             file = path / name
+            check_regular(file)
             if file.stat().st_size != expected["bytes"]:
                 raise CheckpointError(
                     f"{where}: {name} must have {expected['bytes']} bytes, "
@@ -217,7 +228,8 @@ def load_checkpoint(task: Task, path: Path) -> int:
     groups = {}
     for name in ("model", "optimizer", "average", "rng"):
         file = path / f"{name}.safetensors"
-        groups[name] = tensors_from_bytes(file.read_bytes(), file)
+        size = manifest["files"][file.name]["bytes"]
+        groups[name] = tensors_from_bytes(read_bytes(file, size), file)
     load_tensors(task.model, groups["model"], f"checkpoint {path}: model.safetensors")
     restore(task, state, groups["optimizer"] | groups["average"], path)
     set_rng_state(unpack_tree(state["rng"], groups["rng"]))

@@ -31,7 +31,15 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dalle.distributed.cluster import Cluster
 from dalle.errors import CheckpointError
-from dalle.files import read_json, sync_folder, temporary_name, to_json, write_synced
+from dalle.files import (
+    MAX_TEXT_BYTES,
+    read_bytes,
+    read_json,
+    sync_folder,
+    temporary_name,
+    to_json,
+    write_synced,
+)
 from dalle.pretrained import load_tensors, tensors_from_bytes, tensors_to_bytes
 from dalle.train import checkpoint
 from dalle.train.checkpoint import SHARDS, STATE, checkpoint_name
@@ -143,7 +151,7 @@ def load(task: Task, cluster: Cluster | None, path: Path) -> int:
             say(f"{task.name}: no error buffers in {path}: those of PowerSGD begin at zero")
     if sharded and (path / f"rng-{rank:05d}.json").exists():
         file = path / f"rng-{rank:05d}.safetensors"
-        own = tensors_from_bytes(file.read_bytes(), file)
+        own = tensors_from_bytes(read_bytes(file, MAX_TEXT_BYTES), file)
         tree = read_json(file.with_suffix(".json"), CheckpointError)
         set_rng_state(unpack_tree(tree, own))
     return int(manifest["step"])

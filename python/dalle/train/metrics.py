@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import math
 import os
@@ -9,21 +12,27 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from dalle.files import saving, write_atomic
+from dalle.console import printable
+from dalle.files import parse_json, read_lines, regular_opener, saving, write_atomic
 
 METRICS_FILE = "metrics.jsonl"
+MAX_LINE_BYTES = 16 << 20
+MAX_FILE_BYTES = 8 << 30
 
 
 def say(text: str) -> None:
-    """One line on stderr, above a progress bar if there is one; of many processes the first's."""
+    """One line on stderr, above a progress bar if there is one; of many processes the first's.
+
+    Control characters, which file names and captions may hold, become escapes.
+    """
     if leads():
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(printable(text), file=sys.stderr)
         sys.stderr.flush()
 
 
@@ -32,15 +41,41 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records in a metrics file, in order; a last line cut off by a crash is left out."""
+def read_metrics(path: Path, damaged: list[int] | None = None) -> list[dict[str, Any]]:
+    """The records in a metrics file, in order; a line that is none is left out.
+
+    Args:
+        path: of the file.
+        damaged: the numbers of such lines, from 1, are added here; a crash cuts off the last.
+
+    Raises:
+        OSError: no regular file, or it cannot be read.
+    """
     records = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(read_lines(path, MAX_LINE_BYTES, MAX_FILE_BYTES), 1):
         try:
-            records.append(json.loads(line))
+            record: Any = None if line is None else parse_json(line)
         except ValueError:
-            continue
+            record = None
+        if record is not None and _is_record(record):
+            records.append(record)
+        elif damaged is not None:
+            damaged.append(number)
     return records
+
+
+def _is_record(value: Any) -> bool:
+    """Whether `value` is one that `Metrics` writes: a step, and numbers, nulls or lists of them."""
+
+    def plain(item: Any) -> bool:
+        if isinstance(item, list):
+            return all(plain(inner) for inner in item)
+        return item is None or (isinstance(item, (int, float)) and not isinstance(item, bool))
+
+    if not isinstance(value, dict) or not all(plain(item) for item in value.values()):
+        return False
+    step = value.get("step")
+    return isinstance(step, int) and 0 <= step < 2**63
 
 
 def duration(seconds: float) -> str:
@@ -62,6 +97,10 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(_without_nan(record)).encode() + b"\n"
 
 
 class Metrics:
@@ -89,12 +128,19 @@ class Metrics:
         self._failed = False
         self._begin = self._mark = time.monotonic()
         self._mark_step = start
-        self._file: TextIO | None = None
+        self._file: io.FileIO | None = None
+        self._torn = False  # does the file end in the middle of a record?
         if leads() and self.path.exists():
+            damaged: list[int] = []
             with saving(name, self.path):
-                kept = [r for r in read_metrics(self.path) if r.get("step", 0) <= start]
-                write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+                kept = [r for r in read_metrics(self.path, damaged) if r["step"] <= start]
+                write_atomic(
+                    self.path, "".join(json.dumps(_without_nan(r)) + "\n" for r in kept).encode()
+                )
             self.last = kept[-1] if kept else {}
+            if damaged:
+                lines = f"line {damaged[0]}" if len(damaged) == 1 else f"{len(damaged)} lines"
+                say(f"{name}: {self.path}: left out {lines} that no training wrote whole")
         terminal = leads() and sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, desc=name, disable=not terminal)
 
@@ -137,8 +183,13 @@ class Metrics:
             return
         try:
             if self._file is None:
-                self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-            self._file.write(json.dumps(_without_nan(record)) + "\n")
+                self._file = open(self.path, "ab", buffering=0, opener=regular_opener)  # noqa: SIM115
+            line = _line(record)
+            if self._torn:
+                line = b"\n" + line
+            self._torn = self._file.write(line) != len(line)
+            if self._torn:  # the next write would say so
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as problem:
             self._tell(problem)
 
@@ -162,7 +213,5 @@ class Metrics:
         """Ends the bar and the file."""
         self._bar.close()
         if self._file is not None:
-            try:
+            with contextlib.suppress(OSError):
                 self._file.close()
-            except OSError as problem:  # what a full disk did not take is still in the buffer
-                self._tell(problem)

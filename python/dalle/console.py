@@ -1,0 +1,130 @@
+"""What people read on a terminal: any text in characters it can show, on streams that may fail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator
+from typing import TextIO, cast
+
+LONGEST = 2000  # characters of a message
+_JOINERS = "\u200c\u200d"  # of scripts and emoji: they change the look of letters, not their order
+# What frames and messages are drawn with, for terminals that have ASCII only.
+_PLAIN = str.maketrans("─│╭╮╰╯┌┐└┘├┤•…’‘“”–—→×", "-|++++++++||*.''\"\"-->x")
+
+
+def printable(text: str) -> str:
+    """`text` as one line that moves no cursor: control characters, line ends, lone surrogates and
+    marks that reverse the direction of writing become escapes; a very long text loses its middle.
+    """
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(_escaped(char) if _acts(char) else char for char in text)
+
+
+def _acts(char: str) -> bool:
+    kind = unicodedata.category(char)
+    return kind in ("Cc", "Cs", "Zl", "Zp") or (kind == "Cf" and char not in _JOINERS)
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
+
+
+class Stream:
+    """A text stream that any text can be written to, and whose failures end nothing.
+
+    What its encoding lacks is written as escapes; so are control characters where it takes `lines`
+    only (a progress bar needs some). From the first failure on (a full disk, a closed
+    pipe) everything is dropped, so that work whose words nobody takes still reaches its end.
+
+    Attributes:
+        problem: the first failure, or None.
+    """
+
+    def __init__(self, inner: TextIO | None, *, lines: bool = False) -> None:
+        self.inner, self.lines = inner, lines
+        self.problem: OSError | None = None
+
+    def write(self, text: str) -> int:
+        size = len(text)
+        if self.inner is not None and self.problem is None:
+            if self.lines and not text.isprintable():
+                text = "".join(char if char in "\n\t" else printable(char) for char in text)
+            with self._noting():
+                self.inner.write(fitted(text, self.inner.encoding))
+        return size
+
+    def flush(self) -> None:
+        if self.inner is not None and self.problem is None:
+            with self._noting():
+                self.inner.flush()
+
+    def isatty(self) -> bool:
+        try:
+            return self.inner is not None and self.inner.isatty()
+        except ValueError:  # closed
+            return False
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as problem:
+            self.problem = problem
+        except ValueError as problem:  # Python closed it
+            self.problem = OSError(str(problem))
+
+    def drop(self) -> None:
+        """Sends what is still in the stream's buffer nowhere: Python would fail on it at exit."""
+        if self.problem is None or self.inner is None:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.inner.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> object:  # encoding, fileno, buffer, ...
+        return getattr(self.inner, name)
+
+
+def fitted(text: str, encoding: str | None) -> str:
+    """`text` in characters that `encoding` has: frames and quotes in ASCII, the rest as escapes."""
+    encoding = encoding or "utf-8"
+    try:
+        text.encode(encoding)
+        return text
+    except UnicodeEncodeError:
+        return text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding)
+
+
+@contextlib.contextmanager
+def guarded_streams() -> Iterator[tuple[Stream, Stream]]:
+    """Inside, `sys.stdout` and `sys.stderr` are `Stream`s, also where the process has none."""
+    before = sys.stdout, sys.stderr
+    out, err = Stream(before[0], lines=True), Stream(before[1])
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
+    try:
+        yield out, err
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in (out, err):
+            stream.flush()
+            stream.drop()
+
+
+def keep_standard_files() -> None:
+    """Gives the process the three standard files it was started without.
+
+    The next file to be opened would get the free number, and what libraries write to stdout or
+    stderr would end up inside it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)

@@ -1,0 +1,124 @@
+"""How much memory there is, how much a failed request asked for, and the line that says so."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dalle.errors import EnvironmentProblem
+
+if TYPE_CHECKING:
+    import torch
+
+UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "PiB": 2**50,
+         "EiB": 2**60}  # fmt: skip
+_ASKED = re.compile(r"(?:allocate|allocation of) ([\d.]+) (bytes|[KMGTPE]iB)")
+_REFUSED = re.compile(
+    r"alloc_cpu|can't allocate memory|not enough memory|bad_alloc|out of memory|"
+    r"Cannot allocate memory|Storage size calculation overflowed",
+)
+LESS = "ask for less: a smaller batch, preset or image size, or fewer candidates"
+
+
+def in_words(size: float) -> str:
+    """A number of bytes, e.g. "1.5 GiB"."""
+    fitting = [unit for unit, least in UNITS.items() if size >= least]
+    unit = fitting[-1] if fitting else "bytes"
+    return f"{size / UNITS[unit]:.1f} {unit}" if unit != "bytes" else f"{size:.0f} bytes"
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error of Python, torch, CUDA or the system says that memory did not suffice."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and bool(_REFUSED.search(str(error)))
+
+
+def refusal_line(error: BaseException) -> str:
+    """What was asked for and what there is, after `is_refusal`."""
+    asked = _ASKED.search(str(error))
+    wanted = (
+        f"another {in_words(float(asked[1]) * UNITS[asked[2]])}" if asked else "what this takes"
+    )
+    on_gpu = "CUDA" in str(error) or "GPU" in str(error)
+    left = None if on_gpu else free_memory()
+    found = re.search(r"([\d.]+ [KMGT]iB) is free", str(error))
+    free = found[1] if found else in_words(left) if left is not None else "too little"
+    where = "the GPU's memory" if on_gpu else "memory"
+    return f"{where} must hold {wanted}, got {free} free; {LESS}"
+
+
+def free_memory(device: torch.device | None = None) -> int | None:
+    """Bytes that this process can still get on `device` (None and the CPU: of the machine).
+
+    The least of what the machine, the process's own limits and its control group leave; None where
+    nothing says.
+    """
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    found = [_of_machine(), _of_limits(), _of_group()]
+    return min((size for size in found if size is not None), default=None)
+
+
+def require_memory(
+    owner: str, needed: float, what: str, advice: str, device: torch.device | None = None
+) -> None:
+    """Refuses work that cannot fit, before it begins.
+
+    Args:
+        owner: begins the line.
+        needed: bytes, at least.
+        what: needs them.
+        advice: what would fit.
+        device: where; the machine's memory if left out.
+
+    Raises:
+        EnvironmentProblem: `needed` is more than there is.
+    """
+    free = free_memory(device)
+    if free is not None and needed > free:
+        where = "memory" if device is None or device.type == "cpu" else f"memory of {device}"
+        raise EnvironmentProblem(
+            f"{owner}: {where} must hold {in_words(needed)} for {what}, got {in_words(free)} free; "
+            f"{advice}"
+        )
+
+
+def _number(path: str, pattern: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        match = re.search(pattern, Path(path).read_text(encoding="ascii", errors="replace"))
+        return int(match[1]) if match else None
+    return None
+
+
+def _of_machine() -> int | None:
+    available = _number("/proc/meminfo", r"MemAvailable: +(\d+) kB")
+    swap = _number("/proc/meminfo", r"SwapFree: +(\d+) kB") or 0
+    return None if available is None else (available + swap) * 1024
+
+
+def _of_limits() -> int | None:
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    used = _number("/proc/self/status", r"VmSize:\s+(\d+) kB")
+    if limit == resource.RLIM_INFINITY or used is None:
+        return None
+    return max(0, limit - used * 1024)
+
+
+def _of_group() -> int | None:
+    """Of a control group (containers); what it caches of files can be given back."""
+    group = "/sys/fs/cgroup"
+    limit = _number(f"{group}/memory.max", r"^(\d+)")
+    used = _number(f"{group}/memory.current", r"^(\d+)")
+    if limit is None or used is None:
+        return None
+    cached = _number(f"{group}/memory.stat", r"(?m)^inactive_file (\d+)") or 0
+    return max(0, limit - used + cached)

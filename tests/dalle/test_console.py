@@ -1,0 +1,87 @@
+"""What people read: no cursor moves, no failure of a stream ends the work."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dalle.console import LONGEST, Stream, fitted, guarded_streams, printable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a red circle", "a red circle"),
+        ("\x1b[2J\r\b\x07\x9b", r"\x1b[2J\r\x08\x07\x9b"),
+        ("two\nlines\u2028here", r"two\nlines\u2028here"),
+        ("caf\udce9", r"caf\udce9"),
+        ("\u202egnp.exe", r"\u202egnp.exe"),
+        ("élan 圆 👩\u200d🔬 a\u00a0b", "élan 圆 👩\u200d🔬 a\u00a0b"),
+    ],
+)
+def test_printable(text, shown):
+    assert printable(text) == shown
+
+
+def test_a_very_long_text_loses_its_middle():
+    shown = printable("a" * 10**6 + "end")
+    assert len(shown) < LONGEST + 10 and shown.startswith("aaa") and shown.endswith("end")
+
+
+def test_encodings_that_lack_letters():
+    assert fitted("╭─ é → \udce9", "ascii") == r"+- \xe9 > \udce9"
+    assert fitted("é", "latin-1") == "é" and fitted("\udce9", None) == r"\udce9"
+
+
+def test_stdout_takes_lines_only_and_stderr_a_progress_bar():
+    out, err = io.StringIO(), io.StringIO()
+    Stream(out, lines=True).write("a\x1b[A\r\tb\n")
+    Stream(err).write("a\x1b[A\r\tb\n")
+    assert (out.getvalue(), err.getvalue()) == ("a\\x1b[A\\r\tb\n", "a\x1b[A\r\tb\n")
+
+
+def test_a_stream_that_fails_is_noted_and_dropped():
+    with open("/dev/full", "w") as full:
+        stream = Stream(full)
+        stream.write("x" * 100_000)
+        stream.flush()
+        assert "No space" in str(stream.problem)
+        stream.write("more")
+        stream.drop()  # or closing would fail
+    with open(os.devnull, "w") as closed:
+        pass
+    for inner in (closed, None):
+        stream = Stream(inner)
+        stream.write("x")
+        stream.flush()
+        assert not stream.isatty()
+
+
+def test_streams_are_given_back(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with guarded_streams() as (out, _):
+        print("x")
+        assert sys.stdout is out and not out.problem
+    assert sys.stdout is None
+
+
+@pytest.mark.parametrize(
+    ("redirect", "code", "said"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, "dalle "),
+        (">/dev/full", 4, "dalle: stdout must be writable, got No space left on device\n"),
+        ("2>/dev/full", 0, "dalle "),
+        ("<&- >&- 2>&-", 0, ""),
+    ],
+)
+def test_closed_and_full_streams_of_a_process(tmp_path, redirect, code, said):
+    """Only a process has file descriptors of its own; `--version` needs neither torch nor numpy."""
+    line = f"{sys.executable} -m dalle --version {redirect}"
+    run = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert run.returncode == code and (run.stdout + run.stderr).startswith(said)
+    assert bool(run.stdout + run.stderr) == bool(said)
