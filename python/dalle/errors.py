@@ -29,6 +29,10 @@ class CheckpointError(DataError):
     """A checkpoint or model folder is damaged, truncated or of another model."""
 
 
+class OtherTrainingError(CheckpointError):
+    """A checkpoint is whole, but of other options, data or models than this run's."""
+
+
 class EnvironmentProblem(DalleError):
     """The machine lacks something: an extra, disk space, write permission."""
 

@@ -16,6 +16,7 @@ from dalle import __version__
 from dalle.dvae import DiscreteVAE
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import read_json, to_json, write_atomic
+from dalle.pretrained import fingerprint
 from dalle.prior import Prior
 from dalle.rerank import ContrastiveRanker, ImageTextRanker, load_ranker
 from dalle.sampling import first_numbers, whole_number
@@ -72,6 +73,13 @@ class Pipeline:
                 f"pipeline: the tokenizer must have at most the prior's {prior.config.text_vocab} "
                 f"ids, got {tokenizer.vocab_size}"
             )
+        for name, found in _origins(tokenizer, vae).items():
+            wanted = prior.trained_on.get(name, found)
+            if found != wanted:
+                raise UsageError(
+                    f"pipeline: {name} must be the one that the prior was trained with ({wanted}), "
+                    f"got {found}"
+                )
         self.tokenizer, self.vae, self.prior, self.ranker = tokenizer, vae, prior, ranker
         self.grid: tuple[int, int] = tuple(prior.config.grid)  # type: ignore[assignment]
         self.image_size = self.grid[0] * vae.factor
@@ -277,6 +285,14 @@ class Pipeline:
             order = scores.argsort(descending=True, stable=True)
         best = order[:top]
         return Generation(images[best], scores[best], tokens.cpu()[best], best)
+
+
+def _origins(tokenizer: Tokenizer, vae: DiscreteVAE) -> dict[str, str]:
+    """What a prior's `trained_on` says of these, as far as it can be known."""
+    found = {"tokenizer": tokenizer.fingerprint()}
+    if all(p.dtype == torch.float32 for p in vae.parameters()):  # a rounded copy has other bits
+        found["vae"] = fingerprint(vae)
+    return found
 
 
 def write_config(directory: Path, *, ranker: bool) -> None:

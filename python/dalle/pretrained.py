@@ -64,8 +64,11 @@ def tensors_to_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A hash of a module's weights and buffers."""
-    found = hashlib.sha256(tensors_to_bytes(module.state_dict()))
+    """A hash of a module's weights and buffers: of their names, dtypes, shapes and bits."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return f"SHA-256 {found.hexdigest()[:16]}"
 
 
@@ -96,13 +99,19 @@ def tensors_from_bytes(data: bytes, where: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{where}: must be a safetensors file, got: {reason}") from problem
 
 
-def save_pretrained(module: nn.Module, directory: Path | str, config: Any) -> None:
+def save_pretrained(
+    module: nn.Module,
+    directory: Path | str,
+    config: Any,
+    trained_on: Mapping[str, str] | None = None,
+) -> None:
     """Writes `module` into `directory`, which is made if missing.
 
     Args:
         module: its `state_dict()` is written, in the dtypes it has.
         directory: the model folder; other files in it stay.
         config: the dataclass that `load_config` gives back.
+        trained_on: see `Pretrained`.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -118,6 +127,8 @@ def save_pretrained(module: nn.Module, directory: Path | str, config: Any) -> No
         "config": to_dict(config),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
+    if trained_on:
+        head["trained_on"] = dict(trained_on)
     write_atomic(directory / CONFIG_FILE, to_json(head))
 
 
@@ -184,6 +195,19 @@ def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], where: str
         tensor.copy_(tensors[name])
 
 
+def load_trained_on(directory: Path | str) -> dict[str, str]:
+    """What the model in a folder was trained on; empty where nobody wrote it down.
+
+    Raises:
+        CheckpointError: config.json is damaged.
+    """
+    path = Path(directory) / CONFIG_FILE
+    found = _checked(read_json(path, CheckpointError), path).get("trained_on", {})
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise CheckpointError(f"{path}: trained_on must be hashes by name, got something else")
+    return found
+
+
 def _checked(head: Any, path: Path) -> dict[str, Any]:
     """The content of config.json if it has the keys that this version writes."""
     wanted = {"format_version", "class", "config", "weights_sha256"}
@@ -204,6 +228,8 @@ class Pretrained(nn.Module, Generic[T]):
     Attributes:
         config_type: class of the config, to read config.json with.
         config: the sizes this model has.
+        trained_on: name -> `fingerprint` of what its training took as given and its users need
+            too, e.g. "vae" and "tokenizer" of a prior; empty where it is not known.
     """
 
     config_type: type[T]
@@ -211,6 +237,7 @@ class Pretrained(nn.Module, Generic[T]):
     def __init__(self, config: T) -> None:
         super().__init__()
         self.config = config
+        self.trained_on: dict[str, str] = {}
 
     @classmethod
     def from_pretrained(cls, directory: Path | str) -> Self:
@@ -223,11 +250,12 @@ class Pretrained(nn.Module, Generic[T]):
         with torch.random.fork_rng(devices=[]):  # loading must not move the caller's generator
             model = cls._with_parts(config, Path(directory))
         load_weights(model, directory)
+        model.trained_on = load_trained_on(directory)
         return model.eval()
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Writes config.json and model.safetensors into a folder, which is made if missing."""
-        save_pretrained(self, directory, self.config)
+        save_pretrained(self, directory, self.config, self.trained_on)
 
     @classmethod
     def _with_parts(cls, config: T, directory: Path) -> Self:

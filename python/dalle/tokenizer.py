@@ -177,8 +177,9 @@ class Tokenizer:
         write_atomic(directory / CONFIG_FILE, to_json(head))
 
     def fingerprint(self) -> str:
-        """A hash of the vocabulary and its merges."""
-        return f"SHA-256 {hashlib.sha256(self._bpe.to_str().encode()).hexdigest()[:16]}"
+        """A hash of the vocabulary and its merges, the same with any version of `tokenizers`."""
+        content = repr((sorted(self._symbols.items()), sorted(self._merges.items())))
+        return f"SHA-256 {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     @classmethod
     def from_pretrained(cls, directory: Path | str) -> Tokenizer:

@@ -16,7 +16,7 @@ import torch
 from tiny_task import TinyTask, config, state_hash
 
 from dalle import files
-from dalle.errors import CheckpointError, EnvironmentProblem
+from dalle.errors import CheckpointError, EnvironmentProblem, OtherTrainingError
 from dalle.train import checkpoint
 from dalle.train.checkpoint import checkpoints, load_checkpoint, read_manifest, save_checkpoint
 from dalle.train.loop import train
@@ -299,8 +299,11 @@ def test_another_description_is_refused_with_both_values(tmp_path):
     path = save_checkpoint(trained(), tmp_path, 3)
     with pytest.raises(CheckpointError, match=r"width must be 5 as in this run, got 4$"):
         load_checkpoint(TinyTask(width=5), path)
-    with pytest.raises(CheckpointError, match=r"optimizer.seed must be 1 .*, got 0$"):
+    with pytest.raises(OtherTrainingError, match=r"optimizer.seed must be 1 .*, got 0$"):
         load_checkpoint(TinyTask(seed=1), path)
+    line = r"width must be 5 as in this run, got 4; optimizer.seed 1, got 0$"
+    with pytest.raises(OtherTrainingError, match=line):
+        load_checkpoint(TinyTask(width=5, seed=1), path)
     other = TinyTask()
     other.name = "dvae"
     with pytest.raises(CheckpointError, match="task must be dvae, got tiny"):
@@ -309,6 +312,25 @@ def test_another_description_is_refused_with_both_values(tmp_path):
     other.average = None
     with pytest.raises(CheckpointError, match="average must be"):
         load_checkpoint(other, path)
+
+
+def test_changes_are_accepted_on_purpose_and_said(tmp_path, capsys):
+    task = trained()
+    path = save_checkpoint(task, tmp_path, 3)
+    other = TinyTask(seed=1)
+    other.optimizer.param_groups[0]["weight_decay"] = 0.7
+    assert load_checkpoint(other, path, accept_changes=True) == 3
+    said = capsys.readouterr().err
+    assert f"goes on from {path} with changes: optimizer.seed from 0 to 1" in said
+    assert other.optimizer.param_groups[0]["weight_decay"] == 0.7  # of this run, the rest as saved
+    for mine, saved in zip(other.optimizer.param_groups, task.optimizer.param_groups, strict=True):
+        mine |= {"weight_decay": saved["weight_decay"], "lr": saved["lr"]}
+    assert state_hash(other) == state_hash(task)
+    wide = TinyTask(width=5)
+    untouched = state_hash(wide)
+    with pytest.raises(CheckpointError, match=r"0.weight must be \(5, 3\)"):
+        load_checkpoint(wide, path, accept_changes=True)
+    assert state_hash(wide) == untouched
 
 
 def test_state_must_be_json(tmp_path):

@@ -228,7 +228,7 @@ def test_a_process_without_a_picture_that_decodes_goes_on(two):
 def test_other_data_on_one_process_is_named(two):
     for found in two["other"]:
         for what, said in found.items():
-            key = {"picture": "pairs", "caption": "pairs"}.get(what, what)
+            key = {"picture": "data.pictures", "caption": "data.captions"}.get(what, what)
             assert said.startswith(f"cluster: {key} must be the same on all processes ("), said
             assert said.endswith(" on process 1"), said
 

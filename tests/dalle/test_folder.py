@@ -14,7 +14,7 @@ from PIL import Image
 
 from dalle.data import folder as folder_module
 from dalle.data.folder import FolderPairs
-from dalle.data.pairs import load_or_skip, load_pairs
+from dalle.data.pairs import fingerprints, load_or_skip, load_pairs
 from dalle.errors import DataError, UsageError
 
 
@@ -221,6 +221,26 @@ def test_a_file_that_goes_away_is_a_data_error(tmp_path):
     (tmp_path / "a.png").unlink()
     with pytest.raises(DataError, match="a.png: image must be a plain file, got: not a file"):
         pairs.load(0)
+
+
+def test_fingerprints_name_what_has_changed(tmp_path):
+    def found(**options):
+        return fingerprints(FolderPairs(tmp_path / "here", **options))
+
+    (tmp_path / "there").mkdir()
+    for name, shade in (("a", 10), ("b", 200)):
+        Image.new("L", (4, 4), shade).save(tmp_path / "there" / f"{name}.png")
+        (tmp_path / "there" / f"{name}.txt").write_text(name)
+    (tmp_path / "there").rename(tmp_path / "here")
+    first = found()
+    assert first == found(verify="none") == found(verify="full")
+    picture, text = tmp_path / "here" / "a.png", tmp_path / "here" / "a.txt"
+    content = picture.read_bytes()
+    picture.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])  # same size
+    second = found()
+    assert second["captions"] == first["captions"] and second["pictures"] != first["pictures"]
+    text.write_text("c")
+    assert found()["captions"] != first["captions"] and found()["pictures"] == second["pictures"]
 
 
 def test_empty_folders_get_one_line(tmp_path):

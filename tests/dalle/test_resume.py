@@ -184,6 +184,29 @@ def test_resume_from_a_path_sets_later_ones_aside(tmp_path, whole):
     assert checkpoints(tmp_path)[-1].name == "step-00000020"
 
 
+def test_an_older_one_is_named_only_where_it_goes_on(tmp_path, whole):
+    train(TinyTask(), config(tmp_path))
+    first, second, newest = checkpoints(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        train(TinyTask(width=5), config(tmp_path))
+    assert str(caught.value).endswith("got 4; --accept-changes goes on with this run's")
+    for path in (newest, second):
+        (path / "rng.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"--resume {first} goes on from an older one$"):
+        train(TinyTask(), config(tmp_path))
+    (first / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="rng.safetensors must have .* bytes, got 0$"):
+        train(TinyTask(), config(tmp_path))
+    assert checkpoints(tmp_path) == [first, second, newest]
+
+
+def test_accepted_changes_go_on(tmp_path, capsys):
+    train(TinyTask(), config(tmp_path, steps=5))
+    result = train(TinyTask(seed=1), config(tmp_path, accept_changes=True))
+    assert result.step == 20 and "seed from 0 to 1" in capsys.readouterr().err
+    assert train(TinyTask(seed=1), config(tmp_path, steps=21)).step == 21
+
+
 def test_missing_path_is_one_line(tmp_path):
     with pytest.raises(CheckpointError, match="manifest.json must be readable") as caught:
         train(TinyTask(), config(tmp_path, resume=str(tmp_path / "step-00000009")))

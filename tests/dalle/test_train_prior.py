@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 from dataclasses import replace
 
@@ -13,9 +15,11 @@ from dalle.cli import main
 from dalle.codebook import init_codebook
 from dalle.data.pairs import ArrayPairs
 from dalle.dvae import DiscreteVAE
-from dalle.errors import UsageError
+from dalle.errors import CheckpointError, OtherTrainingError, UsageError
+from dalle.pipeline import Pipeline
 from dalle.prior import PAD, Prior
 from dalle.tokenizer import Tokenizer
+from dalle.train.checkpoint import load_checkpoint, save_checkpoint
 from dalle.train.loop import LoopConfig, train
 from dalle.train.prior import PriorTask
 from dalle.train.prior_recipe import PriorTrainConfig, init_from_codebook, parameter_groups
@@ -65,6 +69,57 @@ def make_task(parts, config=SMALL, seed=0, cluster=None, **overrides):
     sizes |= {"d_model": 32, "num_heads": 2, "num_layers": 2, "kernel_size": 3, "init_gain": 1.0}
     prior = Prior.from_preset("tiny", **(sizes | overrides))
     return PriorTask(prior, tokenizer, vae, pairs, config, seed=seed, cluster=cluster)
+
+
+def changed_parts(parts, what):
+    """The parts of a training of which one thing is another."""
+    tokenizer, vae, pairs = parts
+    images, captions = pairs.images.copy(), list(pairs.captions)
+    if what == "data.pictures":
+        images[3, 2, 1] ^= 1
+    if what == "data.captions":
+        captions[0], captions[1] = captions[1], captions[0]
+    if what == "tokenizer":
+        tokenizer = Tokenizer.train(["red green", "blue", "blue"], vocab_size=tokenizer.vocab_size)
+    if what == "vae":
+        vae = copy.deepcopy(vae)
+        next(vae.parameters()).data.view(-1)[0] += 1e-6
+    return tokenizer, vae, ArrayPairs("toy", images, captions)
+
+
+def test_resuming_with_other_data_or_models_is_refused_by_name(parts, tmp_path, capsys):
+    path = save_checkpoint(make_task(parts), tmp_path, 1)
+    assert load_checkpoint(make_task(changed_parts(parts, None)), path) == 1
+    for what in ("data.pictures", "data.captions", "tokenizer", "vae"):
+        other = make_task(changed_parts(parts, what), text_vocab=parts[0].vocab_size)
+        with pytest.raises(OtherTrainingError, match=f': {what} must be "SHA-256 [^;]*$'):
+            load_checkpoint(other, path)
+        assert load_checkpoint(other, path, accept_changes=True) == 1
+        assert f"with changes: {what} from" in capsys.readouterr().err
+    with pytest.raises(OtherTrainingError, match="train.lr must be 0.02 as in this run, got 0.01$"):
+        load_checkpoint(make_task(parts, replace(SMALL, lr=0.02)), path)
+
+
+def test_a_pipeline_refuses_the_prior_of_another_dvae(parts, tmp_path):
+    tokenizer, vae, _ = parts
+    make_task(parts).model.save_pretrained(tmp_path)
+    prior = Prior.from_pretrained(tmp_path)
+    assert set(prior.trained_on) == {"vae", "tokenizer"}
+    Pipeline(tokenizer, vae, prior).save_pretrained(tmp_path / "whole")
+    again = Pipeline.from_pretrained(tmp_path / "whole")
+    assert again.prior.trained_on == prior.trained_on
+    Pipeline(tokenizer, copy.deepcopy(vae).half(), prior)  # a rounded copy cannot be told apart
+    for what in ("vae", "tokenizer"):
+        other_tokenizer, other_vae, _ = changed_parts(parts, what)
+        with pytest.raises(UsageError, match=f"pipeline: {what} must be the one that the prior"):
+            Pipeline(other_tokenizer, other_vae, prior)
+    changed_parts(parts, "vae")[1].save_pretrained(tmp_path / "whole" / "vae")
+    with pytest.raises(CheckpointError, match="vae must be the one that the prior was trained"):
+        Pipeline.from_pretrained(tmp_path / "whole")
+    head = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**head, "trained_on": ["x"]}))
+    with pytest.raises(CheckpointError, match="trained_on must be hashes by name"):
+        Prior.from_pretrained(tmp_path)
 
 
 def test_training_learns_which_caption_has_which_picture(parts, tmp_path):

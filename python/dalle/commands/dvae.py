@@ -45,6 +45,7 @@ class DvaeTrainCommand:
         device: cpu, cuda or auto.
         log_every, checkpoint_every, picture_every: updates between records.
         resume: auto, none, or the path of a checkpoint.
+        accept_changes: go on from a checkpoint of other options or pictures.
         deterministic: same bits on every run.
         cluster: how the processes of torchrun work together.
     """
@@ -61,6 +62,7 @@ class DvaeTrainCommand:
     checkpoint_every: int = 500
     picture_every: int = 500
     resume: str = "auto"
+    accept_changes: bool = False
     deterministic: bool = False
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -114,6 +116,7 @@ def train(config: DvaeTrainCommand) -> None:
         checkpoint_every=config.checkpoint_every,
         picture_every=config.picture_every,
         resume=config.resume,
+        accept_changes=config.accept_changes,
         seed=config.seed,
         deterministic=config.deterministic,
     )

@@ -45,6 +45,7 @@ class PriorCommandConfig:
         device: cpu, cuda or auto.
         seed: for everything random.
         resume: auto, none, or a checkpoint.
+        accept_changes: go on from a checkpoint of other options, data, tokenizer or dVAE.
         log_every, checkpoint_every, picture_every: updates between records, checkpoints, pictures.
         deterministic: same bits on every run.
         recipe: the training recipe; the defaults are the paper's.
@@ -65,6 +66,7 @@ class PriorCommandConfig:
     device: str = "auto"
     seed: int = 0
     resume: str = "auto"
+    accept_changes: bool = False
     log_every: int = 10
     checkpoint_every: int = 500
     picture_every: int = 500
@@ -124,6 +126,7 @@ def _train(config: PriorCommandConfig, cluster: Cluster | None) -> None:
         checkpoint_every=config.checkpoint_every,
         picture_every=config.picture_every,
         resume=config.resume,
+        accept_changes=config.accept_changes,
         seed=config.seed,
         deterministic=config.deterministic,
     )

@@ -8,9 +8,10 @@ unless verification is asked for.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,10 @@ def read_caption(path: Path) -> str:
     if not text:
         raise BadPicture(path, "caption is empty", "have a caption")
     return text
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def find_files(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Path], Counter[str]]:
@@ -109,6 +114,7 @@ class FolderPairs:
         self.skipped["caption without picture"] += len(texts.keys() - pictures.keys())
         self.paths: list[Path] = []
         captions: list[str] = []
+        self._digests: list[bytes] = []  # of the files as they were verified
         self.problems: list[str] = []  # the first hundred, in words
         stems = tqdm(sorted(pictures), "verify", disable=None if verify == "full" else True)
         for stem in stems:
@@ -116,16 +122,19 @@ class FolderPairs:
             if stem not in texts:
                 self._skip(BadPicture(first, "picture without caption", "have a caption"))
                 continue
+            digest = b""
             try:
                 caption = read_caption(texts[stem])
                 if verify != "none":
                     content = read_bytes(first)
+                    digest = _digest(content)
                     (decode if verify == "full" else open_checked)(content, first)
             except BadPicture as problem:
                 self._skip(problem)
                 continue
             self.skipped["second picture of a caption"] += len(others)
             self.paths.append(first)
+            self._digests.append(digest)
             captions.append(caption)
         self.captions: Sequence[str] = captions
         self.skipped = +self.skipped  # without the zeros
@@ -143,6 +152,14 @@ class FolderPairs:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def digests(self) -> Iterator[bytes]:
+        """A hash of each picture's file as it was verified; b"" of one that has gone since."""
+        for path, digest in zip(self.paths, self._digests, strict=True):
+            try:
+                yield digest or _digest(read_bytes(path))
+            except BadPicture:
+                yield b""
 
     def load(self, i: int) -> np.ndarray:
         """Picture i, (H, W, 3) uint8.

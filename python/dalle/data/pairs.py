@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -13,6 +14,7 @@ import numpy as np
 from dalle.errors import DataError, UsageError
 
 BUILT_IN = ("shapes", "emoji")
+SAMPLES = 64  # pictures hashed of a set whose kind is not known
 DRAWS = 1000  # pictures tried in the place of one that does not decode
 
 
@@ -193,21 +195,25 @@ def load_or_draw(
     return images, np.array(items, dtype=np.int64)
 
 
-def fingerprint(pairs: Pairs) -> str:
-    """A hash of captions and pictures; of a folder's pictures, of their names and sizes."""
-    found = hashlib.sha256()
+def fingerprints(pairs: Pairs) -> dict[str, str]:
+    """Hashes of "captions" and "pictures", in their order.
+
+    Of a folder's pictures all bytes count, of those of a kind that is not from here some samples.
+    """
+    captions, pictures = hashlib.sha256(), hashlib.sha256()
     for caption in pairs.captions:
-        found.update(caption.encode("utf-8", "surrogatepass") + b"\0")
-    images, paths = getattr(pairs, "images", None), getattr(pairs, "paths", ())
-    if images is not None:
-        found.update(np.ascontiguousarray(images).data)
-    for path in paths:
-        try:
-            size = path.stat().st_size
-        except OSError:  # it has gone, which another process may not see
-            size = -1
-        found.update(f"{path.name} {size}\0".encode("utf-8", "surrogateescape"))
-    return f"SHA-256 {found.hexdigest()[:16]}"
+        captions.update(caption.encode("utf-8", "surrogatepass") + b"\0")
+    if isinstance(pairs, ArrayPairs):
+        pictures.update(np.ascontiguousarray(pairs.images).data)
+    elif hasattr(pairs, "digests"):
+        for digest in pairs.digests():
+            pictures.update(digest)
+    else:
+        for i in np.linspace(0, len(pairs) - 1, min(SAMPLES, len(pairs))).astype(int):
+            with suppress(DataError):
+                pictures.update(np.ascontiguousarray(pairs.load(int(i))).data)
+    found = {"captions": captions, "pictures": pictures}
+    return {name: f"SHA-256 {digest.hexdigest()[:16]}" for name, digest in found.items()}
 
 
 class BatchSampler:

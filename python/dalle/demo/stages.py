@@ -17,6 +17,7 @@ from dalle.data.shapes_pairs import ShapesPairs
 from dalle.demo.config import Workspace
 from dalle.demo.recipes import DemoRecipe
 from dalle.dvae import DiscreteVAE
+from dalle.errors import CheckpointError
 from dalle.pipeline import Pipeline, write_config
 from dalle.prior import Prior
 from dalle.rerank import ContrastiveRanker
@@ -90,7 +91,13 @@ class Demo:
             picture_every=max(1, steps // 3),
             seed=self.seed,
         )
-        train(task, loop)
+        try:
+            train(task, loop)
+        except CheckpointError as problem:
+            cause = problem.__cause__ if isinstance(problem.__cause__, CheckpointError) else problem
+            raise CheckpointError(
+                f"demo: {cause}; remove {loop.out} to train this part again"
+            ) from problem
         if task.average is not None:
             with task.average.applied():
                 task.model.eval()

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from dalle.distributed.cluster import Cluster
 from dalle.distributed.hooks import PowerSGD
 from dalle.precision import ResblockScaler
+from dalle.pretrained import Pretrained
 from dalle.sharded import gather
 from dalle.train.metrics import say
 
@@ -102,6 +103,9 @@ def whole_model(
     plain_class: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
     with torch.random.fork_rng(devices=[]):
         plain: nn.Module = plain_class(model.config)
+    if isinstance(plain, Pretrained):
+        assert isinstance(model, Pretrained)
+        plain.trained_on = dict(model.trained_on)
     plain.load_state_dict(state)
     return plain.eval()
 

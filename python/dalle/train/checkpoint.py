@@ -22,14 +22,14 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dalle import __version__
-from dalle.errors import CheckpointError
+from dalle.errors import CheckpointError, OtherTrainingError
 from dalle.files import (
     check_regular,
     parse_json,
@@ -42,6 +42,7 @@ from dalle.files import (
     write_synced,
 )
 from dalle.pretrained import load_tensors, tensors_from_bytes, tensors_to_bytes
+from dalle.train.metrics import say
 from dalle.train.tree import pack_tree, rng_state, set_rng_state, unpack_tree
 
 if TYPE_CHECKING:
@@ -212,41 +213,53 @@ def read_manifest(path: Path, part: slice = ALL) -> dict[str, Any]:
     return manifest
 
 
-def load_checkpoint(task: Task, path: Path) -> int:
+def load_checkpoint(task: Task, path: Path, *, accept_changes: bool = False) -> int:
     """Verifies the checkpoint at `path`, puts all its state into `task`, returns its step.
 
+    Args:
+        task: of the same kind as the one that was saved.
+        path: folder of the checkpoint.
+        accept_changes: whether it may be of another description, as of other data or another step
+            size; what differs is said. The optimizer then keeps the options that `task` gave it.
+
     Raises:
-        CheckpointError: if it is damaged, or of another task or description (the line names the
-            first key that differs, and both values); in these cases `task` is untouched.
+        OtherTrainingError: if it is of another description (the line names what differs, and both
+            values).
+        CheckpointError: if it is damaged, or of another task. In these cases `task` is untouched.
     """
     if task.cluster is not None or (path / SHARDS).is_dir():
         from dalle.train import checkpoint_shards
 
-        return checkpoint_shards.load(task, task.cluster, path)
+        return checkpoint_shards.load(task, task.cluster, path, accept_changes=accept_changes)
     manifest = read_manifest(path)
-    state = check_fits(task, manifest, path)
+    state = check_fits(task, manifest, path, accept_changes=accept_changes)
     groups = {}
     for name in ("model", "optimizer", "average", "rng"):
         file = path / f"{name}.safetensors"
         size = manifest["files"][file.name]["bytes"]
         groups[name] = tensors_from_bytes(read_bytes(file, size), file)
     load_tensors(task.model, groups["model"], f"checkpoint {path}: model.safetensors")
-    restore(task, state, groups["optimizer"] | groups["average"], path)
+    restore(task, state, groups["optimizer"] | groups["average"], path, accept_changes)
+    say_changes(task, manifest, path)
     set_rng_state(unpack_tree(state["rng"], groups["rng"]))
     return int(manifest["step"])
 
 
-def check_fits(task: Task, manifest: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The packed state of a checkpoint of this training. Raises CheckpointError for another's."""
+def check_fits(
+    task: Task, manifest: dict[str, Any], path: Path, *, accept_changes: bool = False
+) -> dict[str, Any]:
+    """The packed state of a checkpoint of this training; raises as `load_checkpoint`."""
     where = f"checkpoint {path}"
     if manifest["task"] != task.name:
         raise CheckpointError(f"{where}: task must be {task.name}, got {manifest['task']}")
-    difference = first_difference(json.loads(to_json(task.describe())), manifest["description"])
-    if difference is not None:
-        key, mine, theirs = difference
-        raise CheckpointError(
-            f"{where}: {key} must be {json.dumps(mine)} as in this run, got {json.dumps(theirs)}"
-        )
+    mine = json.loads(to_json(task.describe()))
+    found = list(differences(mine, manifest["description"]))
+    if found and not accept_changes:
+        (key, own, theirs), *more = found
+        line = f"{where}: {key} must be {_short(own)} as in this run, got {_short(theirs)}"
+        if more:
+            line += "; " + ", ".join(f"{k} {_short(a)}, got {_short(b)}" for k, a, b in more)
+        raise OtherTrainingError(line)
     state: dict[str, Any] = read_json(path / STATE, CheckpointError)
     if (state["average"] is None) != (task.average is None):
         raise CheckpointError(
@@ -255,26 +268,53 @@ def check_fits(task: Task, manifest: dict[str, Any], path: Path) -> dict[str, An
     return state
 
 
-def restore(task: Task, state: dict[str, Any], tensors: dict[str, Any], path: Path) -> None:
+def say_changes(task: Task, manifest: dict[str, Any], path: Path) -> None:
+    """What differs between this run and the checkpoint that it goes on from, if anything."""
+    found = differences(json.loads(to_json(task.describe())), manifest["description"])
+    changed = ", ".join(f"{key} from {_short(b)} to {_short(a)}" for key, a, b in found)
+    if changed:
+        say(f"{task.name}: goes on from {path} with changes: {changed}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def restore(
+    task: Task,
+    state: dict[str, Any],
+    tensors: dict[str, Any],
+    path: Path,
+    accept_changes: bool = False,
+) -> None:
     """Puts the packed state into `task`, all but the model's weights and the generators."""
     where = f"checkpoint {path}"
+    groups = task.optimizer.param_groups
+    own = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     try:
         task.optimizer.load_state_dict(unpack_tree(state["optimizer"], tensors))
     except (KeyError, ValueError) as problem:
         reason = str(problem).splitlines()[0]
         raise CheckpointError(f"{where}: optimizer must fit this run's, got: {reason}") from problem
+    if accept_changes:  # the state is the checkpoint's, the options are this run's
+        for group, options in zip(task.optimizer.param_groups, own, strict=True):
+            group.update(options)
     if task.average is not None:
         task.average.load_state_dict(unpack_tree(state["average"], tensors))
     task.load_state(unpack_tree(state["task"], {}))
 
 
-def first_difference(mine: Any, theirs: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first place (dotted key, my value, their value) where two JSON values differ, or None."""
+def differences(mine: Any, theirs: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The places (dotted key, my value, their value) where two JSON values differ."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for name in [*mine, *(k for k in theirs if k not in mine)]:
             inner = f"{key}.{name}" if key else name
-            found = first_difference(mine.get(name), theirs.get(name), inner)
-            if found is not None:
-                return found
-        return None
-    return None if mine == theirs else (key or "description", mine, theirs)
+            yield from differences(mine.get(name), theirs.get(name), inner)
+    elif mine != theirs:
+        yield key or "description", mine, theirs
+
+
+def first_difference(mine: Any, theirs: Any) -> tuple[str, Any, Any] | None:
+    """The first of `differences`, or None."""
+    return next(differences(mine, theirs), None)

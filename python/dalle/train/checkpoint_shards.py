@@ -119,7 +119,7 @@ def _written_by(folder: Path, rank: int) -> list[Path]:
     return own if rank else [*own, folder / STATE]
 
 
-def load(task: Task, cluster: Cluster | None, path: Path) -> int:
+def load(task: Task, cluster: Cluster | None, path: Path, *, accept_changes: bool = False) -> int:
     """`checkpoint.load_checkpoint` by any number of processes, of a checkpoint of any number.
 
     With as many processes as wrote it, the run goes on bit for bit. Collective.
@@ -131,7 +131,7 @@ def load(task: Task, cluster: Cluster | None, path: Path) -> int:
     with _agreed(cluster):
         manifest = checkpoint.read_manifest(path, slice(rank, None, world))
     with _agreed(cluster):
-        state = checkpoint.check_fits(task, manifest, path)
+        state = checkpoint.check_fits(task, manifest, path, accept_changes=accept_changes)
         sharded = (path / SHARDS).is_dir()
         _check_no_others(path, manifest)
         reader = HuggingFaceStorageReader(str(path / SHARDS if sharded else path))
@@ -143,7 +143,8 @@ def load(task: Task, cluster: Cluster | None, path: Path) -> int:
             dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=cluster is None)
     weights = {name: tensors[name] for name in task.model.state_dict() if name in tensors}
     load_tensors(task.model, weights, f"checkpoint {path}: weights")
-    checkpoint.restore(task, state, tensors, path)
+    checkpoint.restore(task, state, tensors, path, accept_changes)
+    checkpoint.say_changes(task, manifest, path)
     if cluster is not None and cluster.psgd is not None:
         if "powersgd" in state:
             cluster.psgd.load_state_dict(unpack_tree(state["powersgd"], tensors))

@@ -14,7 +14,7 @@ from dalle.averaging import IterateAverage
 from dalle.codebook import codebook_health, init_codebook
 from dalle.configs import require, require_adamw, to_dict
 from dalle.data.augment import center_crop, dvae_crop, to_tensor
-from dalle.data.pairs import BatchSampler, Pairs, fingerprint, load_or_draw, load_or_skip
+from dalle.data.pairs import BatchSampler, Pairs, fingerprints, load_or_draw, load_or_skip
 from dalle.dvae import DiscreteVAE
 from dalle.dvae_blocks import Block, PatchBlock
 from dalle.errors import UsageError
@@ -118,8 +118,9 @@ class DvaeTask:
         self.model, self.pairs, self.config, self.seed = vae, pairs, config, seed
         self.cluster = cluster
         self.device = next(vae.parameters()).device if cluster is None else cluster.device
+        self.data = {"name": pairs.name, "pairs": len(pairs), **fingerprints(pairs)}
         if cluster is not None:
-            cluster.agree({**self.describe(), "pairs": fingerprint(pairs)})
+            cluster.agree(self.describe())
         vae.grid(config.image_size)
         if config.warm_start_steps and vae.config.stem != "patch":
             raise UsageError(
@@ -145,9 +146,8 @@ class DvaeTask:
 
     def describe(self) -> dict[str, Any]:
         """What fixes the training: model, recipe, data, seed."""
-        data = {"name": self.pairs.name, "pictures": len(self.pairs)}
         model, recipe = to_dict(self.model.config), to_dict(self.config)
-        return {"model": model, "train": recipe, "data": data, "seed": self.seed}
+        return {"model": model, "train": recipe, "data": self.data, "seed": self.seed}
 
     def images(self, indices: np.ndarray) -> Tensor:
         """(B, 3, S, S) in [0, 1], cropped to the centre; without those that do not decode."""

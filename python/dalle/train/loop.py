@@ -69,6 +69,8 @@ class LoopConfig:
         picture_every: updates between pictures; 0 draws none.
         resume: "auto" (the newest checkpoint in `out`, if any), "none" (a fresh start, refused if
             `out` holds checkpoints) or the path of a checkpoint.
+        accept_changes: whether the checkpoint may be of other options, data or models, as far as
+            its tensors fit; what differs is said.
         seed: for everything random.
         deterministic: same bits on every run, at the price of slower kernels on a GPU.
     """
@@ -80,6 +82,7 @@ class LoopConfig:
     keep: int = 3
     picture_every: int = 500
     resume: str = "auto"
+    accept_changes: bool = False
     seed: int = 0
     deterministic: bool = False
 

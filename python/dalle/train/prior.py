@@ -12,12 +12,12 @@ from torch import Tensor
 from dalle.averaging import IterateAverage
 from dalle.configs import to_dict
 from dalle.data.augment import center_crop, prior_crop, to_tensor
-from dalle.data.pairs import BatchSampler, Pairs, fingerprint, load_or_draw, load_or_skip
+from dalle.data.pairs import BatchSampler, Pairs, fingerprints, load_or_draw, load_or_skip
 from dalle.dvae import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.pictures import rows_of
 from dalle.precision import ResblockScaler
-from dalle.pretrained import fingerprint as fingerprint_of_weights
+from dalle.pretrained import fingerprint
 from dalle.prior import PAD, Prior, PriorOutput
 from dalle.prior_config import IMAGE_WEIGHT, TEXT_WEIGHT
 from dalle.schedules import PlateauHalving
@@ -81,11 +81,10 @@ class PriorTask:
     ) -> None:
         self.model, self.tokenizer, self.vae, self.pairs = prior, tokenizer, vae.eval(), pairs
         self.config, self.seed, self.cluster = config, seed, cluster
+        self.data = {"name": pairs.name, "pairs": len(pairs), **fingerprints(pairs)}
+        prior.trained_on = {"tokenizer": tokenizer.fingerprint(), "vae": fingerprint(vae)}
         if cluster is not None:
-            cluster.agree({
-                "tokenizer": tokenizer.fingerprint(), "vae": fingerprint_of_weights(vae),
-                **self.describe(), "pairs": fingerprint(pairs),
-            })  # fmt: skip
+            cluster.agree(self.describe())
         sizes = prior.config
         if sizes.text_vocab < tokenizer.vocab_size:
             want = f"at least the tokenizer's {tokenizer.vocab_size}"
@@ -129,9 +128,8 @@ class PriorTask:
 
     def describe(self) -> dict[str, Any]:
         """What fixes the training: model, recipe, data, seed."""
-        data = {"name": self.pairs.name, "pictures": len(self.pairs)}
-        model, recipe = to_dict(self.model.config), to_dict(self.config)
-        return {"model": model, "train": recipe, "data": data, "seed": self.seed}
+        given = {**self.model.trained_on, "data": self.data, "seed": self.seed}
+        return {**given, "model": to_dict(self.model.config), "train": to_dict(self.config)}
 
     def batch(self, step: int) -> Batch:
         """This process's part of the batch of update `step`, a pure function of the seed."""

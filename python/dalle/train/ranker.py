@@ -21,10 +21,11 @@ from torch import nn
 
 from dalle.averaging import IterateAverage
 from dalle.data.augment import center_crop, to_tensor
-from dalle.data.pairs import Pairs, load_or_skip
+from dalle.data.pairs import Pairs, fingerprints, load_or_skip
 from dalle.dvae import DiscreteVAE
 from dalle.errors import UsageError
 from dalle.pictures import rows_of
+from dalle.pretrained import fingerprint
 from dalle.rerank import ContrastiveRanker
 from dalle.schedules import cosine_ramp, linear_warmup
 from dalle.train.loop import step_seed
@@ -164,6 +165,11 @@ class RankerTask:
         self.model: nn.Module = ranker
         self.ranker, self.pairs, self.config, self.seed = ranker, pairs, config, seed
         self.vae = vae.eval().requires_grad_(False) if vae is not None else None
+        self.given = {
+            "tokenizer": ranker.tokenizer.fingerprint(),
+            "vae": None if vae is None else fingerprint(vae),
+            "data": {"name": pairs.name, "pairs": len(pairs), **fingerprints(pairs)},
+        }
         self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.text = ranker.tokenizer.encode(pairs.captions, ranker.config.text_len)
         _, ids = torch.unique(self.text, dim=0, return_inverse=True)
@@ -184,11 +190,9 @@ class RankerTask:
 
     def describe(self) -> dict[str, Any]:
         return {
+            **self.given,
             "ranker": asdict(self.ranker.config),
             "train": asdict(self.config),
-            "data": self.pairs.name,
-            "items": len(self.pairs),
-            "vae": self.vae is not None,
             "seed": self.seed,
         }
 

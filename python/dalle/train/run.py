@@ -22,13 +22,16 @@ from dalle.errors import (
     DalleError,
     DataError,
     EnvironmentProblem,
+    OtherTrainingError,
     UsageError,
 )
 from dalle.files import saving, temporary_name
 from dalle.pictures import save_png, to_uint8
 from dalle.train.checkpoint import (
+    check_fits,
     checkpoints,
     load_checkpoint,
+    read_manifest,
     remove_stale,
     save_checkpoint,
     step_of,
@@ -106,7 +109,8 @@ def resume(task: Task, config: LoopConfig) -> int:
     """Puts the state to begin with into `task` and returns the updates already done.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged, missing or of another training.
+        CheckpointError: if the checkpoint is damaged, missing or of another training; the line
+            says how to go on where there is a way.
         UsageError: if `resume` is "none" and `out` holds checkpoints, which would mix two runs.
     """
     out, cluster = Path(config.out), task.cluster
@@ -121,23 +125,36 @@ def resume(task: Task, config: LoopConfig) -> int:
                 "choose another folder or remove it"
             )
         return 0
+    if config.resume == "auto" and not found:
+        return 0
+    path = found[-1] if config.resume == "auto" else Path(config.resume)
+    try:
+        step = load_checkpoint(task, path, accept_changes=config.accept_changes)
+    except OtherTrainingError as problem:
+        raise OtherTrainingError(
+            f"{problem}; --accept-changes goes on with this run's"
+        ) from problem
+    except CheckpointError as problem:
+        older = None
+        if config.resume == "auto" and not _can_go_on(task, path, config):
+            older = next((p for p in found[-2::-1] if _can_go_on(task, p, config)), None)
+        hint = "" if older is None else f"; --resume {older} goes on from an older one"
+        raise CheckpointError(f"{problem}{hint}") from problem
     if config.resume != "auto":
-        path = Path(config.resume)
-        step = load_checkpoint(task, path)
         with agreed(cluster), saving("train", out):
             if cluster is None or cluster.leads:
                 set_aside_later(out, step)
-    elif found:
-        path = found[-1]
-        try:
-            step = load_checkpoint(task, path)
-        except CheckpointError as problem:
-            older = f"; --resume {found[-2]} goes on from an older one" if len(found) > 1 else ""
-            raise CheckpointError(f"{problem}{older}") from problem
-    else:
-        return 0
     say(f"{task.name}: resumed after step {step} from {path}")
     return step
+
+
+def _can_go_on(task: Task, path: Path, config: LoopConfig) -> bool:
+    """Whether a checkpoint is whole and of this training."""
+    try:
+        check_fits(task, read_manifest(path), path, accept_changes=config.accept_changes)
+    except CheckpointError:
+        return False
+    return True
 
 
 @contextmanager
