@@ -89,11 +89,11 @@ flipped[len(NOISE) // 2] ^= 0xFF
 BAD = {  # name -> (content, reason)
     "bad/00.jpg": (b"", "empty file"),
     "bad/01.jpg": (b"hello", "not a picture"),
-    "bad/02.png": (b"\x89PNG\r\n\x1a\n", "not a picture"),
-    "bad/03.jpg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
-    "bad/04.png": (animated("GIF"), "not a picture"),
-    "bad/05.jpg": (encode(photo(), format="BMP"), "not a picture"),
-    "bad/06.jpg": (encode(photo(), format="TIFF"), "not a picture"),
+    "bad/02.png": (b"\x89PNG\r\n\x1a\n", "damaged header"),
+    "bad/03.jpg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "picture of another format"),
+    "bad/04.png": (animated("GIF"), "picture of another format"),
+    "bad/05.jpg": (encode(photo(), format="BMP"), "picture of another format"),
+    "bad/06.jpg": (encode(photo(), format="TIFF"), "picture of another format"),
     "bad/07.jpg": (JPEG[:-40], "does not decode"),
     "bad/08.jpg": (NOISE_JPEG[: len(NOISE_JPEG) // 2], "does not decode"),
     "bad/09.png": (NOISE[: len(NOISE) // 2], "does not decode"),
@@ -103,10 +103,10 @@ BAD = {  # name -> (content, reason)
     "bad/13.png": (png_claiming(16_385, 10), "too many pixels"),
     "bad/14.png": (png_claiming(1000, 1000), "does not decode"),  # too little data
     "bad/15.png": (b"\0" * 5000, "not a picture"),
-    "bad/16.webp": (b"RIFF\xff\xff\xff\xffWEBPVP8 ", "not a picture"),
+    "bad/16.webp": (b"RIFF\xff\xff\xff\xffWEBPVP8 ", "damaged header"),
     "bad/17.jpg": (b"#!/bin/sh\necho owned\n", "not a picture"),
-    "bad/18.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a picture"),
-    "bad/19.png": (PNG[:8] + b"\xff\xff\xff\xff" + PNG[12:], "not a picture"),
+    "bad/18.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%Bounding", "picture of another format"),
+    "bad/19.png": (PNG[:8] + b"\xff\xff\xff\xff" + PNG[12:], "damaged header"),
 }
 TEXTS = {  # caption content -> reason
     b"": "caption is empty",

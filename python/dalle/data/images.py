@@ -4,31 +4,52 @@ from __future__ import annotations
 
 import errno
 import io
-import struct
-import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from dalle import files
+from dalle.data.containers import Parts, picture_format, take_apart
 from dalle.errors import DataError
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+DECODERS: dict[str, type[ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+}
+FORMATS = tuple(DECODERS)
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 16_384
 MAX_FILE_BYTES = 64 << 20
+TURNS = {  # EXIF orientation -> what shows the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BadPicture(DataError):
-    """A picture that is refused.
+    """A picture or caption that is refused.
 
-    Attributes:
+    Args:
+        path: the file.
         reason: the short form that reports count by.
+        requirement: what the file must do, in words.
+        detail: what was found, where there is more to say than the reason.
+        what: "image" or "caption".
     """
 
-    def __init__(self, path: Path | str, reason: str, requirement: str) -> None:
-        super().__init__(f"{path}: image must {requirement}, got: {reason}")
+    def __init__(
+        self, path: Path | str, reason: str, requirement: str, detail: str = "", what: str = "image"
+    ) -> None:
+        detail = " ".join(detail.split())
+        found = f"{reason} ({detail})" if detail else reason
+        super().__init__(f"{path}: {what} must {requirement}, got: {found}")
         self.reason = reason
 
 
@@ -40,13 +61,14 @@ def read_bytes(path: Path) -> bytes:
     """
     try:
         if not path.is_file():
-            raise BadPicture(path, "not a file", "be a plain file")
+            reason = "link to nothing" if path.is_symlink() else "not a file"
+            raise BadPicture(path, reason, "be a plain file")
         content = files.read_bytes(path, MAX_FILE_BYTES)
     except OSError as error:
         if error.errno == errno.EFBIG:
             limit = f"be at most {MAX_FILE_BYTES} bytes"
             raise BadPicture(path, "file too large", limit) from error
-        raise BadPicture(path, "not readable", "be readable") from error
+        raise BadPicture(path, "not readable", "be readable", error.strerror or "") from error
     if not content:
         raise BadPicture(path, "empty file", "hold bytes")
     return content
@@ -58,26 +80,55 @@ def open_checked(content: bytes, path: Path | str) -> Image.Image:
     Nothing is decoded yet.
 
     Raises:
-        BadPicture: not JPEG, PNG or WebP, or too large.
+        BadPicture: not JPEG, PNG or WebP, a damaged header, no pixels, or too many.
     """
+    return _open(content, path)[0]
+
+
+def _open(content: bytes, path: Path | str) -> tuple[Image.Image, Parts]:
+    kind, known = picture_format(content), f"be one of {', '.join(FORMATS)}"
+    if kind is None:
+        begin = ascii(content[:16].decode("latin-1"))
+        raise BadPicture(path, "not a picture", known, f"it begins with {begin}")
+    if kind not in DECODERS:
+        raise BadPicture(path, "picture of another format", known, kind)
+    parts = take_apart(content)
+    if parts.size is not None:
+        _check_size(parts.size, path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own size warning; the limits are below
-            picture = Image.open(io.BytesIO(content), formats=FORMATS)
+        picture = DECODERS[kind](io.BytesIO(parts.content))
+    except MemoryError:
+        raise
     except Image.DecompressionBombError as error:
-        raise BadPicture(path, "too many pixels", f"have at most {MAX_PIXELS} pixels") from error
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, OverflowError) as error:
-        raise BadPicture(path, "not a picture", f"be one of {', '.join(FORMATS)}") from error
-    width, height = picture.size
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise BadPicture(
-            path, "too many pixels", f"have at most {MAX_PIXELS} pixels and sides of {MAX_SIDE}"
-        )
-    return picture
+        raise _too_many_pixels(path, str(error)) from error
+    except Exception as error:  # decoders raise many classes on damaged bytes
+        raise BadPicture(path, "damaged header", "have a whole header", str(error)) from error
+    _check_size(picture.size, path)
+    return picture, parts
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """RGB by rule: 16-bit grey scaled to 8, transparency over white, all else converted."""
+def _check_size(size: tuple[int, int], path: Path | str) -> None:
+    width, height = size
+    if min(size) < 1:
+        raise BadPicture(path, "no pixels", "have pixels", f"{width} x {height}")
+    if width * height > MAX_PIXELS or max(size) > MAX_SIDE:
+        raise _too_many_pixels(path, f"{width} x {height}")
+
+
+def _too_many_pixels(path: Path | str, found: str) -> BadPicture:
+    limits = f"have at most {MAX_PIXELS} pixels and sides of {MAX_SIDE}"
+    return BadPicture(path, "too many pixels", limits, found)
+
+
+def to_rgb(picture: Image.Image, key: tuple[int, ...] = (), depth: int = 8) -> Image.Image:
+    """RGB by rule: 16-bit grey scaled to 8, transparency over white, all else converted.
+
+    Args:
+        picture: a decoded one.
+        key: sample values of the one transparent colour, or ().
+        depth: bits a sample of `key` has.
+    """
+    where = _has_colour(np.asarray(picture), key, depth) if key else None
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         wide = np.asarray(picture, dtype=np.float64)
         picture = Image.fromarray(np.rint(wide.clip(0, 65535) / 257).astype(np.uint8))
@@ -86,7 +137,21 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         white.alpha_composite(rgba)
         picture = white
-    return picture.convert("RGB")
+    picture = picture.convert("RGB")
+    if where is not None and where.any():
+        picture.paste((255, 255, 255), mask=Image.fromarray(where))
+    return picture
+
+
+def _has_colour(samples: np.ndarray, key: tuple[int, ...], depth: int) -> np.ndarray:
+    """(H, W) bool, True where `samples`, as decoded, are the colour of `key` in the file."""
+    wanted = np.array(key)
+    if depth < 8 and samples.dtype == np.uint8:  # greys of 2 and 4 bits are decoded to 0 .. 255
+        wanted = wanted * 255 // ((1 << depth) - 1)
+    elif depth == 16 and samples.dtype == np.uint8:  # colours of 16 bits lose their lower half
+        wanted = wanted >> 8
+    equal = np.asarray(samples == wanted)
+    return np.asarray(equal.all(-1)) if equal.ndim == 3 else equal
 
 
 def decode(content: bytes, path: Path | str) -> np.ndarray:
@@ -102,24 +167,17 @@ def decode(content: bytes, path: Path | str) -> np.ndarray:
     Raises:
         BadPicture: refused by `open_checked`, truncated or damaged.
     """
-    picture = open_checked(content, path)
+    picture, parts = _open(content, path)
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise BadPicture(path, "LOAD_TRUNCATED_IMAGES is set", "be decoded whole")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            picture.seek(0)
-            picture.load()
-            upright = _upright(picture)
-            return np.array(to_rgb(upright))
+        picture.seek(0)
+        picture.load()
+        picture = to_rgb(picture, parts.key, parts.depth)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise many classes on damaged bytes
-        raise BadPicture(path, "does not decode", "decode whole") from error
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # a damaged EXIF block spoils the orientation, not the pixels
-        return picture
+        raise BadPicture(path, "does not decode", "decode whole", str(error)) from error
+    if parts.orientation in TURNS:
+        picture = picture.transpose(TURNS[parts.orientation])
+    return np.array(picture)
