@@ -32,6 +32,8 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
         "dalle.commands.dvae_import:import_openai",
         "take the weights that the paper's authors released",
     ),
+    ("ranker", "train"): ("dalle.commands.ranker:train_command", "learn which sample is best"),
+    ("pipeline", "make"): ("dalle.commands.pipeline:make", "trained parts into what sample takes"),
     ("plot", "scales"): ("dalle.commands.plot:scales", "the gradient scales of a training"),
     ("tokenizer", "train"): ("dalle.commands.tokenizer:train", "learn a byte-level BPE"),
     ("env",): ("dalle.commands.env:env", "versions, devices, native objects and extras found"),

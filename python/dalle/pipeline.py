@@ -83,6 +83,11 @@ class Pipeline:
         self.tokenizer, self.vae, self.prior, self.ranker = tokenizer, vae, prior, ranker
         self.grid: tuple[int, int] = tuple(prior.config.grid)  # type: ignore[assignment]
         self.image_size = self.grid[0] * vae.factor
+        if isinstance(ranker, ContrastiveRanker) and ranker.config.image_size != self.image_size:
+            raise UsageError(
+                f"pipeline: the ranker's image_size must be {self.image_size}, which the prior and "
+                f"the vae draw, got {ranker.config.image_size}"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -120,9 +125,11 @@ class Pipeline:
     def save_pretrained(self, directory: Path | str) -> None:
         """Writes the parts into subfolders tokenizer, vae, prior, ranker, and config.json last.
 
-        A ranker of another class is not ours to copy: it must be given again after loading.
+        A ranker of another class is not ours to copy: it must be given again after loading. Of a
+        pipeline that was there, nothing is loaded until all of the new one is written.
         """
         directory = Path(directory)
+        (directory / "config.json").unlink(missing_ok=True)
         self.tokenizer.save_pretrained(directory / "tokenizer")
         self.vae.save_pretrained(directory / "vae")
         self.prior.save_pretrained(directory / "prior")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from functools import partial
 
 import numpy as np
@@ -28,7 +30,7 @@ def reference():
         yield
 
 
-def build(ranker=True, codes=16):
+def build(ranker=True, codes=16, prior_codes=16):
     torch.manual_seed(0)
     tokenizer = Tokenizer.train([CAPTION, "a blue square"] * 4, vocab_size=280)
     vae = DiscreteVAE(
@@ -36,7 +38,7 @@ def build(ranker=True, codes=16):
                           vocab_size=codes)
     )  # fmt: skip
     prior = Prior(
-        PriorConfig(text_vocab=280, image_vocab=16, text_len=8, grid=(4, 4), d_model=32,
+        PriorConfig(text_vocab=280, image_vocab=prior_codes, text_len=8, grid=(4, 4), d_model=32,
                     num_heads=2, num_layers=2, kernel_size=3)
     )  # fmt: skip
     for parameter in prior.image_head.parameters():
@@ -192,6 +194,67 @@ def test_sample_without_captions_or_model_gets_one_line(folder, tmp_path, capsys
     assert run("sample", CAPTION, "--model", folder, "--device", "abacus") == 2
     assert "device: must be auto, cpu" in capsys.readouterr().err
     assert run("sample", "--file", tmp_path / "none.txt", "--model", folder) == 3
+
+
+def make(folder, out, **other):
+    parts = {name: folder / name for name in ("tokenizer", "vae", "prior", "ranker")} | other
+    words = [(f"--{name}", path) for name, path in parts.items() if path is not None]
+    return run("pipeline", "make", *(word for pair in words for word in pair), "--out", out)
+
+
+def test_pipeline_make_puts_trained_parts_together(pipeline, folder, tmp_path, capsys):
+    out = tmp_path / "deep" / "made"
+    assert make(folder, out) == 0
+    said = capsys.readouterr().out
+    assert f"pictures of 16 x 16 pixels, with a ranker, in {out}" in said
+    words = shlex.split(said.splitlines()[-1])[4:]  # what it says to type now
+    assert words == ["sample", "A CAPTION", "--model", str(out)]
+    assert run(*words, "--num-candidates", 2, "--top", 1, "--out", tmp_path / "drawn") == 0
+    both = pipeline, Pipeline.from_pretrained(out)
+    first, second = (p.generate("a", num_candidates=4, top=2) for p in both)
+    assert torch.equal(first.images, second.images) and torch.equal(first.scores, second.scores)
+    assert sorted(p.name for p in out.parent.iterdir()) == ["made"]
+    assert make(folder, tmp_path / "bare", ranker=None) == 0
+    assert Pipeline.from_pretrained(tmp_path / "bare").ranker is None
+
+
+def test_pipeline_make_refuses_and_writes_nothing(folder, tmp_path, capsys, monkeypatch):
+    other = build(codes=32, prior_codes=32)
+    big = {"image_size": 32, "grid": 4, "width": 32, "depth": 1, "embed_dim": 16}
+    ContrastiveRanker.from_preset("tiny", tokenizer=other.tokenizer, **big).save_pretrained(
+        tmp_path / "big"
+    )
+    other.vae.save_pretrained(tmp_path / "vae")
+    out = tmp_path / "out"
+    for parts, code, line in (
+        ({"vae": tmp_path / "vae"}, 2, "the prior's image_vocab must be the vae's 32, got 16"),
+        ({"ranker": tmp_path / "big"}, 2, "the ranker's image_size must be 16, which .* got 32"),
+        ({"prior": folder / "vae"}, 3, "class must be Prior, got DiscreteVAE"),
+        ({"vae": tmp_path / "none"}, 3, "none/config.json"),
+    ):
+        assert make(folder, out, **parts) == code
+        said = capsys.readouterr().err
+        assert re.search(line, said) and said.count("\n") == 1
+    assert make(folder, folder) == 2
+    assert "out must be new or empty, got files in" in capsys.readouterr().err
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dalle.pipeline.write_config", full)
+    assert make(folder, out) == 4
+    assert f"{out} must be writable, got No space left on device" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["big", "out", "vae"]
+    assert list(out.iterdir()) == []
+
+
+def test_a_pipeline_half_written_over_another_is_none(tmp_path, monkeypatch):
+    build(ranker=False).save_pretrained(tmp_path)
+    monkeypatch.setattr(Prior, "save_pretrained", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build(ranker=False).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="config.json"):
+        Pipeline.from_pretrained(tmp_path)
 
 
 def test_rerank_sorts_a_folder_and_counts_what_it_skips(folder, pipeline, tmp_path, capsys):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from dalle import cli
 from dalle.data.pairs import ArrayPairs
+from dalle.dvae import DiscreteVAE
 from dalle.errors import UsageError
 from dalle.rerank import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
@@ -205,3 +209,69 @@ def test_one_caption_is_not_enough():
     same = ArrayPairs("same", pairs.images, ["a red circle"] * len(pairs))
     with pytest.raises(UsageError, match="two different captions"):
         toy_task(SMALL, pairs=same)
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A folder of pictures, a tokenizer and a discrete VAE."""
+    pairs = toy_pairs(count=12)
+    (tmp_path / "pairs").mkdir()
+    for i, caption in enumerate(pairs.captions):
+        Image.fromarray(pairs.load(i)).save(tmp_path / f"pairs/{i}.png")
+        (tmp_path / f"pairs/{i}.txt").write_text(caption)
+    Tokenizer.train(pairs.captions, 270).save_pretrained(tmp_path / "tok")
+    DiscreteVAE.from_preset("tiny", vocab_size=8, n_hid=8, n_init=8).save_pretrained(
+        tmp_path / "vae"
+    )
+    return tmp_path
+
+
+def test_the_command_trains_resumes_and_saves_what_a_pipeline_takes(parts, capsys):
+    def run(out, **options):
+        words = {
+            "data": "pairs", "tokenizer": "tok", "vae": "vae", "out": out, "image-size": 16,
+            "steps": 4, "batch-size": 8, "num-spliced": 4, "checkpoint-every": 2,
+            "picture-every": 0, "device": "cpu", **options,
+        }  # fmt: skip
+        for key in {"data", "tokenizer", "vae", "out"} & set(words):
+            words[key] = parts / str(words[key])
+        return cli.main(
+            ["ranker", "train", *(str(w) for k, v in words.items() for w in (f"--{k}", v))]
+        )
+
+    assert run("a") == 0
+    assert capsys.readouterr().out.startswith("ranker train: 4 updates, model in ")
+    weights = parts / "a" / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    for gone in (parts / "a" / "step-00000004", parts / "a" / "model"):
+        shutil.rmtree(gone)
+    assert run("a") == 0
+    heard = capsys.readouterr()
+    assert "ranker: resumed after step 2" in heard.err
+    assert weights.read_bytes() == whole
+    ranker = ContrastiveRanker.from_pretrained(parts / "a" / "model")
+    assert ranker.scores(["red on the left"], torch.rand(1, 3, 16, 16)).isfinite().all()
+    assert run("b", seed=1) == 0 and (parts / "b/model/model.safetensors").read_bytes() != whole
+    for options, code, line in (
+        (
+            {"group": 50, "batch-size": 50},
+            2,
+            "ranker: group must be at most 49 for 12 pairs, got 50",
+        ),
+        ({"image-size": 18}, 2, "image_size must be a multiple of 4, got 18"),
+        ({"batch-size": 9}, 2, "ranker: batch_size must be at least 2 and a multiple of group = 4"),
+        ({"preset": "tinny"}, 2, "did you mean tiny?"),
+        ({"vae": "tok"}, 3, "class must be DiscreteVAE, got Tokenizer"),
+        ({"data": "none"}, 3, "got '"),
+    ):
+        capsys.readouterr()
+        assert run("c", **options) == code
+        assert line in capsys.readouterr().err.splitlines()[-1]
+    assert not list((parts).glob("c/**/*.*"))
+
+
+def test_one_process_alone_trains_a_ranker(parts, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = f"ranker train --data pairs --image-size 16 --tokenizer tok --out {parts}/out"
+    assert cli.main(words.split()) == 2
+    assert "ranker train: processes must be 1, got WORLD_SIZE 2" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import torch
 
 from dalle import pictures
 from dalle.codebook import codebook_health
+from dalle.commands.training import loop_config, save_model
 from dalle.configs import did_you_mean
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.folder import SUFFIXES
@@ -20,13 +21,11 @@ from dalle.devices import pick_device
 from dalle.distributed.cluster import ClusterConfig, alike, join
 from dalle.dvae import PRESETS, DiscreteVAE
 from dalle.errors import DataError, UsageError
-from dalle.files import saving
 from dalle.likelihood import psnr
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
-from dalle.train.loop import LoopConfig
 from dalle.train.loop import train as run_loop
 from dalle.train.metrics import leads
-from dalle.train.run import agreed, averaged_model
+from dalle.train.run import agreed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,17 +108,7 @@ def train(config: DvaeTrainCommand) -> None:
         image_size=config.image_size or train_config.image_size,
         batch_size=config.batch_size or train_config.batch_size,
     )
-    loop = LoopConfig(
-        out=config.out,
-        steps=config.steps or steps,
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint_every,
-        picture_every=config.picture_every,
-        resume=config.resume,
-        accept_changes=config.accept_changes,
-        seed=config.seed,
-        deterministic=config.deterministic,
-    )
+    loop = loop_config(config, config.steps or steps)
     if loop.steps <= train_config.warm_start_steps:
         raise UsageError(
             f"dvae train: steps must be more than the {train_config.warm_start_steps} of the warm "
@@ -134,14 +123,7 @@ def train(config: DvaeTrainCommand) -> None:
             vae.to(pick_device(config.device))
         task = DvaeTask(vae, pairs, train_config, seed=config.seed, cluster=cluster)
         run_loop(task, loop)
-        with (
-            agreed(cluster),
-            saving("dvae train", config.out / "model"),
-            averaged_model(task) as model,
-        ):
-            if model is not None:
-                assert isinstance(model, DiscreteVAE)
-                model.save_pretrained(config.out / "model")
+        save_model("dvae train", task, config.out / "model")
     if leads():
         print(f"dvae: {loop.steps} updates, model in {config.out / 'model'}")
 

@@ -8,21 +8,21 @@ from typing import Any, Literal
 
 import torch
 
+from dalle.commands.training import loop_config, save_model
 from dalle.configs import did_you_mean
 from dalle.data.pairs import load_pairs
 from dalle.devices import pick_device
 from dalle.distributed.cluster import Cluster, ClusterConfig, alike, join
 from dalle.dvae import DiscreteVAE
 from dalle.errors import UsageError
-from dalle.files import saving
 from dalle.prior import Prior
 from dalle.prior_config import PRESETS
 from dalle.tokenizer import Tokenizer
-from dalle.train.loop import LoopConfig, train
+from dalle.train.loop import train
 from dalle.train.metrics import leads, say
 from dalle.train.prior import PriorTask
 from dalle.train.prior_recipe import PriorTrainConfig
-from dalle.train.run import agreed, averaged_model
+from dalle.train.run import agreed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,26 +119,8 @@ def _train(config: PriorCommandConfig, cluster: Cluster | None) -> None:
     if cluster is None:  # of many processes none needs the whole of it on its device
         prior.to(device)
     task = PriorTask(prior, tokenizer, vae, pairs, config.recipe, seed=config.seed, cluster=cluster)
-    loop = LoopConfig(
-        out=config.out,
-        steps=config.steps,
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint_every,
-        picture_every=config.picture_every,
-        resume=config.resume,
-        accept_changes=config.accept_changes,
-        seed=config.seed,
-        deterministic=config.deterministic,
-    )
-    result = train(task, loop)
-    with (
-        agreed(cluster),
-        saving("prior train", config.out / "prior"),
-        averaged_model(task) as model,
-    ):
-        if model is not None:
-            assert isinstance(model, Prior)
-            model.save_pretrained(config.out / "prior")
+    result = train(task, loop_config(config, config.steps))
+    save_model("prior train", task, config.out / "prior")
     if cluster is not None and cluster.psgd is not None:
         say(f"prior train: PowerSGD: {cluster.psgd.report()['advice']}")
     if leads():

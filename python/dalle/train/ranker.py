@@ -105,6 +105,11 @@ def word_weights(text: torch.Tensor, vocab_size: int) -> torch.Tensor:
     return F.normalize(bags * rarity.clamp_min(0.05), dim=1)
 
 
+def pool_size(count: int) -> int:
+    """Of `count` pairs, how many are looked through for look-alikes in a step."""
+    return min(POOL, 4 * count)
+
+
 def look_alikes(
     bags: torch.Tensor, caption_ids: torch.Tensor, size: int, group: int, rng: torch.Generator
 ) -> torch.Tensor:
@@ -127,7 +132,7 @@ def look_alikes(
     first = torch.randint(count, (size // group,), generator=rng)
     if group == 1:
         return first
-    pool = torch.randint(count, (min(POOL, 4 * count),), generator=rng)
+    pool = torch.randint(count, (pool_size(count),), generator=rng)
     near = bags[first] @ bags[pool].T
     near += torch.rand(near.shape, generator=rng) * 0.05
     near[caption_ids[first][:, None] == caption_ids[pool][None]] -= 2.0
@@ -146,7 +151,7 @@ class RankerTask:
         seed: of batches, splices and choices.
 
     Raises:
-        UsageError: fewer than two different captions.
+        UsageError: fewer than two different captions, or pairs for a group.
     """
 
     name = "ranker"
@@ -176,6 +181,11 @@ class RankerTask:
         self.caption_ids = ids
         if int(ids.max() if len(ids) else 0) < 1:
             raise UsageError("ranker: pairs must hold two different captions, got fewer")
+        most = pool_size(len(pairs)) + 1
+        if config.group > most:
+            raise UsageError(
+                f"ranker: group must be at most {most} for {len(pairs)} pairs, got {config.group}"
+            )
         self.bags = word_weights(self.text, ranker.config.vocab_size)
         matrices = [p for p in ranker.parameters() if p.dim() > 1]
         rest = [p for p in ranker.parameters() if p.dim() <= 1]

@@ -1,0 +1,56 @@
+"""`dalle pipeline make`: trained parts into the one folder that `dalle sample` takes."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from dalle.dvae import DiscreteVAE
+from dalle.errors import UsageError
+from dalle.files import make_folder, saving, whole_folder
+from dalle.pipeline import Pipeline
+from dalle.prior import Prior
+from dalle.rerank import ContrastiveRanker
+from dalle.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeConfig:
+    """Checks that trained parts fit each other, and copies them into one folder.
+
+    Attributes:
+        tokenizer: folder of `dalle tokenizer train`, the one the prior was trained with.
+        vae: model folder of `dalle dvae train`, the one the prior was trained with.
+        prior: model folder of `dalle prior train`.
+        ranker: model folder of `dalle ranker train`; without one the samples stay in the order in
+            which they were drawn.
+        out: folder of the pipeline, new or empty.
+    """
+
+    tokenizer: Path
+    vae: Path
+    prior: Path
+    out: Path
+    ranker: Path | None = None
+
+
+def make(config: MakeConfig) -> None:
+    """Loads every part, checks, writes all or nothing, and says what to type next."""
+    out = make_folder(config.out, "pipeline make").resolve()
+    if any(out.iterdir()):
+        raise UsageError(f"pipeline make: out must be new or empty, got files in {config.out}")
+    if out == Path.cwd():  # a new folder takes its place
+        raise UsageError(f"pipeline make: out must not be the folder you are in, got {config.out}")
+    pipeline = Pipeline(
+        Tokenizer.from_pretrained(config.tokenizer),
+        DiscreteVAE.from_pretrained(config.vae),
+        Prior.from_pretrained(config.prior),
+        None if config.ranker is None else ContrastiveRanker.from_pretrained(config.ranker),
+    )
+    with saving("pipeline make", config.out), whole_folder(out) as folder:
+        pipeline.save_pretrained(folder)
+    size, kept = pipeline.image_size, "without" if config.ranker is None else "with"
+    print(f"pipeline make: pictures of {size} x {size} pixels, {kept} a ranker, in {config.out}")
+    again = shlex.quote(str(config.out))
+    print(f'pipeline make: now: dalle sample "A CAPTION" --model {again}')
