@@ -21,6 +21,12 @@ from dalle.files import read_bytes
 
 MAX_FILE_BYTES = 1 << 20  # of options
 T = TypeVar("T")
+_WORDS = [  # Python's own and tyro's -> ours
+    (r"invalid literal for int\(\) with base 10: ", "must be an integer, got "),
+    (r"could not convert string to float: ", "must be a number, got "),
+    (r"Exceeds the limit \((\d+) digits\).*", r"must be an integer of at most \1 digits"),
+    (r"(Unrecognized options: .*) Perhaps you meant:.*", r"\1"),
+]
 _FRAME = " │╭╮╰╯─|"  # what tyro draws around a message
 
 
@@ -122,8 +128,12 @@ def _file_words(config_type: type, path: Path) -> list[str]:
     except RecursionError as problem:
         raise UsageError(f"{path}: must be plain YAML, got: it is nested too deeply") from problem
     except yaml.YAMLError as problem:
-        reason = " ".join(str(problem).split())
-        raise UsageError(f"{path}: must be plain YAML, got: {reason[:200]}") from problem
+        reason = str(getattr(problem, "problem", None) or "no text").split("\n")[0]
+        mark = getattr(problem, "problem_mark", None)
+        place = f" in line {mark.line + 1}" if mark is not None else ""
+        if "unhashable" in reason:
+            reason = "found a key that is no plain value"
+        raise UsageError(f"{path}: must be plain YAML, got: {reason[:200]}{place}") from problem
     except Exception as problem:  # its constructors of numbers and dates raise what they happen to
         raise UsageError(f"{path}: must be plain YAML, got a damaged number or date") from problem
     return [] if values is None else _mapping_words(config_type, values, str(path))
@@ -171,4 +181,11 @@ def _condense(lines: list[str]) -> str:
             break
         if line and set(line) - set("-─ "):
             kept.append(line)
-    return " ".join(kept[1:] or kept) or "options must be complete"
+    message = " ".join(kept[1:] or kept) or "options must be complete"
+    # Of an option that may also be none, tyro tells what each of the two types has to say.
+    either = re.match(r"(.*): no type matching .*?could be instantiated from \['(.*?)'\]", message)
+    if either:
+        return f"{either[1]}: must be of its type or None, got {either[2]!r}"
+    for theirs, ours in _WORDS:
+        message = re.sub(theirs, ours, message)
+    return message
