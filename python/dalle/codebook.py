@@ -140,10 +140,11 @@ def init_codebook(
         raise UsageError(f"init_codebook: stem must be 'patch', got {vae.config.stem!r}")
     features = [vae.encoder.features(map_pixels(part)) for part in images.split(256)]
     points = torch.cat([f.permute(0, 2, 3, 1).flatten(0, 2) for f in features])
+    generator = torch.Generator().manual_seed(seed)
     if len(points) > max_points:
-        generator = torch.Generator().manual_seed(seed)
         points = points[torch.randperm(len(points), generator=generator)[:max_points]]
-    centers, spread = kmeans(points, vae.num_tokens, iterations=iterations, seed=seed)
+    own = int(torch.randint(2**31, (), generator=generator))  # another order than the subset's
+    centers, spread = kmeans(points, vae.num_tokens, iterations=iterations, seed=own)
     scale = sharpness / max(spread, 1e-12)
     logits_conv, codebook_conv = vae.encoder.logits_conv(), vae.decoder.codebook_conv()
     logits_conv.w.copy_(2 * scale * centers[:, :, None, None])

@@ -15,7 +15,7 @@ from torch import nn
 
 from dalle.errors import NumericalError, UsageError
 from dalle.train.checkpoint import checkpoints
-from dalle.train.loop import LoopConfig, step_seed, train
+from dalle.train.loop import LoopConfig, start_seed, step_seed, train
 from dalle.train.update import check_gradients, check_loss, update
 
 
@@ -129,6 +129,19 @@ def test_deterministic_is_restored(tmp_path):
     task = TinyTask(before=lambda *_: inside.append(torch.are_deterministic_algorithms_enabled()))
     train(task, config(tmp_path, steps=2, deterministic=True))
     assert inside == [True, True] and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_begins_a_training_has_a_seed_of_its_own():
+    """No sum of seed and number, and other 32 bits, which are all that torch reads on the CPU."""
+    seeds, names = (
+        (0, 1, 2, 3, 2**32, 2**32 + 1, 2**63 - 1),
+        ("dvae", "ranker", "prior", "codebook"),
+    )
+    found = {start_seed(seed, name) % 2**32 for seed in seeds for name in names}
+    assert len(found | set(seeds)) == len(seeds) * (len(names) + 1)
+    assert not found & {
+        step_seed(a, b, c) % 2**32 for a in range(3) for b in range(9) for c in range(6)
+    }
 
 
 def test_step_seeds_differ_by_seed_step_and_stream():

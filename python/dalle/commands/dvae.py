@@ -23,6 +23,7 @@ from dalle.dvae import PRESETS, DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.likelihood import psnr
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
+from dalle.train.loop import start_seed
 from dalle.train.loop import train as run_loop
 from dalle.train.metrics import leads
 from dalle.train.run import agreed
@@ -117,7 +118,7 @@ def train(config: DvaeTrainCommand) -> None:
     with join(config.cluster, pick_device(config.device), alike(config)) as cluster:
         with agreed(cluster):
             pairs = load_pairs(config.data, image_size=train_config.image_size, seed=config.seed)
-        torch.manual_seed(config.seed)
+        torch.manual_seed(start_seed(config.seed, "dvae"))
         vae = DiscreteVAE(model_config)
         if cluster is None:  # of many processes none needs the whole of it on its device
             vae.to(pick_device(config.device))

@@ -18,7 +18,7 @@ from dalle.errors import UsageError
 from dalle.prior import Prior
 from dalle.prior_config import PRESETS
 from dalle.tokenizer import Tokenizer
-from dalle.train.loop import train
+from dalle.train.loop import start_seed, train
 from dalle.train.metrics import leads, say
 from dalle.train.prior import PriorTask
 from dalle.train.prior_recipe import PriorTrainConfig
@@ -105,7 +105,7 @@ def _new_prior(
         sizes["text_len"] = config.text_len
     if config.checkpointing:
         sizes["checkpointing"] = True
-    torch.manual_seed(config.seed)
+    torch.manual_seed(start_seed(config.seed, "prior"))
     return Prior.from_preset(config.preset, **sizes)
 
 

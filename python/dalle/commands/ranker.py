@@ -13,7 +13,7 @@ from dalle.devices import pick_device
 from dalle.dvae import DiscreteVAE
 from dalle.rerank import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
-from dalle.train.loop import train
+from dalle.train.loop import start_seed, train
 from dalle.train.metrics import say
 from dalle.train.ranker import RankerTask, RankerTrainConfig
 
@@ -66,7 +66,7 @@ def train_command(config: RankerTrainCommand) -> None:
         vae = DiscreteVAE.from_pretrained(config.vae).to(device)
         vae.grid(config.image_size)
     pairs = load_pairs(config.data, image_size=config.image_size, seed=config.seed)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(start_seed(config.seed, "ranker"))
     ranker = ContrastiveRanker.from_preset(
         config.preset, tokenizer=tokenizer, image_size=config.image_size
     ).to(device)

@@ -23,7 +23,7 @@ from dalle.prior import Prior
 from dalle.rerank import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 from dalle.train.dvae import DvaeTask
-from dalle.train.loop import LoopConfig, Task, train
+from dalle.train.loop import LoopConfig, Task, start_seed, train
 from dalle.train.prior import PriorTask
 from dalle.train.ranker import RankerTask
 
@@ -146,7 +146,7 @@ def tokenizer_stage(demo: Demo) -> None:
 def dvae_stage(demo: Demo) -> None:
     """Trains the discrete VAE and looks at what it gives back of unseen pictures."""
     if not demo.space.trained("vae"):
-        torch.manual_seed(demo.seed)
+        torch.manual_seed(start_seed(demo.seed, "dvae"))
         vae = DiscreteVAE(demo.recipe.vae).to(demo.device)
         task = DvaeTask(vae, demo.train_pairs, demo.recipe.vae_train, seed=demo.seed)
         demo.train(task, demo.recipe.vae_steps)
@@ -161,7 +161,7 @@ def ranker_stage(demo: Demo) -> None:
     if demo.space.trained("ranker"):
         return
     tokenizer = demo.tokenizer
-    torch.manual_seed(demo.seed + 1)
+    torch.manual_seed(start_seed(demo.seed, "ranker"))
     ranker = ContrastiveRanker.from_preset(
         "tiny", tokenizer=tokenizer, image_size=demo.recipe.image_size, **demo.recipe.ranker
     ).to(demo.device)
@@ -175,7 +175,7 @@ def prior_stage(demo: Demo) -> None:
     """Trains the transformer on captions and codes."""
     if not demo.space.trained("prior"):
         sizes = demo.recipe.prior_config(demo.tokenizer, demo.vae)
-        torch.manual_seed(demo.seed + 2)  # after what is loaded on the way
+        torch.manual_seed(start_seed(demo.seed, "prior"))  # after what is loaded on the way
         prior = Prior(sizes).to(demo.device)
         task = PriorTask(
             prior,

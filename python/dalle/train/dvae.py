@@ -20,7 +20,7 @@ from dalle.dvae_blocks import Block, PatchBlock
 from dalle.errors import UsageError
 from dalle.likelihood import expected_pixels, map_pixels, psnr
 from dalle.schedules import cosine_ramp
-from dalle.train.loop import step_seed
+from dalle.train.loop import start_seed, step_seed
 from dalle.train.metrics import say
 from dalle.train.run import agreed, averaged_model, whole
 from dalle.train.update import update
@@ -249,7 +249,7 @@ class DvaeTask:
                     sharpness=c.codebook_sharpness,
                     iterations=c.codebook_iterations,
                     max_points=c.codebook_points,
-                    seed=self.seed,
+                    seed=start_seed(self.seed, "codebook"),
                 )
         self.average = IterateAverage(self.model, c.average_decay, warmup=c.average_warmup)
 

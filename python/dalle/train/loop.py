@@ -27,6 +27,7 @@ the uninterrupted one bit for bit:
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,6 +162,15 @@ def step_seed(seed: int, step: int, stream: int = 0, *place: int) -> int:
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def start_seed(seed: int, name: str) -> int:
+    """A 63-bit seed for what is drawn once, under a name of its own: first weights, a codebook.
+
+    No two seeds share it, nor do two names. (Torch's generator on the CPU reads 32 bits of a seed,
+    so 0 and 2^32 are the same to it; of this they get different ones.)
+    """
+    return step_seed(seed, 0, 2**32 - 1, zlib.crc32(name.encode()))
+
+
 def train(task: Task, config: LoopConfig) -> TrainResult:
     """Trains `task` until `config.steps` updates are done.
 
@@ -176,7 +186,7 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
     with agreed(cluster):
         out = make_folder(config.out, "train")
     with (
-        settings(config.seed, config.deterministic),
+        settings(start_seed(config.seed, "global"), config.deterministic),
         signals() as received,
         answering(cluster, lambda: step),
     ):

@@ -22,7 +22,7 @@ from dalle.prior import PAD, Prior, PriorOutput
 from dalle.prior_config import IMAGE_WEIGHT, TEXT_WEIGHT
 from dalle.schedules import PlateauHalving
 from dalle.tokenizer import Tokenizer
-from dalle.train.loop import step_seed
+from dalle.train.loop import start_seed, step_seed
 from dalle.train.prior_recipe import PriorTrainConfig, init_from_codebook, make_optimizer
 from dalle.train.run import averaged_model
 from dalle.train.update import update
@@ -102,7 +102,7 @@ class PriorTask:
             self.tokens, self.kept = self._encode_all()
         if config.image_init == "codebook":
             start = (config.embedding_scale, config.head_scale)
-            init_from_codebook(prior, vae.codebook(), *start, seed=seed)
+            init_from_codebook(prior, vae.codebook(), *start, seed=start_seed(seed, "rotation"))
         self.sampler = BatchSampler(len(self.kept), config.batch_size, seed)
         self.plateau = PlateauHalving(
             window=config.plateau_window,
@@ -174,7 +174,7 @@ class PriorTask:
 
         def forward() -> PriorOutput:
             process = 0 if self.cluster is None else self.cluster.rank
-            torch.manual_seed(step_seed(self.seed, step, 4) + process)  # the model's own dropout
+            torch.manual_seed(step_seed(self.seed, step, 4, process))  # the model's own dropout
             return self.model(text, tokens, keep=keep)  # type: ignore[no-any-return]
 
         out = forward()
