@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, of torch and of what it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -28,6 +31,49 @@ import emulated  # noqa: E402
 import dalle  # noqa: E402, F401  (bound before other files of this folder bring the path back)
 
 KEY = "PrivateUse3"  # the emulated kernels' own: no tensor has it
+NIGHT = os.environ.get("DALLE_TEST_NIGHT") == "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Whole folders are spread over the cores (pytest-xdist); single files stay in one process."""
+    folders = all(Path(argument).is_dir() for argument in config.args)
+    if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and folders:
+        config.option.numprocesses = min(len(os.sched_getaffinity(0)), 8)
+        config.option.dist = "loadgroup"
+
+
+def _of_the_night(item: pytest.Item) -> bool:
+    mark = item.get_closest_marker("night")
+    if mark is None or NIGHT:
+        return False
+    call = getattr(item, "callspec", None)
+    return not mark.args or (call is not None and call.params.get("backend") in mark.args)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked `night`; keeps files with costly fixtures on one worker each."""
+    night = [item for item in items if _of_the_night(item)]
+    if night:
+        config.hook.pytest_deselected(items=night)
+        items[:] = [item for item in items if not _of_the_night(item)]
+    for item in items:
+        if item.path.parent.name != "ops":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Seconds of all processes by file, the slowest first, where more than a few files ran."""
+    seconds: dict[str, float] = defaultdict(float)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration"):
+                seconds[report.nodeid.split("::")[0]] += report.duration
+    if len(seconds) > 5:
+        terminalreporter.section("seconds by file")
+        for file, spent in sorted(seconds.items(), key=lambda item: -item[1])[:15]:
+            terminalreporter.write_line(f"{spent:8.1f}  {file}")
+        terminalreporter.write_line(f"{sum(seconds.values()):8.1f}  all {len(seconds)} files")
 
 
 @cache

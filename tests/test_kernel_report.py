@@ -68,9 +68,11 @@ template __global__ void multiplies<__half>(float*);
 
 
 def test_reads_ptxas_and_machine_code():
-    kernels = kernel_report.parse_ptxas(PTXAS)
+    kernels = kernel_report.parse_ptxas(PTXAS, "sm_80")
     assert kernels["_Z4fullv"] == Kernel(registers=255, stack=96, spills=180, shared=4096)
     assert kernels["_Z5emptyv"] == Kernel(registers=4)
+    both = kernel_report.parse_ptxas(PTXAS + PTXAS.replace("sm_80", "sm_90a"), "sm_90a")
+    assert both == kernels
     opcodes = kernel_report.parse_machine_code(MACHINE_CODE)
     assert opcodes == {"_Z4fullv": Counter(["MOV", "LDGSTS", "HMMA", "STL"])}
 
@@ -96,6 +98,13 @@ def test_each_problem_has_its_line():
     assert kernel_report.problems("g", good, budgets) == [
         "g: budget must have a row for it, got none"
     ]
+
+
+def test_what_a_build_kept_must_be_there(tmp_path):
+    with pytest.raises(
+        RuntimeError, match="^kernel_report: .*x_cuda.compute_80.cubin must be there"
+    ):
+        kernel_report.kept_kernels(Path("x_cuda.cu"), "sm_80", tmp_path, PTXAS, "nvdisasm")
 
 
 def test_every_budget_can_be_read():

@@ -19,9 +19,6 @@ extern const Adam16Cpu adam16_cpu;
 namespace isa_v4 {
 extern const Adam16Cpu adam16_cpu;
 }
-namespace isa_v4_bf16 {
-extern const Adam16Cpu adam16_cpu;
-}
 
 }  // namespace dalle
 

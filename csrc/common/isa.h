@@ -1,7 +1,7 @@
-// Which build of the CPU kernels this machine runs. Every <op>_cpu.h is compiled four times, for
-// x86-64-v2 (SSE4.2), v3 (AVX2, FMA), v4 (AVX-512) and v4_bf16 (products of bfloat16 pairs as
-// well), into namespaces isa_v2, isa_v3, isa_v4, isa_v4_bf16; each exports one table of function
-// pointers. No torch here.
+// Which build of the CPU kernels this machine runs. Every <op>_cpu.h is compiled for x86-64-v2
+// (SSE4.2), v3 (AVX2, FMA) and v4 (AVX-512), into namespaces isa_v2, isa_v3, isa_v4; each exports
+// one table of function pointers. Where a kernel mentions AVX512BF16 it is compiled once more, for
+// v4_bf16 (products of bfloat16 pairs as well). No torch here.
 #pragma once
 
 namespace dalle {
@@ -15,9 +15,9 @@ CpuIsa cpu_isa();
 
 }  // namespace dalle
 
-// The table of the chosen level: DALLE_SELECT_ISA(gumbel_softmax_cpu).forward(...)
-#define DALLE_SELECT_ISA(table)                                                 \
-  (::dalle::cpu_isa() == ::dalle::CpuIsa::kV4Bf16 ? ::dalle::isa_v4_bf16::table \
-   : ::dalle::cpu_isa() == ::dalle::CpuIsa::kV4   ? ::dalle::isa_v4::table      \
-   : ::dalle::cpu_isa() == ::dalle::CpuIsa::kV3   ? ::dalle::isa_v3::table      \
-                                                  : ::dalle::isa_v2::table)
+// The table of the chosen level: DALLE_SELECT_ISA(gumbel_softmax_cpu).forward(...). What is not
+// compiled for v4_bf16 runs as v4 there.
+#define DALLE_SELECT_ISA(table)                                          \
+  (::dalle::cpu_isa() >= ::dalle::CpuIsa::kV4   ? ::dalle::isa_v4::table \
+   : ::dalle::cpu_isa() == ::dalle::CpuIsa::kV3 ? ::dalle::isa_v3::table \
+                                                : ::dalle::isa_v2::table)

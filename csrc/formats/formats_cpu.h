@@ -25,9 +25,6 @@ extern const FormatsCpu formats_cpu;
 namespace isa_v4 {
 extern const FormatsCpu formats_cpu;
 }
-namespace isa_v4_bf16 {
-extern const FormatsCpu formats_cpu;
-}
 
 }  // namespace dalle
 

@@ -23,9 +23,6 @@ extern const GradScaleCpu grad_scale_cpu;
 namespace isa_v4 {
 extern const GradScaleCpu grad_scale_cpu;
 }
-namespace isa_v4_bf16 {
-extern const GradScaleCpu grad_scale_cpu;
-}
 
 }  // namespace dalle
 

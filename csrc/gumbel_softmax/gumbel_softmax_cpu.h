@@ -30,9 +30,6 @@ extern const GumbelSoftmaxCpu gumbel_softmax_cpu;
 namespace isa_v4 {
 extern const GumbelSoftmaxCpu gumbel_softmax_cpu;
 }
-namespace isa_v4_bf16 {
-extern const GumbelSoftmaxCpu gumbel_softmax_cpu;
-}
 
 }  // namespace dalle
 

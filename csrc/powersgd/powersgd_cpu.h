@@ -41,9 +41,6 @@ extern const PowersgdCpu powersgd_cpu;
 namespace isa_v4 {
 extern const PowersgdCpu powersgd_cpu;
 }
-namespace isa_v4_bf16 {
-extern const PowersgdCpu powersgd_cpu;
-}
 
 }  // namespace dalle
 

@@ -41,6 +41,13 @@ int64_t grain_of(const AttentionTiles& walk, const SparseAttentionParams& params
   return static_cast<int64_t>(1 + 1e6 / task);
 }
 
+const SparseAttentionCpu& kernels_for(AttentionType type) {
+  if (type == AttentionType::kBFloat16 && cpu_isa() == CpuIsa::kV4Bf16) {
+    return isa_v4_bf16::sparse_attention_cpu;
+  }
+  return DALLE_SELECT_ISA(sparse_attention_cpu);
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    std::string kind, int64_t text_len, int64_t rows,
                                    int64_t columns, std::vector<int64_t> runs, double scale) {
@@ -51,7 +58,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   params.lse = static_cast<double*>(lse.mutable_data_ptr());
   const auto walk = attention_tiles(rule);
   const AttentionTileView view = walk->view();
-  const SparseAttentionCpu& cpu = DALLE_SELECT_ISA(sparse_attention_cpu);
+  const SparseAttentionCpu& cpu = kernels_for(params.type);
   const int64_t tasks = q.size(0) * q.size(1) * view.num_strips;
   run_tasks(q, tasks, grain_of(*walk, params, tasks), cpu.forward_bytes(params, view),
             [&](void* space, int64_t begin, int64_t end) {
@@ -89,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   if (heads == 0) return {grad_q, grad_k, grad_v};
   const auto walk = attention_tiles(rule);
   const AttentionTileView view = walk->view();
-  const SparseAttentionCpu& cpu = DALLE_SELECT_ISA(sparse_attention_cpu);
+  const SparseAttentionCpu& cpu = kernels_for(params.type);
 
   const int64_t segments = std::clamp<int64_t>(ceil_div(16, heads), 1, view.num_strips);
   const std::vector<uint8_t> touched = touched_panels(*walk, segments);

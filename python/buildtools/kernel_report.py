@@ -4,6 +4,9 @@ Compiles each `csrc/<op>/<op>_cuda.cu` for sm_80 and sm_90a, warnings being erro
 row a kernel: registers, shared memory, the opcodes that matter. It fails where a kernel spills,
 uses local memory, exceeds its registers, lacks an opcode that `csrc/<op>/<op>_cuda_budget.txt`
 promises, or has no row there.
+
+A build that has kept its cubins and its log is not repeated (`.ci/run`):
+`CUDAFLAGS="-Xptxas=-v --keep --keep-dir=DIR" pip wheel -v ... > LOG`, then `--kept DIR --log LOG`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import sys
 import sysconfig
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,13 +54,15 @@ class Budget:
     opcodes: tuple[str, ...] = field(default=())
 
 
-def parse_ptxas(text: str) -> dict[str, Kernel]:
-    """Kernels by mangled name from the output of `ptxas -v`."""
+def parse_ptxas(text: str, architecture: str) -> dict[str, Kernel]:
+    """Kernels of `architecture` by mangled name from the output of `ptxas -v`."""
     kernels: dict[str, Kernel] = {}
     current = Kernel()
     for line in text.splitlines():
-        if match := re.search(r"Compiling entry function '(\w+)'", line):
-            current = kernels[match[1]] = Kernel()
+        if match := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            current = Kernel()
+            if match[2] == architecture:
+                kernels[match[1]] = current
         elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", line):
             current.stack, current.spills = int(match[1]), int(match[2]) + int(match[3])
         elif match := re.search(r"Used (\d+) registers", line):
@@ -129,6 +136,22 @@ def find_disassembler() -> str | None:
     return shutil.which("nvdisasm") or (str(wheel) if wheel.exists() else None)
 
 
+def kernels_of(
+    cubin: Path, ptxas: dict[str, Kernel], disassembler: str | None
+) -> dict[str, Kernel]:
+    """Kernels of a cubin by readable name, with their opcodes where there is a disassembler."""
+    run = [disassembler or "", "-c", str(cubin)]
+    text = subprocess.run(run, capture_output=True, text=True, check=True).stdout if run[0] else ""
+    kernels = {}
+    for name, opcodes in parse_machine_code(text).items():
+        if name in ptxas:
+            kernels[name] = ptxas[name]
+            kernels[name].opcodes = opcodes
+    kernels = kernels if disassembler else ptxas
+    names = demangle(list(kernels)) if kernels else {}
+    return {names[mangled]: kernel for mangled, kernel in kernels.items()}
+
+
 def compile_kernels(
     source: Path, architecture: str, nvcc: str, disassembler: str | None
 ) -> dict[str, Kernel]:
@@ -147,26 +170,36 @@ def compile_kernels(
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"kernel_report: {source} must compile, got\n{done.stderr}")
-        kernels = parse_ptxas(done.stderr)
-        if disassembler:
-            run = [disassembler, "-c", str(cubin)]
-            text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-            for name, opcodes in parse_machine_code(text).items():
-                if name in kernels:
-                    kernels[name].opcodes = opcodes
-    names = demangle(list(kernels)) if kernels else {}
-    return {names[mangled]: kernel for mangled, kernel in kernels.items()}
+        return kernels_of(cubin, parse_ptxas(done.stderr, architecture), disassembler)
 
 
-def report(sources: list[Path], nvcc: str, disassembler: str | None) -> list[str]:
-    """Prints the table; returns the problems."""
+def kept_kernels(
+    source: Path, architecture: str, kept: Path, log: str, disassembler: str | None
+) -> dict[str, Kernel]:
+    """Kernels of `source` by readable name, as a build that kept its files has compiled them.
+
+    Raises:
+        RuntimeError: where the build has not kept them.
+    """
+    cubin = kept / f"{source.stem}.compute_{architecture.removeprefix('sm_')}.cubin"
+    if not cubin.exists() or disassembler is None:
+        missing = "nvdisasm must be installed" if cubin.exists() else f"{cubin} must be there"
+        raise RuntimeError(f"kernel_report: {missing} to read what a build kept, got none")
+    return kernels_of(cubin, parse_ptxas(log, architecture), disassembler)
+
+
+def report(sources: list[Path], read: Callable[[Path, str], dict[str, Kernel]]) -> list[str]:
+    """Prints the table of what `read` finds for a source and an architecture; returns problems."""
     found = []
-    for source in sources:
-        budgets = read_budgets(source.with_name(source.stem + "_budget.txt"))
-        for architecture in ARCHITECTURES:
-            for name, kernel in sorted(
-                compile_kernels(source, architecture, nvcc, disassembler).items()
-            ):
+    pairs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        everything = pool.map(lambda pair: read(*pair), pairs)
+        for (source, architecture), kernels in zip(pairs, everything, strict=True):
+            budgets = read_budgets(source.with_name(source.stem + "_budget.txt"))
+            if not kernels:
+                found.append(f"{architecture}: {source.name} must hold kernels, got none")
+            for name, kernel in sorted(kernels.items()):
                 opcodes = kernel.opcodes or Counter()
                 counts = " ".join(f"{o} {opcodes[o]}" for o in SHOWN if opcodes[o])
                 print(
@@ -180,16 +213,22 @@ def report(sources: list[Path], nvcc: str, disassembler: str | None) -> list[str
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ops", nargs="*", help="rooms of csrc/; all of them if left out")
-    wish = parser.parse_args().ops
+    parser.add_argument("--kept", type=Path, help="cubins that a build kept, with --log")
+    parser.add_argument("--log", type=Path, help="output of that build, ptxas -v in it")
+    wish = parser.parse_args()
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    if not shutil.which(nvcc):
+    if not wish.kept and not shutil.which(nvcc):
         raise SystemExit("kernel_report: nvcc must be on PATH, got none")
     disassembler = find_disassembler()
     if disassembler is None:
         print("no opcodes: nvdisasm is missing; type: pip install nvidia-cuda-nvdisasm")
     sources = sorted(ROOT.glob("csrc/*/*_cuda.cu"))
-    sources = [s for s in sources if not wish or s.parent.name in wish]
-    found = report(sources, nvcc, disassembler)
+    sources = [s for s in sources if not wish.ops or s.parent.name in wish.ops]
+    if wish.kept:
+        log = wish.log.read_text()
+        found = report(sources, lambda s, a: kept_kernels(s, a, wish.kept, log, disassembler))
+    else:
+        found = report(sources, lambda s, a: compile_kernels(s, a, nvcc, disassembler))
     print("\n".join(found) if found else "every kernel is within its budget")
     return 1 if found else 0
 

@@ -30,8 +30,10 @@ def heads(*, order="bhtd", dtype=torch.float32, batch=2, num_heads=3, size=16, g
     return q, k, v
 
 
-@pytest.mark.parametrize("order", ["bhtd", "bthd", "packed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("order", "dtype"),
+    [("bhtd", torch.float32), ("bthd", torch.float64), ("packed", torch.bfloat16)],
+)
 def test_registration(order, dtype):
     q, k, v = heads(order=order, dtype=dtype)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

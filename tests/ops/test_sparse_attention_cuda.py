@@ -147,16 +147,17 @@ def test_scale_zero_is_the_mean(device):
 def test_twice_the_same_bits_and_alone_as_in_a_batch(backend, device, kind):
     """Nothing hangs on the order of blocks or, but for the CPU kernel, on how many share a head."""
     pattern = AttentionPattern(kind, text_len=70, grid=(10, 12), kernel_size=3)
-    q, k, v, grad = (x.clone() for x in heads_of((3, 5, pattern.length, 64), HALVES[0], device))
+    q, k, v, grad = (x.clone() for x in heads_of((2, 2, pattern.length, 64), HALVES[0], device))
     ours = lambda *x: dalle_ext.sparse_attention(*x, pattern)  # noqa: E731
     first, again = (run(ours, (q, k, v), grad) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     if backend == "cpu":
         return
-    alone = run(ours, [x[2:, 4:] for x in (q, k, v)], grad[2:, 4:])
-    assert all(torch.equal(a[2:, 4:], b) for a, b in zip(first, alone, strict=True))
+    alone = run(ours, [x[1:, 1:] for x in (q, k, v)], grad[1:, 1:])
+    assert all(torch.equal(a[1:, 1:], b) for a, b in zip(first, alone, strict=True))
 
 
+@pytest.mark.night("emulated")  # at this size the next test runs them, and smaller ones are exact
 @pytest.mark.parametrize("kind", KINDS)
 def test_size_of_the_paper(device, kind):
     pattern = AttentionPattern(kind, text_len=256, grid=(32, 32))
@@ -206,11 +207,11 @@ def test_no_bank_conflicts(emulator, emulated_counts, size):
 @pytest.mark.emulated
 def test_image_keys_are_read_once(emulator, emulated_counts):
     """Row attention, one block a head: K and V reach shared memory once, 4 bytes an element."""
-    pattern = AttentionPattern("row", text_len=256, grid=(32, 32))
+    pattern = AttentionPattern("row", text_len=64, grid=(8, 16))
     heads = 264  # one block each: more than enough for every multiprocessor
-    q = torch.zeros(heads, 1, 1280, 16, dtype=torch.float16).expand(heads, 1, 1280, 16)
+    q = torch.zeros(heads, 1, pattern.length, 16, dtype=torch.float16)
     with emulator():
         start = emulated_counts()
         dalle_ext.sparse_attention(q, q, q, pattern)
         done = emulated_counts() - start
-    assert done["copied_bytes"] == heads * 1280 * 16 * 2 * 2
+    assert done["copied_bytes"] == heads * pattern.length * 16 * 2 * 2
