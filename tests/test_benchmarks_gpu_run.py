@@ -176,6 +176,7 @@ def door(*arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
+@pytest.mark.night
 def test_dry_run_walks_through_every_case():
     before = sorted((ROOT / "benchmarks/results").iterdir())
     done = door("--dry-run")

@@ -62,30 +62,28 @@ def test_kill_one_of_four_twice_and_end_with_the_same_bits(given, whole, tmp_pat
     assert not list(job.out.glob("step-*.tmp-*"))
 
 
-def test_sigterm_saves_on_all_processes_and_goes_on(given, whole, tmp_path):
-    job = Job(given, tmp_path / "out", processes=2)
+def test_sigterm_saves_and_a_process_that_hangs_is_named(given, tmp_path):
+    """Two runs of one folder: the first is told to stop, the second goes on and then hangs."""
+    out = tmp_path / "out"
+    job = Job(given, out, processes=2)
     job.at(4)
     begin = time.monotonic()
     job.process.terminate()
     _, log = job.wait(60)
     assert time.monotonic() - begin < 30
     assert "checkpoint written; the same command goes on" in log
-    reached = int(checkpoints(job.out)[-1].name[5:])
+    reached = int(checkpoints(out)[-1].name[5:])
     assert reached >= 4
-    code, log = Job(given, tmp_path / "out", processes=2).wait()
-    assert code == 0 and f"prior: resumed after step {reached} from" in log, log
 
-
-def test_a_process_that_hangs_is_named(given, tmp_path):
-    job = Job(given, tmp_path / "out", "--timeout", "4", processes=2)
-    job.at(4)
+    job = Job(given, out, "--timeout", "4", "--steps", str(STEPS + 1000), processes=2)
+    job.at(reached + 2)
     os.kill(job.workers()[1], signal.SIGSTOP)
     wanted = "cluster: every process must answer, got none from process 1 of 2: exchange timed out"
     try:
         job.until(lambda: wanted in job.log.read_text(), 30)
     finally:
         job.kill()
-    assert checkpoints(job.out)
+    assert f"prior: resumed after step {reached} from" in job.log.read_text()
 
 
 def start(given, out, machine, name):
@@ -105,6 +103,7 @@ def link(state):
     subprocess.run(["ip", "-n", cluster_box.machine(1), "link", "set", "eth0", state], check=True)
 
 
+@pytest.mark.night
 @pytest.mark.skipif(cluster_box.missing() is not None, reason=f"{cluster_box.missing()}")
 def test_a_cut_link_and_a_lost_machine(given, whole, tmp_path):
     """Two machines in one: both sides say so, one is started anew, and the bits are the same."""
