@@ -135,6 +135,21 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
         """
         return cls(from_presets(cls.__name__, PRESETS, name, **overrides))
 
+    @classmethod
+    def least_parameters(cls, config: DiscreteVAEConfig) -> int:
+        """The 3x3 or per-position matrices of the blocks, and the codebook at both ends."""
+        c = config
+        if c.stem == "released":
+            squares = sum((c.n_hid * 2**group) ** 2 for group in range(c.group_count))
+            blocks, ends = (
+                2 * c.n_blk_per_group * squares * 9 // 8,
+                c.n_hid * 2 ** (c.group_count - 1),
+            )
+        else:
+            blocks, ends = (8 * c.n_blk_per_group + 30) * c.n_hid**2, c.n_init
+            blocks += 2 * CHANNELS * c.patch**2 * c.n_hid
+        return blocks + c.vocab_size * (ends + c.n_init)
+
     @property
     def num_tokens(self) -> int:
         """K, the size of the codebook."""

@@ -18,6 +18,7 @@ from dalle.errors import UsageError
 from dalle.files import saving, write_atomic
 
 MARGIN = 4  # pixels between cells
+MAX_SHEET = 1 << 27  # pixels; in memory a sheet takes four bytes each
 MAX_LINES = 4  # of a label
 LABEL_SIZE = 11  # pixels, height of the label's type
 BACKGROUND = (255, 255, 255)
@@ -81,6 +82,22 @@ def grid(
         for n, line in enumerate(wrapped[i] if wrapped else []):
             draw.text((left, top + height + n * line_height), line, INK, font=font)
     return sheet
+
+
+def check_sheet(owner: str, count: int, side: int, scale: int) -> None:
+    """Refuses a sheet of `count` pictures that no viewer would open, before they are drawn.
+
+    Raises:
+        UsageError: its pictures have more than 2^27 pixels in all, or `scale` is below 1.
+    """
+    if scale < 1:
+        raise UsageError(f"{owner}: scale must be at least 1, got {scale}")
+    pixels = count * (side * scale) ** 2
+    if pixels > MAX_SHEET:
+        raise UsageError(
+            f"{owner}: the sheet must have at most {MAX_SHEET} pixels, got {count} pictures of "
+            f"{side * scale} x {side * scale}; take fewer, or a smaller scale"
+        )
 
 
 def beside(rows: Sequence[torch.Tensor]) -> torch.Tensor:

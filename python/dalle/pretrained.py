@@ -16,7 +16,8 @@ from torch import nn
 from dalle import __version__
 from dalle.configs import did_you_mean, field_types, from_dict, to_dict
 from dalle.errors import CheckpointError, UsageError
-from dalle.files import read_bytes, read_json, to_json, write_atomic
+from dalle.files import check_regular, read_bytes, read_json, to_json, write_atomic
+from dalle.memory import require_memory
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -222,6 +223,30 @@ def _checked(head: Any, path: Path) -> dict[str, Any]:
     return head
 
 
+def _check_size(directory: Path, least: int) -> None:
+    """Refuses a model before it is built: weights that are too few for it, or too many for here.
+
+    Raises:
+        CheckpointError: there is no file of weights, or it cannot be this model's.
+        EnvironmentProblem: too little memory.
+    """
+    path = directory / WEIGHTS_FILE
+    try:
+        check_regular(path)
+        size = path.stat().st_size
+    except OSError as problem:
+        raise CheckpointError(
+            f"{path}: must be a readable file, got: {problem.strerror}"
+        ) from problem
+    if size < 2 * least:  # no weight has less than 16 bits
+        raise CheckpointError(
+            f"{path}: must have at least {2 * least} bytes for the sizes in {CONFIG_FILE}, "
+            f"got {size}"
+        )
+    if least:  # its bytes and the model made of them
+        require_memory(str(directory), 4 * least, "its weights", "take a smaller model")
+
+
 class Pretrained(nn.Module, Generic[T]):
     """A module that a config describes and a folder keeps.
 
@@ -247,6 +272,7 @@ class Pretrained(nn.Module, Generic[T]):
             CheckpointError: the folder is damaged or holds something else.
         """
         config = load_config(directory, cls.__name__, cls.config_type)
+        _check_size(Path(directory), cls.least_parameters(config))
         with torch.random.fork_rng(devices=[]):  # loading must not move the caller's generator
             model = cls._with_parts(config, Path(directory))
         load_weights(model, directory)
@@ -256,6 +282,11 @@ class Pretrained(nn.Module, Generic[T]):
     def save_pretrained(self, directory: Path | str) -> None:
         """Writes config.json and model.safetensors into a folder, which is made if missing."""
         save_pretrained(self, directory, self.config, self.trained_on)
+
+    @classmethod
+    def least_parameters(cls, config: T) -> int:
+        """A lower bound of the parameters of a model of `config`, without building it."""
+        return 0
 
     @classmethod
     def _with_parts(cls, config: T, directory: Path) -> Self:

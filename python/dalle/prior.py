@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dalle_ext
 from dalle.errors import UsageError
+from dalle.plan import parameters
 from dalle.pretrained import Pretrained, from_presets
 from dalle.prior_blocks import KeysValues, Layer, Resblock
 from dalle.prior_config import IMAGE_WEIGHT, PAD, PRESETS, TEXT_WEIGHT, PriorConfig
@@ -101,6 +102,12 @@ class Prior(Pretrained[PriorConfig]):
             UsageError: unknown preset or field, or a value out of range.
         """
         return cls(from_presets(cls.__name__, PRESETS, name, **overrides))
+
+    @classmethod
+    def least_parameters(cls, config: PriorConfig) -> int:
+        """Exact, but for the image tables where `image_rank` makes them narrow."""
+        count = parameters(config)["total"]
+        return count - 2 * (config.d_model + 1) * config.image_vocab if config.image_rank else count
 
     def embed_text(self, text: Tensor) -> Tensor:
         """(B, text_len - 1) tokens, PAD where there is none -> (B, text_len, d) fp32."""

@@ -73,6 +73,14 @@ class ContrastiveRanker(Pretrained[RankerConfig]):
         sizes = {"vocab_size": tokenizer.vocab_size, "image_size": image_size, **overrides}
         return cls(from_presets("ranker", PRESETS, name, **sizes), tokenizer)
 
+    @classmethod
+    def least_parameters(cls, config: RankerConfig) -> int:
+        """The token table, the largest matrices of both towers, and the net over all places."""
+        c = config
+        blocks = c.depth * (10 + 8) * c.width**2
+        places = c.width // 2 * (c.grid // 2) ** 2 * c.embed_dim
+        return c.vocab_size * c.width + blocks + places + c.text_len * c.width
+
     @property
     def scale(self) -> torch.Tensor:
         """What cosines are multiplied with before the softmax: 1 / temperature, at most 100."""

@@ -19,7 +19,7 @@ from dalle.data.shapes import Scene
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.errors import UsageError
 from dalle.files import saving, to_json
-from dalle.pictures import grid, save_bytes, save_png
+from dalle.pictures import check_sheet, grid, save_bytes, save_png
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,7 @@ def make_shapes(config: MakeShapesConfig) -> None:
         raise UsageError(f"data make-shapes: count must be at least 1, got {config.count}")
     if config.seed < 0:
         raise UsageError(f"data make-shapes: seed must be 0 or more, got {config.seed}")
+    check_sheet("data make-shapes", min(64, config.count), config.image_size, 1)
     pairs = ShapesPairs(
         config.split, image_size=config.image_size, seed=config.seed, size=config.count
     )

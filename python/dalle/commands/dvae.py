@@ -10,6 +10,7 @@ import torch
 
 from dalle import pictures
 from dalle.codebook import codebook_health
+from dalle.commands.fits import require_dvae_fits
 from dalle.commands.training import loop_config, save_model
 from dalle.configs import did_you_mean
 from dalle.data.augment import center_crop, to_tensor
@@ -22,6 +23,7 @@ from dalle.distributed.cluster import ClusterConfig, alike, join
 from dalle.dvae import PRESETS, DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.likelihood import psnr
+from dalle.memory import require_memory
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
 from dalle.train.loop import start_seed
 from dalle.train.loop import train as run_loop
@@ -118,6 +120,9 @@ def train(config: DvaeTrainCommand) -> None:
     with join(config.cluster, pick_device(config.device), alike(config)) as cluster:
         with agreed(cluster):
             pairs = load_pairs(config.data, image_size=train_config.image_size, seed=config.seed)
+        if cluster is None:
+            sizes = train_config.image_size, train_config.batch_size
+            require_dvae_fits("dvae train", model_config, *sizes, pick_device(config.device))
         torch.manual_seed(start_seed(config.seed, "dvae"))
         vae = DiscreteVAE(model_config)
         if cluster is None:  # of many processes none needs the whole of it on its device
@@ -172,6 +177,10 @@ def reconstruct(config: ReconstructCommand) -> None:
         own = DVAE_RECIPES[config.data].image_size if config.data in BUILT_IN else 256
         size = max(1, round(own / vae.factor)) * vae.factor
     vae.grid(size)
+    needed = 4 * 3 * 3 * size**2 * config.limit  # read, given back, side by side
+    require_memory("dvae reconstruct", needed, f"{config.limit} pictures of {size} pixels",
+                   "take a smaller --limit or --image-size")  # fmt: skip
+    pictures.check_sheet("dvae reconstruct", 2 * config.limit, size, max(1, 96 // size))
     images = load_pictures(config, size)
     device = next(vae.parameters()).device
     tokens = torch.cat([vae.encode(part.to(device)) for part in images.split(64)])

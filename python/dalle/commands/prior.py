@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from dalle.commands.fits import require_prior_fits
 from dalle.commands.training import loop_config, save_model
 from dalle.configs import did_you_mean
 from dalle.data.pairs import load_pairs
@@ -15,6 +16,7 @@ from dalle.devices import pick_device
 from dalle.distributed.cluster import Cluster, ClusterConfig, alike, join
 from dalle.dvae import DiscreteVAE
 from dalle.errors import UsageError
+from dalle.pretrained import from_presets
 from dalle.prior import Prior
 from dalle.prior_config import PRESETS
 from dalle.tokenizer import Tokenizer
@@ -89,9 +91,13 @@ def train_command(config: PriorCommandConfig) -> None:
 
 
 def _new_prior(
-    config: PriorCommandConfig, tokenizer: Tokenizer, vae: DiscreteVAE, device: torch.device
+    config: PriorCommandConfig,
+    tokenizer: Tokenizer,
+    vae: DiscreteVAE,
+    device: torch.device,
+    alone: bool,
 ) -> Prior:
-    """On the CPU, for training on `device`."""
+    """On the CPU, for training on `device`; `alone` where one process does."""
     sizes: dict[str, Any] = {
         "text_vocab": tokenizer.vocab_size,
         "image_vocab": vae.num_tokens,
@@ -105,8 +111,11 @@ def _new_prior(
         sizes["text_len"] = config.text_len
     if config.checkpointing:
         sizes["checkpointing"] = True
+    shape = from_presets("Prior", PRESETS, config.preset, **sizes)
+    if alone:
+        require_prior_fits("prior train", shape, config.recipe.batch_size, device)
     torch.manual_seed(start_seed(config.seed, "prior"))
-    return Prior.from_preset(config.preset, **sizes)
+    return Prior(shape)
 
 
 def _train(config: PriorCommandConfig, cluster: Cluster | None) -> None:
@@ -115,7 +124,7 @@ def _train(config: PriorCommandConfig, cluster: Cluster | None) -> None:
         tokenizer = Tokenizer.from_pretrained(config.tokenizer)
         vae = DiscreteVAE.from_pretrained(config.vae).to(device)
         pairs = load_pairs(config.data, image_size=config.image_size, seed=config.seed)
-        prior = _new_prior(config, tokenizer, vae, device)
+        prior = _new_prior(config, tokenizer, vae, device, cluster is None)
     if cluster is None:  # of many processes none needs the whole of it on its device
         prior.to(device)
     task = PriorTask(prior, tokenizer, vae, pairs, config.recipe, seed=config.seed, cluster=cluster)

@@ -13,6 +13,7 @@ import tyro
 from PIL import Image
 
 from dalle import files, pictures
+from dalle.commands.fits import require_samples_fit
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.images import decode, read_bytes
 from dalle.devices import pick_device
@@ -123,6 +124,8 @@ def sample(config: SampleConfig) -> None:
     for part in (pipeline.vae, pipeline.prior, pipeline.ranker):
         if isinstance(part, torch.nn.Module):
             part.to(device)
+    require_samples_fit("sample", pipeline, config.num_candidates, config.cond_scale != 1)
+    pictures.check_sheet("sample", config.top, pipeline.image_size, config.scale)
     prime = None
     if config.prime_image is not None:
         prime = read_image(config.prime_image, pipeline.image_size)

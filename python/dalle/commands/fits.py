@@ -1,0 +1,108 @@
+"""Refuses work that cannot fit in memory before a model is built, and says what would fit.
+
+What is counted is a lower bound of what the work keeps, so nothing that would run is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+
+from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
+from dalle.memory import free_memory, require_memory
+from dalle.pipeline import SEQUENCES, Pipeline
+from dalle.plan import memory
+from dalle.prior_config import PRESETS, PriorConfig
+
+TRAINED = 20  # bytes a parameter: fp32 weight, gradient, two moments, average
+
+
+def prior_bytes(shape: PriorConfig, batch: int) -> float:
+    """Of training `shape` on one device, at least: `plan.memory` for the precision it has."""
+    kind = "paper" if shape.half_weights else "fp32" if shape.precision == "fp32" else "bf16"
+    parts = memory(shape, batch, kind)
+    if shape.image_rank:  # the plan counts image tables of full width
+        return parts["activations_checkpointed"]
+    return parts["total_checkpointed" if shape.checkpointing else "total"]
+
+
+def require_prior_fits(owner: str, shape: PriorConfig, batch: int, device: torch.device) -> None:
+    """Raises EnvironmentProblem where training cannot fit on `device`."""
+    free = free_memory(device)
+    if free is None or prior_bytes(shape, batch) <= free:
+        return
+    advice = _batch(batch, lambda size: prior_bytes(shape, size) <= free)
+    if advice is None:
+        smaller = (
+            (
+                name,
+                replace(
+                    shape,
+                    d_model=p.d_model,
+                    num_heads=p.num_heads,
+                    num_layers=p.num_layers,
+                    attention=(),
+                ),
+            )  # fmt: skip
+            for name, p in PRESETS.items()
+        )
+        fitting = [name for name, other in smaller if prior_bytes(other, 1) <= free]
+        advice = f"--preset {fitting[-1]} would fit" if fitting else "no preset would fit"
+    require_memory(owner, prior_bytes(shape, batch), f"a batch of {batch}", advice, device)
+
+
+def dvae_bytes(config: DiscreteVAEConfig, image_size: int, batch: int) -> float:
+    """Of training on one device, at least: parameters, and what backward needs of each block."""
+    grid = (image_size // config.factor) ** 2
+    if config.stem == "released":  # at full resolution a block keeps 2.5 widths, here and there
+        kept = image_size**2 * config.n_hid * 5 * config.n_blk_per_group
+    else:
+        kept = grid * config.n_hid * 6 * config.n_blk_per_group
+    pictures = 3 * image_size**2 + 2 * grid * config.vocab_size
+    return TRAINED * DiscreteVAE.least_parameters(config) + 4.0 * batch * (kept + pictures)
+
+
+def require_dvae_fits(
+    owner: str, config: DiscreteVAEConfig, image_size: int, batch: int, device: torch.device
+) -> None:
+    """Raises EnvironmentProblem where training cannot fit on `device`."""
+    free = free_memory(device)
+    if free is None or dvae_bytes(config, image_size, batch) <= free:
+        return
+    advice = _batch(batch, lambda size: dvae_bytes(config, image_size, size) <= free)
+    needed = dvae_bytes(config, image_size, batch)
+    what = f"a batch of {batch} pictures of {image_size} pixels"
+    require_memory(
+        owner, needed, what, advice or "take smaller pictures or a smaller model", device
+    )
+
+
+def require_samples_fit(owner: str, pipeline: Pipeline, candidates: int, guided: bool) -> None:
+    """Raises EnvironmentProblem where the candidates of one caption cannot fit on their device."""
+    shape, side = pipeline.prior.config, pipeline.image_size
+    cache = memory(shape, 1, "fp32" if shape.precision == "fp32" else "bf16")["cache_per_image"]
+
+    def needed(count: int) -> float:
+        pictures = count * 2 * 4 * 3 * side**2  # as drawn, and side by side before choosing
+        on_device = min(count, SEQUENCES) * cache * (2 if guided else 1)
+        return on_device + (pictures if pipeline.device.type == "cpu" else 0)
+
+    free = free_memory(pipeline.device)
+    if free is not None and needed(candidates) > free:
+        fits = _largest(candidates, lambda count: needed(count) <= free)
+        advice = f"--num-candidates {fits} would fit" if fits else "take a smaller model"
+        what = f"{candidates} candidates of {side} pixels"
+        require_memory(owner, needed(candidates), what, advice, pipeline.device)
+
+
+def _batch(batch: int, fits: Callable[[int], bool]) -> str | None:
+    size = _largest(batch, fits)
+    return f"--batch-size {size} would fit" if size else None
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to `most` that fits, to a power of two; 0 where 1 does not."""
+    sizes: Iterable[int] = (1 << power for power in range(most.bit_length()))
+    return max((size for size in sizes if fits(size)), default=0)
