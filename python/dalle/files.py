@@ -71,6 +71,14 @@ def regular_opener(path: str, flags: int) -> int:
     return handle
 
 
+def same_file(handle: int, path: Path | str) -> bool:
+    """Whether the path still leads to the open file: it may have been removed or moved."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except OSError:
+        return False
+
+
 def read_bytes(path: Path | str, limit: int = MAX_TEXT_BYTES) -> bytes:
     """The content of a regular file of at most `limit` bytes.
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from dalle.demo.config import STAGES, DemoConfig, Workspace
 from dalle.demo.plots import draw_plots
 from dalle.demo.recipes import DemoRecipe, load_recipe
@@ -23,6 +25,7 @@ from dalle.demo.stages import (
 )
 from dalle.devices import pick_device
 from dalle.errors import EnvironmentProblem, Interrupted
+from dalle.train.lock import claimed
 from dalle.train.metrics import duration, say
 
 STAGE_FUNCTIONS: dict[str, Callable[[Demo], None]] = {
@@ -82,11 +85,16 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     Raises:
         Interrupted: stopped by Ctrl-C or SIGTERM, after a report of what there is was written.
         EnvironmentProblem: a package is missing or the folder cannot be written.
-        UsageError: the folder holds a demo of other options.
+        UsageError: the folder holds a demo of other options, or another process works in it.
     """
     check_extras(config.data)
     device = pick_device(config.device)
     space = Workspace(config)
+    with claimed(space.work, "demo"):
+        return _run_stages(config, space, device)
+
+
+def _run_stages(config: DemoConfig, space: Workspace, device: torch.device) -> dict[str, Any]:
     recipe = load_recipe(config.data, config.preset, config.minutes)
     demo = Demo(space, recipe, device)
     for number, stage in enumerate(STAGES[:-1], 1):

@@ -244,7 +244,14 @@ def join(
 
     Raises: as `Cluster`; UsageError where `asked` differs, or the environment is not torchrun's.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _number("WORLD_SIZE", 1) == 1:
+        if _number("RANK", 0):
+            world = os.environ.get("WORLD_SIZE", "none")
+            raise UsageError(
+                "cluster: RANK must come with the WORLD_SIZE of several processes, as torchrun "
+                f"sets them, got RANK {os.environ['RANK']} and WORLD_SIZE {world}; "
+                "unset RANK to train on one process"
+            )
         yield None
         return
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -264,6 +271,16 @@ def join(
         dist.barrier(group=cluster.control)
         cluster.heartbeat.stop()
         dist.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    """A variable of torchrun's, at least 0."""
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    if not (text.isascii() and text.isdigit()):
+        raise UsageError(f"cluster: {name} must be a number, as torchrun sets it, got {text!r}")
+    return int(text)
 
 
 def alike(config: Any) -> dict[str, Any]:

@@ -44,7 +44,9 @@ from dalle.files import make_folder
 from dalle.train.metrics import Metrics
 from dalle.train.run import (
     Saver,
+    StepWatch,
     agreed,
+    alone_in,
     answering,
     resume,
     settings,
@@ -175,17 +177,21 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
     """Trains `task` until `config.steps` updates are done.
 
     Raises:
-        TrainingInterrupted: after SIGINT or SIGTERM, with the step finished and its checkpoint
-            written. A second signal ends the process at once.
+        TrainingInterrupted: after SIGINT, SIGTERM or SIGHUP, with the step finished and its
+            checkpoint written. A second SIGINT or SIGTERM ends the process at once.
         NumericalError: if loss or gradients are not finite; the last checkpoint stays.
+        UsageError: if another training writes into `out`.
         CheckpointError: if the checkpoint to resume from is damaged or of another training.
         EnvironmentProblem: if `out` cannot be made, or the last checkpoint cannot be written, or
             a process of the cluster does not answer.
+        Exception: whatever the task raises. On one process a checkpoint is written first, unless
+            the task was in the middle of an update.
     """
     cluster, step, stop = task.cluster, 0, False
     with agreed(cluster):
         out = make_folder(config.out, "train")
     with (
+        alone_in(out, task) as lock,
         settings(start_seed(config.seed, "global"), config.deterministic),
         signals() as received,
         answering(cluster, lambda: step),
@@ -194,24 +200,39 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
         saver = Saver(task, out, config.keep)
         with agreed(cluster):
             metrics = Metrics(out, name=task.name, start=step, steps=config.steps)
+        start, watch = step, StepWatch(task)
         try:
             task.model.train()
             while step < config.steps:
+                watch.begin()
                 values = task.train_step(step)
                 check_loss(task.name, values["loss"], step)
                 step += 1
+                watch.end()
                 metrics.add(values)
                 stop = bool(received) if cluster is None else cluster.any(bool(received))
                 last = stop or step >= config.steps
-                if last or step % config.log_every == 0:
+                record = last or step % config.log_every == 0
+                save = last or step % config.checkpoint_every == 0
+                draw = config.picture_every > 0 and step % config.picture_every == 0
+                if record or save or draw:
+                    with agreed(cluster):
+                        if lock is not None:
+                            lock.renew()
+                if record:
                     metrics.write(step, task.optimizer.param_groups[0]["lr"])
-                if last or step % config.checkpoint_every == 0:
+                if save:
                     saver.save(step, last=last)
-                if config.picture_every and step % config.picture_every == 0:
+                if draw:
                     write_pictures(task, step, out / "pictures")
                 if stop:
                     break
+        except Exception as problem:
+            if lock is not None and lock.held and step > start and watch.undo():
+                saver.rescue(step, problem)
+            raise
         finally:
+            watch.close()
             metrics.close()
         interrupted = step < config.steps and stop
         result = TrainResult(

@@ -29,16 +29,19 @@ MAX_FILE_BYTES = 8 << 30
 def say(text: str) -> None:
     """One line on stderr, above a progress bar if there is one; of many processes the first's.
 
-    Control characters, which file names and captions may hold, become escapes.
+    Control characters, which file names and captions may hold, become escapes. Where nobody takes
+    the line any more (`... 2>&1 | head`, a terminal that was closed) the work goes on without it.
     """
-    if leads():
-        tqdm.write(printable(text), file=sys.stderr)
-        sys.stderr.flush()
+    if leads() and sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            tqdm.write(printable(text), file=sys.stderr)
+            sys.stderr.flush()
 
 
 def leads() -> bool:
     """Whether this process speaks and writes: the only one, or number 0 of `torchrun`'s."""
-    return os.environ.get("RANK", "0") == "0"
+    alone = os.environ.get("WORLD_SIZE", "") in ("", "1")
+    return alone or os.environ.get("RANK", "0") == "0"
 
 
 def read_metrics(path: Path, damaged: list[int] | None = None) -> list[dict[str, Any]]:
@@ -129,6 +132,7 @@ class Metrics:
         self._begin = self._mark = time.monotonic()
         self._mark_step = start
         self._file: io.FileIO | None = None
+        self._place: tuple[int, int] | None = None
         self._torn = False  # does the file end in the middle of a record?
         if leads() and self.path.exists():
             damaged: list[int] = []
@@ -141,7 +145,9 @@ class Metrics:
             if damaged:
                 lines = f"line {damaged[0]}" if len(damaged) == 1 else f"{len(damaged)} lines"
                 say(f"{name}: {self.path}: left out {lines} that no training wrote whole")
-        terminal = leads() and sys.stderr.isatty()
+        terminal = False
+        with contextlib.suppress(AttributeError, ValueError):  # there is none, or it is closed
+            terminal = leads() and sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, desc=name, disable=not terminal)
 
     @property
@@ -155,7 +161,8 @@ class Metrics:
             one = value.detach().double().cpu() if isinstance(value, torch.Tensor) else value
             self._sums[key] = self._sums.get(key, 0.0) + np.asarray(one, dtype=np.float64)
             self._counts[key] = self._counts.get(key, 0) + 1
-        self._bar.update(1)
+        with contextlib.suppress(OSError, ValueError):  # as in `say`
+            self._bar.update(1)
 
     def write(self, step: int, lr: float) -> dict[str, Any]:
         """Ends the interval: one record into the file, and a log line where there is no bar."""
@@ -182,8 +189,12 @@ class Metrics:
         if not leads():
             return
         try:
+            if self._file is not None and self._place != self._found():
+                self._file.close()  # it was removed, or the folder was
+                self._file, self._torn = None, False
             if self._file is None:
                 self._file = open(self.path, "ab", buffering=0, opener=regular_opener)  # noqa: SIM115
+                self._place = self._found()
             line = _line(record)
             if self._torn:
                 line = b"\n" + line
@@ -192,6 +203,14 @@ class Metrics:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as problem:
             self._tell(problem)
+
+    def _found(self) -> tuple[int, int] | None:
+        """What tells the file at the path from others."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
     def _tell(self, problem: OSError) -> None:
         if not self._failed:
@@ -211,7 +230,8 @@ class Metrics:
 
     def close(self) -> None:
         """Ends the bar and the file."""
-        self._bar.close()
+        with contextlib.suppress(OSError, ValueError):
+            self._bar.close()
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()

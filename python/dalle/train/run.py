@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from dalle.errors import (
     DalleError,
     DataError,
     EnvironmentProblem,
+    NumericalError,
     OtherTrainingError,
     UsageError,
 )
@@ -36,6 +37,7 @@ from dalle.train.checkpoint import (
     save_checkpoint,
     step_of,
 )
+from dalle.train.lock import FolderLock
 from dalle.train.metrics import say
 
 if TYPE_CHECKING:
@@ -64,17 +66,21 @@ def settings(seed: int, deterministic: bool) -> Iterator[None]:
 
 @contextmanager
 def signals() -> Iterator[list[str]]:
-    """A list that gets the name of the first SIGINT or SIGTERM; the second ends the process.
+    """A list that gets the name of the first SIGINT, SIGTERM or SIGHUP.
 
-    Outside the main thread, where Python allows no handlers, the list stays empty.
+    After it, SIGINT and SIGTERM end the process, and SIGHUP, of which a terminal that is closed
+    sends several, does nothing. SIGHUP that is ignored (nohup) stays so. Outside the main thread,
+    where Python allows no handlers, the list stays empty.
     """
     received: list[str] = []
-    watched = (signal.SIGINT, signal.SIGTERM)
+    watched = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        watched.append(signal.SIGHUP)
 
     def note(number: int, _: FrameType | None) -> None:
         received.append(signal.Signals(number).name)
         for each in watched:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_IGN if each is signal.SIGHUP else signal.SIG_DFL)
         say(f"{received[0]}: finishing the step and saving; once more to stop at once")
 
     if threading.current_thread() is not threading.main_thread():
@@ -103,6 +109,20 @@ def agreed(cluster: Cluster | None) -> Iterator[None]:
     except (DalleError, OSError, torch.OutOfMemoryError) as found:
         problem = found
     cluster.together(problem)
+
+
+@contextmanager
+def alone_in(out: Path, task: Task) -> Iterator[FolderLock | None]:
+    """Inside, no other training writes into `out`; process 0 has the lock. Collective."""
+    lock = None
+    with agreed(task.cluster):
+        if task.cluster is None or task.cluster.leads:
+            lock = FolderLock(out, task.name)
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def resume(task: Task, config: LoopConfig) -> int:
@@ -184,6 +204,8 @@ class Saver:
 
     def __init__(self, task: Task, out: Path, keep: int) -> None:
         self._task, self._out, self._keep, self._told = task, out, keep, False
+        self._lost = False  # is the last one lost?
+        self.saved: int | None = None
 
     def save(self, step: int, *, last: bool) -> None:
         """Writes the checkpoint after `step` updates.
@@ -193,15 +215,78 @@ class Saver:
         """
         try:
             save_checkpoint(self._task, self._out, step, keep=self._keep)
-            self._told = False
+            self._told, self.saved = False, step
         except (OSError, CheckpointError) as problem:
             reason = getattr(problem, "strerror", None) or str(problem)
             line = f"{self._task.name}: checkpoint after step {step} not saved: {reason}"
             if last:
+                self._lost = True
                 raise EnvironmentProblem(f"{line}; older checkpoints are untouched") from problem
             if not self._told:
                 say(f"{line}; training goes on, older checkpoints are untouched")
             self._told = True
+
+    def rescue(self, step: int, problem: Exception) -> None:
+        """Saves the state after `step` updates before an error ends the training, and says so.
+
+        Not where numbers have gone wrong, and not on many processes: the others are elsewhere.
+        """
+        task = self._task
+        if task.cluster is not None or isinstance(problem, NumericalError) or self._lost:
+            return
+        try:
+            if self.saved != step:
+                self.save(step, last=True)
+        except Exception as second:
+            say(str(second))
+        else:
+            done = f"checkpoint after step {step} written"
+            say(f"{task.name}: an error ends the training: {done}; the same command goes on")
+
+
+class StepWatch:
+    """Knows whether a step that failed has left the training as it was.
+
+    A step that cannot load its data has; one that failed in the middle of its update has not.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._tensors = [*task.model.parameters(), *task.model.buffers()]
+        self._hook = task.optimizer.register_step_pre_hook(self._note)
+        self._generators: tuple[Any, ...] | None = None
+
+    def _note(self, *_: Any) -> None:
+        self._updating = True
+
+    def _versions(self) -> list[int]:
+        return [tensor._version for tensor in self._tensors]
+
+    def begin(self) -> None:
+        """Before a step."""
+        self._updating, self._before = False, self._versions()
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._generators = torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
+
+    def end(self) -> None:
+        """After a step that is done."""
+        self._generators = None
+
+    def undo(self) -> bool:
+        """After an error: whether nothing but random generators has moved; those are put back."""
+        if self._generators is None:
+            return True
+        if self._updating or self._versions() != self._before:
+            return False
+        own, cuda, numpy, python = self._generators
+        torch.set_rng_state(own)
+        torch.cuda.set_rng_state_all(cuda)
+        np.random.set_state(numpy)
+        random.setstate(python)
+        return True
+
+    def close(self) -> None:
+        """Takes its hook off the optimizer."""
+        self._hook.remove()
 
 
 @contextmanager

@@ -1,0 +1,173 @@
+"""One training at a time in a folder: a lock that names who has it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dalle.errors import EnvironmentProblem, UsageError
+from dalle.files import make_folder, parse_json, regular_opener, same_file
+from dalle.train.metrics import say
+
+LOCK_FILE = "training.lock"
+MAX_BYTES = 4096
+_BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+
+class FolderLock:
+    """Holds `folder`/training.lock while this process writes into the folder.
+
+    The lock is the kernel's (flock): it ends with the process, however that ends, so that a crash
+    leaves a file, but no lock. Where a file system has none, the process that the file names
+    decides, if it is of this machine.
+
+    Args:
+        folder: is there.
+        owner: begins every line, e.g. "prior".
+
+    Raises:
+        UsageError: another process has it, named with its machine.
+        EnvironmentProblem: the file cannot be written.
+    """
+
+    def __init__(self, folder: Path, owner: str) -> None:
+        self.folder, self.path, self._owner = folder, folder / LOCK_FILE, owner
+        self._told = False
+        self._handle: int | None = self._acquire()
+
+    def _acquire(self) -> int:
+        while True:
+            try:
+                handle = regular_opener(str(self.path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            except OSError as problem:
+                raise EnvironmentProblem(
+                    f"{self._owner}: {self.path} must be writable, got {problem.strerror}"
+                ) from problem
+            try:
+                before = self._named(handle)
+                self._take(handle, before)
+                if same_file(handle, self.path):  # else its last owner has just removed it
+                    self._sign(handle, before)
+                    return handle
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)
+
+    def _take(self, handle: int, before: dict[str, object]) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as problem:
+            if problem.errno not in _BUSY and not _may_live(before):
+                return  # no locks here, and nobody of whom it is known
+        who = f"process {before.get('process', '?')} on {before.get('host', 'another machine')}"
+        raise UsageError(
+            f"{self._owner}: out must be used by one training at a time, got {self.folder}, where "
+            f"{who} trains; wait for it or choose another folder ({self.path} is its lock)"
+        )
+
+    def _sign(self, handle: int, before: dict[str, object]) -> None:
+        if before:
+            say(
+                f"{self._owner}: process {before.get('process', '?')} on {before.get('host', '?')} "
+                f"has left {self.folder} without an end; going on in its place"
+            )
+        own = {"process": os.getpid(), "host": socket.gethostname(), "began": _began(os.getpid())}
+        with contextlib.suppress(OSError):  # a full disk; the lock is held all the same
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(own).encode() + b"\n", 0)
+
+    @staticmethod
+    def _named(handle: int) -> dict[str, object]:
+        """What the file says of its owner; empty where there is none or nothing to be read."""
+        try:
+            found = parse_json(os.pread(handle, MAX_BYTES, 0))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def renew(self) -> None:
+        """Where the folder has been removed or moved meanwhile, makes it and the lock again.
+
+        What cannot be made again is told once, and tried again at the next call.
+
+        Raises:
+            UsageError: another training has begun in its place.
+        """
+        if self.held:
+            return
+        if not self._told:
+            say(
+                f"{self._owner}: {self.folder} was removed or moved while training; what was in "
+                "it is no longer there, the next checkpoint is written into a new one"
+            )
+        self._told = True
+        self._close()
+        try:
+            self._handle = self._remake()
+        except EnvironmentProblem:
+            return  # the next checkpoint says why, and is the error if it is the last
+        self._told = False
+
+    def _remake(self) -> int:
+        make_folder(self.folder, self._owner)
+        return self._acquire()
+
+    def _close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+        self._handle = None
+
+    @property
+    def held(self) -> bool:
+        """Whether the folder is there and this process's."""
+        return self._handle is not None and same_file(self._handle, self.path)
+
+    def release(self) -> None:
+        """Removes the file and gives the lock back."""
+        if self.held:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+        self._close()
+
+
+def _began(process: int) -> int | None:
+    """When a process of this machine began, in ticks since the machine did; None without /proc."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _may_live(named: dict[str, object]) -> bool:
+    """Whether the process that a lock's file names may still be running."""
+    process = named.get("process")
+    if not isinstance(process, int) or process < 1:
+        return False
+    if named.get("host") != socket.gethostname():
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return named.get("began") in (None, _began(process))  # numbers are given again
+
+
+@contextmanager
+def claimed(folder: Path, owner: str) -> Iterator[FolderLock]:
+    """Inside, the folder is this process's; raises as `FolderLock`."""
+    lock = FolderLock(folder, owner)
+    try:
+        yield lock
+    finally:
+        lock.release()
