@@ -49,19 +49,26 @@ def require_adamw(owner: str, config: object) -> None:
 LARGEST: dict[str, float] = {
     "batch_size": 2**20, "batch": 2**20, "steps": 10**9, "log_every": 10**9,
     "checkpoint_every": 10**9, "picture_every": 10**9, "keep": 10**6, "count": 10**7,
-    "image_size": 2**14, "scale": 64, "columns": 4096, "limit": 10**6, "top": 10**6,
-    "show": 10**6, "num_candidates": 2**20, "top_k": 2**24, "text_len": 2**16, "grid": 2**12,
+    "image_size": 2**14, "canvas": 2**14, "scale": 64, "columns": 4096, "limit": 10**6,
+    "top": 10**6, "show": 10**6, "num_candidates": 2**20, "top_k": 2**24, "text_len": 2**16,
+    "grid": 2**12,
     "d_model": 2**17, "num_heads": 2**12, "num_layers": 2**12, "kernel_size": 2**12,
     "text_vocab": 2**24, "image_vocab": 2**24, "image_rank": 2**17,
     "group_count": 12, "n_hid": 2**15, "n_blk_per_group": 2**10, "n_init": 2**15, "patch": 2**10,
     "width": 2**15, "depth": 2**10, "embed_dim": 2**15, "gpus": 10**7, "per_machine": 10**5,
     "rank": 2**17, "powersgd_rank": 2**17, "machines": 10**6, "timeout": 10**7,
+    "lr": 1e3, "lr_start": 1e3, "lr_end": 1e3, "warm_start_lr": 1e3, "learning_rate": 1e3,
+    "init_gain": 1e3, "embedding_scale": 1e3, "head_scale": 1e3, "mse_weight": 1e6,
+    "kl_weight": 1e6, "codebook_sharpness": 1e4, "codebook_iterations": 10**4,
+    "codebook_points": 10**7, "codebook_images": 10**7, "cond_scale": 1e4, "temperature": 1e6,
     "tflops": 1e9, "link_gbit": 1e9, "peer_gbyte": 1e9,
 }  # fmt: skip
 
 
 def check_numbers(owner: str, config: Any, largest: Mapping[str, float] = LARGEST) -> None:
     """Checks every number in a config and the configs inside it: finite, and of a size in reason.
+
+    Fields that are annotated as `int` must hold integers, of any kind.
 
     Raises:
         UsageError: naming the first that is not, and the largest value there is.
@@ -71,11 +78,14 @@ def check_numbers(owner: str, config: Any, largest: Mapping[str, float] = LARGES
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             check_numbers(owner, value, largest)
         for number in value if isinstance(value, (tuple, list)) else (value,):
+            whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)
+            if field.type == "int" and not whole:
+                raise UsageError(f"{owner}: {field.name} must be a whole number, got {number!r}")
             if isinstance(number, float) and not math.isfinite(number):
                 raise UsageError(f"{owner}: {field.name} must be a finite number, got {number}")
             if field.name == "seed" and isinstance(number, int) and number >= 2**63:
                 raise UsageError(f"{owner}: seed must be 0 .. 2^63 - 1, got {number}")
-            most = largest.get(field.name)
+            most = largest.get(field.name, 2**63 - 1 if whole else None)
             if most is not None and isinstance(number, (int, float)) and abs(number) > most:
                 raise UsageError(
                     f"{owner}: {field.name} must be at most {most} in size, got {number}"

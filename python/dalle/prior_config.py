@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 import dalle_ext
+from dalle.configs import check_numbers
 from dalle.errors import UsageError
 from dalle.prior_blocks import layer_kinds
 
 PAD = -1
+MAX_LENGTH = 2**20  # positions
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16-scaled": torch.float16}
 TEXT_TARGETS = ("real", "padded")
 TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8
@@ -62,11 +64,15 @@ class PriorConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))
         object.__setattr__(self, "attention", tuple(self.attention))
+        check_numbers("Prior", self)
         for name in ("text_vocab", "image_vocab", "text_len", "d_model", "num_heads", "num_layers"):
             least = 2 if name == "text_len" else 1
             self._require(getattr(self, name) >= least, name, f"at least {least}")
         fits = len(self.grid) == 2 and min(self.grid) >= 1
         self._require(fits, "grid", "(rows, columns) of at least 1")
+        fits = self.length <= MAX_LENGTH
+        self._require(fits, "text_len", f"such that with the grid it is at most {MAX_LENGTH}")
+        self._require(self.init_gain > 0, "init_gain", "positive")
         self._require(self.d_model % self.num_heads == 0, "d_model", "a multiple of num_heads")
         odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
         self._require(odd, "kernel_size", "odd and at least 1")

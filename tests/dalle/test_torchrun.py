@@ -153,7 +153,7 @@ BAD = {
         "--vae", ["{given}/vae", "nowhere"]],
     "train: out must be a folder that can be written, got {given}/pairs/0.png: it is a file": [
         "--out", "{given}/pairs/0.png"],
-    "prior: {given}/blocked/metrics.jsonl must be writable, got Is a directory": [
+    "prior: {given}/blocked/metrics.jsonl must be writable, got it is a folder, ": [
         "--out", "{given}/blocked"],
     "prior train: {given}/occupied/prior must be writable, got its folder is a file": [
         "--out", "{given}/occupied", "--steps", "0"],

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
+from dalle.configs import check_numbers
 from dalle.errors import UsageError
 
 SPLITS = ("train", "test", "zero")
@@ -76,8 +77,10 @@ class ShapesConfig:
     kind_weights: tuple[float, float, float] = (0.1, 0.25, 0.65)
 
     def __post_init__(self) -> None:
+        check_numbers("shapes", self)
         requirements = (
             ("canvas", self.canvas >= 24 and self.canvas % 8 == 0, "a multiple of 8, at least 24"),
+            ("size_jitter", self.size_jitter >= 0, "0 or more"),
             ("size", 9 <= self.size - self.size_jitter <= self.size + self.size_jitter <= 15,
              "9 to 15 with its jitter"),
             ("place_jitter", 0 <= self.place_jitter <= 1, "0 to 1"),

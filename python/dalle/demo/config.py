@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dalle import __version__
+from dalle.configs import check_numbers
 from dalle.errors import DataError, UsageError
 from dalle.files import read_object, saving, temporary_name, to_json
 from dalle.pictures import save_bytes
@@ -42,6 +43,7 @@ class DemoConfig:
     preset: Literal["default", "smoke"] = "default"
 
     def __post_init__(self) -> None:
+        check_numbers("demo", self)
         if self.data not in ("emoji", "shapes"):
             raise UsageError(f"demo: data must be emoji or shapes, got {self.data!r}")
         if self.preset not in ("default", "smoke"):

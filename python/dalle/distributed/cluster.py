@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import init_device_mesh
 
-from dalle.configs import require, to_dict
+from dalle.configs import check_numbers, require, to_dict
 from dalle.distributed.agreement import require_same
 from dalle.distributed.heartbeat import Heartbeat
 from dalle.errors import DalleError, EnvironmentProblem, UsageError
@@ -47,6 +47,7 @@ class ClusterConfig:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
+        check_numbers("cluster", self)
         require("cluster", self, "0 or more", lambda x: x >= 0, "machines", "powersgd_rank")
         require("cluster", self, "positive", lambda x: x > 0, "timeout")
 

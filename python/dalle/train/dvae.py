@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dalle.averaging import IterateAverage
 from dalle.codebook import codebook_health, init_codebook
-from dalle.configs import require, require_adamw, to_dict
+from dalle.configs import check_numbers, require, require_adamw, to_dict
 from dalle.data.augment import center_crop, dvae_crop, to_tensor
 from dalle.data.pairs import BatchSampler, Pairs, fingerprints, load_or_draw, load_or_skip
 from dalle.dvae import DiscreteVAE
@@ -88,8 +88,14 @@ class DvaeTrainConfig:
         ):
             require("dvae train", self, f"one of {', '.join(known)}", known.__contains__, name)
         sizes = ("image_size", "batch_size", "health_every", "tau_start", "tau_end", "lr_start")
-        require("dvae train", self, "positive", lambda x: x > 0, *sizes)
+        of_codes = ("codebook_sharpness", "codebook_iterations", "codebook_points")
+        more = (*of_codes, "codebook_images", "mse_weight", "warm_start_lr")
+        require("dvae train", self, "positive", lambda x: x > 0, *sizes, *more)
+        lengths = ("tau_steps", "kl_steps", "lr_steps", "warm_start_steps")
+        require("dvae train", self, "0 or more", lambda x: x >= 0, *lengths, "kl_weight", "lr_end")
+        require("dvae train", self, "in [0, 1)", lambda x: 0 <= x < 1, "average_decay")
         require_adamw("dvae train", self)
+        check_numbers("dvae train", self)
 
 
 class DvaeTask:

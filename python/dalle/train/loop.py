@@ -27,9 +27,11 @@ the uninterrupted one bit for bit:
 
 from __future__ import annotations
 
+import operator
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.averaging import IterateAverage
-from dalle.configs import require
+from dalle.configs import check_numbers, require
 from dalle.errors import Interrupted
 from dalle.files import make_folder
 from dalle.train.metrics import Metrics
@@ -90,9 +92,10 @@ class LoopConfig:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers("train", self)
         least = {"steps": 0, "log_every": 1, "checkpoint_every": 1, "keep": 1, "picture_every": 0}
         for name, low in least.items():
-            require("train", self, f"{low} or more", low.__le__, name)
+            require("train", self, f"{low} or more", partial(operator.le, low), name)
         require("train", self, "0 .. 2^63 - 1", lambda x: 0 <= x < 2**63, "seed")
 
 

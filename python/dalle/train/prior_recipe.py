@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import dalle_ext
-from dalle.configs import require, require_adamw
+from dalle.configs import check_numbers, require, require_adamw
 from dalle.errors import UsageError
 from dalle.prior import Prior
 from dalle.schedules import cosine_ramp, linear_warmup
@@ -84,7 +84,14 @@ class PriorTrainConfig:
         shares = ("bpe_dropout", "caption_dropout", "token_dropout")
         require("prior train", self, "in [0, 1)", lambda x: 0 <= x < 1, *shares)
         require("prior train", self, "positive", lambda x: x > 0, "batch_size", "lr", "clip_norm")
+        counts = ("plateau_window", "plateau_patience", "average_every")
+        require("prior train", self, "1 or more", lambda x: x >= 1, *counts)
+        rest = ("plateau_min_delta", "max_halvings", "embedding_scale", "head_scale")
+        lengths = ("warmup_steps", "decay_steps")
+        require("prior train", self, "0 or more", lambda x: x >= 0, *lengths, *rest)
+        require("prior train", self, "in [0, 1)", lambda x: 0 <= x < 1, "average_decay")
         require_adamw("prior train", self)
+        check_numbers("prior train", self)
         if self.decay == "cosine" and self.decay_steps < 1:
             raise UsageError(f"prior train: decay_steps must be 1 or more, got {self.decay_steps}")
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dalle.averaging import IterateAverage
+from dalle.configs import check_numbers
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.pairs import Pairs, fingerprints, load_or_skip
 from dalle.dvae import DiscreteVAE
@@ -64,6 +65,7 @@ class RankerTrainConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        check_numbers("ranker", self)
         requirements = (
             ("steps", self.steps >= 1, "at least 1"),
             ("group", self.group >= 1, "at least 1"),
@@ -72,6 +74,9 @@ class RankerTrainConfig:
             ("num_spliced", 0 <= self.num_spliced <= self.batch_size, "0 to batch_size"),
             ("reconstructed", 0 <= self.reconstructed <= 1, "0 to 1"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("warmup", self.warmup >= 0, "0 or more"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("clip_norm", self.clip_norm > 0, "above 0"),
         )  # fmt: skip
         for name, holds, requirement in requirements:
             if not holds:
