@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+from dalle.demo.parts import PARTS
 from dalle.demo.recipes_dvae import DVAE_RECIPES
 from dalle.demo.recipes_prior import PRIOR_RECIPES
 from dalle.demo.recipes_ranker import RANKER_RECIPES
@@ -104,13 +105,14 @@ def smoke_recipe(data: str) -> DemoRecipe:
             average_warmup=True,
             warm_start_steps=10,
             codebook_images=64,
+            parts=PARTS,
         ),
         vae_steps=20,
         ranker=ranker.model,
         ranker_train=ranker.train,
         prior={"text_len": 24, "d_model": 32, "num_heads": 2, "num_layers": 2, "kernel_size": 3},
         prior_train=PriorTrainConfig(
-            batch_size=8, lr=1e-3, warmup_steps=2, augment="none", average_warmup=True
+            batch_size=8, lr=1e-3, warmup_steps=2, augment="none", average_warmup=True, parts=PARTS
         ),
         prior_steps=20,
         seconds=dict.fromkeys(("dvae", "ranker", "prior", "samples"), 1.0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dalle.demo.parts import PARTS
 from dalle.dvae import DiscreteVAEConfig
 from dalle.train.dvae import DvaeTrainConfig
 
@@ -43,6 +44,7 @@ def _recipe(
         "augment": "none",
         "distortion": "mse",
         "warm_start_steps": warm,
+        "parts": PARTS,
     }
     return DvaeRecipe(
         image_size=image_size,

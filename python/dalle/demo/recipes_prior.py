@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from dalle.demo.parts import PARTS
 from dalle.train.prior_recipe import PriorTrainConfig
 
 
@@ -43,6 +44,7 @@ def _short(steps: int, **changes: Any) -> PriorTrainConfig:
         "average_every": 5,
         "average_warmup": True,
         "image_init": "codebook",
+        "parts": PARTS,
     }
     return PriorTrainConfig(**(options | changes))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dalle.demo.parts import PARTS
 from dalle.train.ranker import RankerTrainConfig
 
 
@@ -17,16 +18,16 @@ class RankerRecipe:
 
 
 RANKER_RECIPES: dict[tuple[str, str], RankerRecipe] = {
-    ("emoji", "default"): RankerRecipe(train=RankerTrainConfig(steps=600)),
-    ("shapes", "default"): RankerRecipe(train=RankerTrainConfig(steps=600)),
+    ("emoji", "default"): RankerRecipe(train=RankerTrainConfig(steps=600, parts=PARTS)),
+    ("shapes", "default"): RankerRecipe(train=RankerTrainConfig(steps=600, parts=PARTS)),
     ("emoji", "smoke"): RankerRecipe(
         model={"width": 32, "depth": 1, "embed_dim": 32},
-        train=RankerTrainConfig(steps=12, batch_size=16, num_spliced=4, warmup=2),
+        train=RankerTrainConfig(steps=12, batch_size=16, num_spliced=4, warmup=2, parts=PARTS),
         seconds=1.0,
     ),
     ("shapes", "smoke"): RankerRecipe(
         model={"width": 32, "depth": 1, "embed_dim": 32},
-        train=RankerTrainConfig(steps=12, batch_size=16, num_spliced=4, warmup=2),
+        train=RankerTrainConfig(steps=12, batch_size=16, num_spliced=4, warmup=2, parts=PARTS),
         seconds=1.0,
     ),
 }

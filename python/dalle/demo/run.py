@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dalle.demo.config import STAGES, DemoConfig, Workspace
+from dalle.demo.parts import threads_for_parts
 from dalle.demo.plots import draw_plots
 from dalle.demo.recipes import DemoRecipe, load_recipe
 from dalle.demo.report import write_report
@@ -101,7 +102,7 @@ def _run_stages(config: DemoConfig, space: Workspace, device: torch.device) -> d
         left = duration(seconds_left(space, recipe, stage))
         say(f"demo: stage {number} of {len(STAGES)}: {stage} (about {left} to the end)")
         try:
-            with clocked(space, stage):
+            with threads_for_parts(), clocked(space, stage):
                 STAGE_FUNCTIONS[stage](demo)
         except (KeyboardInterrupt, Interrupted) as stop:
             draw_plots(space)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ from dalle.data.pairs import Pairs
 from dalle.data.shapes import parse
 from dalle.demo import score
 from dalle.demo.config import Workspace
+from dalle.demo.parts import PARTS
 from dalle.demo.stages import SHOWN, Demo, captions_to_draw, scale_for
 from dalle.errors import CheckpointError
 from dalle.files import read_bytes
 from dalle.pretrained import MAX_HEADER_BYTES, tensors_from_bytes, tensors_to_bytes
 from dalle.train.metrics import duration, say
+from dalle.train.parts import side_by_side
 
 STRIP = 6  # samples shown beside a true picture
 
@@ -90,27 +93,7 @@ def samples_stage(demo: Demo) -> None:
     shape = (len(captions), recipe.num_samples, *demo.pipeline.grid)
     tokens = stored_tokens(space, shape, demo.vae.num_tokens)
     if tokens is None:
-        begin = time.monotonic()
-        told = begin
-
-        def progress(done: int, total: int) -> None:
-            nonlocal told
-            now = time.monotonic()
-            if now - told > 5 or done == total:
-                told = now
-                left = duration((now - begin) / done * (total - done))
-                say(f"samples {done}/{total} | ETA {left}")
-
-        before = [captions[:i].count(caption) for i, caption in enumerate(captions)]
-        tokens = demo.pipeline.sample(
-            captions,
-            recipe.num_samples,
-            seed=demo.seed,
-            first_candidate=[times * recipe.num_samples for times in before],
-            progress=progress,
-            **recipe.sampling,
-        )
-        tokens = tokens.cpu()
+        tokens = draw_samples(demo, captions)
         pictures.save_bytes(space.samples, tensors_to_bytes({"tokens": tokens}))
     images = demo.pipeline.decode(tokens)
     ranker = demo.pipeline.ranker
@@ -131,6 +114,40 @@ def samples_stage(demo: Demo) -> None:
         beside = None
     draw_strips(demo, captions, splits, images, ranked, beside)
     space.add_scores({**found, "captions_drawn": len(captions), "samples": int(ranked.size)})
+
+
+def draw_samples(demo: Demo, captions: list[str]) -> torch.Tensor:
+    """(B, N, h, w) codes on the CPU; a caption that comes again gets other candidates."""
+    count = demo.recipe.num_samples
+    first = [captions[:i].count(caption) * count for i, caption in enumerate(captions)]
+    begin = told = time.monotonic()
+    done: dict[int, int] = {}
+    lock = Lock()
+
+    def part(place: slice) -> tuple[torch.Tensor]:
+        def progress(number: int, _: int) -> None:
+            nonlocal told
+            with lock:
+                done[place.start] = number
+                now, drawn, total = time.monotonic(), sum(done.values()), len(captions) * count
+                if now - told > 5 or drawn == total:
+                    told = now
+                    left = duration((now - begin) / drawn * (total - drawn))
+                    say(f"samples {drawn}/{total} | ETA {left}")
+
+        tokens = demo.pipeline.sample(
+            captions[place],
+            count,
+            seed=demo.seed,
+            first_candidate=first[place],
+            progress=progress,
+            **demo.recipe.sampling,
+        )
+        return (tokens.cpu(),)
+
+    with torch.no_grad():
+        found = side_by_side(part, len(captions), PARTS, demo.pipeline.prior)
+    return torch.cat([tokens for (tokens,) in found])
 
 
 def stored_tokens(space: Workspace, shape: tuple[int, ...], codes: int) -> torch.Tensor | None:

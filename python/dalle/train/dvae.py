@@ -22,6 +22,7 @@ from dalle.likelihood import expected_pixels, map_pixels, psnr
 from dalle.schedules import cosine_ramp
 from dalle.train.loop import start_seed, step_seed
 from dalle.train.metrics import say
+from dalle.train.parts import require_alone, side_by_side, sums
 from dalle.train.run import agreed, averaged_model, whole
 from dalle.train.update import update
 
@@ -52,6 +53,7 @@ class DvaeTrainConfig:
         codebook_sharpness, codebook_iterations, codebook_points: see `codebook.init_codebook`.
         codebook_images: pictures whose features are clustered.
         health_every: updates over which codes are counted.
+        parts: of a batch, computed side by side (`train.parts`); each uses torch's threads.
     """
 
     image_size: int = 256
@@ -80,6 +82,7 @@ class DvaeTrainConfig:
     codebook_points: int = 40_000
     codebook_images: int = 2048
     health_every: int = 100
+    parts: int = 1
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -89,7 +92,7 @@ class DvaeTrainConfig:
             require("dvae train", self, f"one of {', '.join(known)}", known.__contains__, name)
         sizes = ("image_size", "batch_size", "health_every", "tau_start", "tau_end", "lr_start")
         of_codes = ("codebook_sharpness", "codebook_iterations", "codebook_points")
-        more = (*of_codes, "codebook_images", "mse_weight", "warm_start_lr")
+        more = (*of_codes, "codebook_images", "parts", "mse_weight", "warm_start_lr")
         require("dvae train", self, "positive", lambda x: x > 0, *sizes, *more)
         lengths = ("tau_steps", "kl_steps", "lr_steps", "warm_start_steps")
         require("dvae train", self, "0 or more", lambda x: x >= 0, *lengths, "kl_weight", "lr_end")
@@ -127,6 +130,7 @@ class DvaeTask:
         self.data = {"name": pairs.name, "pairs": len(pairs), **fingerprints(pairs)}
         if cluster is not None:
             cluster.agree(self.describe())
+        require_alone("dvae train", config.parts, cluster)
         vae.grid(config.image_size)
         if config.warm_start_steps and vae.config.stem != "patch":
             raise UsageError(
@@ -188,13 +192,20 @@ class DvaeTask:
         images = self.batch(step)
         share = 1.0 if self.cluster is None else self.cluster.weight(c.batch_size)
         if step < c.warm_start_steps:
-            mu, loss = self.model.autoencode(images)
-            if c.distortion == "mse":
-                loss = self._mse(images, mu)
+
+            def autoencode(place: slice) -> tuple[Tensor, ...]:
+                part = images[place]
+                mu, loss = self.model.autoencode(part)
+                if c.distortion == "mse":
+                    loss = self._mse(part, mu)
+                weight = len(part) / len(images)
+                return weight * loss, weight * self._psnr(part, mu)
+
+            loss, quality = sums(side_by_side(autoencode, len(images), c.parts, self.model))
             lr = cosine_ramp(step, c.warm_start_lr, c.warm_start_lr / 10, c.warm_start_steps)
             again = partial(self.model.autoencode, images)
             grad_norm = update(self, loss * share, step, lr=lr, forward=again)
-            means = {"loss": loss, "psnr": self._psnr(images, mu)}
+            means = {"loss": loss, "psnr": quality}
             return self._of_all(share, means, {"grad_norm": grad_norm, "images": len(images)})
         if step == c.warm_start_steps and c.warm_start_steps:
             self._make_codebook()
@@ -202,15 +213,24 @@ class DvaeTask:
         tau = cosine_ramp(done, c.tau_start, c.tau_end, c.tau_steps)
         kl_weight = cosine_ramp(done, 0.0, c.kl_weight, c.kl_steps)
         seed, first = step_seed(self.seed, step, 2), self.part().start
-        forward = partial(self.model, images, tau=tau, kl_weight=kl_weight, seed=seed, first=first)
-        out = forward()
-        loss = out.loss
-        if c.distortion == "mse":
-            loss = self._mse(images, out.mu) + (out.loss - out.nll)
+        forward = partial(self.model, tau=tau, kl_weight=kl_weight, seed=seed)
+
+        def relax(place: slice) -> tuple[Tensor, ...]:
+            part = images[place]
+            out = forward(part, first=first + place.start)
+            loss = out.loss
+            if c.distortion == "mse":
+                loss = self._mse(part, out.mu) + (out.loss - out.nll)
+            each = (loss, out.nll.detach(), out.kl.detach(), self._psnr(part, out.mu))
+            return *(len(part) / len(images) * x for x in each), out.index
+
+        found = side_by_side(relax, len(images), c.parts, self.model)
+        loss, nll, kl, quality = sums([part[:-1] for part in found])
         lr = cosine_ramp(done, c.lr_start, c.lr_end, c.lr_steps)
-        grad_norm = update(self, loss * share, step, lr=lr, forward=forward)
-        self._count(out.index, step)
-        means = {"loss": loss, "nll": out.nll, "kl": out.kl, "psnr": self._psnr(images, out.mu)}
+        again = partial(forward, images, first=first)
+        grad_norm = update(self, loss * share, step, lr=lr, forward=again)
+        self._count(torch.cat([part[-1] for part in found]), step)
+        means = {"loss": loss, "nll": nll, "kl": kl, "psnr": quality}
         same = {"tau": tau, "kl_weight": kl_weight, "grad_norm": grad_norm, **self.health}
         return self._of_all(share, means, {**same, "images": len(images)})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from dalle.prior_config import IMAGE_WEIGHT, TEXT_WEIGHT
 from dalle.schedules import PlateauHalving
 from dalle.tokenizer import Tokenizer
 from dalle.train.loop import start_seed, step_seed
+from dalle.train.parts import require_alone, side_by_side, sums
 from dalle.train.prior_recipe import PriorTrainConfig, init_from_codebook, make_optimizer
 from dalle.train.run import averaged_model
 from dalle.train.update import update
@@ -85,7 +87,12 @@ class PriorTask:
         prior.trained_on = {"tokenizer": tokenizer.fingerprint(), "vae": fingerprint(vae)}
         if cluster is not None:
             cluster.agree(self.describe())
+        require_alone("prior train", config.parts, cluster)
         sizes = prior.config
+        if config.parts > 1 and (sizes.dropout or sizes.precision == "fp16-scaled"):
+            got = f"{config.parts} with dropout {sizes.dropout}, precision {sizes.precision}"
+            want = "1 with dropout or scaled gradients, which threads would share"
+            raise UsageError(f"prior train: parts must be {want}, got {got}")
         if sizes.text_vocab < tokenizer.vocab_size:
             want = f"at least the tokenizer's {tokenizer.vocab_size}"
             raise UsageError(f"prior train: text_vocab must be {want}, got {sizes.text_vocab}")
@@ -177,12 +184,11 @@ class PriorTask:
             torch.manual_seed(step_seed(self.seed, step, 4, process))  # the model's own dropout
             return self.model(text, tokens, keep=keep)  # type: ignore[no-any-return]
 
-        out = forward()
-        if self.cluster is not None:
-            out = self._of_all(out, text)
+        text_loss, image_loss = self._losses(forward, Batch(text, tokens, keep))
+        loss = TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss
         grad_norm = update(
             self,
-            out.loss,
+            loss,
             step,
             lr=c.step_size(step) * self.plateau.factor,
             clip_norm=c.clip_norm,
@@ -190,9 +196,9 @@ class PriorTask:
             forward=forward,
         )
         values: dict[str, float | Tensor] = {
-            "loss": out.loss.detach(),
-            "text_loss": out.text_loss.detach(),
-            "image_loss": out.image_loss.detach(),
+            "loss": loss.detach(),
+            "text_loss": text_loss.detach(),
+            "image_loss": image_loss.detach(),
             "grad_norm": grad_norm,
             "halvings": self.plateau.halvings,
             "captions_cut": self._weight() * cut / len(text),
@@ -247,18 +253,32 @@ class PriorTask:
         """Of a mean over this process's pairs in the mean of all processes."""
         return 1.0 if self.cluster is None else self.cluster.weight(self.config.batch_size)
 
-    def _of_all(self, out: PriorOutput, text: Tensor) -> PriorOutput:
-        """Losses such that their means over the processes are those of the whole batch.
+    def _losses(self, forward: Callable[[], PriorOutput], batch: Batch) -> list[Tensor]:
+        """Text and image loss whose means over the processes are those of the whole batch.
 
-        A process weighs as much as the tokens that it has of it.
+        A process, and a part of its batch, weighs as much as the tokens that it has of it.
         """
-        assert self.cluster is not None
+        if self.config.parts == 1:
+            out = forward()
+            if self.cluster is None:
+                return [out.text_loss, out.image_loss]
+            share = self.cluster.share(self._text_targets(batch.text))
+            return [out.text_loss * share, out.image_loss * self._weight()]
+        targets = max(1, self._text_targets(batch.text))
+
+        def run(place: slice) -> tuple[Tensor, ...]:
+            text, tokens, keep = (x if x is None else x[place] for x in batch)
+            assert text is not None
+            out = self.model(text, tokens, keep=keep)
+            share = self._text_targets(text) / targets
+            return out.text_loss * share, out.image_loss * (len(text) / len(batch.text))
+
+        size = len(batch.text)
+        return sums(side_by_side(run, size, self.config.parts, self.model))
+
+    def _text_targets(self, text: Tensor) -> int:
         padded = self.model.config.text_targets == "padded"
-        targets = text.numel() if padded else int((text != PAD).sum())
-        text_loss = out.text_loss * self.cluster.share(targets)
-        image_loss = out.image_loss * self._weight()
-        loss = TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss
-        return out._replace(loss=loss, text_loss=text_loss, image_loss=image_loss)
+        return text.numel() if padded else int((text != PAD).sum())
 
     def _encode(self, images: list[np.ndarray]) -> Tensor:
         """(B, N) tokens of pictures of the right size."""

@@ -44,6 +44,7 @@ class PriorTrainConfig:
         image_init: "codebook" starts image embedding and head from the dVAE's codebook, so that
             similar codes share what is learned; "random" is the paper's.
         embedding_scale, head_scale: size of that start; a code has norm 1 on average.
+        parts: of a batch, computed side by side (`train.parts`); each uses torch's threads.
     """
 
     batch_size: int = 1024
@@ -72,6 +73,7 @@ class PriorTrainConfig:
     image_init: str = "random"
     embedding_scale: float = 0.5
     head_scale: float = 1.0
+    parts: int = 1
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -84,7 +86,7 @@ class PriorTrainConfig:
         shares = ("bpe_dropout", "caption_dropout", "token_dropout")
         require("prior train", self, "in [0, 1)", lambda x: 0 <= x < 1, *shares)
         require("prior train", self, "positive", lambda x: x > 0, "batch_size", "lr", "clip_norm")
-        counts = ("plateau_window", "plateau_patience", "average_every")
+        counts = ("plateau_window", "plateau_patience", "average_every", "parts")
         require("prior train", self, "1 or more", lambda x: x >= 1, *counts)
         rest = ("plateau_min_delta", "max_halvings", "embedding_scale", "head_scale")
         lengths = ("warmup_steps", "decay_steps")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from dalle.pretrained import fingerprint
 from dalle.rerank import ContrastiveRanker
 from dalle.schedules import cosine_ramp, linear_warmup
 from dalle.train.loop import step_seed
+from dalle.train.parts import side_by_side
 from dalle.train.splicing import patches, pixels, splice
 from dalle.train.update import update
 
@@ -52,6 +53,7 @@ class RankerTrainConfig:
         warmup: updates.
         weight_decay: AdamW's, on matrices only.
         clip_norm: largest global gradient norm.
+        parts: of a batch, computed side by side (`train.parts`); each uses torch's threads.
     """
 
     steps: int = 600
@@ -63,6 +65,7 @@ class RankerTrainConfig:
     warmup: int = 50
     weight_decay: float = 0.05
     clip_norm: float = 1.0
+    parts: int = 1
 
     def __post_init__(self) -> None:
         check_numbers("ranker", self)
@@ -77,6 +80,7 @@ class RankerTrainConfig:
             ("warmup", self.warmup >= 0, "0 or more"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("clip_norm", self.clip_norm > 0, "above 0"),
+            ("parts", self.parts >= 1, "at least 1"),
         )  # fmt: skip
         for name, holds, requirement in requirements:
             if not holds:
@@ -101,13 +105,41 @@ def contrastive_loss(
     return (F.cross_entropy(rows, partner) + F.cross_entropy(logits.T, partner)) / 2
 
 
-def word_weights(text: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """(N, L) ids padded with -1 -> (N, V) bag of tokens, rare ones heavier, rows of length 1."""
-    bags = torch.zeros(len(text), vocab_size + 1)
-    bags.scatter_(1, text + 1, 1.0)
-    bags = bags[:, 1:]
-    rarity = -bags.mean(0).clamp_min(1 / max(len(text), 1)).log()
-    return F.normalize(bags * rarity.clamp_min(0.05), dim=1)
+class Bags(NamedTuple):
+    """Captions as bags of tokens, rare ones heavier: what makes two of them look alike.
+
+    Attributes:
+        tokens: (N, L) int64, padded with 0.
+        weights: (N, L), each row of length 1; 0 at padding and where a token comes again.
+        vocab_size: V.
+    """
+
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    vocab_size: int
+
+    def dense(self, items: torch.Tensor) -> torch.Tensor:
+        """(M,) indices -> (M, V)."""
+        rows = torch.zeros(len(items), self.vocab_size)
+        return rows.scatter_add_(1, self.tokens[items], self.weights[items])
+
+    def products(self, items: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """(M,) and (P,) indices -> (M, P): `dense(items) @ dense(others).T`, from P L numbers."""
+        return F.embedding_bag(
+            self.tokens[others], self.dense(items).T.contiguous(),
+            per_sample_weights=self.weights[others], mode="sum",
+        ).T  # fmt: skip
+
+
+def bags_of(text: torch.Tensor, vocab_size: int) -> Bags:
+    """Bags of (N, L) ids padded with -1."""
+    tokens = text.sort(1).values
+    counted = (tokens >= 0).float()
+    counted[:, 1:] *= tokens[:, 1:] != tokens[:, :-1]
+    tokens = tokens.clamp_min(0)
+    share = torch.zeros(vocab_size).index_add_(0, tokens.flatten(), counted.flatten())
+    rarity = -(share / max(len(text), 1)).clamp_min(1 / max(len(text), 1)).log()
+    return Bags(tokens, F.normalize(counted * rarity.clamp_min(0.05)[tokens], dim=1), vocab_size)
 
 
 def pool_size(count: int) -> int:
@@ -116,7 +148,7 @@ def pool_size(count: int) -> int:
 
 
 def look_alikes(
-    bags: torch.Tensor, caption_ids: torch.Tensor, size: int, group: int, rng: torch.Generator
+    bags: Bags, caption_ids: torch.Tensor, size: int, group: int, rng: torch.Generator
 ) -> torch.Tensor:
     """Draws a batch in groups: one item at random, then those nearest to it in words.
 
@@ -124,7 +156,7 @@ def look_alikes(
     never one with the very same caption.
 
     Args:
-        bags: (N, V) of `word_weights`.
+        bags: of N captions.
         caption_ids: (N,) equal where captions are.
         size: batch size, a multiple of `group`.
         group: items a group.
@@ -133,12 +165,12 @@ def look_alikes(
     Returns:
         (size,) int64 indices.
     """
-    count = len(bags)
+    count = len(caption_ids)
     first = torch.randint(count, (size // group,), generator=rng)
     if group == 1:
         return first
     pool = torch.randint(count, (pool_size(count),), generator=rng)
-    near = bags[first] @ bags[pool].T
+    near = bags.products(first, pool)
     near += torch.rand(near.shape, generator=rng) * 0.05
     near[caption_ids[first][:, None] == caption_ids[pool][None]] -= 2.0
     others = pool[near.topk(group - 1, dim=1).indices]
@@ -191,7 +223,7 @@ class RankerTask:
             raise UsageError(
                 f"ranker: group must be at most {most} for {len(pairs)} pairs, got {config.group}"
             )
-        self.bags = word_weights(self.text, ranker.config.vocab_size)
+        self.bags = bags_of(self.text, ranker.config.vocab_size)
         matrices = [p for p in ranker.parameters() if p.dim() > 1]
         rest = [p for p in ranker.parameters() if p.dim() <= 1]
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -232,7 +264,7 @@ class RankerTask:
                 spliced = pixels(splice(spliced, rng))
             else:
                 tokens, again = self._through_vae(kept, images)
-                spliced = self.vae.decode(splice(tokens[order], rng))
+                spliced = self._decode(splice(tokens[order], rng))
                 shown = torch.rand(len(images), generator=rng) < self.config.reconstructed
                 images = torch.where(shown.to(device)[:, None, None, None], again, images)
         return torch.tensor(kept), images, spliced
@@ -267,19 +299,34 @@ class RankerTask:
         codes = self.vae.encode(images)
         return codes, (self.vae.decode(codes).clamp(0, 1) * 255).round().to(torch.uint8)
 
+    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
+        assert self.vae is not None
+        vae = self.vae
+        found = side_by_side(
+            lambda place: (vae.decode(codes[place]),), len(codes), self.config.parts, vae
+        )
+        return torch.cat([images for (images,) in found])
+
     def train_step(self, step: int) -> Mapping[str, float | torch.Tensor]:
         items, images, spliced = self.views(step)
         device = images.device
-        vectors = self.ranker.encode_images(torch.cat([images, spliced]))
-        text = self.ranker.encode_text(self.text[items].to(device))
-        logits = self.ranker.scale * text @ vectors.T
+        text, count = self.text[items].to(device), len(items)
+
+        def towers(place: slice) -> tuple[torch.Tensor, ...]:
+            start, stop = (end * len(spliced) // count for end in (place.start, place.stop))
+            seen = self.ranker.encode_images(torch.cat([images[place], spliced[start:stop]]))
+            own = place.stop - place.start
+            return self.ranker.encode_text(text[place]), seen[:own], seen[own:]
+
+        found = side_by_side(towers, count, self.config.parts, self.ranker)
+        words, own, broken = (torch.cat(each) for each in zip(*found, strict=True))
+        logits = self.ranker.scale * words @ torch.cat([own, broken]).T
         ids = self.caption_ids[items].to(device)
-        count = len(items)
         wrong = logits[:, count:] if len(spliced) else None
         loss = contrastive_loss(logits[:, :count], ids[:, None] == ids[None], wrong)
         with torch.no_grad():
-            found = logits.argmax(1)
-            right = (ids[found.clamp_max(count - 1)] == ids) & (found < count)
+            best = logits.argmax(1)
+            right = (ids[best.clamp_max(count - 1)] == ids) & (best < count)
         peak = linear_warmup(step, self.config.learning_rate, self.config.warmup)
         lr = peak * cosine_ramp(step, 1.0, 0.03, self.config.steps)
         norm = update(self, loss, step, lr=lr, clip_norm=self.config.clip_norm)

@@ -1,0 +1,124 @@
+"""One batch in parts that are computed side by side, each on a thread of its own.
+
+A model of small layers keeps several cores busy this way where torch's own threads, which meet at
+the end of every operation, do not (docs/log.md). The numbers of an update then depend on the number
+of parts, which the recipe says, and not on the number of cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dalle.errors import UsageError
+
+if TYPE_CHECKING:
+    from dalle.distributed.cluster import Cluster
+
+Run = Callable[[slice], Sequence[Tensor]]
+
+
+@cache
+def _threads(parts: int, intra_op: int) -> ThreadPoolExecutor:
+    """`parts` threads that use `intra_op` threads for one operation, as their caller does."""
+    return ThreadPoolExecutor(
+        parts, f"parts-{parts}", initializer=torch.set_num_threads, initargs=(intra_op,)
+    )
+
+
+def slices(size: int, parts: int) -> list[slice]:
+    """`size` items in `parts` runs of nearly equal length; fewer where there are fewer items."""
+    ends = [size * i // parts for i in range(parts + 1)]
+    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False) if a < b]
+
+
+class _SideBySide(torch.autograd.Function):
+    """Runs the parts under their own graphs; backward walks each graph on its own thread."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Run, places: list[slice], kept: list[list[Tensor]], *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        def graph(place: slice) -> list[Tensor]:
+            with torch.enable_grad():
+                return list(run(place))
+
+        ctx.pool = _threads(len(places), torch.get_num_threads())
+        kept[:] = list(ctx.pool.map(graph, places))
+        ctx.kept, ctx.parameters = kept, parameters
+        outputs = tuple(out.detach() for part in kept for out in part)
+        ctx.mark_non_differentiable(*(out for out in outputs if not out.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        def walk(part: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor | None]:
+            ends = [(out, g) for out, g in zip(part, given, strict=True) if out.requires_grad]
+            outs, starts = zip(*ends, strict=True)
+            return torch.autograd.grad(outs, ctx.parameters, starts, allow_unused=True)
+
+        size = len(ctx.kept[0])
+        given = [gradients[i : i + size] for i in range(0, len(gradients), size)]
+        found = list(ctx.pool.map(walk, ctx.kept, given))
+        ctx.kept.clear()
+        return None, None, None, *(_sum(each) for each in zip(*found, strict=True))
+
+
+def _sum(gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """The sum in the order of the parts."""
+    total: Tensor | None = None
+    for gradient in gradients:
+        if gradient is not None:
+            total = gradient if total is None else total.add_(gradient)
+    return total
+
+
+def side_by_side(run: Run, size: int, parts: int, model: nn.Module) -> list[tuple[Tensor, ...]]:
+    """`run` on each part of a batch, at the same time; gradients flow into `model` as usual.
+
+    Equivalent to `[tuple(run(place)) for place in slices(size, parts)]`.
+
+    Args:
+        run: takes a slice of the batch and returns tensors, as many for each part; only `model`'s
+            parameters get gradients through them. It must not draw from torch's own generator,
+            which the threads would share.
+        size: items in the batch.
+        parts: how many; 1 calls `run` in place.
+        model: whose parameters `run` uses.
+    """
+    places = slices(size, parts)
+    if len(places) < 2:
+        return [tuple(run(place)) for place in places]
+    if not torch.is_grad_enabled():
+        return list(_threads(len(places), torch.get_num_threads()).map(_without_graph(run), places))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = _SideBySide.apply(run, places, [], *parameters)
+    count = len(found) // len(places)
+    return [found[i : i + count] for i in range(0, len(found), count)]
+
+
+def sums(found: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """What the parts returned, added up in their order."""
+    return [
+        torch.stack(list(each)).sum(0) if len(each) > 1 else each[0]
+        for each in zip(*found, strict=True)
+    ]
+
+
+def require_alone(command: str, parts: int, cluster: Cluster | None) -> None:
+    """Raises UsageError for several parts on many processes, which share a batch out already."""
+    if parts > 1 and cluster is not None:
+        raise UsageError(f"{command}: parts must be 1 on many processes, got {parts}")
+
+
+def _without_graph(run: Run) -> Callable[[slice], tuple[Tensor, ...]]:
+    @torch.no_grad()
+    def inside(place: slice) -> tuple[Tensor, ...]:
+        return tuple(run(place))
+
+    return inside
