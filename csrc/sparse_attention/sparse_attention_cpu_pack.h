@@ -200,8 +200,8 @@ struct Carver {
   }
 };
 
-// Calls body(storage_t{}, operand_t{}) for the types of the tensors. v4_bf16 has bfloat16 alone: the
-// other types are what v4 makes of them.
+// Calls body(storage_t{}, operand_t{}) for the types of the tensors. v4_bf16 has bfloat16 alone:
+// the other types are what v4 makes of them.
 template <typename Body>
 inline void for_type(AttentionType type, const Body& body) {
 #ifndef __AVX512BF16__
