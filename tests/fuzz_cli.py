@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import errno
 import io
+import json
 import os
 import random
 import re
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "dalle"))
 from cli_home import DVAE, PRIOR, RECONSTRUCT, RERANK, SAMPLE, make_home  # noqa: E402
 
 from dalle.cli import main  # noqa: E402
-from fuzz_damage import damage_file, damage_words  # noqa: E402
+from fuzz_damage import damage_file, damage_out, damage_words  # noqa: E402
 
 SLOWEST = 60.0  # seconds, on a machine that others load
 MEMORY = 3 << 30  # bytes a case may map beside what the process has
@@ -49,7 +50,7 @@ LINES = [
     "data check --folder pairs --contact out/sheet.png", "data check --folder pairs --verify none",
     "data make-shapes --out out --count 3", "tokenizer train --data pairs --out out",
     "dvae import-openai --encoder pipe/vae/model.safetensors --decoder file --out out",
-    "plot scales --run run-prior", "plan --preset tiny", "plan --preset 12b --gpus 8 --json",
+    "plot scales --run scales", "plan --preset tiny", "plan --preset 12b --gpus 8 --json",
     f"{PRIOR} --config options.yaml", f"{SAMPLE} --config options.yaml", "data check --folder odd",
     "ranker train --data pairs --image-size 16 --tokenizer tok --steps 2 --batch-size 2 --out out",
     "pipeline make --tokenizer tok --vae pipe/vae --prior pipe/prior --out out",
@@ -90,6 +91,12 @@ def make_odd(home: Path) -> None:
     for name in ("a", "caf\udce9", "\u00e9\u5706", "two\nlines", "\x1b[2J", "\u202egnp", "b c"):
         shutil.copy(home / "pairs/0.png", folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(f"{name}\n", encoding="utf-8", errors="replace")
+    scales = home / "scales"
+    scales.mkdir()
+    names = ("block_scale", "block_underflow", "block_subnormal", "block_overflow")
+    record = {name: [1.0, 2.0] for name in names} | {"block_exponents": [[0.5] * 80] * 2}
+    rows = [json.dumps({"step": step, **record}) for step in (1, 2, 3)]
+    (scales / "metrics.jsonl").write_text("\n".join(rows))
     os.mkfifo(folder / "pipe.png")
     os.mkfifo(folder / "a2.txt")
     shutil.copy(home / "pairs/0.png", folder / "a2.png")
@@ -152,9 +159,11 @@ def run_case(home: Path, root: Path, seed: int, number: int) -> tuple[str, list[
     shutil.rmtree(folder, ignore_errors=True)
     copy_home(home, folder)
     words = rng.choice(LINES).split()
-    damaged = ""
-    if rng.random() < 0.55:
+    damaged, chance = "", rng.random()
+    if chance < 0.45:
         damaged = damage_file(words, folder, rng)
+    elif chance < 0.55:
+        damaged = damage_out(folder, rng)
     if not damaged or rng.random() < 0.1:
         damage_words(words, rng)
     kind, out, err = streams(rng)
@@ -175,7 +184,8 @@ def run_case(home: Path, root: Path, seed: int, number: int) -> tuple[str, list[
     seconds = time.monotonic() - begin
     said, told = heard(err), heard(out)
     faults += check(code, said, told, kind, seconds)
-    faults += [f"left over: {p}" for p in folder.rglob("*.tmp-*")]
+    left = [p for p in folder.rglob("*.tmp-*") if not p.name.endswith("-00000000")]  # put there
+    faults += [f"left over: {p}" for p in left]
     if not stat.S_ISCHR(os.stat(os.devnull).st_mode):
         faults.append("/dev/null is no device any more")
     return what, faults, f"rc {code}, {seconds:.1f} s\n{told}{said}"

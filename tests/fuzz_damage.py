@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from dalle.cli import COMMANDS, load_target
 from dalle.configs import field_types
+from dalle.files import to_json
 from dalle.options import option_names
 
 NUMBERS = ["nan", "inf", "-inf", "1e999", "-1", "0", "1", "2", "3", "1.5", "-0.0", "1e-320",
@@ -22,7 +24,7 @@ SIZES = ["4", "8", "16", "17", "32", "64", "100", "1000", "4096", "16384", "6553
          "1000000000", "2147483648", "9223372036854775807", "9223372036854775808"]  # fmt: skip
 NASTY = [
     *NUMBERS, "", " ", "true", "None", "null", "[]", "{}", "a" * 300, "a" * 9000, "/dev/zero",
-    "/dev/full", "/dev/null", "/proc/self/mem", "/proc/kmsg", "pipe.fifo", "sock", "loop",
+    "/dev/full", "/dev/null", "/proc/self/mem", "pipe.fifo", "sock", "loop",
     "dangling", "caf\udce9", "\u00e9\u5706\U0001f469", "\x1b[2J\x07", "\u202egnp", "a\nb", "a\rb",
     "--", "-", "---", "-x", "-h", "--help", "--out", "--out=", "--=", "=", "@file",
     "--config", "--config=options.yaml", "--no-", "shapes", "emoji", "file", "empty", "broken",
@@ -155,6 +157,60 @@ def damage_yaml(line: list[str], path: Path, rng: random.Random) -> None:
     path.write_text("\n".join(rows), encoding="utf-8", errors="surrogatepass")
 
 
+def forge(path: Path) -> None:
+    """Makes the hash that guards a damaged file fit it again, so that its readers see it."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        if path.name == "manifest.json":
+            manifest = json.loads(path.read_bytes())
+            manifest.pop("sha256", None)
+            digest = hashlib.sha256(to_json(manifest)).hexdigest()
+            rewrite(path, to_json({**manifest, "sha256": digest}))
+            return
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        key = {"tokenizer.json": "tokenizer_sha256", "model.safetensors": "weights_sha256"}
+        head = path.with_name("config.json")
+        if path.name in key and head.exists():
+            rewrite(head, to_json({**json.loads(head.read_bytes()), key[path.name]: digest}))
+        manifest = path.with_name("manifest.json")
+        if manifest.exists():
+            whole = json.loads(manifest.read_bytes())
+            whole["files"][path.name] = {"sha256": digest, "bytes": path.stat().st_size}
+            rewrite(manifest, to_json(whole))
+            forge(manifest)
+
+
+def rewrite(path: Path, data: bytes) -> None:
+    """A new file: the old one may be a hard link to that of the next case."""
+    path.unlink()
+    path.write_bytes(data)
+
+
+def damage_out(folder: Path, rng: random.Random) -> str:
+    """Puts something in the way of what a command writes."""
+    names = ["metrics.jsonl", "training.lock", "pictures", "model", "prior", "step-00000002", "",
+             "config.json", "tokenizer.json", "samples.json", "00-word.png", "00-word", "pairs",
+             "scores.json", "sorted.png", "sheet.png", "x.png", "vae", "model.safetensors",
+             "step-00000002.tmp-00000000", "facts.json"]  # fmt: skip
+    name = rng.choice(names)
+    path = folder / "out" / name if name else folder / "out"
+    path.parent.mkdir(exist_ok=True)
+    kind = rng.randrange(6)
+    if kind == 0:
+        os.mkfifo(path)
+    elif kind == 1:
+        path.symlink_to(rng.choice(["/dev/full", "/dev/zero", "nowhere", path.name, ".."]))
+    elif kind == 2:
+        (path / "inside").mkdir(parents=True)
+    elif kind == 3:
+        path.write_bytes(rng.randbytes(100))
+    elif kind == 4:
+        path.touch()
+        os.truncate(path, 1 << 40)
+    else:
+        path.write_text(json.dumps(rng.choice(VALUES)))
+    return f"out/{name} ({kind})"
+
+
 def damage_file(words: list[str], folder: Path, rng: random.Random) -> str:
     """Damages a file that the command would read; says what and how."""
     named = [folder / word for word in words if "\0" not in word and len(word) < 99]
@@ -186,4 +242,6 @@ def damage_file(words: list[str], folder: Path, rng: random.Random) -> str:
         os.truncate(path, 1 << 40)
     elif kind > 4:  # 4 leaves it missing
         path.write_bytes(damage_bytes(data, path, rng))
+        if rng.random() < 0.5:
+            forge(path)
     return f"{said} ({kind})"

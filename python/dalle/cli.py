@@ -17,7 +17,7 @@ from typing import Any
 from dalle import __version__
 from dalle.configs import did_you_mean
 from dalle.console import guarded_streams, printable
-from dalle.errors import DalleError, EnvironmentProblem, UsageError
+from dalle.errors import DalleError, UsageError
 
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("data", "check"): ("dalle.commands.data:check", "what a folder of pairs holds and lacks"),
@@ -90,13 +90,7 @@ def find_command(words: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
 def load_target(verb: tuple[str, ...]) -> tuple[Callable[[Any], None], type]:
     """The function behind a verb and the dataclass it takes."""
     module_name, _, function_name = COMMANDS[verb][0].partition(":")
-    try:
-        function = getattr(import_module(module_name), function_name)
-    except ImportError as problem:
-        found = problem.name or str(problem)
-        raise EnvironmentProblem(
-            f"dalle: package {found} must load, got: {problem}; type: pip install dalle-ext"
-        ) from problem
+    function = getattr(import_module(module_name), function_name)
     hints = typing.get_type_hints(function)
     (config_type,) = (hint for name, hint in hints.items() if name != "return")
     return function, config_type
@@ -137,6 +131,9 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     if is_refusal(error):
         return f"dalle: out of memory: {refusal_line(error)}", 4
     text = next(iter(str(error).strip().splitlines()), "") or "no reason given"
+    if isinstance(error, ImportError):
+        name = error.name or "of dalle-ext"
+        return f"dalle: package {name} must load, got: {text}; type: pip install dalle-ext", 4
     if isinstance(error, OSError):
         reason = error.strerror or text
         code = 3 if isinstance(error, FileNotFoundError) else 4

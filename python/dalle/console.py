@@ -92,6 +92,17 @@ class Stream:
         return getattr(self.inner, name)
 
 
+def argument_text(word: str) -> str:
+    """An argument as text: UTF-8 whatever the locale says; bytes that are not stay surrogates.
+
+    File names keep the locale's form, which is the one that opens them.
+    """
+    try:
+        return os.fsencode(word).decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # of a file of options, not of the command line
+        return word
+
+
 def fitted(text: str, encoding: str | None) -> str:
     """`text` in characters that `encoding` has: frames and quotes in ASCII, the rest as escapes."""
     encoding = encoding or "utf-8"

@@ -39,9 +39,9 @@ def environment() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
-    report["cuda"] = {
-        "built": torch.version.cuda,
-        "devices": [
+    report["cuda"] = {"built": torch.version.cuda, "devices": [], "problem": None}
+    try:
+        report["cuda"]["devices"] = [
             {
                 "name": properties.name,
                 "capability": f"{properties.major}.{properties.minor}",
@@ -50,8 +50,9 @@ def environment() -> dict[str, Any]:
             for properties in map(
                 torch.cuda.get_device_properties, range(torch.cuda.device_count())
             )
-        ],
-    }
+        ]
+    except (RuntimeError, AssertionError) as problem:  # a driver that does not fit, a lost device
+        report["cuda"]["problem"] = next(iter(str(problem).splitlines()), "no reason given")
     import dalle_ext
 
     report["dalle_ext"] = dalle_ext.build_info()
@@ -85,7 +86,7 @@ def environment_text(report: dict[str, Any]) -> str:
         gib = device["memory_bytes"] / 2**30
         rows.append((f"cuda:{i}", f"{device['name']}, sm {device['capability']}, {gib:.0f} GiB"))
     if not report["cuda"]["devices"]:
-        rows.append(("cuda", "no device"))
+        rows.append(("cuda", report["cuda"]["problem"] or "no device"))
     rows += [
         (f"dalle_ext {key}", "none" if value is None else str(value))
         for key, value in report["dalle_ext"].items()

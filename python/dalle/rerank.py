@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
+from dalle.files import check_regular, read_json
 from dalle.pretrained import Pretrained, from_presets
 from dalle.rerank_blocks import PRESETS, ImageTower, RankerConfig, TextTower
 from dalle.tokenizer import Tokenizer
@@ -157,9 +158,12 @@ class TransformersCLIP:
                 "type: pip install 'dalle-ext[clip]'"
             ) from error
         try:
+            for file in Path(directory).glob("*"):
+                if not file.is_dir():
+                    check_regular(file)
             model = CLIPModel.from_pretrained(str(directory), local_files_only=True)
             self.processor = CLIPProcessor.from_pretrained(str(directory), local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of any class, where a file holds what it should not
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
                 f"ranker: {directory} must be a CLIP folder of transformers, got: {reason}"
@@ -199,8 +203,6 @@ def load_ranker(directory: Path | str) -> ImageTextRanker:
     Raises:
         CheckpointError: neither.
     """
-    from dalle.files import read_json
-
     head = read_json(Path(directory) / "config.json", CheckpointError)
     if isinstance(head, dict) and head.get("model_type") == "clip":
         return TransformersCLIP(directory)

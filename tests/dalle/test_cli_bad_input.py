@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import resource
 import shutil
@@ -132,3 +134,22 @@ def test_a_full_disk_is_one_line_and_leaves_no_part(home, tmp_path, line, limit,
     assert "Traceback" not in run.stderr
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert left <= {"metrics.jsonl"}
+
+
+@pytest.mark.parametrize(("word", "text"), [("caf\udce9", "caf\udce9"), ("\udcc3\udca9", "é")])
+def test_captions_that_no_terminal_shows_are_drawn_and_written(
+    home, tmp_path, monkeypatch, word, text
+):
+    """Latin-1 bytes, and UTF-8 under a C locale; stdout and stderr take ASCII only."""
+    monkeypatch.chdir(home)
+    heard = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", heard[0])
+    monkeypatch.setattr(sys, "stderr", heard[1])
+    for line in (SAMPLE, RERANK):
+        words = line.replace("word", word).replace("--out out", f"--out {tmp_path}").split()
+        assert main(words) == 0
+    samples = json.loads((tmp_path / "samples.json").read_bytes())
+    scores = json.loads((tmp_path / "scores.json").read_bytes())
+    assert samples[0]["caption"] == scores["caption"] == text
+    heard[1].flush()
+    assert ascii(text)[1:-1] in heard[1].buffer.getvalue().decode("ascii")

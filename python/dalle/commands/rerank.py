@@ -12,7 +12,7 @@ import tyro
 
 from dalle import pictures
 from dalle.commands.sample import read_image
-from dalle.console import printable
+from dalle.console import argument_text, printable
 from dalle.data.folder import SUFFIXES
 from dalle.devices import pick_device
 from dalle.errors import CheckpointError, DataError, UsageError
@@ -45,7 +45,8 @@ class RerankConfig:
 
 def rerank(config: RerankConfig) -> None:
     """Scores, writes, and says which came first; what does not decode is skipped and counted."""
-    if not config.caption.strip():
+    caption = argument_text(config.caption)
+    if not caption.strip():
         raise UsageError(f"rerank: caption must hold a word, got {config.caption!r}")
     if config.top < 1:
         raise UsageError(f"rerank: top must be at least 1, got {config.top}")
@@ -78,13 +79,13 @@ def rerank(config: RerankConfig) -> None:
             f"rerank: images must hold a picture that decodes, got none of {len(files)}"
         )
     stack = torch.stack(loaded)
-    scores = ranker.scores([config.caption] * len(kept), stack)
+    scores = ranker.scores([caption] * len(kept), stack)
     order = scores.argsort(descending=True, stable=True).tolist()
     ranking = [
         {"file": str(kept[i].relative_to(config.images)), "score": round(float(scores[i]), 5)}
         for i in order
     ]
-    report = {"caption": config.caption, "ranking": ranking, "skipped": dict(skipped)}
+    report = {"caption": caption, "ranking": ranking, "skipped": dict(skipped)}
     pictures.save_bytes(config.out / "scores.json", to_json(report))
     best = order[: config.top]
     sheet = pictures.grid(

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dalle import files, pictures
 from dalle.commands.fits import require_samples_fit
+from dalle.console import argument_text
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.images import decode, read_bytes
 from dalle.devices import pick_device
@@ -78,7 +79,7 @@ def read_captions(config: SampleConfig) -> list[str]:
         UsageError: none at all.
         DataError: the file cannot be read.
     """
-    captions = [caption for caption in config.captions if caption.strip()]
+    captions = [text for text in map(argument_text, config.captions) if text.strip()]
     if config.file is not None:
         try:
             lines = files.read_bytes(config.file).decode("utf-8-sig").splitlines()

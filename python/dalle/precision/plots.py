@@ -26,7 +26,10 @@ def plot_scales(records: list[dict[str, Any]], path: Path) -> None:
         DataError: no record holds scales.
         EnvironmentProblem: matplotlib is not installed.
     """
-    scaled = [r for r in records if r.get("block_scale")]
+    scaled = [r for r in records if _is_complete(r)]
+    if scaled:
+        blocks = len(scaled[-1]["block_scale"])
+        scaled = [r for r in scaled if len(r["block_scale"]) == blocks]
     if not scaled:
         raise DataError("plot scales: metrics must hold block_scale, got none (fp16-scaled only)")
     try:
@@ -47,6 +50,19 @@ def plot_scales(records: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
     save_bytes(path, buffer.getvalue())
+
+
+def _is_complete(record: dict[str, Any]) -> bool:
+    """Whether a record has a number for each block, and a row where there are exponents."""
+    count = len(record["block_scale"]) if isinstance(record.get("block_scale"), list) else 0
+    names = ("block_scale", "block_underflow", "block_subnormal", "block_overflow")
+    rows = record.get("block_exponents") or []
+    try:
+        shapes = {np.asarray(record[name], dtype=np.float64).shape for name in names}
+        held = np.asarray(rows, dtype=np.float64).shape
+    except (KeyError, TypeError, ValueError):  # missing, null, or ragged
+        return False
+    return count > 0 and shapes == {(count,)} and (not rows or (len(held), held[0]) == (2, count))
 
 
 def _scales(axis: Any, records: list[dict[str, Any]]) -> None:
