@@ -15,7 +15,7 @@ import torch
 from dalle import __version__
 from dalle.dvae import DiscreteVAE
 from dalle.errors import CheckpointError, UsageError
-from dalle.files import read_json, to_json, write_atomic
+from dalle.files import read_object, to_json, write_atomic
 from dalle.pretrained import fingerprint
 from dalle.prior import Prior
 from dalle.rerank import ContrastiveRanker, ImageTextRanker, load_ranker
@@ -102,14 +102,14 @@ class Pipeline:
             CheckpointError: the folder is damaged or holds something else.
         """
         directory = Path(directory)
-        head = read_json(directory / "config.json", CheckpointError)
-        if not isinstance(head, dict) or head.get("class") != "Pipeline":
-            found = head.get("class") if isinstance(head, dict) else type(head).__name__
+        head = read_object(directory / "config.json", CheckpointError)
+        if head.get("class") != "Pipeline":
+            found = head.get("class") or "none"
             raise CheckpointError(f"{directory}: class must be Pipeline, got {found}")
         if head.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
                 f"{directory}: format_version must be {FORMAT_VERSION}, "
-                f"got {head.get('format_version')}"
+                f"got {head.get('format_version', 'none')}"
             )
         ranker = load_ranker(directory / "ranker") if head.get("ranker") else None
         try:

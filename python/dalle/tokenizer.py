@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dalle import __version__
 from dalle.errors import CheckpointError, DataError, UsageError
-from dalle.files import parse_json, read_bytes, read_json, to_json, write_atomic
+from dalle.files import parse_json, read_bytes, read_object, to_json, write_atomic
 
 FORMAT_VERSION = 1
 TOKENIZER_FILE = "tokenizer.json"
@@ -190,14 +190,14 @@ class Tokenizer:
         """
         directory = Path(directory)
         path = directory / TOKENIZER_FILE
-        head = read_json(directory / CONFIG_FILE, CheckpointError)
-        if not isinstance(head, dict) or head.get("class") != "Tokenizer":
-            found = head.get("class") if isinstance(head, dict) else type(head).__name__
+        head = read_object(directory / CONFIG_FILE, CheckpointError)
+        if head.get("class") != "Tokenizer":
+            found = head.get("class") or "none"
             raise CheckpointError(f"{directory}: class must be Tokenizer, got {found}")
         if head.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
                 f"{directory}: format_version must be {FORMAT_VERSION}, "
-                f"got {head.get('format_version')}"
+                f"got {head.get('format_version', 'none')}"
             )
         try:
             data = read_bytes(path, MAX_FILE_BYTES)

@@ -135,11 +135,15 @@ def test_a_pipeline_without_ranker_is_saved_without(tmp_path):
     assert not (tmp_path / "ranker").exists()
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"class": "Prior"}', '{"class": "Pipeline"}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "{", "{}", '{"class": "Prior"}', '{"class": "Pipeline"}']
+)
 def test_foreign_folder_gets_one_line(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match="must be"):
-        Pipeline.from_pretrained(tmp_path)
+    for part in (Pipeline, Tokenizer):
+        with pytest.raises(CheckpointError, match="must be") as error:
+            part.from_pretrained(tmp_path)
+        assert "None" not in str(error.value)
 
 
 def test_parts_that_do_not_fit_are_refused():

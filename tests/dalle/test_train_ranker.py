@@ -197,7 +197,18 @@ def test_a_picture_that_does_not_decode_is_left_out():
 
 @pytest.mark.parametrize(
     "options",
-    [{"batch_size": 10}, {"group": 0}, {"num_spliced": 97}, {"reconstructed": 2.0}, {"steps": 0}],
+    [
+        {"batch_size": 10},
+        {"group": 0},
+        {"num_spliced": 97},
+        {"reconstructed": 2.0},
+        {"steps": 0},
+        {"learning_rate": float("inf")},
+        {"learning_rate": float("nan")},
+        {"warmup": -1},
+        {"weight_decay": float("nan")},
+        {"clip_norm": 0.0},
+    ],
 )
 def test_options_out_of_range_get_one_line(options):
     with pytest.raises(UsageError, match="must be"):
@@ -230,7 +241,7 @@ def test_the_command_trains_resumes_and_saves_what_a_pipeline_takes(parts, capsy
     def run(out, **options):
         words = {
             "data": "pairs", "tokenizer": "tok", "vae": "vae", "out": out, "image-size": 16,
-            "steps": 4, "batch-size": 8, "num-spliced": 4, "checkpoint-every": 2,
+            "steps": 4, "batch-size": 8, "checkpoint-every": 2,
             "picture-every": 0, "device": "cpu", **options,
         }  # fmt: skip
         for key in {"data", "tokenizer", "vae", "out"} & set(words):

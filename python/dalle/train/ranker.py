@@ -11,6 +11,7 @@ which takes a ready CLIP:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class RankerTrainConfig:
         steps: updates; the step size falls along half a cosine over them.
         batch_size: captions a batch, a multiple of `group`.
         group: captions that look alike; 1 draws batches without regard to captions.
-        num_spliced: spliced pictures a batch, 0 to batch_size.
+        num_spliced: spliced pictures a batch, 0 to batch_size; None is half of batch_size.
         reconstructed: share of pictures shown as the dVAE gives them back, 0 to 1.
         learning_rate: peak, after `warmup` updates; ends at 3 % of it.
         warmup: updates.
@@ -59,7 +60,7 @@ class RankerTrainConfig:
     steps: int = 600
     batch_size: int = 96
     group: int = 4
-    num_spliced: int = 48
+    num_spliced: int | None = None
     reconstructed: float = 0.75
     learning_rate: float = 1.5e-3
     warmup: int = 50
@@ -74,9 +75,12 @@ class RankerTrainConfig:
             ("group", self.group >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 2 and self.batch_size % max(self.group, 1) == 0,
              f"at least 2 and a multiple of group = {self.group}"),
-            ("num_spliced", 0 <= self.num_spliced <= self.batch_size, "0 to batch_size"),
+            ("num_spliced", 0 <= self.spliced <= self.batch_size, "0 to batch_size"),
             ("reconstructed", 0 <= self.reconstructed <= 1, "0 to 1"),
-            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite"),
+            ("clip_norm", self.clip_norm > 0, "above 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more and finite"),
+            ("warmup", self.warmup >= 0, "0 or more"),
             ("warmup", self.warmup >= 0, "0 or more"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("clip_norm", self.clip_norm > 0, "above 0"),
@@ -85,6 +89,11 @@ class RankerTrainConfig:
         for name, holds, requirement in requirements:
             if not holds:
                 raise UsageError(f"ranker: {name} must be {requirement}, got {getattr(self, name)}")
+
+    @property
+    def spliced(self) -> int:
+        """How many spliced pictures a batch has."""
+        return self.batch_size // 2 if self.num_spliced is None else self.num_spliced
 
 
 def contrastive_loss(
@@ -257,7 +266,7 @@ class RankerTask:
         device = self.ranker.log_scale.device
         images = to_tensor(found).to(device)
         # Pictures of one group stand side by side; taking from elsewhere makes worse mistakes.
-        order = torch.randperm(len(images), generator=rng)[: self.config.num_spliced]
+        order = torch.randperm(len(images), generator=rng)[: self.config.spliced]
         with torch.no_grad():
             if self.vae is None:
                 spliced = patches(images[order], self.ranker.config.grid)
