@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dalle import __version__
+from dalle.configs import LARGEST
 from dalle.dvae import DiscreteVAE
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import read_object, to_json, write_atomic
@@ -23,6 +24,7 @@ from dalle.sampling import first_numbers, whole_number
 from dalle.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
+MOST = int(LARGEST["num_candidates"])
 SEQUENCES = 256  # sampled or decoded at once
 
 
@@ -190,7 +192,7 @@ class Pipeline:
             prime: (n,) codes every sample begins with.
             progress: called with (sequences done, sequences in all) after each chunk.
         """
-        num_candidates = whole_number("pipeline", "num_candidates", num_candidates, 1)
+        num_candidates = whole_number("pipeline", "num_candidates", num_candidates, 1, MOST)
         text = self.tokenizer.encode(list(captions), self.prior.config.text_len - 1)
         text = text.to(self.device)
         first = first_numbers("pipeline", "first_candidate", first_candidate, len(text))
@@ -261,7 +263,7 @@ class Pipeline:
         Raises:
             UsageError: an argument is out of range.
         """
-        num_candidates = whole_number("pipeline", "num_candidates", num_candidates, 1)
+        num_candidates = whole_number("pipeline", "num_candidates", num_candidates, 1, MOST)
         top = whole_number("pipeline", "top", top, 1)
         prime_rows = whole_number("pipeline", "prime_rows", prime_rows, 0)
         if top > num_candidates:

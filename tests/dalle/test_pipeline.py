@@ -156,6 +156,7 @@ def test_parts_that_do_not_fit_are_refused():
     [
         {"num_candidates": 4, "top": 5},
         {"num_candidates": 0, "top": 0},
+        {"num_candidates": 10**12, "top": 1},
         {"num_candidates": 2, "top": 1, "prime_rows": 1},
         {"num_candidates": 2, "top": 1, "prime_rows": 4, "prime_image": torch.zeros(3, 16, 16)},
         {"num_candidates": 2, "top": 1, "prime_rows": 1, "prime_image": torch.zeros(3, 8, 8)},

@@ -158,6 +158,12 @@ def test_finished_run_returns_at_once(tmp_path, whole):
     assert state_hash(task) == whole[1]
 
 
+def test_fewer_steps_than_are_done_are_said(tmp_path, capsys):
+    train(TinyTask(), config(tmp_path))
+    assert train(TinyTask(), config(tmp_path, steps=7)).step == 20
+    assert "tiny: 20 updates are done already, more than steps 7" in capsys.readouterr().err
+
+
 def test_more_steps_go_on(tmp_path, whole):
     train(TinyTask(), config(tmp_path, steps=9))
     task = TinyTask()

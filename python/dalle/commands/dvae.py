@@ -128,10 +128,10 @@ def train(config: DvaeTrainCommand) -> None:
         if cluster is None:  # of many processes none needs the whole of it on its device
             vae.to(pick_device(config.device))
         task = DvaeTask(vae, pairs, train_config, seed=config.seed, cluster=cluster)
-        run_loop(task, loop)
+        result = run_loop(task, loop)
         save_model("dvae train", task, config.out / "model")
     if leads():
-        print(f"dvae: {loop.steps} updates, model in {config.out / 'model'}")
+        print(f"dvae: {result.step} updates, model in {config.out / 'model'}")
 
 
 def load_pictures(config: ReconstructCommand, size: int) -> torch.Tensor:

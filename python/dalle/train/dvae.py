@@ -127,7 +127,7 @@ class DvaeTask:
         self.model, self.pairs, self.config, self.seed = vae, pairs, config, seed
         self.cluster = cluster
         self.device = next(vae.parameters()).device if cluster is None else cluster.device
-        self.data = {"name": pairs.name, "pairs": len(pairs), **fingerprints(pairs)}
+        self.data = {"pairs": len(pairs), **fingerprints(pairs)}
         if cluster is not None:
             cluster.agree(self.describe())
         require_alone("dvae train", config.parts, cluster)

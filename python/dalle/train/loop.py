@@ -43,7 +43,7 @@ from dalle.averaging import IterateAverage
 from dalle.configs import check_numbers, require
 from dalle.errors import Interrupted
 from dalle.files import make_folder
-from dalle.train.metrics import Metrics
+from dalle.train.metrics import Metrics, say
 from dalle.train.run import (
     Saver,
     StepWatch,
@@ -203,6 +203,8 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
         saver = Saver(task, out, config.keep)
         with agreed(cluster):
             metrics = Metrics(out, name=task.name, start=step, steps=config.steps)
+        if step > config.steps:
+            say(f"{task.name}: {step} updates are done already, more than steps {config.steps}")
         start, watch = step, StepWatch(task)
         try:
             task.model.train()

@@ -83,7 +83,7 @@ class PriorTask:
     ) -> None:
         self.model, self.tokenizer, self.vae, self.pairs = prior, tokenizer, vae.eval(), pairs
         self.config, self.seed, self.cluster = config, seed, cluster
-        self.data = {"name": pairs.name, "pairs": len(pairs), **fingerprints(pairs)}
+        self.data = {"pairs": len(pairs), **fingerprints(pairs)}
         prior.trained_on = {"tokenizer": tokenizer.fingerprint(), "vae": fingerprint(vae)}
         if cluster is not None:
             cluster.agree(self.describe())

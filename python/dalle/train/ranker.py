@@ -219,7 +219,7 @@ class RankerTask:
         self.given = {
             "tokenizer": ranker.tokenizer.fingerprint(),
             "vae": None if vae is None else fingerprint(vae),
-            "data": {"name": pairs.name, "pairs": len(pairs), **fingerprints(pairs)},
+            "data": {"pairs": len(pairs), **fingerprints(pairs)},
         }
         self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.text = ranker.tokenizer.encode(pairs.captions, ranker.config.text_len)
