@@ -38,7 +38,9 @@ NIGHT = os.environ.get("DALLE_TEST_NIGHT") == "1"
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Whole folders are spread over the cores (pytest-xdist); single files stay in one process."""
     folders = all(Path(argument).is_dir() for argument in config.args)
-    if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and folders:
+    if hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist"):
+        return  # a worker, whose options say nothing of the others, must not start its own
+    if config.option.numprocesses is None and folders:
         config.option.numprocesses = min(len(os.sched_getaffinity(0)), 8)
         config.option.dist = "loadgroup"
 
