@@ -216,6 +216,14 @@ def test_a_folder_that_is_removed_is_noticed_at_the_next_record(tmp_path, capsys
     assert names(out) == ["step-00000010", "step-00000015", "step-00000020"]
 
 
+def test_a_lock_that_is_removed_is_made_again(tmp_path, capsys):
+    (path := tmp_path / locks.LOCK_FILE).touch()
+    train(TinyTask(before=at(6, path.unlink)), config(tmp_path))
+    said = capsys.readouterr().err
+    assert said.count(f"tiny: {path} was removed while training; it is made again") == 1
+    assert "or moved" not in said and names(tmp_path)[-1] == "step-00000020"
+
+
 def test_a_folder_that_cannot_be_made_again_is_told_once(tmp_path, capsys):
     out = tmp_path / "deep" / "out"
 

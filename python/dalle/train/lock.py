@@ -40,6 +40,7 @@ class FolderLock:
     def __init__(self, folder: Path, owner: str) -> None:
         self.folder, self.path, self._owner = folder, folder / LOCK_FILE, owner
         self._told = False
+        self._place: tuple[int, int] | None = None
         self._handle: int | None = self._acquire()
 
     def _acquire(self) -> int:
@@ -55,6 +56,7 @@ class FolderLock:
                 self._take(handle, before)
                 if same_file(handle, self.path):  # else its last owner has just removed it
                     self._sign(handle, before)
+                    self._place = _place(self.folder)
                     return handle
             except BaseException:
                 os.close(handle)
@@ -104,7 +106,9 @@ class FolderLock:
         """
         if self.held:
             return
-        if not self._told:
+        if self._place is not None and self._place == _place(self.folder):
+            say(f"{self._owner}: {self.path} was removed while training; it is made again")
+        elif not self._told:
             say(
                 f"{self._owner}: {self.folder} was removed or moved while training; what was in "
                 "it is no longer there, the next checkpoint is written into a new one"
@@ -137,6 +141,15 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 self.path.unlink()
         self._close()
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another of its name."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _began(process: int) -> int | None:
