@@ -33,7 +33,15 @@ NASTY = [
 ]  # fmt: skip
 VALUES = [None, True, False, -1, 0, 1, 3, 1.5, 1e308, 10**30, float("nan"), "x", "", "\ud800", [],
           {}, [[]], [1, 2], {"a": 1}, "a" * 9000, 2**31, 65536, "Prior", [None]]  # fmt: skip
-LONG = {"--steps", "--count", "--limit", "--columns", "--num-candidates", "--batch-size"}
+LONG = {
+    "--image-size",
+    "--steps",
+    "--count",
+    "--limit",
+    "--columns",
+    "--num-candidates",
+    "--batch-size",
+}
 
 
 def nasty_for(option: str, rng: random.Random, verb: tuple[str, ...] = ()) -> str:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 import typing
@@ -17,7 +18,7 @@ from typing import Any
 from dalle import __version__
 from dalle.configs import did_you_mean
 from dalle.console import guarded_streams, printable
-from dalle.errors import DalleError, UsageError
+from dalle.errors import DalleError, EnvironmentProblem, UsageError
 
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("data", "check"): ("dalle.commands.data:check", "what a folder of pairs holds and lacks"),
@@ -114,6 +115,12 @@ def run(words: list[str]) -> None:
             print(help_text((words[0],)))
             return
     verb, rest = find_command(words)
+    try:
+        os.getcwd()
+    except FileNotFoundError as problem:
+        raise EnvironmentProblem(
+            "dalle: the folder you are in must be there, got one that was removed"
+        ) from problem
     function, config_type = load_target(verb)
     from dalle.options import parse_options
 
@@ -132,8 +139,13 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return f"dalle: out of memory: {refusal_line(error)}", 4
     text = next(iter(str(error).strip().splitlines()), "") or "no reason given"
     if isinstance(error, ImportError):
-        name = error.name or "of dalle-ext"
-        return f"dalle: package {name} must load, got: {text}; type: pip install dalle-ext", 4
+        name = (error.name or "of dalle-ext").partition(".")[0]
+        last = str(error).strip().splitlines()[-1:]  # numpy begins with advice, the reason is last
+        reason = " ".join(last).removeprefix("Original error was: ") or text
+        return f"dalle: package {name} must load, got: {reason}; type: pip install dalle-ext", 4
+    setting = re.search(r"DALLE_EXT_\w+ must .*", text)  # the kernels read it at their first call
+    if setting:
+        return f"dalle: {setting[0]}", 4
     if isinstance(error, OSError):
         reason = error.strerror or text
         code = 3 if isinstance(error, FileNotFoundError) else 4

@@ -17,7 +17,7 @@ UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "Pi
 _ASKED = re.compile(r"(?:allocate|allocation of) ([\d.]+) (bytes|[KMGTPE]iB)")
 _REFUSED = re.compile(
     r"alloc_cpu|can't allocate memory|not enough memory|bad_alloc|out of memory|"
-    r"Cannot allocate memory|Storage size calculation overflowed",
+    r"Cannot allocate memory|Storage size calculation overflowed|failed to map segment",
 )
 LESS = "ask for less: a smaller batch, preset or image size, or fewer candidates"
 
@@ -33,7 +33,9 @@ def is_refusal(error: BaseException) -> bool:
     """Whether an error of Python, torch, CUDA or the system says that memory did not suffice."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, (RuntimeError, OSError)) and bool(_REFUSED.search(str(error)))
+    return isinstance(error, (RuntimeError, OSError, ImportError)) and bool(
+        _REFUSED.search(str(error))
+    )
 
 
 def refusal_line(error: BaseException) -> str:

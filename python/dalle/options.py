@@ -48,12 +48,16 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
     known = option_names(config_type)
     for word in words:
         name = word.split("=", 1)[0]
+        if word == f"{name}=" and name.startswith("--"):
+            raise UsageError(f"{prog}: {name} must have a value, got an empty one")
         if name.startswith("--") and name[2:].replace("_", "-") not in known | {"help", ""}:
             hint = did_you_mean(name, {f"--{k}" for k in known})
             raise UsageError(f"{prog}: {name} is not an option{hint}")
     if file is not None:
         words = _file_words(config_type, file) + words
-    for word in words:
+    for word, before in zip(words, ["", *words], strict=False):
+        if not word and before.startswith("--"):  # e.g. of a variable that is not set
+            raise UsageError(f"{prog}: {before} must have a value, got an empty one")
         if "\0" in word:
             raise UsageError(f"{prog}: options must hold no NUL character, got {word!r}")
     heard, shown = io.StringIO(), io.StringIO()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import subprocess
@@ -130,6 +131,15 @@ def test_options_fill_the_dataclass():
         ([*TOY, "--config"], "--config must be followed by a file"),
         ([*TOY, "--config", "no/such.yaml"], "no/such.yaml: must be a readable file"),
         ([*TOY, "stray"], "stray"),
+        (["toy", "train", "--out", ""], "toy train: --out must have a value, got an empty one"),
+        (["toy", "train", "--out="], "toy train: --out must have a value, got an empty one"),
+        ([*TOY, "--lr", "nan"], "^toy train: lr must be a finite number, got nan$"),
+        ([*TOY, "--lr=-inf"], "^toy train: lr must be a finite number, got -inf$"),
+        ([*TOY, "--batch-size", "9" * 30], "^toy train: batch_size must be at most 1048576 in"),
+        ([*TOY, "--batch-size", "9" * 5000], "must be an integer of at most 4300 digits$"),
+        ([*TOY, "--top", "many"], "--top: must be of its type or None, got 'many'$"),
+        ([*TOY, "--mode", "\x1b[2J"], r"invalid choice '\\x1b\[2J'"),
+        ([*TOY, "--words", "a\0b"], "options must hold no NUL character"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(capsys, words, match):
@@ -153,6 +163,32 @@ def test_bad_usage_is_one_line_and_exit_2(capsys, words, match):
 def test_errors_are_one_line_and_their_exit_code(capsys, fail, code, match):
     assert main([*TOY, "--fail", fail]) == code
     assert re.search(match, line_of(capsys))
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "code"),
+    [
+        (ModuleNotFoundError("No module named 'x'", name="x.y"), "package x must load, got: No", 4),
+        (ImportError("advice\nOriginal error was: no symbol", name="np"), "got: no symbol;", 4),
+        (ImportError("libt.so: failed to map segment from shared object"), "out of memory: ", 4),
+        (RuntimeError("f, a.cpp:3, dalle_ext: DALLE_EXT_CPU_ISA must be v2, got z"),
+         "^dalle: DALLE_EXT_CPU_ISA must be v2, got z$", 4),
+        (OSError(errno.EIO, "Input/output error"), "^dalle: Input/output error$", 4),
+        (ValueError(), r"^dalle: a fault of dalle itself: no reason given \(--debug", 1),
+    ],
+)  # fmt: skip
+def test_errors_of_the_surroundings(error, match, code):
+    line, found = cli.describe_error(error)
+    assert re.search(match, line) and found == code
+
+
+def test_a_folder_that_was_removed(tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(TOY) == 4 and main(["--version"]) == 0
+    assert "the folder you are in must be there" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(capsys):
@@ -183,6 +219,16 @@ def test_config_file_fills_and_the_command_line_wins(tmp_path):
         ("a: [", "must be plain YAML"),
         ("a: !!python/object/apply:os.system ['touch pwned']", "must be plain YAML"),
         ("batch_size: many", "many"),
+        ("loop: {out: ''}", "--out must have a value"),
+        ("words: &a [*a, *a]", "words must be a plain value or a list of them, got list"),
+        (
+            "batch_size: !!int x",
+            "must be plain YAML, got: a damaged number or date|plain YAML, got",
+        ),
+        ("lr: .nan", "lr must be a finite number"),
+        ("? [a]\n: 1", "found a key that is no plain value in line 1"),
+        ("a: " + "[" * 2000, "nested too deeply"),
+        ('words: ["\\0"]', "must hold no NUL character"),
     ],
 )
 def test_bad_config_files_are_one_line(tmp_path, monkeypatch, capsys, text, match):

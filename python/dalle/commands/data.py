@@ -108,6 +108,8 @@ def _spread(label: str, values: list[int]) -> str:
 
 def check(config: CheckConfig) -> None:
     """Counts pairs, sizes, caption lengths, and what is left out and why."""
+    if config.show < 0:
+        raise UsageError(f"data check: show must be 0 or more, got {config.show}")
     pairs = FolderPairs(config.folder, verify=config.verify)
     widths, heights, formats = [], [], Counter[str]()
     for path in pairs.paths:

@@ -20,6 +20,7 @@ from dalle.data.shapes import (
     split_scenes,
 )
 from dalle.errors import UsageError
+from dalle.memory import require_memory
 
 STEPS = 4  # positions and sizes are multiples of 1/4 pixel; pictures are supersampled 4 x 4
 BASE = 32  # lengths of the configuration are in pixels of this canvas
@@ -150,6 +151,9 @@ class ShapesPairs(ArrayPairs):
         if size < 1:
             raise UsageError(f"shapes: size must be at least 1, got {size}")
         weights = np.array(config.kind_weights) / sum(config.kind_weights)
+        pictures = size * (3 * config.canvas**2 + 200)
+        require_memory("shapes", pictures, f"{size} pictures of {config.canvas} pixels",
+                       "take smaller pictures, or fewer")  # fmt: skip
         images = np.empty((size, config.canvas, config.canvas, 3), np.uint8)
         self.config = config
         self.split = split

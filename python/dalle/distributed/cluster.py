@@ -260,6 +260,8 @@ def join(
             raise UsageError(
                 f"cluster: {name} must be set where WORLD_SIZE is, as torchrun does, got none"
             )
+    for name in ("RANK", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        _number(name, 0)
     cluster = Cluster(config, device, asked)
     try:
         yield cluster
