@@ -27,8 +27,9 @@ from dalle.distributed.cluster import Cluster
 from dalle.dvae import DiscreteVAE
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.train.checkpoint import load_checkpoint, save_checkpoint
+from dalle.train.lock import FolderLock
 from dalle.train.loop import step_seed
-from dalle.train.run import agreed, write_pictures
+from dalle.train.run import agreed, alone_in, write_pictures
 
 STEPS = 6
 RECIPES = {
@@ -138,6 +139,23 @@ def pictures(rank):
     return {"written": sorted(p.name for p in folder.iterdir()), "losses": values}
 
 
+def locked(rank):
+    """What is said where another training has the folder, and who has it when that has gone."""
+    cluster = cluster_of()
+    folder = Path(cluster.first(tempfile.mkdtemp()))
+    other = None if rank else FolderLock(folder, "other")
+    task = SimpleNamespace(name="prior", cluster=cluster)
+    cluster.any(False)
+    said = said_of(lambda: alone_in(folder, task).__enter__())
+    if other is not None:
+        other.release()
+    with alone_in(folder, task) as lock:
+        cluster.any(False)
+        files = [path.name for path in folder.iterdir()]
+        cluster.any(False)
+    return {"said": said, "has": lock is not None, "files": files, "folder": str(folder)}
+
+
 class NoMemory:
     def encode(self, _):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -201,7 +219,7 @@ def two(tmp_path_factory):
     calls = {name: (prior_losses, name) for name in RECIPES}
     calls |= {"dvae": (dvae_losses,), "gone": (own_part_gone,), "other": (other_data,)}
     calls |= {"shapes": (other_shapes,), "pictures": (pictures,), "told": (told_apart,)}
-    calls |= {"codebook": (broken_codebook,)}
+    calls |= {"codebook": (broken_codebook,), "locked": (locked,)}
     calls |= {"time": (time_apart,)}  # the last: its heartbeat has stopped
     return run(2, calls, tmp_path_factory.mktemp("two"), joined=False)
 
@@ -240,6 +258,13 @@ def test_others_wait_for_process_0_while_it_lives(two):
     assert first["said"] == second["said"] != "nothing"
     assert "Is a directory" in first["said"]
     assert second["lost"] == "timed out waiting for process 0"
+
+
+def test_one_training_of_many_processes_at_a_time_in_a_folder(two):
+    for rank, found in enumerate(two["locked"]):
+        line = f"prior: out must be used by one training at a time, got {found['folder']}, where "
+        assert found["said"].startswith(line), found["said"]
+        assert found["has"] == (rank == 0) and found["files"] == ["training.lock"]
 
 
 def test_pictures_of_many_processes(two):
