@@ -8,9 +8,15 @@ from __future__ import annotations
 
 
 class DalleError(Exception):
-    """Base of every error that `dalle` raises on purpose."""
+    """Base of every error that `dalle` raises on purpose.
+
+    Attributes:
+        agreed: whether all processes of a cluster have raised it at the same place, so that they
+            can still do something together.
+    """
 
     exit_code = 1
+    agreed = False
 
 
 class UsageError(DalleError, ValueError):

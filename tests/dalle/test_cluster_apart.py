@@ -18,6 +18,7 @@ import torch.distributed as dist
 from processes import run
 from test_cluster import cluster_of, dvae_task, said_of
 from test_train_prior import SMALL, make_parts, make_task
+from tiny_task import state_hash
 from torch.distributed import distributed_c10d as c10d
 
 from dalle.commands import prior as prior_command
@@ -26,9 +27,9 @@ from dalle.data.pairs import ArrayPairs, load_or_draw
 from dalle.distributed.cluster import Cluster
 from dalle.dvae import DiscreteVAE
 from dalle.errors import CheckpointError, DataError, UsageError
-from dalle.train.checkpoint import load_checkpoint, save_checkpoint
+from dalle.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dalle.train.lock import FolderLock
-from dalle.train.loop import step_seed
+from dalle.train.loop import LoopConfig, step_seed, train
 from dalle.train.run import agreed, alone_in, write_pictures
 
 STEPS = 6
@@ -156,6 +157,36 @@ def locked(rank):
     return {"said": said, "has": lock is not None, "files": files, "folder": str(folder)}
 
 
+def rescued(rank):
+    """What happens where one process has no data at step 3: said, saved, and how it goes on."""
+    cluster = cluster_of()
+    folder, found = Path(cluster.first(tempfile.mkdtemp())), {}
+    makers = {
+        "prior": lambda: make_task(make_parts(), RECIPES["crops"], cluster=cluster),
+        "dvae": lambda: dvae_task(cluster),
+    }
+    for process, (name, make) in enumerate(makers.items()):
+        loop = LoopConfig(
+            out=folder / name, steps=5, checkpoint_every=100, picture_every=0, log_every=5
+        )
+        whole, task, again = make(), make(), make()
+        train(whole, replace(loop, out=folder / f"{name}-whole"))
+        plain = task.batch
+
+        def batch(step, plain=plain, process=process):
+            if step == 3 and rank == process:
+                raise DataError("gone")
+            return plain(step)
+
+        task.batch = batch
+        said = said_of(lambda task=task, loop=loop: train(task, loop))
+        saved = [path.name for path in checkpoints(loop.out)]
+        train(again, loop)
+        same = state_hash(again) == state_hash(whole)
+        found[name] = {"said": said, "saved": saved, "same": same}
+    return found
+
+
 class NoMemory:
     def encode(self, _):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -219,7 +250,7 @@ def two(tmp_path_factory):
     calls = {name: (prior_losses, name) for name in RECIPES}
     calls |= {"dvae": (dvae_losses,), "gone": (own_part_gone,), "other": (other_data,)}
     calls |= {"shapes": (other_shapes,), "pictures": (pictures,), "told": (told_apart,)}
-    calls |= {"codebook": (broken_codebook,), "locked": (locked,)}
+    calls |= {"codebook": (broken_codebook,), "locked": (locked,), "rescued": (rescued,)}
     calls |= {"time": (time_apart,)}  # the last: its heartbeat has stopped
     return run(2, calls, tmp_path_factory.mktemp("two"), joined=False)
 
@@ -258,6 +289,12 @@ def test_others_wait_for_process_0_while_it_lives(two):
     assert first["said"] == second["said"] != "nothing"
     assert "Is a directory" in first["said"]
     assert second["lost"] == "timed out waiting for process 0"
+
+
+def test_a_process_without_data_lets_all_save_first(two):
+    for found in two["rescued"]:
+        for name, said in (("prior", "gone"), ("dvae", "gone (on process 1)")):
+            assert found[name] == {"said": said, "saved": ["step-00000003"], "same": True}
 
 
 def test_one_training_of_many_processes_at_a_time_in_a_folder(two):

@@ -62,6 +62,8 @@ class Cluster:
         mesh: axes "replicate" (machines) and "shard" (processes of one).
         control: the group for what is not a gradient: numbers, flags, checkpoints; on the CPU.
         psgd: what compresses the gradients between machines, or None.
+        problem: what keeps this process from its part of a step, or None. It takes part with
+            something else, and `update` tells the others before anything changes.
 
     Raises:
         UsageError: machines that do not divide the processes, or have fewer GPUs than processes.
@@ -75,6 +77,7 @@ class Cluster:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
         self.config = config
         self.psgd: PowerSGD | None = None
+        self.problem: DalleError | None = None
         limit = timedelta(seconds=config.timeout)
         try:
             backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -206,7 +209,9 @@ class Cluster:
         for process, (found,) in enumerate(self.gather(lines)):
             if found is not None:
                 kind, text = found
-                raise kind(text if process == 0 else f"{text} (on process {process})") from problem
+                error = kind(text if process == 0 else f"{text} (on process {process})")
+                error.agreed = True
+                raise error from problem
 
     def agree(self, own: Mapping[str, Any]) -> None:
         """Raises UsageError on every process unless all have the same JSON values and versions."""

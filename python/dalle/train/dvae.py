@@ -17,7 +17,7 @@ from dalle.data.augment import center_crop, dvae_crop, to_tensor
 from dalle.data.pairs import BatchSampler, Pairs, fingerprints, load_or_draw, load_or_skip
 from dalle.dvae import DiscreteVAE
 from dalle.dvae_blocks import Block, PatchBlock
-from dalle.errors import UsageError
+from dalle.errors import DataError, UsageError
 from dalle.likelihood import expected_pixels, map_pixels, psnr
 from dalle.schedules import cosine_ramp
 from dalle.train.loop import start_seed, step_seed
@@ -181,6 +181,18 @@ class DvaeTask:
         )  # fmt: skip
         return to_tensor(found).to(self.device)
 
+    def _own_batch(self, step: int) -> Tensor:
+        """`batch`; on many processes one that has none of it goes on with nothing, until `update`
+        tells the others."""
+        try:
+            return self.batch(step)
+        except DataError as problem:
+            if self.cluster is None:
+                raise
+            self.cluster.problem = problem
+        part, side = self.part(), self.config.image_size
+        return torch.zeros(part.stop - part.start, 3, side, side, device=self.device)
+
     def part(self) -> slice:
         """Where in a batch this process's pictures are."""
         size = self.config.batch_size
@@ -189,7 +201,7 @@ class DvaeTask:
     def train_step(self, step: int) -> dict[str, float | Tensor]:
         """One update; before the codebook exists the codes are continuous."""
         c = self.config
-        images = self.batch(step)
+        images = self._own_batch(step)
         share = 1.0 if self.cluster is None else self.cluster.weight(c.batch_size)
         if step < c.warm_start_steps:
 

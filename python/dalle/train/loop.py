@@ -50,6 +50,7 @@ from dalle.train.run import (
     agreed,
     alone_in,
     answering,
+    can_be_saved,
     resume,
     settings,
     signals,
@@ -187,8 +188,9 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
         CheckpointError: if the checkpoint to resume from is damaged or of another training.
         EnvironmentProblem: if `out` cannot be made, or the last checkpoint cannot be written, or
             a process of the cluster does not answer.
-        Exception: whatever the task raises. On one process a checkpoint is written first, unless
-            the task was in the middle of an update.
+        Exception: whatever the task raises. A checkpoint is written first, unless the task was in
+            the middle of an update; of many processes only for what all raise (`agreed`), such as
+            the DataError of one of them.
     """
     cluster, step, stop = task.cluster, 0, False
     with agreed(cluster):
@@ -233,8 +235,8 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
                 if stop:
                     break
         except Exception as problem:
-            if lock is not None and lock.held and step > start and watch.undo():
-                saver.rescue(step, problem)
+            if step > start and can_be_saved(task, problem, watch, lock):
+                saver.rescue(step)
             raise
         finally:
             watch.close()

@@ -176,7 +176,7 @@ class PriorTask:
         """One update; all its randomness comes from (seed, step)."""
         c = self.config
         cut = self.tokenizer.truncated
-        text, tokens, keep = self.batch(step)
+        text, tokens, keep = self._own_batch(step)
         cut = self.tokenizer.truncated - cut
 
         def forward() -> PriorOutput:
@@ -236,6 +236,21 @@ class PriorTask:
         self.plateau.load_state_dict(state["plateau"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
+
+    def _own_batch(self, step: int) -> Batch:
+        """`batch`; on many processes one that has none of it goes on with nothing, until `update`
+        tells the others."""
+        try:
+            return self.batch(step)
+        except DataError as problem:
+            if self.cluster is None:
+                raise
+            self.cluster.problem = problem
+        part, sizes = self.cluster.part(self.config.batch_size), self.model.config
+        count = part.stop - part.start
+        text = torch.full((count, sizes.text_len - 1), PAD, device=self.device)
+        tokens = torch.zeros(count, sizes.num_image_tokens, dtype=torch.int64, device=self.device)
+        return Batch(text, tokens, None)
 
     def _share_out(self, cluster: Cluster) -> None:
         if self.model.config.half_weights:

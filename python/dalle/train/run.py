@@ -226,13 +226,10 @@ class Saver:
                 say(f"{line}; training goes on, older checkpoints are untouched")
             self._told = True
 
-    def rescue(self, step: int, problem: Exception) -> None:
-        """Saves the state after `step` updates before an error ends the training, and says so.
-
-        Not where numbers have gone wrong, and not on many processes: the others are elsewhere.
-        """
+    def rescue(self, step: int) -> None:
+        """Saves the state after `step` updates before an error ends the training, and says so."""
         task = self._task
-        if task.cluster is not None or isinstance(problem, NumericalError) or self._lost:
+        if self._lost:
             return
         try:
             if self.saved != step:
@@ -287,6 +284,18 @@ class StepWatch:
     def close(self) -> None:
         """Takes its hook off the optimizer."""
         self._hook.remove()
+
+
+def can_be_saved(task: Task, problem: Exception, watch: StepWatch, lock: FolderLock | None) -> bool:
+    """Whether the state after the last step is still there when `problem` ends the training, and
+    may be saved: not where numbers have gone wrong. Collective where all have the problem."""
+    cluster = task.cluster
+    if isinstance(problem, NumericalError):
+        return False
+    if cluster is not None and not (isinstance(problem, DalleError) and problem.agreed):
+        return False  # the others are elsewhere
+    lost = not watch.undo() or (lock is not None and not lock.held)
+    return not (lost if cluster is None else cluster.any(lost))
 
 
 @contextmanager

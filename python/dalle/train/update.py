@@ -82,11 +82,16 @@ def update(
     Raises:
         NumericalError: if loss or gradients are not finite, or stay so in a block whose scale
             cannot fall any more; the weights are then untouched.
+        DalleError: the problem of a process of the cluster, on all of them; nothing has changed.
     """
     cluster = task.cluster
     shown = loss.detach()
     if cluster is not None:  # all see the same, so that all stop or none; none runs ahead again
-        shown, forward = torch.as_tensor(cluster.mean({"loss": shown})["loss"]), None
+        own = shown if cluster.problem is None else torch.full_like(shown, math.nan)
+        shown, forward = torch.as_tensor(cluster.mean({"loss": own})["loss"]), None
+        if not math.isfinite(float(shown)):  # on all, so they have time to ask whose fault it is
+            problem, cluster.problem = cluster.problem, None
+            cluster.together(problem)
     task.optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     for group in task.optimizer.param_groups:
