@@ -51,7 +51,7 @@ LARGEST: dict[str, float] = {
     "checkpoint_every": 10**9, "picture_every": 10**9, "keep": 10**6, "count": 10**7,
     "image_size": 2**14, "canvas": 2**14, "scale": 64, "columns": 4096, "limit": 10**6,
     "top": 10**6, "show": 10**6, "num_candidates": 2**20, "top_k": 2**24, "text_len": 2**16,
-    "grid": 2**12,
+    "grid": 2**12, "parts": 64, "muon_scale": 1e3,
     "d_model": 2**17, "num_heads": 2**12, "num_layers": 2**12, "kernel_size": 2**12,
     "text_vocab": 2**24, "image_vocab": 2**24, "image_rank": 2**17,
     "group_count": 12, "n_hid": 2**15, "n_blk_per_group": 2**10, "n_init": 2**15, "patch": 2**10,

@@ -53,14 +53,31 @@ def test_summary_has_the_keys_and_shares(finished):
 def test_page_shows_what_it_names_and_nothing_from_outside(finished):
     out, _ = finished
     page = (out / "index.html").read_text()
-    sources = re.findall(r'src="([^"]+)"', page)
-    assert len(sources) > 20
+    shown = set(re.findall(r'src="([^"]+)"|url\(([^)]+)\)|href="([^"]+)"', page))
+    sources = {name for found in shown for name in found if name}
+    wanted = ("samples", "strips", "reconstructions", "best-of-n", "losses", "codes", "training")
+    assert sources == {f"pictures/{name}.png" for name in wanted}
     for source in sources:
         with Image.open(out / source) as picture:
             picture.verify()
-    for name in ("samples", "reconstructions", "best-of-n", "losses", "codes", "training"):
-        assert f"pictures/{name}.png" in sources
     assert "http" not in page and "Stopped before the end" not in page
+
+
+def test_every_tile_of_the_page_is_in_its_sheet_at_160_pixels_or_more(finished):
+    out, _ = finished
+    page = (out / "index.html").read_text()
+    assert "--s: 160px" in page
+    found = re.findall(r"--n:(\d+);--m:(\d+);--x:(\d+);--y:(\d+);.*?url\(([^)]+)\)", page)
+    sizes = {}
+    for columns, rows, x, y, name in found:
+        if name not in sizes:
+            with Image.open(out / name) as picture:
+                sizes[name] = picture.size
+        side = 160
+        assert sizes[name] == (int(columns) * side, int(rows) * side), name
+        assert int(x) < int(columns) and int(y) < int(rows)
+    assert len(found) == 24 + 24 * 8 + 24 * 2 + 24 and len(set(found)) == 24 * 8 + 24 * 2 + 24
+    assert page.index("class=contact") < page.index("<table>")
 
 
 def test_pipeline_of_the_demo_draws(finished):

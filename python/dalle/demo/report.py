@@ -8,18 +8,23 @@ from typing import Any
 
 from dalle import __version__
 from dalle.configs import to_dict
+from dalle.demo import tiles
 from dalle.demo.config import STAGES, Workspace
 from dalle.demo.recipes import DemoRecipe
+from dalle.demo.tiles import contact, group, load_sheet, tile
 from dalle.files import to_json
 from dalle.pictures import save_bytes
 from dalle.train.metrics import duration
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 88rem; margin: 2rem auto; padding: 0 1rem;
        color: #222; background: #fff; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 img { image-rendering: pixelated; max-width: 100%; border: 1px solid #ddd; }
 img.plot { image-rendering: auto; border: 0; }
+.plots { display: grid; gap: 0 2rem; align-items: start;
+         grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; }
@@ -80,34 +85,33 @@ def page(space: Workspace, summary: dict[str, Any]) -> str:
             "<p class=note>Stopped before the end; this page shows what there is. "
             "The same command goes on.</p>"
         )
-    parts += [_numbers(summary), _strips(space)]
+    size = summary["recipe"]["image_size"]
+    strips = space.read(space.work / "strips.json").get("strips", [])
     parts += [
-        _figure(space, "pictures/samples.png", "The best of 8 for each caption."),
-        _figure(
-            space,
-            "pictures/reconstructions.png",
-            "Unseen pictures, each with what the discrete VAE gives back to its right.",
-        ),
+        _contact(space, summary, strips, size),
+        _numbers(summary),
+        _strips(space, strips, size),
     ]
+    parts.append(_reconstructions(space, size))
     plots = {
         "pictures/best-of-n.png": "Choosing among N samples (the paper's figures 6 and 9c in "
         "small). Dotted: a ranker that never errs.",
-        "pictures/losses.png": "Training.",
         "pictures/codes.png": "How often each code of the codebook is used.",
+        "pictures/losses.png": "Training.",
     }
-    for name, caption in plots.items():
-        parts.append(_figure(space, name, caption, plot=True))
+    drawn = "".join(_figure(space, *plot, plot=True) for plot in plots.items())
+    parts.append(f"<h2>Curves</h2><div class=plots>{drawn}</div>" if drawn else "")
     parts.append(_fact_tables(summary))
     if not summary["complete"]:
         parts += [_figure(space, name, f"Latest picture of {name}.") for name in _latest(space)]
-    parts.append(_figure(space, "pictures/training.png", "Some of the training pairs."))
+    parts.append(_training(space, size))
     parts.append(_timings(summary))
     parts.append(f"<p>{escape(CREDIT[data])}</p>")
     body = "\n".join(part for part in parts if part)
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width'>"
-        f"<title>dalle demo: {data}</title><style>{STYLE}</style></head>\n"
+        f"<title>dalle demo: {data}</title><style>{STYLE}{tiles.STYLE}</style></head>\n"
         f"<body>\n{body}\n</body></html>\n"
     )
 
@@ -118,27 +122,83 @@ def _numbers(summary: dict[str, Any]) -> str:
         for key, text in KEYS.items()
         if key in summary
     ]
-    return "<table>\n" + "\n".join(rows) + "\n</table>"
+    return "<div class=scroll><table>\n" + "\n".join(rows) + "\n</table></div>"
 
 
 def _number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
-def _strips(space: Workspace) -> str:
-    strips = space.read(space.work / "strips.json").get("strips")
-    if not strips:
+def _contact(
+    space: Workspace, summary: dict[str, Any], strips: list[dict[str, Any]], size: int
+) -> str:
+    """The contact sheet: of each caption the true picture, where there is one, and the best."""
+    sheet = load_sheet(space.out, "pictures/strips.png", size)
+    if sheet is None or len(strips) != sheet.rows:
         return ""
-    first = "true picture, then " if space.config.data == "emoji" else ""
+    true = int(strips[0]["below"][0] == "true")
+    groups = [
+        group([tile(sheet, row, x, _words(strip, x)) for x in range(true + 1)], strip["caption"])
+        for row, strip in enumerate(strips)
+    ]
+    first = "Left the true picture, right what" if true else "What"
+    head = (
+        f"<p>{first} the model drew for a caption that no training pair contained: the best of "
+        f'{summary["recipe"]["num_samples"]} by the ranker (<a href="pictures/samples.png">as one '
+        "picture</a>).</p>"
+    )
+    return head + contact(groups, true + 1)
+
+
+def _strips(space: Workspace, strips: list[dict[str, Any]], size: int) -> str:
+    sheet = load_sheet(space.out, "pictures/strips.png", size)
+    if sheet is None or len(strips) != sheet.rows:
+        return ""
+    groups = [
+        group(
+            [
+                tile(sheet, row, x, _words(strip, x), below)
+                for x, below in enumerate(strip["below"])
+            ],
+            f"{strip['caption']} ({strip['split']})",
+        )
+        for row, strip in enumerate(strips)
+    ]
+    first = "true picture, then " if strips[0]["below"][0] == "true" else ""
     head = (
         "<h2>Captions no training pair contained</h2>"
-        f"<p>Each: {first}samples, best score first.</p>"
+        f"<p>Each: {first}samples with the ranker's scores, best first.</p>"
     )
-    figures = [
-        _figure(space, strip["picture"], f"{strip['caption']} ({strip['split']})")
-        for strip in strips
+    return head + contact(groups, 4)
+
+
+def _words(strip: dict[str, Any], column: int) -> str:
+    which = strip["below"][column]
+    return f"{strip['caption']}: {'true picture' if which == 'true' else 'drawn, ' + which}"
+
+
+def _reconstructions(space: Workspace, size: int) -> str:
+    sheet = load_sheet(space.out, "pictures/reconstructions.png", size)
+    if sheet is None:
+        return ""
+    groups = [
+        group([tile(sheet, row, x, words) for x, words in enumerate(("true", "given back"))], "")
+        for row in range(sheet.rows)
     ]
-    return head + "\n".join(figures)
+    head = (
+        "<h2>Reconstructions</h2><p>Unseen pictures, each with what the discrete VAE gives back of "
+        "it to its right.</p>"
+    )
+    return head + contact(groups, 2)
+
+
+def _training(space: Workspace, size: int) -> str:
+    sheet = load_sheet(space.out, "pictures/training.png", size)
+    captions = space.read(space.work / "training.json").get("captions", [])
+    if sheet is None or len(captions) != sheet.rows:
+        return ""
+    groups = [group([tile(sheet, row, 0, words)], words) for row, words in enumerate(captions)]
+    return "<h2>Some of the training pairs</h2>" + contact(groups, 1)
 
 
 def _figure(space: Workspace, name: str, caption: str, *, plot: bool = False) -> str:
@@ -169,20 +229,21 @@ def _fact_tables(summary: dict[str, Any]) -> str:
     table = summary.get("table")
     if not table:
         return ""
-    facts = list(dict.fromkeys(fact for group in table.values() for fact in group["single"]))
+    facts = list(dict.fromkeys(fact for found in table.values() for fact in found["single"]))
     head = "".join(f"<th>{escape(fact)}" for fact in facts)
     rows = []
-    for name, group in table.items():
+    for name, found in table.items():
         for which, text in (("single", "one sample"), ("best", "best by the ranker")):
             cells = "".join(
-                f"<td class=number>{group[which][fact]:.2f}" if fact in group[which] else "<td>"
+                f"<td class=number>{found[which][fact]:.2f}" if fact in found[which] else "<td>"
                 for fact in facts
             )
-            count = group["captions"]
+            count = found["captions"]
             rows.append(f"<tr><td>{escape(name)}<td>{text}<td class=number>{count}{cells}")
     return (
-        "<h2>Facts, as the checker reads them</h2><table><tr><th>captions<th><th>number"
-        f"{head}\n" + "\n".join(rows) + "</table>"
+        "<h2>Facts, as the checker reads them</h2><div class=scroll><table>"
+        "<tr><th>captions<th><th>number"
+        f"{head}\n" + "\n".join(rows) + "</table></div>"
     )
 
 

@@ -14,17 +14,17 @@ from dalle import pictures
 from dalle.data.augment import to_tensor
 from dalle.data.pairs import Pairs
 from dalle.data.shapes import parse
-from dalle.demo import score
+from dalle.demo import score, tiles
 from dalle.demo.config import Workspace
 from dalle.demo.parts import PARTS
-from dalle.demo.stages import SHOWN, Demo, captions_to_draw, scale_for
+from dalle.demo.stages import SHOWN, Demo, captions_to_draw
 from dalle.errors import CheckpointError
 from dalle.files import read_bytes
 from dalle.pretrained import MAX_HEADER_BYTES, tensors_from_bytes, tensors_to_bytes
 from dalle.train.metrics import duration, say
-from dalle.train.parts import side_by_side
+from dalle.train.parts import spread
 
-STRIP = 6  # samples shown beside a true picture
+ROW = 8  # pictures shown of a caption, the true one among them
 
 
 def all_images(pairs: Pairs) -> torch.Tensor:
@@ -76,12 +76,8 @@ def score_reconstructions(demo: Demo) -> None:
     found["psnr_train"] = score.psnr(known, known_again)
     found["code_use"] = code_use(tokens, demo.vae.num_tokens)
     shown = torch.linspace(0, len(unseen) - 1, SHOWN).long()
-    sheet = pictures.grid(
-        pictures.beside([unseen[shown], again[shown]]),
-        columns=12,
-        scale=scale_for(demo.recipe.image_size),
-    )
-    pictures.save_png(demo.space.out / "pictures" / "reconstructions.png", sheet)
+    both = torch.stack([unseen[shown], again[shown]], 1)
+    tiles.save_sheet(demo.space.out / "pictures" / "reconstructions.png", both)
     demo.space.add_scores({**found, "psnr": score.psnr(unseen, again)})
 
 
@@ -145,8 +141,7 @@ def draw_samples(demo: Demo, captions: list[str]) -> torch.Tensor:
         )
         return (tokens.cpu(),)
 
-    with torch.no_grad():
-        found = side_by_side(part, len(captions), PARTS, demo.pipeline.prior)
+    found = spread(part, len(captions), PARTS)
     return torch.cat([tokens for (tokens,) in found])
 
 
@@ -179,32 +174,31 @@ def draw_strips(
     scores: np.ndarray,
     truth: torch.Tensor | None,
 ) -> None:
-    """One strip per caption, best first (after the true picture, where there is one), and a grid.
+    """A row of tiles per caption, best first (after the true picture, where there is one).
 
-    Writes pictures/strip-NN.png, pictures/samples.png (true picture and best sample of 24 captions)
-    and work/strips.json.
+    Writes pictures/strips.png, pictures/samples.png (true picture and best sample of 24 captions,
+    with their captions, to be passed on) and work/strips.json.
     """
-    scale = scale_for(demo.recipe.image_size)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :STRIP]
+    order = np.argsort(-scores, axis=1, kind="stable")[:, : ROW - (truth is not None)]
     if truth is None:
         chosen = [i for split in ("zero", "test") for i in _some(splits, split, SHOWN // 2)]
     else:
         chosen = _some(splits, "heldout", SHOWN)
-    strips = []
-    for place, i in enumerate(chosen):
-        row = images[i][torch.from_numpy(order[i])]
-        labels = [f"{scores[i, j]:.2f}" for j in order[i]]
-        if truth is not None:
-            row, labels = torch.cat([truth[i][None], row]), ["true", *labels]
-        name = f"strip-{place:02d}.png"
-        sheet = pictures.grid(row, columns=len(row), scale=scale, labels=labels)
-        pictures.save_png(demo.space.out / "pictures" / name, sheet)
-        strips.append({"caption": captions[i], "split": splits[i], "picture": f"pictures/{name}"})
-    best = torch.stack([images[i, int(order[i, 0])] for i in chosen])
-    shown = best if truth is None else pictures.beside([truth[chosen], best])
-    words = [captions[i] for i in chosen]
-    labels = words if truth is None else [text for word in words for text in (word, "drawn")]
-    sheet = pictures.grid(shown, columns=8, scale=scale, labels=labels)
+    drawn = torch.stack([images[i][torch.from_numpy(order[i])] for i in chosen])
+    rows = drawn if truth is None else torch.cat([truth[chosen][:, None], drawn], 1)
+    tiles.save_sheet(demo.space.out / "pictures" / "strips.png", rows)
+    strips = [
+        {
+            "caption": captions[i],
+            "split": splits[i],
+            "below": ["true"] * (truth is not None) + [f"{scores[i, j]:.2f}" for j in order[i]],
+        }
+        for i in chosen
+    ]
+    shown = rows[:, : 1 + (truth is not None)]
+    labels = [words for i in chosen for words in (captions[i], "drawn")[: shown.shape[1]]]
+    scale = tiles.scale_for(demo.recipe.image_size)
+    sheet = pictures.grid(shown.flatten(0, 1), columns=8, scale=scale, labels=labels)
     pictures.save_png(demo.space.out / "pictures" / "samples.png", sheet)
     demo.space.write(demo.space.work / "strips.json", {"strips": strips})
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dalle import pictures
 from dalle.data.augment import to_tensor
 from dalle.data.pairs import Pairs, load_pairs
 from dalle.data.shapes import split_scenes
 from dalle.data.shapes_pairs import ShapesPairs
+from dalle.demo import tiles
 from dalle.demo.config import Workspace
 from dalle.demo.recipes import DemoRecipe
 from dalle.dvae import DiscreteVAE
@@ -27,7 +27,7 @@ from dalle.train.loop import LoopConfig, Task, start_seed, train
 from dalle.train.prior import PriorTask
 from dalle.train.ranker import RankerTask
 
-SHOWN = 24  # pictures in a grid of the report
+SHOWN = 24  # captions, or pictures, in each part of the report
 
 
 class Demo:
@@ -115,13 +115,10 @@ def data_stage(demo: Demo) -> None:
     """Loads or draws the pairs, counts them, and shows some."""
     pairs = demo.train_pairs
     chosen = random.Random(demo.seed).sample(range(len(pairs)), min(SHOWN, len(pairs)))
-    sheet = pictures.grid(
-        to_tensor([pairs.load(i) for i in chosen]),
-        columns=8,
-        scale=scale_for(demo.recipe.image_size),
-        labels=[pairs.captions[i] for i in chosen],
-    )
-    pictures.save_png(demo.space.out / "pictures" / "training.png", sheet)
+    images = to_tensor([pairs.load(i) for i in chosen])
+    tiles.save_sheet(demo.space.out / "pictures" / "training.png", images[:, None])
+    captions = {"captions": [pairs.captions[i] for i in chosen]}
+    demo.space.write(demo.space.work / "training.json", captions)
     demo.space.add_scores(
         {
             "data": {
@@ -206,8 +203,3 @@ def captions_to_draw(demo: Demo) -> dict[str, list[Any]]:
             captions += rounds[:wanted]
             splits += [split] * len(rounds[:wanted])
     return {"caption": captions, "split": splits, "own": [-1] * len(captions)}
-
-
-def scale_for(image_size: int) -> int:
-    """Screen pixels per pixel, so that a picture is near 100 wide."""
-    return max(1, 96 // image_size)

@@ -95,11 +95,24 @@ def side_by_side(run: Run, size: int, parts: int, model: nn.Module) -> list[tupl
     if len(places) < 2:
         return [tuple(run(place)) for place in places]
     if not torch.is_grad_enabled():
-        return list(_threads(len(places), torch.get_num_threads()).map(_without_graph(run), places))
+        return spread(run, size, parts)
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = _SideBySide.apply(run, places, [], *parameters)
     count = len(found) // len(places)
     return [found[i : i + count] for i in range(0, len(found), count)]
+
+
+def spread(run: Run, size: int, parts: int) -> list[tuple[Tensor, ...]]:
+    """The same without gradients, for any `run`."""
+
+    @torch.no_grad()
+    def inside(place: slice) -> tuple[Tensor, ...]:
+        return tuple(run(place))
+
+    places = slices(size, parts)
+    if len(places) < 2:
+        return [inside(place) for place in places]
+    return list(_threads(len(places), torch.get_num_threads()).map(inside, places))
 
 
 def sums(found: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -114,11 +127,3 @@ def require_alone(command: str, parts: int, cluster: Cluster | None) -> None:
     """Raises UsageError for several parts on many processes, which share a batch out already."""
     if parts > 1 and cluster is not None:
         raise UsageError(f"{command}: parts must be 1 on many processes, got {parts}")
-
-
-def _without_graph(run: Run) -> Callable[[slice], tuple[Tensor, ...]]:
-    @torch.no_grad()
-    def inside(place: slice) -> tuple[Tensor, ...]:
-        return tuple(run(place))
-
-    return inside

@@ -88,6 +88,10 @@ class PriorTask:
         if cluster is not None:
             cluster.agree(self.describe())
         require_alone("prior train", config.parts, cluster)
+        if config.optimizer == "muon" and cluster is not None:
+            raise UsageError(
+                "prior train: optimizer must be adamw or adamw16 on many processes, got muon"
+            )
         sizes = prior.config
         if config.parts > 1 and (sizes.dropout or sizes.precision == "fp16-scaled"):
             got = f"{config.parts} with dropout {sizes.dropout}, precision {sizes.precision}"

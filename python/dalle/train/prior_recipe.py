@@ -12,11 +12,13 @@ import dalle_ext
 from dalle.configs import check_numbers, require, require_adamw
 from dalle.errors import UsageError
 from dalle.prior import Prior
+from dalle.prior_blocks import AttentionBlock
 from dalle.schedules import cosine_ramp, linear_warmup
+from dalle.train.muon import MuonAdamW
 
 DECAYS = ("plateau", "cosine", "none")
 IMAGE_INITS = ("random", "codebook")
-OPTIMIZERS = ("auto", "adamw", "adamw16")
+OPTIMIZERS = ("auto", "adamw", "adamw16", "muon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,9 @@ class PriorTrainConfig:
         plateau_window, plateau_patience, plateau_min_delta, max_halvings: when to halve.
         beta1, beta2, eps, weight_decay: AdamW; only the matrices of the resblocks decay.
         optimizer: "adamw" (torch, fp32 moments), "adamw16" (`dalle_ext.AdamW16`: 16-bit moments of
-            the resblocks' matrices, fp32 of the rest), "auto": adamw where the model is fp32.
+            the resblocks' matrices, fp32 of the rest), "auto": adamw where the model is fp32;
+            "muon": `train.muon` for the resblocks' matrices, adamw for the rest, on one process.
+        muon_scale: step size of Muon's matrices in units of lr.
         stochastic_rounding: of what adamw16 keeps in 16 bits.
         clip_norm: largest global gradient norm.
         average_decay, average_every: iterate averaging.
@@ -60,6 +64,7 @@ class PriorTrainConfig:
     eps: float = 1e-8
     weight_decay: float = 4.5e-2
     optimizer: str = "auto"
+    muon_scale: float = 5.0
     stochastic_rounding: bool = False
     clip_norm: float = 4.0
     average_decay: float = 0.99
@@ -85,7 +90,16 @@ class PriorTrainConfig:
             require("prior train", self, f"one of {', '.join(known)}", known.__contains__, name)
         shares = ("bpe_dropout", "caption_dropout", "token_dropout")
         require("prior train", self, "in [0, 1)", lambda x: 0 <= x < 1, *shares)
-        require("prior train", self, "positive", lambda x: x > 0, "batch_size", "lr", "clip_norm")
+        require(
+            "prior train",
+            self,
+            "positive",
+            lambda x: x > 0,
+            "batch_size",
+            "lr",
+            "clip_norm",
+            "muon_scale",
+        )
         counts = ("plateau_window", "plateau_patience", "average_every", "parts")
         require("prior train", self, "1 or more", lambda x: x >= 1, *counts)
         rest = ("plateau_min_delta", "max_halvings", "embedding_scale", "head_scale")
@@ -116,8 +130,21 @@ def parameter_groups(prior: Prior, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
+def muon_groups(prior: Prior, weight_decay: float) -> list[dict[str, Any]]:
+    """The same, the stacked projections of queries, keys and values in a group of their own."""
+    stacked = {block.qkv.weight for block in prior.modules() if isinstance(block, AttentionBlock)}
+    matrices, rest = parameter_groups(prior, weight_decay)
+    single = [p for p in matrices["params"] if p not in stacked]
+    threefold = [p for p in matrices["params"] if p in stacked]
+    return [
+        {**matrices, "params": single, "muon": 1},
+        {**matrices, "params": threefold, "muon": 3},
+        rest,
+    ]
+
+
 def make_optimizer(prior: Prior, config: PriorTrainConfig, seed: int) -> torch.optim.Optimizer:
-    """AdamW or `dalle_ext.AdamW16`, as the recipe and the model's precision say.
+    """AdamW, `dalle_ext.AdamW16` or Muon, as the recipe and the model's precision say.
 
     Args:
         prior: whose parameters are updated.
@@ -143,6 +170,10 @@ def make_optimizer(prior: Prior, config: PriorTrainConfig, seed: int) -> torch.o
     if sizes.half_weights or config.stochastic_rounding:
         what = "half_weights" if sizes.half_weights else "stochastic_rounding"
         raise UsageError(f"prior train: optimizer must be adamw16 for {what}, got {name}")
+    if name == "muon":
+        groups = muon_groups(prior, config.weight_decay)
+        scale, parts = config.muon_scale, config.parts
+        return MuonAdamW(groups, **numbers, muon_scale=scale, parts=parts, fused=True)
     return torch.optim.AdamW(groups, **numbers, fused=True)
 
 

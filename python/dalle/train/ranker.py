@@ -31,7 +31,7 @@ from dalle.pretrained import fingerprint
 from dalle.rerank import ContrastiveRanker
 from dalle.schedules import cosine_ramp, linear_warmup
 from dalle.train.loop import step_seed
-from dalle.train.parts import side_by_side
+from dalle.train.parts import side_by_side, spread
 from dalle.train.splicing import patches, pixels, splice
 from dalle.train.update import update
 
@@ -311,9 +311,7 @@ class RankerTask:
     def _decode(self, codes: torch.Tensor) -> torch.Tensor:
         assert self.vae is not None
         vae = self.vae
-        found = side_by_side(
-            lambda place: (vae.decode(codes[place]),), len(codes), self.config.parts, vae
-        )
+        found = spread(lambda place: (vae.decode(codes[place]),), len(codes), self.config.parts)
         return torch.cat([images for (images,) in found])
 
     def train_step(self, step: int) -> Mapping[str, float | torch.Tensor]:

@@ -1,0 +1,89 @@
+"""Pictures on the page: one sheet a file, of which the page shows single tiles at one size.
+
+So a row of pictures breaks where the screen ends, and each stays large enough to look at.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+
+from dalle.pictures import save_png, to_uint8
+
+SIDE = 160  # pixels of a tile, at least
+
+STYLE = f"""
+:root {{ --s: {SIDE}px; }}
+.tiles {{ display: flex; flex-wrap: wrap; gap: .4rem; }}
+.tile i {{ display: block; width: var(--s); height: var(--s); image-rendering: pixelated;
+  background-size: calc(var(--n) * var(--s)) calc(var(--m) * var(--s));
+  background-position: calc(-1 * var(--x) * var(--s)) calc(-1 * var(--y) * var(--s));
+  outline: 1px solid #ddd; }}
+.tile {{ margin: 0; width: var(--s); }}
+.tile figcaption {{ font-size: .8rem; text-align: center; }}
+.group {{ margin: 0; }}
+.group > figcaption {{ overflow-wrap: anywhere;
+  max-width: calc(var(--w, 2) * (var(--s) + .4rem)); }}
+.contact {{ display: grid; gap: 1rem .5rem; margin: 1rem 0;
+  grid-template-columns:
+    repeat(auto-fill, minmax(min(100%, var(--w) * (var(--s) + .4rem)), 1fr)); }}
+"""
+
+
+class Sheet(NamedTuple):
+    """A file of tiles, named relative to the page."""
+
+    name: str
+    rows: int
+    columns: int
+
+
+def scale_for(image_size: int) -> int:
+    """Screen pixels per pixel, so that a picture is `SIDE` wide or a little more."""
+    return max(1, -(-SIDE // image_size))
+
+
+def save_sheet(path: Path, images: torch.Tensor) -> None:
+    """(M, N, 3, H, W) in [0, 1] -> a PNG of M rows of N tiles without margins."""
+    scale = scale_for(images.shape[-1])
+    whole = images.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    picture = Image.fromarray(to_uint8(whole))
+    size = (picture.width * scale, picture.height * scale)
+    save_png(path, picture.resize(size, Image.Resampling.NEAREST))
+
+
+def load_sheet(out: Path, name: str, image_size: int) -> Sheet | None:
+    """The sheet `save_sheet` wrote as out/name, or None where there is none."""
+    if not (out / name).exists():
+        return None
+    side = image_size * scale_for(image_size)
+    with Image.open(out / name) as picture:
+        return Sheet(name, picture.height // side, picture.width // side)
+
+
+def tile(sheet: Sheet, row: int, column: int, words: str, below: str = "") -> str:
+    """HTML of one tile; `words` are for those who do not see it."""
+    place = f"--n:{sheet.columns};--m:{sheet.rows};--x:{column};--y:{row}"
+    return (
+        f'<figure class=tile><i role=img aria-label="{escape(words)}" '
+        f'style="{place};background-image:url({escape(sheet.name)})"></i>'
+        f"<figcaption>{escape(below)}</figcaption></figure>"
+    )
+
+
+def group(tiles: list[str], caption: str) -> str:
+    """HTML of some tiles over one caption."""
+    words = escape(caption)
+    return (
+        f"<figure class=group><div class=tiles>{''.join(tiles)}</div>"
+        f"<figcaption>{words}</figcaption></figure>"
+    )
+
+
+def contact(groups: list[str], width: int) -> str:
+    """HTML of groups of `width` tiles, as many beside each other as the screen has room for."""
+    return f'<div class=contact style="--w:{width}">\n' + "\n".join(groups) + "\n</div>"
