@@ -8,11 +8,13 @@ libraries over libtorch's stable ABI. A missing object is no error at import, so
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 FOLDER = Path(__file__).parent
 HOW_TO_BUILD = "pip install -c constraints.txt -e ."
@@ -46,6 +48,47 @@ CUDA_PROBLEM = (
     "this torch has no CUDA" if torch.version.cuda is None else CPU_PROBLEM or _load("_C_cuda.so")
 )
 HOST = _load_host()
+_GUARDS = torch.library.Library("dalle_ext", "IMPL")
+
+
+def register(name: str, fake: Callable[..., Any], *, differentiable: bool = False) -> Any:
+    """The raw op `dalle_ext::name`, with its fake kernel and a guard at the autograd keys.
+
+    A gradient passes a raw op only inside an `autograd.Function` (`differentiable`; gradients are
+    not recorded in there). Without the guard torch would drop tangents of forward mode
+    (`torch.func.jvp`, `jacfwd`) in silence, in any nesting of function transforms.
+
+    Raises, when the op is called:
+        NotImplementedError: a tensor with a tangent, or one that requires a gradient.
+    """
+    op = getattr(torch.ops.dalle_ext, name).default
+    torch.library.register_fake(f"dalle_ext::{name}", fake)
+    advice = "use reverse mode, or dalle_ext.use_reference()" if differentiable else "detach it"
+
+    def guard(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        recording = torch.is_grad_enabled()
+        looked_at = _tensors(arguments) if recording or forward_ad._current_level >= 0 else ()
+        for tensor in looked_at:
+            tangent = forward_ad.unpack_dual(tensor).tangent is not None
+            if tangent or (recording and tensor.requires_grad):
+                what = "a forward-mode tangent" if tangent else "one that requires a gradient"
+                raise NotImplementedError(
+                    f"{name.strip('_')}: tensors must be without a derivative that the native op "
+                    f"does not carry on, got {what}; {advice}"
+                )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    _GUARDS.impl(name, guard, "Autograd", with_keyset=True)
+    return op
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _tensors(argument)
 
 
 def require(op: str, device: torch.device) -> None:

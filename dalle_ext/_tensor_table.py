@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from dalle_ext._checks import integer
+
 Tensor = torch.Tensor
 CHUNK = 32768  # elements; kTableChunk of csrc/common/tensor_table.h
 COLUMNS = 5
-KINDS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.int16: 4}
+KINDS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.int16: 4, torch.int64: 5}
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -47,8 +49,12 @@ class TensorTable:
     Args:
         columns: one to five lists of the same length; `columns[c][i]` is tensor c of row i. All
             contiguous, on one device, those of a row of one size (or one element, where an op says
-            so), float32, float16, bfloat16 or int16; the op checks that.
+            so), float32, float16, bfloat16, int16 or int64; the op checks that.
         groups: group of each row, 0 or more; all 0 if left out.
+
+    Raises:
+        TypeError: a tensor of another dtype.
+        ValueError: a column or the groups of another length.
 
     Attributes:
         host, rows: (n, 9) int64 on the CPU, and on the tensors' device.
@@ -61,8 +67,15 @@ class TensorTable:
     ) -> None:
         count = len(columns[0])
         groups = [0] * count if groups is None else groups
+        for name, listed in [("groups", groups), *(("columns", column) for column in columns)]:
+            if len(listed) != count:
+                raise ValueError(f"TensorTable: {name} must be of {count} rows, got {len(listed)}")
+        groups = [integer("TensorTable", "groups", group) for group in groups]
+        for dtype in {t.dtype for column in columns for t in column} - KINDS.keys():
+            known = "float32, float16, bfloat16, int16 or int64"
+            raise TypeError(f"TensorTable: tensors must be {known}, got {dtype}")
         self.order = sorted(range(count), key=lambda i: groups[i])
-        self.columns = [[column[i] for i in self.order] for column in columns]
+        self.columns = self.arranged(columns)
         self._found = self._key(columns, groups)
         rows, chunks = [], 0
         for r, i in enumerate(self.order):
@@ -72,12 +85,16 @@ class TensorTable:
             kinds = sum(KINDS[t.dtype] << 4 * c for c, t in enumerate(tensors))
             rows.append([*data, numel, chunks, kinds, groups[i]])
             chunks += -(-numel // CHUNK)
-        self.host = torch.tensor(rows, dtype=torch.int64).reshape(count, COLUMNS + 4)
+        self.host = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(count, COLUMNS + 4)
         device = columns[0][0].device if count else torch.device("cpu")
         if device.type == "cuda":  # from pinned memory, so that the host does not wait
             self.rows = self.host.pin_memory().to(device, non_blocking=True)
         else:
             self.rows = self.host
+
+    def arranged(self, columns: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """Lists of tensors that the table fits, in the order of the rows."""
+        return [[column[i] for i in self.order] for column in columns]
 
     @staticmethod
     def _key(columns: Sequence[Sequence[Tensor]], groups: Sequence[int]) -> list[object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dalle_ext import _native
+from dalle_ext._checks import integer
 
 
 def area_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -27,6 +28,8 @@ def area_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     if image.dtype != np.uint8:
         raise TypeError(f"area_resize: image must be uint8, got {image.dtype}")
+    rows = integer("area_resize", "height", height)
+    columns = integer("area_resize", "width", width)
     host = _native.host("area_resize")
-    resized: np.ndarray = host.area_resize(np.ascontiguousarray(image), int(height), int(width))
+    resized: np.ndarray = host.area_resize(np.ascontiguousarray(image), rows, columns)
     return resized

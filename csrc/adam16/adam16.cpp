@@ -14,7 +14,7 @@ void adam_step_(DALLE_ADAM_PARAMETERS) {
   torch::stable::parallel_for(0, args.table.num_chunks, 1,
                               [&](int64_t b, int64_t e) { cpu.chunks(args, b, e); });
   for (int64_t i = 0; i < args.table.num_rows; ++i) {
-    *data_of<float>(args.table.rows[i], kStep) += 1.0f;
+    *data_of<int64_t>(args.table.rows[i], kStep) += 1;
   }
 }
 
@@ -25,8 +25,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dalle_ext, m) {
   m.def(
       "_adam16_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] means,"
       " Tensor(c!)[] variances, Tensor(d!)[] steps, Tensor host, Tensor rows, Tensor? scales,"
-      " Tensor? clip_factor, Tensor? skip, Tensor? lr_tensor, Tensor? seed, float lr,"
-      " float beta1, float beta2, float eps, float weight_decay, float variance_clip) -> ()");
+      " Tensor? clip_factor, Tensor? skip, Tensor? lr_tensor, Tensor seed, bool stochastic,"
+      " float lr, float beta1, float beta2, float eps, float weight_decay, float variance_clip)"
+      " -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dalle_ext, CPU, m) {

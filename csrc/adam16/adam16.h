@@ -2,7 +2,13 @@
 // variance in 0-6-10 (paper, sections 2.4, 2.5 and appendix D). No torch here.
 //
 // One row of the table is one parameter. Arithmetic is in float; the update takes mean and variance
-// before they are rounded to be kept.
+// before they are rounded to be kept. Every processor and device must come to the same bits, so
+// that the replicas of a model stay equal: this op is compiled without contraction to fused
+// products, and calls no function of a library whose last bit is not laid down.
+//
+// The moments are rounded stochastically. To nearest, a moment that an update changes by less than
+// half a unit in the last place would stay where it is: the variance at 14 % too little for beta2 =
+// .999 and constant gradients, at 4.2 times too much after gradients have fallen tenfold.
 #pragma once
 
 #include <cmath>
@@ -13,7 +19,7 @@
 
 namespace dalle {
 
-// Columns of the table. Mean and variance are codes, or floats (both); the step is one float, the
+// Columns of the table. Mean and variance are codes, or floats (both); the step is one int64, the
 // number of updates so far.
 enum AdamColumn : int { kParam, kGrad, kMean, kVariance, kStep };
 
@@ -23,7 +29,8 @@ struct AdamArgs {
   const float* clip_factor;  // (1) factor of all gradients, or null
   const float* skip;         // (1) not zero: nothing changes; or null
   const float* lr_pointer;   // (1) in place of lr, or null
-  const int64_t* seed;       // (1) stochastic rounding of all that is kept in 16 bits, or null
+  const int64_t* seed;       // (1) of stochastic rounding
+  bool stochastic;           // whether 16-bit parameters are rounded so too
   double lr, beta1, beta2, eps, weight_decay, variance_clip;
 };
 
@@ -31,18 +38,44 @@ DALLE_HOST_DEVICE bool skipped(const AdamArgs& args) {
   return args.skip != nullptr && *args.skip != 0.0f;
 }
 
-// What the elements of one row have in common.
+// What the elements of one chunk have in common.
 struct AdamFactors {
   float keep_mean, add_mean;          // beta1, 1 - beta1
   float keep_variance, add_variance;  // beta2, 1 - beta2
   float grad, decay, step_size, root, eps, most;
-  uint64_t seed;  // of mean and variance; parameters take its complement
+  uint64_t seed;    // of the parameters
+  uint32_t offset;  // of the moments
 };
 
-DALLE_HOST_DEVICE AdamFactors adam_factors(const AdamArgs& args, const TableRow& row) {
+// base^n from products alone.
+DALLE_HOST_DEVICE double power(double base, int64_t n) {
+  double result = 1.0;
+  for (; n > 0; n >>= 1, base *= base) {
+    if (n & 1) result *= base;
+  }
+  return result;
+}
+
+// Random words of the moments: ten rounds of Philox for every four elements cost half as much as
+// the whole update, so that Philox gives one word a chunk and update, and a hash spreads it.
+DALLE_HOST_DEVICE uint32_t moments_offset(uint64_t seed, int64_t chunk) {
+  return philox_subsequence(static_cast<uint64_t>(chunk), seed ^ 0xD1B54A32D192ED03u).word[0];
+}
+
+// The word of element i of a chunk, of offset + i (lowbias32 of Wellons: a bijection of 32 bits).
+// Its low 14 bits round the mean, its high 13 the variance.
+template <typename word_t>
+DALLE_HOST_DEVICE word_t moments_word(word_t place) {
+  place = (place ^ (place >> 16)) * 0x7FEB352Du;
+  place = (place ^ (place >> 15)) * 0x846CA68Bu;
+  return place ^ (place >> 16);
+}
+
+DALLE_HOST_DEVICE AdamFactors adam_factors(const AdamArgs& args, const TableRow& row,
+                                           int64_t chunk) {
   const double lr = args.lr_pointer != nullptr ? static_cast<double>(*args.lr_pointer) : args.lr;
-  const double t = static_cast<double>(*data_of<const float>(row, kStep)) + 1.0;
-  const double correction1 = 1.0 - pow(args.beta1, t), correction2 = 1.0 - pow(args.beta2, t);
+  const int64_t t = *data_of<const int64_t>(row, kStep) + 1;
+  const double correction1 = 1.0 - power(args.beta1, t), correction2 = 1.0 - power(args.beta2, t);
   const double clip = args.clip_factor != nullptr ? static_cast<double>(*args.clip_factor) : 1.0;
   const double scale = args.scales != nullptr ? static_cast<double>(args.scales[row.group]) : 1.0;
   AdamFactors f;
@@ -56,9 +89,8 @@ DALLE_HOST_DEVICE AdamFactors adam_factors(const AdamArgs& args, const TableRow&
   f.root = static_cast<float>(1.0 / sqrt(correction2));
   f.eps = static_cast<float>(args.eps);
   f.most = static_cast<float>(args.variance_clip);
-  f.seed = args.seed == nullptr
-               ? 0
-               : static_cast<uint64_t>(*args.seed) + static_cast<uint64_t>(t) * 0x9E3779B97F4A7C15u;
+  f.seed = static_cast<uint64_t>(*args.seed) + static_cast<uint64_t>(t) * 0x9E3779B97F4A7C15u;
+  f.offset = moments_offset(f.seed, chunk);
   return f;
 }
 
@@ -68,14 +100,22 @@ DALLE_HOST_DEVICE uint64_t first_call(int64_t chunk) {
   return static_cast<uint64_t>(chunk) * (kTableChunk / 4);
 }
 
-// A word rounds both moments: its upper 14 bits the mean, the next 13 the variance.
 template <typename word_t>
-DALLE_HOST_DEVICE word_t mean_bits(word_t word) {
-  return stochastic<Format::k169>(word);
+DALLE_HOST_DEVICE word_t mean_code(word_t bits, word_t random) {
+  return encode<Format::k169>(bits, random & (2 * FormatOf<Format::k169>::kHalfUlp - 1));
 }
+
+// Below code 1, 2^-60 (1 + 2^-10), a variance becomes code 1 with the chance v / code 1, else zero:
+// what is too small to be kept is kept on average. The chance in 30 bits is v times this.
+inline constexpr uint32_t kCode1 = FormatOf<Format::k0610>::kLeast + (1u << 13);
+inline constexpr float kChance = 0x1p90f / (1.0f + 0x1p-10f);
+
+// The code of a variance, 0 or more, with these bits.
 template <typename word_t>
-DALLE_HOST_DEVICE word_t variance_bits(word_t word) {
-  return stochastic<Format::k0610>(word << 14);
+DALLE_HOST_DEVICE word_t variance_code(word_t bits, word_t chance, word_t random) {
+  const word_t code = encode<Format::k0610>(bits, stochastic<Format::k0610>(random));
+  const word_t kept = (random >> 2) < chance ? word_t{} + 1 : word_t{};
+  return bits < kCode1 ? kept : code;
 }
 
 }  // namespace dalle

@@ -34,9 +34,9 @@ inline AdamArgs prepare_adam(const Tensors& params, const Tensors& grads, const 
                              const Tensor& rows, const std::optional<Tensor>& scales,
                              const std::optional<Tensor>& clip_factor,
                              const std::optional<Tensor>& skip,
-                             const std::optional<Tensor>& lr_tensor,
-                             const std::optional<Tensor>& seed, double lr, double beta1,
-                             double beta2, double eps, double weight_decay, double variance_clip) {
+                             const std::optional<Tensor>& lr_tensor, const Tensor& seed,
+                             bool stochastic, double lr, double beta1, double beta2, double eps,
+                             double weight_decay, double variance_clip) {
   const char* const op = "AdamW16";
   const TensorTable table =
       check_table(op, host, rows, {&params, &grads, &means, &variances, &steps}, 1);
@@ -49,6 +49,8 @@ inline AdamArgs prepare_adam(const Tensors& params, const Tensors& grads, const 
                     kind_of(expected[i], kVariance) == kind,
                 op, "moments", "both int16 codes or both float32",
                 torch::headeronly::toString(means[i].scalar_type()));
+    DALLE_CHECK(kind_of(expected[i], kStep) == ElementKind::kLong, op, "steps", "int64",
+                torch::headeronly::toString(steps[i].scalar_type()));
     DALLE_CHECK(!scales || (expected[i].group >= 0 && expected[i].group < scales->numel()), op,
                 "groups", "0 or more and below the number of scales", expected[i].group);
   }
@@ -58,12 +60,12 @@ inline AdamArgs prepare_adam(const Tensors& params, const Tensors& grads, const 
   args.clip_factor = check_one_float("clip_factor", clip_factor, rows);
   args.skip = check_one_float("found_nonfinite", skip, rows);
   args.lr_pointer = check_one_float("lr", lr_tensor, rows);
-  if (seed) {
-    DALLE_CHECK(seed->numel() == 1 && seed->scalar_type() == ScalarType::Long &&
-                    seed->device() == rows.device(),
-                op, "seed", "an int64 scalar on the parameters' device", shape_text(*seed));
-    args.seed = static_cast<const int64_t*>(seed->const_data_ptr());
-  }
+  DALLE_CHECK(
+      seed.numel() == 1 && seed.scalar_type() == ScalarType::Long && seed.device() == rows.device(),
+      op, "seed", "one int64 on the parameters' device", shape_text(seed), " of ",
+      torch::headeronly::toString(seed.scalar_type()));
+  args.seed = static_cast<const int64_t*>(seed.const_data_ptr());
+  args.stochastic = stochastic;
   args.lr = lr;
   args.beta1 = beta1;
   args.beta2 = beta2;
@@ -76,12 +78,12 @@ inline AdamArgs prepare_adam(const Tensors& params, const Tensors& grads, const 
 }  // namespace dalle
 
 // The arguments of the raw op, in order; its CPU and CUDA registrations have the same.
-#define DALLE_ADAM_PARAMETERS                                                             \
-  Tensors params, Tensors grads, Tensors means, Tensors variances, Tensors steps,         \
-      const Tensor &host, const Tensor &rows, const std::optional<Tensor>&scales,         \
-      const std::optional<Tensor>&clip_factor, const std::optional<Tensor>&skip,          \
-      const std::optional<Tensor>&lr_tensor, const std::optional<Tensor>&seed, double lr, \
+#define DALLE_ADAM_PARAMETERS                                                                \
+  Tensors params, Tensors grads, Tensors means, Tensors variances, Tensors steps,            \
+      const Tensor &host, const Tensor &rows, const std::optional<Tensor>&scales,            \
+      const std::optional<Tensor>&clip_factor, const std::optional<Tensor>&skip,             \
+      const std::optional<Tensor>&lr_tensor, const Tensor &seed, bool stochastic, double lr, \
       double beta1, double beta2, double eps, double weight_decay, double variance_clip
 #define DALLE_ADAM_ARGUMENTS                                                                      \
   params, grads, means, variances, steps, host, rows, scales, clip_factor, skip, lr_tensor, seed, \
-      lr, beta1, beta2, eps, weight_decay, variance_clip
+      stochastic, lr, beta1, beta2, eps, weight_decay, variance_clip

@@ -39,63 +39,74 @@ constexpr ElementKind kKindOf = std::is_same_v<scalar_t, Half>       ? ElementKi
                                 : std::is_same_v<scalar_t, BFloat16> ? ElementKind::kBFloat16
                                                                      : ElementKind::kFloat;
 
-// A moment kept as codes: what is added below the code's last bit is in `added`.
+// A moment kept as codes.
 template <Format kFormat>
 struct CodedMoment {
+  static constexpr bool kCoded = true;
   uint16_t* data;
   Float load(int64_t i, int64_t count) const {
     return (Float)decode<kFormat>(load_codes(data + i, count));
   }
-  void store(int64_t i, int64_t count, Float value, Word added) const {
-    store_codes(data + i, count, encode<kFormat>((Word)value, added));
-  }
+  void store(int64_t i, int64_t count, Word codes) const { store_codes(data + i, count, codes); }
 };
 
 struct FloatMoment {
+  static constexpr bool kCoded = false;
   float* data;
   Float load(int64_t i, int64_t count) const { return load_up_to(data + i, count, 0.0f); }
-  void store(int64_t i, int64_t count, Float value, Word) const {
-    store_up_to(data + i, count, value);
-  }
+  void store(int64_t i, int64_t count, Float value) const { store_up_to(data + i, count, value); }
 };
+
+// Words that round the moments of a vector's elements from place i of a chunk on.
+inline Word moments_words(uint32_t offset, int64_t i) {
+  Word place;
+  for (uint32_t lane = 0; lane < kLanes; ++lane) place[lane] = lane;
+  return moments_word(place + (offset + static_cast<uint32_t>(i)));
+}
+
+inline Word variance_codes(Float variance, Word random) {
+  return variance_code((Word)variance, (Word) __builtin_convertvector(variance * kChance, Int),
+                       random);
+}
 
 template <bool kStochastic, typename param_t, typename grad_t, typename mean_t, typename variance_t>
 void step_chunk(const AdamFactors& f, int64_t chunk, int64_t count, param_t* params,
                 const grad_t* grads, mean_t means, variance_t variances) {
-  const PhiloxKeys keys = philox_keys(f.seed), param_keys = philox_keys(~f.seed);
+  constexpr bool kCoded = mean_t::kCoded;
+  constexpr bool kRoundParams = kStochastic && !std::is_same_v<param_t, float>;
+  const PhiloxKeys keys = philox_keys(f.seed);
   const uint64_t calls = first_call(chunk);
+  const uint32_t offset = f.offset;
   // Vectors of their own: what is written could be the factors, for all that the compiler knows.
   const Float scale = splat(f.grad), keep_mean = splat(f.keep_mean), add_mean = splat(f.add_mean);
   const Float keep_variance = splat(f.keep_variance), add_variance = splat(f.add_variance);
   const Float most = splat(f.most), root = splat(f.root), eps = splat(f.eps);
   const Float decay = splat(f.decay), step_size = splat(f.step_size);
-  const auto one = [&](int64_t i, int64_t some, Word for_moments, Word for_param) DALLE_INLINE {
+  const auto one = [&](int64_t i, int64_t some, Word for_param) DALLE_INLINE {
     const Float grad = load_up_to(grads + i, some, 0.0f) * scale;
     const Float mean = keep_mean * means.load(i, some) + add_mean * grad;
     Float variance = keep_variance * variances.load(i, some) + add_variance * (grad * grad);
     variance = variance > most ? most : variance;
     const Float update = mean / (square_root(variance) * root + eps);
-    const Float param = load_up_to(params + i, some, 0.0f) * decay - step_size * update;
-    if constexpr (kStochastic) {
-      means.store(i, some, mean, mean_bits(for_moments));
-      variances.store(i, some, variance, variance_bits(for_moments));
-      const Word bits = round_stochastically<kKindOf<param_t>>((Word)param, for_param);
-      store_up_to(params + i, some, (Float)bits);
+    Float param = load_up_to(params + i, some, 0.0f) * decay - step_size * update;
+    if constexpr (kCoded) {
+      const Word random = moments_words(offset, i);
+      means.store(i, some, mean_code((Word)mean, random));
+      variances.store(i, some, variance_codes(variance, random));
     } else {
-      means.store(i, some, mean, Word{} + FormatOf<Format::k169>::kHalfUlp);
-      variances.store(i, some, variance, Word{} + FormatOf<Format::k0610>::kHalfUlp);
-      store_up_to(params + i, some, param);
+      means.store(i, some, mean);
+      variances.store(i, some, variance);
     }
+    if constexpr (kRoundParams) {
+      param = (Float)round_stochastically<kKindOf<param_t>>((Word)param, for_param);
+    }
+    store_up_to(params + i, some, param);
   };
   for_pairs(count, [&](int64_t i, int64_t first, int64_t second) DALLE_INLINE {
-    TwoWords for_moments = {}, for_param = {};
-    if constexpr (kStochastic) {
-      const uint64_t call = calls + static_cast<uint64_t>(i) / 4;
-      for_moments = two_words(keys, call);
-      if constexpr (!std::is_same_v<param_t, float>) for_param = two_words(param_keys, call);
-    }
-    one(i, first, for_moments.word[0], for_param.word[0]);
-    if (second > 0) one(i + kLanes, second, for_moments.word[1], for_param.word[1]);
+    TwoWords words = {};
+    if constexpr (kRoundParams) words = two_words(keys, calls + static_cast<uint64_t>(i) / 4);
+    one(i, first, words.word[0]);
+    if (second > 0) one(i + kLanes, second, words.word[1]);
   });
 }
 
@@ -103,13 +114,13 @@ void chunks(const AdamArgs& args, int64_t begin, int64_t end) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const TableRow& row = args.table.rows[row_of_chunk(args.table, chunk)];
     const ChunkSpan span = span_of(row, chunk);
-    const AdamFactors f = adam_factors(args, row);
+    const AdamFactors f = adam_factors(args, row, chunk);
     with_scalar(kind_of(row, kParam), [&](auto param) {
       with_scalar(kind_of(row, kGrad), [&](auto grad) {
         auto* const params = data_of<decltype(param)>(row, kParam) + span.begin;
         const auto* const grads = data_of<decltype(grad)>(row, kGrad) + span.begin;
         const auto step = [&](auto means, auto variances) {
-          if (args.seed != nullptr) {
+          if (args.stochastic) {
             step_chunk<true>(f, chunk, span.count, params, grads, means, variances);
           } else {
             step_chunk<false>(f, chunk, span.count, params, grads, means, variances);

@@ -65,15 +65,9 @@ __device__ __forceinline__ void load_moment(bool coded, const void* data, int64_
   for (int j = 0; j < kEight; ++j) x[j] = __uint_as_float(decode<kFormat>(eight[j]));
 }
 
-template <Format kFormat>
-__device__ __forceinline__ void store_moment(bool coded, void* data, int64_t i, int64_t count,
-                                             const float (&x)[kEight],
-                                             const uint32_t (&added)[kEight]) {
-  if (!coded) return store_kind(ElementKind::kFloat, data, i, count, x);
-  uint16_t* const codes = static_cast<uint16_t*>(data) + i;
-  uint32_t eight[kEight];
-#pragma unroll
-  for (int j = 0; j < kEight; ++j) eight[j] = encode<kFormat>(__float_as_uint(x[j]), added[j]);
+__device__ __forceinline__ void store_eight(const TableRow& row, AdamColumn column, int64_t i,
+                                            int64_t count, const uint32_t (&eight)[kEight]) {
+  uint16_t* const codes = data_of<uint16_t>(row, column) + i;
   store_codes(codes, count, on_16_bytes(codes), eight);
 }
 
@@ -83,7 +77,7 @@ __global__ void __launch_bounds__(kEightThreads) adam16_step_kernel(AdamArgs arg
   DALLE_SHARED(AdamFactors, shared_factors, [1]);
   const int64_t chunk = blockIdx.x;
   const TableRow row = args.table.rows[row_of_chunk(args.table, chunk)];
-  if (threadIdx.x == 0) shared_factors[0] = adam_factors(args, row);
+  if (threadIdx.x == 0) shared_factors[0] = adam_factors(args, row, chunk);
   __syncthreads();
   const AdamFactors f = shared_factors[0];
   const ChunkSpan span = span_of(row, chunk);
@@ -105,34 +99,32 @@ __global__ void __launch_bounds__(kEightThreads) adam16_step_kernel(AdamArgs arg
       const float update = mean[j] / (sqrtf(variance[j]) * f.root + f.eps);
       param[j] = param[j] * f.decay - f.step_size * update;
     }
-    uint32_t for_mean[kEight], for_variance[kEight];
-    if constexpr (kStochastic) {
-      const uint64_t call = first_call(chunk) + static_cast<uint64_t>(i) / 4;
-      uint32_t words[kEight];
-      random_eight(call, f.seed, words);
+    uint32_t words[kEight], codes[kEight];
+    if (coded) {
 #pragma unroll
       for (int j = 0; j < kEight; ++j) {
-        for_mean[j] = mean_bits(words[j]);
-        for_variance[j] = variance_bits(words[j]);
+        words[j] = moments_word(f.offset + static_cast<uint32_t>(i + j));
+        codes[j] = mean_code(__float_as_uint(mean[j]), words[j]);
       }
-      if (param_kind != ElementKind::kFloat) {
-        random_eight(call, ~f.seed, words);
-        if (param_kind == ElementKind::kHalf) {
-          round_all<ElementKind::kHalf>(param, words);
-        } else {
-          round_all<ElementKind::kBFloat16>(param, words);
-        }
+      store_eight(row, kMean, at, count, codes);
+#pragma unroll
+      for (int j = 0; j < kEight; ++j) {
+        const uint32_t chance = static_cast<uint32_t>(fminf(variance[j] * kChance, 0x1p30f));
+        codes[j] = variance_code(__float_as_uint(variance[j]), chance, words[j]);
       }
+      store_eight(row, kVariance, at, count, codes);
     } else {
-#pragma unroll
-      for (int j = 0; j < kEight; ++j) {
-        for_mean[j] = FormatOf<Format::k169>::kHalfUlp;
-        for_variance[j] = FormatOf<Format::k0610>::kHalfUlp;
+      store_kind(ElementKind::kFloat, data_of<void>(row, kMean), at, count, mean);
+      store_kind(ElementKind::kFloat, data_of<void>(row, kVariance), at, count, variance);
+    }
+    if (kStochastic && param_kind != ElementKind::kFloat) {
+      random_eight(first_call(chunk) + static_cast<uint64_t>(i) / 4, f.seed, words);
+      if (param_kind == ElementKind::kHalf) {
+        round_all<ElementKind::kHalf>(param, words);
+      } else {
+        round_all<ElementKind::kBFloat16>(param, words);
       }
     }
-    store_moment<Format::k169>(coded, data_of<void>(row, kMean), at, count, mean, for_mean);
-    store_moment<Format::k0610>(coded, data_of<void>(row, kVariance), at, count, variance,
-                                for_variance);
     store_kind(param_kind, data_of<void>(row, kParam), at, count, param);
   }
 }
@@ -140,13 +132,13 @@ __global__ void __launch_bounds__(kEightThreads) adam16_step_kernel(AdamArgs arg
 __global__ void __launch_bounds__(kEightThreads) adam16_count_kernel(AdamArgs args) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kEightThreads + threadIdx.x;
   if (row < args.table.num_rows && !skipped(args)) {
-    *data_of<float>(args.table.rows[row], kStep) += 1.0f;
+    *data_of<int64_t>(args.table.rows[row], kStep) += 1;
   }
 }
 
 inline cudaError_t launch_adam16_step(const AdamArgs& args, void* stream) {
   if (args.table.num_chunks > 0) {
-    const auto kernel = args.seed != nullptr ? adam16_step_kernel<true> : adam16_step_kernel<false>;
+    const auto kernel = args.stochastic ? adam16_step_kernel<true> : adam16_step_kernel<false>;
     const cudaError_t error = launch(kernel, static_cast<unsigned>(args.table.num_chunks),
                                      kEightThreads, 0, stream, args);
     if (error != cudaSuccess) return error;

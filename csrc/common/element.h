@@ -3,6 +3,6 @@
 
 namespace dalle {
 
-enum class ElementKind : int { kNone, kFloat, kHalf, kBFloat16, kShort };
+enum class ElementKind : int { kNone, kFloat, kHalf, kBFloat16, kShort, kLong };
 
 }  // namespace dalle

@@ -20,6 +20,8 @@ inline ElementKind element_kind(torch::headeronly::ScalarType type) {
       return ElementKind::kBFloat16;
     case ScalarType::Short:
       return ElementKind::kShort;
+    case ScalarType::Long:
+      return ElementKind::kLong;
     default:
       return ElementKind::kNone;
   }
@@ -28,8 +30,9 @@ inline ElementKind element_kind(torch::headeronly::ScalarType type) {
 inline ElementKind check_floating(const char* op, const char* name,
                                   torch::headeronly::ScalarType type) {
   const ElementKind kind = element_kind(type);
-  DALLE_CHECK(kind != ElementKind::kNone && kind != ElementKind::kShort, op, name,
-              "float32, float16 or bfloat16", torch::headeronly::toString(type));
+  const bool holds =
+      kind == ElementKind::kFloat || kind == ElementKind::kHalf || kind == ElementKind::kBFloat16;
+  DALLE_CHECK(holds, op, name, "float32, float16 or bfloat16", torch::headeronly::toString(type));
   return kind;
 }
 

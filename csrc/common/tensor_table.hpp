@@ -48,7 +48,9 @@ inline TensorTable check_table(
                   i, ", column ", c);
     }
   }
-  return {static_cast<const TableRow*>(rows.const_data_ptr()), count, chunks};
+  // On the CPU the table that was looked at is the one that is used.
+  const auto* used = static_cast<const TableRow*>((rows.is_cpu() ? host : rows).const_data_ptr());
+  return {used, count, chunks};
 }
 
 }  // namespace dalle

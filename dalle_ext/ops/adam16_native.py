@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from dalle_ext import _native
+from dalle_ext._checks import real, seed_word
 
 Tensor = torch.Tensor
 
@@ -18,33 +20,37 @@ def _step_fake(*_: object) -> None:
 
 
 if _native.CPU_PROBLEM is None:
-    step_ = torch.ops.dalle_ext._adam16_step_.default
-    torch.library.register_fake("dalle_ext::_adam16_step_", _step_fake)
+    step_ = _native.register("_adam16_step_", _step_fake)
 
 
 def check_group(group: Mapping[str, Any]) -> None:
     """Raises unless a parameter group's numbers make sense and its parameters can be updated."""
-    lr, (beta1, beta2) = group["lr"], group["betas"]
+    lr, betas = group["lr"], group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"AdamW16: betas must be two numbers, got {betas!r}")
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or lr.dtype != torch.float32:
             raise TypeError(
                 f"AdamW16: lr must be a number or one float32, got {tuple(lr.shape)} {lr.dtype}"
             )
         lr = 0.0  # not looked at: it may live on a GPU
-    rules = {
-        "lr": (lr, 0 <= lr < math.inf, "0 or more and finite"),
-        "betas[0]": (beta1, 0 <= beta1 < 1, "0 or more and below 1"),
-        "betas[1]": (beta2, 0 <= beta2 < 1, "0 or more and below 1"),
-        "eps": (group["eps"], 0 <= group["eps"] < math.inf, "0 or more and finite"),
-        "weight_decay": (group["weight_decay"], 0 <= group["weight_decay"] < math.inf,
-                         "0 or more and finite"),
-        "variance_clip": (group["variance_clip"], group["variance_clip"] > 0, "above 0"),
-    }  # fmt: skip
-    for name, (value, holds, requirement) in rules.items():
+    values = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1], "eps": group["eps"]}
+    values |= {name: group[name] for name in ("weight_decay", "variance_clip")}
+    for name, value in values.items():
+        number, holds, requirement = real(value), False, "0 or more and finite"
+        if name.startswith("betas"):
+            holds, requirement = 0 <= number < 1, "0 or more and below 1"
+        elif name == "variance_clip":
+            holds, requirement = number > 0, "above 0"
+        else:
+            holds = 0 <= number < math.inf
         if not holds:
             raise ValueError(f"AdamW16: {name} must be {requirement}, got {value}")
+    seed_word("AdamW16", group["seed"])
     for param in group["params"]:
         _native.require_floating("AdamW16", "params", param.dtype)
+    if len({id(param) for param in group["params"]}) < len(group["params"]):
+        raise ValueError("AdamW16: params must be different tensors, got one of them twice")
     devices = sorted({str(param.device) for param in group["params"]})
     if len(devices) > 1:
         raise ValueError(
@@ -72,7 +78,7 @@ def one_float(name: str, value: float | Tensor | None, device: torch.device) -> 
         if value.numel() != 1:
             raise ValueError(f"AdamW16: {name} must be one number, got {tuple(value.shape)}")
         return value.detach().to(device, torch.float32)
-    return torch.full((), float(value), device=device)
+    return torch.full((), float(value), dtype=torch.float32, device=device)
 
 
 def tensors_of(
@@ -80,9 +86,8 @@ def tensors_of(
     clip_factor: float | Tensor | None, found: bool | Tensor | None, device: torch.device,
 ) -> list[Tensor | None]:  # fmt: skip
     """What the kernel reads on the device: scales, clip factor, flag, step size, seed."""
-    seed = None
-    if group["stochastic_rounding"]:
-        seed = torch.full((), group["seed"] + index, dtype=torch.int64, device=device)
+    word = (operator.index(group["seed"]) + index + 2**63) % 2**64 - 2**63
+    seed = torch.full((), word, dtype=torch.int64, device=device)
     lr = group["lr"] if isinstance(group["lr"], Tensor) else None
     clip = one_float("clip_factor", clip_factor, device)
     flag = one_float("found_nonfinite", found, device)
@@ -90,6 +95,7 @@ def tensors_of(
 
 
 def numbers_of(group: Mapping[str, Any]) -> list[float]:
-    """Step size, betas, eps, weight decay, variance clip."""
+    """Whether to round parameters at random, lr, betas, eps, weight decay, variance clip."""
     lr = 0.0 if isinstance(group["lr"], Tensor) else group["lr"]
-    return [lr, *group["betas"], group["eps"], group["weight_decay"], group["variance_clip"]]
+    others = (group["eps"], group["weight_decay"], group["variance_clip"])
+    return [bool(group["stochastic_rounding"]), *map(float, (lr, *group["betas"], *others))]

@@ -111,7 +111,7 @@ def sum_codes(
         raise ValueError(f"sum_codes: codes must hold a buffer, got shape {tuple(codes.shape)}")
     word = rounding_seed("sum_codes", rounding, seed, codes.device)
     if reference_in_use():
-        total = torch.zeros(codes.shape[1:], device=codes.device)
+        total = torch.zeros(codes.shape[1:], dtype=torch.float32, device=codes.device)
         for buffer in codes:
             total = total + reference.decode(buffer, format)
         return _packed("sum_codes", total, format, word, True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from dalle_ext import _native
+from dalle_ext._checks import seed_word
 from dalle_ext._switch import reference_in_use
 
 Tensor = torch.Tensor
@@ -35,12 +36,9 @@ def _sum_fake(
 
 
 if _native.CPU_PROBLEM is None:
-    pack = torch.ops.dalle_ext._formats_pack.default
-    unpack = torch.ops.dalle_ext._formats_unpack.default
-    sum_codes = torch.ops.dalle_ext._formats_sum.default
-    torch.library.register_fake("dalle_ext::_formats_pack", _pack_fake)
-    torch.library.register_fake("dalle_ext::_formats_unpack", _unpack_fake)
-    torch.library.register_fake("dalle_ext::_formats_sum", _sum_fake)
+    pack = _native.register("_formats_pack", _pack_fake)
+    unpack = _native.register("_formats_unpack", _unpack_fake)
+    sum_codes = _native.register("_formats_sum", _sum_fake)
 
 
 def require_format(op: str, tensor: Tensor, format: str, codes: bool = False) -> None:
@@ -64,12 +62,10 @@ def rounding_seed(
             raise ValueError(f"{op}: seed must be None with rounding to nearest, got {seed}")
         return None
     if seed is None:
-        return torch.randint(2**63 - 1, (), device=device)
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != device:
             got = f"shape {tuple(seed.shape)} {seed.dtype} on {seed.device}"
             raise ValueError(f"{op}: seed must be a 0-d int64 tensor on {device}, got {got}")
         return seed
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{op}: seed must fit 64 bits, got {seed}")
-    return torch.full((), seed, dtype=torch.int64, device=device)
+    return torch.full((), seed_word(op, seed), dtype=torch.int64, device=device)

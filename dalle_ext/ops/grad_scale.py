@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from dalle_ext._checks import numbers_only
 from dalle_ext._native import require_floating
 from dalle_ext._switch import reference_in_use
 from dalle_ext.ops import grad_scale_native as native
@@ -41,18 +42,19 @@ def scale_gradient(
         `ScaledGradient`. No gradient flows.
 
     Raises:
-        TypeError: dtypes.
+        TypeError: dtypes; a tensor that requires a gradient while gradients are recorded.
         ValueError: a scale that is not positive and finite (a tensor on a GPU is not looked at).
         RuntimeError: no native library for the device.
     """
     op = "scale_gradient"
+    numbers_only(op, grad=grad)
     require_floating(op, "grad", grad.dtype)
     require_floating(op, "dtype", dtype)
     native.require_library(op, grad.device)
     factor = native.as_scale(op, scale, grad.device)
     if reference_in_use():
-        return ScaledGradient(*reference.scale_gradient(grad.detach(), factor, dtype))
-    return ScaledGradient(*native.scale(grad.detach().contiguous(), factor, dtype))
+        return ScaledGradient(*reference.scale_gradient(grad, factor, dtype))
+    return ScaledGradient(*native.scale(grad.contiguous(), factor, dtype))
 
 
 def unscale_gradient(stream: Tensor, grad: Tensor, scale: float | Tensor) -> Tensor:
@@ -70,6 +72,7 @@ def unscale_gradient(stream: Tensor, grad: Tensor, scale: float | Tensor) -> Ten
         TypeError, ValueError, RuntimeError: as `scale_gradient`; ValueError for other shapes.
     """
     op = "unscale_gradient"
+    numbers_only(op, stream=stream, grad=grad)
     if stream.dtype != torch.float32:
         raise TypeError(f"{op}: stream must be float32, got {stream.dtype}")
     require_floating(op, "grad", grad.dtype)
@@ -79,7 +82,6 @@ def unscale_gradient(stream: Tensor, grad: Tensor, scale: float | Tensor) -> Ten
         raise ValueError(f"{op}: grad must be {wanted}, got {got}")
     native.require_library(op, stream.device)
     divisor = native.as_scale(op, scale, stream.device)
-    stream, grad = stream.detach(), grad.detach()
     if reference_in_use():
         return reference.unscale_gradient(stream, grad, divisor)
     return native.unscale(stream.contiguous(), grad.contiguous(), divisor)  # type: ignore[no-any-return]

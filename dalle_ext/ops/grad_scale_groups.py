@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from dalle_ext._checks import integer
 from dalle_ext._switch import reference_in_use
 from dalle_ext._tensor_table import TensorTable, flat
 from dalle_ext.ops import grad_scale_native as native
@@ -115,6 +116,7 @@ def update_scales_(
         RuntimeError: shapes, dtypes, numbers out of range, no native library.
     """
     native.require_library("update_scales_", scales.device)
+    window = integer("update_scales_", "window", window, 1, requirement="an integer, 1 or more")
     rule = (growth, backoff, window, low, high, grow_on_skip)
     update = reference.update_scales_ if reference_in_use() else native.update
     update(scales, since_drop, nonfinite.contiguous(), *rule)

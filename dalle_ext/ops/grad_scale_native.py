@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from dalle_ext import _native
+from dalle_ext._checks import integer, numbers_only, real
 from dalle_ext._switch import reference_in_use
 
 Tensor = torch.Tensor
@@ -37,14 +38,10 @@ def _update_fake(*_: object) -> None:
 
 
 if _native.CPU_PROBLEM is None:
-    scale = torch.ops.dalle_ext._grad_scale_scale.default
-    unscale = torch.ops.dalle_ext._grad_scale_unscale.default
-    unscale_all = torch.ops.dalle_ext._grad_scale_unscale_.default
-    update = torch.ops.dalle_ext._grad_scale_update_.default
-    torch.library.register_fake("dalle_ext::_grad_scale_scale", _scale_fake)
-    torch.library.register_fake("dalle_ext::_grad_scale_unscale", _unscale_fake)
-    torch.library.register_fake("dalle_ext::_grad_scale_unscale_", _unscale_all_fake)
-    torch.library.register_fake("dalle_ext::_grad_scale_update_", _update_fake)
+    scale = _native.register("_grad_scale_scale", _scale_fake)
+    unscale = _native.register("_grad_scale_unscale", _unscale_fake)
+    unscale_all = _native.register("_grad_scale_unscale_", _unscale_all_fake)
+    update = _native.register("_grad_scale_update_", _update_fake)
 
 
 def require_library(op: str, device: torch.device) -> None:
@@ -55,13 +52,14 @@ def require_library(op: str, device: torch.device) -> None:
 def as_scale(op: str, scale: float | Tensor, device: torch.device) -> Tensor:
     """A scale as a 0-d float32 tensor on the device."""
     if isinstance(scale, Tensor):
+        numbers_only(op, scale=scale)
         if scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != device:
             got = f"shape {tuple(scale.shape)} {scale.dtype} on {scale.device}"
             raise ValueError(f"{op}: scale must be one float32 on {device}, got {got}")
-        return scale.detach()
-    if not (math.isfinite(scale) and scale > 0):
+        return scale
+    if not 0 < real(scale) < math.inf:
         raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
-    return torch.full((), scale, device=device)
+    return torch.full((), real(scale), dtype=torch.float32, device=device)
 
 
 def check_gradients(op: str, grads: Sequence[Tensor]) -> None:
@@ -82,9 +80,11 @@ def group_list(op: str, groups: Sequence[int] | None, count: int, scales: Tensor
     if scales.dim() != 1 or scales.dtype != torch.float32:
         got = f"shape {tuple(scales.shape)} {scales.dtype}"
         raise ValueError(f"{op}: scales must be (G,) float32, got {got}")
-    found = [0] * count if groups is None else [int(group) for group in groups]
-    if len(found) != count:
-        raise ValueError(f"{op}: groups must be one a tensor, {count}, got {len(found)}")
+    if groups is None:
+        return [0] * count
+    if len(groups) != count:
+        raise ValueError(f"{op}: groups must be one a tensor, {count}, got {len(groups)}")
+    found = [integer(op, "groups", group) for group in groups]
     for group in found:
         if not 0 <= group < len(scales):
             raise ValueError(f"{op}: groups must be 0 or more and below {len(scales)}, got {group}")

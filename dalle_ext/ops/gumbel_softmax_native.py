@@ -37,11 +37,9 @@ def _words_fake(seed: Tensor, count: int) -> Tensor:
 
 
 if _native.CPU_PROBLEM is None:
-    _forward = torch.ops.dalle_ext._gumbel_softmax_forward.default
-    _backward = torch.ops.dalle_ext._gumbel_softmax_backward.default
-    torch.library.register_fake("dalle_ext::_gumbel_softmax_forward", _forward_fake)
-    torch.library.register_fake("dalle_ext::_gumbel_softmax_backward", _backward_fake)
-    torch.library.register_fake("dalle_ext::_gumbel_softmax_words", _words_fake)
+    _forward = _native.register("_gumbel_softmax_forward", _forward_fake, differentiable=True)
+    _backward = _native.register("_gumbel_softmax_backward", _backward_fake)
+    _native.register("_gumbel_softmax_words", _words_fake)
 
 
 class _Function(torch.autograd.Function):

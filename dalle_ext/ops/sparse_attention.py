@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dalle_ext import _native
+from dalle_ext._checks import numbers_only, real
 from dalle_ext._switch import reference_in_use
 from dalle_ext.ops.sparse_attention_pattern import AttentionPattern
 from dalle_ext.reference import sparse_attention as reference
@@ -46,10 +47,8 @@ def _backward_fake(
 
 
 if _native.CPU_PROBLEM is None:
-    _forward = torch.ops.dalle_ext._sparse_attention_forward.default
-    _backward = torch.ops.dalle_ext._sparse_attention_backward.default
-    torch.library.register_fake("dalle_ext::_sparse_attention_forward", _forward_fake)
-    torch.library.register_fake("dalle_ext::_sparse_attention_backward", _backward_fake)
+    _forward = _native.register("_sparse_attention_forward", _forward_fake, differentiable=True)
+    _backward = _native.register("_sparse_attention_backward", _backward_fake)
 
 
 class _Function(torch.autograd.Function):
@@ -71,6 +70,14 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _number(scale: Any) -> float:
+    numbers_only("sparse_attention", scale=scale)
+    found = real(scale)
+    if not math.isfinite(found):
+        raise ValueError(f"sparse_attention: scale must be a finite number, got {scale!r}")
+    return found
+
+
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, scale: float | None = None
 ) -> Tensor:
@@ -86,15 +93,17 @@ def sparse_attention(
             1 to 256, T = pattern.length. Any strides; only a D that is not contiguous is copied.
             16-bit inputs accumulate in float32.
         pattern: which keys each query sees.
-        scale: factor on q k^T; 1 / sqrt(D) if left out.
+        scale: factor on q k^T, a finite number; 1 / sqrt(D) if left out.
 
     Returns:
         (B, H, T, D) in q's dtype; in memory (B, T, H, D) where q is stored so, so that the heads
-        merge without a copy, otherwise contiguous. Differentiable once in q, k, v.
+        merge without a copy, otherwise contiguous. Differentiable once in q, k, v, in reverse mode.
 
     Raises:
-        TypeError: pattern is not an AttentionPattern.
-        ValueError: q is not (B, H, T, D) with T = pattern.length, or devices differ.
+        TypeError: pattern is not an AttentionPattern, or scale is a tensor that wants a gradient.
+        ValueError: q is not (B, H, T, D) with T = pattern.length, scale is not a finite number, or
+            devices differ.
+        NotImplementedError: forward-mode tangents (`torch.func.jvp`, `jacfwd`).
         RuntimeError: other shapes or dtypes; no native library for q's device.
     """
     if not isinstance(pattern, AttentionPattern):
@@ -106,12 +115,12 @@ def sparse_attention(
     if not q.device == k.device == v.device:
         where = f"{q.device}, {k.device}, {v.device}"
         raise ValueError(f"sparse_attention: q, k, v must be on one device, got {where}")
+    factor = 1.0 / math.sqrt(max(1, q.size(3))) if scale is None else _number(scale)
     if reference_in_use():
-        return reference.sparse_attention(q, k, v, pattern, scale)
+        return reference.sparse_attention(q, k, v, pattern, factor)
     _native.require("sparse_attention", q.device)
-    rule = (pattern.kind, pattern.text_len, *pattern.grid, pattern.runs)
+    rule = (pattern.kind, pattern.text_len, *pattern.grid, pattern.runs, factor)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    scale = 1.0 / math.sqrt(max(1, q.size(3))) if scale is None else float(scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Function.apply(q, k, v, *rule, scale)
-    return _forward(q, k, v, *rule, scale)[0]
+        return _Function.apply(q, k, v, *rule)
+    return _forward(q, k, v, *rule)[0]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dalle_ext._checks import integer
+
 if TYPE_CHECKING:
     from dalle_ext.ops.sparse_attention_pattern import AttentionPattern
 
@@ -30,7 +32,7 @@ def flops(
     Raises:
         ValueError: a number is not an integer of at least 0.
     """
-    _check(batch=batch, heads=heads, head_size=head_size)
+    batch, heads, head_size = _counts(batch=batch, heads=heads, head_size=head_size)
     return (10 if backward else 4) * head_size * batch * heads * pattern.num_pairs
 
 
@@ -56,13 +58,12 @@ def bytes_moved(
     Raises:
         ValueError: a number is not an integer of at least 0.
     """
-    _check(batch=batch, heads=heads, head_size=head_size, element_size=element_size)
+    batch, heads, head_size, element_size = _counts(
+        batch=batch, heads=heads, head_size=head_size, element_size=element_size
+    )
     row = (8 if backward else 4) * head_size * element_size + LSE_BYTES
     return batch * heads * pattern.length * row
 
 
-def _check(**counts: int) -> None:
-    for argument, value in counts.items():
-        if not isinstance(value, int) or value < 0:
-            requirement = "an integer of at least 0"
-            raise ValueError(f"AttentionPattern: {argument} must be {requirement}, got {value!r}")
+def _counts(**counts: int) -> list[int]:
+    return [integer("AttentionPattern", name, value, 0) for name, value in counts.items()]

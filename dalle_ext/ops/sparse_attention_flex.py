@@ -25,7 +25,7 @@ def mask_mod(
     if pattern.kind == "column":
         return lambda b, h, q, k: (q >= k) & ((k < text) | ((q - k) % columns == 0))
     beyond = rows * columns
-    seen = torch.zeros(beyond + 1, dtype=torch.bool)  # the last entry stays False
+    seen = torch.zeros(beyond + 1, dtype=torch.bool, device="cpu")  # the last entry stays False
     seen[list(pattern.offsets)] = True
     seen = seen.to(device)
     return lambda b, h, q, k: (q >= k) & ((k < text) | seen[(q - k).clamp(0, beyond)])

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 import torch
 
+from dalle_ext._checks import integer
 from dalle_ext.ops import sparse_attention_cost as cost
 from dalle_ext.ops import sparse_attention_flex as flex
 from dalle_ext.reference.sparse_attention import sparse_attention_mask
@@ -19,16 +21,42 @@ from dalle_ext.reference.sparse_attention import sparse_attention_mask
 KINDS = ("row", "column", "conv", "causal")
 
 
+def _offsets(
+    kind: str, slots: int, columns: int, half: int, given: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The attended distances on a grid of `slots` positions."""
+    if kind == "row":
+        return tuple(range(min(columns + 1, slots)))
+    if kind == "column":
+        return tuple(range(0, slots, columns))
+    if kind == "causal":
+        return tuple(range(slots))
+    if given:
+        return tuple(o for o in given if o < slots)
+    reach = range(min(columns * (half + 1), slots))
+    return tuple(o for o in reach if min(o % columns, -o % columns) <= half)
+
+
+def _runs(offsets: tuple[int, ...]) -> tuple[int, ...]:
+    held = set(offsets)
+    return tuple(o for o in range(offsets[-1] + 2) if (o in held) != (o - 1 in held))
+
+
 def _check(holds: bool, argument: str, requirement: str, value: object) -> None:
     if not holds:
         raise ValueError(f"AttentionPattern: {argument} must be {requirement}, got {value!r}")
 
 
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and value >= least
+def _integers(argument: str, values: Any, least: int, requirement: str) -> tuple[int, ...]:
+    try:
+        return tuple(integer("AttentionPattern", argument, n, least) for n in values)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"AttentionPattern: {argument} must be {requirement}, got {values!r}"
+        ) from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class AttentionPattern:
     """An attention pattern for one text length and one image grid; raises ValueError on others.
 
@@ -41,6 +69,12 @@ class AttentionPattern:
         kernel_size: odd width of the conv kernel; only "conv" uses it.
         offsets: the attended image distances q - k, for another reading of "conv"; must hold 0.
             Left out, they are the offsets of `kind`.
+        custom_offsets: the field that keeps what was given as `offsets`, so that
+            `dataclasses.replace` carries that over, and derives the rest anew.
+
+    Attributes:
+        offsets: the attended image distances on this grid, ascending.
+        runs: half-open runs of "conv" offsets, (begin, end, begin, end, ...); else empty.
     """
 
     kind: str
@@ -48,38 +82,29 @@ class AttentionPattern:
     text_len: int
     grid: tuple[int, int]
     kernel_size: int = 11
-    offsets: tuple[int, ...] = field(default=(), repr=False)
-    custom_offsets: bool = field(init=False, default=False)
-    runs: tuple[int, ...] = field(init=False, default=(), repr=False, compare=False)
-    """Half-open runs of "conv" offsets, (begin, end, begin, end, ...); empty for other kinds."""
+    custom_offsets: tuple[int, ...] = field(default=(), repr=False)
+    offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    runs: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        _check(self.kind in KINDS, "kind", f"one of {', '.join(KINDS)}", self.kind)
-        _check(_is_int(self.text_len, 0), "text_len", "an integer of at least 0", self.text_len)
-        grid, size = tuple(self.grid), self.kernel_size
-        holds = len(grid) == 2 and all(_is_int(n, 1) for n in grid)
-        _check(holds, "grid", "(rows, columns), integers of at least 1", self.grid)
-        _check(_is_int(size, 1) and size % 2 == 1, "kernel_size", "an odd integer >= 1", size)
-        slots, columns, half = grid[0] * grid[1], grid[1], size // 2
-        given = tuple(sorted(set(self.offsets)))
-        holds = not given or (self.kind == "conv" and given[0] == 0)
-        _check(holds, "offsets", "for kind 'conv' only, from 0 upwards with 0", self.offsets)
-        offsets: Iterable[int] = (o for o in given if o < slots)
-        if self.kind == "row":
-            offsets = range(min(columns + 1, slots))
-        elif self.kind == "column":
-            offsets = range(0, slots, columns)
-        elif self.kind == "causal":
-            offsets = range(slots)
-        elif not given:
-            reach = range(min(columns * (half + 1), slots))
-            offsets = (o for o in reach if min(o % columns, -o % columns) <= half)
-        found = tuple(offsets)
-        held = set(found)
-        bounds = [o for o in range(slots + 1) if (o in held) != (o - 1 in held)]
-        derived = {"grid": grid, "offsets": found, "custom_offsets": bool(given)}
-        derived["runs"] = tuple(bounds) if self.kind == "conv" else ()
-        for name, value in derived.items():
+    def __init__(
+        self, kind: str, *, text_len: int, grid: Iterable[int], kernel_size: int = 11,
+        offsets: Iterable[int] | None = None, custom_offsets: Iterable[int] = (),
+    ) -> None:  # fmt: skip
+        _check(kind in KINDS, "kind", f"one of {', '.join(KINDS)}", kind)
+        text_len = integer("AttentionPattern", "text_len", text_len, 0)
+        size = _integers("grid", grid, 1, "(rows, columns), integers of at least 1")
+        _check(len(size) == 2, "grid", "(rows, columns), integers of at least 1", grid)
+        odd = "an odd integer >= 1"
+        width = integer("AttentionPattern", "kernel_size", kernel_size, 1, requirement=odd)
+        _check(width % 2 == 1, "kernel_size", odd, kernel_size)
+        rule = "for kind 'conv' only, from 0 upwards with 0"
+        listed = _integers("offsets", custom_offsets if offsets is None else offsets, 0, rule)
+        given = tuple(sorted(set(listed)))
+        _check(not given or (kind == "conv" and given[0] == 0), "offsets", rule, listed)
+        found = _offsets(kind, size[0] * size[1], size[1], width // 2, given)
+        fields = {"kind": kind, "text_len": text_len, "grid": size, "kernel_size": width}
+        derived = {"offsets": found, "runs": _runs(found) if kind == "conv" else ()}
+        for name, value in {**fields, "custom_offsets": given, **derived}.items():
             object.__setattr__(self, name, value)
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .formats import decode, encode
@@ -9,6 +11,7 @@ from .gumbel_softmax import philox
 
 Tensor = torch.Tensor
 DROPPED, GOLDEN = {torch.float16: 13, torch.bfloat16: 16}, 0x9E3779B97F4A7C15
+MASK, CHUNK = 0xFFFFFFFF, 32768
 
 
 def round_stochastically(x: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:
@@ -28,33 +31,69 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor
 
 def random_words(seed: Tensor, first_call: int, numel: int) -> Tensor:
     """(numel,) int64 words of 32 bits: word e % 4 of Philox call first_call + e // 4."""
-    return philox(seed, first_call + (numel + 3) // 4)[first_call:].reshape(-1)[:numel]
+    return philox(seed, (numel + 3) // 4, first_call).reshape(-1)[:numel]
+
+
+def moments_words(seed: int, chunk: int, numel: int) -> Tensor:
+    """(numel,) int64 words of 32 bits of a row whose first chunk is number `chunk`."""
+    key = torch.tensor(_signed(seed ^ 0xD1B54A32D192ED03), dtype=torch.int64, device="cpu")
+    offset = philox(key, (numel + CHUNK - 1) // CHUNK, chunk)[:, :1]
+    place = (offset + torch.arange(CHUNK, dtype=torch.int64, device="cpu")).reshape(-1)[:numel]
+    place = place & MASK
+    place = ((place ^ (place >> 16)) * 0x7FEB352D) & MASK
+    place = ((place ^ (place >> 15)) * 0x846CA68B) & MASK
+    return place ^ (place >> 16)
+
+
+def encode_variance(v: Tensor, words: Tensor) -> Tensor:
+    """Stochastically rounded 0-6-10 codes; v below code 1 becomes it with the chance v / code 1."""
+    code = encode(v, "0-6-10", words >> 19)
+    least = 2.0**-60 * (1 + 2.0**-10)
+    chance = (v * (2.0**90 / (1 + 2.0**-10))).clamp(max=2.0**30).nan_to_num(0).long()
+    return torch.where(v < least, ((words >> 2) < chance).to(torch.int16), code)
+
+
+def _signed(word: int) -> int:
+    return (word + 2**63) % 2**64 - 2**63
+
+
+def _power(base: float, n: int) -> float:
+    result = 1.0  # the kernels' products, in their order
+    while n > 0:
+        result, base, n = (result * base if n & 1 else result), base * base, n >> 1
+    return result
 
 
 def step_(columns: list, host: Tensor, on_device: list, numbers: list) -> None:
     """One update of the rows of a table in place, as the raw op; arithmetic in float32."""
     scales, clip, skip, lr_tensor, seed = on_device
-    lr, beta1, beta2, eps, weight_decay, most = numbers
+    stochastic, lr, beta1, beta2, eps, weight_decay, most = numbers
     if skip is not None and bool(skip):
         return
-    lr = torch.tensor(lr, dtype=torch.float64) if lr_tensor is None else lr_tensor.double()
+    lr = lr if lr_tensor is None else float(lr_tensor)
     for param, grad, mean, variance, step, row in zip(*columns, host.tolist(), strict=True):
         step += 1
-        t, coded = step.double(), mean.dtype == torch.int16
-        factor = (1.0 if clip is None else clip) / (1.0 if scales is None else scales[row[8]])
+        t, coded, device = int(step), mean.dtype == torch.int16, param.device
+        key = (int(seed) + t * GOLDEN) % 2**64
+        factor = 1.0 if clip is None else float(clip)
+        factor /= 1.0 if scales is None else float(scales[row[8]])
         m = decode(mean, "1-6-9") if coded else mean
         v = decode(variance, "0-6-10") if coded else variance
         g = grad.float() * factor
         m = beta1 * m + (1 - beta1) * g
-        v = (beta2 * v + (1 - beta2) * (g * g)).clamp(max=most)
-        root = v.sqrt() * (1 / (1 - beta2**t).sqrt()).float() + eps
-        new = param.float() * (1 - lr * weight_decay).float()
-        new = new - (lr / (1 - beta1**t)).float() * (m / root)
-        word = other = None
-        if seed is not None:
-            key = torch.tensor((int(seed) + int(step) * GOLDEN + 2**63) % 2**64 - 2**63)
-            word, other = (random_words(k, row[6] * 8192, len(new)) for k in (key, ~key))
-        param.copy_(new if other is None else round_stochastically(new, param.dtype, other))
-        mean.copy_(encode(m, "1-6-9", None if word is None else word >> 18) if coded else m)
-        below = None if word is None else (word >> 5) & 0x1FFF
-        variance.copy_(encode(v, "0-6-10", below) if coded else v)
+        v = beta2 * v + (1 - beta2) * (g * g)
+        v = torch.where(v > most, most, v)
+        root = v.double().sqrt().float()  # torch's in float is not the nearest
+        root = root * (1 / math.sqrt(1 - _power(beta2, t))) + eps
+        new = param.float() * (1 - lr * weight_decay)
+        new = new - (lr / (1 - _power(beta1, t))) * (m / root)
+        if stochastic:
+            own = torch.tensor(_signed(key), dtype=torch.int64, device="cpu")
+            words = random_words(own, row[6] * CHUNK // 4, len(new)).to(device)
+            new = round_stochastically(new, param.dtype, words)
+        param.copy_(new)
+        if coded:
+            words = moments_words(key, row[6], len(v)).to(device)
+            m, v = encode(m, "1-6-9", words & 0x3FFF), encode_variance(v, words)
+        mean.copy_(m)
+        variance.copy_(v)

@@ -20,7 +20,7 @@ def unscale_gradients_(
     """
     counts = torch.zeros(len(scales), 4, dtype=torch.int64, device=scales.device)
     squares = torch.zeros(len(scales), dtype=torch.float64, device=scales.device)
-    largest = torch.zeros(len(scales), device=scales.device)
+    largest = torch.zeros(len(scales), dtype=torch.float32, device=scales.device)
     for grad, group in zip(grads, groups, strict=True):
         size, finite = grad.double().abs(), grad.isfinite()
         quotient = (grad.float() / scales[group]).to(grad.dtype)

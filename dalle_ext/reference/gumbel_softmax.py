@@ -17,7 +17,7 @@ def philox(seed: torch.Tensor, num_calls: int, first: int = 0) -> torch.Tensor:
 
     Row s - first has the counter (0, 0, low(s), high(s)): cuRAND's offset 0 of subsequence s.
     """
-    s = torch.arange(first, first + num_calls, device=seed.device)
+    s = torch.arange(first, first + num_calls, dtype=torch.int64, device=seed.device)
     c0, c1, c2, c3 = torch.zeros_like(s), torch.zeros_like(s), s & MASK, (s >> 32) & MASK
     k0, k1 = seed & MASK, (seed >> 32) & MASK
     for _ in range(10):
@@ -50,7 +50,7 @@ def gumbel_softmax(
     noisy = rows + noise.reshape(rows.shape).to(rows.dtype)
     index = noisy.argmax(-1, keepdim=True).masked_fill(bad, 0)
     shifted = noisy - noisy.detach().amax(-1, keepdim=True)  # before the division: no overflow
-    tau = torch.where(tau > 0, tau.detach(), math.nan).to(rows.dtype)
+    tau = torch.where(tau > 0, tau, math.nan).to(rows.dtype)
     soft = (shifted / tau).softmax(-1).masked_fill(bad, math.nan)
     sample = soft.to(logits.dtype)
     if hard:  # the one-hot vector forward, the gradient of the soft sample backward

@@ -19,11 +19,11 @@ def sparse_attention_mask(pattern: Any) -> torch.Tensor:
     all text and the image keys of its pattern; nobody sees a later position.
     """
     rows, columns = pattern.grid
-    slot = torch.arange(rows * columns)
+    slot = torch.arange(rows * columns, dtype=torch.int64, device="cpu")
     query, key = slot[:, None], slot[None, :]
     distance = query - key
     if pattern.custom_offsets:
-        image = torch.isin(distance, torch.tensor(pattern.offsets))
+        image = torch.isin(distance, slot[list(pattern.offsets)])
     elif pattern.kind == "row":  # the slot itself and one whole row before it, across row ends
         image = distance <= columns
     elif pattern.kind == "column":
@@ -34,9 +34,9 @@ def sparse_attention_mask(pattern: Any) -> torch.Tensor:
         image = (distance < columns * (half + 1)) & (across <= half)
     else:
         image = torch.ones_like(distance, dtype=torch.bool)
-    mask = torch.zeros(pattern.length, pattern.length, dtype=torch.bool)
+    mask = slot.new_zeros(pattern.length, pattern.length, dtype=torch.bool)
     text = pattern.text_len
-    mask[:, :text] = torch.ones(pattern.length, text, dtype=torch.bool).tril()
+    mask[:, :text] = mask.new_ones(pattern.length, text).tril()
     mask[text:, text:] = image & (distance >= 0)
     return mask
 

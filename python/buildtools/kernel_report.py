@@ -152,6 +152,13 @@ def kernels_of(
     return {names[mangled]: kernel for mangled, kernel in kernels.items()}
 
 
+def same_bits_ops() -> list[str]:
+    """Ops that CMakeLists.txt compiles without fused products."""
+    found = re.search(r"set\(same_bits_ops ([\w ]+)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert found is not None
+    return found[1].split()
+
+
 def compile_kernels(
     source: Path, architecture: str, nvcc: str, disassembler: str | None
 ) -> dict[str, Kernel]:
@@ -163,6 +170,8 @@ def compile_kernels(
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         command = [nvcc, "-std=c++20", "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
+        if source.parent.name in same_bits_ops():
+            command.append("-fmad=false")
         command += ["--expt-relaxed-constexpr", "-Werror=all-warnings", f"-I{ROOT / 'csrc'}"]
         if torch := torch_dir.find_torch():
             command += ["-isystem", str(torch / "include")]

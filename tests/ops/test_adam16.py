@@ -90,9 +90,10 @@ def test_tiny_gradients_still_move(exponent, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_matches_the_definition(dtype, stochastic, device):
-    shapes = [(20011,), (7, 9), (0,), (64, 200)]
+    """The second tensor's variances lie where they become zero or code 1 by chance."""
+    shapes, sizes = [(33011,), (8200,), (7, 9), (0,), (64, 200)], (1e-2, 3e-9, 1e-2, 1e-2, 1.0)
     grads = [
-        [numbers(s, 10 * t + i, device, dtype, 1e-2) for i, s in enumerate(shapes)]
+        [numbers(s, 10 * t + i, device, dtype, sizes[i]) for i, s in enumerate(shapes)]
         for t in range(5)
     ]
     options = {"lr": 1e-2, "stochastic_rounding": stochastic, "seed": 3}
@@ -101,16 +102,8 @@ def test_matches_the_definition(dtype, stochastic, device):
         params = [torch.nn.Parameter(numbers(s, i, device, dtype)) for i, s in enumerate(shapes)]
         with dalle_ext.use_reference(reference):
             found.append(snapshot(run(params, grads, **options)))
-    for got, wanted in zip(*found, strict=True):
-        assert got.dtype == wanted.dtype and got.shape == wanted.shape
-        if got.dtype == torch.int16:  # float32 in another order: a code may be its neighbour
-            apart = (got.int() - wanted.int()).abs()
-            assert (apart > 1).float().mean() < 0.01 if apart.numel() else True
-            assert (apart != 0).float().mean() < 0.1 if apart.numel() else True
-        elif got.numel():
-            spacing = torch.finfo(got.dtype).eps * 4
-            error = (got.double() - wanted.double()).abs() / (wanted.double().abs() + 0.01)
-            assert error.mean() <= spacing
+    assert [t.dtype for t in found[0]] == [t.dtype for t in found[1]]
+    assert same(*found)  # every bit: the replicas of a model must not drift apart
 
 
 def test_moments_are_codes_from_8192_elements_on(device):
@@ -119,9 +112,10 @@ def test_moments_are_codes_from_8192_elements_on(device):
     optimizer = run(params, grads, lr=1e-3)
     dtypes = [optimizer.state[p]["exp_avg"].dtype for p in params]
     assert dtypes == [torch.float32, torch.int16, torch.int16]
-    assert optimizer.state_bytes() == 8 * 8191 + 4 * 108_192 + 3 * 4
+    assert optimizer.state_bytes() == 8 * 8191 + 4 * 108_192 + 3 * 8
     mean = dalle_ext.unpack(optimizer.state[params[1]]["exp_avg"], "1-6-9")
-    assert mean[0].item() == pytest.approx(0.1, rel=2**-10)
+    assert mean[0].item() == pytest.approx(0.1, rel=2**-9)
+    assert mean.mean().item() == pytest.approx(0.1, rel=2**-14)
 
 
 def test_a_group_may_keep_float32_moments(device):
@@ -136,7 +130,7 @@ def test_a_group_may_keep_float32_moments(device):
         optimizer.step()
         plain.step()
     dtypes = [optimizer.state[p]["exp_avg_sq"].dtype for p in params[:2]]
-    assert dtypes == [torch.int16, torch.float32] and optimizer.state_bytes() == 12 * 9000 + 2 * 4
+    assert dtypes == [torch.int16, torch.float32] and optimizer.state_bytes() == 12 * 9000 + 2 * 8
     torch.testing.assert_close(params[1], params[2], rtol=1e-6, atol=1e-7)
     again = dalle_ext.AdamW16(groups, lr=1e-3)
     again.load_state_dict(optimizer.state_dict())
@@ -233,8 +227,9 @@ def test_layouts_schedulers_and_missing_gradients(device):
     plain, turned = torch.nn.Parameter(base.clone()), torch.nn.Parameter(base.t().clone().t())
     unused = torch.nn.Parameter(torch.ones(3, device=device))
     optimizer = dalle_ext.AdamW16(
-        [{"params": [plain, unused]}, {"params": [turned], "weight_decay": 0.01}], lr=0.1
-    )
+        [{"params": [plain, unused]}, {"params": [turned], "weight_decay": 0.01}], lr=0.1,
+        fp32_moments=True,  # draws go by place in memory, and a group has its own
+    )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     for step in range(3):
         grad = numbers((128, 96), 5 + step, device)

@@ -52,9 +52,15 @@ BAD = {
     "AdamW16: variance_clip must be above 0, got 0": lambda: make(variance_clip=0),
     "AdamW16: eps must be 0 or more and finite, got -1": lambda: make(eps=-1),
     "AdamW16: gradients must be dense, got torch.sparse_coo": sparse_step,
-    "AdamW16: parameters must have a gradient, got none that has one": lambda: dalle_ext.AdamW16(
-        [parameter(3, grad=False)]
-    ).step(),
+    "AdamW16: betas must be two numbers, got 0.9": lambda: make(betas=0.9),
+    "AdamW16: weight_decay must be 0 or more and finite, got much": lambda: make(
+        weight_decay="much"
+    ),
+    "AdamW16: seed must be an integer, got 1.5": lambda: make(seed=1.5),
+    "AdamW16: params must hold a parameter, got none$": lambda: dalle_ext.AdamW16(torch.ones(3)),
+    "AdamW16: params must be different tensors, got one of them twice": lambda: dalle_ext.AdamW16(
+        [parameter(3)] * 2
+    ),
     r"AdamW16: state must be of groups of \[1\] parameters, got \[2\]": lambda: other_model(
         (3,), (4,)
     ),

@@ -1,0 +1,79 @@
+"""Checks that public functions share: integers, and gradients that would be lost."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+
+def integer(
+    owner: str,
+    argument: str,
+    value: Any,
+    least: int | None = None,
+    below: int | None = None,
+    *,
+    requirement: str | None = None,
+    error: type[Exception] = ValueError,
+) -> int:
+    """`value` as an int: any type with `__index__`, as numpy's integers and 0-d integer tensors.
+
+    Args:
+        owner, argument: what the message names.
+        least, below: bounds, the second exclusive.
+        requirement: in the message, in place of one made of the bounds.
+        error: class that is raised.
+
+    Raises:
+        error: not an integer (a bool is none), or out of bounds.
+    """
+    try:
+        found = operator.index(value)
+    except (TypeError, RuntimeError):  # torch's tensors raise either
+        found = None
+    boolean = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
+    low, high = least is None or least <= (found or 0), below is None or (found or 0) < below
+    if found is None or boolean or not (low and high):
+        if requirement is None:
+            requirement = "an integer" if least is None else f"an integer of at least {least}"
+            requirement += "" if below is None else f" and below {below}"
+        raise error(f"{owner}: {argument} must be {requirement}, got {value!r}")
+    return found
+
+
+def seed_word(owner: str, seed: Any, requirement: str = "an integer") -> int:
+    """A seed as an int of 64 bits with sign. Raises TypeError for no integer, else ValueError."""
+    found = integer(owner, "seed", seed, requirement=requirement, error=TypeError)
+    if not -(2**63) <= found < 2**63:
+        raise ValueError(f"{owner}: seed must fit 64 bits, got {found}")
+    return found
+
+
+def real(value: Any) -> float:
+    """A number of any kind (Python's, numpy's, one-element tensors) as a float; NaN for others."""
+    if isinstance(value, torch.Tensor):
+        return float(value.detach()) if value.numel() == 1 and not value.is_complex() else math.nan
+    return float(value) if isinstance(value, numbers.Real) else math.nan
+
+
+def numbers_only(op: str, **arguments: Any) -> None:
+    """Raises where an argument that no gradient flows to is a tensor that wants one.
+
+    Raises:
+        TypeError: a tensor that requires a gradient while gradients are recorded, or that carries
+            a forward-mode tangent.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        wanted = value.requires_grad and torch.is_grad_enabled()
+        if wanted or forward_ad.unpack_dual(value).tangent is not None:
+            raise TypeError(
+                f"{op}: {name} must not require a gradient, got a tensor that does; none flows to "
+                "it: pass it detached"
+            )

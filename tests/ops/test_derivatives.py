@@ -1,0 +1,110 @@
+"""A derivative that an op does not carry on is refused, by whatever way it is asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import jacfwd, jvp, linearize, vmap
+
+import dalle_ext
+
+PATTERN = dalle_ext.AttentionPattern("row", text_len=2, grid=(2, 3))
+X = torch.linspace(-1, 1, 8 * 4).sin().view(1, 1, 8, 4)
+
+
+def attention(x):
+    return dalle_ext.sparse_attention(x, x * 2, x + 1, PATTERN)
+
+
+def sample(x):
+    return dalle_ext.gumbel_softmax(x, 0.7, seed=3).sample
+
+
+def kl(x):
+    return dalle_ext.gumbel_softmax(x, 0.7, seed=3).kl
+
+
+def scaled(x):
+    return dalle_ext.scale_gradient(x, 2.0, dtype=torch.float32).grad
+
+
+def unscaled(x):
+    return dalle_ext.unscale_gradient(x, x, 2.0)
+
+
+def dual(function, x):
+    with forward_ad.dual_level(), torch.no_grad():
+        return function(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+WAYS = {
+    "jvp": lambda f: jvp(f, (X,), (X,)),
+    "jacfwd": lambda f: jacfwd(f)(X),
+    "linearize": lambda f: linearize(f, X),
+    "dual_level": lambda f: dual(f, X),
+    "jvp around jvp": lambda f: jvp(lambda x: jvp(lambda y: f(x) * y, (X,), (X,))[0], (X,), (X,)),
+    "jvp around vmap": lambda f: jvp(lambda x: vmap(lambda y: f(x) * y)(X), (X,), (X,)),
+    "vmap around jvp": lambda f: vmap(lambda t: jvp(f, (X,), (t,))[1])(torch.stack([X, X])),
+    "jacobian": lambda f: torch.autograd.functional.jacobian(
+        f, X, strategy="forward-mode", vectorize=True
+    ),
+}
+
+
+@pytest.mark.parametrize("function", [attention, sample, kl, scaled, unscaled])
+@pytest.mark.parametrize("way", WAYS)
+def test_forward_mode_is_refused(way, function):
+    """Without the guard each of these gave zeros."""
+    with pytest.raises((NotImplementedError, TypeError), match="derivative that the|a gradient"):
+        WAYS[way](function)
+
+
+@pytest.mark.parametrize("function", [attention, sample, kl])
+def test_forward_mode_through_a_backward_is_refused(function):
+    x = X.clone().requires_grad_()
+    out = function(x)
+    with forward_ad.dual_level():
+        grad = forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+        with pytest.raises(NotImplementedError, match="_backward: tensors must be without a deriv"):
+            torch.autograd.grad(out, x, grad)
+
+
+@pytest.mark.parametrize("function", [attention, sample, kl])
+def test_the_definitions_carry_forward_mode_on(function):
+    with dalle_ext.use_reference():
+        forward = jvp(function, (X.double(),), (X.double(),))[1]
+    x = X.double().requires_grad_()
+    with dalle_ext.use_reference():
+        jacobian = torch.autograd.functional.jacobian(function, x)
+    torch.testing.assert_close(forward, (jacobian * X.double()).sum((-4, -3, -2, -1)))
+
+
+WANTING = torch.tensor(0.5, requires_grad=True)
+REFUSED = {
+    "sparse_attention: scale": lambda v: dalle_ext.sparse_attention(X, X, X, PATTERN, v),
+    "gumbel_softmax: tau": lambda v: dalle_ext.gumbel_softmax(X, v),
+    "scale_gradient: scale": lambda v: dalle_ext.scale_gradient(X, v),
+    "scale_gradient: grad": lambda v: dalle_ext.scale_gradient(X * v, 2.0),
+    "unscale_gradient: scale": lambda v: dalle_ext.unscale_gradient(X, X, v),
+    "unscale_gradient: stream": lambda v: dalle_ext.unscale_gradient(X * v, X, 2.0),
+}
+
+
+@pytest.mark.parametrize("argument", REFUSED)
+@pytest.mark.parametrize("reference", [False, True])
+def test_numbers_that_want_a_gradient_are_refused(argument, reference):
+    with dalle_ext.use_reference(reference):
+        with pytest.raises(TypeError, match=f"^{argument} must not require a gradient"):
+            REFUSED[argument](WANTING)
+        with pytest.raises(TypeError, match=f"^{argument} must not require a gradient"):
+            jvp(REFUSED[argument], (WANTING.detach(),), (WANTING.detach(),))
+        REFUSED[argument](WANTING.detach())
+        with torch.no_grad():
+            REFUSED[argument](WANTING)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), torch.ones(2), "half"])
+def test_a_scale_is_a_finite_number(scale):
+    with pytest.raises(ValueError, match="^sparse_attention: scale must be a finite number, got"):
+        dalle_ext.sparse_attention(X, X, X, PATTERN, scale)
