@@ -17,6 +17,7 @@ from dalle.dvae import DiscreteVAE
 from dalle.errors import UsageError
 from dalle.likelihood import map_pixels
 
+LEAST_SPREAD = 1e-4  # of a feature's mean square; logits then stay below 1e5 times the sharpness
 SEED_POINTS = 8  # points a centre that k-means++ draws from; more cost time and give little
 
 
@@ -123,7 +124,9 @@ def init_codebook(
     """Sets the codebook to cluster centres of the encoder's features on `images`.
 
     Afterwards the logits are -sharpness * |feature - centre|^2 / (mean squared distance), up to a
-    term equal for all codes, and the decoder's codebook vectors are the centres.
+    term equal for all codes, and the decoder's codebook vectors are the centres. Where the images
+    have hardly more different features than there are codes, that distance is close to 0; then the
+    least is taken that keeps the logits exact in fp32.
 
     Args:
         vae: a model with a patch stem.
@@ -145,7 +148,8 @@ def init_codebook(
         points = points[torch.randperm(len(points), generator=generator)[:max_points]]
     own = int(torch.randint(2**31, (), generator=generator))  # another order than the subset's
     centers, spread = kmeans(points, vae.num_tokens, iterations=iterations, seed=own)
-    scale = sharpness / max(spread, 1e-12)
+    least = LEAST_SPREAD * float(points.square().sum(1).mean())
+    scale = sharpness / max(spread, least, 1e-12)
     logits_conv, codebook_conv = vae.encoder.logits_conv(), vae.decoder.codebook_conv()
     logits_conv.w.copy_(2 * scale * centers[:, :, None, None])
     logits_conv.b.copy_(-scale * centers.square().sum(1))

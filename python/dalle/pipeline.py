@@ -14,6 +14,7 @@ import torch
 
 from dalle import __version__
 from dalle.configs import LARGEST
+from dalle.data.captions import clean
 from dalle.dvae import DiscreteVAE
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import read_object, to_json, write_atomic
@@ -250,7 +251,7 @@ class Pipeline:
         """Draws candidates for a caption and keeps the best by the ranker.
 
         Args:
-            caption: what to draw.
+            caption: what to draw; cleaned as captions of training are.
             num_candidates: how many to choose from (paper: 512).
             top: how many to keep.
             seed: same seed, same pictures.
@@ -290,7 +291,7 @@ class Pipeline:
         if self.ranker is None:
             scores, order = torch.full((len(images),), torch.nan), torch.arange(len(images))
         else:
-            scores = self.ranker.scores([caption] * len(images), images)
+            scores = self.ranker.scores([clean(caption)] * len(images), images)
             order = scores.argsort(descending=True, stable=True)
         best = order[:top]
         return Generation(images[best], scores[best], tokens.cpu()[best], best)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dalle.data.captions import clean
 from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
 from dalle.files import check_regular, read_json
 from dalle.pretrained import Pretrained, from_presets
@@ -184,7 +185,7 @@ class TransformersCLIP:
         found = []
         for start in range(0, len(captions), 64):
             inputs: Any = self.processor(
-                text=list(captions[start : start + 64]),
+                text=[clean(caption) for caption in captions[start : start + 64]],
                 images=[image.clamp(0, 1) for image in images[start : start + 64].cpu()],
                 return_tensors="pt",
                 padding=True,

@@ -1,9 +1,10 @@
 """Byte-level BPE over lower-cased captions, with dropout of merges that a seed decides.
 
 Paper section 2.2: captions are lower-cased and BPE-encoded with a vocabulary of 16,384; in training
-10 % of the merges are dropped (Provilkov et al. 2020). Byte-level, so that every string has a
-spelling and decodes back to itself, lower-cased. Training and plain encoding are those of the
-library `tokenizers`; its dropout takes no seed, so merging with dropout is done here.
+10 % of the merges are dropped (Provilkov et al. 2020). Captions and prompts pass one rule here that
+cleans them; byte-level, so that every text then has a spelling and decodes back to itself. Training
+and plain encoding are those of the library `tokenizers`; its dropout takes no seed, so merging with
+dropout is done here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import heapq
 import json
 import random
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from dalle import __version__
+from dalle.data.captions import clean
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.files import parse_json, read_bytes, read_object, to_json, write_atomic
 
@@ -35,11 +38,8 @@ MAX_VOCAB = 1 << 20  # the trainer takes memory for as many as are asked for
 
 
 def lower(caption: str) -> str:
-    """The caption in lower case; lone surrogates, which have no bytes, become U+FFFD."""
-    text = caption.lower()
-    if text.isascii():
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    """The caption as the vocabulary sees it: clean (`dalle.data.captions`), in lower case, NFC."""
+    return unicodedata.normalize("NFC", clean(caption).lower())
 
 
 class Tokenizer:
@@ -74,7 +74,7 @@ class Tokenizer:
         """Learns merges from captions.
 
         Args:
-            captions: lower-cased here.
+            captions: cleaned and lower-cased here.
             vocab_size: 256 (the bytes) to 2^20; fewer come out of captions with fewer pairs.
 
         Raises:
@@ -105,7 +105,7 @@ class Tokenizer:
         """Encodes captions into slots.
 
         Args:
-            captions: B strings.
+            captions: B strings; cleaned and lower-cased here.
             length: slots a caption, at least 1; longer captions lose their end and are counted in
                 `truncated`.
             dropout: probability in [0, 1] that a possible merge is passed over, drawn anew at each

@@ -271,7 +271,7 @@ def test_losses_with_broken_pictures_are_those_of_one_process(two, name):
 def test_a_process_without_a_picture_that_decodes_goes_on(two):
     for found in two["gone"]:
         assert found["kept"] == [6, 7, 8, 9, 10, 11]
-        assert found["said"] == "toy: a picture must decode, got none that does"
+        assert found["said"] == "toy: a picture must be usable, got none that is"
 
 
 def test_other_data_on_one_process_is_named(two):
@@ -314,7 +314,7 @@ def test_pictures_of_many_processes(two):
 def test_a_codebook_without_pictures_ends_on_all(two):
     first, second = two["codebook"]
     assert first == second
-    assert "a batch must hold a picture that decodes" in first
+    assert "a batch must hold a picture that can be used" in first
 
 
 def test_a_dvae_that_does_not_fit_is_told_on_all(two):
@@ -387,5 +387,5 @@ def test_what_is_drawn_at_a_place_depends_on_the_place_alone():
     assert len(set(found.tolist())) > 2
 
     pairs.bad = set(range(40))
-    with pytest.raises(DataError, match="toy: a batch must hold a picture that decodes, got"):
+    with pytest.raises(DataError, match="toy: a batch must hold a picture that can be used, got"):
         load(0, 1)

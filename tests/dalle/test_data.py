@@ -7,7 +7,16 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dalle.data.pairs import ArrayPairs, BatchSampler, Pairs, load_or_skip, load_pairs
+from dalle.data.augment import dvae_crop
+from dalle.data.pairs import (
+    ArrayPairs,
+    BatchSampler,
+    Pairs,
+    left_out,
+    load_or_draw,
+    load_or_skip,
+    load_pairs,
+)
 from dalle.errors import DataError, UsageError
 
 
@@ -89,12 +98,50 @@ class Spoiled(ArrayPairs):
         return super().load(i)
 
 
-def test_bad_pictures_are_skipped_and_counted():
+def test_bad_pictures_are_skipped_counted_and_named(capsys):
     images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
     pairs = Spoiled("toy", images, list("abcdef"))
-    loaded, kept = load_or_skip(pairs, np.array([0, 1, 4, 3]), lambda image, place: image + place)
+    loaded, kept = load_or_skip(
+        pairs, np.array([0, 1, 4, 3, 1]), lambda image, place: image + place
+    )
     assert kept == [0, 2]
     assert [int(image[0, 0, 0]) for image in loaded] == [0, 6]
-    assert pairs.skipped == {"does not decode": 2}
-    with pytest.raises(DataError, match="a batch must hold a picture that decodes"):
+    assert pairs.skipped == {"does not decode": 2}  # each once
+    assert left_out(pairs) == "; left out: 2 x does not decode"
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"toy: left out: picture {i}: {i}: image must decode" for i in (1, 3)]
+    with pytest.raises(DataError, match="a batch must hold a picture that can be used, got 3: "):
         load_or_skip(pairs, [1, 3])
+    assert load_or_skip(pairs, [1, 3], some=False) == ([], [])
+    assert load_or_skip(pairs, range(6), most=2)[1] == [0, 2]
+
+
+def test_only_some_of_many_are_named(capsys):
+    pairs = Spoiled("toy", np.zeros((60, 8, 8, 3), np.uint8), ["x"] * 60)
+    load_or_skip(pairs, range(60))
+    said = capsys.readouterr().err.splitlines()
+    assert pairs.skipped == {"does not decode": 30} and len(said) == 10
+    assert said[-1].endswith("; further ones are counted, not named")
+
+
+def test_what_a_transform_refuses_is_left_out_as_what_does_not_decode(capsys):
+    sides = [40, 20, 40, 40]
+
+    class Mixed(ArrayPairs):
+        def load(self, i):
+            return super().load(i)[: sides[i]]
+
+    pairs = Mixed("toy", np.zeros((4, 40, 40, 3), np.uint8), list("abcd"))
+
+    def crop(image, place):
+        return dvae_crop(image, 32, np.random.default_rng(place))
+
+    assert load_or_skip(pairs, range(4), crop)[1] == [0, 2, 3]
+    images, items = load_or_draw(pairs, [0, 1, 2, 3] * 5, lambda place: place, crop)
+    assert len(images) == 20 and 1 not in items
+    assert {image.shape for image in images} == {(32, 32, 3)}
+    assert pairs.skipped == {"smaller than the crop": 1}
+    line = "toy: left out: picture 1: dvae_crop: image must have sides of at least 32, got 20 x 40"
+    assert capsys.readouterr().err.splitlines() == [line]
+    with pytest.raises(UsageError, match="size must be at least 1"):  # no fault of a picture
+        load_or_draw(pairs, [0], lambda place: place, lambda image, _: dvae_crop(image, 0, None))

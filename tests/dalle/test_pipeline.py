@@ -81,6 +81,22 @@ def test_seed_decides(pipeline):
     assert not torch.equal(first.tokens, other.tokens)
 
 
+def test_prompts_are_cleaned_as_captions_are():
+    """The same pictures, and a ranker of any kind reads the clean caption."""
+    pipeline, heard = build(ranker=False), []
+
+    class Ranker:
+        def scores(self, captions, images):
+            heard.extend(captions)
+            return torch.zeros(len(images))
+
+    pipeline.ranker = Ranker()
+    wanted = pipeline.generate(CAPTION, num_candidates=2, top=2, seed=5)
+    found = pipeline.generate("\ufeffa\u2028red \ncircle\u00a0", num_candidates=2, top=2, seed=5)
+    assert torch.equal(wanted.tokens, found.tokens)
+    assert heard == [CAPTION] * 4
+
+
 def test_candidates_come_in_chunks(pipeline, monkeypatch):
     monkeypatch.setattr("dalle.pipeline.SEQUENCES", 4)
     calls = []
@@ -273,7 +289,7 @@ def test_rerank_sorts_a_folder_and_counts_what_it_skips(folder, pipeline, tmp_pa
     words = ["rerank", CAPTION, "--images", images, "--ranker", folder / "ranker", "--out", out]
     assert run(*words, "--device", "cpu") == 0, capsys.readouterr().err
     report = json.loads((out / "scores.json").read_text())
-    assert report["skipped"] == {"does not decode": 1}
+    assert report["skipped"] == {"not a picture": 1}
     scores = [entry["score"] for entry in report["ranking"]]
     assert scores == sorted(scores, reverse=True) and len(scores) == 3
     first = np.asarray(Image.open(images / report["ranking"][0]["file"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,15 +12,19 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from dalle.console import printable
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.folder import FolderPairs
 from dalle.data.images import BadPicture, open_checked, read_bytes
-from dalle.data.pairs import Pairs, load_or_skip
+from dalle.data.pairs import Pairs, every_caption, load_or_skip
 from dalle.data.shapes import Scene
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.errors import UsageError
 from dalle.files import saving, to_json
 from dalle.pictures import check_sheet, grid, save_bytes, save_png
+from dalle.prior_config import PRESETS
+from dalle.tokenizer import Tokenizer
+from dalle.train.prior_recipe import PriorTrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +48,22 @@ class MakeShapesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Reads a folder of pictures and captions, and says what training would find.
+    """Reads a folder of pictures and captions, and says what training would find, leave out or cut.
 
     Attributes:
         folder: searched recursively for pictures, each with a .txt of the same name.
         verify: full decodes every picture, header only opens it, none trusts its suffix.
         contact: where to write a contact sheet of the first pictures (PNG).
-        show: how many problems to print.
+        show: how many problems of a kind to print.
+        image_size: side in pixels that is to be trained with; says what is smaller.
+        tokenizer: folder of `dalle tokenizer train`; says which captions are longer than the prior.
+        text_len: text positions of that prior; 0 stands for those of each preset.
     """
 
     folder: Path
+    image_size: int = 0
+    tokenizer: Path | None = None
+    text_len: int = 0
     verify: Literal["full", "header", "none"] = "full"
     contact: Path | None = None
     show: int = 10
@@ -61,7 +72,7 @@ class CheckConfig:
 def contact_sheet(pairs: Pairs, count: int, side: int) -> Image.Image:
     """The first pictures with their captions, centre-cropped to `side`, at least 64 pixels each."""
     images, kept = load_or_skip(
-        pairs, range(min(count, len(pairs))), lambda image, _: center_crop(image, side)
+        pairs, range(len(pairs)), lambda image, _: center_crop(image, side), most=count
     )
     scale = max(1, -(-96 // side))
     labels = [pairs.captions[i] for i in kept]
@@ -107,31 +118,84 @@ def _spread(label: str, values: list[int]) -> str:
 
 
 def check(config: CheckConfig) -> None:
-    """Counts pairs, sizes, caption lengths, and what is left out and why."""
-    if config.show < 0:
-        raise UsageError(f"data check: show must be 0 or more, got {config.show}")
+    """Counts pairs, sizes, caption lengths, and what is left out or cut, and why."""
+    for name in ("image_size", "show", "text_len"):
+        if getattr(config, name) < 0:
+            value = getattr(config, name)
+            raise UsageError(f"data check: {name} must be 0 or more, got {value}")
+    tokenizer = None if config.tokenizer is None else Tokenizer.from_pretrained(config.tokenizer)
     pairs = FolderPairs(config.folder, verify=config.verify)
-    widths, heights, formats = [], [], Counter[str]()
-    for path in pairs.paths:
+    sizes: dict[int, tuple[int, int]] = {}
+    formats = Counter[str]()
+    for item, path in enumerate(pairs.paths):
         try:
             picture = open_checked(read_bytes(path), path)
-        except BadPicture:  # only where verify is none
-            formats["not a picture"] += 1
+        except BadPicture as problem:  # only where verify is none
+            formats[problem.reason] += 1
             continue
-        widths.append(picture.width)
-        heights.append(picture.height)
+        sizes[item] = picture.size
         formats[str(picture.format)] += 1
+    captions = every_caption(pairs)
     print(f"{config.folder}: {len(pairs)} pairs")
     print("formats: " + ", ".join(f"{name} {n}" for name, n in formats.most_common()))
-    if widths:
-        print(_spread("width", widths) + " pixels")
-        print(_spread("height", heights) + " pixels")
-    print(_spread("caption", [len(caption.split()) for caption in pairs.captions]) + " words")
-    print(f"different captions: {len(set(pairs.captions))}")
+    if sizes:
+        print(_spread("width", [width for width, _ in sizes.values()]) + " pixels")
+        print(_spread("height", [height for _, height in sizes.values()]) + " pixels")
+    print(_spread("caption", [len(caption.split()) for caption in captions]) + " words")
+    print(f"different captions: {len(set(captions))}")
+    if pairs.several:
+        print(
+            f"files of several captions: {len(pairs.several)}, {len(captions)} captions in all;"
+            " training draws one of a picture's each time"
+        )
     print(f"left out: {sum(pairs.skipped.values())}")
     for reason, count in pairs.skipped.most_common():
         print(f"  {count} x {reason}")
-    for problem in pairs.problems[: config.show]:
-        print(f"  {problem}")
+    _show(pairs.problems, config.show)
+    if config.image_size:
+        _say_too_small(pairs, sizes, config)
+    if tokenizer is not None:
+        _say_too_long(captions, tokenizer, config.text_len)
     if config.contact is not None:
         print(f"contact sheet: {save_png(config.contact, contact_sheet(pairs, 64, 96))}")
+
+
+def _show(lines: Sequence[str], most: int) -> None:
+    for line in lines[:most]:
+        print(f"  {printable(line)}")
+    if 0 < most < len(lines):
+        print(f"  ... and {len(lines) - most} more")
+
+
+def _say_too_small(
+    pairs: FolderPairs, sizes: dict[int, tuple[int, int]], config: CheckConfig
+) -> None:
+    """Which pictures the paper's crops refuse."""
+    side = config.image_size
+    small = [(item, size) for item, size in sizes.items() if min(size) < side]
+    then = "`dalle dvae train` and `prior train` leave them out; the ranker and augment none do not"
+    print(
+        f"smaller than {side} pixels: {len(small)} of {len(sizes)} pictures"
+        + (f" ({then})" if small else "")
+    )
+    _show([f"{pairs.paths[item]}: {w} x {h}" for item, (w, h) in small], config.show)
+
+
+def _say_too_long(captions: list[str], tokenizer: Tokenizer, text_len: int) -> None:
+    """How many captions lose their end, encoded whole and with the dropout of training."""
+    found: dict[int, list[str]] = {}
+    for name, preset in PRESETS.items():
+        found.setdefault(text_len or preset.text_len, []).append(name)
+    lengths = [
+        (tokenizer.encode(captions, max(found), dropout=p) != Tokenizer.PAD).sum(1)
+        for p in (0.0, PriorTrainConfig().bpe_dropout)
+    ]
+    longest = int(lengths[0].max())
+    print(f"tokens a caption: longest {longest if longest < max(found) else f'{longest} or more'}")
+    for slots, names in found.items():
+        whole, dropped = (int((length > slots - 1).sum()) for length in lengths)
+        who = "this prior" if text_len else f"presets {', '.join(names)}"
+        print(
+            f"cut at {slots - 1} tokens ({who}): {whole} of {len(captions)} captions, "
+            f"{dropped} with the BPE dropout of training"
+        )

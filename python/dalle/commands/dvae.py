@@ -14,9 +14,9 @@ from dalle.commands.fits import require_dvae_fits
 from dalle.commands.training import loop_config, save_model
 from dalle.configs import did_you_mean
 from dalle.data.augment import center_crop, to_tensor
-from dalle.data.folder import SUFFIXES
+from dalle.data.folder import find_pictures
 from dalle.data.images import decode, read_bytes
-from dalle.data.pairs import BUILT_IN, load_or_skip, load_pairs
+from dalle.data.pairs import BUILT_IN, left_out, load_or_skip, load_pairs
 from dalle.demo.recipes_dvae import DVAE_RECIPES
 from dalle.devices import pick_device
 from dalle.distributed.cluster import ClusterConfig, alike, join
@@ -131,7 +131,8 @@ def train(config: DvaeTrainCommand) -> None:
         result = run_loop(task, loop)
         save_model("dvae train", task, config.out / "model")
     if leads():
-        print(f"dvae: {result.step} updates, model in {config.out / 'model'}")
+        where = config.out / "model"
+        print(f"dvae: {result.step} updates, model in {where}{left_out(pairs)}")
 
 
 def load_pictures(config: ReconstructCommand, size: int) -> torch.Tensor:
@@ -145,7 +146,7 @@ def load_pictures(config: ReconstructCommand, size: int) -> torch.Tensor:
         loaded, _ = load_or_skip(pairs, np.arange(min(config.limit, len(pairs))))
         return to_tensor(loaded)
     folder = Path(config.data)
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = find_pictures(folder)
     found: list[np.ndarray] = []
     skipped = 0
     for path in files:

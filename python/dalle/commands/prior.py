@@ -11,7 +11,7 @@ import torch
 from dalle.commands.fits import require_prior_fits
 from dalle.commands.training import loop_config, save_model
 from dalle.configs import did_you_mean
-from dalle.data.pairs import load_pairs
+from dalle.data.pairs import left_out, load_pairs
 from dalle.devices import pick_device
 from dalle.distributed.cluster import Cluster, ClusterConfig, alike, join
 from dalle.dvae import DiscreteVAE
@@ -133,4 +133,5 @@ def _train(config: PriorCommandConfig, cluster: Cluster | None) -> None:
     if cluster is not None and cluster.psgd is not None:
         say(f"prior train: PowerSGD: {cluster.psgd.report()['advice']}")
     if leads():
-        print(f"prior train: {result.step} updates, weights in {config.out / 'prior'}")
+        where = config.out / "prior"
+        print(f"prior train: {result.step} updates, weights in {where}{left_out(pairs)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dalle.commands.training import alone, loop_config, save_model
-from dalle.data.pairs import load_pairs
+from dalle.data.pairs import left_out, load_pairs
 from dalle.devices import pick_device
 from dalle.dvae import DiscreteVAE
 from dalle.rerank import ContrastiveRanker
@@ -77,4 +77,4 @@ def train_command(config: RankerTrainCommand) -> None:
         say(f"ranker train: {count} captions have more than {slots} tokens, the rest is cut off")
     result = train(task, loop)
     save_model("ranker train", task, config.out / "model")
-    print(f"ranker train: {result.step} updates, model in {config.out / 'model'}")
+    print(f"ranker train: {result.step} updates, model in {config.out / 'model'}{left_out(pairs)}")

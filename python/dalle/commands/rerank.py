@@ -13,7 +13,8 @@ import tyro
 from dalle import pictures
 from dalle.commands.sample import read_image
 from dalle.console import argument_text, printable
-from dalle.data.folder import SUFFIXES
+from dalle.data.captions import clean
+from dalle.data.folder import find_pictures
 from dalle.devices import pick_device
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.files import make_folder, to_json
@@ -45,12 +46,12 @@ class RerankConfig:
 
 def rerank(config: RerankConfig) -> None:
     """Scores, writes, and says which came first; what does not decode is skipped and counted."""
-    caption = argument_text(config.caption)
-    if not caption.strip():
+    caption = clean(argument_text(config.caption), keep_bytes=True)
+    if not caption:
         raise UsageError(f"rerank: caption must hold a word, got {config.caption!r}")
     if config.top < 1:
         raise UsageError(f"rerank: top must be at least 1, got {config.top}")
-    files = sorted(p for p in config.images.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = find_pictures(config.images)
     if not files:
         raise DataError(f"rerank: images must be a folder with pictures, got {config.images}")
     make_folder(config.out, "rerank")
@@ -72,7 +73,7 @@ def rerank(config: RerankConfig) -> None:
             loaded.append(read_image(path, size))
             kept.append(path)
         except DataError as error:
-            skipped["does not decode"] += 1
+            skipped[getattr(error, "reason", "does not decode")] += 1
             print(printable(f"rerank: skipped: {error}"))
     if not kept:
         raise DataError(

@@ -16,6 +16,7 @@ from dalle import files, pictures
 from dalle.commands.fits import require_samples_fit
 from dalle.console import argument_text
 from dalle.data.augment import center_crop, to_tensor
+from dalle.data.captions import caption_lines, clean
 from dalle.data.images import decode, read_bytes
 from dalle.devices import pick_device
 from dalle.errors import DataError, UsageError
@@ -73,16 +74,17 @@ def read_image(path: Path, size: int) -> torch.Tensor:
 
 
 def read_captions(config: SampleConfig) -> list[str]:
-    """Captions of the arguments, then of the file; empty lines are left out.
+    """Captions of the arguments, then of the file, clean as those of training; none is empty.
 
     Raises:
         UsageError: none at all.
         DataError: the file cannot be read.
     """
-    captions = [text for text in map(argument_text, config.captions) if text.strip()]
+    given = (clean(argument_text(word), keep_bytes=True) for word in config.captions)
+    captions = [caption for caption in given if caption]
     if config.file is not None:
         try:
-            lines = files.read_bytes(config.file).decode("utf-8-sig").splitlines()
+            captions += caption_lines(files.read_bytes(config.file).decode())
         except OSError as error:
             raise DataError(
                 f"sample: file must be readable text, got {config.file}: {error.strerror}"
@@ -92,7 +94,6 @@ def read_captions(config: SampleConfig) -> list[str]:
                 f"sample: file must be readable text, got {config.file}: byte {error.start} is not "
                 "UTF-8"
             ) from error
-        captions += [line.strip() for line in lines if line.strip()]
     if not captions:
         raise UsageError("sample: captions must be at least one, got none")
     return captions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dalle.data.pairs import load_pairs
+from dalle.data.pairs import every_caption, load_pairs
 from dalle.files import make_folder, saving
 from dalle.tokenizer import Tokenizer
 
@@ -28,7 +28,7 @@ class TokenizerTrainConfig:
 def train(config: TokenizerTrainConfig) -> None:
     """Trains, saves, and prints what came out."""
     pairs = load_pairs(config.data, image_size=32)
-    captions = list(dict.fromkeys(pairs.captions))
+    captions = list(dict.fromkeys(every_caption(pairs)))
     make_folder(config.out, "tokenizer train")
     tokenizer = Tokenizer.train(captions, config.vocab_size)
     with saving("tokenizer train", config.out):

@@ -16,6 +16,12 @@ import dalle_ext
 from dalle.errors import DataError, UsageError
 
 
+class TooSmall(DataError):
+    """A picture smaller than what is to be cut out of it."""
+
+    reason = "smaller than the crop"
+
+
 def _check(name: str, image: np.ndarray, size: int, smallest: int) -> int:
     """Returns the shorter side of a (H, W, 3) uint8 picture."""
     if size < 1:
@@ -24,7 +30,7 @@ def _check(name: str, image: np.ndarray, size: int, smallest: int) -> int:
         raise DataError(f"{name}: image must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
     shorter = min(image.shape[:2])
     if shorter < smallest:
-        raise DataError(
+        raise TooSmall(
             f"{name}: image must have sides of at least {smallest}, "
             f"got {image.shape[0]} x {image.shape[1]}"
         )
@@ -57,7 +63,8 @@ def dvae_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndar
         (size, size, 3) uint8, a copy.
 
     Raises:
-        DataError: the picture is too small or of another shape.
+        TooSmall: the picture is.
+        DataError: it is of another shape.
     """
     shorter = _check("dvae_crop", image, size, size)
     image = _random_crop(image, shorter, rng)
@@ -86,7 +93,8 @@ def prior_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.nda
         (size, size, 3) uint8, a copy.
 
     Raises:
-        DataError: the picture is too small or of another shape.
+        TooSmall: the picture is.
+        DataError: it is of another shape.
     """
     shorter = _check("prior_crop", image, size, size)
     start = []

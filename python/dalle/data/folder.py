@@ -1,4 +1,4 @@
-"""A folder of pictures, each with a .txt caption of the same stem.
+"""A folder of pictures, each with a .txt of the same name that holds its captions, one a line.
 
 Pictures are JPEG, PNG or WebP by content; the suffix only says which files to look at. A broken or
 incomplete pair is counted by reason and left out, never fatal. Nothing is decoded before `load`
@@ -10,76 +10,150 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from dalle import files as limited
+from dalle.data.captions import caption_lines
 from dalle.data.images import BadPicture, decode, open_checked, read_bytes
+from dalle.data.pairs import counted
 from dalle.errors import DataError, UsageError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
+OTHER_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".pbm", ".pgm", ".pnm"),
+    *(".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff"),
+)
 MAX_CAPTION_BYTES = 64 << 10
 
 
-def read_caption(path: Path) -> str:
-    """A caption with runs of white space as single spaces.
+def read_captions(path: Path) -> list[str]:
+    """The captions of a file, one a line, clean; at least one.
 
     Raises:
         BadPicture: above 64 KiB, not UTF-8, empty, or unreadable.
     """
+
+    def bad(reason: str, requirement: str, detail: str = "") -> BadPicture:
+        return BadPicture(path, reason, requirement, detail, what="caption")
+
     try:
         if not path.is_file():
-            raise BadPicture(path, "caption is not a file", "have a plain caption file")
+            nothing = path.is_symlink()
+            reason = "caption is a link to nothing" if nothing else "caption is not a file"
+            raise bad(reason, "be a plain file")
         content = limited.read_bytes(path, MAX_CAPTION_BYTES)
     except OSError as error:
         if error.errno == errno.EFBIG:
-            limit = f"have at most {MAX_CAPTION_BYTES} bytes"
-            raise BadPicture(path, "caption too long", limit) from error
-        raise BadPicture(path, "caption is not readable", "have a readable caption") from error
+            raise bad("caption too long", f"have at most {MAX_CAPTION_BYTES} bytes") from error
+        raise bad("caption is not readable", "be readable", error.strerror or "") from error
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode()
     except UnicodeDecodeError as error:
-        raise BadPicture(path, "caption is not UTF-8", "have a caption in UTF-8") from error
-    text = " ".join(text.replace("\0", " ").split())
-    if not text:
-        raise BadPicture(path, "caption is empty", "have a caption")
-    return text
+        detail = f"byte {error.start}"
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+            detail = "it begins as UTF-16 does"
+        raise bad("caption is not UTF-8", "be text in UTF-8", detail) from error
+    captions = caption_lines(text)
+    if not captions:
+        raise bad("caption is empty", "hold text")
+    return captions
 
 
 def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
+def walk(folder: Path) -> Iterator[tuple[Path, list[str]] | str]:
+    """Every folder from this one down, links followed, with the names of its files.
+
+    A folder that several ways lead to is met once, by its own name where it has one below `folder`;
+    so rings of links come to an end. Hidden files and folders are passed over.
+
+    Yields:
+        (folder, sorted names), or why one was not looked at.
+    """
+    met: set[tuple[int, int]] = set()
+    links = [folder]
+    while links:
+        way, links = sorted(links), []
+        for start in way:
+            waiting = [start]
+            while waiting:
+                parent = waiting.pop()
+                try:
+                    facts = parent.stat()
+                    entries = sorted(os.scandir(parent), key=lambda entry: entry.name)
+                except OSError:
+                    yield "folder is not readable"
+                    continue
+                if (facts.st_dev, facts.st_ino) in met:
+                    yield "link to a folder that is there already"
+                    continue
+                met.add((facts.st_dev, facts.st_ino))
+                names, below = [], []
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if not _is_folder(entry):
+                        names.append(entry.name)
+                    elif entry.is_symlink():
+                        links.append(parent / entry.name)
+                    else:
+                        below.append(parent / entry.name)
+                waiting += reversed(below)
+                yield parent, names
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def find_files(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Path], Counter[str]]:
     """Pictures and captions below a folder by stem (path without suffix), and what was passed over.
 
-    Hidden files and folders are passed over without a count; links to folders are not followed.
+    Stems are compared in Unicode's composed form, in which file systems and archives differ.
     """
     pictures: dict[str, list[Path]] = {}
     texts: dict[str, Path] = {}
     skipped: Counter[str] = Counter()
-
-    def unreadable(_: OSError) -> None:
-        skipped["folder is not readable"] += 1
-
-    for parent, folders, files in os.walk(folder, onerror=unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if name.startswith("."):
-                continue
-            path = Path(parent) / name
-            stem, suffix = os.path.splitext(path)
-            if suffix.lower() in SUFFIXES:
+    for found in walk(folder):
+        if isinstance(found, str):
+            skipped[found] += 1
+            continue
+        parent, names = found
+        for name in sorted(names, key=lambda name: (not name.endswith(".txt"), name)):
+            path = parent / name
+            stem, suffix = os.path.splitext(name)
+            stem = os.path.join(parent, unicodedata.normalize("NFC", stem))
+            suffix = suffix.lower()
+            if suffix in SUFFIXES:
                 pictures.setdefault(stem, []).append(path)
-            elif suffix.lower() == ".txt" and stem not in texts:
-                texts[stem] = path
+            elif suffix == ".txt":
+                skipped["second caption file of a picture"] += stem in texts
+                texts.setdefault(stem, path)
+            elif suffix in OTHER_SUFFIXES:
+                skipped["picture of another format"] += 1
+            elif path.is_symlink() and not path.exists():
+                skipped["link to nothing"] += 1
             else:
                 skipped["neither picture nor caption"] += 1
     return pictures, texts, skipped
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """The files below a folder whose suffix is a picture's, captions or not, in their order."""
+    found = [part for part in walk(folder) if not isinstance(part, str)]
+    paths = (parent / name for parent, names in found for name in names)
+    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
 
 
 class FolderPairs:
@@ -92,6 +166,8 @@ class FolderPairs:
 
     Attributes:
         paths: the pictures.
+        captions: the first caption of each.
+        several: item -> all its captions, where it has more than one; training draws one of them.
         image_size: 0, pictures have sizes of their own.
         skipped: reason -> count of what was left out.
 
@@ -114,36 +190,55 @@ class FolderPairs:
         self.skipped["caption without picture"] += len(texts.keys() - pictures.keys())
         self.paths: list[Path] = []
         captions: list[str] = []
+        several: dict[int, Sequence[str]] = {}
         self._digests: list[bytes] = []  # of the files as they were verified
         self.problems: list[str] = []  # the first hundred, in words
         stems = tqdm(sorted(pictures), "verify", disable=None if verify == "full" else True)
         for stem in stems:
-            first, *others = pictures[stem]
+            first = pictures[stem][0]
             if stem not in texts:
                 self._skip(BadPicture(first, "picture without caption", "have a caption"))
                 continue
-            digest = b""
             try:
-                caption = read_caption(texts[stem])
-                if verify != "none":
-                    content = read_bytes(first)
-                    digest = _digest(content)
-                    (decode if verify == "full" else open_checked)(content, first)
+                own = read_captions(texts[stem])
+                path, digest = self._first_good(pictures[stem], verify)
             except BadPicture as problem:
                 self._skip(problem)
                 continue
-            self.skipped["second picture of a caption"] += len(others)
-            self.paths.append(first)
+            if len(own) > 1:
+                several[len(captions)] = tuple(own)
+            self.paths.append(path)
             self._digests.append(digest)
-            captions.append(caption)
+            captions.append(own[0])
         self.captions: Sequence[str] = captions
+        self.several: Mapping[int, Sequence[str]] = several
         self.skipped = +self.skipped  # without the zeros
         if not self.paths:
-            why = ", ".join(f"{count} x {reason}" for reason, count in self.skipped.items())
+            why = counted(self.skipped)
             raise DataError(
                 f"data: {folder} must hold pictures with .txt captions of the same name, "
                 f"got no usable pair ({why or 'the folder is empty'})"
             )
+
+    def _first_good(self, paths: list[Path], verify: str) -> tuple[Path, bytes]:
+        """The first of the pictures of one caption that passes, and the hash of its file."""
+        refused: BadPicture | None = None
+        for place, path in enumerate(paths):
+            try:
+                content = b"" if verify == "none" else read_bytes(path)
+                if content:
+                    (decode if verify == "full" else open_checked)(content, path)
+            except BadPicture as problem:
+                if refused is not None:
+                    self._skip(refused)
+                refused = problem
+                continue
+            if refused is not None:
+                self._skip(refused)
+            self.skipped["second picture of a caption"] += len(paths) - place - 1
+            return path, _digest(content) if content else b""
+        assert refused is not None
+        raise refused
 
     def _skip(self, problem: BadPicture) -> None:
         self.skipped[problem.reason] += 1

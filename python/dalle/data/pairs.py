@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
+from tqdm import tqdm
 
+from dalle.console import printable
 from dalle.errors import DataError, UsageError
 
+if TYPE_CHECKING:
+    from dalle.data.folder import FolderPairs
+
 BUILT_IN = ("shapes", "emoji")
+NAMED = 10  # files that are named as left out; of further ones only the number grows
 SAMPLES = 64  # pictures hashed of a set whose kind is not known
-DRAWS = 1000  # pictures tried in the place of one that does not decode
+DRAWS = 1000  # pictures tried in the place of one that cannot be used
 
 
 @runtime_checkable
 class Pairs(Protocol):
-    """Pictures with one caption each.
+    """Pictures with their captions.
+
+    A set whose pictures may have more than one caption also has `several`, a mapping from the item
+    to all of its captions.
 
     Attributes:
         name: what the set is called in reports.
@@ -113,42 +123,113 @@ def load_pairs(spec: str, *, image_size: int, split: str = "train", seed: int = 
         raise UsageError(f"data: split of a folder must be 'train', got {split!r}")
     from dalle.data.folder import FolderPairs
 
-    return FolderPairs(Path(spec))
+    pairs = FolderPairs(Path(spec))
+    _say_what_is_there(pairs)
+    return pairs
+
+
+def _say_what_is_there(pairs: FolderPairs) -> None:
+    """What a training does not see of a folder, or sees in parts."""
+    from dalle.train.metrics import say
+
+    if pairs.skipped:
+        total = pairs.skipped.total()
+        say(
+            f"data: {len(pairs)} pairs in {pairs.name}, left out {total}: "
+            f"{counted(pairs.skipped)} (`dalle data check` names them)"
+        )
+    if pairs.several:
+        say(
+            f"data: {len(pairs.several)} caption files hold several lines, "
+            f"{len(every_caption(pairs))} captions in all; one of a picture's is drawn each time"
+        )
+
+
+def captions_of(pairs: Pairs, item: int) -> Sequence[str]:
+    """All captions of an item, one at least."""
+    own: Sequence[str] | None = getattr(pairs, "several", {}).get(item)
+    return own or (pairs.captions[item],)
+
+
+def draw_caption(pairs: Pairs, item: int, seed: int) -> str:
+    """One of an item's captions, each as likely; which, the seed decides."""
+    own = captions_of(pairs, item)
+    return own[0] if len(own) == 1 else own[int(np.random.default_rng(seed).integers(len(own)))]
+
+
+def every_caption(pairs: Pairs) -> list[str]:
+    """The captions of all items, of those with several each."""
+    return [caption for item in range(len(pairs)) for caption in captions_of(pairs, item)]
+
+
+def leave_out(pairs: Pairs, item: int, error: DataError) -> None:
+    """Counts a picture that cannot be used, once, in `pairs.skipped`, and says which and why."""
+    met: dict[int, str] | None = getattr(pairs, "left_out", None)
+    if met is None:
+        met = pairs.left_out = {}  # type: ignore[attr-defined]
+    if item in met:
+        return
+    met[item] = getattr(error, "reason", "does not decode")
+    pairs.skipped[met[item]] += 1
+    if len(met) <= NAMED:
+        paths = getattr(pairs, "paths", None)
+        where = f"picture {item}" if paths is None else str(paths[item])
+        line = str(error) if where in str(error) else f"{where}: {error}"
+        more = "; further ones are counted, not named" if len(met) == NAMED else ""
+        tqdm.write(printable(f"{pairs.name}: left out: {line}{more}"), file=sys.stderr)
+
+
+def left_out(pairs: Pairs) -> str:
+    """What this process could not use, as the end of a line: "; left out: 2 x REASON", or ""."""
+    reasons = Counter(getattr(pairs, "left_out", {}).values())
+    return f"; left out: {counted(reasons)}" if reasons else ""
+
+
+def counted(reasons: Counter[str]) -> str:
+    """ "2 x REASON, 1 x REASON", the most frequent first."""
+    return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
 
 
 def load_or_skip(
     pairs: Pairs,
-    indices: Sequence[int] | np.ndarray,
+    indices: Iterable[int] | np.ndarray,
     transform: Callable[[np.ndarray, int], np.ndarray] | None = None,
     *,
     some: bool = True,
+    most: int | None = None,
 ) -> tuple[list[np.ndarray], list[int]]:
-    """Loads pictures; one that does not decode is counted in `pairs.skipped` and left out.
+    """Loads pictures; one that cannot be used is left out and counted in `pairs.skipped`.
+
+    Cannot be used: it does not decode, or the transform refuses it.
 
     Args:
         pairs: where from.
         indices: which.
         transform: applied to each picture and its place in `indices`, in that order.
-        some: whether one at least must decode.
+        some: whether there must be one at least.
+        most: how many are enough; those after them are not looked at.
 
     Returns:
         The pictures, and their places in `indices`. Both may be shorter than `indices`.
 
     Raises:
-        DataError: not one of them decodes, where some must.
+        DataError: not one of them can be used, where some must.
     """
-    images, places, reason = [], [], ""
-    for place, i in enumerate(indices):
+    images: list[np.ndarray] = []
+    places: list[int] = []
+    reason = ""
+    for place, item in enumerate(indices):
+        if most is not None and len(images) >= most:
+            break
         try:
-            image = pairs.load(int(i))
+            image = pairs.load(int(item))
+            images.append(image if transform is None else transform(image, place))
+            places.append(place)
         except DataError as error:
             reason = str(error)
-            pairs.skipped["does not decode"] += 1
-            continue
-        images.append(image if transform is None else transform(image, place))
-        places.append(place)
-    if some and not images and len(indices):
-        raise DataError(f"{pairs.name}: a batch must hold a picture that decodes, got {reason}")
+            leave_out(pairs, int(item), error)
+    if some and reason and not images:
+        raise DataError(f"{pairs.name}: a batch must hold a picture that can be used, got {reason}")
     return images, places
 
 
@@ -158,11 +239,11 @@ def load_or_draw(
     seed: Callable[[int], int],
     transform: Callable[[np.ndarray, int], np.ndarray],
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Loads as many pictures as are asked for: where one does not decode, another is drawn.
+    """Loads as many pictures as are asked for: where one cannot be used, another is drawn.
 
     So a batch keeps its size, and what stands at a place of it depends on nothing but the place,
-    however many processes share the batch out. Each that does not decode is counted in
-    `pairs.skipped`.
+    however many processes share the batch out. Each that does not decode or that the transform
+    refuses is counted in `pairs.skipped`.
 
     Args:
         pairs: where from.
@@ -174,23 +255,24 @@ def load_or_draw(
         The pictures, and which they are, int64.
 
     Raises:
-        DataError: none of those drawn for a place decodes.
+        DataError: none of those drawn for a place can be used.
     """
     images, items = [], []
     for place, i in enumerate(indices):
         item, draws, reason = int(i), None, ""
         for _ in range(DRAWS):
             try:
-                image = pairs.load(item)
+                images.append(transform(pairs.load(item), place))
                 break
             except DataError as error:
                 reason = str(error)
-            pairs.skipped["does not decode"] += 1
+                leave_out(pairs, item, error)
             draws = draws or np.random.default_rng(seed(place))
             item = int(draws.integers(len(pairs)))
         else:
-            raise DataError(f"{pairs.name}: a batch must hold a picture that decodes, got {reason}")
-        images.append(transform(image, place))
+            raise DataError(
+                f"{pairs.name}: a batch must hold a picture that can be used, got {reason}"
+            )
         items.append(item)
     return images, np.array(items, dtype=np.int64)
 
@@ -201,7 +283,7 @@ def fingerprints(pairs: Pairs) -> dict[str, str]:
     Of a folder's pictures all bytes count, of those of a kind that is not from here some samples.
     """
     captions, pictures = hashlib.sha256(), hashlib.sha256()
-    for caption in pairs.captions:
+    for caption in every_caption(pairs):
         captions.update(caption.encode("utf-8", "surrogatepass") + b"\0")
     if isinstance(pairs, ArrayPairs):
         pictures.update(np.ascontiguousarray(pairs.images).data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -104,7 +105,8 @@ class DvaeTrainConfig:
 class DvaeTask:
     """Trains a `DiscreteVAE` on the pictures of a data set; fits `train.loop.train`.
 
-    In the place of a picture that does not decode another one is drawn.
+    In the place of a picture that cannot be used (broken, or smaller than the crop) another is
+    drawn.
 
     Args:
         vae: the model to train; with a cluster on the CPU, where each process takes its part.
@@ -116,6 +118,7 @@ class DvaeTask:
 
     Raises:
         UsageError: sizes that do not fit, or a warm start without the patch stem.
+        DataError: too few pictures to make a codebook of after the warm start.
     """
 
     name = "dvae"
@@ -136,6 +139,9 @@ class DvaeTask:
             raise UsageError(
                 f"dvae train: stem must be 'patch' for a warm start, got {vae.config.stem!r}"
             )
+        if config.warm_start_steps:
+            with agreed(cluster):
+                self._check_codebook()
         if cluster is not None:
             self._share_out(cluster)
         self.sampler = BatchSampler(len(pairs), config.batch_size, seed)
@@ -159,11 +165,35 @@ class DvaeTask:
         model, recipe = to_dict(self.model.config), to_dict(self.config)
         return {"model": model, "train": recipe, "data": self.data, "seed": self.seed}
 
-    def images(self, indices: np.ndarray) -> Tensor:
-        """(B, 3, S, S) in [0, 1], cropped to the centre; without those that do not decode."""
+    def images(self, items: np.ndarray, most: int) -> Tensor:
+        """The first `most` that can be used, in the order of their numbers, cropped to the centre:
+        (B, 3, S, S) in [0, 1]."""
         size = self.config.image_size
-        found, _ = load_or_skip(self.pairs, indices, lambda image, _: center_crop(image, size))
-        return to_tensor(found).to(self.device)
+        found, places = load_or_skip(
+            self.pairs, items, lambda image, _: center_crop(image, size), most=most
+        )
+        return to_tensor([found[i] for i in np.argsort(items[places])]).to(self.device)
+
+    def _check_codebook(self) -> None:
+        """Whether the pictures give as many points as k-means needs, before the warm start."""
+        c, codes = self.config, self.model.num_tokens
+        points = math.prod(self.model.grid(c.image_size))
+        need = math.ceil(codes / points)
+        for name, least in (("codebook_points", codes), ("codebook_images", need)):
+            if getattr(c, name) < least:
+                raise UsageError(
+                    f"dvae train: {name} must be at least {least} for {codes} codes, "
+                    f"got {getattr(c, name)}"
+                )
+        found, _ = load_or_skip(
+            self.pairs, range(len(self.pairs)), lambda image, _: center_crop(image, c.image_size),
+            some=False, most=need,
+        )  # fmt: skip
+        if len(found) < need:
+            raise DataError(
+                f"dvae train: data must hold at least {need} pictures that can be used for a "
+                f"codebook of {codes} codes ({points} points a picture), got {len(found)}"
+            )
 
     def batch(self, step: int) -> Tensor:
         """This process's part of update `step`, (B, 3, S, S) in [0, 1]; crops drawn by place."""
@@ -253,7 +283,7 @@ class DvaeTask:
                 return {}
             assert isinstance(model, DiscreteVAE)
             model.to(self.device)
-            images = self.images(np.arange(min(8, len(self.pairs))))
+            images = self.images(np.arange(len(self.pairs)), 8)
             both = (images, self.reconstruct(model, images, step))
             return {"reconstructions": torch.cat([torch.cat(list(row), 2) for row in both], 1)}
 
@@ -283,12 +313,18 @@ class DvaeTask:
                 assert isinstance(model, DiscreteVAE)
                 init_codebook(
                     model.to(self.device),
-                    self.images(np.sort(chosen[: c.codebook_images])),
+                    self.images(chosen, c.codebook_images),
                     sharpness=c.codebook_sharpness,
                     iterations=c.codebook_iterations,
                     max_points=c.codebook_points,
                     seed=start_seed(self.seed, "codebook"),
                 )
+                codes, different = model.num_tokens, len(model.codebook().unique(dim=0))
+                if different < codes:
+                    say(
+                        f"dvae train: only {different} of the {codes} codes differ at the start, "
+                        "the pictures have no more different parts"
+                    )
         self.average = IterateAverage(self.model, c.average_decay, warmup=c.average_warmup)
 
     def _mse(self, images: Tensor, mu: Tensor) -> Tensor:

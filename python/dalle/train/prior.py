@@ -13,7 +13,14 @@ from torch import Tensor
 from dalle.averaging import IterateAverage
 from dalle.configs import to_dict
 from dalle.data.augment import center_crop, prior_crop, to_tensor
-from dalle.data.pairs import BatchSampler, Pairs, fingerprints, load_or_draw, load_or_skip
+from dalle.data.pairs import (
+    BatchSampler,
+    Pairs,
+    draw_caption,
+    fingerprints,
+    load_or_draw,
+    load_or_skip,
+)
 from dalle.dvae import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.pictures import rows_of
@@ -50,8 +57,9 @@ class Batch(NamedTuple):
 class PriorTask:
     """Trains a `Prior` on pairs; fits `train.loop.train`.
 
-    In the place of a pair whose picture does not decode another one is drawn; with `augment`
-    "none", where all are encoded at the start, such pairs leave the set.
+    In the place of a pair whose picture cannot be used (broken, or smaller than the crop) another
+    is drawn; with `augment` "none", where all are encoded at the start, such pairs leave the set.
+    Of a pair's several captions one is drawn each time.
 
     Args:
         prior: the model to train; with a cluster on the CPU, where each process takes its part.
@@ -161,7 +169,10 @@ class PriorTask:
 
             images, items = load_or_draw(self.pairs, chosen, draws, crop)
             tokens = self._encode(images)
-        captions = [self.pairs.captions[int(i)] for i in items]
+        captions = [
+            draw_caption(self.pairs, int(i), step_seed(self.seed, step, 6, int(place)))
+            for place, i in zip(places, items, strict=True)
+        ]
         text = self.tokenizer.encode(
             captions, self.model.config.text_len - 1,
             dropout=c.bpe_dropout, seed=step_seed(self.seed, step, 2), places=places.tolist(),
@@ -222,9 +233,11 @@ class PriorTask:
             if model is None:
                 return {}
             assert isinstance(model, Prior)
-            size, items = self.image_size, self.kept[:8]
-            images, found = load_or_skip(self.pairs, items, lambda x, _: center_crop(x, size))
-            captions = [self.pairs.captions[int(i)] for i in items[found]]
+            size = self.image_size
+            images, found = load_or_skip(
+                self.pairs, self.kept, lambda x, _: center_crop(x, size), most=8
+            )
+            captions = [self.pairs.captions[int(i)] for i in self.kept[found]]
             text = self.tokenizer.encode(captions, self.model.config.text_len - 1)
             samples = model.to(self.device).generate(text.to(self.device), seed=self.seed)
             seen = self.vae.decode(self._encode(images).view(-1, *self.model.config.grid))
@@ -322,5 +335,5 @@ class PriorTask:
             kept = [i for _, ours in gathered for i in ours]
             every = torch.cat([torch.from_numpy(t) for t, _ in gathered if len(t)] or [every])
         if not kept:
-            raise DataError(f"{self.pairs.name}: a picture must decode, got none that does")
+            raise DataError(f"{self.pairs.name}: a picture must be usable, got none that is")
         return every, np.array(kept)

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,7 +24,7 @@ from torch import nn
 from dalle.averaging import IterateAverage
 from dalle.configs import check_numbers
 from dalle.data.augment import center_crop, to_tensor
-from dalle.data.pairs import Pairs, fingerprints, load_or_skip
+from dalle.data.pairs import Pairs, captions_of, fingerprints, load_or_draw, load_or_skip
 from dalle.dvae import DiscreteVAE
 from dalle.errors import UsageError
 from dalle.pictures import rows_of
@@ -103,7 +104,8 @@ def contrastive_loss(
 
     Args:
         logits: (B, B), row = caption, column = picture; partners on the diagonal.
-        same: (B, B) bool, True where two rows share a caption: no wrong answers to each other.
+        same: (B, B) bool, True where two rows share a caption or a picture: no wrong answers to
+            each other.
         spliced: (B, M) captions against broken pictures, which are wrong answers to every caption.
     """
     size = len(logits)
@@ -222,10 +224,16 @@ class RankerTask:
             "data": {"pairs": len(pairs), **fingerprints(pairs)},
         }
         self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.text = ranker.tokenizer.encode(pairs.captions, ranker.config.text_len)
+        captions = list(pairs.captions)  # the first of each item, then the others of some
+        self.rows: dict[int, list[int]] = {}  # of the items with several captions
+        for item in getattr(pairs, "several", {}):
+            _, *others = captions_of(pairs, item)
+            self.rows[item] = [item, *range(len(captions), len(captions) + len(others))]
+            captions += others
+        self.text = ranker.tokenizer.encode(captions, ranker.config.text_len)
         _, ids = torch.unique(self.text, dim=0, return_inverse=True)
         self.caption_ids = ids
-        if int(ids.max() if len(ids) else 0) < 1:
+        if len(ids[: len(pairs)].unique()) < 2:
             raise UsageError("ranker: pairs must hold two different captions, got fewer")
         most = pool_size(len(pairs)) + 1
         if config.group > most:
@@ -256,13 +264,15 @@ class RankerTask:
         """A step's batch: indices (B,), pictures (B, 3, H, W), spliced pictures (M, 3, H, W)."""
         rng = torch.Generator().manual_seed(step_seed(self.seed, step))
         wanted = look_alikes(
-            self.bags, self.caption_ids, self.config.batch_size, self.config.group, rng
-        )
+            self.bags, self.caption_ids[: len(self.pairs)], self.config.batch_size,
+            self.config.group, rng,
+        )  # fmt: skip
         size = self.ranker.config.image_size
-        found, places = load_or_skip(
-            self.pairs, wanted.tolist(), lambda im, _: center_crop(im, size)
-        )
-        kept = wanted[places].tolist()
+        found, items = load_or_draw(
+            self.pairs, wanted.numpy(), lambda place: step_seed(self.seed, step, 1, place),
+            lambda image, _: center_crop(image, size),
+        )  # fmt: skip
+        kept = items.tolist()
         device = self.ranker.log_scale.device
         images = to_tensor(found).to(device)
         # Pictures of one group stand side by side; taking from elsewhere makes worse mistakes.
@@ -277,6 +287,16 @@ class RankerTask:
                 shown = torch.rand(len(images), generator=rng) < self.config.reconstructed
                 images = torch.where(shown.to(device)[:, None, None, None], again, images)
         return torch.tensor(kept), images, spliced
+
+    def caption_rows(self, items: torch.Tensor, step: int) -> torch.Tensor:
+        """(B,) which row of `text` stands for each item: of several captions one is drawn."""
+        rows = items.clone()
+        for place, item in enumerate(items.tolist()):
+            own = self.rows.get(item)
+            if own:
+                draw = np.random.default_rng(step_seed(self.seed, step, 2, place))
+                rows[place] = own[int(draw.integers(len(own)))]
+        return rows
 
     def _through_vae(
         self, items: list[int], images: torch.Tensor
@@ -295,9 +315,14 @@ class RankerTask:
             found, places = load_or_skip(
                 self.pairs, inside, lambda im, _: center_crop(im, size), some=False
             )
-            made = self._round_trip(to_tensor(found).to(images.device))
-            for place, code, again in zip(places, *made, strict=True):
-                self.seen[inside[place]] = code, again
+            if found:
+                made = self._round_trip(to_tensor(found).to(images.device))
+                for place, code, again in zip(places, *made, strict=True):
+                    self.seen[inside[place]] = code, again
+        for row, item in enumerate(items):
+            if item not in self.seen:  # its file has gone since `images` was read
+                codes, back = self._round_trip(images[row : row + 1])
+                self.seen[item] = codes[0], back[0]
         pairs = [self.seen[item] for item in items]
         codes = torch.stack([code for code, _ in pairs])
         return codes, torch.stack([back for _, back in pairs]).float() / 255
@@ -317,7 +342,8 @@ class RankerTask:
     def train_step(self, step: int) -> Mapping[str, float | torch.Tensor]:
         items, images, spliced = self.views(step)
         device = images.device
-        text, count = self.text[items].to(device), len(items)
+        rows, count = self.caption_rows(items, step), len(items)
+        text = self.text[rows].to(device)
 
         def towers(place: slice) -> tuple[torch.Tensor, ...]:
             start, stop = (end * len(spliced) // count for end in (place.start, place.stop))
@@ -328,12 +354,13 @@ class RankerTask:
         found = side_by_side(towers, count, self.config.parts, self.ranker)
         words, own, broken = (torch.cat(each) for each in zip(*found, strict=True))
         logits = self.ranker.scale * words @ torch.cat([own, broken]).T
-        ids = self.caption_ids[items].to(device)
+        ids, pictures = self.caption_ids[rows].to(device), items.to(device)
+        same = (ids[:, None] == ids[None]) | (pictures[:, None] == pictures[None])
         wrong = logits[:, count:] if len(spliced) else None
-        loss = contrastive_loss(logits[:, :count], ids[:, None] == ids[None], wrong)
+        loss = contrastive_loss(logits[:, :count], same, wrong)
         with torch.no_grad():
             best = logits.argmax(1)
-            right = (ids[best.clamp_max(count - 1)] == ids) & (best < count)
+            right = same.gather(1, best.clamp_max(count - 1)[:, None])[:, 0] & (best < count)
         peak = linear_warmup(step, self.config.learning_rate, self.config.warmup)
         lr = peak * cosine_ramp(step, 1.0, 0.03, self.config.steps)
         norm = update(self, loss, step, lr=lr, clip_norm=self.config.clip_norm)
