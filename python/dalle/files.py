@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import numbers
 import os
 import secrets
 import shutil
@@ -227,12 +228,21 @@ def sha256(path: Path) -> str:
 
 
 def to_json(value: Any) -> bytes:
-    """`value` as indented UTF-8 JSON with a final newline.
+    """`value` as indented UTF-8 JSON with a final newline; numbers of numpy as Python's.
 
     Lone surrogates (bytes of an argument or a file name that are not UTF-8) become JSON's escapes.
     """
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=plain_number) + "\n"
     return text.encode("utf-8", "backslashreplace")
+
+
+def plain_number(value: Any) -> int | float:
+    """An integer or a number of any kind as Python's; TypeError for all else (for `json`)."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError(f"JSON has no {type(value).__name__}")
 
 
 def read_json(path: Path, error: type[DalleError], limit: int = MAX_TEXT_BYTES) -> Any:

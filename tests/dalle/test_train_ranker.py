@@ -78,6 +78,19 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
         assert torch.equal(tensor, second.model.state_dict()[name]), name
 
 
+def test_numpys_integers_train_and_are_saved(tmp_path):
+    i = np.int64
+    config = RankerTrainConfig(steps=i(2), batch_size=i(8), group=i(4), num_spliced=i(3))
+    task = toy_task(config, seed=0)
+    train(task, LoopConfig(out=tmp_path, steps=i(2), seed=i(3), picture_every=i(0)))
+    again = toy_task(RankerTrainConfig(steps=2, batch_size=8, group=4, num_spliced=3), seed=0)
+    assert train(again, LoopConfig(out=tmp_path, steps=2, seed=3)).step == 2  # it resumes
+    sizes = {"image_size": i(16), "grid": i(4), "width": i(32), "depth": i(1), "embed_dim": i(8)}
+    ranker = ContrastiveRanker.from_preset("tiny", tokenizer=task.ranker.tokenizer, **sizes)
+    ranker.save_pretrained(tmp_path / "saved")
+    assert ContrastiveRanker.from_pretrained(tmp_path / "saved").config == ranker.config
+
+
 def test_look_alikes_share_words_and_never_the_caption():
     task = toy_task(SMALL)
     rng = torch.Generator().manual_seed(0)
