@@ -44,17 +44,29 @@ class IterateAverage:
             name: p.detach().to(torch.float32, copy=True) for name, p in self._parameters.items()
         }
 
+    def _decay(self, copy: int) -> float:
+        return min(self.decay, (1 + copy) / (10 + copy)) if self.warmup else self.decay
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes a copy if update number `step + 1` is due; call after the optimizer's update."""
         if (step + 1) % self.every:
             return
-        decay = self.decay
-        if self.warmup:
-            decay = min(decay, (1 + self.copies) / (10 + self.copies))
+        decay = self._decay(self.copies)
         self.copies += 1
         for name, parameter in self._parameters.items():
             self.average[name].lerp_(parameter.detach().float(), 1 - decay)
+
+    @property
+    def first_share(self) -> float:
+        """What the weights of the start still are of the average: 1 before the first copy."""
+        share = 1.0
+        for copy in range(self.copies):
+            decay = self._decay(copy)
+            if decay == self.decay:  # and stays so
+                return float(share * decay ** (self.copies - copy))
+            share *= decay
+        return share
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -27,6 +27,20 @@ def test_follows_the_definition_every_n_updates():
     assert average.copies == 4
 
 
+@pytest.mark.parametrize(("decay", "warmup"), [(0.9, False), (0.9, True), (0.999, True)])
+def test_knows_what_is_left_of_the_start(decay, warmup):
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    average = IterateAverage(model, decay, warmup=warmup)
+    assert average.first_share == 1
+    nn.init.zeros_(model.weight)
+    for step in range(200):
+        average.update(step)
+        if step in (0, 1, 20, 100, 199):
+            left = float(average.average["weight"])
+            assert average.first_share == pytest.approx(left, rel=1e-3, abs=1e-30)
+
+
 def test_is_fp32_for_a_bf16_model():
     """In bf16 a step of 1e-3 of the difference would be rounded away."""
     model = nn.Linear(1, 1, bias=False).bfloat16()

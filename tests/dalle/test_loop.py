@@ -34,6 +34,14 @@ def test_learns_and_reports(tmp_path):
     assert len(checkpoints(tmp_path)) == 2
 
 
+def test_an_average_that_has_seen_little_is_told(tmp_path, capsys):
+    line = "of the averaged weights are still those of the start"
+    train(TinyTask(), config(tmp_path, steps=20, log_every=100))  # 10 copies at .9
+    assert f"tiny: 35% {line}: train longer" in capsys.readouterr().err
+    train(TinyTask(), config(tmp_path, steps=60, log_every=100))
+    assert line not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nonfinite_gradient_stops_before_the_update(tmp_path, value):
     seen = {}

@@ -61,6 +61,8 @@ from dalle.train.update import check_loss
 if TYPE_CHECKING:
     from dalle.distributed.cluster import Cluster
 
+FIRST_SHARE = 0.1  # of the first weights in the averaged ones, above which it is said
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
@@ -244,6 +246,12 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
         interrupted = step < config.steps and stop
         result = TrainResult(
             step=step, seconds=metrics.seconds, interrupted=interrupted, metrics=metrics.last
+        )
+    share = 0.0 if task.average is None or interrupted else task.average.first_share
+    if share > FIRST_SHARE:
+        say(
+            f"{task.name}: {share:.0%} of the averaged weights are still those of the start: train "
+            "longer, or average with a warm-up (average_warmup) or a smaller average_decay"
         )
     if interrupted:
         raise TrainingInterrupted(
