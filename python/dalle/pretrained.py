@@ -247,6 +247,17 @@ def _check_size(directory: Path, least: int) -> None:
         require_memory(str(directory), 4 * least, "its weights", "take a smaller model")
 
 
+def _check_finite(model: nn.Module, path: Path) -> None:
+    """Raises CheckpointError where a weight is NaN or infinite: all it draws would be noise."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            count = int(tensor.isfinite().logical_not().sum())
+            raise CheckpointError(
+                f"{path}: {name} must hold finite numbers, got {count} NaN or infinite of "
+                f"{tensor.numel()}"
+            )
+
+
 class Pretrained(nn.Module, Generic[T]):
     """A module that a config describes and a folder keeps.
 
@@ -276,6 +287,7 @@ class Pretrained(nn.Module, Generic[T]):
         with torch.random.fork_rng(devices=[]):  # loading must not move the caller's generator
             model = cls._with_parts(config, Path(directory))
         load_weights(model, directory)
+        _check_finite(model, Path(directory) / WEIGHTS_FILE)
         model.trained_on = load_trained_on(directory)
         return model.eval()
 

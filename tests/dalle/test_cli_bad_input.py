@@ -11,11 +11,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from cli_home import DVAE, PRIOR, RECONSTRUCT, RERANK, SAMPLE, make_home
 
 from dalle import files
 from dalle.cli import main
 from dalle.errors import EnvironmentProblem
+from dalle.rerank import ContrastiveRanker
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +164,15 @@ def test_captions_that_no_terminal_shows_are_drawn_and_written(
     assert samples[0]["caption"] == scores["caption"] == text
     heard[1].flush()
     assert ascii(text)[1:-1] in heard[1].buffer.getvalue().decode("ascii")
+
+
+def test_scores_that_are_no_numbers_are_an_error(home, tmp_path, monkeypatch, capsys):
+    ranker = ContrastiveRanker.from_pretrained(home / "pipe/ranker")
+    with torch.no_grad():
+        ranker.image.out.weight.fill_(3e38)
+    ranker.save_pretrained(tmp_path / "ranker")
+    monkeypatch.chdir(home)
+    words = RERANK.replace("pipe/ranker", str(tmp_path / "ranker"))
+    assert main(words.replace("--out out", f"--out {tmp_path}/out").split()) == 5
+    assert "rerank: scores must be finite, got 6 of 6 that are not" in capsys.readouterr().err
+    assert not (tmp_path / "out/scores.json").exists()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 from pathlib import Path
 
@@ -175,3 +176,15 @@ def test_loading_leaves_the_callers_generator_alone(tmp_path):
     torch.manual_seed(5)
     DiscreteVAE.from_pretrained(tmp_path)
     assert torch.equal(torch.rand(3), wanted)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
+    vae = DiscreteVAE.from_preset("tiny", vocab_size=32)
+    with torch.no_grad():
+        vae.decoder.codebook_conv().b[3] = value
+    vae.save_pretrained(tmp_path)
+    expect_line(
+        r"decoder.blocks.input.b must hold finite numbers, got 1 NaN or infinite of 32",
+        lambda: DiscreteVAE.from_pretrained(tmp_path),
+    )

@@ -16,7 +16,7 @@ from dalle.console import argument_text, printable
 from dalle.data.captions import clean
 from dalle.data.folder import find_pictures
 from dalle.devices import pick_device
-from dalle.errors import CheckpointError, DataError, UsageError
+from dalle.errors import CheckpointError, DataError, NumericalError, UsageError
 from dalle.files import make_folder, to_json
 from dalle.rerank import ContrastiveRanker, TransformersCLIP, load_ranker
 
@@ -81,6 +81,11 @@ def rerank(config: RerankConfig) -> None:
         )
     stack = torch.stack(loaded)
     scores = ranker.scores([caption] * len(kept), stack)
+    if not bool(scores.isfinite().all()):
+        bad = int(scores.isfinite().logical_not().sum())
+        raise NumericalError(
+            f"rerank: scores must be finite, got {bad} of {len(kept)} that are not"
+        )
     order = scores.argsort(descending=True, stable=True).tolist()
     ranking = [
         {"file": str(kept[i].relative_to(config.images)), "score": round(float(scores[i]), 5)}
