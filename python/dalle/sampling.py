@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import operator
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dalle.errors import UsageError
+from dalle_ext._checks import integer
 
 MAX_SEED = 2**63 - 1  # as in training
 
@@ -21,12 +21,8 @@ def check_options(temperature: float, top_k: int | None, top_p: float | None) ->
     if not (math.isfinite(temperature) and temperature >= 0):
         raise UsageError(f"generate: temperature must be 0 or more, got {temperature}")
     if top_k is not None:
-        try:
-            least = -1 if isinstance(top_k, bool) else operator.index(top_k)
-        except TypeError:
-            least = -1
-        if least < 1:
-            raise UsageError(f"generate: top_k must be a whole number of at least 1, got {top_k}")
+        integer("generate", "top_k", top_k, 1,
+                requirement="a whole number of at least 1", error=UsageError)  # fmt: skip
     if top_p is not None and not 0 < top_p <= 1:
         raise UsageError(f"generate: top_p must be in (0, 1], got {top_p}")
 
@@ -94,12 +90,7 @@ def whole_number(owner: str, name: str, value: Any, low: int, high: int | None =
     Raises:
         UsageError: it is no integer, or not in low .. high.
     """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise UsageError(f"{owner}: {name} must be a whole number, got {value!r}")
+    number = integer(owner, name, value, requirement="a whole number", error=UsageError)
     if number < low:
         raise UsageError(f"{owner}: {name} must be {low} or more, got {value}")
     if high is not None and number > high:

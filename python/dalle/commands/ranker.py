@@ -36,7 +36,7 @@ class RankerTrainCommand:
         accept_changes: go on from a checkpoint of other options, data, tokenizer or dVAE.
         log_every, checkpoint_every, picture_every: updates between records, checkpoints, pictures.
         deterministic: same bits on every run.
-        recipe: the training recipe; the defaults are the demo's.
+        recipe: the training recipe; 600 updates if nothing is said.
     """
 
     data: str
