@@ -130,8 +130,8 @@ def to_rgb(picture: Image.Image, key: tuple[int, ...] = (), depth: int = 8) -> I
     """
     where = _has_colour(np.asarray(picture), key, depth) if key else None
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        wide = np.asarray(picture, dtype=np.float64)
-        picture = Image.fromarray(np.rint(wide.clip(0, 65535) / 257).astype(np.uint8))
+        wide = np.asarray(picture).clip(0, 65535).astype(np.uint32)
+        picture = Image.fromarray(((wide + 128) // 257).astype(np.uint8))  # to nearest
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

@@ -151,10 +151,10 @@ def captions_of(pairs: Pairs, item: int) -> Sequence[str]:
     return own or (pairs.captions[item],)
 
 
-def draw_caption(pairs: Pairs, item: int, seed: int) -> str:
-    """One of an item's captions, each as likely; which, the seed decides."""
+def draw_caption(pairs: Pairs, item: int, seed: Callable[[], int]) -> str:
+    """One of an item's captions, each as likely; which, the seed decides (asked for if needed)."""
     own = captions_of(pairs, item)
-    return own[0] if len(own) == 1 else own[int(np.random.default_rng(seed).integers(len(own)))]
+    return own[0] if len(own) == 1 else own[int(np.random.default_rng(seed()).integers(len(own)))]
 
 
 def every_caption(pairs: Pairs) -> list[str]:
@@ -172,11 +172,15 @@ def leave_out(pairs: Pairs, item: int, error: DataError) -> None:
     met[item] = getattr(error, "reason", "does not decode")
     pairs.skipped[met[item]] += 1
     if len(met) <= NAMED:
-        paths = getattr(pairs, "paths", None)
-        where = f"picture {item}" if paths is None else str(paths[item])
-        line = str(error) if where in str(error) else f"{where}: {error}"
+        line = _named(pairs, item, error)
         more = "; further ones are counted, not named" if len(met) == NAMED else ""
         tqdm.write(printable(f"{pairs.name}: left out: {line}{more}"), file=sys.stderr)
+
+
+def _named(pairs: Pairs, item: int, error: DataError) -> str:
+    paths = getattr(pairs, "paths", None)
+    where = f"picture {item}" if paths is None else str(paths[item])
+    return str(error) if where in str(error) else f"{where}: {error}"
 
 
 def left_out(pairs: Pairs) -> str:
@@ -226,7 +230,7 @@ def load_or_skip(
             images.append(image if transform is None else transform(image, place))
             places.append(place)
         except DataError as error:
-            reason = str(error)
+            reason = _named(pairs, int(item), error)
             leave_out(pairs, int(item), error)
     if some and reason and not images:
         raise DataError(f"{pairs.name}: a batch must hold a picture that can be used, got {reason}")
@@ -265,7 +269,7 @@ def load_or_draw(
                 images.append(transform(pairs.load(item), place))
                 break
             except DataError as error:
-                reason = str(error)
+                reason = _named(pairs, item, error)
                 leave_out(pairs, item, error)
             draws = draws or np.random.default_rng(seed(place))
             item = int(draws.integers(len(pairs)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -170,7 +171,7 @@ class PriorTask:
             images, items = load_or_draw(self.pairs, chosen, draws, crop)
             tokens = self._encode(images)
         captions = [
-            draw_caption(self.pairs, int(i), step_seed(self.seed, step, 6, int(place)))
+            draw_caption(self.pairs, int(i), partial(step_seed, self.seed, step, 6, int(place)))
             for place, i in zip(places, items, strict=True)
         ]
         text = self.tokenizer.encode(
