@@ -241,6 +241,11 @@ def test_fingerprints_name_what_has_changed(tmp_path):
     assert second["captions"] == first["captions"] and second["pictures"] != first["pictures"]
     text.write_text("c")
     assert found()["captions"] != first["captions"] and found()["pictures"] == second["pictures"]
+    (tmp_path / "here" / "b.txt").write_text("b\nd")
+    third = found()
+    text.write_text("c\nb")
+    (tmp_path / "here" / "b.txt").write_text("d")  # the same words in the same order
+    assert found()["captions"] != third["captions"]
 
 
 def test_empty_folders_get_one_line(tmp_path):

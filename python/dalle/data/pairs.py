@@ -282,13 +282,14 @@ def load_or_draw(
 
 
 def fingerprints(pairs: Pairs) -> dict[str, str]:
-    """Hashes of "captions" and "pictures", in their order.
+    """Hashes of "captions" (of each item all it has) and "pictures", in their order.
 
     Of a folder's pictures all bytes count, of those of a kind that is not from here some samples.
     """
     captions, pictures = hashlib.sha256(), hashlib.sha256()
-    for caption in every_caption(pairs):
-        captions.update(caption.encode("utf-8", "surrogatepass") + b"\0")
+    for item in range(len(pairs)):
+        own = [caption.encode("utf-8", "surrogatepass") for caption in captions_of(pairs, item)]
+        captions.update(b"%d " % len(own) + b"".join(b"%d %s" % (len(c), c) for c in own))
     if isinstance(pairs, ArrayPairs):
         pictures.update(np.ascontiguousarray(pairs.images).data)
     elif hasattr(pairs, "digests"):
