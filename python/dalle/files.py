@@ -158,6 +158,18 @@ def saving(owner: str, path: Path | str) -> Iterator[None]:
         ) from problem
 
 
+def check_targets(owner: str, *paths: Path) -> None:
+    """Refuses, before the work, paths where no file can be put at its end.
+
+    Raises:
+        EnvironmentProblem: something else than a file lies there, or a file in the place of its
+            folder, in one line that begins with `owner`.
+    """
+    for path in paths:
+        with saving(owner, path):
+            check_regular(path, missing_ok=True)
+
+
 def write_synced(path: Path, data: bytes) -> None:
     """Writes `data` to `path` and returns when the disk has it.
 

@@ -20,7 +20,7 @@ from dalle.data.pairs import Pairs, every_caption, load_or_skip
 from dalle.data.shapes import Scene
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.errors import UsageError
-from dalle.files import saving, to_json
+from dalle.files import check_targets, saving, to_json
 from dalle.pictures import check_sheet, grid, save_bytes, save_png
 from dalle.prior_config import PRESETS
 from dalle.tokenizer import Tokenizer
@@ -123,6 +123,8 @@ def check(config: CheckConfig) -> None:
         if getattr(config, name) < 0:
             value = getattr(config, name)
             raise UsageError(f"data check: {name} must be 0 or more, got {value}")
+    if config.contact is not None:
+        check_targets("data check", config.contact)
     tokenizer = None if config.tokenizer is None else Tokenizer.from_pretrained(config.tokenizer)
     pairs = FolderPairs(config.folder, verify=config.verify)
     sizes: dict[int, tuple[int, int]] = {}

@@ -11,7 +11,7 @@ import torch
 from dalle import pictures
 from dalle.codebook import codebook_health
 from dalle.commands.fits import require_dvae_fits
-from dalle.commands.training import loop_config, save_model
+from dalle.commands.training import check_model_target, loop_config, save_model
 from dalle.configs import did_you_mean
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.folder import find_pictures
@@ -22,6 +22,7 @@ from dalle.devices import pick_device
 from dalle.distributed.cluster import ClusterConfig, alike, join
 from dalle.dvae import PRESETS, DiscreteVAE
 from dalle.errors import DataError, UsageError
+from dalle.files import check_targets
 from dalle.likelihood import psnr
 from dalle.memory import require_memory
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
@@ -119,6 +120,7 @@ def train(config: DvaeTrainCommand) -> None:
         )
     with join(config.cluster, pick_device(config.device), alike(config)) as cluster:
         with agreed(cluster):
+            check_model_target("dvae train", config.out / "model")
             pairs = load_pairs(config.data, image_size=train_config.image_size, seed=config.seed)
         if cluster is None:
             sizes = train_config.image_size, train_config.batch_size
@@ -172,6 +174,7 @@ def reconstruct(config: ReconstructCommand) -> None:
         if getattr(config, name) < 1:
             value = getattr(config, name)
             raise UsageError(f"dvae reconstruct: {name} must be at least 1, got {value}")
+    check_targets("dvae reconstruct", config.out)
     vae = DiscreteVAE.from_pretrained(config.model).to(pick_device(config.device))
     size = config.image_size
     if not size:

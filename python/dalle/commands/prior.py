@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from dalle.commands.fits import require_prior_fits
-from dalle.commands.training import loop_config, save_model
+from dalle.commands.training import check_model_target, loop_config, save_model
 from dalle.configs import did_you_mean
 from dalle.data.pairs import left_out, load_pairs
 from dalle.devices import pick_device
@@ -120,7 +120,9 @@ def _new_prior(
 
 def _train(config: PriorCommandConfig, cluster: Cluster | None) -> None:
     device = pick_device(config.device) if cluster is None else cluster.device
+    loop = loop_config(config, config.steps)  # refuses its options before anything is loaded
     with agreed(cluster):
+        check_model_target("prior train", config.out / "prior")
         tokenizer = Tokenizer.from_pretrained(config.tokenizer)
         vae = DiscreteVAE.from_pretrained(config.vae).to(device)
         pairs = load_pairs(config.data, image_size=config.image_size, seed=config.seed)
@@ -128,7 +130,7 @@ def _train(config: PriorCommandConfig, cluster: Cluster | None) -> None:
     if cluster is None:  # of many processes none needs the whole of it on its device
         prior.to(device)
     task = PriorTask(prior, tokenizer, vae, pairs, config.recipe, seed=config.seed, cluster=cluster)
-    result = train(task, loop_config(config, config.steps))
+    result = train(task, loop)
     save_model("prior train", task, config.out / "prior")
     if cluster is not None and cluster.psgd is not None:
         say(f"prior train: PowerSGD: {cluster.psgd.report()['advice']}")

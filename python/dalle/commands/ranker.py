@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dalle.commands.training import alone, loop_config, save_model
+from dalle.commands.training import alone, check_model_target, loop_config, save_model
 from dalle.data.pairs import left_out, load_pairs
 from dalle.devices import pick_device
 from dalle.dvae import DiscreteVAE
@@ -61,6 +61,7 @@ def train_command(config: RankerTrainCommand) -> None:
     alone("ranker train")
     device = pick_device(config.device)
     loop = loop_config(config, config.recipe.steps)
+    check_model_target("ranker train", config.out / "model")
     tokenizer, vae = Tokenizer.from_pretrained(config.tokenizer), None
     if config.vae is not None:
         vae = DiscreteVAE.from_pretrained(config.vae).to(device)

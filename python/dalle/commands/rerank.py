@@ -17,7 +17,7 @@ from dalle.data.captions import clean
 from dalle.data.folder import find_pictures
 from dalle.devices import pick_device
 from dalle.errors import CheckpointError, DataError, NumericalError, UsageError
-from dalle.files import make_folder, to_json
+from dalle.files import check_targets, make_folder, to_json
 from dalle.rerank import ContrastiveRanker, TransformersCLIP, load_ranker
 
 CLIP_SIZE = 224
@@ -55,6 +55,7 @@ def rerank(config: RerankConfig) -> None:
     if not files:
         raise DataError(f"rerank: images must be a folder with pictures, got {config.images}")
     make_folder(config.out, "rerank")
+    check_targets("rerank", config.out / "scores.json", config.out / "sorted.png")
     device = pick_device(config.device)
     try:
         ranker = load_ranker(config.ranker)

@@ -121,6 +121,10 @@ def sample(config: SampleConfig) -> None:
     """Draws, writes, and says where."""
     captions = read_captions(config)
     make_folder(config.out, "sample")
+    names = [slug(caption, number) for number, caption in enumerate(captions)]
+    files.check_targets("sample", config.out / "samples.json")
+    for name in names:
+        files.check_targets("sample", config.out / f"{name}.png", config.out / name / "0.png")
     device = pick_device(config.device)
     pipeline = Pipeline.from_pretrained(config.model)
     for part in (pipeline.vae, pipeline.prior, pipeline.ranker):
@@ -149,17 +153,17 @@ def sample(config: SampleConfig) -> None:
         if pipeline.tokenizer.truncated > cut:
             slots = pipeline.prior.config.text_len - 1
             print(f"sample: caption {number + 1} has more than {slots} tokens, the rest is cut off")
-        name = slug(caption, number)
+        name = names[number]
         labels = ["" if math.isnan(s) else f"{s:.3f}" for s in found.scores.tolist()]
         sheet = pictures.grid(
             found.images, columns=min(8, config.top), scale=config.scale, labels=labels
         )
         pictures.save_png(config.out / f"{name}.png", sheet)
-        names = []
+        singles = []
         for place, image in enumerate(pictures.to_uint8(found.images)):
-            names.append(f"{name}/{place}.png")
-            pictures.save_png(config.out / names[-1], Image.fromarray(image))
-        records.append(record(caption, config.seed, found, names))
+            singles.append(f"{name}/{place}.png")
+            pictures.save_png(config.out / singles[-1], Image.fromarray(image))
+        records.append(record(caption, config.seed, found, singles))
         say(f"sample: {number + 1}/{len(captions)} {caption}")
         pictures.save_bytes(config.out / "samples.json", to_json(records))
     print(f"sample: {len(captions)} captions, grids and samples.json in {config.out}")

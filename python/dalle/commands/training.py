@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dalle.errors import UsageError
-from dalle.files import saving
-from dalle.pretrained import Pretrained
+from dalle.files import check_targets, saving
+from dalle.pretrained import CONFIG_FILE, WEIGHTS_FILE, Pretrained
 from dalle.train.loop import LoopConfig, Task
+from dalle.train.metrics import leads
 from dalle.train.run import agreed, averaged_model
 
 
@@ -19,6 +20,16 @@ def loop_config(config: Any, steps: int) -> LoopConfig:
     names = {field.name for field in dataclasses.fields(LoopConfig)} - {"steps"}
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in names}
     return LoopConfig(steps=steps, **given)
+
+
+def check_model_target(owner: str, folder: Path) -> None:
+    """Refuses, before the training, a folder that `save_model` could not write.
+
+    Raises:
+        EnvironmentProblem: in one line that begins with `owner`.
+    """
+    if leads() and folder.parent.is_dir():  # if not, the loop makes it or says why not
+        check_targets(owner, folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
 def save_model(owner: str, task: Task, folder: Path) -> None:
