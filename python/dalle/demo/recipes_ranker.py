@@ -18,7 +18,7 @@ class RankerRecipe:
 
 
 RANKER_RECIPES: dict[tuple[str, str], RankerRecipe] = {
-    ("emoji", "default"): RankerRecipe(train=RankerTrainConfig(steps=600, parts=PARTS)),
+    ("emoji", "default"): RankerRecipe(train=RankerTrainConfig(steps=500, parts=PARTS)),
     ("shapes", "default"): RankerRecipe(train=RankerTrainConfig(steps=600, parts=PARTS)),
     ("emoji", "smoke"): RankerRecipe(
         model={"width": 32, "depth": 1, "embed_dim": 32},
