@@ -14,7 +14,7 @@ from PIL import Image
 
 from dalle import cli
 from dalle.demo import config as demo_config
-from dalle.demo import plots, report, run, stages
+from dalle.demo import pace, plots, report, run, stages
 from dalle.demo.config import DemoConfig, Workspace
 from dalle.demo.recipes import load_recipe, scaled
 from dalle.errors import EnvironmentProblem, Interrupted, UsageError
@@ -94,6 +94,7 @@ def test_running_again_trains_nothing(finished, monkeypatch):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(stages, "train", fail)
+    monkeypatch.setattr(run, "draw_plots", lambda _: [])
     again = run.run_demo(smoke(out))
     assert {key: again[key] for key in SHAPES_KEYS - {"seconds"}} == {
         key: summary[key] for key in SHAPES_KEYS - {"seconds"}
@@ -124,6 +125,7 @@ def test_stopped_and_gone_on_ends_as_if_never_stopped(finished, tmp_path, monkey
     def stop_at_once(self, step):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(run, "draw_plots", lambda _: [])
     with monkeypatch.context() as patch:  # before the first checkpoint of a stage
         patch.setattr(PriorTask, "train_step", stop_at_once)
         assert cli.main(words) == 6
@@ -181,14 +183,39 @@ def test_folder_that_cannot_be_written_gets_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("data", ["emoji", "shapes"])
-def test_minutes_scale_every_number_of_updates(data):
+def test_minutes_scale_every_number_of_updates_to_what_the_machine_can(data):
     whole = load_recipe(data, "default", None)
-    assert sum(whole.seconds.values()) < 600
-    half = load_recipe(data, "default", sum(whole.seconds.values()) / 120)
+    seconds, fixed = sum(whole.seconds.values()), sum(whole.fixed.values())
+    assert fixed < seconds < 360
+    half = load_recipe(data, "default", (seconds + fixed) / 120)
     for steps in ("vae_steps", "prior_steps"):
         assert getattr(half, steps) == round(getattr(whole, steps) / 2)
     assert half.ranker_train.steps == round(whole.ranker_train.steps / 2)
     assert half.vae == whole.vae and half.prior == whole.prior
+    pace = {"dvae": 1.5, "ranker": 1.5, "prior": 2.0, "samples": 2.0}
+    slow = load_recipe(data, "default", None, pace)
+    assert slow.prior_steps == whole.prior_steps
+    assert slow.seconds["prior"] == 2 * whole.seconds["prior"]
+    wanted = load_recipe(data, "default", 3.0, pace)
+    assert sum(wanted.seconds.values()) == pytest.approx(180)
+    updates = wanted.prior_steps / whole.prior_steps
+    growing = 2 * (whole.seconds["prior"] - whole.fixed["prior"])
+    found = wanted.seconds["prior"]
+    assert found == pytest.approx(updates * growing + 2 * whole.fixed["prior"], rel=0.01)
+    with pytest.raises(UsageError, match="demo: minutes must be .* or more here, got 0.01"):
+        load_recipe(data, "default", 0.01, pace)
+
+
+def test_pace_is_measured_once_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(pace, "ROUNDS", 1)
+    found = pace.measure()
+    assert set(found) <= set(demo_config.STAGES) and all(0.05 < x < 1000 for x in found.values())
+    space = Workspace(DemoConfig(data="shapes", out=tmp_path))
+    monkeypatch.setattr(run, "measure", lambda: {"prior": 2.0})
+    assert run.pace_of(space, torch.device("cpu")) == {"prior": 2.0}
+    monkeypatch.setattr(run, "measure", lambda: {"prior": 5.0})
+    assert run.pace_of(space, torch.device("cpu")) == {"prior": 2.0}
+    assert run.pace_of(Workspace(smoke(tmp_path / "smoke")), torch.device("cpu")) == {}
 
 
 def test_scaling_leaves_zeros_and_sizes():

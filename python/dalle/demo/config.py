@@ -27,8 +27,8 @@ class DemoConfig:
         data: "emoji" (real artwork, captions of held-out combinations) or "shapes" (procedural,
             scored by a checker that reads each picture back).
         out: folder for the page, pictures, summary.json and the trained pipeline.
-        minutes: scales the number of updates of every training stage by minutes / (the default's
-            minutes on two CPU cores); results depend on the updates, not on the clock.
+        minutes: how long it shall take: scales the number of updates of every training stage, by
+            the machine's pace in the first seconds. Left out, the numbers are those of the recipe.
         device: "cpu", "cuda" or "auto".
         seed: for everything random.
         preset: "default", or "smoke": a few updates of the smallest sizes, to see that all parts

@@ -55,7 +55,7 @@ def _save(space: Workspace, figure: Any, name: str) -> str:
     import matplotlib.pyplot as plt
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
     save_bytes(Path(space.out) / "pictures" / name, buffer.getvalue())
     return name
@@ -65,6 +65,8 @@ def _losses(space: Workspace, metrics: dict[str, list[dict[str, Any]]]) -> str:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(metrics), figsize=(4.4 * len(metrics), 3), squeeze=False)
+    edge = 0.55 / (4.4 * len(metrics))  # fixed margins: looking for tight ones draws all twice
+    figure.subplots_adjust(left=edge, right=1 - edge, bottom=0.17, top=0.9, wspace=0.36)
     for axis, (stage, records) in zip(axes[0], metrics.items(), strict=True):
         _line(axis, records, "loss")
         beside = axis.twinx() if stage != "prior" else axis
@@ -75,7 +77,6 @@ def _losses(space: Workspace, metrics: dict[str, list[dict[str, Any]]]) -> str:
         axis.set_xlabel("updates")
         lines = {line.get_label(): line for ax in {axis, beside} for line in ax.get_lines()}
         axis.legend(lines.values(), lines.keys(), fontsize=8)
-    figure.tight_layout()
     return _save(space, figure, "losses.png")
 
 
@@ -88,7 +89,8 @@ def _line(axis: Any, records: list[dict[str, Any]], name: str, **style: Any) -> 
 def _code_use(space: Workspace, use: dict[str, Any]) -> str:
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(4.4, 3))
+    figure, axis = plt.subplots(figsize=(5.2, 3.4))
+    figure.subplots_adjust(left=0.14, right=0.96, bottom=0.15, top=0.9)
     axis.loglog(use["rank"], use["share"], label="this codebook")
     axis.axhline(1 / use["codes"], color="grey", linestyle=":", label="all codes alike")
     used, codes, perplexity = use["codes_used"], use["codes"], use["perplexity"]
@@ -103,6 +105,7 @@ def _best_of(space: Workspace, curves: dict[str, list[dict[str, float]]]) -> str
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(5.2, 3.4))
+    figure.subplots_adjust(left=0.12, right=0.96, bottom=0.15, top=0.95)
     for number, (name, points) in enumerate(curves.items()):
         counts = [point["samples"] for point in points]
         ranked, oracle = ([p[key] for p in points] for key in ("reranked", "oracle"))

@@ -7,6 +7,7 @@ load.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -15,12 +16,14 @@ from dalle.demo.recipes_dvae import DVAE_RECIPES
 from dalle.demo.recipes_prior import PRIOR_RECIPES
 from dalle.demo.recipes_ranker import RANKER_RECIPES
 from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
+from dalle.errors import UsageError
 from dalle.prior import PriorConfig
 from dalle.tokenizer import Tokenizer
 from dalle.train.dvae import DvaeTrainConfig
 from dalle.train.prior_recipe import PriorTrainConfig
 from dalle.train.ranker import RankerTrainConfig
 
+LEAST = 0.01  # of the default numbers of updates
 T = TypeVar("T")
 
 
@@ -39,7 +42,8 @@ class DemoRecipe:
         ranker, ranker_train: overrides of the ranker's preset "tiny", and its training.
         prior, prior_train, prior_steps: sizes without vocabularies and grid, and its training.
         sampling: options of `Pipeline.sample`.
-        seconds: what each stage takes on two idle cores, for the ETA alone.
+        seconds: what each stage takes; of the default recipes on two idle cores with AVX-512.
+        fixed: how many of these do not hang on the number of updates.
     """
 
     image_size: int
@@ -58,6 +62,7 @@ class DemoRecipe:
     prior_steps: int
     sampling: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    fixed: dict[str, float] = field(default_factory=dict)
 
     def prior_config(self, tokenizer: Tokenizer, vae: DiscreteVAE) -> PriorConfig:
         """The prior's sizes, with the vocabularies and the grid of the other parts."""
@@ -119,18 +124,31 @@ def smoke_recipe(data: str) -> DemoRecipe:
     )
 
 
-def load_recipe(data: str, preset: str, minutes: float | None) -> DemoRecipe:
+def load_recipe(
+    data: str, preset: str, minutes: float | None, pace: Mapping[str, float] | None = None
+) -> DemoRecipe:
     """The recipe of a demo; `minutes` scales every number of updates.
 
     Args:
         data: "emoji" or "shapes".
         preset: "default" or "smoke".
-        minutes: wanted on two idle cores; None takes the recipe as it is.
+        minutes: wanted; None takes the recipe as it is.
+        pace: stage -> how many times the recipe's seconds this machine takes, 1 where left out.
+
+    Raises:
+        UsageError: fewer minutes than the rest takes without any update.
     """
     recipe = smoke_recipe(data) if preset == "smoke" else default_recipe(data)
+    pace = pace or {}
+    seconds = {stage: pace.get(stage, 1.0) * s for stage, s in recipe.seconds.items()}
+    fixed = {stage: pace.get(stage, 1.0) * recipe.fixed.get(stage, 0.0) for stage in seconds}
     if minutes is None:
-        return recipe
-    factor = 60 * minutes / max(sum(recipe.seconds.values()), 1.0)
+        return replace(recipe, seconds=seconds, fixed=fixed)
+    rest = sum(fixed.values())
+    factor = (60 * minutes - rest) / max(sum(seconds.values()) - rest, 1.0)
+    if factor < LEAST:
+        least = (rest + LEAST * (sum(seconds.values()) - rest)) / 60
+        raise UsageError(f"demo: minutes must be {least:.2g} or more here, got {minutes}")
     return replace(
         recipe,
         vae_train=scaled(recipe.vae_train, factor),
@@ -138,12 +156,13 @@ def load_recipe(data: str, preset: str, minutes: float | None) -> DemoRecipe:
         ranker_train=scaled(recipe.ranker_train, factor),
         prior_train=scaled(recipe.prior_train, factor),
         prior_steps=max(1, round(recipe.prior_steps * factor)),
-        seconds={stage: seconds * factor for stage, seconds in recipe.seconds.items()},
+        seconds={stage: fixed[stage] + factor * (s - fixed[stage]) for stage, s in seconds.items()},
+        fixed=fixed,
     )
 
 
 def default_recipe(data: str) -> DemoRecipe:
-    """The demo of ten minutes or less."""
+    """The demo of minutes."""
     vae, ranker, prior = (
         DVAE_RECIPES[data],
         RANKER_RECIPES[data, "default"],
@@ -166,11 +185,19 @@ def default_recipe(data: str) -> DemoRecipe:
         prior_steps=prior.steps,
         sampling=prior.sampling,
         seconds={
-            "data": 5.0,
+            "data": 3.0,
             "dvae": vae.seconds,
             "ranker": ranker.seconds,
             "prior": prior.seconds,
-            "samples": 30.0,
-            "report": 3.0,
+            "samples": prior.samples_seconds,
+            "report": 2.0,
+        },
+        fixed={
+            "data": 3.0,
+            "dvae": vae.fixed,
+            "ranker": ranker.fixed,
+            "prior": prior.fixed,
+            "samples": prior.samples_seconds,
+            "report": 2.0,
         },
     )

@@ -46,6 +46,7 @@ KEYS = {
     "relation_best_of_8": "... the best of 8 is",
     "relation_zero_best_of_8": "... with a colour and shape never seen together",
     "seconds": "in all, on the wall clock",
+    "seconds_predicted": "... as foretold from the machine's pace before it began",
 }
 CREDIT = {
     "emoji": "Artwork: Twemoji, copyright 2020 Twitter, Inc and other contributors, CC-BY 4.0; "
@@ -64,6 +65,7 @@ def write_report(space: Workspace, recipe: DemoRecipe, *, complete: bool) -> dic
     summary: dict[str, Any] = {
         **space.read_scores(),
         "seconds": round(sum(entry["seconds"] for entry in timings.values()), 1),
+        "seconds_predicted": round(sum(recipe.seconds.values()), 1),
         "cpu_seconds": round(sum(entry["cpu_seconds"] for entry in timings.values()), 1),
         "complete": complete,
         "timings": timings,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dalle.demo.config import STAGES, DemoConfig, Workspace
+from dalle.demo.pace import measure
 from dalle.demo.parts import threads_for_parts
 from dalle.demo.plots import draw_plots
 from dalle.demo.recipes import DemoRecipe, load_recipe
@@ -64,11 +65,23 @@ def clocked(space: Workspace, stage: str) -> Iterator[None]:
         space.add_time(stage, time.monotonic() - wall, time.process_time() - cpu)
 
 
+def pace_of(space: Workspace, device: torch.device) -> dict[str, float]:
+    """What `pace.measure` has found where the demo began; a demo that goes on keeps it."""
+    if space.config.preset == "smoke" or device.type != "cpu":
+        return {}
+    path = space.work / "pace.json"
+    found: dict[str, float] = space.read(path)
+    if not found:
+        found = {stage: round(times, 3) for stage, times in measure().items()}
+        space.write(path, found)
+    return found
+
+
 def seconds_left(space: Workspace, recipe: DemoRecipe, stage: str) -> float:
     """Guess of the seconds from the start of a stage to the end.
 
-    The recipe knows each stage's seconds on two idle cores; the stages already done say how much
-    slower this machine is.
+    The recipe knows each stage's seconds at the pace measured before it began; the stages already
+    done say how much slower this machine has become.
     """
     known = recipe.seconds
     done = [s for s in STAGES[: STAGES.index(stage)] if known.get(s, 0) >= 5]
@@ -96,7 +109,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
 
 def _run_stages(config: DemoConfig, space: Workspace, device: torch.device) -> dict[str, Any]:
-    recipe = load_recipe(config.data, config.preset, config.minutes)
+    with threads_for_parts():
+        recipe = load_recipe(config.data, config.preset, config.minutes, pace_of(space, device))
     demo = Demo(space, recipe, device)
     for number, stage in enumerate(STAGES[:-1], 1):
         left = duration(seconds_left(space, recipe, stage))

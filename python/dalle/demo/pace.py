@@ -1,0 +1,75 @@
+"""How fast this machine trains, measured before the demo begins, so that its forecast is true."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from dalle.demo.parts import PARTS
+from dalle.prior import Prior
+from dalle.prior_config import PriorConfig
+from dalle.rerank_blocks import ImageTower, RankerConfig
+from dalle.train.parts import side_by_side, sums
+
+# Seconds of `transformer_step` and `convolution_step` on the machine that the recipes' seconds are
+# from: two idle cores with AVX-512 (docs/log.md).
+TRANSFORMER, CONVOLUTION = 0.063, 0.030
+ROUNDS = 15
+
+
+def measure() -> dict[str, float]:
+    """Stage -> how many times longer than on the recipes' machine it takes here; about 3 seconds.
+
+    Transformer and convolutions apart: what AVX-512 gains differs.
+    """
+    transformer = _median(transformer_step()) / TRANSFORMER
+    convolution = _median(convolution_step()) / CONVOLUTION
+    return {
+        "dvae": convolution,
+        "ranker": convolution,
+        "prior": transformer,
+        "samples": transformer,
+        "report": transformer,
+    }
+
+
+def transformer_step() -> Callable[[], None]:
+    """Forward and backward of a prior of the emoji demo's size, in `PARTS` parts."""
+    prior = Prior(PriorConfig(
+        text_vocab=4096, image_vocab=2048, text_len=16, grid=(8, 8), d_model=128, num_heads=4,
+        num_layers=4, kernel_size=5,
+    ))  # fmt: skip
+    text = torch.arange(16 * 15).view(16, 15) % 4096
+    tokens = torch.arange(16 * 64).view(16, 64) % 2048
+    return _step(prior, lambda place: prior(text[place], tokens[place]).loss, 16)
+
+
+def convolution_step() -> Callable[[], None]:
+    """Forward and backward of the ranker's image tower on 144 pictures, in `PARTS` parts."""
+    tower = ImageTower(RankerConfig(image_size=40))
+    images = torch.linspace(0, 1, 144 * 3 * 40 * 40).view(144, 3, 40, 40)
+    return _step(tower, lambda place: tower(images[place]).square().mean(), 144)
+
+
+def _step(
+    model: torch.nn.Module, loss: Callable[[slice], torch.Tensor], size: int
+) -> Callable[[], None]:
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        (total,) = sums(side_by_side(lambda place: (loss(place),), size, PARTS, model))
+        total.backward()  # type: ignore[no-untyped-call]
+
+    return step
+
+
+def _median(step: Callable[[], None]) -> float:
+    seconds = []
+    for number in range(ROUNDS + 3):
+        begin = time.perf_counter()
+        step()
+        if number >= 3:  # the first are slower
+            seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
