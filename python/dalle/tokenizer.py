@@ -13,6 +13,7 @@ import hashlib
 import heapq
 import json
 import random
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "config.json"
 MAX_FILE_BYTES = 64 << 20
 NUM_BYTES = 256
+LONG_WORD = re.compile(r"\S{256}(?=\S)")
 GONE = -2  # in the place of a symbol that was merged into the one before it
 MAX_VOCAB = 1 << 20  # the trainer takes memory for as many as are asked for
 
@@ -85,8 +87,10 @@ class Tokenizer:
             limits = f"{NUM_BYTES} to {MAX_VOCAB}"
             raise UsageError(f"tokenizer: vocab_size must be {limits}, got {vocab_size}")
         texts = [lower(caption) for caption in captions]
-        if not any(text.strip() for text in texts):
+        if not any(texts):
             raise DataError(f"tokenizer: captions must hold text, got {len(texts)} empty captions")
+        # The library looks through the whole of a word at each merge that it has anywhere.
+        texts = [piece for text in texts for piece in _cut_long_words(text)]
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
@@ -272,6 +276,12 @@ class Tokenizer:
             for found in dropped:
                 heapq.heappush(waiting, found)
         return [symbol for symbol in symbols if symbol != GONE]
+
+
+def _cut_long_words(text: str) -> list[str]:
+    """The text in pieces, cut inside words of more than 256 characters, else whole."""
+    ends = [0, *(found.end() for found in LONG_WORD.finditer(text)), len(text)]
+    return [text[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
 
 
 def _from_json(data: bytes) -> tokenizers.Tokenizer:

@@ -78,7 +78,7 @@ def test_names_of_any_kind(tmp_path):
     pairs = FolderPairs(tmp_path)
     assert sorted(pairs.captions) == ["a portrait", "first", "latin", "line"]
     assert pairs.skipped == {
-        "damaged header": 1, "not a picture": 1, "second caption file of a picture": 1,
+        "unreadable header": 1, "not a picture": 1, "second caption file of a picture": 1,
         "picture of another format": 2, "neither picture nor caption": 1,
     }  # fmt: skip
     assert all(pairs.load(i).shape == (24, 40, 3) for i in range(4))

@@ -294,15 +294,18 @@ def test_every_refusal_names_its_reason():
         png(0, 9, 8, 0, []): ("no pixels", "(0 x 9)"),
         png(9, 0, 8, 2, []): ("no pixels", "(9 x 0)"),
         jpeg[: frame + 5] + b"\0\0" + jpeg[frame + 7 :]: ("no pixels", "(24 x 0)"),
-        jpeg[: frame + 4] + b"\x0c" + jpeg[frame + 5 :]: ("damaged header", "12-bit"),
+        jpeg[: frame + 4] + b"\x0c" + jpeg[frame + 5 :]: ("unreadable header", "12-bit"),
         many: ("too many pixels", "(9000 x 9000)"),
-        png_file[:20]: ("damaged header", ""),
+        png_file[:20]: ("unreadable header", ""),
+        png_file[:8]: ("unreadable header", "truncated"),
         png_file[:60]: ("does not decode", ""),
         png_file[:45] + b"\xff" + png_file[46:]: ("does not decode", ""),
         jpeg[:-30]: ("does not decode", "truncated"),
-        jpeg[: frame + 3]: ("damaged header", ""),
-        FILES["WEBP"][:-20]: ("damaged header", ""),
-        FILES["WEBP"][:16]: ("damaged header", ""),
+        jpeg[: frame + 3]: ("unreadable header", "truncated"),
+        jpeg[: frame + 9] + b"\2" + jpeg[frame + 10 :]: ("unreadable header", "2-layer"),
+        FILES["WEBP"][:-20]: ("does not decode", "truncated"),
+        FILES["WEBP"][:16]: ("does not decode", "truncated"),
+        b"RIFF\x10\0\0\0WEBPVP8 \4\0\0\0abcd": ("unreadable header", ""),
     }
     for content, (reason, words) in cases.items():
         found, line = refused(content)

@@ -89,7 +89,7 @@ flipped[len(NOISE) // 2] ^= 0xFF
 BAD = {  # name -> (content, reason)
     "bad/00.jpg": (b"", "empty file"),
     "bad/01.jpg": (b"hello", "not a picture"),
-    "bad/02.png": (b"\x89PNG\r\n\x1a\n", "damaged header"),
+    "bad/02.png": (b"\x89PNG\r\n\x1a\n", "unreadable header"),
     "bad/03.jpg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "picture of another format"),
     "bad/04.png": (animated("GIF"), "picture of another format"),
     "bad/05.jpg": (encode(photo(), format="BMP"), "picture of another format"),
@@ -103,10 +103,10 @@ BAD = {  # name -> (content, reason)
     "bad/13.png": (png_claiming(16_385, 10), "too many pixels"),
     "bad/14.png": (png_claiming(1000, 1000), "does not decode"),  # too little data
     "bad/15.png": (b"\0" * 5000, "not a picture"),
-    "bad/16.webp": (b"RIFF\xff\xff\xff\xffWEBPVP8 ", "damaged header"),
+    "bad/16.webp": (b"RIFF\xff\xff\xff\xffWEBPVP8 ", "does not decode"),
     "bad/17.jpg": (b"#!/bin/sh\necho owned\n", "not a picture"),
     "bad/18.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%Bounding", "picture of another format"),
-    "bad/19.png": (PNG[:8] + b"\xff\xff\xff\xff" + PNG[12:], "damaged header"),
+    "bad/19.png": (PNG[:8] + b"\xff\xff\xff\xff" + PNG[12:], "unreadable header"),
 }
 TEXTS = {  # caption content -> reason
     b"": "caption is empty",
@@ -145,7 +145,8 @@ def corpus(tmp_path_factory):
 
 
 def expected_counts(full):
-    reasons = [r for _, r in BAD.values() if full or r != "does not decode"]
+    # A WebP that is cut off is known by its header.
+    reasons = [r for n, (_, r) in BAD.items() if full or r != "does not decode" or "webp" in n]
     counts = Counter(reasons) + Counter(TEXTS.values())
     counts["picture without caption"] = 2
     counts["caption without picture"] = 1

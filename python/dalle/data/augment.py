@@ -22,12 +22,18 @@ class TooSmall(DataError):
     reason = "smaller than the crop"
 
 
+class NotRgb(DataError):
+    """An array that is no picture of three colours."""
+
+    reason = "not (H, W, 3) uint8"
+
+
 def _check(name: str, image: np.ndarray, size: int, smallest: int) -> int:
     """Returns the shorter side of a (H, W, 3) uint8 picture."""
     if size < 1:
         raise UsageError(f"{name}: size must be at least 1, got {size}")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise DataError(f"{name}: image must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
+        raise NotRgb(f"{name}: image must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
     shorter = min(image.shape[:2])
     if shorter < smallest:
         raise TooSmall(
@@ -64,7 +70,7 @@ def dvae_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndar
 
     Raises:
         TooSmall: the picture is.
-        DataError: it is of another shape.
+        NotRgb: it has another shape or type.
     """
     shorter = _check("dvae_crop", image, size, size)
     image = _random_crop(image, shorter, rng)
@@ -94,7 +100,7 @@ def prior_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.nda
 
     Raises:
         TooSmall: the picture is.
-        DataError: it is of another shape.
+        NotRgb: it has another shape or type.
     """
     shorter = _check("prior_crop", image, size, size)
     start = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ FORMATS = tuple(DECODERS)
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 16_384
 MAX_FILE_BYTES = 64 << 20
+TRUNCATED = "image file is truncated"  # as Pillow says it of pixels
+ENDS_EARLY = (struct.error, IndexError, EOFError)  # which Pillow hides in a SyntaxError
 TURNS = {  # EXIF orientation -> what shows the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -80,7 +83,7 @@ def open_checked(content: bytes, path: Path | str) -> Image.Image:
     Nothing is decoded yet.
 
     Raises:
-        BadPicture: not JPEG, PNG or WebP, a damaged header, no pixels, or too many.
+        BadPicture: not JPEG, PNG or WebP, an unreadable header, no pixels, or too many.
     """
     return _open(content, path)[0]
 
@@ -102,7 +105,10 @@ def _open(content: bytes, path: Path | str) -> tuple[Image.Image, Parts]:
     except Image.DecompressionBombError as error:
         raise _too_many_pixels(path, str(error)) from error
     except Exception as error:  # decoders raise many classes on damaged bytes
-        raise BadPicture(path, "damaged header", "have a whole header", str(error)) from error
+        if kind == "WEBP" and int.from_bytes(content[4:8], "little") + 8 > len(content):
+            raise BadPicture(path, "does not decode", "decode whole", TRUNCATED) from error
+        detail = TRUNCATED if isinstance(error.__cause__, ENDS_EARLY) else str(error)
+        raise BadPicture(path, "unreadable header", "have a readable header", detail) from error
     _check_size(picture.size, path)
     return picture, parts
 
