@@ -177,7 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             run(words)
         except SystemExit:  # after the help of a command
-            raise
+            out.flush()
+            if not out.problem:
+                raise
         except BaseException as error:  # Rust's panics are no Exception
             line, code = describe_error(error)
             if debug:

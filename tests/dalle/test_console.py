@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from dalle.cli import main
 from dalle.console import LONGEST, Stream, fitted, guarded_streams, printable
 
 
@@ -69,6 +70,13 @@ def test_streams_are_given_back(monkeypatch):
     assert sys.stdout is None
 
 
+def test_help_that_nobody_can_read(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["plan", "--help"]) == 4
+    assert "stdout must be writable, got No space" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("redirect", "code", "said"),
     [
@@ -77,6 +85,7 @@ def test_streams_are_given_back(monkeypatch):
         (">/dev/full", 4, "dalle: stdout must be writable, got No space left on device\n"),
         ("2>/dev/full", 0, "dalle "),
         ("<&- >&- 2>&-", 0, ""),
+        ("| true", 0, ""),
     ],
 )
 def test_closed_and_full_streams_of_a_process(tmp_path, redirect, code, said):

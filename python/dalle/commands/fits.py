@@ -25,7 +25,8 @@ def prior_bytes(shape: PriorConfig, batch: int) -> float:
     parts = memory(shape, batch, kind)
     if shape.image_rank:  # the plan counts image tables of full width
         return parts["activations_checkpointed"]
-    return parts["total_checkpointed" if shape.checkpointing else "total"]
+    total = parts["total_checkpointed" if shape.checkpointing else "total"]
+    return total - parts["moments"] / 2 if kind == "bf16" else total  # AdamW16 keeps 16 bits
 
 
 def require_prior_fits(owner: str, shape: PriorConfig, batch: int, device: torch.device) -> None:
