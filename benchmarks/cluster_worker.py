@@ -56,11 +56,10 @@ def wrap(model: Prior, mode: str) -> tuple[Any, PowerSGD | None]:
     """The model as the mode trains it."""
     kind, *more = mode.split(":")
     heads = [*model.text_head.parameters(), *model.image_head.parameters()]
-    scales: dict[str, Any] = {"exclude": heads, "error_scale": 2.0**8, "factor_scale": 2.0**-2}
     if kind == "ddp":
         if more[0] == "psgd":
             parallel = DistributedDataParallel(model)
-            ours = PowerSGD(int(more[1]), wire=more[2], **scales)
+            ours = PowerSGD(int(more[1]), wire=more[2], exclude=heads)
             ours.attach(parallel)
             return parallel, ours
         parallel = DistributedDataParallel(model, bucket_cap_mb=1000)  # torch's hook needs one
@@ -80,7 +79,7 @@ def wrap(model: Prior, mode: str) -> tuple[Any, PowerSGD | None]:
         return model, None
     psgd = PowerSGD(
         int(more[0]), mesh["replicate"].get_group(), wire=more[1], error_feedback=len(more) < 3,
-        **scales)  # fmt: skip
+        exclude=heads)  # fmt: skip
     psgd.attach(model)
     return model, psgd
 

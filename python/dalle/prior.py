@@ -94,6 +94,11 @@ class Prior(Pretrained[PriorConfig]):
         """Name -> residual block, two for each layer, in the order in which they run."""
         return {n: m for n, m in self.named_modules() if isinstance(m, Resblock)}
 
+    @property
+    def embedding_tables(self) -> list[nn.Parameter]:
+        """Parameters that are tables as `nn.Embedding`'s are: no compression of their gradients."""
+        return [self.text_position, self.text_padding, self.image_row, self.image_column]
+
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
         """A new model of size "tiny", "small", "base", "1b" or "12b"; `overrides` replace fields.

@@ -93,6 +93,11 @@ class ImageTower(nn.Module):
         self.hidden = nn.Linear(wide // 2 * (config.grid // 2) ** 2, config.embed_dim)
         self.out = nn.Linear(config.embed_dim, config.embed_dim)
 
+    @property
+    def embedding_tables(self) -> list[nn.Parameter]:
+        """As `Prior.embedding_tables`."""
+        return [self.place]
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.fine(self.stem(images * 2 - 1) + self.place)
         x = F.silu(self.norm(self.coarse(self.down(x))))
@@ -116,6 +121,11 @@ class TextTower(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, config.embed_dim)
+
+    @property
+    def embedding_tables(self) -> list[nn.Parameter]:
+        """As `Prior.embedding_tables`."""
+        return [self.place]
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
         text = text[:, : max(1, int((text >= 0).sum(1).max()))]  # slots no caption uses

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import dalle_ext
 from dalle_ext import local_part
 
-__all__ = ["gather", "local_part", "over_shards", "shard_group"]
+__all__ = ["gather", "gradient_stats", "local_part", "shard_groups"]
 
 
 @torch.no_grad()
@@ -20,26 +21,47 @@ def gather(tensor: Tensor) -> Tensor:
     return tensor.detach() if whole is None else whole()
 
 
-def shard_group(tensors: Iterable[Tensor]) -> Any:
-    """The processes that hold the other parts of the first of these; None where it is whole."""
-    first: Any = next(iter(tensors))
-    if not hasattr(first, "placements"):
-        return None
-    parted = [axis for axis, placed in enumerate(first.placements) if placed.is_shard()]
-    return first.device_mesh.get_group(parted[0]) if parted else None
+def shard_groups(tensor: Any) -> tuple[Any, ...]:
+    """The groups of processes that hold the other parts of a tensor, one for each sharded axis."""
+    if not hasattr(tensor, "placements"):
+        return ()
+    parted = [axis for axis, placed in enumerate(tensor.placements) if placed.is_shard()]
+    return tuple(tensor.device_mesh.get_group(axis) for axis in parted)
 
 
-def over_shards(params: Iterable[Tensor], norm: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """A norm, and integers, of all parts of the parameters' gradients from those of this process.
+def gradient_stats(
+    params: Sequence[Tensor], scales: float | Tensor, groups: Sequence[int] | None = None,
+    *, check_only: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Norm of the whole gradient, unscaled, and how many elements of each group are not finite.
+
+    Each process reads its own parts; of parameters that are sharded the parts of all are counted,
+    and of the others one. The same on all processes. Collective where there are sharded ones.
 
     Args:
-        params: which.
-        norm: 0-d float64.
-        counts: (n,) int64.
+        params: parameters; those without a gradient are left out.
+        scales: as of `dalle_ext.unscale_gradients_`, on the gradients' device.
+        groups: of each parameter.
+        check_only: False unscales the gradients in place.
+
+    Returns:
+        The norm of all finite elements, 0-d float64, and counts (G,) int64.
     """
-    group = shard_group(params)
-    if group is None:
-        return norm, counts
-    both = torch.cat([norm.square()[None], counts.double()])
-    torch.distributed.all_reduce(both, group=group)
-    return both[0].sqrt(), both[1:].long()
+    kinds: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}
+    for i, param in enumerate(params):
+        if param.grad is not None:
+            grads, of = kinds.setdefault(shard_groups(param), ([], []))
+            grads.append(local_part(param.grad))
+            of.append(0 if groups is None else groups[i])
+    count = scales.numel() if isinstance(scales, Tensor) else 1
+    device = params[0].device
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    nonfinite = torch.zeros(count, dtype=torch.int64, device=device)
+    for shared, (grads, of) in kinds.items():
+        stats = dalle_ext.unscale_gradients_(grads, scales, of, check_only=check_only)
+        both = torch.cat([stats.sum_squares.sum()[None], stats.nonfinite.double()])
+        for group in shared:
+            torch.distributed.all_reduce(both, group=group)
+        squares = squares + both[0]
+        nonfinite = nonfinite + both[1:].long()
+    return squares.sqrt(), nonfinite

@@ -22,7 +22,7 @@ class Account:
     """Kept by one process since its start.
 
     Attributes:
-        traffic: bytes sent, and elements that 16-bit words could not hold.
+        traffic: bytes sent, and what 16-bit words could not hold.
         uncompressed_bytes: of all gradients in fp32, ring all-reduce.
         seconds: in all; exchange_seconds: of them in collectives, waiting for the other processes
             included; waited_seconds: of them after the backward pass, with FSDP2 on the CPU; the
@@ -39,6 +39,10 @@ class Account:
     _seen: dict[tuple[str, ...], int] = field(default_factory=dict)
     _squares: dict[tuple[str, ...], tuple[float, float]] = field(default_factory=dict)
     _pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._collect(wait=True)  # events are of this process
+        return self.__dict__
 
     @contextmanager
     def timed(self, what: str, device: torch.device) -> Iterator[None]:
@@ -83,11 +87,8 @@ class Account:
         """See `PowerSGD.report`."""
         self._collect(wait=True)
         sent, whole = self.traffic.sent, self.uncompressed_bytes
-        rate = sent / self.exchange_seconds if self.exchange_seconds > 0 else math.inf
-        plain = whole / rate
+        saturated, flushed = self.traffic.shares()
         kept, held = (sum(pair[i] for pair in self._squares.values()) for i in range(2))
-        own = f"{1e3 * self.seconds:.0f} ms so far"
-        pays = "compression pays" if self.seconds < plain else "compression does not pay"
         return {
             "bytes_sent": sent,
             "bytes_uncompressed": whole,
@@ -96,8 +97,19 @@ class Account:
             "waited_seconds": self.waited_seconds,
             "exchange_seconds": self.exchange_seconds,
             "reconstruction_error": math.sqrt(kept / held) if held else math.nan,
-            "saturated": self.traffic.saturated,
-            "flushed": self.traffic.flushed,
-            "advice": f"{pays} at {8e-6 * rate:.0f} Mbit/s: {own}; fp32 gradients would take "
-            f"{1e3 * plain:.0f} ms",
+            "saturated": saturated,
+            "flushed": flushed,
+            "advice": self._advice(),
         }
+
+    def _advice(self) -> str:
+        own, sent = f"{1e3 * self.seconds:.0f} ms so far", self.traffic.sent
+        if not sent or self.exchange_seconds <= 0:  # nothing to reduce yet, or nobody to send to
+            return f"nothing was sent: {own}"
+        rate = sent / self.exchange_seconds
+        plain = self.uncompressed_bytes / rate
+        pays = "compression pays" if self.seconds < plain else "compression does not pay"
+        return (
+            f"{pays} at {8e-6 * rate:.0f} Mbit/s: {own}; fp32 gradients would take "
+            f"{1e3 * plain:.0f} ms"
+        )

@@ -6,10 +6,13 @@ shards in order, each padded along the sharded axis. Names are those of torch 2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
@@ -37,19 +40,56 @@ def sharded_parameters(part: FSDPModule) -> list[Tensor]:
 
 def parameter_gradients(part: FSDPModule, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Each parameter of the group, and the view of its shard's gradient inside the buffer."""
+    params = _parameters(part)
+    size = sum(p.padded_sharded_param_size.numel() for p in params)
+    if size != flat.numel():
+        raise UsageError(
+            "PowerSGD: every parameter of a fully_shard module must get a gradient, got "
+            f"{flat.numel()} elements of {size} in the module that holds "
+            f"{params[0]._param_fqn or 'them'}"
+        )
     found, start = [], 0
-    for p in _parameters(part):
+    for p in params:
         grad = flat.as_strided(p.sharded_size, p.contiguous_sharded_stride, start)
         found.append((p.sharded_param, grad))
         start += p.padded_sharded_param_size.numel()
-    if start != flat.numel():
-        raise UsageError(
-            "PowerSGD: every parameter of a fully_shard module must get a gradient, got "
-            f"{flat.numel()} elements of {start}"
-        )
     if flat.device.type == "cuda":  # until torch 2.15 nothing else keeps it for this stream
         flat.record_stream(torch.cuda.current_stream())
     return found
+
+
+def check_replicas(parts: Sequence[FSDPModule], ranks: list[int]) -> None:
+    """Raises where processes to be averaged over hold other shards, or FSDP2 averages over them."""
+    for mesh in {p.device_mesh for part in parts for p in _sharded(part)}:
+        shared = set(ranks) & set(mesh.mesh.flatten().tolist())
+        if shared != {dist.get_rank()}:
+            raise UsageError(
+                "PowerSGD: group must meet the mesh of the shards in this process alone, as "
+                'mesh["replicate"].get_group() and a model over mesh["shard"] do, got processes '
+                f"{sorted(shared)} in both"
+            )
+
+
+def replicas(parts: Sequence[FSDPModule]) -> dist.ProcessGroup:
+    """The group of the processes with the same shards: the other axis of the model's mesh."""
+    found = None
+    for mesh in {p.device_mesh for part in parts for p in _sharded(part)}:
+        root: DeviceMesh = mesh._get_root_mesh()
+        others = [n for n in root.mesh_dim_names or () if n not in (mesh.mesh_dim_names or ())]
+        if len(others) == 1 and others[0].endswith("replicate"):
+            found = root.get_group(others[0])
+            continue
+        raise UsageError(
+            'PowerSGD: group must be given where the model\'s mesh has no axis "replicate" beside '
+            f"its own, got axes {root.mesh_dim_names}"
+        )
+    if found is None:
+        raise UsageError("PowerSGD: model must hold sharded parameters, got none")
+    return found
+
+
+def _sharded(part: FSDPModule) -> list[DTensor]:
+    return [p for p in sharded_parameters(part) if isinstance(p, DTensor)]
 
 
 def can_follow(part: FSDPModule, flat: Tensor) -> bool:

@@ -2,117 +2,190 @@
 
 # No `from __future__ import annotations`: DDP looks at the annotations of its hook.
 
+import copy
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.amp.grad_scaler import OptState
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from dalle.distributed.buffers import Matrix
 from dalle.distributed.fsdp import (
     as_shard,
     can_follow,
+    check_replicas,
     largest_shard,
     parameter_gradients,
-    sharded_parameters,
+    replicas,
 )
 from dalle.distributed.powersgd import Compressor, Gradient
 from dalle.errors import UsageError
 from dalle.precision import ResblockScaler
-from dalle.sharded import local_part, over_shards
+from dalle.sharded import gradient_stats, local_part, shard_groups
 
 
 class PowerSGD:
     """Low-rank gradients between machines (paper section 2.5, appendix E.2).
 
         psgd = PowerSGD(rank=32)
-        psgd.attach(ddp_model)                         # DistributedDataParallel: all processes
+        psgd.attach(ddp_model)                         # DistributedDataParallel: its processes
         PowerSGD(rank=32, group=mesh["replicate"].get_group()).attach(fsdp2_model)
 
     With FSDP2 (`fully_shard` over the mesh of one machine) each process compresses its own shards
     and exchanges them with the same-ordinal processes of the other machines; with DDP the group is
     that of the model. `ddp_model.register_comm_hook(psgd, PowerSGD.ddp_hook)` does the same as
-    `attach`, but knows no names of parameters. Gradients come out averaged over the group, NaN
-    where any process had an Inf or NaN. The exchange overlaps with the rest of the backward pass:
-    on the CPU in a thread, with FSDP2 where gradients are reduced in their parameters' dtype; on a
-    GPU on a stream beside it, DDP here and FSDP2 by itself (not yet run on one).
+    `attach`, but knows neither names of parameters nor the model's group. Gradients come out
+    averaged over the group, with the same bits on all its processes, NaN where any process had an
+    Inf or NaN. The exchange overlaps with the rest of the backward pass: on the CPU in a thread,
+    with FSDP2 where gradients are reduced in their parameters' dtype; on a GPU on a stream beside
+    it, DDP here and FSDP2 by itself (not yet run on one).
+
+    The range of 1-6-9 is used by itself: in each step all processes choose one power of two for
+    each matrix (`dalle.distributed.buffers`). Error buffers are in the units of unscaled gradients,
+    whatever loss scale these carry.
 
     Args:
         rank: columns of the factors of each matrix (each shard).
-        group: the processes to sum over; None for all.
-        wire: "1-6-9" (16-bit words) or "fp32", of the factors; everything else is sent in fp32.
+        group: the processes to average over, of which a new group is made; None for those of the
+            DDP model, or of the axis "replicate" beside the FSDP2 model's own mesh.
+        wire: "1-6-9" (16-bit words) or "fp32", of the factors and the error buffers; everything
+            else is sent in fp32.
         error_feedback: keep what the factors left out for the next step.
         average: mean over the group; False for the sum.
-        exclude: parameters that are not compressed; embeddings never are. Gains and biases are no
-            matrices; nor is anything compressed less than `min_compression` times.
+        exclude: parameters that are not compressed; embeddings never are: the weights of
+            `nn.Embedding` and `nn.EmbeddingBag`, and what a module lists in `embedding_tables`.
+            Gains and biases are no matrices; nor is anything compressed less than
+            `min_compression` times.
         min_compression: see there.
-        error_scale, factor_scale: constants that move error buffers, and P and Q, into the range of
-            1-6-9, 2^-60 to 16.
-        eps: added to the diagonal of P before it is made orthonormal.
         seed: of the fixed gaussian Q.
-        scaler: whose scales the blocks' gradients carry; they come out scaled as they came.
+        scaler: whose scale, or scales of blocks, the gradients carry: a `ResblockScaler` or a
+            `torch.amp.GradScaler`; they come out scaled as they came.
         fast: products of rounded words on CUDA (`dalle_ext.powersgd_compress_`).
 
     Raises:
-        UsageError: numbers out of range, a model that is neither, or nothing to compress.
+        UsageError: numbers out of range, a model that is neither, sparse gradients, a group that
+            does not fit the model, or nothing to compress.
     """
 
     def __init__(
         self, rank: int = 32, group: dist.ProcessGroup | None = None, *, wire: str = "1-6-9",
         error_feedback: bool = True, average: bool = True, exclude: Iterable[nn.Parameter] = (),
-        min_compression: float = 2.0, error_scale: float = 1.0, factor_scale: float = 1.0,
-        eps: float = 1e-6, seed: int = 0, scaler: ResblockScaler | None = None,
-        fast: bool = False,
+        min_compression: float = 2.0, seed: int = 0,
+        scaler: ResblockScaler | GradScaler | None = None, fast: bool = False,
     ) -> None:  # fmt: skip
         self.compressor = Compressor(
             rank, group, wire=wire, error_feedback=error_feedback, average=average,
-            min_compression=min_compression, error_scale=error_scale, factor_scale=factor_scale,
-            eps=eps, seed=seed, scaler=scaler, fast=fast)  # fmt: skip
-        self._exclude = {id(p) for p in exclude}
-        self._names: dict[int, str] = {}
+            min_compression=min_compression, seed=seed, scaler=scaler, fast=fast)  # fmt: skip
+        self._exclude = list(exclude)
+        self._model: weakref.ref[nn.Module] | None = None
         self._params: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}  # by the parameters' id
         self._whole: set[str] = set()
         self._matrices: list[bool] = []  # of those that may be compressed: whether they are
         self._thread: _InOrder | None = None
         self._stream: torch.cuda.Stream | None = None
         self._following: list[torch.futures.Future[Tensor]] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickle belongs to no model until it is attached; exclusions are kept by name.
+        return {**self.__dict__, "_model": None, "_params": {}, "_names": {}, "_exclude": [],
+                "_thread": None, "_stream": None, "_following": []}  # fmt: skip
+
+    def __copy__(self) -> "PowerSGD":
+        found = object.__new__(PowerSGD)
+        found.__dict__.update(self.__dict__)  # one state, and one thread that changes it
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PowerSGD":
+        # Of the same parameters, or of their copies where those were made in the same call.
+        found = memo[id(self)] = object.__new__(PowerSGD)
+        found.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        found._params = {name: memo.get(id(p), p) for name, p in self._params.items()}
+        found._names = {id(param): name for name, param in found._params.items()}
+        found._exclude = [memo.get(id(p), p) for p in self._exclude]
+        return found
+
     def attach(self, model: nn.Module) -> None:
-        """Registers the hook of a DDP model, or of every FSDP2 module inside the model."""
+        """Registers the hook of a DDP model, or of every FSDP2 module inside the model.
+
+        All processes of the group call it; it makes a group of its own of them.
+        """
+        if self._model is not None and self._model() is not None:
+            raise UsageError("PowerSGD: attach must be called once, got a second model")
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
         inner = model.module if isinstance(model, DistributedDataParallel) else model
         self._name(inner)
+        exchange = self.compressor.exchange
         if isinstance(model, DistributedDataParallel):
+            own = dist.get_process_group_ranks(model.process_group)
+            if exchange.ranks is None:
+                exchange.take(model.process_group)
+            elif exchange.ranks != own:
+                raise UsageError(
+                    f"PowerSGD: group must be the model's processes {own}, got {exchange.ranks}"
+                )
             model.register_comm_hook(self, PowerSGD.ddp_hook)
-            return
-        parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-        if not parts:
-            raise UsageError(
-                "PowerSGD: model must be DistributedDataParallel or hold fully_shard modules, got "
-                f"{type(model).__name__}"
-            )
-        for part in parts:
-            part.set_all_reduce_hook(self._fsdp_hook(part))
+        else:
+            parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+            if not parts:
+                raise UsageError(
+                    "PowerSGD: model must be DistributedDataParallel or hold fully_shard modules, "
+                    f"got {type(model).__name__}"
+                )
+            if exchange.ranks is None:
+                exchange.take(replicas(parts))
+            check_replicas(parts, exchange.ranks or [])
+            for part in parts:
+                part.set_all_reduce_hook(self._fsdp_hook(part))
+        exchange.open()
+        self._model = weakref.ref(inner)
 
     def _name(self, model: nn.Module) -> None:
-        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        shapes = []
-        for name, param in model.named_parameters():
-            self._names[id(param)], self._params[name] = name, param
-            if id(param) in self._exclude | embeddings:
-                self._whole.add(name)
-            elif param.requires_grad and param.dim() > 1:
-                shapes.append(largest_shard(param))
+        embeddings: set[int] = set()
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                embeddings.add(id(module.weight))
+                if module.sparse:
+                    raise UsageError(
+                        f"PowerSGD: gradients must be dense, got sparse=True in {name or 'model'}"
+                    )
+            embeddings |= {id(p) for p in getattr(module, "embedding_tables", ())}
+        excluded = embeddings | {id(p) for p in self._exclude}
+        self._know(model)
+        self._whole |= {name for name, p in self._params.items() if id(p) in excluded}
+        shapes = [
+            largest_shard(p)
+            for name, p in self._params.items()
+            if p.requires_grad and p.dim() > 1 and name not in self._whole
+        ]
         self._matrices = [self.compressor.compresses(shape) for shape in shapes]
         if not any(self._matrices):
             raise UsageError(
                 "PowerSGD: rank must leave a matrix that factors make smaller, got "
                 f"{self.compressor.rank}: nothing would be compressed"
             )
+
+    def _refresh(self) -> None:
+        """The parameters by name as the model has them now; some calls put others in their place.
+
+        `load_state_dict(assign=True)` and `to_empty` do.
+        """
+        model = None if self._model is None else self._model()
+        if model is not None:
+            self._know(model)
+
+    def _know(self, model: nn.Module) -> None:
+        self._params = dict(model.named_parameters())
+        self._names = {id(param): name for name, param in self._params.items()}
 
     def compressed(self) -> tuple[int, int]:
         """How many matrices travel as factors, of how many that may; once attached."""
@@ -121,17 +194,24 @@ class PowerSGD:
     @staticmethod
     def ddp_hook(state: "PowerSGD", bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """A DDP communication hook."""
+        buffer = bucket.buffer()
+        if buffer.layout != torch.strided:
+            raise UsageError(f"PowerSGD: gradients must be dense, got {buffer.layout}")
         gradients = [
             state._gradient(param, grad)
             for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True)
         ]
-        buffer = bucket.buffer()
 
         def reduce() -> None:
             state.compressor.reduce_(gradients, state._whole)
 
         if buffer.device.type == "cuda":
             return state._on_stream(reduce, buffer)
+        packed = state.compressor.packed(gradients, state._whole)
+        if not state.compressor.knows(packed):  # what differs is raised here, and not by DDP
+            ready: torch.futures.Future[Tensor] = torch.futures.Future()
+            state._in_order(lambda: state.compressor.prepare(packed), ready, buffer)
+            ready.wait()
         future: torch.futures.Future[Tensor] = torch.futures.Future()
         state._in_order(reduce, future, buffer)
         return future
@@ -156,11 +236,18 @@ class PowerSGD:
         return future
 
     def _gradient(self, param: Tensor, grad: Tensor) -> Gradient:
-        name = self._names.setdefault(id(param), f"parameter {len(self._names)}")
-        if id(param) in self._exclude:
-            self._whole.add(name)
+        name = self._names.get(id(param))
+        if name is None or self._params[name] is not param:
+            self._refresh()
+            name = self._names.get(id(param))
+        if name is None:  # no model is known: they are numbered as they come
+            name = self._names[id(param)] = f"parameter {len(self._names)}"
+            self._params[name] = param
+            if any(param is p for p in self._exclude):
+                self._whole.add(name)
         scaler = self.compressor.scaler
-        return Gradient(name, grad, -1 if scaler is None else scaler.groups.get(param, -1))
+        block = scaler.groups.get(param, -1) if isinstance(scaler, ResblockScaler) else -1
+        return Gradient(name, grad, block)
 
     def _fsdp_hook(self, part: FSDPModule) -> Callable[[Tensor], None]:
         def hook(flat: Tensor) -> None:
@@ -170,9 +257,6 @@ class PowerSGD:
             else:
                 self.compressor.reduce_(gradients, self._whole)
 
-        for param in sharded_parameters(part):
-            if id(param) not in self._names:
-                raise UsageError("PowerSGD: parameters must be of the model, got one that is not")
         return hook
 
     def _follow(self, gradients: list[Gradient], flat: Tensor) -> None:
@@ -191,17 +275,24 @@ class PowerSGD:
         self.compressor.account.waited_seconds += time.perf_counter() - begin
 
     def gradient_norm(self) -> Tensor:
-        """Norm of the whole gradient as it was handed out last, unscaled; 0-d float64, collective.
+        """Norm of the whole gradient, unscaled; 0-d float64, collective over the shards.
 
-        From the factors alone: P's columns are orthonormal, so P Q^T has the norm of Q (paper E.2),
-        to 2^-9 with 1-6-9 words. With several exchanges a step, that of the last ones. NaN where
-        any process had an Inf or NaN.
+        That of the gradients the model's parameters hold now: of all exchanges of a step, and as
+        FSDP2 left them. NaN where any element is not finite. Where only the compressor was used,
+        without a model, that of what it handed out last, from the factors alone: P's columns are
+        orthonormal, so P Q^T has the norm of Q (paper E.2), to 2^-9 with 1-6-9 words.
         """
-        total = torch.stack(list(self.compressor.squared_norms.values())).sum()
-        if self._params:
-            nothing = torch.zeros(0, dtype=torch.int64, device=total.device)
-            return over_shards(self._params.values(), total.sqrt(), nothing)[0]
-        return total.sqrt()
+        self._refresh()
+        if not self._params:
+            return torch.stack(list(self.compressor.squared_norms.values())).sum().sqrt()
+        scaler = self.compressor.scaler
+        params = list(self._params.values())
+        if isinstance(scaler, ResblockScaler):
+            groups = [scaler.groups.get(p, len(scaler)) for p in params]
+            norm, bad = gradient_stats(params, scaler.scales, groups)
+        else:
+            norm, bad = gradient_stats(params, _loss_scale(scaler))
+        return norm + torch.zeros_like(norm).masked_fill(bad.sum() > 0, torch.nan)
 
     def report(self) -> dict[str, Any]:
         """What this process sent and what it cost since the start.
@@ -213,8 +304,8 @@ class PowerSGD:
             exchange_seconds (of them in collectives), reconstruction_error (the part of what this
             process's buffers held that the factors cannot express, 0 to 1, by norms, each where it
             was last sampled),
-            saturated and flushed (elements of P and Q that 1-6-9 could not hold; counted on the
-            CPU), advice (one line).
+            saturated and flushed (shares of the elements of P and Q that were too large for 1-6-9,
+            or vanished in it), advice (one line).
         """
         return self.compressor.account.report()
 
@@ -223,9 +314,24 @@ class PowerSGD:
 
         With FSDP2 each is a `DTensor` like its parameter, of which a process holds its part.
         """
+        self._refresh()
+        self.compressor.level()
+        self._level_units()
         state = self.compressor.state_dict()
         errors = {name: as_shard(self._params.get(name), e) for name, e in state["errors"].items()}
         return {**state, "errors": errors}
+
+    def _level_units(self) -> None:
+        """Gives all shards of a matrix one unit, the smallest."""
+        kinds: dict[tuple[Any, ...], list[Matrix]] = {}
+        for name, matrix in self.compressor.matrices.items():
+            kinds.setdefault(shard_groups(self._params.get(name)), []).append(matrix)
+        for groups, matrices in kinds.items():
+            units = torch.stack([m.unit for m in matrices])
+            for group in groups:
+                dist.all_reduce(units, op=dist.ReduceOp.MIN, group=group)
+            for matrix, unit in zip(matrices, units, strict=True):
+                matrix.set(matrix.value(), unit)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The buffers of `state_dict`, of this or another number of processes."""
@@ -234,27 +340,44 @@ class PowerSGD:
         self.compressor.load_state_dict({**state, "errors": errors})
 
 
+def _loss_scale(scaler: GradScaler | None) -> float | Tensor:
+    """What the gradients that parameters hold were multiplied with."""
+    scale = scaler._get_scale_async() if scaler is not None and scaler.is_enabled() else None
+    if scaler is None or scale is None:
+        return 1.0
+    stages = [state["stage"] for state in scaler._per_optimizer_states.values()]
+    return 1.0 if OptState.UNSCALED in stages else scale.reshape(1)
+
+
 class _InOrder:
     """One thread that reduces buckets in the order in which they came, so that all processes issue
-    their collectives in one order. After one that failed, all fail: they would wait in vain."""
+    their collectives in one order. After one that failed, all fail: they would wait in vain. It
+    ends with this object."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Any, Tensor]] = queue.SimpleQueue()
-        threading.Thread(target=self._run, daemon=True, name="PowerSGD").start()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        run = threading.Thread(target=_run, args=(self._jobs,), daemon=True, name="PowerSGD")
+        run.start()
+        weakref.finalize(self, self._jobs.put, None)
 
     def put(self, job: Callable[[], None], future: Any, result: Tensor) -> None:
         self._jobs.put((job, future, result))
 
-    def _run(self) -> None:
-        failed: Exception | None = None
-        while True:
-            job, future, result = self._jobs.get()
-            if failed is None:
-                try:
-                    job()
-                except Exception as error:  # it reaches the caller through the future
-                    failed = error
-            if failed is None:
-                future.set_result(result)
-            else:
-                future.set_exception(failed)
+
+_Job = tuple[Callable[[], None], Any, Tensor]
+
+
+def _run(jobs: "queue.SimpleQueue[_Job | None]") -> None:
+    failed: Exception | None = None
+    while (found := jobs.get()) is not None:
+        job, future, result = found
+        if failed is None:
+            try:
+                job()
+            except Exception as error:  # it reaches the caller through the future
+                failed = error
+        if failed is None:
+            future.set_result(result)
+        else:
+            future.set_exception(failed)
+        del found, job, future, result  # they hold the PowerSGD, whose end this thread waits for

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,28 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.amp import GradScaler
 
 import dalle_ext
 from dalle.distributed.account import Account
-from dalle.distributed.agreement import require_same
-from dalle.distributed.wire import WIRES, sum_codes_, sum_fp32_
+from dalle.distributed.buffers import MEASURE_EVERY, Codes, Floats, Matrix, largest, power_above
+from dalle.distributed.wire import WIRES, Exchange
 from dalle.errors import CheckpointError, UsageError
 from dalle.precision import ResblockScaler
-
-
-@dataclass
-class Matrix:
-    """A gradient that is compressed.
-
-    Attributes:
-        name: of the parameter.
-        error: (m, n) int16 codes of 1-6-9: what was not sent yet.
-        q: (n, r) float32, drawn once and never updated.
-    """
-
-    name: str
-    error: Tensor
-    q: Tensor
 
 
 @dataclass
@@ -50,7 +36,8 @@ class Compressor:
 
     What `reduce_` does with the error buffer E of a matrix: add the gradient to E; P = E Q with a
     fixed Q; sum P over the group; orthonormalise P; Q' = E^T P; sum Q'; the gradient becomes
-    P Q'^T, and E keeps what that leaves out. All else is summed in fp32 words.
+    P Q'^T, and E keeps what that leaves out. All else is summed in fp32 words. Every process ends
+    with the same bits, also where their processors differ.
 
     A gradient with an Inf or NaN anywhere in the group leaves every error buffer of its block as it
     was but for the finite gradients added, and comes out as NaN everywhere, so that clipping,
@@ -61,28 +48,37 @@ class Compressor:
 
     def __init__(
         self, rank: int, group: dist.ProcessGroup | None, *, wire: str, error_feedback: bool,
-        average: bool, min_compression: float, error_scale: float, factor_scale: float, eps: float,
-        seed: int, scaler: ResblockScaler | None, fast: bool = False,
+        average: bool, min_compression: float, seed: int,
+        scaler: ResblockScaler | GradScaler | None, fast: bool = False,
     ) -> None:  # fmt: skip
         _check(rank >= 1, "rank", "1 or more", rank)
         _check(wire in WIRES, "wire", f"one of {', '.join(WIRES)}", wire)
         _check(min_compression >= 1, "min_compression", "1 or more", min_compression)
-        for name, value in (("error_scale", error_scale), ("factor_scale", factor_scale)):
-            _check(0 < value < math.inf, name, "positive and finite", value)
-        self.rank, self.group, self.wire, self.average = rank, group, wire, average
+        kinds = ResblockScaler | GradScaler | None
+        _check(isinstance(scaler, kinds), "scaler", "a ResblockScaler or GradScaler", scaler)
+        self.rank, self.wire, self.average, self.seed = int(rank), wire, average, int(seed)
         self.error_feedback, self.min_compression = error_feedback, min_compression
-        self.error_scale, self.factor_scale = error_scale, factor_scale
-        self.eps, self.seed, self.scaler, self.fast = eps, seed, scaler, fast
+        self.scaler, self.fast = scaler, fast
+        self.buffers = Codes() if wire == "1-6-9" else Floats()
+        self.exchange = Exchange(group)
         self.matrices: dict[str, Matrix] = {}
-        self.account = Account()
+        self.account = Account(self.exchange.traffic)
+        # By name: the squared norm of the gradient that was handed out last, unscaled.
+        self.squared_norms: dict[str, Tensor] = {}
         self._agreed: set[tuple[str, ...]] = set()
-        self._loaded: dict[str, Tensor] = {}
-        # By the gradients of a call: the squared norm of what it handed out.
-        self.squared_norms: dict[tuple[str, ...], Tensor] = {}
+        self._loaded: dict[str, tuple[Tensor, float]] = {}
+        self._odd = False  # whether processes orthonormalise to other bits
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compressor:
+        found = memo[id(self)] = object.__new__(Compressor)
+        own = {key: value for key, value in self.__dict__.items() if key != "scaler"}
+        found.__dict__.update(copy.deepcopy(own, memo))
+        found.scaler = memo.get(id(self.scaler), self.scaler)  # the gradients carry its scales
+        return found
 
     @property
     def world(self) -> int:
-        return dist.get_world_size(self.group)
+        return self.exchange.world
 
     def compresses(self, shape: torch.Size) -> bool:
         """Whether a gradient of this shape is sent as factors."""
@@ -103,159 +99,191 @@ class Compressor:
             self._reduce(gradients, whole)
 
     def _reduce(self, gradients: list[Gradient], whole: set[str]) -> None:
-        packed = [g for g in gradients if g.name not in whole and self.compresses(g.grad.shape)]
+        packed = self.packed(gradients, whole)
         names = tuple(g.name for g in packed)
         rest = [g for g in gradients if g.name not in names]
-        matrices = [self._matrix(g) for g in packed]
-        self._agree(packed)
+        self.prepare(packed)
+        matrices = [self.matrices[name] for name in names]
         blocks = sorted({g.block for g in gradients})
-        flags = torch.stack(
-            [_nonfinite([g.grad for g in gradients if g.block == b]) for b in blocks]
-        )
-        ps = self._each_block(packed, matrices, self._compress, flags, blocks)
+        tops = largest([g.grad for g in (*packed, *rest)])
+        own = torch.zeros(len(blocks), dtype=torch.float32, device=tops.device)
+        places = [blocks.index(g.block) for g in (*packed, *rest)]
+        own.index_add_(0, torch.tensor(places, device=own.device), (~tops.isfinite()).float())
+        bounds = self._bounds(packed, matrices, tops[: len(packed)])
+        flags, totals = own.clone(), bounds.clone()
         wide = [g.grad.float() for g in rest]
-        self._exchange([*wide, flags], whole=True)
-        norms = list(torch._foreach_norm(wide)) if wide else []
+        with self.account.timed("exchange_seconds", tops.device):
+            self.exchange.sum_fp32_([*wide, flags, totals])
+        bad = _nan_where(flags)
         for gradient, total in zip(rest, wide, strict=True):
-            gradient.grad.copy_(total / self.world if self.average else total)
-        ps = self._orthonormal(ps)
-        qs = dalle_ext.powersgd_project(
-            [m.error for m in matrices], ps, error_scale=self.error_scale, fast=self.fast
-        ) if ps else []  # fmt: skip
-        self.account.sample(names, partial(self._squares, matrices, qs))
-        self._exchange(qs)
-        machines = 1 if self.average else self.world
-        if self.average:
-            qs = [q / self.world for q in qs]
-        key = tuple(g.name for g in gradients)
-        self.squared_norms[key] = self._squared_norm(qs, rest, norms, flags)
-        for at, block in enumerate(blocks):
-            own = [i for i, g in enumerate(packed) if g.block == block]
-            if own:
-                self._decompress(
-                    [packed[i] for i in own], [matrices[i] for i in own], [ps[i] for i in own],
-                    [qs[i] for i in own], machines, flags[at])  # fmt: skip
-            bad = torch.where(flags[at] > 0, math.nan, 0.0)
-            for gradient in (g for g in rest if g.block == block):
-                gradient.grad.add_(bad)
+            at = blocks.index(gradient.block)
+            self._note(gradient, torch.linalg.vector_norm(total) / self.world + bad[at], True)
+            mean = total / self.world if self.average else total
+            gradient.grad.copy_(mean + bad[at])
+        if packed:
+            self.buffers.settle(matrices, totals)
+            self._reduce_matrices(packed, matrices, names, blocks, own, flags)
+            for matrix, bound in zip(matrices, bounds, strict=True):
+                self._note_bound(matrix, bound)
         self.account.uncompressed_bytes += sum(
             8 * (self.world - 1) * g.grad.numel() // self.world for g in gradients
         )
 
-    def _squared_norm(
-        self, qs: list[Tensor], rest: list[Gradient], sums: list[Tensor], flags: Tensor
-    ) -> Tensor:
-        """Of the gradients handed out, unscaled; NaN where any of them is.
-
-        That of P Q^T is that of Q, as P's columns are orthonormal: no matrix is read. `sums`: norms
-        of the sums of the rest.
-        """
-        found = list(torch._foreach_norm(qs)) if qs else []
-        for gradient, norm in zip(rest, sums, strict=True):
-            scale = self._scale(gradient.block)
-            mean = norm / self.world if self.average else norm
-            found.append(mean if scale is None else mean / scale)
-        squares = torch.stack(found).double().square()
-        return squares.sum() + torch.where(flags.sum() > 0, math.nan, 0.0)
-
-    def _each_block(self, packed: Any, matrices: Any, run: Any, flags: Tensor, blocks: Any) -> Any:
-        """`run` over the matrices of each block, results in the order of `packed`."""
-        found: dict[int, Tensor] = {}
+    def _reduce_matrices(
+        self, packed: list[Gradient], matrices: list[Matrix], names: tuple[str, ...],
+        blocks: list[int], own: Tensor, flags: Tensor,
+    ) -> None:  # fmt: skip
+        buffers, device = self.buffers, own.device
+        scales = [self._scale(g.block) for g in packed]
+        skips = [own[blocks.index(g.block)] for g in packed]
+        ps = buffers.compress(matrices, [_flat(g.grad) for g in packed], scales, skips, self.fast)
+        with self.account.timed("exchange_seconds", device):
+            buffers.sum_(self.exchange, ps)
+        ps = self._orthonormal(ps)
+        qs = buffers.project(matrices, ps, self.fast)
+        units = buffers.scales_of_q(matrices)
+        self.account.sample(names, partial(_squares, matrices, qs, units))
+        with self.account.timed("exchange_seconds", device):
+            buffers.sum_(self.exchange, qs)
         for at, block in enumerate(blocks):
-            own = [i for i, g in enumerate(packed) if g.block == block]
-            if own:
-                results = run([packed[i] for i in own], [matrices[i] for i in own], flags[at])
-                found |= dict(zip(own, results, strict=True))
-        return [found[i] for i in range(len(packed))]
+            chosen = [i for i, g in enumerate(packed) if g.block == block]
+            if not chosen:
+                continue
+            sums = buffers.decompress(
+                matrices, chosen, ps, qs, self.world, flags[at], self.error_feedback, self.fast
+            )
+            bad = _nan_where(flags[at])
+            for i, total in zip(chosen, sums, strict=True):
+                # After the product: see `dalle.distributed.buffers`.
+                unit = units[i] / self.world
+                self._note(packed[i], torch.linalg.vector_norm(qs[i]) * unit + bad, False)
+                by = unit if self.average else units[i]
+                scale = scales[i]
+                total = total * (by if scale is None else by * scale) + bad
+                packed[i].grad.copy_(total.view_as(packed[i].grad))
+                rows = [torch.linalg.vector_norm(f, dim=1).amax() for f in (ps[i], qs[i])]
+                matrices[i].added = rows[0] * rows[1] * unit
 
-    def _compress(self, packed: list[Gradient], own: list[Matrix], flag: Tensor) -> list[Tensor]:
-        return dalle_ext.powersgd_compress_(
-            [m.error for m in own], [_flat(g.grad) for g in packed], [m.q for m in own],
-            scale=self._scale(packed[0].block), error_scale=self.error_scale,
-            skip=flag, fast=self.fast)  # fmt: skip
+    def _bounds(
+        self, packed: list[Gradient], matrices: list[Matrix], tops: Tensor
+    ) -> Tensor:  # of what the buffers will hold, once the gradients are added
+        found = []
+        for gradient, matrix, top in zip(packed, matrices, tops, strict=True):
+            scale = self._scale(gradient.block)
+            top = torch.where(top.isfinite(), top, 0.0)  # what is not finite is not added
+            found.append(matrix.bound + (top if scale is None else top / scale))
+        return torch.stack(found) if found else tops
+
+    def _note_bound(self, matrix: Matrix, bound: Tensor) -> None:
+        """`bound`: of the buffer before what was handed out was taken off."""
+        matrix.steps += 1
+        if not self.error_feedback:
+            matrix.error.zero_()
+            matrix.bound = torch.zeros_like(bound)
+        elif matrix.steps % MEASURE_EVERY == 0:
+            matrix.measure()
+        else:
+            matrix.bound = bound + matrix.added
 
     def _orthonormal(self, ps: list[Tensor]) -> list[Tensor]:
-        """Sums P and orthonormalises it; kept in the wire's words, as the paper does."""
-        self._exchange(ps)
-        found = [dalle_ext.orthogonalize(p, eps=self.eps) for p in ps]
-        if self.wire == "1-6-9":
-            found = [dalle_ext.unpack(dalle_ext.pack(p, "1-6-9"), "1-6-9") for p in found]
-        return found
+        """The summed P with orthonormal columns, in words that all processes have alike."""
+        words = [self.buffers.orthonormal(p) for p in ps]
+        if self._odd:
+            self.exchange.take_first_(words)
+        return [self.buffers.numbers(w) for w in words]
 
-    def _decompress(
-        self, packed: list[Gradient], own: list[Matrix], ps: list[Tensor], qs: list[Tensor],
-        machines: int, flag: Tensor,
-    ) -> None:  # fmt: skip
-        errors = [m.error for m in own]
-        sums = dalle_ext.powersgd_decompress_(
-            errors, ps, qs, machines=machines, error_scale=self.error_scale, skip=flag,
-            feedback=self.error_feedback, fast=self.fast)  # fmt: skip
-        scale, bad = self._scale(packed[0].block), torch.where(flag > 0, math.nan, 0.0)
-        for gradient, total, error in zip(packed, sums, errors, strict=True):
-            total = total + bad if scale is None else total * scale + bad
-            gradient.grad.copy_(total.view_as(gradient.grad))
-            if not self.error_feedback:
-                error.zero_()
-
-    def _squares(self, matrices: list[Matrix], qs: list[Tensor]) -> tuple[float, float]:
-        """Of what the buffers hold, and of its part in the span of P: `qs` are the own E^T P."""
-        held = [dalle_ext.unpack(m.error, "1-6-9") / self.error_scale for m in matrices]
-        whole = sum(float(e.square().sum()) for e in held)
-        return whole, sum(float(q.square().sum()) for q in qs)
-
-    def _exchange(self, tensors: list[Tensor], whole: bool = False) -> None:
-        if not tensors:
-            return
-        with self.account.timed("exchange_seconds", tensors[0].device):
-            if whole or self.wire == "fp32":
-                sum_fp32_(tensors, self.group, self.account.traffic)
-                return
-            for tensor in tensors:
-                tensor.mul_(self.factor_scale)
-            sum_codes_(tensors, self.group, self.account.traffic)
-            for tensor in tensors:
-                tensor.div_(self.factor_scale)
+    def _note(self, gradient: Gradient, norm: Tensor, scaled: bool) -> None:
+        """Keeps the squared norm of the mean that is handed out."""
+        scale = self._scale(gradient.block)
+        if scaled and scale is not None:
+            norm = norm / scale
+        if not self.average:
+            norm = norm * self.world
+        self.squared_norms[gradient.name] = norm.double().square()
 
     def _scale(self, block: int) -> Tensor | None:
+        """What the gradients of a block were multiplied with."""
+        if isinstance(self.scaler, GradScaler):
+            return self.scaler._get_scale_async() if self.scaler.is_enabled() else None
         return None if self.scaler is None or block < 0 else self.scaler.scales[block]
 
-    def _matrix(self, gradient: Gradient) -> Matrix:
-        found = self.matrices.get(gradient.name)
-        if found is None:
-            flat, device = _flat(gradient.grad), gradient.grad.device
-            draw = torch.Generator().manual_seed(self.seed ^ zlib.crc32(gradient.name.encode()))
-            q = torch.randn(flat.shape[1], self.rank, generator=draw).to(device)
-            error = torch.zeros(flat.shape, dtype=torch.int16, device=device)
-            if gradient.name in self._loaded:
-                error.copy_(self._loaded.pop(gradient.name))
-            found = self.matrices[gradient.name] = Matrix(gradient.name, error, q)
-        return found
+    def packed(self, gradients: list[Gradient], whole: set[str]) -> list[Gradient]:
+        """Those that are sent as factors; arguments as of `reduce_`."""
+        return [g for g in gradients if g.name not in whole and self.compresses(g.grad.shape)]
+
+    def knows(self, packed: list[Gradient]) -> bool:
+        """Whether `prepare` was called for these."""
+        return tuple(g.name for g in packed) in self._agreed
+
+    @torch.no_grad()
+    def prepare(self, packed: list[Gradient]) -> None:
+        """Makes the matrices of gradients that are seen together for the first time. Collective.
+
+        Raises:
+            UsageError: on all processes, where they compress other matrices, or in another way.
+        """
+        if not self.knows(packed):
+            self._agree(packed)
+            self._agreed.add(tuple(g.name for g in packed))
 
     def _agree(self, packed: list[Gradient]) -> None:
         """Once for each set of matrices: all processes must compress the same in the same way."""
-        key = tuple(g.name for g in packed)
-        if key in self._agreed:
-            return
-        self._agreed.add(key)
         own = {
             "rank": self.rank, "wire": self.wire, "seed": self.seed, "fast": self.fast,
-            "matrices": [(name, tuple(self.matrices[name].error.shape)) for name in key],
-            "sums of Q": [self.matrices[name].q.sum(dtype=torch.float64).item() for name in key],
+            "average": self.average, "error_feedback": self.error_feedback,
+            "matrices": [(g.name, tuple(_flat(g.grad).shape)) for g in packed],
         }  # fmt: skip
-        require_same("PowerSGD", own, self.group)
+        self.exchange.require_same(own)
+        fresh = [g for g in packed if g.name not in self.matrices]
+        if not fresh:
+            return
+        qs = [self._draw(g) for g in fresh]
+        self.exchange.take_first_(qs)  # other processors draw other bits
+        for gradient, q in zip(fresh, qs, strict=True):
+            self._make(gradient, q)
+        # Whether all processors orthonormalise to the same bits. Where not, the first one's count.
+        shapes = {(m.error.shape[0], m.error.device) for m in self.matrices.values()}
+        probes = [_probe(rows, self.rank, device) for rows, device in sorted(shapes, key=str)]
+        found = self.exchange.gather([_hash(self.buffers.orthonormal(p)) for p in probes])
+        self._odd = any(other != found[0] for other in found)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The error buffers, one copy for all: every process gets their mean and returns it.
+    def _draw(self, gradient: Gradient) -> Tensor:
+        seed = self.seed ^ zlib.crc32(gradient.name.encode())
+        draw = torch.Generator("cpu").manual_seed(seed)
+        shape = _flat(gradient.grad).shape[1], self.rank
+        return torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu").to(
+            gradient.grad.device
+        )
 
-        Only the sum over the group matters (the method is linear), so the buffers are made equal
-        first; who saves and goes on, and who loads, then hold the same bits. Collective.
+    def _make(self, gradient: Gradient, q: Tensor) -> None:
+        shape, device = _flat(gradient.grad).shape, gradient.grad.device
+        error = torch.zeros(shape, dtype=self.buffers.dtype, device=device)
+        limit = power_above(q.shape[0] * float(q.abs().max()))
+        one = torch.ones((), dtype=torch.float32, device=device)
+        nothing = torch.zeros_like(one)
+        matrix = Matrix(gradient.name, error, q, limit, one, nothing, nothing)
+        self.matrices[gradient.name] = matrix
+        if gradient.name in self._loaded:
+            value, unit = self._loaded.pop(gradient.name)
+            matrix.set(value.to(device), torch.full_like(one, unit))
+
+    def level(self) -> None:
+        """Makes the buffers of all processes their mean. Collective.
+
+        Only the sum over the group matters, as the method is linear; who saves and goes on, and who
+        loads, then hold the same bits.
         """
         for matrix in self.matrices.values():
-            mean = dalle_ext.unpack(matrix.error, "1-6-9")
-            dist.all_reduce(mean, group=self.group)
-            matrix.error.copy_(dalle_ext.pack(mean / self.world, "1-6-9"))
+            mean = matrix.value()
+            self.exchange.all_reduce(mean)
+            matrix.set(mean / self.world)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The error buffers, one copy for all, after `level`."""
         errors = {name: matrix.error.clone() for name, matrix in self.matrices.items()}
-        return {"errors": errors, "machines": self.world, "rank": self.rank, "seed": self.seed}
+        units = {name: float(matrix.unit) for name, matrix in self.matrices.items()}
+        return {"errors": errors, "units": units, "machines": self.world, "rank": self.rank,
+                "seed": self.seed}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes the buffers of `state_dict`, shared out over as many processes as there are now."""
@@ -263,26 +291,42 @@ class Compressor:
             own, got = getattr(self, what), state.get(what)
             if own != got:
                 raise CheckpointError(f"PowerSGD: state must be of {what} {own}, got {got}")
-        share = state["machines"] / self.world
-        for name, codes in state["errors"].items():
-            if share != 1:
-                codes = dalle_ext.pack(dalle_ext.unpack(codes, "1-6-9") * share, "1-6-9")
+        share, units = state["machines"] / self.world, state.get("units", {})
+        for name, words in state["errors"].items():
+            unit = units.get(name, 1.0)
+            coded = words.dtype == torch.int16
+            value = (dalle_ext.unpack(words, "1-6-9") / unit if coded else words) * share
+            unit = unit / power_above(share / 2)  # as many codes' range is used as before
             if name in self.matrices:
-                self.matrices[name].error.copy_(codes)
+                matrix = self.matrices[name]
+                matrix.set(value, torch.full_like(matrix.unit, unit))
             else:
-                self._loaded[name] = codes.clone()
+                self._loaded[name] = value, unit
+
+
+def _probe(rows: int, rank: int, device: torch.device) -> Tensor:
+    """Whole numbers, which every processor draws alike."""
+    draw = torch.Generator("cpu").manual_seed(rows)
+    found = torch.randint(-999, 1000, (rows, rank), generator=draw, device="cpu")
+    return found.to(device, torch.float32)
+
+
+def _hash(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _squares(matrices: list[Matrix], qs: list[Tensor], units: list[Tensor]) -> tuple[float, float]:
+    """Of what the buffers hold, and of its part in the span of P: `qs` are the own E^T P."""
+    whole = sum(float(m.value().square().sum()) for m in matrices)
+    return whole, sum(float((q * u).square().sum()) for q, u in zip(qs, units, strict=True))
+
+
+def _nan_where(flags: Tensor) -> Tensor:
+    return torch.zeros_like(flags).masked_fill(flags > 0, math.nan)
 
 
 def _flat(grad: Tensor) -> Tensor:
     return grad.reshape(grad.shape[0], -1)
-
-
-def _nonfinite(grads: Iterable[Tensor]) -> Tensor:
-    """float32, 1 where any element is not finite; read on the device."""
-    grads = list(grads)
-    one = torch.ones(1, device=grads[0].device)
-    found = dalle_ext.unscale_gradients_(grads, one, check_only=True).found_nonfinite
-    return found.reshape(()).float()
 
 
 def _check(holds: bool, name: str, requirement: str, value: Any) -> None:

@@ -57,14 +57,15 @@ def shard(
 
 
 def compress(
-    model: nn.Module, cluster: Cluster, scaler: ResblockScaler | None, whole: Iterable[nn.Module]
+    model: nn.Module, cluster: Cluster, scaler: ResblockScaler | None, blocks: Iterable[nn.Module]
 ) -> None:
     """Attaches `PowerSGD` to a model from `shard`, where the cluster's configuration asks for it.
 
     Args:
         model, cluster: as given to `shard`.
         scaler: whose scales the gradients carry.
-        whole: modules whose gradients are not compressed, beside the embeddings.
+        blocks: whose matrices are compressed; all else is embeddings, unembeddings and tables
+            (paper E.2).
     """
     rank = cluster.config.powersgd_rank
     if not rank:
@@ -72,9 +73,10 @@ def compress(
     if cluster.machines == 1:
         say("cluster: powersgd_rank has no effect on one machine")
         return
+    inside = {p for block in blocks for p in block.parameters()}
     cluster.psgd = PowerSGD(
         rank, cluster.mesh["replicate"].get_group(), wire=cluster.config.powersgd_wire,
-        exclude=[p for part in whole for p in part.parameters()], scaler=scaler,
+        exclude=[p for p in model.parameters() if p not in inside], scaler=scaler,
     )  # fmt: skip
     cluster.psgd.attach(model)
     sent, matrices = cluster.psgd.compressed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 import dalle_ext
 from dalle.errors import CheckpointError, UsageError
 from dalle.precision.ends import BINS, COUNTS, BlockEnds
-from dalle.sharded import local_part, over_shards
+from dalle.sharded import gradient_stats, local_part
+from dalle.train.metrics import say
 
 Block = nn.Module | Sequence[nn.Module]
+TELL_EVERY = 10  # updates, of which none succeeded since the beginning
 
 
 class ScalerStep(NamedTuple):
@@ -95,12 +98,15 @@ class ResblockScaler:
         self._grow_on_skip = grow_on_skip
         count = len(self.names)
         # One more for what belongs to no block: its scale is 1 for ever.
-        self.scales = torch.full((count + 1,), initial * replicas, device=device)
+        start = float(initial * replicas)
+        self.scales = torch.full((count + 1,), start, dtype=torch.float32, device=device)
         self.scales[count] = 1
         self.since_drop = torch.full((count,), window, dtype=torch.int64, device=device)
         # Skipped updates in a row that a block caused at its lowest scale.
         self._stuck = torch.zeros(count, dtype=torch.int64, device=device)
         self._skips = torch.zeros(2, dtype=torch.float64, device=device)  # skipped, updates
+        # Updates that all were skipped since the beginning; None once one was not.
+        self._in_vain: Tensor | None = torch.zeros((), dtype=torch.int64, device=device)
         self._ends = {name: BlockEnds(self.scales[i]) for i, name in enumerate(self.names)}
         self._sample()
 
@@ -109,6 +115,19 @@ class ResblockScaler:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for ends, scale in zip(self._ends.values(), self.scales, strict=False):
+            ends.scale = scale  # views, which a pickle makes tensors of their own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ResblockScaler:
+        """Of the same parameters, or of their copies where those were made in the same call."""
+        found = memo[id(self)] = object.__new__(ResblockScaler)
+        own = {key: value for key, value in self.__dict__.items() if key != "groups"}
+        groups = {memo.get(id(param), param): group for param, group in self.groups.items()}
+        found.__setstate__({**copy.deepcopy(own, memo), "groups": groups})
+        return found
 
     @torch.no_grad()
     def step(
@@ -125,7 +144,8 @@ class ResblockScaler:
             clip_norm: largest global norm of the unscaled gradients.
 
         Raises:
-            UsageError: no gradients, or 16-bit parameters in another optimizer.
+            UsageError: no gradients, none of the blocks' parameters (a copy of the scaler alone
+                does not know a copy of the model), or 16-bit parameters in another optimizer.
         """
         params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         if not params:
@@ -133,11 +153,14 @@ class ResblockScaler:
         fused = isinstance(optimizer, dalle_ext.AdamW16)
         rest = len(self)
         groups = [self.groups.get(p, rest) for p in params]
-        grads = [local_part(p.grad) for p in params if p.grad is not None]
+        if min(groups) == rest:
+            raise UsageError(
+                "ResblockScaler: optimizer must hold parameters of the blocks, got gradients of "
+                f"{len(params)} others"
+            )
         if not fused:
             _check_fp32(params, optimizer)
-        stats = dalle_ext.unscale_gradients_(grads, self.scales, groups, check_only=fused)
-        norm, nonfinite = over_shards(params, stats.norm, stats.nonfinite)
+        norm, nonfinite = gradient_stats(params, self.scales, groups, check_only=fused)
         skipped = nonfinite.sum() > 0
         factor = None
         if clip_norm is not None:
@@ -149,10 +172,14 @@ class ResblockScaler:
             )
         elif not bool(skipped):
             if factor is not None:
-                torch._foreach_mul_(grads, factor)
+                torch._foreach_mul_([local_part(p.grad) for p in params], factor)
             optimizer.step()
         self._update_scales(nonfinite)
         self._skips += torch.stack([skipped.double(), torch.ones_like(norm)])
+        if self._in_vain is not None:
+            self._in_vain += skipped
+            if self.updates % TELL_EVERY == 0:  # the host waits, but only at the beginning
+                self._tell(nonfinite)
         return ScalerStep(norm, nonfinite, skipped)
 
     def _update_scales(self, nonfinite: Tensor) -> None:
@@ -179,6 +206,29 @@ class ResblockScaler:
             scales.copy_(torch.where(dirty_elsewhere, torch.minimum(scales, before), scales))
         self.updates += 1
         self._sample()
+
+    def _tell(self, nonfinite: Tensor) -> None:
+        """Says that a training begins with skipped updates alone, or with overflow alone."""
+        seen = [self._ends[name].probe.grad for name in self.names]
+        if self.updates == TELL_EVERY:
+            lost = [i for i, c in enumerate(seen) if c is not None and 2 * c[0] > c[len(COUNTS)]]
+            self._say_too_high("most scaled gradients that enter block {} overflow", lost)
+        if self._in_vain is None or int(self._in_vain) < self.updates:
+            self._in_vain = None
+            return
+        bad = [i for i, count in enumerate(nonfinite[:-1].tolist()) if count]
+        self._say_too_high(
+            f"all of the first {self.updates} updates were skipped, as scaled gradients of block "
+            "{} were not finite", bad)  # fmt: skip
+
+    def _say_too_high(self, text: str, blocks: list[int]) -> None:
+        if blocks:
+            names = self.names[blocks[0]]
+            names += f" and {len(blocks) - 1} others" if len(blocks) > 1 else ""
+            say(
+                f"ResblockScaler: {text.format(names)}: initial must be lower, got scale "
+                f"{float(self.scales[blocks[0]]):g} by now"
+            )
 
     def stuck(self) -> list[str]:
         """Blocks whose gradients were nonfinite at the lowest scale for `window` updates."""
@@ -244,6 +294,7 @@ class ResblockScaler:
         for own, name in ((self.since_drop, "since_drop"), (self._stuck, "stuck")):
             own.copy_(torch.tensor(state[name], dtype=torch.int64))
         self.updates = int(state["updates"])
+        self._in_vain = None
         self._sample()
 
 

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dalle.distributed.cluster import Cluster
+from dalle.distributed.replicas import drifted
 from dalle.errors import CheckpointError
 from dalle.files import (
     MAX_TEXT_BYTES,
@@ -75,6 +76,10 @@ def save(task: Task, cluster: Cluster, root: Path, step: int, *, keep: int) -> P
         CheckpointError: on all processes, if any cannot write; older checkpoints are untouched.
     """
     final = root / checkpoint_name(step)
+    apart = drifted(task.model, cluster)
+    if apart is not None:
+        say(f"{task.name}: {apart}, at step {step}; a run that goes on from this checkpoint has "
+            "equal ones again")  # fmt: skip
     temporary = Path(cluster.first(str(temporary_name(final))))
     try:
         with _agreed(cluster):

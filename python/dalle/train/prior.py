@@ -141,7 +141,7 @@ class PriorTask:
         if cluster is not None:
             from dalle.distributed.sharding import compress
 
-            compress(prior, cluster, self.scaler, [prior.text_head, prior.image_head])
+            compress(prior, cluster, self.scaler, prior.resblocks().values())
         self.average: IterateAverage | None = IterateAverage(
             prior, config.average_decay, config.average_every, warmup=config.average_warmup
         )

@@ -1,0 +1,239 @@
+"""Error buffers of `PowerSGD` and the words its factors travel in: 1-6-9, or float32.
+
+In 1-6-9 each matrix has a unit, a power of two, alike on all processes: its buffer, P and Q are
+kept times that. It is chosen anew in each step from a bound of what all processes hold together, so
+that neither a buffer nor a sum over the processes can reach 16, and stays where that bound moves
+little: then no code changes but by its gradient.
+
+Products of two such words have 20 bits, so that float32 holds them exactly: P Q^T has the same bits
+on every processor, whether it fuses multiplication and addition or not, as long as P and Q are the
+words themselves; what they are divided by comes after. Float32 words are rounded to a grid on which
+sums of their products are exact in float64, which gives the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import dalle_ext
+from dalle.distributed.wire import Exchange
+
+FORMAT = "1-6-9"
+# Exponents of bound times unit, of 1-6-9's -60 to 4: below, and above, a new unit brings it to AIM.
+# Above, a factor of two is left for the rounding of codes; below, 40 octaves for small elements.
+LEAST, AIM, MOST = -20, -8, 3
+MEASURE_EVERY = 16  # steps; until then a buffer's bound grows by what could have been added
+GRID_P, GRID_Q = 26, 22  # bits of float32 words: after the point, and below the largest number
+EPS = 1e-6  # of the largest element of P; added to its diagonal before it is made orthonormal
+
+
+@dataclass
+class Matrix:
+    """A gradient that is compressed.
+
+    Attributes:
+        name: of the parameter.
+        error: (m, n), what was not sent yet: int16 codes of 1-6-9 of it times `unit`, or float32.
+        q: (n, r) float32, drawn once and never updated.
+        limit: a power of two; no element of E Q is larger than this times the largest of E.
+        unit: 0-d float32, a power of two.
+        bound: 0-d float32; no element of what the buffer holds is larger.
+        added: 0-d float32; no element of what was handed out last is larger.
+        steps: reductions so far.
+    """
+
+    name: str
+    error: Tensor
+    q: Tensor
+    limit: float
+    unit: Tensor
+    bound: Tensor
+    added: Tensor
+    steps: int = 0
+
+    def value(self) -> Tensor:
+        """What the buffer holds, (m, n) float32, in the units of the gradients."""
+        if self.error.dtype != torch.int16:
+            return self.error.clone()
+        return dalle_ext.unpack(self.error, FORMAT) / self.unit
+
+    def set(self, value: Tensor, unit: Tensor | None = None) -> None:
+        """Makes the buffer hold this, (m, n) float32, in the unit given or in one that fits."""
+        if self.error.dtype == torch.int16:
+            fits = new_units(largest([value]), self.unit[None])[0]
+            self.unit = fits if unit is None else unit
+            self.error.copy_(dalle_ext.pack(value * self.unit, FORMAT))
+        else:
+            self.error.copy_(value)
+        self.measure()
+
+    def measure(self) -> None:
+        """Finds the bound anew; nothing waits for the device."""
+        self.bound = largest([self.value()])[0]
+
+
+def largest(tensors: Sequence[Tensor]) -> Tensor:
+    """(len,) float32 largest magnitudes; Inf or NaN where a tensor has one, 0 of an empty one."""
+    found = torch.zeros(len(tensors), dtype=torch.float32, device=tensors[0].device)
+    filled = [i for i, t in enumerate(tensors) if t.numel()]
+    if filled:
+        norms = torch._foreach_norm([tensors[i] for i in filled], math.inf)
+        found[filled] = torch.stack([norm.float() for norm in norms])
+    return found
+
+
+def new_units(bounds: Tensor, units: Tensor) -> Tensor:
+    """Powers of two that bring what is at most `bounds` into the range of 1-6-9.
+
+    Those that are there, where they do.
+    """
+    exponents = (bounds.view(torch.int32) >> 23) - 127  # bounds are not negative
+    wanted = ((AIM - exponents).clamp(-100, 100) + 127 << 23).view(torch.float32)
+    now = bounds * units
+    fits = (now < 2.0**MOST) & (now >= 2.0**LEAST) | (bounds == 0)
+    return torch.where(fits, units, wanted)
+
+
+def power_above(x: float) -> float:
+    """The smallest power of two that is larger than x, a positive number."""
+    return 2.0 ** math.frexp(x)[1]
+
+
+class Codes:
+    """Buffers and words of 1-6-9."""
+
+    dtype = torch.int16
+
+    def settle(self, matrices: list[Matrix], totals: Tensor) -> None:
+        """Gives matrices new units where `totals`, the sums of all processes' bounds, ask for it.
+
+        No element of a buffer or of a sum of buffers is larger than the total times the unit.
+        """
+        before = torch.stack([m.unit for m in matrices])
+        after = new_units(totals, before)
+        change = after / before
+        # On the CPU the host may look; elsewhere it does not wait, and shifts by 1 what stays.
+        on_host = change.device.type == "cpu"
+        for i, matrix in enumerate(matrices):
+            matrix.unit = after[i]
+            if not (on_host and change[i] == 1):
+                held = dalle_ext.unpack(matrix.error, FORMAT)
+                matrix.error.copy_(dalle_ext.pack(held * change[i], FORMAT))
+
+    def compress(
+        self, matrices: list[Matrix], grads: list[Tensor], scales: list[Tensor | None],
+        skips: list[Tensor], fast: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        """Adds gradients, divided by their scales, to the buffers; P = E Q in units of its own."""
+        found = []
+        for m, grad, scale, skip in zip(matrices, grads, scales, skips, strict=True):
+            divisor = m.limit / m.unit if scale is None else scale * (m.limit / m.unit)
+            found += dalle_ext.powersgd_compress_(
+                [m.error], [grad], [m.q], scale=divisor, error_scale=m.limit, skip=skip, fast=fast
+            )
+        return found
+
+    def sum_(self, exchange: Exchange, factors: list[Tensor]) -> None:
+        """Sums of P or of Q over the processes."""
+        exchange.sum_codes_(factors)
+
+    def orthonormal(self, p: Tensor) -> Tensor:
+        """Words of orthonormal columns that span those of P, whatever P's size."""
+        top = p.abs().amax()
+        return dalle_ext.pack(
+            dalle_ext.orthogonalize(p / torch.where(top > 0, top, 1.0), EPS), FORMAT
+        )
+
+    def numbers(self, words: Tensor) -> Tensor:
+        """What words of `orthonormal` stand for."""
+        return dalle_ext.unpack(words, FORMAT)
+
+    def project(self, matrices: list[Matrix], ps: list[Tensor], fast: bool) -> list[Tensor]:
+        """Q = E^T P, in units of its own."""
+        by = _limit_of_q(matrices)
+        errors = [m.error for m in matrices]
+        return dalle_ext.powersgd_project(errors, ps, error_scale=by, fast=fast)
+
+    def scales_of_q(self, matrices: list[Matrix]) -> list[Tensor]:
+        """Times what `project` gives a matrix, it is in the units of the gradients."""
+        by = _limit_of_q(matrices)
+        return [by / m.unit for m in matrices]
+
+    def decompress(
+        self, matrices: list[Matrix], at: list[int], ps: list[Tensor], qs: list[Tensor],
+        world: int, skip: Tensor, feedback: bool, fast: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        """D = P Q^T of the matrices `at` these places, in units of Q; buffers lose D / world."""
+        return dalle_ext.powersgd_decompress_(
+            [matrices[i].error for i in at], [ps[i] for i in at], [qs[i] for i in at],
+            machines=world, error_scale=_limit_of_q(matrices), skip=skip, feedback=feedback,
+            fast=fast)  # fmt: skip
+
+
+def _limit_of_q(matrices: list[Matrix]) -> float:
+    """No element of E^T P is larger than this times the largest of E: P's columns have norm 1."""
+    return power_above(1.01 * math.sqrt(max(m.error.shape[0] for m in matrices)))
+
+
+class Floats:
+    """Buffers and words of float32."""
+
+    dtype = torch.float32
+
+    def settle(self, matrices: list[Matrix], totals: Tensor) -> None:
+        """Nothing to do: float32 holds whatever the gradients do."""
+
+    def compress(
+        self, matrices: list[Matrix], grads: list[Tensor], scales: list[Tensor | None],
+        skips: list[Tensor], fast: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        """Adds gradients, divided by their scales, to the buffers; P = E Q."""
+        for m, grad, scale, skip in zip(matrices, grads, scales, skips, strict=True):
+            given = grad.float() if scale is None else grad / scale
+            m.error.add_(torch.where(skip > 0, 0.0, given))
+        return [(m.error.double() @ m.q.double()).float() for m in matrices]
+
+    def sum_(self, exchange: Exchange, factors: list[Tensor]) -> None:
+        """Sums of P or of Q over the processes."""
+        exchange.sum_fp32_(factors)
+
+    def orthonormal(self, p: Tensor) -> Tensor:
+        """See `Codes`. Float64, lest what P's columns have in common hides what they have not."""
+        found = torch.linalg.qr(p.double()).Q
+        return ((found * 2.0**GRID_P).round_() * 2.0**-GRID_P).float()
+
+    def numbers(self, words: Tensor) -> Tensor:
+        """See `Codes`."""
+        return words
+
+    def project(self, matrices: list[Matrix], ps: list[Tensor], fast: bool) -> list[Tensor]:
+        """Q = E^T P."""
+        return [m.error.t() @ p for m, p in zip(matrices, ps, strict=True)]
+
+    def scales_of_q(self, matrices: list[Matrix]) -> list[Tensor]:
+        """See `Codes`."""
+        return [m.unit for m in matrices]
+
+    def decompress(
+        self, matrices: list[Matrix], at: list[int], ps: list[Tensor], qs: list[Tensor],
+        world: int, skip: Tensor, feedback: bool, fast: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        """D = P Q^T of the matrices `at` these places; buffers lose D / world."""
+        found = [(ps[i].double() @ _on_grid(qs[i]).t()).float() for i in at]
+        for i, total in zip(at, found, strict=True):
+            if feedback:
+                matrices[i].error.sub_(torch.where(skip > 0, 0.0, total / world))
+        return found
+
+
+def _on_grid(q: Tensor) -> Tensor:
+    """Float64 of `q`, whole numbers of 2^(1 - GRID_Q) times the power of two below its largest."""
+    top = q.abs().amax()
+    power = (top.view(torch.int32) >> 23 << 23).view(torch.float32)
+    step = power.double() * 2.0 ** (1 - GRID_Q)
+    return torch.where(top > 0, (q.double() / step).round() * step, 0.0)
