@@ -13,6 +13,7 @@ from dalle_ext import _native
 from dalle_ext._checks import real, seed_word
 
 Tensor = torch.Tensor
+GROUP_STRIDE = 0xBF58476D1CE4E5B9  # between the seeds of parameter groups, odd and irregular
 
 
 def _step_fake(*_: object) -> None:
@@ -86,7 +87,8 @@ def tensors_of(
     clip_factor: float | Tensor | None, found: bool | Tensor | None, device: torch.device,
 ) -> list[Tensor | None]:  # fmt: skip
     """What the kernel reads on the device: scales, clip factor, flag, step size, seed."""
-    word = (operator.index(group["seed"]) + index + 2**63) % 2**64 - 2**63
+    # Not seed + index: the second group of a seed would round as the first of the next one.
+    word = (operator.index(group["seed"]) + index * GROUP_STRIDE + 2**63) % 2**64 - 2**63
     seed = torch.full((), word, dtype=torch.int64, device=device)
     lr = group["lr"] if isinstance(group["lr"], Tensor) else None
     clip = one_float("clip_factor", clip_factor, device)

@@ -200,3 +200,17 @@ def test_states_of_earlier_versions_go_on():
     ):
         with pytest.raises(ValueError, match=f"^AdamW16: {message}"):
             other.load_state_dict({**saved, "state": {0: bad}})
+
+
+def test_no_group_rounds_as_another_of_the_next_seed():
+    def rounded(seed):
+        parameters = [torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)) for _ in range(3)]
+        groups = [{"params": [p]} for p in parameters]
+        optimizer = dalle_ext.AdamW16(groups, lr=1e-3, stochastic_rounding=True, seed=seed)
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        return [tuple(p.tolist()) for p in parameters]
+
+    assert len({bits for seed in range(4) for bits in rounded(seed)}) == 12
+    assert rounded(2) == rounded(2)
