@@ -273,6 +273,20 @@ def test_pictures_of_several():
     assert np.abs(decode(multi, "x").astype(int) - WIDE).max() < 12
 
 
+def test_what_lies_between_the_segments_of_a_jpeg_is_passed_over():
+    plain = decode(FILES["JPEG"], "plain")
+    head, rest = FILES["JPEG"][:2], FILES["JPEG"][2:]
+    segment = b"\xff\xfe\0\3x"
+    for between in (
+        b"\0" * 999,
+        b"\xff\0ab",
+        b"\xff" * 9,
+        b"\0" * (9 << 20),
+    ):
+        assert np.array_equal(decode(head + segment + between + rest, "x"), plain), between[:9]
+    assert refused(head + segment + b"\0" * (9 << 20))[0] == "unreadable header"
+
+
 def refused(content):
     with pytest.raises(BadPicture) as caught:
         decode(content, "a.png")
@@ -296,6 +310,9 @@ def test_every_refusal_names_its_reason():
         jpeg[: frame + 5] + b"\0\0" + jpeg[frame + 7 :]: ("no pixels", "(24 x 0)"),
         jpeg[: frame + 4] + b"\x0c" + jpeg[frame + 5 :]: ("unreadable header", "12-bit"),
         many: ("too many pixels", "(9000 x 9000)"),
+        with_chunks(png_file, chunk(b"tEXt", b"") * 100_001): ("too many pieces", ""),
+        jpeg[:2] + b"\xff\xfe\0\2" * 100_001 + jpeg[2:]: ("too many pieces", ""),
+        FILES["WEBP"] + b"ABCD\0\0\0\0" * 100_001: ("too many pieces", "at most 100000"),
         png_file[:20]: ("unreadable header", ""),
         png_file[:8]: ("unreadable header", "truncated"),
         png_file[:60]: ("does not decode", ""),

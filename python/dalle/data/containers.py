@@ -12,6 +12,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from itertools import count
 from typing import NamedTuple
 
 JPEG, PNG, WEBP = "JPEG", "PNG", "WEBP"
@@ -39,7 +40,12 @@ ORIENTATION = 0x0112
 INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # TIFF type -> struct code
 XMP_HEAD = b"http://ns.adobe.com/xap/1.0/\0"
 XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:\s*=\s*[\"']|\s*>\s*)([1-8])\b")
+MAX_PIECES = 100_000  # segments or chunks of a file; a PNG of 64 MiB has about 8,000
 MAX_PROFILE = 1 << 20  # bytes of a compressed EXIF profile that are looked at
+
+
+class TooManyPieces(ValueError):
+    """A file of so many segments or chunks that walking through them takes longer than decoding."""
 
 
 class Parts(NamedTuple):
@@ -72,7 +78,11 @@ def picture_format(content: bytes) -> str | None:
 
 
 def take_apart(content: bytes) -> Parts:
-    """Takes a JPEG, PNG or WebP apart; where its structure is damaged, the rest stays as it is."""
+    """Takes a JPEG, PNG or WebP apart; where its structure is damaged, the rest stays as it is.
+
+    Raises:
+        TooManyPieces: the file has more than 100,000 segments or chunks.
+    """
     kind = picture_format(content)
     if kind == JPEG:
         return _jpeg(content)
@@ -84,13 +94,20 @@ def _jpeg(content: bytes) -> Parts:
     kept, exif, xmp = [content[:2]], [], []
     size = None
     at = begin = 2
-    while at + 4 <= len(content) and content[at] == 0xFF:
+    pieces = count()
+    while at + 4 <= len(content):
+        _check_pieces(next(pieces))
         marker = content[at + 1]
-        if marker == 0xFF:  # padding
-            at += 1
+        if content[at] != 0xFF or marker == 0:  # no segment begins here: to the next one
+            kept.append(content[begin:at])
+            following = content.find(b"\xff", at + 1)
+            begin = at = following if following >= 0 else len(content)
+            continue
+        if marker == 0xFF or 0xD0 <= marker <= 0xD9:  # padding, no body
+            at += 1 if marker == 0xFF else 2
             continue
         end = at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-        if not 0xC0 <= marker or marker in (0xD8, 0xD9, 0xDA) or end < at + 4 or end > len(content):
+        if marker < 0xC0 or marker == 0xDA or end < at + 4 or end > len(content):
             break  # the scan, or damage: the decoder's
         body = content[at + 4 : end]
         if marker == 0xE1 and body.startswith(b"Exif\0"):
@@ -129,17 +146,19 @@ def _png(content: bytes) -> Parts:
         critical = not kind or kind[:1].isupper()
         if critical or (kind == b"tRNS" and colour == 3):
             kept.append(content[begin:end])
-    count = {0: 1, 2: 3}.get(colour, 0)
+    samples = {0: 1, 2: 3}.get(colour, 0)
     mask = (1 << depth) - 1  # bits above the sample's own are to be passed over
-    values = [int.from_bytes(key[2 * i : 2 * i + 2], "big") & mask for i in range(count)]
-    whole = tuple(values) if len(key) >= 2 * count else ()
+    values = [int.from_bytes(key[2 * i : 2 * i + 2], "big") & mask for i in range(samples)]
+    whole = tuple(values) if len(key) >= 2 * samples else ()
     return Parts(b"".join(kept), _orientation(exif, xmp), size, whole, depth)
 
 
 def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
     """(kind, begin, end) of each chunk; from the first that is damaged on, b"" for the rest."""
     at = len(PNG_SIGNATURE)
+    pieces = count()
     while at < len(content):
+        _check_pieces(next(pieces))
         size, kind = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
         end = at + 12 + size
         if not kind.isalpha() or len(kind) < 4 or end > len(content):
@@ -169,12 +188,19 @@ def _text_profile(kind: bytes, body: bytes) -> bytes:
 def _webp(content: bytes) -> Parts:
     found: dict[bytes, list[bytes]] = {b"EXIF": [], b"XMP ": []}
     at = 12
+    pieces = count()
     while at + 8 <= len(content):
+        _check_pieces(next(pieces))
         kind, size = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")
         if kind in found:
             found[kind].append(content[at + 8 : at + 8 + size])
         at += 8 + size + size % 2
     return Parts(content, _orientation(found[b"EXIF"], found[b"XMP "]))
+
+
+def _check_pieces(number: int) -> None:
+    if number >= MAX_PIECES:
+        raise TooManyPieces(f"more than {MAX_PIECES}")
 
 
 def _orientation(exif: list[bytes], xmp: list[bytes]) -> int:
@@ -207,8 +233,8 @@ def tiff_orientation(block: bytes) -> int | None:
     (start,) = struct.unpack_from(order + "I", block, 4)
     if start + 2 > len(block):
         return None
-    (count,) = struct.unpack_from(order + "H", block, start)
-    for at in range(start + 2, min(start + 2 + 12 * count, len(block) - 11), 12):
+    (entries,) = struct.unpack_from(order + "H", block, start)
+    for at in range(start + 2, min(start + 2 + 12 * entries, len(block) - 11), 12):
         tag, kind, number = struct.unpack_from(order + "HHI", block, at)
         if tag == ORIENTATION and number == 1 and kind in INTEGERS:
             (value,) = struct.unpack_from(order + INTEGERS[kind], block, at + 8)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from dalle import files
-from dalle.data.containers import Parts, picture_format, take_apart
+from dalle.data.containers import MAX_PIECES, Parts, TooManyPieces, picture_format, take_apart
 from dalle.errors import DataError
 
 DECODERS: dict[str, type[ImageFile.ImageFile]] = {
@@ -95,7 +95,11 @@ def _open(content: bytes, path: Path | str) -> tuple[Image.Image, Parts]:
         raise BadPicture(path, "not a picture", known, f"it begins with {begin}")
     if kind not in DECODERS:
         raise BadPicture(path, "picture of another format", known, kind)
-    parts = take_apart(content)
+    try:
+        parts = take_apart(content)
+    except TooManyPieces as error:
+        limit = f"have at most {MAX_PIECES} segments or chunks"
+        raise BadPicture(path, "too many pieces", limit) from error
     if parts.size is not None:
         _check_size(parts.size, path)
     try:

@@ -166,7 +166,9 @@ def leave_out(pairs: Pairs, item: int, error: DataError) -> None:
     """Counts a picture that cannot be used, once, in `pairs.skipped`, and says which and why."""
     met: dict[int, str] | None = getattr(pairs, "left_out", None)
     if met is None:
-        met = pairs.left_out = {}  # type: ignore[attr-defined]
+        met = {}
+        with suppress(AttributeError):  # a set with slots counts anew each time
+            object.__setattr__(pairs, "left_out", met)  # a frozen one remembers too
     if item in met:
         return
     met[item] = getattr(error, "reason", "does not decode")
