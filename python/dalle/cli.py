@@ -146,6 +146,8 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     setting = re.search(r"DALLE_EXT_\w+ must .*", text)  # the kernels read it at their first call
     if setting:
         return f"dalle: {setting[0]}", 4
+    if "can't start new thread" in text:
+        return "dalle: the system must allow another thread, got none: a limit of processes", 4
     if isinstance(error, OSError):
         reason = error.strerror or text
         code = 3 if isinstance(error, FileNotFoundError) else 4

@@ -10,7 +10,8 @@ import pytest
 import torch
 from tiny_task import TinyTask, config
 
-from dalle.errors import EnvironmentProblem
+from dalle.errors import DataError, EnvironmentProblem
+from dalle.precision.plots import plot_scales
 from dalle.train import metrics
 from dalle.train.loop import train
 from dalle.train.metrics import Metrics, duration, read_metrics
@@ -112,6 +113,7 @@ DAMAGE = [
     b'{"step": "4"}\n{"loss": 1}\n{"step": true}\n{"step": -1}\n{"step": 1e300}\n',
     b'{"step": 3, "loss": "low"}\n{"step": 3, "block_scale": [{}]}\n',
     b"[" * 50_000 + b"\n",
+    b'{"step": 3, "loss": 1' + b"0" * 400 + b"}\n",
     b"\xef\xbb\xbf\xfe\xff\n",
 ]
 
@@ -162,3 +164,27 @@ class Torn:
     def write(self, line):
         self.times += 1
         return self.file.write(line[:9] if self.times == 1 else line)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"block_scale": 3},
+        {"block_scale": [1.0]},
+        {"block_scale": [1e308, -1e308]},
+        {"block_scale": [None, 1.0]},
+        {"block_overflow": [math.inf, 0.0]},
+        {"block_subnormal": None},
+        {"block_exponents": 3},
+        {"block_exponents": [[], []]},
+        {"block_exponents": [[1.0, 2.0], [1.0]]},
+        {"block_exponents": [[0.5] * 80] * 3},
+        {"block_exponents": [[None] * 80] * 2},
+    ],
+)
+def test_a_plot_leaves_out_records_that_are_not_whole(tmp_path, damage):
+    names = ("block_scale", "block_underflow", "block_subnormal", "block_overflow")
+    record = {"step": 1, **{name: [1.0, 2.0] for name in names}} | damage
+    with pytest.raises(DataError, match="must hold block_scale, got none that is whole"):
+        plot_scales([record], tmp_path / "x.png")
+    assert list(tmp_path.iterdir()) == []

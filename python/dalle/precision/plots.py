@@ -31,7 +31,10 @@ def plot_scales(records: list[dict[str, Any]], path: Path) -> None:
         blocks = len(scaled[-1]["block_scale"])
         scaled = [r for r in scaled if len(r["block_scale"]) == blocks]
     if not scaled:
-        raise DataError("plot scales: metrics must hold block_scale, got none (fp16-scaled only)")
+        found = "none that is whole" if any("block_scale" in r for r in records) else "none"
+        raise DataError(
+            f"plot scales: metrics must hold block_scale, got {found} (fp16-scaled only)"
+        )
     try:
         import matplotlib
 
@@ -53,16 +56,24 @@ def plot_scales(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def _is_complete(record: dict[str, Any]) -> bool:
-    """Whether a record has a number for each block, and a row where there are exponents."""
-    count = len(record["block_scale"]) if isinstance(record.get("block_scale"), list) else 0
+    """Whether a record has a number for each block, and a row of shares where it has exponents."""
     names = ("block_scale", "block_underflow", "block_subnormal", "block_overflow")
-    rows = record.get("block_exponents") or []
+    found = [_numbers(record.get(name), 1) for name in names]
+    rows = record.get("block_exponents")
+    if rows:
+        found.append(_numbers(rows, 2))
+    lengths = {None if numbers is None else len(numbers) for numbers in found}
+    return len(lengths) == 1 and None not in lengths
+
+
+def _numbers(value: Any, axes: int) -> np.ndarray | None:
+    """`value` as an array of `axes` axes, or None where it is none of finite numbers in reason."""
     try:
-        shapes = {np.asarray(record[name], dtype=np.float64).shape for name in names}
-        held = np.asarray(rows, dtype=np.float64).shape
-    except (KeyError, TypeError, ValueError):  # missing, null, or ragged
-        return False
-    return count > 0 and shapes == {(count,)} and (not rows or (len(held), held[0]) == (2, count))
+        found = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):  # of other values, or ragged
+        return None
+    fits = found.ndim == axes and found.size and np.isfinite(found).all()
+    return found if fits and np.abs(found).max() < 1e6 else None
 
 
 def _scales(axis: Any, records: list[dict[str, Any]]) -> None:
@@ -102,6 +113,8 @@ def _exponents(axis: Any, records: list[dict[str, Any]]) -> None:
     record = sampled[-1]
     shares = np.array(record["block_exponents"]).T  # exponents x blocks
     seen = np.flatnonzero(shares.sum(1))
+    if not seen.size:
+        return
     low, high = int(seen.min()), int(seen.max()) + 1
     count = shares.shape[1]
     extent = (-0.5, count - 0.5, low + LOWEST, high + LOWEST)

@@ -73,7 +73,9 @@ def _is_record(value: Any) -> bool:
     def plain(item: Any) -> bool:
         if isinstance(item, list):
             return all(plain(inner) for inner in item)
-        return item is None or (isinstance(item, (int, float)) and not isinstance(item, bool))
+        if isinstance(item, int):
+            return not isinstance(item, bool) and abs(item) < 2**63  # what numpy takes
+        return item is None or isinstance(item, float)
 
     if not isinstance(value, dict) or not all(plain(item) for item in value.values()):
         return False
