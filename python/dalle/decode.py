@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import dalle_ext
-from dalle.errors import UsageError
+from dalle.errors import NumericalError, UsageError
 from dalle.prior_blocks import AttentionBlock
 from dalle.prior_config import PAD
 from dalle.sampling import (
@@ -28,6 +28,7 @@ from dalle.sampling import (
     uniform_noise,
     whole_number,
 )
+from dalle_ext._checks import real
 
 if TYPE_CHECKING:
     from dalle.prior import Prior
@@ -173,6 +174,7 @@ def generate(
 
     Raises:
         UsageError: shapes, token ranges or options that do not fit.
+        NumericalError: logits that are NaN or infinite.
     """
     c = prior.config
     prior.check_text(text)
@@ -181,7 +183,7 @@ def generate(
     max_batch = whole_number("generate", "max_batch", max_batch, 1)
     seed = whole_number("generate", "seed", seed, 0, MAX_SEED)
     first = first_numbers("generate", "first_sample", first_sample, len(text))
-    if not math.isfinite(cond_scale):
+    if not math.isfinite(real(cond_scale)):
         raise UsageError(f"generate: cond_scale must be a finite number, got {cond_scale}")
     if prime is None:
         prime = text.new_empty(len(text), 0)
@@ -247,15 +249,20 @@ def _generate(
         second = DecodeState(prior, torch.full_like(text, PAD), samples, prime)
     tokens = prime.new_empty(batch, samples, slots)
     tokens[:, :, : prime.shape[1]] = prime[:, None]
+    finite = torch.ones((), dtype=torch.bool, device=tokens.device)  # looked at once, at the end
     for slot in range(prime.shape[1], slots):
         previous = tokens[:, :, slot - 1] if slot else None
         logits = state.step(slot, previous)
         if second is not None:
             base = second.step(slot, previous)
             logits = base + cond_scale * (logits - base)
+        finite &= logits.isfinite().all()
         drawn = pick(logits.flatten(0, 1), noise[:, :, slot].flatten())
         tokens[:, :, slot] = drawn.view(batch, samples)
         tell(slot + 1)
+    if not finite:
+        hint = "" if second is None else f"; cond_scale {cond_scale} may be too large"
+        raise NumericalError(f"generate: logits must be finite, got NaN or infinity{hint}")
     return tokens.cpu()
 
 

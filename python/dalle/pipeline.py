@@ -194,6 +194,8 @@ class Pipeline:
             progress: called with (sequences done, sequences in all) after each chunk.
         """
         num_candidates = whole_number("pipeline", "num_candidates", num_candidates, 1, MOST)
+        if isinstance(captions, str):
+            raise UsageError(f"pipeline: captions must be a list of strings, got {captions!r}")
         text = self.tokenizer.encode(list(captions), self.prior.config.text_len - 1)
         text = text.to(self.device)
         first = first_numbers("pipeline", "first_candidate", first_candidate, len(text))
@@ -223,7 +225,8 @@ class Pipeline:
                 if progress is not None:
                     progress(done, total)
             found.append(torch.cat(parts, 1))
-        return torch.cat(found)
+        none = torch.empty(0, num_candidates, *self.grid, dtype=torch.int64)
+        return torch.cat(found) if found else none
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 from dalle.errors import UsageError
-from dalle_ext._checks import integer
+from dalle_ext._checks import integer, real
 
 MAX_SEED = 2**63 - 1  # as in training
+LEAST_TEMPERATURE = 1e-37  # of float32; no two logits are so near that a lower one changes a draw
 
 
 def check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raises UsageError for sampling options out of range."""
-    if not (math.isfinite(temperature) and temperature >= 0):
+    if not 0 <= real(temperature) < math.inf:
         raise UsageError(f"generate: temperature must be 0 or more, got {temperature}")
     if top_k is not None:
         integer("generate", "top_k", top_k, 1,
                 requirement="a whole number of at least 1", error=UsageError)  # fmt: skip
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not 0 < real(top_p) <= 1:
         raise UsageError(f"generate: top_p must be in (0, 1], got {top_p}")
 
 
@@ -76,7 +77,10 @@ def draw(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    kept = filter_logits(logits.float() / temperature, top_k=top_k, top_p=top_p)
+    # Against the largest, and by a normal number: no temperature makes infinities of two logits.
+    ahead = logits.float() - logits.amax(-1, keepdim=True).float()
+    scaled = ahead / max(float(temperature), LEAST_TEMPERATURE)
+    kept = filter_logits(scaled, top_k=top_k, top_p=top_p)
     reach = kept.softmax(-1).cumsum(-1, dtype=torch.float64)
     wanted = noise[:, None].to(reach.device) * reach[:, -1:]
     found = torch.searchsorted(reach, wanted, right=True)[:, 0]

@@ -9,7 +9,7 @@ from test_prior import KINDS, make, sample
 
 import dalle_ext
 from dalle.decode import DecodeState, attended_slots, generate
-from dalle.errors import UsageError
+from dalle.errors import NumericalError, UsageError
 from dalle.prior import PAD
 from dalle.sampling import caption_key, draw, uniform_noise
 
@@ -218,6 +218,17 @@ def test_bad_input(options, line):
     with pytest.raises(UsageError, match=line) as error:
         model.generate(sample(model)[0], **options)
     assert "\n" not in str(error.value)
+
+
+def test_logits_that_are_no_numbers_draw_nothing():
+    model = make()
+    text, _ = sample(model)
+    with pytest.raises(NumericalError, match="logits must be finite, got .* 1e[+]39 may be too l"):
+        model.generate(text, cond_scale=1e39)
+    with torch.no_grad():
+        model.image_head.bias[1] = float("nan")
+    with pytest.raises(NumericalError, match="generate: logits must be finite, got NaN or infin"):
+        model.generate(text)
 
 
 def test_bad_text():

@@ -125,6 +125,13 @@ def test_a_candidate_is_the_same_picture_however_it_is_drawn(pipeline, monkeypat
     assert torch.equal(found.tokens, together[1][found.order])
 
 
+def test_no_caption_and_one_that_is_no_list(pipeline):
+    assert pipeline.sample([], 3).shape == (0, 3, 4, 4)
+    assert pipeline.decode(pipeline.sample([], 3)).shape == (0, 3, 3, 16, 16)
+    with pytest.raises(UsageError, match="captions must be a list of strings, got 'ab'"):
+        pipeline.sample("ab", 1)
+
+
 def test_without_a_ranker_the_order_is_that_of_sampling():
     found = build(ranker=False).generate(CAPTION, num_candidates=4, top=3)
     assert found.order.tolist() == [0, 1, 2] and found.scores.isnan().all()

@@ -76,6 +76,15 @@ def test_draws_follow_the_distribution(options, wanted):
     torch.testing.assert_close(shares, wanted.float(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300, np.float64(5e-324)])
+def test_low_temperatures_take_the_likeliest(temperature):
+    logits = torch.tensor([[300.0, 299.0, -1e30], [-2e5, -1e5, -2e5], [0.0, 1e-3, 1e38]])
+    found = draw(logits, torch.full((3,), 0.99, dtype=torch.float64), temperature=temperature)
+    assert found.tolist() == [0, 1, 2]
+    tie = draw(torch.zeros(2, 2), torch.tensor([0.49, 0.51]).double(), temperature=temperature)
+    assert tie.tolist() == [0, 1]
+
+
 def test_extreme_noise_stays_among_the_kept():
     logits = torch.tensor([[0.0, -math.inf, 0.0, -math.inf]]).expand(2, -1)
     assert draw(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)).tolist() == [0, 2]
@@ -145,6 +154,7 @@ def test_whole_numbers_of_any_kind():
     ("options", "line"),
     [
         ((-1.0, None, None), "generate: temperature must be 0 or more, got -1.0"),
+        (("warm", None, None), "generate: temperature must be 0 or more, got warm"),
         ((math.nan, None, None), "generate: temperature must be 0 or more, got nan"),
         ((1.0, 0, None), "generate: top_k must be a whole number of at least 1, got 0"),
         ((1.0, 0.9, None), "generate: top_k must be a whole number of at least 1, got 0.9"),
