@@ -73,7 +73,8 @@ def test_records_after_the_resumed_step_are_dropped(tmp_path):
 
 def test_log_lines_without_a_terminal(tmp_path, capsys):
     train(TinyTask(), config(tmp_path, steps=6, log_every=3))
-    lines = capsys.readouterr().err.splitlines()
+    # The last line of so short a run is about its averaged weights.
+    lines = capsys.readouterr().err.splitlines()[:-1]
     assert len(lines) == 2 and lines[0].startswith("tiny 3/6 loss ")
     assert "steps/s, ETA 0:0" in lines[0]
 
