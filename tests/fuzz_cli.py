@@ -48,6 +48,7 @@ LINES = [
     f"{PRIOR} --resume run-prior/step-00000002",
     f"{SAMPLE} --file long.txt", f"{SAMPLE} --prime-image pairs/0.png --prime-rows 1",
     "data check --folder pairs --contact out/sheet.png", "data check --folder pairs --verify none",
+    "data check --folder pairs --image-size 16 --tokenizer tok --text-len 8",
     "data make-shapes --out out --count 3", "tokenizer train --data pairs --out out",
     "dvae import-openai --encoder pipe/vae/model.safetensors --decoder file --out out",
     "plot scales --run scales", "plan --preset tiny", "plan --preset 12b --gpus 8 --json",

@@ -23,7 +23,7 @@ from dalle.errors import UsageError
 from dalle.files import check_targets, saving, to_json
 from dalle.pictures import check_sheet, grid, save_bytes, save_png
 from dalle.prior_config import PRESETS
-from dalle.tokenizer import Tokenizer
+from dalle.tokenizer import Tokenizer, lower
 from dalle.train.prior_recipe import PriorTrainConfig
 
 
@@ -188,16 +188,25 @@ def _say_too_long(captions: list[str], tokenizer: Tokenizer, text_len: int) -> N
     found: dict[int, list[str]] = {}
     for name, preset in PRESETS.items():
         found.setdefault(text_len or preset.text_len, []).append(name)
-    lengths = [
-        (tokenizer.encode(captions, max(found), dropout=p) != Tokenizer.PAD).sum(1)
-        for p in (0.0, PriorTrainConfig().bpe_dropout)
-    ]
-    longest = int(lengths[0].max())
-    print(f"tokens a caption: longest {longest if longest < max(found) else f'{longest} or more'}")
+    lengths = [_lengths(captions, tokenizer, p) for p in (0.0, PriorTrainConfig().bpe_dropout)]
+    print(_spread("tokens", lengths[0]) + " a caption")
     for slots, names in found.items():
-        whole, dropped = (int((length > slots - 1).sum()) for length in lengths)
+        whole, dropped = (sum(length > slots - 1 for length in part) for part in lengths)
         who = "this prior" if text_len else f"presets {', '.join(names)}"
         print(
             f"cut at {slots - 1} tokens ({who}): {whole} of {len(captions)} captions, "
             f"{dropped} with the BPE dropout of training"
         )
+
+
+def _lengths(captions: list[str], tokenizer: Tokenizer, dropout: float) -> list[int]:
+    """Tokens of each caption, however many; in parts, since each takes its longest's width."""
+    found: list[int] = []
+    for begin in range(0, len(captions), 64):
+        part = captions[begin : begin + 64]
+        most = max(len(lower(caption).encode()) for caption in part)  # a byte is a token at most
+        ids = tokenizer.encode(
+            part, max(most, 1), dropout=dropout, places=range(begin, begin + len(part))
+        )
+        found += (ids != Tokenizer.PAD).sum(1).tolist()
+    return found
