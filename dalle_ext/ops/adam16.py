@@ -152,7 +152,8 @@ class AdamW16(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": empty})
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name != "differentiable":  # torch's own, which it adds here to the defaults
+                    group.setdefault(name, value)
         restore(self.state, self.param_groups, state_dict)
         self._tables.clear()
 

@@ -197,6 +197,7 @@ def test_state_round_trip_keeps_codes_and_bits(device):
     resumed = dalle_ext.AdamW16(second, betas=BETAS, eps=EPS, **options)
     resumed.load_state_dict(saved)
     assert resumed.state[second[0]]["exp_avg"].dtype == torch.int16
+    assert resumed.state_dict()["param_groups"] == saved["param_groups"]
     for row in grads[3:]:
         for param, grad in zip(second, row, strict=True):
             param.grad = grad.clone()

@@ -247,7 +247,8 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
         result = TrainResult(
             step=step, seconds=metrics.seconds, interrupted=interrupted, metrics=metrics.last
         )
-    share = 0.0 if task.average is None or interrupted else task.average.first_share
+    average = None if interrupted or step == start else task.average
+    share = 0.0 if average is None else average.first_share
     if share > FIRST_SHARE:
         say(
             f"{task.name}: {share:.0%} of the averaged weights are still those of the start: train "
