@@ -36,13 +36,15 @@ def sliced(
     inverse = [axes.index(a) for a in range(len(axes))]
     view = buffer[tuple(slice(1, -1) for _ in axes)].permute(inverse)
     generator = torch.Generator().manual_seed(seed)
-    view.copy_(torch.randn(tuple(shape), generator=generator, dtype=torch.float64))
+    view.copy_(torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu"))
     return view, buffer
 
 
 def border_intact(view: torch.Tensor, buffer: torch.Tensor) -> bool:
     """Whether everything of `buffer` outside of `view` still holds `SENTINEL`."""
-    outside = torch.ones(buffer.untyped_storage().size() // buffer.element_size(), dtype=torch.bool)
+    outside = torch.ones(
+        buffer.untyped_storage().size() // buffer.element_size(), dtype=torch.bool, device="cpu"
+    )
     inside = outside.as_strided(view.shape, view.stride(), view.storage_offset())
     inside.zero_()
     return bool((buffer.reshape(-1).cpu()[outside] == SENTINEL).all())

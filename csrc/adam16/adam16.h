@@ -57,18 +57,19 @@ DALLE_HOST_DEVICE double power(double base, int64_t n) {
 }
 
 // Random words of the moments: ten rounds of Philox for every four elements cost half as much as
-// the whole update, so that Philox gives one word a chunk and update, and a hash spreads it.
+// the whole update, so that Philox gives one word a chunk and update, and a multiplicative hash
+// spreads it. For every element that is a bijection: its draws are uniform, and independent from
+// update to update.
 DALLE_HOST_DEVICE uint32_t moments_offset(uint64_t seed, int64_t chunk) {
   return philox_subsequence(static_cast<uint64_t>(chunk), seed ^ 0xD1B54A32D192ED03u).word[0];
 }
 
-// The word of element i of a chunk, of offset + i (lowbias32 of Wellons: a bijection of 32 bits).
-// Its low 14 bits round the mean, its high 13 the variance.
+// The word of element i of a chunk, of offset + i kPlace. Its high bits are the best mixed: 13
+// round the variance, the next 14 the mean.
+inline constexpr uint32_t kPlace = 0x9E3779B9u;
 template <typename word_t>
 DALLE_HOST_DEVICE word_t moments_word(word_t place) {
-  place = (place ^ (place >> 16)) * 0x7FEB352Du;
-  place = (place ^ (place >> 15)) * 0x846CA68Bu;
-  return place ^ (place >> 16);
+  return (place ^ (place >> 15)) * 0x846CA68Bu;
 }
 
 DALLE_HOST_DEVICE AdamFactors adam_factors(const AdamArgs& args, const TableRow& row,
@@ -89,6 +90,8 @@ DALLE_HOST_DEVICE AdamFactors adam_factors(const AdamArgs& args, const TableRow&
   f.root = static_cast<float>(1.0 / sqrt(correction2));
   f.eps = static_cast<float>(args.eps);
   f.most = static_cast<float>(args.variance_clip);
+  constexpr float kLargest = 16.0f - 0x1p-7f;  // of 0-6-10
+  if (kind_of(row, kVariance) == ElementKind::kShort && f.most > kLargest) f.most = kLargest;
   f.seed = static_cast<uint64_t>(*args.seed) + static_cast<uint64_t>(t) * 0x9E3779B97F4A7C15u;
   f.offset = moments_offset(f.seed, chunk);
   return f;
@@ -100,22 +103,40 @@ DALLE_HOST_DEVICE uint64_t first_call(int64_t chunk) {
   return static_cast<uint64_t>(chunk) * (kTableChunk / 4);
 }
 
+// What is added below the last bit of a mean's code.
+template <typename word_t>
+DALLE_HOST_DEVICE word_t mean_bits(word_t random) {
+  return (random >> 5) & (2 * FormatOf<Format::k169>::kHalfUlp - 1);
+}
 template <typename word_t>
 DALLE_HOST_DEVICE word_t mean_code(word_t bits, word_t random) {
-  return encode<Format::k169>(bits, random & (2 * FormatOf<Format::k169>::kHalfUlp - 1));
+  return encode<Format::k169>(bits, mean_bits(random));
 }
 
 // Below code 1, 2^-60 (1 + 2^-10), a variance becomes code 1 with the chance v / code 1, else zero:
-// what is too small to be kept is kept on average. The chance in 30 bits is v times this.
+// what is too small to be kept is kept on average. The chance in 30 bits is v times kChance.
 inline constexpr uint32_t kCode1 = FormatOf<Format::k0610>::kLeast + (1u << 13);
 inline constexpr float kChance = 0x1p90f / (1.0f + 0x1p-10f);
 
-// The code of a variance, 0 or more, with these bits.
+// The code of a variance, 0 or more.
 template <typename word_t>
 DALLE_HOST_DEVICE word_t variance_code(word_t bits, word_t chance, word_t random) {
   const word_t code = encode<Format::k0610>(bits, stochastic<Format::k0610>(random));
   const word_t kept = (random >> 2) < chance ? word_t{} + 1 : word_t{};
   return bits < kCode1 ? kept : code;
+}
+
+// Whether a magnitude lies between code 1 and the largest value, as nearly all do. There is then
+// nothing to clamp, to flush or to filter.
+template <Format kFormat, typename word_t>
+DALLE_HOST_DEVICE word_t beyond_codes(word_t magnitude) {
+  using F = FormatOf<kFormat>;
+  constexpr uint32_t kLow = F::kLeast + (1u << F::kDropped);
+  return word_t(magnitude - kLow > F::kMost - kLow);
+}
+template <Format kFormat, typename word_t>
+DALLE_HOST_DEVICE word_t magnitude_code(word_t magnitude, word_t added) {
+  return (magnitude - FormatOf<kFormat>::kLeast + added) >> FormatOf<kFormat>::kDropped;
 }
 
 }  // namespace dalle

@@ -60,13 +60,21 @@ struct FloatMoment {
 // Words that round the moments of a vector's elements from place i of a chunk on.
 inline Word moments_words(uint32_t offset, int64_t i) {
   Word place;
-  for (uint32_t lane = 0; lane < kLanes; ++lane) place[lane] = lane;
-  return moments_word(place + (offset + static_cast<uint32_t>(i)));
+  for (uint32_t lane = 0; lane < kLanes; ++lane) place[lane] = lane * kPlace;
+  return moments_word(place + (offset + static_cast<uint32_t>(i) * kPlace));
 }
 
-inline Word variance_codes(Float variance, Word random) {
-  return variance_code((Word)variance, (Word) __builtin_convertvector(variance * kChance, Int),
-                       random);
+struct MomentCodes {
+  Word mean, variance;
+};
+inline MomentCodes moment_codes(Float mean, Float variance, Word random) {
+  const Word m = (Word)mean, v = (Word)variance, magnitude = m & 0x7FFFFFFFu;
+  if (any(beyond_codes<Format::k169>(magnitude) | beyond_codes<Format::k0610>(v))) {
+    const Word chance = (Word) __builtin_convertvector(variance * kChance, Int);
+    return {mean_code(m, random), variance_code(v, chance, random)};
+  }
+  return {magnitude_code<Format::k169>(magnitude, mean_bits(random)) | ((m ^ magnitude) >> 16),
+          magnitude_code<Format::k0610>(v, stochastic<Format::k0610>(random))};
 }
 
 template <bool kStochastic, typename param_t, typename grad_t, typename mean_t, typename variance_t>
@@ -90,9 +98,9 @@ void step_chunk(const AdamFactors& f, int64_t chunk, int64_t count, param_t* par
     const Float update = mean / (square_root(variance) * root + eps);
     Float param = load_up_to(params + i, some, 0.0f) * decay - step_size * update;
     if constexpr (kCoded) {
-      const Word random = moments_words(offset, i);
-      means.store(i, some, mean_code((Word)mean, random));
-      variances.store(i, some, variance_codes(variance, random));
+      const MomentCodes codes = moment_codes(mean, variance, moments_words(offset, i));
+      means.store(i, some, codes.mean);
+      variances.store(i, some, codes.variance);
     } else {
       means.store(i, some, mean);
       variances.store(i, some, variance);

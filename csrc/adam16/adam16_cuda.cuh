@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kEightThreads) adam16_step_kernel(AdamArgs arg
     if (coded) {
 #pragma unroll
       for (int j = 0; j < kEight; ++j) {
-        words[j] = moments_word(f.offset + static_cast<uint32_t>(i + j));
+        words[j] = moments_word(f.offset + static_cast<uint32_t>(i + j) * kPlace);
         codes[j] = mean_code(__float_as_uint(mean[j]), words[j]);
       }
       store_eight(row, kMean, at, count, codes);

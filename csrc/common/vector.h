@@ -241,8 +241,9 @@ inline void for_vectors(int64_t begin, int64_t end, const Body& body) {
 }
 
 // Calls body(i, counts of its two vectors) for every two vectors of `numel` elements.
+// Always inlined: what the body has captured stays in registers.
 template <typename Body>
-inline void for_pairs(int64_t numel, const Body& body) {
+DALLE_INLINE inline void for_pairs(int64_t numel, const Body& body) {
   int64_t i = 0;
   for (; i + 2 * kLanes <= numel; i += 2 * kLanes) body(i, kLanes, kLanes);
   if (i < numel) {

@@ -41,7 +41,7 @@ class AdamW16(torch.optim.Optimizer):
         params: parameters or groups; float32, float16 or bfloat16, dense.
         lr: step size, a number or (for CUDA graphs) one float32 on the parameters' device.
         betas, eps, weight_decay: as in `torch.optim.AdamW`; the decay is decoupled.
-        variance_clip: largest running variance, the paper's 5; the format holds up to 15.99.
+        variance_clip: largest running variance, the paper's 5; at most 15.99 where it is a code.
         stochastic_rounding: round float16 and bfloat16 parameters at random too, so that updates of
             less than half a unit in their last place are not lost.
         seed: of all rounding; with the number of updates it decides every draw.

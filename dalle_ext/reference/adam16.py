@@ -11,7 +11,7 @@ from .gumbel_softmax import philox
 
 Tensor = torch.Tensor
 DROPPED, GOLDEN = {torch.float16: 13, torch.bfloat16: 16}, 0x9E3779B97F4A7C15
-MASK, CHUNK = 0xFFFFFFFF, 32768
+MASK, CHUNK, LARGEST = 0xFFFFFFFF, 32768, 16 - 2.0**-7
 
 
 def round_stochastically(x: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:
@@ -38,11 +38,9 @@ def moments_words(seed: int, chunk: int, numel: int) -> Tensor:
     """(numel,) int64 words of 32 bits of a row whose first chunk is number `chunk`."""
     key = torch.tensor(_signed(seed ^ 0xD1B54A32D192ED03), dtype=torch.int64, device="cpu")
     offset = philox(key, (numel + CHUNK - 1) // CHUNK, chunk)[:, :1]
-    place = (offset + torch.arange(CHUNK, dtype=torch.int64, device="cpu")).reshape(-1)[:numel]
-    place = place & MASK
-    place = ((place ^ (place >> 16)) * 0x7FEB352D) & MASK
-    place = ((place ^ (place >> 15)) * 0x846CA68B) & MASK
-    return place ^ (place >> 16)
+    place = offset + torch.arange(CHUNK, dtype=torch.int64, device="cpu") * 0x9E3779B9
+    place = place.reshape(-1)[:numel] & MASK
+    return ((place ^ (place >> 15)) * 0x846CA68B) & MASK
 
 
 def encode_variance(v: Tensor, words: Tensor) -> Tensor:
@@ -82,7 +80,7 @@ def step_(columns: list, host: Tensor, on_device: list, numbers: list) -> None:
         g = grad.float() * factor
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * (g * g)
-        v = torch.where(v > most, most, v)
+        v = v.clamp(max=min(most, LARGEST) if coded else most)
         root = v.double().sqrt().float()  # torch's in float is not the nearest
         root = root * (1 / math.sqrt(1 - _power(beta2, t))) + eps
         new = param.float() * (1 - lr * weight_decay)
@@ -94,6 +92,6 @@ def step_(columns: list, host: Tensor, on_device: list, numbers: list) -> None:
         param.copy_(new)
         if coded:
             words = moments_words(key, row[6], len(v)).to(device)
-            m, v = encode(m, "1-6-9", words & 0x3FFF), encode_variance(v, words)
+            m, v = encode(m, "1-6-9", (words >> 5) & 0x3FFF), encode_variance(v, words)
         mean.copy_(m)
         variance.copy_(v)

@@ -15,7 +15,7 @@ def compress_(
 ) -> Tensor:  # fmt: skip
     """E += grad / scale where not `skip`; returns P = E Q of the E that is kept."""
     if skip is None or not skip:
-        factor = torch.tensor(error_scale, device=grad.device)
+        factor = torch.tensor(error_scale, device=grad.device, dtype=torch.float32)
         if scale is not None:
             factor = factor / scale
         error.copy_(encode(decode(error, "1-6-9") + grad.float() * factor, "1-6-9"))

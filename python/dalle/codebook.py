@@ -73,7 +73,9 @@ def kmeans(points: Tensor, num_centers: int, *, iterations: int, seed: int) -> t
     if len(points) < num_centers:
         raise UsageError(f"kmeans: points must be at least {num_centers}, got {len(points)}")
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(points), generator=generator)[: SEED_POINTS * num_centers]
+    order = torch.randperm(len(points), generator=generator, dtype=torch.int64, device="cpu")[
+        : SEED_POINTS * num_centers
+    ]
     centers = _plus_plus(points[order].cpu(), num_centers, generator).to(points.device)
     for _ in range(iterations):
         nearest, distance = _nearest(points, centers)
@@ -89,7 +91,7 @@ def kmeans(points: Tensor, num_centers: int, *, iterations: int, seed: int) -> t
 def _plus_plus(points: Tensor, num_centers: int, generator: torch.Generator) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii 2007): each next centre is a point drawn with
     probability proportional to its squared distance from the centres so far."""
-    draws = torch.rand(num_centers, generator=generator, dtype=torch.float64)
+    draws = torch.rand(num_centers, generator=generator, dtype=torch.float64, device="cpu")
     centers = points[:num_centers].clone()  # the first point stays: the order is random
     distance = torch.full_like(points[:, 0], torch.inf)
     for i in range(1, num_centers):
@@ -145,8 +147,13 @@ def init_codebook(
     points = torch.cat([f.permute(0, 2, 3, 1).flatten(0, 2) for f in features])
     generator = torch.Generator().manual_seed(seed)
     if len(points) > max_points:
-        points = points[torch.randperm(len(points), generator=generator)[:max_points]]
-    own = int(torch.randint(2**31, (), generator=generator))  # another order than the subset's
+        points = points[
+            torch.randperm(len(points), generator=generator, dtype=torch.int64, device="cpu")[
+                :max_points
+            ]
+        ]
+    # Another order than the subset's.
+    own = int(torch.randint(2**31, (), generator=generator, dtype=torch.int64, device="cpu"))
     centers, spread = kmeans(points, vae.num_tokens, iterations=iterations, seed=own)
     least = LEAST_SPREAD * float(points.square().sum(1).mean())
     scale = sharpness / max(spread, least, 1e-12)

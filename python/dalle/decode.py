@@ -48,7 +48,11 @@ def attended_slots(pattern: dalle_ext.AttentionPattern, slot: int) -> slice | Te
         return slice(slot % columns, slot + 1, columns)
     if pattern.kind == "causal":
         return slice(0, slot + 1)
-    return torch.tensor([slot - o for o in reversed(pattern.offsets) if o <= slot])
+    return torch.tensor(
+        [slot - o for o in reversed(pattern.offsets) if o <= slot],
+        dtype=torch.int64,
+        device="cpu",
+    )
 
 
 class DecodeState:
@@ -197,11 +201,11 @@ def generate(
     tall = max(1, max_batch // wide)
     parts = [
         (rows, columns)
-        for rows in torch.arange(len(text)).split(tall)
-        for columns in torch.arange(num_samples).split(wide)
+        for rows in torch.arange(len(text), dtype=torch.int64, device="cpu").split(tall)
+        for columns in torch.arange(num_samples, dtype=torch.int64, device="cpu").split(wide)
         if len(rows)
     ]
-    out = torch.empty(len(text), num_samples, slots, dtype=torch.int64)
+    out = torch.empty(len(text), num_samples, slots, dtype=torch.int64, device="cpu")
     training = prior.training
     prior.eval()
     try:

@@ -17,7 +17,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()  # refuses meta, which holds no numbers
+        # Refuses meta, which holds no numbers.
+        torch.empty(1, device=device, dtype=torch.float32).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(

@@ -31,8 +31,8 @@ class Conv2d(nn.Module):
     def __init__(self, n_in: int, n_out: int, kw: int, *, stride: int = 1) -> None:
         super().__init__()
         self.kw, self.stride = kw, stride
-        self.w = nn.Parameter(torch.empty(n_out, n_in, kw, kw))
-        self.b = nn.Parameter(torch.zeros(n_out))
+        self.w = nn.Parameter(torch.empty(n_out, n_in, kw, kw, dtype=torch.float32))
+        self.b = nn.Parameter(torch.zeros(n_out, dtype=torch.float32))
         nn.init.normal_(self.w, std=1 / math.sqrt(n_in * kw**2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +69,10 @@ class Block(nn.Module):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, h, w)."""
+    """LayerNorm over the channels of (B, C, h, w), in fp32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

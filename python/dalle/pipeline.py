@@ -292,7 +292,10 @@ class Pipeline:
         )[0]
         images = self.decode(tokens)
         if self.ranker is None:
-            scores, order = torch.full((len(images),), torch.nan), torch.arange(len(images))
+            scores, order = (
+                torch.full((len(images),), torch.nan, dtype=torch.float32, device="cpu"),
+                torch.arange(len(images), dtype=torch.int64, device="cpu"),
+            )
         else:
             scores = self.ranker.scores([clean(caption)] * len(images), images)
             order = scores.argsort(descending=True, stable=True)

@@ -44,7 +44,7 @@ def gelu(x: Tensor) -> Tensor:
 
 def make_linear(fan_in: int, fan_out: int, dtype: torch.dtype) -> nn.Linear:
     """A linear layer with its weight in `dtype` and an fp32 bias (paper appendix D)."""
-    layer = nn.Linear(fan_in, fan_out)
+    layer = nn.Linear(fan_in, fan_out, dtype=torch.float32)
     layer.weight.data = layer.weight.data.to(dtype)
     return layer
 
@@ -61,7 +61,7 @@ class Resblock(nn.Module):
     def __init__(self, d_model: int, dropout: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.dropout, self.dtype = dropout, dtype
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = nn.LayerNorm(d_model, dtype=torch.float32)
         self.ends: BlockEnds | None = None
 
     def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:

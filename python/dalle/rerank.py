@@ -61,7 +61,7 @@ class ContrastiveRanker(Pretrained[RankerConfig]):
         self.tokenizer = tokenizer
         self.image = ImageTower(config)
         self.text = TextTower(config)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07), dtype=torch.float32))
 
     @classmethod
     def from_preset(
@@ -115,12 +115,18 @@ class ContrastiveRanker(Pretrained[RankerConfig]):
             part = captions[start : start + 256]
             unique = sorted(set(part))
             text = self.tokenizer.encode(unique, self.config.text_len)
-            rows = torch.tensor([unique.index(caption) for caption in part], device=device)
+            rows = torch.tensor(
+                [unique.index(caption) for caption in part], device=device, dtype=torch.int64
+            )
             vectors = self.encode_text(text.to(device))[rows]
             found.append(
                 (vectors * self.encode_images(images[start : start + 256].to(device))).sum(1)
             )
-        return torch.cat(found).float().cpu() if found else torch.zeros(0)
+        return (
+            torch.cat(found).float().cpu()
+            if found
+            else torch.zeros(0, dtype=torch.float32, device="cpu")
+        )
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Writes config, weights, and the tokenizer into its own subfolder."""
@@ -195,7 +201,7 @@ class TransformersCLIP:
             out = self.model(**inputs.to(self.device))
             cosines = F.cosine_similarity(out.text_embeds, out.image_embeds, dim=-1)
             found.append(cosines.float().cpu())
-        return torch.cat(found) if found else torch.zeros(0)
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
 def load_ranker(directory: Path | str) -> ImageTextRanker:

@@ -64,9 +64,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(8, width)
-        self.conv_1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv_2 = nn.Conv2d(width, width, 1)
+        self.norm = nn.GroupNorm(8, width, dtype=torch.float32)
+        self.conv_1 = nn.Conv2d(width, width, 3, padding=1, dtype=torch.float32)
+        self.conv_2 = nn.Conv2d(width, width, 1, dtype=torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.conv_2(F.silu(self.conv_1(F.silu(self.norm(x)))))
@@ -83,15 +83,19 @@ class ImageTower(nn.Module):
         super().__init__()
         narrow, wide = config.width // 3 * 2 // 8 * 8, config.width
         patch = config.image_size // config.grid
-        self.stem = nn.Conv2d(3, narrow, patch, patch)
-        self.place = nn.Parameter(torch.randn(narrow, config.grid, config.grid) * 0.02)
+        self.stem = nn.Conv2d(3, narrow, patch, patch, dtype=torch.float32)
+        self.place = nn.Parameter(
+            torch.randn(narrow, config.grid, config.grid, dtype=torch.float32) * 0.02
+        )
         self.fine = nn.Sequential(*[ResidualBlock(narrow) for _ in range(config.depth)])
-        self.down = nn.Conv2d(narrow, wide, 2, 2)
+        self.down = nn.Conv2d(narrow, wide, 2, 2, dtype=torch.float32)
         self.coarse = nn.Sequential(*[ResidualBlock(wide) for _ in range(config.depth)])
-        self.norm = nn.GroupNorm(8, wide)
-        self.narrow = nn.Conv2d(wide, wide // 2, 1)
-        self.hidden = nn.Linear(wide // 2 * (config.grid // 2) ** 2, config.embed_dim)
-        self.out = nn.Linear(config.embed_dim, config.embed_dim)
+        self.norm = nn.GroupNorm(8, wide, dtype=torch.float32)
+        self.narrow = nn.Conv2d(wide, wide // 2, 1, dtype=torch.float32)
+        self.hidden = nn.Linear(
+            wide // 2 * (config.grid // 2) ** 2, config.embed_dim, dtype=torch.float32
+        )
+        self.out = nn.Linear(config.embed_dim, config.embed_dim, dtype=torch.float32)
 
     @property
     def embedding_tables(self) -> list[nn.Parameter]:
@@ -110,17 +114,24 @@ class TextTower(nn.Module):
     def __init__(self, config: RankerConfig) -> None:
         super().__init__()
         width = config.width
-        self.token = nn.Embedding(config.vocab_size, width)
-        self.place = nn.Parameter(torch.randn(config.text_len, width) * 0.02)
+        self.token = nn.Embedding(config.vocab_size, width, dtype=torch.float32)
+        self.place = nn.Parameter(torch.randn(config.text_len, width, dtype=torch.float32) * 0.02)
         nn.init.normal_(self.token.weight, std=1.0)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                width, width // 32, 2 * width, 0.0, F.gelu, batch_first=True, norm_first=True
+                width,
+                width // 32,
+                2 * width,
+                0.0,
+                F.gelu,
+                batch_first=True,
+                norm_first=True,
+                dtype=torch.float32,
             )
             for _ in range(config.depth)
         )
-        self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, config.embed_dim)
+        self.norm = nn.LayerNorm(width, dtype=torch.float32)
+        self.out = nn.Linear(width, config.embed_dim, dtype=torch.float32)
 
     @property
     def embedding_tables(self) -> list[nn.Parameter]:

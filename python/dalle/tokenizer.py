@@ -138,10 +138,10 @@ class Tokenizer:
                 self._encode_with_dropout(text, dropout, random.Random(f"{seed}/{i}"))
                 for i, text in zip(places, texts, strict=True)
             ]
-        ids = torch.full((len(rows), length), self.PAD, dtype=torch.int64)
+        ids = torch.full((len(rows), length), self.PAD, dtype=torch.int64, device="cpu")
         for i, row in enumerate(rows):
             self.truncated += len(row) > length
-            ids[i, : len(row)] = torch.tensor(row[:length], dtype=torch.int64)
+            ids[i, : len(row)] = torch.tensor(row[:length], dtype=torch.int64, device="cpu")
         return ids
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:

@@ -42,15 +42,17 @@ def transformer_step() -> Callable[[], None]:
         text_vocab=4096, image_vocab=2048, text_len=16, grid=(8, 8), d_model=128, num_heads=4,
         num_layers=4, kernel_size=5,
     ))  # fmt: skip
-    text = torch.arange(16 * 15).view(16, 15) % 4096
-    tokens = torch.arange(16 * 64).view(16, 64) % 2048
+    text = torch.arange(16 * 15, dtype=torch.int64, device="cpu").view(16, 15) % 4096
+    tokens = torch.arange(16 * 64, dtype=torch.int64, device="cpu").view(16, 64) % 2048
     return _step(prior, lambda place: prior(text[place], tokens[place]).loss, 16)
 
 
 def convolution_step() -> Callable[[], None]:
     """Forward and backward of the ranker's image tower on 144 pictures, in `PARTS` parts."""
     tower = ImageTower(RankerConfig(image_size=40))
-    images = torch.linspace(0, 1, 144 * 3 * 40 * 40).view(144, 3, 40, 40)
+    images = torch.linspace(0, 1, 144 * 3 * 40 * 40, dtype=torch.float32, device="cpu").view(
+        144, 3, 40, 40
+    )
     return _step(tower, lambda place: tower(images[place]).square().mean(), 144)
 
 

@@ -75,7 +75,7 @@ def score_reconstructions(demo: Demo) -> None:
     known_again, tokens = round_trip(demo, known)
     found["psnr_train"] = score.psnr(known, known_again)
     found["code_use"] = code_use(tokens, demo.vae.num_tokens)
-    shown = torch.linspace(0, len(unseen) - 1, SHOWN).long()
+    shown = torch.linspace(0, len(unseen) - 1, SHOWN, dtype=torch.float32, device="cpu").long()
     both = torch.stack([unseen[shown], again[shown]], 1)
     tiles.save_sheet(demo.space.out / "pictures" / "reconstructions.png", both)
     demo.space.add_scores({**found, "psnr": score.psnr(unseen, again)})
@@ -98,7 +98,7 @@ def samples_stage(demo: Demo) -> None:
     ranked = ranker.scores(repeated, images.flatten(0, 1)).view(len(captions), -1).numpy()
     if demo.data == "emoji":
         truth = all_images(demo.unseen[0])
-        own = torch.tensor(wanted["own"])
+        own = torch.tensor(wanted["own"], dtype=torch.int64, device="cpu")
         ranks = score.nearest_rank(
             images.flatten(0, 1), own.repeat_interleave(recipe.num_samples), truth
         )

@@ -170,11 +170,12 @@ class Cluster:
 
     def share(self, count: int) -> float:
         """As `weight`, of as many things as each process has: `count` is this one's."""
-        return count * self.world / max(float(self.sum(torch.tensor(count))), 1.0)
+        own = torch.tensor(count, dtype=torch.float64, device="cpu")
+        return count * self.world / max(float(self.sum(own)), 1.0)
 
     def mean(self, values: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
         """A step's values over all processes, in one exchange: means, of counts the sums."""
-        shaped = {k: torch.as_tensor(v).detach().to("cpu", torch.float64)
+        shaped = {k: torch.as_tensor(v, dtype=torch.float64, device="cpu").detach()
                   for k, v in values.items()}  # fmt: skip
         total = self.sum(torch.cat([v.reshape(-1) for v in shaped.values()]))
         parts = total.split([v.numel() for v in shaped.values()])
@@ -185,7 +186,7 @@ class Cluster:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
-        return bool(self.sum(torch.tensor([float(flag)])) > 0)
+        return bool(self.sum(torch.tensor([float(flag)], dtype=torch.float32, device="cpu")) > 0)
 
     def gather(self, value: Any) -> list[Any]:
         """The value of each process, in their order."""

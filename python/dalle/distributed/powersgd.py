@@ -108,7 +108,11 @@ class Compressor:
         tops = largest([g.grad for g in (*packed, *rest)])
         own = torch.zeros(len(blocks), dtype=torch.float32, device=tops.device)
         places = [blocks.index(g.block) for g in (*packed, *rest)]
-        own.index_add_(0, torch.tensor(places, device=own.device), (~tops.isfinite()).float())
+        own.index_add_(
+            0,
+            torch.tensor(places, device=own.device, dtype=torch.int64),
+            (~tops.isfinite()).float(),
+        )
         bounds = self._bounds(packed, matrices, tops[: len(packed)])
         flags, totals = own.clone(), bounds.clone()
         wide = [g.grad.float() for g in rest]
@@ -307,7 +311,7 @@ class Compressor:
 def _probe(rows: int, rank: int, device: torch.device) -> Tensor:
     """Whole numbers, which every processor draws alike."""
     draw = torch.Generator("cpu").manual_seed(rows)
-    found = torch.randint(-999, 1000, (rows, rank), generator=draw, device="cpu")
+    found = torch.randint(-999, 1000, (rows, rank), generator=draw, device="cpu", dtype=torch.int64)
     return found.to(device, torch.float32)
 
 

@@ -119,7 +119,7 @@ def take_over(model: nn.Module, plain: nn.Module | None, cluster: Cluster) -> No
     for name, param in model.named_parameters():
         assert isinstance(param, DTensor)
         found = (
-            torch.empty(param.shape, dtype=param.dtype)
+            torch.empty(param.shape, dtype=param.dtype, device="cpu")
             if plain is None
             else given[name].detach().cpu()
         )

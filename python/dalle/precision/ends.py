@@ -61,7 +61,7 @@ def exponents(grad: Tensor) -> Tensor:
     exponent = torch.frexp(seen).exponent - 1
     usable = seen.isfinite() & (seen != 0)
     place = torch.where(usable, (exponent - LOWEST).clamp(0, BINS - 1), -1)
-    return (place[:, None] == torch.arange(BINS, device=grad.device)).sum(0)
+    return (place[:, None] == torch.arange(BINS, device=grad.device, dtype=torch.int64)).sum(0)
 
 
 class BlockEnds:

@@ -286,13 +286,13 @@ class ResblockScaler:
         if state.get("names") != self.names:
             got = state.get("names")
             raise CheckpointError(f"ResblockScaler: blocks must be {self.names}, got {got}")
-        scales = torch.tensor(state["scales"], dtype=torch.float32)
+        scales = torch.tensor(state["scales"], dtype=torch.float32, device="cpu")
         if not bool(((scales >= self.low) & (scales <= self.high)).all()):
             within, got = f"[{self.low:g}, {self.high:g}]", state["scales"]
             raise CheckpointError(f"ResblockScaler: scales must be in {within}, got {got}")
         self.scales[: len(self)] = scales.to(self.scales.device)
         for own, name in ((self.since_drop, "since_drop"), (self._stuck, "stuck")):
-            own.copy_(torch.tensor(state[name], dtype=torch.int64))
+            own.copy_(torch.tensor(state[name], dtype=torch.int64, device="cpu"))
         self.updates = int(state["updates"])
         self._in_vain = None
         self._sample()

@@ -187,5 +187,5 @@ def _targets(task: Task, reader: HuggingFaceStorageReader) -> dict[str, Tensor]:
         if like is not None and like.shape == size:
             found[name] = torch.zeros_like(like.detach(), dtype=dtype)
         elif not name.startswith("rng."):
-            found[name] = torch.zeros(size, dtype=dtype)
+            found[name] = torch.zeros(size, dtype=dtype, device="cpu")
     return found

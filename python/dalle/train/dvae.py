@@ -156,7 +156,7 @@ class DvaeTask:
         self.average: IterateAverage | None = IterateAverage(
             vae, config.average_decay, warmup=config.average_warmup
         )
-        self.counts = torch.zeros(vae.num_tokens, dtype=torch.int64)
+        self.counts = torch.zeros(vae.num_tokens, dtype=torch.int64, device="cpu")
         self.tokens_counted = 0
         self.health: dict[str, float] = {}
 
@@ -221,7 +221,9 @@ class DvaeTask:
                 raise
             self.cluster.problem = problem
         part, side = self.part(), self.config.image_size
-        return torch.zeros(part.stop - part.start, 3, side, side, device=self.device)
+        return torch.zeros(
+            part.stop - part.start, 3, side, side, device=self.device, dtype=torch.float32
+        )
 
     def part(self) -> slice:
         """Where in a batch this process's pictures are."""
@@ -301,7 +303,7 @@ class DvaeTask:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes `state()` back."""
-        self.counts = torch.tensor(state["counts"], dtype=torch.int64)
+        self.counts = torch.tensor(state["counts"], dtype=torch.int64, device="cpu")
         self.tokens_counted = int(state["tokens_counted"])
         self.health = dict(state["health"])
 

@@ -93,7 +93,8 @@ class MuonAdamW(torch.optim.AdamW):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["step"] = torch.zeros(())  # AdamW looks for one when it loads a state
+                    # AdamW looks for one when it loads a state.
+                    state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                     state["momentum_buffer"] = torch.zeros_like(parameter, dtype=torch.float32)
                 momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
                 wanted = parameter.grad.lerp(momentum, group["momentum"])

@@ -181,10 +181,18 @@ class PriorTask:
         draw = torch.Generator().manual_seed(step_seed(self.seed, step, 3))
         at, keep = torch.from_numpy(places), None
         if c.caption_dropout:
-            without = torch.rand(len(whole), 1, generator=draw)[at] < c.caption_dropout
+            without = (
+                torch.rand(len(whole), 1, generator=draw, dtype=torch.float32, device="cpu")[at]
+                < c.caption_dropout
+            )
             text = text.masked_fill(without, PAD)
         if c.token_dropout:
-            kept = torch.rand(len(whole), tokens.shape[1], generator=draw)[at] >= c.token_dropout
+            kept = (
+                torch.rand(
+                    len(whole), tokens.shape[1], generator=draw, dtype=torch.float32, device="cpu"
+                )[at]
+                >= c.token_dropout
+            )
             keep = kept.to(self.device)
         return Batch(text.to(self.device), tokens.to(self.device), keep)
 
@@ -266,7 +274,7 @@ class PriorTask:
             self.cluster.problem = problem
         part, sizes = self.cluster.part(self.config.batch_size), self.model.config
         count = part.stop - part.start
-        text = torch.full((count, sizes.text_len - 1), PAD, device=self.device)
+        text = torch.full((count, sizes.text_len - 1), PAD, device=self.device, dtype=torch.int64)
         tokens = torch.zeros(count, sizes.num_image_tokens, dtype=torch.int64, device=self.device)
         return Batch(text, tokens, None)
 
@@ -330,7 +338,7 @@ class PriorTask:
             if found:
                 tokens.append(self._encode(images).cpu())
             kept += part[found].tolist()
-        every = torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64)
+        every = torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64, device="cpu")
         if cluster is not None:
             gathered = cluster.gather((every.numpy(), kept))
             kept = [i for _, ours in gathered for i in ours]

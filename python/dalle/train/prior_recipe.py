@@ -200,7 +200,9 @@ def init_from_codebook(
     codes = codes - codes.mean(0)
     codes = codes / codes.square().sum(1).mean().sqrt().clamp_min(1e-12)
     generator = torch.Generator().manual_seed(seed)
-    turn, _ = torch.linalg.qr(torch.randn(width, codes.shape[1], generator=generator))
+    turn, _ = torch.linalg.qr(
+        torch.randn(width, codes.shape[1], generator=generator, dtype=torch.float32, device="cpu")
+    )
     start = codes @ turn.t()
     if isinstance(prior.image_widen, nn.Linear) and isinstance(prior.image_narrow, nn.Linear):
         start = codes

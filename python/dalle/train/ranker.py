@@ -109,7 +109,7 @@ def contrastive_loss(
         spliced: (B, M) captions against broken pictures, which are wrong answers to every caption.
     """
     size = len(logits)
-    partner = torch.arange(size, device=logits.device)
+    partner = torch.arange(size, device=logits.device, dtype=torch.int64)
     twin = same & ~torch.eye(size, dtype=torch.bool, device=logits.device)
     logits = logits.masked_fill(twin, -1e4)
     rows = logits if spliced is None else torch.cat([logits, spliced], 1)
@@ -131,7 +131,7 @@ class Bags(NamedTuple):
 
     def dense(self, items: torch.Tensor) -> torch.Tensor:
         """(M,) indices -> (M, V)."""
-        rows = torch.zeros(len(items), self.vocab_size)
+        rows = torch.zeros(len(items), self.vocab_size, dtype=torch.float32, device="cpu")
         return rows.scatter_add_(1, self.tokens[items], self.weights[items])
 
     def products(self, items: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -148,7 +148,9 @@ def bags_of(text: torch.Tensor, vocab_size: int) -> Bags:
     counted = (tokens >= 0).float()
     counted[:, 1:] *= tokens[:, 1:] != tokens[:, :-1]
     tokens = tokens.clamp_min(0)
-    share = torch.zeros(vocab_size).index_add_(0, tokens.flatten(), counted.flatten())
+    share = torch.zeros(vocab_size, dtype=torch.float32, device="cpu").index_add_(
+        0, tokens.flatten(), counted.flatten()
+    )
     rarity = -(share / max(len(text), 1)).clamp_min(1 / max(len(text), 1)).log()
     return Bags(tokens, F.normalize(counted * rarity.clamp_min(0.05)[tokens], dim=1), vocab_size)
 
@@ -177,12 +179,12 @@ def look_alikes(
         (size,) int64 indices.
     """
     count = len(caption_ids)
-    first = torch.randint(count, (size // group,), generator=rng)
+    first = torch.randint(count, (size // group,), generator=rng, dtype=torch.int64, device="cpu")
     if group == 1:
         return first
-    pool = torch.randint(count, (pool_size(count),), generator=rng)
+    pool = torch.randint(count, (pool_size(count),), generator=rng, dtype=torch.int64, device="cpu")
     near = bags.products(first, pool)
-    near += torch.rand(near.shape, generator=rng) * 0.05
+    near += torch.rand(near.shape, generator=rng, dtype=torch.float32, device="cpu") * 0.05
     near[caption_ids[first][:, None] == caption_ids[pool][None]] -= 2.0
     others = pool[near.topk(group - 1, dim=1).indices]
     return torch.cat([first[:, None], others], 1).flatten()
@@ -276,7 +278,9 @@ class RankerTask:
         device = self.ranker.log_scale.device
         images = to_tensor(found).to(device)
         # Pictures of one group stand side by side; taking from elsewhere makes worse mistakes.
-        order = torch.randperm(len(images), generator=rng)[: self.config.spliced]
+        order = torch.randperm(len(images), generator=rng, dtype=torch.int64, device="cpu")[
+            : self.config.spliced
+        ]
         with torch.no_grad():
             if self.vae is None:
                 spliced = patches(images[order], self.ranker.config.grid)
@@ -284,9 +288,12 @@ class RankerTask:
             else:
                 tokens, again = self._through_vae(kept, images)
                 spliced = self._decode(splice(tokens[order], rng))
-                shown = torch.rand(len(images), generator=rng) < self.config.reconstructed
+                shown = (
+                    torch.rand(len(images), generator=rng, dtype=torch.float32, device="cpu")
+                    < self.config.reconstructed
+                )
                 images = torch.where(shown.to(device)[:, None, None, None], again, images)
-        return torch.tensor(kept), images, spliced
+        return torch.tensor(kept, dtype=torch.int64, device="cpu"), images, spliced
 
     def caption_rows(self, items: torch.Tensor, step: int) -> torch.Tensor:
         """(B,) which row of `text` stands for each item: of several captions one is drawn."""

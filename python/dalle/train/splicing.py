@@ -25,11 +25,13 @@ def splice(cells: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     high = [max(1, side // 2) for side in (height, width)]
     for i in range(size):
         h, w = (
-            int(torch.randint(a, b + 1, (1,), generator=rng))
+            int(torch.randint(a, b + 1, (1,), generator=rng, dtype=torch.int64, device="cpu"))
             for a, b in zip(low, high, strict=True)
         )
         top, left, from_top, from_left = (
-            int(torch.randint(side - part + 1, (1,), generator=rng))
+            int(
+                torch.randint(side - part + 1, (1,), generator=rng, dtype=torch.int64, device="cpu")
+            )
             for side, part in ((height, h), (width, w), (height, h), (width, w))
         )
         piece = cells[i - 1, from_top : from_top + h, from_left : from_left + w]

@@ -56,7 +56,13 @@ def rng_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": cuda,
-        "numpy": [name, torch.tensor(keys.astype(np.int64)), position, has_gauss, gauss],
+        "numpy": [
+            name,
+            torch.tensor(keys.astype(np.int64), dtype=torch.int64, device="cpu"),
+            position,
+            has_gauss,
+            gauss,
+        ],
         "python": random.getstate(),
     }
 

@@ -88,7 +88,10 @@ def update(
     shown = loss.detach()
     if cluster is not None:  # all see the same, so that all stop or none; none runs ahead again
         own = shown if cluster.problem is None else torch.full_like(shown, math.nan)
-        shown, forward = torch.as_tensor(cluster.mean({"loss": own})["loss"]), None
+        shown, forward = (
+            torch.as_tensor(cluster.mean({"loss": own})["loss"], dtype=torch.float64, device="cpu"),
+            None,
+        )
         if not math.isfinite(float(shown)):  # on all, so they have time to ask whose fault it is
             problem, cluster.problem = cluster.problem, None
             cluster.together(problem)
