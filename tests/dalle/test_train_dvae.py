@@ -240,7 +240,7 @@ def test_commands_train_and_reconstruct(tmp_path, capsys):
     words = ["dvae", "reconstruct", "--data", str(tmp_path / "data"), "--model", str(out / "model")]
     assert main([*words, "--out", str(png), "--image-size", "16", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert "6 pictures: PSNR" in printed and "skipped 1 that do not decode" in printed
+    assert "6 pictures: PSNR" in printed and "left out 1: 1 x not a picture" in printed
     with Image.open(png) as sheet:
         assert sheet.width > 6 * 96
 

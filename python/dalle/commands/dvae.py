@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,10 +14,18 @@ from dalle.codebook import codebook_health
 from dalle.commands.fits import require_dvae_fits
 from dalle.commands.training import check_model_target, loop_config, save_model
 from dalle.configs import did_you_mean
+from dalle.console import printable
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.folder import find_pictures
 from dalle.data.images import decode, read_bytes
-from dalle.data.pairs import BUILT_IN, left_out, load_or_skip, load_pairs
+from dalle.data.pairs import (
+    BUILT_IN,
+    NAMED,
+    counted,
+    left_out,
+    load_or_skip,
+    load_pairs,
+)
 from dalle.demo.recipes_dvae import DVAE_RECIPES
 from dalle.devices import pick_device
 from dalle.distributed.cluster import ClusterConfig, alike, join
@@ -150,19 +159,22 @@ def load_pictures(config: ReconstructCommand, size: int) -> torch.Tensor:
     folder = Path(config.data)
     files = find_pictures(folder)
     found: list[np.ndarray] = []
-    skipped = 0
+    skipped: Counter[str] = Counter()
     for path in files:
         if len(found) == config.limit:
             break
         try:
             found.append(center_crop(decode(read_bytes(path), path), size))
-        except DataError:
-            skipped += 1
+        except DataError as error:
+            skipped[getattr(error, "reason", "does not decode")] += 1
+            if skipped.total() <= NAMED:
+                print(printable(f"dvae reconstruct: left out: {error}"))
     if skipped:
-        print(f"dvae reconstruct: skipped {skipped} that do not decode")
+        print(f"dvae reconstruct: left out {skipped.total()}: {counted(skipped)}")
     if not found:
         raise DataError(
             f"dvae reconstruct: data must be shapes, emoji or a folder with pictures, got {folder}"
+            + (f" ({counted(skipped)})" if skipped else "")
         )
     return to_tensor(found)
 
