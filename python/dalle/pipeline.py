@@ -225,7 +225,7 @@ class Pipeline:
                 if progress is not None:
                     progress(done, total)
             found.append(torch.cat(parts, 1))
-        none = torch.empty(0, num_candidates, *self.grid, dtype=torch.int64)
+        none = torch.empty(0, num_candidates, *self.grid, dtype=torch.int64, device="cpu")
         return torch.cat(found) if found else none
 
     @torch.no_grad()
