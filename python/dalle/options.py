@@ -132,7 +132,8 @@ def _file_words(config_type: type, path: Path) -> list[str]:
     except RecursionError as problem:
         raise UsageError(f"{path}: must be plain YAML, got: it is nested too deeply") from problem
     except yaml.YAMLError as problem:
-        reason = str(getattr(problem, "problem", None) or "no text").split("\n")[0]
+        reason = getattr(problem, "problem", None) or getattr(problem, "reason", None)
+        reason = str(reason or "no text").split("\n")[0]
         mark = getattr(problem, "problem_mark", None)
         place = f" in line {mark.line + 1}" if mark is not None else ""
         if "unhashable" in reason:

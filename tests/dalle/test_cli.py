@@ -225,6 +225,8 @@ def test_config_file_fills_and_the_command_line_wins(tmp_path):
             "batch_size: !!int x",
             "must be plain YAML, got: a damaged number or date|plain YAML, got",
         ),
+        ("a: \x1b", "special characters are not allowed"),
+        ("a: 1\n---\na: 2", "but found another document in line 2"),
         ("lr: .nan", "lr must be a finite number"),
         ("? [a]\n: 1", "found a key that is no plain value in line 1"),
         ("a: " + "[" * 500, "nested too deeply"),

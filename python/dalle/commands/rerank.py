@@ -18,6 +18,7 @@ from dalle.data.folder import find_pictures
 from dalle.devices import pick_device
 from dalle.errors import CheckpointError, DataError, NumericalError, UsageError
 from dalle.files import check_targets, make_folder, to_json
+from dalle.memory import require_memory
 from dalle.rerank import ContrastiveRanker, TransformersCLIP, load_ranker
 
 CLIP_SIZE = 224
@@ -67,6 +68,8 @@ def rerank(config: RerankConfig) -> None:
         size = ranker.config.image_size
     elif isinstance(ranker, TransformersCLIP):
         ranker.to(device)
+    what = f"{len(files)} pictures of {size} pixels"
+    require_memory("rerank", 4 * 3 * size**2 * len(files), what, "take a smaller folder")
     skipped: Counter[str] = Counter()
     kept, loaded = [], []
     for path in files:
