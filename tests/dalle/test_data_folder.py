@@ -43,14 +43,14 @@ def test_each_line_is_a_caption(tmp_path, capsys):
     assert before["captions"] != after["captions"] and before["pictures"] == after["pictures"]
 
 
-def test_links_to_folders_are_followed_and_rings_end(tmp_path):
+def test_links_to_folders_are_followed_and_cycles_end(tmp_path):
     for name in "abc":
         put(tmp_path, {f"store/{name}/{name}.png": PNG, f"store/{name}/{name}.txt": b"x"})
     put(tmp_path, {"set/own/o.png": PNG, "set/own/o.txt": b"own", "set/e.txt": b"e"})
     folder = tmp_path / "set"
     (folder / "a_link").symlink_to(tmp_path / "store/a")
     (folder / "all").symlink_to(tmp_path / "store")  # holds what a_link leads to once more
-    (folder / "b_ring").symlink_to(folder)
+    (folder / "b_cycle").symlink_to(folder)
     (folder / "own" / "self").symlink_to("self")
     (folder / "own" / "up").symlink_to("..")
     (folder / "again").symlink_to(folder / "own")

@@ -73,7 +73,7 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str]] | str]:
     """Every folder from this one down, links followed, with the names of its files.
 
     A folder that several ways lead to is met once, by its own name where it has one below `folder`;
-    so rings of links come to an end. Hidden files and folders are passed over.
+    so cycles of links come to an end. Hidden files and folders are passed over.
 
     Yields:
         (folder, sorted names), or why one was not looked at.
