@@ -11,15 +11,18 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from tiny_task import TinyTask
 
 from dalle import cli
 from dalle.demo import config as demo_config
 from dalle.demo import pace, plots, report, run, stages
 from dalle.demo.config import DemoConfig, Workspace
 from dalle.demo.recipes import load_recipe, scaled
-from dalle.errors import EnvironmentProblem, Interrupted, UsageError
+from dalle.errors import CheckpointError, EnvironmentProblem, Interrupted, UsageError
 from dalle.pipeline import Pipeline
 from dalle.train.dvae import DvaeTrainConfig
+from dalle.train.lock import claimed
+from dalle.train.loop import LoopConfig, train
 from dalle.train.prior import PriorTask
 from dalle.train.ranker import RankerTask
 
@@ -140,6 +143,24 @@ def test_stopped_and_gone_on_ends_as_if_never_stopped(finished, tmp_path, monkey
         assert (out / file).read_bytes() == (whole / file).read_bytes(), part
     name = "work/samples.safetensors"
     assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_checkpoint_of_another_demo_says_what_to_remove(tmp_path):
+    space = Workspace(smoke(tmp_path))
+    part = space.folder("tiny")
+    train(TinyTask(), LoopConfig(out=part, steps=2))
+    demo = stages.Demo(space, load_recipe("shapes", "smoke", None), torch.device("cpu"))
+    line = (
+        f"demo: .* width must be 5 as in this run, got 4; remove {part} to train this part again$"
+    )
+    with pytest.raises(CheckpointError, match=line):
+        demo.train(TinyTask(width=5), 4)
+
+
+def test_two_demos_in_one_folder_are_refused(tmp_path):
+    space = Workspace(smoke(tmp_path))
+    with claimed(space.work, "other"), pytest.raises(UsageError, match="one training at a time"):
+        run.run_demo(smoke(tmp_path))
 
 
 def test_ctrl_c_outside_training_also_leaves_a_report(tmp_path, monkeypatch):
