@@ -32,7 +32,7 @@ from dalle.prior_config import IMAGE_WEIGHT, TEXT_WEIGHT
 from dalle.schedules import PlateauHalving
 from dalle.tokenizer import Tokenizer
 from dalle.train.loop import start_seed, step_seed
-from dalle.train.parts import require_alone, side_by_side, sums
+from dalle.train.parts import require_alone, side_by_side, spread, sums
 from dalle.train.prior_recipe import PriorTrainConfig, init_from_codebook, make_optimizer
 from dalle.train.run import averaged_model
 from dalle.train.update import update
@@ -323,7 +323,9 @@ class PriorTask:
 
     def _encode(self, images: list[np.ndarray]) -> Tensor:
         """(B, N) tokens of pictures of the right size."""
-        return self.vae.encode(to_tensor(images).to(self.device)).flatten(1)
+        stacked, vae = to_tensor(images).to(self.device), self.vae
+        found = spread(lambda p: (vae.encode(stacked[p]),), len(images), self.config.parts)
+        return torch.cat([tokens for (tokens,) in found]).flatten(1)
 
     def _encode_all(self) -> tuple[Tensor, np.ndarray]:
         """Tokens of every picture that decodes, and which those are; each process encodes some."""

@@ -337,8 +337,15 @@ class RankerTask:
     def _round_trip(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes (B, h, w) of pictures, and what the decoder makes of them, (B, 3, H, W) uint8."""
         assert self.vae is not None
-        codes = self.vae.encode(images)
-        return codes, (self.vae.decode(codes).clamp(0, 1) * 255).round().to(torch.uint8)
+        vae = self.vae
+
+        def run(place: slice) -> tuple[torch.Tensor, ...]:
+            codes = vae.encode(images[place])
+            return codes, (vae.decode(codes).clamp(0, 1) * 255).round().to(torch.uint8)
+
+        found = spread(run, len(images), self.config.parts)
+        codes, back = (torch.cat(each) for each in zip(*found, strict=True))
+        return codes, back
 
     def _decode(self, codes: torch.Tensor) -> torch.Tensor:
         assert self.vae is not None
