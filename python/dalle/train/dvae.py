@@ -264,7 +264,9 @@ class DvaeTask:
             out = forward(part, first=first + place.start)
             loss = out.loss
             if c.distortion == "mse":
-                loss = self._mse(part, out.mu) + (out.loss - out.nll)
+                loss = self._mse(part, out.mu)
+                if kl_weight:  # otherwise backward would walk through zeros
+                    loss = loss + (out.loss - out.nll)
             each = (loss, out.nll.detach(), out.kl.detach(), self._psnr(part, out.mu))
             return *(len(part) / len(images) * x for x in each), out.index
 
