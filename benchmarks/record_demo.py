@@ -1,6 +1,6 @@
 """Keeps a demo's summary as a dated result: `python -m benchmarks.record_demo out/demo`.
 
-To be called on the machine of the demo, at its commit, with the same `DALLE_EXT_CPU_ISA` and the like.
+To be called on the machine of the demo, at its commit, with the same environment.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     name = "_".join(part for part in ("demo", data, words.name) if part)
     path = record(
         name, [], command=f"dalle demo --data {data}", environment=held, load=words.load,
-        summary=summary,
+        summary={**summary, "options": {**summary["options"], "out": "out/demo"}},
     )  # fmt: skip
     print(path)
 

@@ -24,6 +24,7 @@ img { image-rendering: pixelated; max-width: 100%; border: 1px solid #ddd; }
 img.plot { image-rendering: auto; border: 0; }
 .plots { display: grid; gap: 0 2rem; align-items: start;
          grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
+.plots figure:last-child { grid-column: 1 / -1; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
