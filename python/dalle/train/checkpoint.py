@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dalle import __version__
-from dalle.errors import CheckpointError, OtherTrainingError
+from dalle.errors import CheckpointError, DalleError, OtherTrainingError
 from dalle.files import (
     check_regular,
     parse_json,
@@ -41,6 +41,7 @@ from dalle.files import (
     to_json,
     write_synced,
 )
+from dalle.memory import is_refusal
 from dalle.pretrained import load_tensors, tensors_from_bytes, tensors_to_bytes
 from dalle.train.metrics import say
 from dalle.train.tree import pack_tree, rng_state, set_rng_state, unpack_tree
@@ -213,6 +214,21 @@ def read_manifest(path: Path, part: slice = ALL) -> dict[str, Any]:
     return manifest
 
 
+@contextlib.contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Inside, state that has another form than `task_state` gives is a CheckpointError."""
+    try:
+        yield
+    except (
+        LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+    ) as problem:  # fmt: skip
+        if isinstance(problem, DalleError) or is_refusal(problem):
+            raise
+        raise CheckpointError(
+            f"checkpoint {path}: its state must have the form that dalle writes, got another"
+        ) from problem
+
+
 def load_checkpoint(task: Task, path: Path, *, accept_changes: bool = False) -> int:
     """Verifies the checkpoint at `path`, puts all its state into `task`, returns its step.
 
@@ -232,17 +248,19 @@ def load_checkpoint(task: Task, path: Path, *, accept_changes: bool = False) -> 
 
         return checkpoint_shards.load(task, task.cluster, path, accept_changes=accept_changes)
     manifest = read_manifest(path)
-    state = check_fits(task, manifest, path, accept_changes=accept_changes)
-    groups = {}
-    for name in ("model", "optimizer", "average", "rng"):
-        file = path / f"{name}.safetensors"
-        size = manifest["files"][file.name]["bytes"]
-        groups[name] = tensors_from_bytes(read_bytes(file, size), file)
+    with as_written(path):
+        state = check_fits(task, manifest, path, accept_changes=accept_changes)
+        groups = {}
+        for name in ("model", "optimizer", "average", "rng"):
+            file = path / f"{name}.safetensors"
+            size = manifest["files"][file.name]["bytes"]
+            groups[name] = tensors_from_bytes(read_bytes(file, size), file)
     load_tensors(task.model, groups["model"], f"checkpoint {path}: model.safetensors")
     restore(task, state, groups["optimizer"] | groups["average"], path, accept_changes)
     say_changes(task, manifest, path)
-    set_rng_state(unpack_tree(state["rng"], groups["rng"]))
-    return int(manifest["step"])
+    with as_written(path):
+        set_rng_state(unpack_tree(state["rng"], groups["rng"]))
+        return int(manifest["step"])
 
 
 def check_fits(
@@ -292,17 +310,22 @@ def restore(
     where = f"checkpoint {path}"
     groups = task.optimizer.param_groups
     own = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-    try:
-        task.optimizer.load_state_dict(unpack_tree(state["optimizer"], tensors))
-    except (KeyError, ValueError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise CheckpointError(f"{where}: optimizer must fit this run's, got: {reason}") from problem
+    with as_written(path):
+        packed = unpack_tree(state["optimizer"], tensors)
+        try:
+            task.optimizer.load_state_dict(packed)
+        except (KeyError, ValueError) as problem:
+            reason = str(problem).splitlines()[0]
+            raise CheckpointError(
+                f"{where}: optimizer must fit this run's, got: {reason}"
+            ) from problem
     if accept_changes:  # the state is the checkpoint's, the options are this run's
         for group, options in zip(task.optimizer.param_groups, own, strict=True):
             group.update(options)
-    if task.average is not None:
-        task.average.load_state_dict(unpack_tree(state["average"], tensors))
-    task.load_state(unpack_tree(state["task"], {}))
+    with as_written(path):
+        if task.average is not None:
+            task.average.load_state_dict(unpack_tree(state["average"], tensors))
+        task.load_state(unpack_tree(state["task"], {}))
 
 
 def differences(mine: Any, theirs: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
