@@ -79,7 +79,12 @@ def refused(rank):
     net = sharded(mesh["shard"], layers=False)  # one unit, of which a part gets no gradient
     PowerSGD(group=between, **small).attach(net)
     loss = net(torch.randn(4, 64), last=False).square().mean()
-    return found | {"unused": said_by(loss.backward)}
+    found["unused"] = said_by(loss.backward)
+    net = sharded(mesh["shard"])
+    PowerSGD(group=between, **small).attach(net)
+    backward(net, rank, 0)
+    loss = net(torch.randn(4, 64), last=rank < 2).square().mean()  # on one machine only
+    return found | {"unit": said_by(loss.backward)}
 
 
 def whole_norm(net, scale=1.0):

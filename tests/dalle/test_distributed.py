@@ -359,6 +359,8 @@ def test_groups_and_models_that_do_not_fit_are_refused(four):
         assert said["ddp"].startswith("PowerSGD: group must be the model's processes [0, 1, 2, 3]")
         unused = "PowerSGD: every parameter of a fully_shard module must get a gradient, got "
         assert said["unused"].startswith(unused)
+        unit = "PowerSGD: gradients of a unit must be the same on all processes (["
+        assert said["unit"].startswith(unit)
 
 
 def test_the_norm_is_that_of_the_whole_gradient(four):

@@ -71,6 +71,7 @@ class Matrix:
         else:
             self.error.copy_(value)
         self.measure()
+        self.steps = 0  # who sets and goes on, and who loads what was set, choose the same units
 
     def measure(self) -> None:
         """Finds the bound anew; nothing waits for the device."""
@@ -79,12 +80,15 @@ class Matrix:
 
 def largest(tensors: Sequence[Tensor]) -> Tensor:
     """(len,) float32 largest magnitudes; Inf or NaN where a tensor has one, 0 of an empty one."""
-    found = torch.zeros(len(tensors), dtype=torch.float32, device=tensors[0].device)
-    filled = [i for i, t in enumerate(tensors) if t.numel()]
-    if filled:
-        norms = torch._foreach_norm([tensors[i] for i in filled], math.inf)
-        found[filled] = torch.stack([norm.float() for norm in norms])
-    return found
+    nothing = torch.zeros((), dtype=torch.float32, device=tensors[0].device)
+    filled = [t for t in tensors if t.numel()]
+    if nothing.device.type == "cpu":  # a twentieth of the time of norms
+        ends = [torch.aminmax(t) for t in filled]
+        found = [torch.maximum(-end.min, end.max).float() for end in ends]
+    else:
+        found = [norm.float() for norm in torch._foreach_norm(filled, math.inf)] if filled else []
+    norms = iter(found)
+    return torch.stack([next(norms) if t.numel() else nothing for t in tensors])
 
 
 def new_units(bounds: Tensor, units: Tensor) -> Tensor:

@@ -236,6 +236,7 @@ class PowerSGD:
         return future
 
     def _gradient(self, param: Tensor, grad: Tensor) -> Gradient:
+        self.compressor.notes = False
         name = self._names.get(id(param))
         if name is None or self._params[name] is not param:
             self._refresh()
@@ -255,7 +256,7 @@ class PowerSGD:
             if can_follow(part, flat):  # what the optimizer will read is this buffer
                 self._follow(gradients, flat)
             else:
-                self.compressor.reduce_(gradients, self._whole)
+                self._reduce(gradients, flat.device)
 
         return hook
 
@@ -265,7 +266,12 @@ class PowerSGD:
         if not self._following:  # the first of this backward pass
             torch.autograd.Variable._execution_engine.queue_callback(self._wait)
         self._following.append(future)
-        self._in_order(lambda: self.compressor.reduce_(gradients, self._whole), future, flat)
+        self._in_order(lambda: self._reduce(gradients, flat.device), future, flat)
+
+    def _reduce(self, gradients: list[Gradient], device: torch.device) -> None:
+        # A unit that ran on some processes only would have gloo end them all without a word.
+        check = device.type == "cpu" and self.compressor.world > 1
+        self.compressor.reduce_(gradients, self._whole, check=check)
 
     def _wait(self) -> None:
         following, self._following = self._following, []

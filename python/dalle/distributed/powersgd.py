@@ -63,8 +63,10 @@ class Compressor:
         self.exchange = Exchange(group)
         self.matrices: dict[str, Matrix] = {}
         self.account = Account(self.exchange.traffic)
-        # By name: the squared norm of the gradient that was handed out last, unscaled.
+        # By name: the squared norm of the gradient that was handed out last, unscaled; not kept
+        # where a model's parameters hold the gradients.
         self.squared_norms: dict[str, Tensor] = {}
+        self.notes = True
         self._agreed: set[tuple[str, ...]] = set()
         self._loaded: dict[str, tuple[Tensor, float]] = {}
         self._odd = False  # whether processes orthonormalise to other bits
@@ -88,15 +90,29 @@ class Compressor:
         return self.rank <= min(m, n) and self.min_compression * self.rank * (m + n) <= m * n
 
     @torch.no_grad()
-    def reduce_(self, gradients: list[Gradient], whole: set[str]) -> None:
+    def reduce_(self, gradients: list[Gradient], whole: set[str], *, check: bool = False) -> None:
         """Replaces the gradients by their means (or sums) over the group.
 
         Args:
             gradients: in an order that all processes share.
             whole: names of those that are not to be compressed.
+            check: asks all processes first whether they have the same; the host waits for it.
+
+        Raises:
+            UsageError: on all processes, where they compress other matrices, or in another way.
         """
         with self.account.timed("seconds", gradients[0].grad.device):
+            if check:
+                self._check_same([g.name for g in gradients])
             self._reduce(gradients, whole)
+
+    def _check_same(self, names: list[str]) -> None:
+        own = zlib.crc32("\n".join(names).encode())
+        ends = torch.tensor([own, -own], dtype=torch.int64, device="cpu")
+        with self.account.timed("exchange_seconds", ends.device):
+            self.exchange.all_reduce_max(ends)
+        if ends[0] != -ends[1]:
+            self.exchange.require_same({"gradients of a unit": names})
 
     def _reduce(self, gradients: list[Gradient], whole: set[str]) -> None:
         packed = self.packed(gradients, whole)
@@ -106,24 +122,23 @@ class Compressor:
         matrices = [self.matrices[name] for name in names]
         blocks = sorted({g.block for g in gradients})
         tops = largest([g.grad for g in (*packed, *rest)])
-        own = torch.zeros(len(blocks), dtype=torch.float32, device=tops.device)
-        places = [blocks.index(g.block) for g in (*packed, *rest)]
-        own.index_add_(
-            0,
-            torch.tensor(places, device=own.device, dtype=torch.int64),
-            (~tops.isfinite()).float(),
-        )
+        bad = list(~tops.isfinite())
+        of = [[b for g, b in zip((*packed, *rest), bad, strict=True) if g.block == block]
+              for block in blocks]  # fmt: skip
+        own = torch.stack([torch.stack(found).any() for found in of]).float()
         bounds = self._bounds(packed, matrices, tops[: len(packed)])
         flags, totals = own.clone(), bounds.clone()
         wide = [g.grad.float() for g in rest]
         with self.account.timed("exchange_seconds", tops.device):
             self.exchange.sum_fp32_([*wide, flags, totals])
-        bad = _nan_where(flags)
+        nan = _nan_where(flags)
         for gradient, total in zip(rest, wide, strict=True):
-            at = blocks.index(gradient.block)
-            self._note(gradient, torch.linalg.vector_norm(total) / self.world + bad[at], True)
-            mean = total / self.world if self.average else total
-            gradient.grad.copy_(mean + bad[at])
+            by = nan[blocks.index(gradient.block)] + 1.0
+            if self.notes:
+                self._note(gradient, torch.linalg.vector_norm(total) * by / self.world, True)
+            total.div_(by * self.world if self.average else by)
+            if total.data_ptr() != gradient.grad.data_ptr():
+                gradient.grad.copy_(total)
         if packed:
             self.buffers.settle(matrices, totals)
             self._reduce_matrices(packed, matrices, names, blocks, own, flags)
@@ -156,15 +171,21 @@ class Compressor:
             sums = buffers.decompress(
                 matrices, chosen, ps, qs, self.world, flags[at], self.error_feedback, self.fast
             )
-            bad = _nan_where(flags[at])
+            nan = _nan_where(flags[at])
             for i, total in zip(chosen, sums, strict=True):
                 # After the product: see `dalle.distributed.buffers`.
                 unit = units[i] / self.world
-                self._note(packed[i], torch.linalg.vector_norm(qs[i]) * unit + bad, False)
-                by = unit if self.average else units[i]
-                scale = scales[i]
-                total = total * (by if scale is None else by * scale) + bad
-                packed[i].grad.copy_(total.view_as(packed[i].grad))
+                if self.notes:
+                    norm = torch.linalg.vector_norm(qs[i]) * unit + nan
+                    self._note(packed[i], norm, False)
+                by = nan + (unit if self.average else units[i])
+                scale, grad = scales[i], packed[i].grad
+                total = total.view_as(grad)
+                by = by if scale is None else by * scale
+                if grad.dtype == total.dtype:
+                    torch.mul(total, by, out=grad)
+                else:
+                    grad.copy_(total.mul_(by))
                 rows = [torch.linalg.vector_norm(f, dim=1).amax() for f in (ps[i], qs[i])]
                 matrices[i].added = rows[0] * rows[1] * unit
 

@@ -111,6 +111,10 @@ class Exchange:
         """Sums in place."""
         dist.all_reduce(flat, group=self.group)
 
+    def all_reduce_max(self, flat: Tensor) -> None:
+        """The largest of all, in place."""
+        dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=self.group)
+
     def all_to_all(self, parts: Tensor) -> Tensor:
         """Row i of every process's rows, on process i."""
         found = torch.empty_like(parts)
