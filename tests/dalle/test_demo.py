@@ -7,6 +7,9 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from tiny_task import TinyTask
 
 from dalle import cli
 from dalle.demo import config as demo_config
-from dalle.demo import pace, plots, report, run, stages
+from dalle.demo import pace, plots, report, run, scoring, stages
 from dalle.demo.config import DemoConfig, Workspace
 from dalle.demo.recipes import load_recipe, scaled
 from dalle.errors import CheckpointError, EnvironmentProblem, Interrupted, UsageError
@@ -172,6 +175,34 @@ def test_ctrl_c_outside_training_also_leaves_a_report(tmp_path, monkeypatch):
         run.run_demo(smoke(tmp_path))
     page = (tmp_path / "index.html").read_text()
     assert "pictures/training.png" in page and "Stopped before the end" in page
+
+
+def test_an_error_in_one_part_of_the_samples_ends_the_other():
+    begun, ended = threading.Event(), []
+
+    def sample(captions, count, *, progress, **_):
+        if captions == ["a"]:
+            assert begun.wait(20)
+            raise KeyboardInterrupt
+        begun.set()
+        try:
+            for _ in range(2000):
+                progress(1, 2)
+                time.sleep(0.01)
+        finally:
+            ended.append(sys.exc_info()[0])
+
+    demo = SimpleNamespace(
+        recipe=SimpleNamespace(num_samples=2, sampling={}), seed=0,
+        pipeline=SimpleNamespace(sample=sample),
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        scoring.draw_samples(demo, ["a", "b"])
+    for _ in range(2000):
+        if ended:
+            break
+        time.sleep(0.01)
+    assert ended == [Interrupted]
 
 
 def test_folder_of_another_demo_is_refused(finished):

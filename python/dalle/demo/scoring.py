@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from dalle.demo import score, tiles
 from dalle.demo.config import Workspace
 from dalle.demo.parts import PARTS
 from dalle.demo.stages import SHOWN, Demo, captions_to_draw
-from dalle.errors import CheckpointError
+from dalle.errors import CheckpointError, Interrupted
 from dalle.files import read_bytes
 from dalle.pretrained import MAX_HEADER_BYTES, tensors_from_bytes, tensors_to_bytes
 from dalle.train.metrics import duration, say
@@ -118,11 +118,13 @@ def draw_samples(demo: Demo, captions: list[str]) -> torch.Tensor:
     first = [captions[:i].count(caption) * count for i, caption in enumerate(captions)]
     begin = told = time.monotonic()
     done: dict[int, int] = {}
-    lock = Lock()
+    lock, stop = Lock(), Event()
 
     def part(place: slice) -> tuple[torch.Tensor]:
         def progress(number: int, _: int) -> None:
             nonlocal told
+            if stop.is_set():  # after Ctrl-C the process would wait for its threads
+                raise Interrupted("samples: stopped")
             with lock:
                 done[place.start] = number
                 now, drawn, total = time.monotonic(), sum(done.values()), len(captions) * count
@@ -141,7 +143,10 @@ def draw_samples(demo: Demo, captions: list[str]) -> torch.Tensor:
         )
         return (tokens.cpu(),)
 
-    found = spread(part, len(captions), PARTS)
+    try:
+        found = spread(part, len(captions), PARTS)
+    finally:
+        stop.set()
     return torch.cat([tokens for (tokens,) in found])
 
 
