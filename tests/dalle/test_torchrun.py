@@ -155,7 +155,7 @@ BAD = {
         "--out", "{given}/pairs/0.png"],
     "prior: {given}/blocked/metrics.jsonl must be writable, got it is a folder, ": [
         "--out", "{given}/blocked"],
-    "prior train: {given}/occupied/prior must be writable, got its folder is a file": [
+    "prior train: {given}/occupied/prior/config.json must be writable, got its folder is": [
         "--out", "{given}/occupied", "--steps", "0"],
     "cluster: processes of a machine must be as many on each, or machines given, got "
     "LOCAL_WORLD_SIZE 1, 2 of 2": [["LOCAL_WORLD_SIZE=1", "LOCAL_WORLD_SIZE=2"]],
