@@ -43,11 +43,11 @@ class PowerSGD:
     With FSDP2 (`fully_shard` over the mesh of one machine) each process compresses its own shards
     and exchanges them with the same-ordinal processes of the other machines; with DDP the group is
     that of the model. `ddp_model.register_comm_hook(psgd, PowerSGD.ddp_hook)` does the same as
-    `attach`, but knows neither names of parameters nor the model's group. Gradients come out
-    averaged over the group, with the same bits on all its processes, NaN where any process had an
-    Inf or NaN. The exchange overlaps with the rest of the backward pass: on the CPU in a thread,
-    with FSDP2 where gradients are reduced in their parameters' dtype; on a GPU on a stream beside
-    it, DDP here and FSDP2 by itself (not yet run on one).
+    `attach`, but knows neither names of parameters (nor which are embeddings) nor the model's
+    group. Gradients come out averaged over the group, with the same bits on all its processes, NaN
+    where any process had an Inf or NaN. The exchange overlaps with the rest of the backward pass:
+    on the CPU in a thread, with FSDP2 where gradients are reduced in their parameters' dtype; on a
+    GPU on a stream beside it, DDP here and FSDP2 by itself (not yet run on one).
 
     The range of 1-6-9 is used by itself: in each step all processes choose one power of two for
     each matrix (`dalle.distributed.buffers`). Error buffers are in the units of unscaled gradients,
