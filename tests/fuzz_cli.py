@@ -1,7 +1,7 @@
 """Fuzzes the command line: damaged arguments, files, folders and streams, in one process.
 
-    python tests/fuzz_cli.py --seconds 3600 --seed 1      # by night
-    python tests/fuzz_cli.py --seed 1 --only 417          # one case again, with its output
+    python tests/fuzz_cli.py --seconds 3600 --seed 1 --demo   # by night
+    python tests/fuzz_cli.py --seed 1 --demo --only 417       # one case again, with its output
 
 A case is a pure function of (seed, number). After each: an exit code of the documented ones but 1
 (a fault of dalle itself), one line of error, no name of an exception and no words of Python's, no
@@ -56,6 +56,7 @@ LINES = [
     "ranker train --data pairs --image-size 16 --tokenizer tok --steps 2 --batch-size 2 --out out",
     "pipeline make --tokenizer tok --vae pipe/vae --prior pipe/prior --out out",
 ]  # fmt: skip
+DEMO = "demo --data shapes --preset smoke --out demo"
 INTERNAL = re.compile(
     r"\b[A-Z]\w+(Error|Exception|Warning)\b|Traceback|panicked|a fault of dalle|"
     r"has no attribute|unsupported operand|not supported between|positional argument|"
@@ -105,17 +106,19 @@ def make_odd(home: Path) -> None:
     (folder / "up").symlink_to("..")
 
 
-def build_home(root: Path) -> Path:
-    """Everything a case may read; copied for each."""
+def build_home(root: Path, demo: bool = False) -> Path:
+    """Everything a case may read; copied for each. With `demo` a finished demo as well."""
     home = root / "home"
     home.mkdir()
     make_home(home)
     make_odd(home)
     with contextlib.chdir(home):
-        for line, out in ((DVAE, "run-dvae"), (PRIOR, "run-prior")):
+        lines = [DVAE.replace("--out out", "--out run-dvae --log-every 1")]
+        lines += [PRIOR.replace("--out out", "--out run-prior --log-every 1")]
+        for line in lines + [DEMO] * demo:
             said = io.StringIO()
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-                code = main([*line.replace("--out out", f"--out {out}").split(), "--log-every=1"])
+                code = main(line.split())
             assert code == 0, said.getvalue()
     return home
 
@@ -159,7 +162,7 @@ def run_case(home: Path, root: Path, seed: int, number: int) -> tuple[str, list[
     folder = root / "case"
     shutil.rmtree(folder, ignore_errors=True)
     copy_home(home, folder)
-    words = rng.choice(LINES).split()
+    words = rng.choice(LINES + [DEMO] * 4 * (home / "demo").exists()).split()
     damaged, chance = "", rng.random()
     if chance < 0.45:
         damaged = damage_file(words, folder, rng)
@@ -239,37 +242,38 @@ def limits():
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def fuzz(root: Path, *, seconds: float, seed: int, first: int = 0, limit: int = 10**9):
+def fuzz(root: Path, *, seconds: float, seed: int, demo: bool = False):
     """Runs cases until the time is up; returns how many, the faults, and the exit codes seen."""
-    home = build_home(root)
-    end, number = time.monotonic() + seconds, first
+    home = build_home(root, demo)
+    end, number = time.monotonic() + seconds, 0
     faults, codes = [], Counter()
     with limits():
-        while time.monotonic() < end and number < first + limit:
+        while time.monotonic() < end:
             what, found, said = run_case(home, root, seed, number)
             codes[said.split(",", 1)[0]] += 1
             if found:
                 faults.append(f"--seed {seed} --only {number}: {what}\n  {found}\n{said}")
             number += 1
-    return number - first, faults, codes
+    return number, faults, codes
 
 
 def command_line() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--demo", action="store_true", help="also on a finished demo; slower")
     parser.add_argument("--only", type=int, nargs="*")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         if given.only:
-            home = build_home(root)
+            home = build_home(root, given.demo)
             with limits():
                 for number in given.only:
                     what, faults, said = run_case(home, root, given.seed, number)
                     print(ascii(what)[:1500], faults, ascii(said[:3000]), sep="\n")
             return 0
-        count, faults, codes = fuzz(root, seconds=given.seconds, seed=given.seed)
+        count, faults, codes = fuzz(root, seconds=given.seconds, seed=given.seed, demo=given.demo)
     for fault in faults:
         print(fault.encode("utf-8", "backslashreplace").decode()[:2500], end="\n\n")
     print(f"fuzz_cli: seed {given.seed}, {count} cases, {len(faults)} faults, {dict(codes)}")

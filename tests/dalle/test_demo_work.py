@@ -107,3 +107,24 @@ def test_damaged_samples_are_drawn_anew(space, capsys, tokens):
     good = torch.randint(0, 9, (2, 3, 4, 4))
     space.samples.write_bytes(tensors_to_bytes({"tokens": good}))
     assert torch.equal(stored_tokens(space, (2, 3, 4, 4), 9), good)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("pipeline/prior", "its folder is a file"),
+        ("pipeline/vae/config.json", "it is a folder, not a regular file"),
+        ("summary.json", "it is a folder, not a regular file"),
+    ],
+)
+def test_what_lies_in_the_way_is_found_before_the_training(space, capsys, name, reason):
+    path = space.out / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if reason.startswith("its"):
+        path.touch()
+    else:
+        path.mkdir()
+    words = ["demo", "--data", "shapes", "--preset", "smoke", "--out", str(space.out)]
+    assert main(words) == 4
+    said = capsys.readouterr().err
+    assert f"must be writable, got {reason}" in said and "stage" not in said

@@ -105,7 +105,8 @@ class Workspace:
             return {}
         found = self._read(path)
         if found is None:
-            aside = temporary_name(path.with_name(f"damaged-{path.name}"))
+            nonce = temporary_name(path).name.rpartition("-")[2]
+            aside = path.with_name(f"damaged-{path.name}-{nonce}")
             with saving("demo", path):
                 path.rename(aside)
             say(f"demo: {path} was not as dalle demo wrote it; set aside as {aside.name}")
@@ -118,6 +119,17 @@ class Workspace:
         except DataError:
             return None
         return None if found.pop("sha256", "") != _digest(found) else found
+
+    def targets(self) -> list[Path]:
+        """The files that the end of a stage writes."""
+        parts = {name: "model.safetensors" for name in ("vae", "ranker", "prior")}
+        models = [
+            self.pipeline / part / name
+            for part, data in {"tokenizer": "tokenizer.json", **parts}.items()
+            for name in (data, "config.json")
+        ]
+        whole = [self.out / "index.html", self.out / "summary.json", self.pipeline / "config.json"]
+        return [*models, self.pipeline / "ranker" / "tokenizer" / "config.json", *whole]
 
     def folder(self, stage: str) -> Path:
         """Where a training stage keeps checkpoints, metrics and pictures."""

@@ -27,6 +27,7 @@ from dalle.demo.stages import (
 )
 from dalle.devices import pick_device
 from dalle.errors import EnvironmentProblem, Interrupted
+from dalle.files import check_targets
 from dalle.train.lock import claimed
 from dalle.train.metrics import duration, say
 
@@ -104,6 +105,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     check_extras(config.data)
     device = pick_device(config.device)
     space = Workspace(config)
+    check_targets("demo", *space.targets())
     with claimed(space.work, "demo"):
         return _run_stages(config, space, device)
 

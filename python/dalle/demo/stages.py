@@ -18,6 +18,7 @@ from dalle.demo.config import Workspace
 from dalle.demo.recipes import DemoRecipe
 from dalle.dvae import DiscreteVAE
 from dalle.errors import CheckpointError
+from dalle.files import saving
 from dalle.pipeline import Pipeline, write_config
 from dalle.prior import Prior
 from dalle.rerank import ContrastiveRanker
@@ -108,7 +109,8 @@ class Demo:
 
     def save(self, task: Task) -> None:
         part = "vae" if task.name == "dvae" else task.name
-        task.model.save_pretrained(self.space.pipeline / part)  # type: ignore[operator]
+        with saving("demo", self.space.pipeline / part):
+            task.model.save_pretrained(self.space.pipeline / part)  # type: ignore[operator]
 
 
 def data_stage(demo: Demo) -> None:
@@ -137,7 +139,8 @@ def tokenizer_stage(demo: Demo) -> None:
     if demo.space.trained("tokenizer"):
         return
     tokenizer = Tokenizer.train(demo.train_pairs.captions, vocab_size=demo.recipe.vocab_size)
-    tokenizer.save_pretrained(demo.space.pipeline / "tokenizer")
+    with saving("demo", demo.space.pipeline / "tokenizer"):
+        tokenizer.save_pretrained(demo.space.pipeline / "tokenizer")
 
 
 def dvae_stage(demo: Demo) -> None:
