@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dalle.configs import whole
 from dalle.errors import CheckpointError, UsageError
 
 
@@ -35,6 +36,7 @@ class IterateAverage:
     ) -> None:
         if not 0 <= decay < 1:
             raise UsageError(f"IterateAverage: decay must be in [0, 1), got {decay}")
+        every = whole("IterateAverage", "every", every)
         if every < 1:
             raise UsageError(f"IterateAverage: every must be 1 or more, got {every}")
         self.decay, self.every, self.warmup = decay, every, warmup

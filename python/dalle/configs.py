@@ -68,28 +68,51 @@ LARGEST: dict[str, float] = {
 def check_numbers(owner: str, config: Any, largest: Mapping[str, float] = LARGEST) -> None:
     """Checks every number in a config and the configs inside it: finite, and of a size in reason.
 
-    Fields that are annotated as `int` must hold integers, of any kind.
+    Fields that are annotated as integers must hold integers, of any kind; they, and numbers of
+    numpy, become Python's (which JSON can hold).
 
     Raises:
         UsageError: naming the first that is not, and the largest value there is.
     """
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        given = getattr(config, field.name)
+        value = _plain_numbers(owner, field, given)
+        if value is not given:
+            object.__setattr__(config, field.name, value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             check_numbers(owner, value, largest)
         for number in value if isinstance(value, (tuple, list)) else (value,):
-            whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)
-            if field.type == "int" and not whole:
-                raise UsageError(f"{owner}: {field.name} must be a whole number, got {number!r}")
+            counts = isinstance(number, int) and not isinstance(number, bool)
             if isinstance(number, float) and not math.isfinite(number):
                 raise UsageError(f"{owner}: {field.name} must be a finite number, got {number}")
             if field.name == "seed" and isinstance(number, int) and number >= 2**63:
                 raise UsageError(f"{owner}: seed must be 0 .. 2^63 - 1, got {number}")
-            most = largest.get(field.name, 2**63 - 1 if whole else None)
+            most = largest.get(field.name, 2**63 - 1 if counts else None)
             if most is not None and isinstance(number, (int, float)) and abs(number) > most:
                 raise UsageError(
                     f"{owner}: {field.name} must be at most {most} in size, got {number}"
                 )
+
+
+def _plain_numbers(owner: str, field: dataclasses.Field[Any], value: Any) -> Any:
+    """`value` with the numbers that a field is annotated to hold as Python's own."""
+    kind = str(field.type)
+    if isinstance(value, (tuple, list)) and kind.startswith("tuple[int"):
+        return tuple(whole(owner, field.name, number) for number in value)
+    if kind == "int" or (kind == "int | None" and value is not None):
+        return whole(owner, field.name, value)
+    if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
+
+
+def whole(owner: str, name: str, value: Any) -> int:
+    """`value` as an int, where it is an integer of any kind. Raises UsageError."""
+    if type(value) is int:  # what the command line gives, whose help needs no torch
+        return value
+    from dalle_ext._checks import integer
+
+    return integer(owner, name, value, requirement="a whole number", error=UsageError)
 
 
 def field_types(config_type: type) -> dict[str, Any]:

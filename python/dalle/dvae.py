@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dalle_ext
-from dalle.configs import LARGEST, check_numbers
+from dalle.configs import LARGEST, check_numbers, whole
 from dalle.dvae_blocks import Decoder, Encoder, PatchDecoder, PatchEncoder
 from dalle.errors import UsageError
 from dalle.likelihood import expected_pixels, logit_laplace_log_prob, map_pixels
@@ -164,6 +164,7 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
 
     def grid(self, image_size: int) -> tuple[int, int]:
         """(rows, columns) of tokens of a square picture of `image_size` pixels."""
+        image_size = whole("DiscreteVAE", "image_size", image_size)
         if image_size < 1 or image_size % self.factor:
             raise UsageError(
                 f"DiscreteVAE: image_size must be a multiple of {self.factor}, got {image_size}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from dalle.configs import whole
 from dalle.errors import UsageError
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def make_plan(name: str, shape: PriorConfig, batch: int) -> dict[str, Any]:
     Raises:
         UsageError: for a batch below 1.
     """
+    batch = whole("plan", "batch", batch)
     if batch < 1:
         raise UsageError(f"plan: batch must be 1 or more, got {batch}")
     kinds = Counter(pattern.kind for pattern in shape.patterns())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from dalle.configs import whole
 from dalle.errors import UsageError
 from dalle.plan import flops, memory, parameters
 
@@ -107,6 +108,9 @@ def cluster_plan(
     Raises:
         UsageError: sizes that do not divide, or numbers that are not positive.
     """
+    gpus, batch = whole("plan", "gpus", gpus), whole("plan", "batch", batch)
+    per_machine = whole("plan", "per_machine", per_machine)
+    rank = None if rank is None else whole("plan", "rank", rank)
     given = {"gpus": gpus, "per_machine": per_machine, "batch": batch, "tflops": tflops,
              "link_gbit": link_gbit, "peer_gbyte": peer_gbyte}  # fmt: skip
     for name, value in given.items():

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from dalle.configs import check_numbers, whole
 from dalle.errors import UsageError
 
 
@@ -28,7 +29,7 @@ def cosine_ramp(step: int, start: float, end: float, steps: int) -> float:
     Raises:
         UsageError: for a negative `step` or `steps`.
     """
-    _check_steps("cosine_ramp", step, steps)
+    step, steps = _check_steps("cosine_ramp", step, steps)
     if step >= steps:
         return end
     return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -48,16 +49,17 @@ def linear_warmup(step: int, peak: float, steps: int) -> float:
     Raises:
         UsageError: for a negative `step` or `steps`.
     """
-    _check_steps("linear_warmup", step, steps)
+    step, steps = _check_steps("linear_warmup", step, steps)
     if step + 1 >= steps:
         return peak
     return peak * (step + 1) / steps
 
 
-def _check_steps(name: str, step: int, steps: int) -> None:
+def _check_steps(name: str, step: int, steps: int) -> tuple[int, int]:
     for argument, value in (("step", step), ("steps", steps)):
-        if value < 0:
+        if whole(name, argument, value) < 0:
             raise UsageError(f"{name}: {argument} must be 0 or more, got {value}")
+    return int(step), int(steps)
 
 
 @dataclass(kw_only=True)
@@ -82,6 +84,7 @@ class PlateauHalving:
     max_halvings: int = 5
 
     def __post_init__(self) -> None:
+        check_numbers("PlateauHalving", self)
         for name, least in (("window", 1), ("patience", 1), ("min_delta", 0), ("max_halvings", 0)):
             value = getattr(self, name)
             if not value >= least:

@@ -25,6 +25,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from dalle import __version__
+from dalle.configs import whole
 from dalle.data.captions import clean
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.files import parse_json, read_bytes, read_object, to_json, write_atomic
@@ -83,6 +84,7 @@ class Tokenizer:
             DataError: no caption with a visible character.
             UsageError: vocab_size out of range.
         """
+        vocab_size = whole("tokenizer", "vocab_size", vocab_size)
         if not NUM_BYTES <= vocab_size <= MAX_VOCAB:
             limits = f"{NUM_BYTES} to {MAX_VOCAB}"
             raise UsageError(f"tokenizer: vocab_size must be {limits}, got {vocab_size}")
@@ -125,6 +127,7 @@ class Tokenizer:
         """
         if isinstance(captions, str):
             raise UsageError("tokenizer: captions must be a sequence of strings, got one string")
+        length, seed = whole("tokenizer", "length", length), whole("tokenizer", "seed", seed)
         if length < 1:
             raise UsageError(f"tokenizer: length must be at least 1, got {length}")
         if not 0 <= dropout <= 1:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 from tqdm import tqdm
 
+from dalle.configs import whole
 from dalle.console import printable
 from dalle.errors import DataError, UsageError
 
@@ -322,11 +323,10 @@ class BatchSampler:
 
     def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
         for label, value in (("num_items", num_items), ("batch_size", batch_size)):
-            if value < 1:
+            if whole("BatchSampler", label, value) < 1:
                 raise UsageError(f"BatchSampler: {label} must be at least 1, got {value}")
-        self.num_items = num_items
-        self.batch_size = batch_size
-        self.seed = seed
+        self.num_items, self.batch_size = int(num_items), int(batch_size)
+        self.seed = whole("BatchSampler", "seed", seed)
         self._orders: dict[int, np.ndarray] = {}  # the epochs in use; at most a few
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -338,6 +338,7 @@ class BatchSampler:
 
     def indices(self, step: int) -> np.ndarray:
         """The items of batch `step` >= 0, (batch_size,) int64."""
+        step = whole("BatchSampler", "step", step)
         if step < 0:
             raise UsageError(f"BatchSampler: step must be at least 0, got {step}")
         position, end = step * self.batch_size, (step + 1) * self.batch_size

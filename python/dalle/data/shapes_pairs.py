@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from dalle.configs import whole
 from dalle.data.pairs import ArrayPairs
 from dalle.data.shapes import (
     BACKGROUNDS,
@@ -142,12 +143,13 @@ class ShapesPairs(ArrayPairs):
         config: ShapesConfig | None = None,
     ) -> None:
         config = config or ShapesConfig()
+        seed = whole("shapes", "seed", seed)
         if image_size is not None and image_size != config.canvas:
             config = replace(config, canvas=image_size)
         groups: dict[str, list[Scene]] = {kind: [] for kind in KINDS}
         for scene in split_scenes(split, config):
             groups[scene.kind].append(scene)
-        size = DEFAULT_SIZES[split] if size is None else size
+        size = DEFAULT_SIZES[split] if size is None else whole("shapes", "size", size)
         if size < 1:
             raise UsageError(f"shapes: size must be at least 1, got {size}")
         weights = np.array(config.kind_weights) / sum(config.kind_weights)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dalle_ext
+from dalle.configs import whole
 from dalle.errors import CheckpointError, UsageError
 from dalle.precision.ends import BINS, COUNTS, BlockEnds
 from dalle.sharded import gradient_stats, local_part
@@ -82,6 +83,11 @@ class ResblockScaler:
         shared: bool = False,
         sample_every: int = 100,
     ) -> None:
+        replicas, window = (
+            whole("ResblockScaler", name, value)
+            for name, value in (("replicas", replicas), ("window", window))
+        )
+        sample_every = whole("ResblockScaler", "sample_every", sample_every)
         _check(replicas >= 1, "replicas", "1 or more", replicas)
         ordered = 0 < low <= initial <= high < math.inf
         _check(ordered, "initial", "in [low, high], all positive", (low, initial, high))
