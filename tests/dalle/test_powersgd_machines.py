@@ -100,6 +100,23 @@ def test_what_leaves_the_buffers_is_what_is_handed_out():
         assert float(lost.norm() / size) <= 2**-9
 
 
+def test_no_buffer_outgrows_its_bound():
+    """Forty steps of gradients that the factors mostly cannot express, of changing size."""
+
+    def body(rank, psgd):
+        for step in range(40):
+            draw = torch.Generator().manual_seed(100 * step + rank)
+            reduced(psgd, torch.randn(SHAPE, generator=draw) * 2.0 ** (5 * math.sin(step)))
+            matrix = psgd.compressor.matrices["m"]
+            top = float(matrix.value().abs().max())
+            yield top, float(matrix.bound), float(matrix.unit)
+
+    for steps in machines(3, lambda rank, psgd: list(body(rank, psgd)), rank=4):
+        for top, bound, unit in steps:
+            assert top <= bound * 1.01 and bound * unit < 16
+        assert steps[-1][1] < 100 * steps[-1][0]  # and no bound runs away
+
+
 def test_units_change_only_where_the_range_asks_for_it():
     bounds = torch.tensor([0.0, 1.0, 7.9, 9.0, 2.0**-30, 3.0e30, 1e-38])
     units = new_units(bounds, torch.ones(7))
@@ -264,6 +281,7 @@ def test_after_an_exchange_that_failed_no_other_is_begun():
 
 BAD = {
     "PowerSGD: rank must be 1 or more, got 0": lambda: PowerSGD(rank=0),
+    "PowerSGD: rank must be a whole number, got 2.5": lambda: PowerSGD(rank=2.5),
     "PowerSGD: wire must be one of 1-6-9, fp32, got fp8": lambda: PowerSGD(wire="fp8"),
     "PowerSGD: scaler must be a ResblockScaler or GradScaler, got 8":
         lambda: PowerSGD(scaler=8),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 import zlib
 from dataclasses import dataclass
 from functools import partial
@@ -51,7 +52,11 @@ class Compressor:
         average: bool, min_compression: float, seed: int,
         scaler: ResblockScaler | GradScaler | None, fast: bool = False,
     ) -> None:  # fmt: skip
+        for name, value in (("rank", rank), ("seed", seed)):
+            _check(isinstance(value, numbers.Integral), name, "a whole number", value)
         _check(rank >= 1, "rank", "1 or more", rank)
+        member = group is None or isinstance(group, dist.ProcessGroup)
+        _check(member, "group", "a process group that holds this process", group)
         _check(wire in WIRES, "wire", f"one of {', '.join(WIRES)}", wire)
         _check(min_compression >= 1, "min_compression", "1 or more", min_compression)
         kinds = ResblockScaler | GradScaler | None
@@ -117,7 +122,8 @@ class Compressor:
     def _reduce(self, gradients: list[Gradient], whole: set[str]) -> None:
         packed = self.packed(gradients, whole)
         names = tuple(g.name for g in packed)
-        rest = [g for g in gradients if g.name not in names]
+        # By name, and not in the order of a bucket: where an element lies decides how it is summed.
+        rest = sorted((g for g in gradients if g.name not in names), key=lambda g: g.name)
         self.prepare(packed)
         matrices = [self.matrices[name] for name in names]
         blocks = sorted({g.block for g in gradients})
