@@ -117,7 +117,13 @@ def smoke_recipe(data: str) -> DemoRecipe:
         ranker_train=ranker.train,
         prior={"text_len": 24, "d_model": 32, "num_heads": 2, "num_layers": 2, "kernel_size": 3},
         prior_train=PriorTrainConfig(
-            batch_size=8, lr=1e-3, warmup_steps=2, augment="none", average_warmup=True, parts=PARTS
+            batch_size=8,
+            lr=1e-3,
+            warmup_steps=2,
+            optimizer="muon",
+            augment="none",
+            average_warmup=True,
+            parts=PARTS,
         ),
         prior_steps=20,
         seconds=dict.fromkeys(("dvae", "ranker", "prior", "samples"), 1.0),

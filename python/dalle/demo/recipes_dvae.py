@@ -82,7 +82,7 @@ DVAE_RECIPES: dict[str, DvaeRecipe] = {
         600,
         1000,
         {"patch": 2, "n_hid": 48, "n_blk_per_group": 1, "n_init": 16, "vocab_size": 128},
-        25.0,
+        20.0,
         5.0,
         lr_start=4e-4,
         codebook_sharpness=1.0,

@@ -23,7 +23,9 @@ class RankerRecipe:
 
 RANKER_RECIPES: dict[tuple[str, str], RankerRecipe] = {
     ("emoji", "default"): RankerRecipe(train=RankerTrainConfig(steps=500, parts=PARTS)),
-    ("shapes", "default"): RankerRecipe(train=RankerTrainConfig(steps=600, parts=PARTS)),
+    ("shapes", "default"): RankerRecipe(
+        train=RankerTrainConfig(steps=600, parts=PARTS), seconds=44.0, fixed=10.0
+    ),
     ("emoji", "smoke"): RankerRecipe(
         model={"width": 32, "depth": 1, "embed_dim": 32},
         train=RankerTrainConfig(steps=12, batch_size=16, num_spliced=4, warmup=2, parts=PARTS),
