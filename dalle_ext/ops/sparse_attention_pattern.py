@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,10 +72,6 @@ class AttentionPattern:
             Left out, they are the offsets of `kind`.
         custom_offsets: the field that keeps what was given as `offsets`, so that
             `dataclasses.replace` carries that over, and derives the rest anew.
-
-    Attributes:
-        offsets: the attended image distances on this grid, ascending.
-        runs: half-open runs of "conv" offsets, (begin, end, begin, end, ...); else empty.
     """
 
     kind: str
@@ -83,8 +80,6 @@ class AttentionPattern:
     grid: tuple[int, int]
     kernel_size: int = 11
     custom_offsets: tuple[int, ...] = field(default=(), repr=False)
-    offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    runs: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __init__(
         self, kind: str, *, text_len: int, grid: Iterable[int], kernel_size: int = 11,
@@ -101,11 +96,20 @@ class AttentionPattern:
         listed = _integers("offsets", custom_offsets if offsets is None else offsets, 0, rule)
         given = tuple(sorted(set(listed)))
         _check(not given or (kind == "conv" and given[0] == 0), "offsets", rule, listed)
-        found = _offsets(kind, size[0] * size[1], size[1], width // 2, given)
         fields = {"kind": kind, "text_len": text_len, "grid": size, "kernel_size": width}
-        derived = {"offsets": found, "runs": _runs(found) if kind == "conv" else ()}
-        for name, value in {**fields, "custom_offsets": given, **derived}.items():
+        for name, value in {**fields, "custom_offsets": given}.items():
             object.__setattr__(self, name, value)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """The attended image distances on this grid, ascending."""
+        slots, columns, half = self.grid[0] * self.grid[1], self.grid[1], self.kernel_size // 2
+        return _offsets(self.kind, slots, columns, half, self.custom_offsets)
+
+    @cached_property
+    def runs(self) -> tuple[int, ...]:
+        """Half-open runs of "conv" offsets, (begin, end, begin, end, ...); else empty."""
+        return _runs(self.offsets) if self.kind == "conv" else ()
 
     @property
     def length(self) -> int:

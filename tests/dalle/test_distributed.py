@@ -8,6 +8,7 @@ import groups
 import pytest
 import torch
 import torch.distributed as dist
+import whole_state
 from engines import ddp, fsdp
 from processes import run
 from torch import nn
@@ -210,6 +211,7 @@ def two(tmp_path_factory):
         "infinity": (one_infinity,), "plain": (ddp, None, 60), "ddp": (ddp, PLAIN, 60),
         "saved": (saved,), "seed": (others, [{"seed": 0}, {"seed": 1}]),
         "fast": (others, [{"fast": False}, {"fast": True}]), "scaled": (scaled,),
+        "whole state": (whole_state.gathered,),
     }  # fmt: skip
     return run(2, calls, tmp_path_factory.mktemp("two"))
 
@@ -378,3 +380,14 @@ def test_replicas_that_drift_apart_are_named(four):
         assert found["equal"] is None
         wanted = "weights of process 2 differ from those of process 0, which holds the same part, "
         assert found["apart"] == wanted + "in 1.weight"
+
+
+def test_optimizer_state_of_fsdp2_is_gathered_whole_and_put_back(two):
+    """No collective takes int16, so that codes travel as bytes."""
+    first, second = two["whole state"]
+    assert first["names"] == ["0.bias", "0.weight", "1.bias", "1.weight"] and first["same"]
+    assert second["same"] and first["step"] == 2 and first["bytes"].shape == (97, 102, 2)
+    for name in whole_state.MOMENTS:
+        parts = [found["own"][name] for found in (first, second)]
+        assert first[name].dtype == torch.int16
+        assert torch.equal(first[name], torch.cat(parts, 1)) and first[name].any()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -226,3 +230,28 @@ def test_too_many_runs_of_offsets():
     q = torch.zeros(1, 1, 400, 8)
     with pytest.raises(RuntimeError, match="sparse_attention: offsets must be at most 128 runs"):
         dalle_ext.sparse_attention(q, q, q, pattern)
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv", "causal"])
+def test_replace_derives_anew(kind):
+    """The offsets of the old grid used to stay."""
+    old = AttentionPattern(kind, text_len=3, grid=(4, 5), kernel_size=3)
+    for change in ({"grid": (6, 9)}, {"text_len": 7}, {"kernel_size": 7}):
+        new = dataclasses.replace(old, **change)
+        fields = {"text_len": 3, "grid": (4, 5), "kernel_size": 3, **change}
+        wanted = AttentionPattern(kind, **fields)
+        assert (new, new.offsets, new.runs) == (wanted, wanted.offsets, wanted.runs)
+        assert torch.equal(new.mask(), wanted.mask()) and not new.custom_offsets
+    assert dataclasses.replace(old, kind="row").offsets == tuple(range(6))
+
+
+def test_replace_keeps_given_offsets_and_nothing_else():
+    """Those beyond a small grid count again on a larger one."""
+    own = AttentionPattern("conv", text_len=0, grid=(2, 2), offsets=(0, 2, 7))
+    assert own.offsets == (0, 2) and own.custom_offsets == (0, 2, 7)
+    assert dataclasses.replace(own, grid=(4, 4)).offsets == (0, 2, 7)
+    assert dataclasses.replace(own, offsets=(0, 1)).offsets == (0, 1)
+    with pytest.raises(ValueError, match="AttentionPattern: offsets must be for kind 'conv' only"):
+        dataclasses.replace(own, kind="row")
+    for twin in (copy.copy(own), copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        assert twin == own and twin.runs == own.runs and hash(twin) == hash(own)

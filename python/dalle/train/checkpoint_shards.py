@@ -186,6 +186,9 @@ def _targets(task: Task, reader: HuggingFaceStorageReader) -> dict[str, Tensor]:
         dtype, size = entry.properties.dtype, entry.size
         if like is not None and like.shape == size:
             found[name] = torch.zeros_like(like.detach(), dtype=dtype)
+        elif like is not None and (*like.shape, 2) == tuple(size):  # codes as bytes, shared out too
+            half = torch.zeros_like(like.detach(), dtype=dtype)
+            found[name] = torch.stack([half, half], -1)
         elif not name.startswith("rng."):
             found[name] = torch.zeros(size, dtype=dtype, device="cpu")
     return found
