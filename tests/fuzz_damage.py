@@ -52,7 +52,7 @@ def nasty_for(option: str, rng: random.Random, verb: tuple[str, ...] = ()) -> st
     pool = [n for n in NUMBERS if "float" in wanted or re.fullmatch(r"-?\d+", n)] + SIZES
     while True:
         value = rng.choice(pool if numeric and rng.random() < 0.8 else NASTY)
-        if option not in LONG or not re.fullmatch(r"[1-9]\d{2,8}|1e9", value):
+        if option not in LONG or not re.fullmatch(r"[1-9][\d_]{2,9}|1e9", value):
             return value
 
 
@@ -160,7 +160,13 @@ def damage_yaml(line: list[str], path: Path, rng: random.Random) -> None:
         name = rng.choice([*names, "recipe", "cluster", "x", "? [a]", "1", "~"])
         value = rng.choice(YAML) if rng.random() < 0.6 else json.dumps(rng.choice(VALUES))
         rows.append(f"{name.replace('-', '_')}: {value}")
-    rows = [row for row in rows if not re.match(r"(steps|batch_size|count): \d{3}", row)]
+    rows = [
+        row
+        for row in rows
+        if not (
+            f"--{row.partition(':')[0].replace('_', '-')}" in LONG and re.search(r": \d{3}", row)
+        )
+    ]
     path.unlink()
     path.write_text("\n".join(rows), encoding="utf-8", errors="surrogatepass")
 

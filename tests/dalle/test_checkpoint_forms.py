@@ -54,15 +54,15 @@ def test_states_of_another_form(saved, state):
     assert not re.search(r"Error|object|indices", str(caught.value))
 
 
-def test_200_random_forms_are_a_checkpoint_error_or_load(saved):
+def test_100_random_forms_are_a_checkpoint_error_or_load(saved):
     manifest = (saved / "manifest.json").read_bytes()
     state = (saved / "state.json").read_bytes()
     rng, refused = random.Random(0), 0
-    for _ in range(200):
+    for _ in range(100):
         (saved / "state.json").write_bytes(damage_json(state, rng))
         seal(saved, json.loads(manifest))
         try:
             load_checkpoint(TinyTask(), saved)
         except CheckpointError:
             refused += 1
-    assert refused > 60
+    assert refused > 30
