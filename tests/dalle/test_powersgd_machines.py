@@ -234,8 +234,12 @@ def test_a_scaler_copied_alone_keeps_to_its_model_and_says_so_of_another():
     steps_of(copy.deepcopy(scaler), layers, 1)
     steps_of(copy.copy(scaler), layers, 1)
     alone = pickled(scaler)
-    with pytest.raises(Exception, match="optimizer must hold parameters of the blocks"):
+    with pytest.raises(UsageError, match="optimizer must hold parameters of the blocks"):
         steps_of(alone, layers, 1)
+    head = nn.Linear(3, 3)
+    head.weight.grad = torch.ones(3, 3)
+    layers.requires_grad_(False)
+    assert not bool(scaler.step(torch.optim.SGD(head.parameters(), lr=0.1)).skipped)
 
 
 def test_a_start_scale_that_is_far_too_high_is_said(capfd):
