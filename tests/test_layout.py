@@ -31,6 +31,14 @@ BUDGETS = [  # (glob, lines)
     ("benchmarks/gpu/*.py", 200),
     ("setup.py", 120),
 ]
+HEAD_OF_TESTS = """# What each test file proves
+
+The first sentence of each file, collected by `python tests/test_layout.py`. Numbers that must hold, by row:
+`docs/reliability.md`. Cases marked `night` repeat what a quicker one shows and run in `.ci/night`.
+
+| file | what it proves |
+|---|---|
+"""
 TORCH_INCLUDE = re.compile(r"#\s*include\s*[<\"](torch|ATen|c10)/")
 
 
@@ -145,6 +153,22 @@ def test_every_test_that_the_docs_name_is_there():
         assert named and {Path(path).name for path in named} <= known, name
 
 
+def what_tests_prove() -> str:
+    """docs/tests.md: each test file and its first sentence."""
+    rows = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+        first = " ".join(doc.split("\n\n")[0].split())
+        assert len(first) > 20, f"{path.relative_to(ROOT)} must say in its docstring what it proves"
+        rows.append(f"| `{path.relative_to(ROOT)}` | {first.replace('|', ',')} |")
+    return HEAD_OF_TESTS + "\n".join(rows) + "\n"
+
+
+def test_docs_say_what_each_test_file_proves():
+    """`python tests/test_layout.py` writes the page."""
+    assert (ROOT / "docs/tests.md").read_text() == what_tests_prove()
+
+
 def test_nothing_built_is_tracked():
     run = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=False
@@ -153,3 +177,7 @@ def test_nothing_built_is_tracked():
         pytest.skip("not a git checkout")
     bad = [f for f in run.stdout.splitlines() if re.search(r"\.(so|o|pyc|pt|pth|pkl)$", f)]
     assert bad == []
+
+
+if __name__ == "__main__":
+    (ROOT / "docs/tests.md").write_text(what_tests_prove())

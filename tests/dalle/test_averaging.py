@@ -1,3 +1,5 @@
+"""The averaged weights: the moving average of the definition, fp32, swapped in and out, resumed."""
+
 from __future__ import annotations
 
 import pytest

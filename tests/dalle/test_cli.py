@@ -1,3 +1,5 @@
+"""The command line: quick help without torch, options and config files, exit codes."""
+
 from __future__ import annotations
 
 import dataclasses

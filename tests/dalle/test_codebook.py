@@ -1,3 +1,5 @@
+"""The codebook: its health in numbers and words, and k-means that uses every code."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""The discrete VAE: names and shapes as released, the bound of the paper, files, bad input."""
+
 from __future__ import annotations
 
 import math

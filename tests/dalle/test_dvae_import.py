@@ -1,3 +1,5 @@
+"""The released dVAE's weights arrive one by one; all else is refused, pickles unread."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""`dalle env`: what runs here, as JSON, also where native objects are missing."""
+
 from __future__ import annotations
 
 import json

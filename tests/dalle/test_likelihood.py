@@ -1,3 +1,5 @@
+"""The logit-Laplace likelihood of the paper: a density, its pixel map, PSNR."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""metrics.jsonl: one record an interval, cut and mended after crashes, never a run's end."""
+
 from __future__ import annotations
 
 import errno

@@ -1,3 +1,5 @@
+"""`dalle plan`: parameters, FLOPs, memory, traffic against modules and the paper's tables."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Saved models: bit-equal round trips, atomic writes, damaged files in one line (R25)."""
+
 from __future__ import annotations
 
 import dataclasses

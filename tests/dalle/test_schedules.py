@@ -1,3 +1,5 @@
+"""Ramps, warm-up and halving of step sizes as the paper has them, and after a resume."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Training of the dVAE: the paper's recipe, warm start, codebook, resuming, commands."""
+
 from __future__ import annotations
 
 from collections import Counter
