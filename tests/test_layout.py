@@ -33,7 +33,7 @@ BUDGETS = [  # (glob, lines)
 ]
 HEAD_OF_TESTS = """# What each test file proves
 
-The first sentence of each file, collected by `python tests/test_layout.py`. Numbers that must hold, by row:
+The first sentence of each file, collected by `python tests/test_layout.py`. Numbers that must hold:
 `docs/reliability.md`. Cases marked `night` repeat what a quicker one shows and run in `.ci/night`.
 
 | file | what it proves |
