@@ -70,8 +70,8 @@ MUTANTS = [
     Mutant(
         "Adam corrects the variance by beta1",
         "csrc/adam16/adam16.h",
-        "correction2 = 1.0 - pow(args.beta2, t)",
-        "correction2 = 1.0 - pow(args.beta1, t)",
+        "correction2 = 1.0 - power(args.beta2, t)",
+        "correction2 = 1.0 - power(args.beta1, t)",
         "tests/ops/test_adam16.py -m cpu_only",
         "cpu",
     ),

@@ -176,7 +176,16 @@ def test_orthogonalize(kind, n, r, device):
 
 
 @pytest.mark.parametrize("kind", ["plain", "deficient"])
-@pytest.mark.parametrize(("n", "r"), [(160, 112), (1000, 896), (1024, 1024)])
+@pytest.mark.parametrize(
+    ("n", "r"),
+    [
+        (160, 112),
+        *(
+            pytest.param(n, r, marks=pytest.mark.night("emulated"))
+            for n, r in ((1000, 896), (1024, 1024))
+        ),
+    ],
+)
 def test_orthogonalize_at_a_size_of_the_paper(kind, n, r, device, backend):
     if backend == "emulated" and (r > 896 or (r > 112 and kind == "plain")):
         pytest.skip("emulated: too many columns for its pace")
