@@ -43,10 +43,10 @@ def measure() -> list[dict[str, Any]]:
     fused = torch.optim.AdamW(model(), lr=1e-4, fused=True)
     cases = {
         "float32 parameters": dalle_ext.AdamW16(model(), lr=1e-4),
-        "float32 parameters, stochastic": dalle_ext.AdamW16(
-            model(), lr=1e-4, stochastic_rounding=True
-        ),
         "float16 parameters": dalle_ext.AdamW16(model(half=True), lr=1e-4),
+        "float16 parameters, stochastic": dalle_ext.AdamW16(
+            model(half=True), lr=1e-4, stochastic_rounding=True
+        ),
     }
     rows: list[dict[str, Any]] = []
     for name, optimizer in cases.items():

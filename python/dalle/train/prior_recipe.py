@@ -36,7 +36,7 @@ class PriorTrainConfig:
             the resblocks' matrices, fp32 of the rest), "auto": adamw where the model is fp32;
             "muon": `train.muon` for the resblocks' matrices, adamw for the rest, on one process.
         muon_scale: step size of Muon's matrices in units of lr.
-        stochastic_rounding: of what adamw16 keeps in 16 bits.
+        stochastic_rounding: of 16-bit weights in adamw16 (its moments always are).
         clip_norm: largest global gradient norm.
         average_decay, average_every: iterate averaging.
         augment: "paper" crops as in listing 2 at every step; "none" encodes each image once.
