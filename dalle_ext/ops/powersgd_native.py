@@ -30,13 +30,10 @@ def _orthogonalize_cpu(p: Tensor, eps: float) -> Tensor:
 
 
 if _native.CPU_PROBLEM is None:
-    compress_ = torch.ops.dalle_ext._powersgd_compress_.default
-    project = torch.ops.dalle_ext._powersgd_project.default
-    decompress_ = torch.ops.dalle_ext._powersgd_decompress_.default
-    orthogonalize = torch.ops.dalle_ext._powersgd_orthogonalize.default
-    for name in ("compress_", "project", "decompress_"):
-        torch.library.register_fake(f"dalle_ext::_powersgd_{name}", _nothing)
-    torch.library.register_fake("dalle_ext::_powersgd_orthogonalize", _orthogonalize_fake)
+    compress_ = _native.register("_powersgd_compress_", _nothing)
+    project = _native.register("_powersgd_project", _nothing)
+    decompress_ = _native.register("_powersgd_decompress_", _nothing)
+    orthogonalize = _native.register("_powersgd_orthogonalize", _orthogonalize_fake)
     torch.library.register_kernel(orthogonalize, "cpu", _orthogonalize_cpu)
 
 

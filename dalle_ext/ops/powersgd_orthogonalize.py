@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dalle_ext import _native
+from dalle_ext._checks import numbers_only
 from dalle_ext._switch import reference_in_use
 from dalle_ext.ops import powersgd_native as native
 from dalle_ext.reference import powersgd as reference
@@ -12,7 +13,6 @@ from dalle_ext.reference import powersgd as reference
 Tensor = torch.Tensor
 
 
-@torch.no_grad()
 def orthogonalize(P: Tensor, eps: float = 1e-6) -> Tensor:
     """Orthonormal columns that span those of P + eps I: Householder's Q (paper E.2, 5).
 
@@ -24,9 +24,11 @@ def orthogonalize(P: Tensor, eps: float = 1e-6) -> Tensor:
         eps: added to the diagonal of the upper r rows.
 
     Raises:
-        TypeError, ValueError: another dtype or shape, eps negative or not finite.
+        TypeError, ValueError: another dtype or shape, a P that wants a gradient (none flows), eps
+            negative or not finite.
     """
     op = "orthogonalize"
+    numbers_only(op, P=P)
     if P.dtype != torch.float32:
         raise TypeError(f"{op}: P must be float32, got {P.dtype}")
     if P.dim() < 2 or not P.shape[-2] >= P.shape[-1] >= 1:

@@ -33,6 +33,10 @@ def unscaled(x):
     return dalle_ext.unscale_gradient(x, x, 2.0)
 
 
+def orthogonal(x):
+    return dalle_ext.orthogonalize(x[0, 0])
+
+
 def dual(function, x):
     with forward_ad.dual_level(), torch.no_grad():
         return function(forward_ad.make_dual(x, torch.ones_like(x)))
@@ -52,7 +56,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("function", [attention, sample, kl, scaled, unscaled])
+@pytest.mark.parametrize("function", [attention, sample, kl, scaled, unscaled, orthogonal])
 @pytest.mark.parametrize("way", WAYS)
 def test_forward_mode_is_refused(way, function):
     """Without the guard each of these gave zeros."""
@@ -82,6 +86,7 @@ def test_the_definitions_carry_forward_mode_on(function):
 
 WANTING = torch.tensor(0.5, requires_grad=True)
 REFUSED = {
+    "orthogonalize: P": lambda v: dalle_ext.orthogonalize((X * v)[0, 0]),
     "sparse_attention: scale": lambda v: dalle_ext.sparse_attention(X, X, X, PATTERN, v),
     "gumbel_softmax: tau": lambda v: dalle_ext.gumbel_softmax(X, v),
     "scale_gradient: scale": lambda v: dalle_ext.scale_gradient(X, v),
