@@ -16,7 +16,7 @@ from dalle.train.parts import side_by_side, sums
 
 # Seconds of `transformer_step` and `convolution_step` on the machine that the recipes' seconds are
 # from: two idle cores with AVX-512 (docs/log.md).
-TRANSFORMER, CONVOLUTION = 0.063, 0.030
+TRANSFORMER, CONVOLUTION = 0.066, 0.030
 SHARES = {"dvae": 0.3, "ranker": 0.5, "prior": 0.0, "samples": 0.0, "report": 0.0}
 ROUNDS = 15
 
