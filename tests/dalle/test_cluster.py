@@ -284,11 +284,20 @@ def test_resume_is_bit_exact_at_the_same_number_of_processes(two, machines):
     assert all(found["error"] > 0 for found in machines["saved"])
 
 
+def assert_goes_on(found, kept):
+    """The same weights; then fp16 gradients and codes differ in single bits by who sums them.
+
+    Without the mean of the gradients the last losses are .015 apart, without the variance tenfold.
+    """
+    assert found[0] == pytest.approx(kept[0], rel=1e-5)
+    assert found == pytest.approx(kept, rel=1e-3)
+
+
 def test_resume_at_another_number_of_processes(folder, two, four, machines):
     """One process reads what two wrote, four too, and one what four with PowerSGD wrote."""
     kept = two["saved"][0]["kept"]
     for found in [resumed(0, folder / "saved"), *four["resumed"]]:
-        assert found == pytest.approx(kept, rel=1e-4)
+        assert_goes_on(found, kept)
     found = resumed(0, folder / "psgd")
     assert found[0] == pytest.approx(machines["saved"][0]["kept"][0], rel=1e-4)
 
@@ -329,7 +338,7 @@ def test_a_checkpoint_of_one_process_goes_on_with_many(tmp_path, tmp_path_factor
     kept = [float(task.train_step(step)["loss"]) for step in range(3, 7)]
     calls = {"resumed": (resumed, str(tmp_path))}
     for found in run(2, calls, tmp_path_factory.mktemp("many"), joined=False)["resumed"]:
-        assert found == pytest.approx(kept, rel=1e-4)
+        assert_goes_on(found, kept)
 
 
 def test_one_process_is_no_cluster(monkeypatch):
