@@ -42,7 +42,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return  # a worker, whose options say nothing of the others, must not start its own
     if config.option.numprocesses is None and folders:
         config.option.numprocesses = min(len(os.sched_getaffinity(0)), 8)
-        config.option.dist = "loadgroup"
+        config.option.dist = "loadfile"  # a file's fixtures are made once
+        config.option.loadscopereorder = False  # files of few, long tests come early
 
 
 def _of_the_night(item: pytest.Item) -> bool:
@@ -54,14 +55,11 @@ def _of_the_night(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is marked `night`; keeps files with costly fixtures on one worker each."""
+    """Leaves out what is marked `night`."""
     night = [item for item in items if _of_the_night(item)]
     if night:
         config.hook.pytest_deselected(items=night)
         items[:] = [item for item in items if not _of_the_night(item)]
-    for item in items:
-        if item.path.parent.name != "ops":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
