@@ -136,3 +136,22 @@ def build_info() -> dict[str, Any]:
         "cpu_isa": isa,
         "host": HOST is not None,
     }
+
+
+class Once(torch.autograd.Function):
+    """A gradient as it is; its own derivative, by any of `sources`, is refused.
+
+    torch's `once_differentiable` lets it be zero in silence where the incoming gradient is a
+    constant, and where only derivatives by the op's inputs are asked for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "dalle_ext: native ops must be differentiated once, got a derivative of a gradient; "
+            "use dalle_ext.use_reference()"
+        )

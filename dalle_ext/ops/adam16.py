@@ -148,6 +148,8 @@ class AdamW16(torch.optim.Optimizer):
             ValueError: a state of other parameters or of another optimizer; nothing is changed.
         """
         check_state(self.param_groups, state_dict)
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            native.check_group({**own, **saved, "params": own["params"]})
         empty: dict[int, Any] = {index: {} for index in state_dict["state"]}
         super().load_state_dict({**state_dict, "state": empty})
         for group in self.param_groups:

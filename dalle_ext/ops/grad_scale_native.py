@@ -49,6 +49,9 @@ def require_library(op: str, device: torch.device) -> None:
         _native.require(op, device)
 
 
+LEAST_SCALE = 2.0**-126
+
+
 def as_scale(op: str, scale: float | Tensor, device: torch.device) -> Tensor:
     """A scale as a 0-d float32 tensor on the device."""
     if isinstance(scale, Tensor):
@@ -57,8 +60,10 @@ def as_scale(op: str, scale: float | Tensor, device: torch.device) -> Tensor:
             got = f"shape {tuple(scale.shape)} {scale.dtype} on {scale.device}"
             raise ValueError(f"{op}: scale must be one float32 on {device}, got {got}")
         return scale
-    if not 0 < real(scale) < math.inf:
-        raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
+    if not LEAST_SCALE <= real(scale) < 2.0**128:  # normal numbers of float32
+        usual = not 0 < real(scale) < math.inf
+        requirement = "positive and finite" if usual else "2^-126 or more and below 2^128"
+        raise ValueError(f"{op}: scale must be {requirement}, got {scale}")
     return torch.full((), real(scale), dtype=torch.float32, device=device)
 
 

@@ -55,15 +55,18 @@ class _Function(torch.autograd.Function):
         return sample, index, kl
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad_sample: Tensor | None, grad_index: None, grad_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if grad_sample is None and grad_kl is None:
             return None, None, None, None, None, None
-        grad_sample = None if grad_sample is None else grad_sample.contiguous()
-        grad_kl = None if grad_kl is None else grad_kl.contiguous()
-        grad = _backward(grad_sample, grad_kl, *ctx.saved_tensors, ctx.dim, ctx.first_row)
+        given = [x for x in (grad_sample, grad_kl) if x is not None]
+        with torch.no_grad():
+            grad_sample = None if grad_sample is None else grad_sample.contiguous()
+            grad_kl = None if grad_kl is None else grad_kl.contiguous()
+            grad = _backward(grad_sample, grad_kl, *ctx.saved_tensors, ctx.dim, ctx.first_row)
+        if torch.is_grad_enabled():  # create_graph
+            grad = _native.Once.apply(grad, ctx.saved_tensors[0], *given)
         return grad, None, None, None, None, None
 
 

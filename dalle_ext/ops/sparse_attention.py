@@ -60,9 +60,11 @@ class _Function(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _backward(_rows(grad_out), *ctx.saved_tensors, *ctx.rule)
+        with torch.no_grad():
+            grads = _backward(_rows(grad_out), *ctx.saved_tensors, *ctx.rule)
+        if torch.is_grad_enabled():  # create_graph
+            grads = [_native.Once.apply(g, grad_out, *ctx.saved_tensors[:3]) for g in grads]
         return (*grads, *(None for _ in ctx.rule))
 
 

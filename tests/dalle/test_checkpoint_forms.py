@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from dalle.errors import CheckpointError  # noqa: E402
 from dalle.files import to_json  # noqa: E402
 from dalle.train.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from dalle.train.loop import LoopConfig, train  # noqa: E402
 from fuzz_damage import damage_json  # noqa: E402
 
 
@@ -51,6 +52,9 @@ def test_states_of_another_form(saved, state):
     seal(saved, manifest)
     with pytest.raises(CheckpointError, match="checkpoint .*step-00000001") as caught:
         load_checkpoint(TinyTask(), saved)
+    assert not re.search(r"Error|object|indices", str(caught.value))
+    with pytest.raises(CheckpointError, match="checkpoint .*step-00000001") as caught:
+        train(TinyTask(), LoopConfig(out=saved.parent, steps=2, picture_every=0))
     assert not re.search(r"Error|object|indices", str(caught.value))
 
 

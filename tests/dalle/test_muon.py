@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -97,3 +98,16 @@ def test_what_it_cannot_do_is_refused():
         make_optimizer(prior(), config, 0)
     with pytest.raises(UsageError, match="muon_scale must be positive"):
         PriorTrainConfig(muon_scale=0.0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_and_later_groups_go_on(copied):
+    optimizer = make_optimizer(prior(), PriorTrainConfig(optimizer="muon"), 0)
+    optimizer = copied(optimizer)
+    later = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [later]})
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert float(later.detach().max()) < 1

@@ -127,3 +127,26 @@ def test_what_threads_would_share_is_refused(model):
     for make in (DvaeTrainConfig, PriorTrainConfig, RankerTrainConfig):
         with pytest.raises(UsageError, match="parts"):
             make(parts=0)
+
+
+class Added(nn.Module):
+    """Two tables that autograd gives one gradient, and one whose gradient is expanded."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.ones(3) * value) for value in (1.0, 2.0))
+
+    def forward(self, x):
+        return ((self.a + self.b) * x).sum(), self.a.sum() * x.sum()
+
+
+def test_gradients_that_autograd_shares_are_added_once():
+    x = torch.arange(18.0).view(6, 3)
+    found = []
+    for parts in (1, 2, 3):
+        model = Added()
+        both = sums(side_by_side(lambda place, model=model: model(x[place]), 6, parts, model))
+        (both[0] + both[1]).backward()
+        found.append(torch.stack([model.a.grad, model.b.grad]))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])

@@ -236,6 +236,11 @@ def test_a_scaler_copied_alone_keeps_to_its_model_and_says_so_of_another():
     alone = pickled(scaler)
     with pytest.raises(UsageError, match="optimizer must hold parameters of the blocks"):
         steps_of(alone, layers, 1)
+    steps_of(scaler, layers, 1)  # gradients that wait here excuse no other model
+    with pytest.raises(UsageError, match="optimizer must hold parameters of the blocks"):
+        other = copy.deepcopy(layers)
+        other[0].weight.grad = torch.ones_like(other[0].weight)
+        scaler.step(torch.optim.SGD(other.parameters(), lr=0.1))
     head = nn.Linear(3, 3)
     head.weight.grad = torch.ones(3, 3)
     layers.requires_grad_(False)

@@ -113,3 +113,17 @@ def test_numbers_that_want_a_gradient_are_refused(argument, reference):
 def test_a_scale_is_a_finite_number(scale):
     with pytest.raises(ValueError, match="^sparse_attention: scale must be a finite number, got"):
         dalle_ext.sparse_attention(X, X, X, PATTERN, scale)
+
+
+@pytest.mark.parametrize("function", [attention, sample, kl], ids=lambda f: f.__name__)
+def test_a_gradient_penalty_is_refused_and_no_zero(function):
+    """The incoming gradient is a constant: torch's `once_differentiable` would be silent."""
+    x = X.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    (plain,) = torch.autograd.grad(function(x).square().sum(), x)
+    assert torch.equal(grad, plain)
+    with pytest.raises(NotImplementedError, match="must be differentiated once"):
+        torch.autograd.grad(grad.square().sum() + 0 * x.sum(), x)
+    (again,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="must be differentiated once"):
+        torch.autograd.grad(again.square().sum() + 0 * x.sum(), x)

@@ -142,7 +142,7 @@ def find_files(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Path], Co
                 texts.setdefault(stem, path)
             elif suffix in OTHER_SUFFIXES:
                 skipped["picture of another format"] += 1
-            elif path.is_symlink() and not path.exists():
+            elif path.is_symlink() and not os.path.exists(path):  # which raises nothing
                 skipped["link to nothing"] += 1
             else:
                 skipped["neither picture nor caption"] += 1

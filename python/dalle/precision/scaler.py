@@ -159,10 +159,8 @@ class ResblockScaler:
         fused = isinstance(optimizer, dalle_ext.AdamW16)
         rest = len(self)
         groups = [self.groups.get(p, rest) for p in params]
-        # Frozen blocks, and those of another optimizer, are none of this one's; but parameters that
-        # wait for gradients while others get some are those of another model.
-        own = [p for p in self.groups if p.requires_grad]
-        if min(groups) == rest and own and all(p.grad is None for p in own):
+        # Gradients of nothing but others are those of another model, unless all blocks are frozen.
+        if min(groups) == rest and any(p.requires_grad for p in self.groups):
             raise UsageError(
                 "ResblockScaler: optimizer must hold parameters of the blocks, got gradients of "
                 f"{len(params)} others"

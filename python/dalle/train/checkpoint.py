@@ -279,7 +279,9 @@ def check_fits(
             line += "; " + ", ".join(f"{k} {_short(a)}, got {_short(b)}" for k, a, b in more)
         raise OtherTrainingError(line)
     state: dict[str, Any] = read_json(path / STATE, CheckpointError)
-    if (state["average"] is None) != (task.average is None):
+    with as_written(path):
+        averaged = state["average"] is not None
+    if averaged != (task.average is not None):
         raise CheckpointError(
             f"{where}: average must be there or not as in this run, got otherwise"
         )

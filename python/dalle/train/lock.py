@@ -169,7 +169,7 @@ def _may_live(named: dict[str, object]) -> bool:
         return True
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the latter: no process has such a number
         return False
     except OSError:
         return True

@@ -70,6 +70,13 @@ class MuonAdamW(torch.optim.AdamW):
             group["muon_scale"], group["momentum"] = muon_scale, momentum
         self.parts = parts
         super().__init__(groups, **options)
+        # Of groups that come later: AdamW's.
+        self.defaults.update(muon=0, muon_scale=muon_scale, momentum=momentum)
+
+    def __getstate__(
+        self,
+    ) -> dict[str, Any]:  # torch's knows no parts
+        return {**super().__getstate__(), "parts": self.parts}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

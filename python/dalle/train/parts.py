@@ -71,10 +71,12 @@ class _SideBySide(torch.autograd.Function):
 
 def _sum(gradients: Sequence[Tensor | None]) -> Tensor | None:
     """The sum in the order of the parts."""
-    total: Tensor | None = None
-    for gradient in gradients:
-        if gradient is not None:
-            total = gradient if total is None else total.add_(gradient)
+    found = [gradient for gradient in gradients if gradient is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    total = found[0] + found[1]  # not in place: autograd may have given it to two parameters
+    for gradient in found[2:]:
+        total.add_(gradient)
     return total
 
 
