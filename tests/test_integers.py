@@ -18,6 +18,7 @@ from dalle.data import augment
 from dalle.data.pairs import BatchSampler
 from dalle.data.shapes import ShapesConfig
 from dalle.data.shapes_pairs import ShapesPairs
+from dalle.distributed import PowerSGD
 from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import UsageError
 from dalle.plan_cluster import cluster_plan
@@ -88,6 +89,9 @@ CALLS = {
     "DiscreteVAE.grid": lambda k: DiscreteVAE(DiscreteVAEConfig(**SMALL)).grid(k(24)),
     "IterateAverage": average,
     "PlateauHalving": plateau,
+    "PowerSGD": lambda k: (lambda made: (made.rank, made.seed))(
+        PowerSGD(rank=k(4), seed=k(3)).compressor
+    ),
     "Prior.generate": drawn,
     "ResblockScaler": lambda k: (
         ResblockScaler(

@@ -17,7 +17,6 @@ from torch import nn
 import dalle_ext
 from dalle.distributed import PowerSGD
 from dalle.distributed.buffers import MOST, new_units
-from dalle.distributed.hooks import _InOrder
 from dalle.distributed.powersgd import Gradient
 from dalle.errors import CheckpointError, UsageError
 from dalle.precision import ResblockScaler
@@ -144,6 +143,45 @@ def test_losses_scaled_by_torch_leave_the_buffers_in_their_units():
     )
 
 
+@pytest.mark.parametrize("unscale", [False, True])
+def test_the_norm_is_unscaled_before_and_after_the_step(unscale):
+    """`scaler.step` divides the gradients where `unscale_` did not."""
+    net = nn.Linear(64, 48)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    psgd = PowerSGD(rank=4, scaler=scaler)
+    psgd._name(net)
+    psgd._refresh = lambda: None  # it is attached to no DDP model
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        scaler.scale(net(torch.ones(3, 64)).square().mean()).backward()
+        norms = [float(psgd.gradient_norm())]
+        if unscale:
+            scaler.unscale_(optimizer)
+            norms.append(float(psgd.gradient_norm()))
+        scaler.step(optimizer)
+        norms.append(float(psgd.gradient_norm()))
+        wanted = float(torch.cat([p.grad.flatten() for p in net.parameters()]).norm())
+        assert norms == pytest.approx([wanted] * len(norms), rel=1e-6)
+        scaler.update()
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("by", [2.0**-40, 1.0, 1000.0, 2.0**20])
+def test_a_state_of_fp32_buffers_loads_into_words(known, by):
+    """In a unit that fits, whatever the gradients' size; it saturated at 16."""
+    first, other = copies(2, rank=4, wire="fp32"), copies(2, rank=4)
+    for seed in range(2):
+        reduced(first, low_rank(9, seed, by=by))
+    if known:
+        reduced(other, low_rank(9))
+    other.load_state_dict(first.state_dict())
+    if not known:
+        other.compressor.prepare([Gradient("m", torch.zeros(SHAPE))])
+    held = [p.compressor.matrices["m"].value() for p in (other, first)]
+    assert off(*held) < 2**-9
+
+
 def test_what_words_cannot_hold_is_counted():
     psgd = copies(2, rank=4, min_compression=1.0)
     grad = low_rank(1)
@@ -202,6 +240,17 @@ def test_a_copy_goes_on_as_its_original_would(way):
     assert torch.equal(reduced(found, grad), reduced(same, grad))
     if way is not copy.copy:  # one that is not shared
         assert torch.equal(first.compressor.matrices["m"].error, before)
+
+
+def test_a_pickle_before_attach_does_not_lose_what_is_excluded():
+    net = model()
+    psgd = PowerSGD(rank=4, exclude=[net[1].weight])
+    with pytest.raises(UsageError, match="PowerSGD: exclude must be empty in a pickle before att"):
+        pickle.dumps(psgd)
+    assert copy.deepcopy(psgd)._exclude == copy.copy(psgd)._exclude == [net[1].weight]
+    psgd._name(net)
+    assert "1.weight" in pickled(psgd)._whole
+    pickled(PowerSGD(rank=4))
 
 
 def steps_of(scaler, layers, updates):
@@ -271,26 +320,11 @@ def test_a_start_scale_that_is_far_too_high_is_said(capfd):
         assert line in said if line else said == ""
 
 
-def test_after_an_exchange_that_failed_no_other_is_begun():
-    order, ran = _InOrder(), []
-
-    def fail():
-        raise RuntimeError("the link")
-
-    futures = [torch.futures.Future() for _ in range(3)]
-    jobs = (lambda: ran.append("first"), fail, lambda: ran.append("last"))
-    for job, future in zip(jobs, futures, strict=True):
-        order.put(job, future, torch.zeros(1))
-    futures[0].wait()
-    for future in futures[1:]:
-        with pytest.raises(RuntimeError, match="the link"):
-            future.wait()
-    assert ran == ["first"]
-
-
 BAD = {
     "PowerSGD: rank must be 1 or more, got 0": lambda: PowerSGD(rank=0),
     "PowerSGD: rank must be a whole number, got 2.5": lambda: PowerSGD(rank=2.5),
+    "PowerSGD: rank must be a whole number, got True": lambda: PowerSGD(rank=True),
+    "PowerSGD: seed must be a whole number, got 1.5": lambda: PowerSGD(seed=1.5),
     "PowerSGD: wire must be one of 1-6-9, fp32, got fp8": lambda: PowerSGD(wire="fp8"),
     "PowerSGD: scaler must be a ResblockScaler or GradScaler, got 8":
         lambda: PowerSGD(scaler=8),
@@ -309,18 +343,6 @@ BAD = {
 def test_bad_input_gets_one_line(message):
     with pytest.raises((UsageError, CheckpointError), match=re.escape(message)):
         BAD[message]()
-
-
-def test_a_thread_ends_with_its_owner():
-    before = set(threading.enumerate())
-    order = _InOrder()
-    future = torch.futures.Future()
-    order.put(lambda: None, future, torch.zeros(1))
-    future.wait()
-    (thread,) = set(threading.enumerate()) - before
-    del order
-    thread.join(10)
-    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("preset", ["small", "base"])

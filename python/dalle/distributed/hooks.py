@@ -3,8 +3,6 @@
 # No `from __future__ import annotations`: DDP looks at the annotations of its hook.
 
 import copy
-import queue
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
@@ -27,6 +25,7 @@ from dalle.distributed.fsdp import (
     parameter_gradients,
     replicas,
 )
+from dalle.distributed.in_order import InOrder
 from dalle.distributed.powersgd import Compressor, Gradient
 from dalle.errors import UsageError
 from dalle.precision import ResblockScaler
@@ -91,7 +90,7 @@ class PowerSGD:
         self._names: dict[int, str] = {}  # by the parameters' id
         self._whole: set[str] = set()
         self._matrices: list[bool] = []  # of those that may be compressed: whether they are
-        self._thread: _InOrder | None = None
+        self._thread: InOrder | None = None
         self._stream: torch.cuda.Stream | None = None
         self._following: list[torch.futures.Future[Tensor]] = []
 
@@ -99,6 +98,15 @@ class PowerSGD:
         # A pickle belongs to no model until it is attached; exclusions are kept by name.
         return {**self.__dict__, "_model": None, "_params": {}, "_names": {}, "_exclude": [],
                 "_thread": None, "_stream": None, "_following": []}  # fmt: skip
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # of pickle alone: copies have their own ways
+        unnamed = [p for p in self._exclude if self._names.get(id(p)) not in self._whole]
+        if self._model is None and unnamed:
+            raise UsageError(
+                f"PowerSGD: exclude must be empty in a pickle before attach, got {len(unnamed)} "
+                "parameters, whose names are not known yet"
+            )
+        return super().__reduce_ex__(protocol)
 
     def __copy__(self) -> "PowerSGD":
         found = object.__new__(PowerSGD)
@@ -218,7 +226,7 @@ class PowerSGD:
 
     def _in_order(self, job: Callable[[], None], future: Any, buffer: Tensor) -> None:
         if self._thread is None:
-            self._thread = _InOrder()
+            self._thread = InOrder()
         self._thread.put(job, future, buffer)
 
     def _on_stream(
@@ -284,9 +292,10 @@ class PowerSGD:
         """Norm of the whole gradient, unscaled; 0-d float64, collective over the shards.
 
         That of the gradients the model's parameters hold now: of all exchanges of a step, and as
-        FSDP2 left them. NaN where any element is not finite. Where only the compressor was used,
-        without a model, that of what it handed out last, from the factors alone: P's columns are
-        orthonormal, so P Q^T has the norm of Q (paper E.2), to 2^-9 with 1-6-9 words.
+        FSDP2 left them; with a `GradScaler` before `scaler.update()`. NaN where any element is not
+        finite. Where only the compressor was used, without a model, that of what it handed out
+        last, from the factors alone: P's columns are orthonormal, so P Q^T has the norm of Q (paper
+        E.2), to 2^-9 with 1-6-9 words.
         """
         self._refresh()
         if not self._params:
@@ -347,43 +356,10 @@ class PowerSGD:
 
 
 def _loss_scale(scaler: GradScaler | None) -> float | Tensor:
-    """What the gradients that parameters hold were multiplied with."""
+    """What the gradients that parameters hold were multiplied with, before `scaler.update()`."""
     scale = scaler._get_scale_async() if scaler is not None and scaler.is_enabled() else None
     if scaler is None or scale is None:
         return 1.0
     stages = [state["stage"] for state in scaler._per_optimizer_states.values()]
-    return 1.0 if OptState.UNSCALED in stages else scale.reshape(1)
-
-
-class _InOrder:
-    """One thread that reduces buckets in the order in which they came, so that all processes issue
-    their collectives in one order. After one that failed, all fail: they would wait in vain. It
-    ends with this object."""
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        run = threading.Thread(target=_run, args=(self._jobs,), daemon=True, name="PowerSGD")
-        run.start()
-        weakref.finalize(self, self._jobs.put, None)
-
-    def put(self, job: Callable[[], None], future: Any, result: Tensor) -> None:
-        self._jobs.put((job, future, result))
-
-
-_Job = tuple[Callable[[], None], Any, Tensor]
-
-
-def _run(jobs: "queue.SimpleQueue[_Job | None]") -> None:
-    failed: Exception | None = None
-    while (found := jobs.get()) is not None:
-        job, future, result = found
-        if failed is None:
-            try:
-                job()
-            except Exception as error:  # it reaches the caller through the future
-                failed = error
-        if failed is None:
-            future.set_result(result)
-        else:
-            future.set_exception(failed)
-        del found, job, future, result  # they hold the PowerSGD, whose end this thread waits for
+    # `unscale_` divides them, and so does `step` where nobody did before.
+    return scale.reshape(1) if all(stage is OptState.READY for stage in stages) else 1.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import numbers
 import zlib
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 import dalle_ext
+from dalle.configs import whole
 from dalle.distributed.account import Account
 from dalle.distributed.buffers import MEASURE_EVERY, Codes, Floats, Matrix, largest, power_above
 from dalle.distributed.wire import WIRES, Exchange
@@ -52,8 +52,7 @@ class Compressor:
         average: bool, min_compression: float, seed: int,
         scaler: ResblockScaler | GradScaler | None, fast: bool = False,
     ) -> None:  # fmt: skip
-        for name, value in (("rank", rank), ("seed", seed)):
-            _check(isinstance(value, numbers.Integral), name, "a whole number", value)
+        rank, seed = whole("PowerSGD", "rank", rank), whole("PowerSGD", "seed", seed)
         _check(rank >= 1, "rank", "1 or more", rank)
         member = group is None or isinstance(group, dist.ProcessGroup)
         _check(member, "group", "a process group that holds this process", group)
@@ -61,7 +60,7 @@ class Compressor:
         _check(min_compression >= 1, "min_compression", "1 or more", min_compression)
         kinds = ResblockScaler | GradScaler | None
         _check(isinstance(scaler, kinds), "scaler", "a ResblockScaler or GradScaler", scaler)
-        self.rank, self.wire, self.average, self.seed = int(rank), wire, average, int(seed)
+        self.rank, self.wire, self.average, self.seed = rank, wire, average, seed
         self.error_feedback, self.min_compression = error_feedback, min_compression
         self.scaler, self.fast = scaler, fast
         self.buffers = Codes() if wire == "1-6-9" else Floats()
@@ -73,7 +72,7 @@ class Compressor:
         self.squared_norms: dict[str, Tensor] = {}
         self.notes = True
         self._agreed: set[tuple[str, ...]] = set()
-        self._loaded: dict[str, tuple[Tensor, float]] = {}
+        self._loaded: dict[str, tuple[Tensor, float | None]] = {}
         self._odd = False  # whether processes orthonormalise to other bits
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compressor:
@@ -296,7 +295,7 @@ class Compressor:
         self.matrices[gradient.name] = matrix
         if gradient.name in self._loaded:
             value, unit = self._loaded.pop(gradient.name)
-            matrix.set(value.to(device), torch.full_like(one, unit))
+            matrix.set(value.to(device), None if unit is None else torch.full_like(one, unit))
 
     def level(self) -> None:
         """Makes the buffers of all processes their mean. Collective.
@@ -324,13 +323,14 @@ class Compressor:
                 raise CheckpointError(f"PowerSGD: state must be of {what} {own}, got {got}")
         share, units = state["machines"] / self.world, state.get("units", {})
         for name, words in state["errors"].items():
-            unit = units.get(name, 1.0)
-            coded = words.dtype == torch.int16
-            value = (dalle_ext.unpack(words, "1-6-9") / unit if coded else words) * share
-            unit = unit / power_above(share / 2)  # as many codes' range is used as before
+            value, unit = words * share, None  # of float32 words: a unit that fits them
+            if words.dtype == torch.int16:
+                unit = units.get(name, 1.0)
+                value = dalle_ext.unpack(words, "1-6-9") / unit * share
+                unit = unit / power_above(share / 2)  # as many codes' range is used as before
             if name in self.matrices:
                 matrix = self.matrices[name]
-                matrix.set(value, torch.full_like(matrix.unit, unit))
+                matrix.set(value, None if unit is None else torch.full_like(matrix.unit, unit))
             else:
                 self._loaded[name] = value, unit
 
