@@ -40,7 +40,31 @@ def drifted(model: nn.Module, cluster: Cluster) -> str | None:
     )
 
 
+_CHUNK = 1 << 20  # elements: what the hash needs of memory is a few times 8 MiB
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_ODD = -0x61C8864680B583EB, -0x4B47D0C5A1D8B6BD  # as int64; odd: no factor loses a bit
+
+
+@torch.no_grad()
 def _hash(tensor: Tensor) -> Tensor:
+    """0-d int64 of this process's part, of every element's bits and place; on its device.
+
+    The sum, modulo 2^64, of each element's mixed bits times an odd number of its place. All steps
+    can be undone, so that one element that changed is always seen; `torch.hash_tensor` is an XOR of
+    all elements, blind to places, to pairs of equal ones and to many changes of sign.
+    """
     own = local_part(tensor).detach()
-    nothing = torch.zeros((), dtype=torch.int64, device=own.device)
-    return torch.hash_tensor(own).view(torch.int64) if own.numel() else nothing
+    bits = own.reshape(-1).view(_INTEGERS.get(own.element_size(), torch.int64))
+    total = torch.zeros((), dtype=torch.int64, device=own.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        part = bits[start : start + _CHUNK].long()
+        place = torch.arange(start, start + part.numel(), dtype=torch.int64, device=own.device)
+        total += (_mixed(part, _ODD[0]) * (_mixed(place, _ODD[1]) | 1)).sum()
+    return total
+
+
+def _mixed(numbers: Tensor, odd: int) -> Tensor:
+    """Each number spread over 64 bits: 0 stays 0, others stay apart."""
+    numbers = numbers * odd
+    numbers ^= (numbers >> 32) & 0xFFFFFFFF
+    return numbers.mul_(odd)
