@@ -6,6 +6,8 @@ The exit codes are those of the `dalle` command: 2 usage, 3 data, 4 surroundings
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class DalleError(Exception):
     """Base of every error that `dalle` raises on purpose.
@@ -36,7 +38,15 @@ class CheckpointError(DataError):
 
 
 class OtherTrainingError(CheckpointError):
-    """A checkpoint is whole, but of other options, data or models than this run's."""
+    """A checkpoint is whole, but of other options, data or models than this run's.
+
+    Attributes:
+        keys: what differs, as dotted keys of the description.
+    """
+
+    def __init__(self, message: str, keys: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.keys = list(keys)
 
 
 class EnvironmentProblem(DalleError):

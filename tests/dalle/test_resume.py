@@ -206,6 +206,16 @@ def test_an_older_one_is_named_only_where_it_goes_on(tmp_path, whole):
     assert checkpoints(tmp_path) == [first, second, newest]
 
 
+def test_what_cannot_be_accepted_gets_no_such_hint(tmp_path):
+    class Wide(TinyTask):
+        def describe(self):
+            return {"model": {"width": self.width}}
+
+    train(Wide(), config(tmp_path))
+    with pytest.raises(CheckpointError, match="got 4; choose another out for another model.width$"):
+        train(Wide(width=5), config(tmp_path))
+
+
 def test_accepted_changes_go_on(tmp_path, capsys):
     train(TinyTask(), config(tmp_path, steps=5))
     result = train(TinyTask(seed=1), config(tmp_path, accept_changes=True))

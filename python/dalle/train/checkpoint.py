@@ -277,7 +277,7 @@ def check_fits(
         line = f"{where}: {key} must be {_short(own)} as in this run, got {_short(theirs)}"
         if more:
             line += "; " + ", ".join(f"{k} {_short(a)}, got {_short(b)}" for k, a, b in more)
-        raise OtherTrainingError(line)
+        raise OtherTrainingError(line, [key for key, _, _ in found])
     state: dict[str, Any] = read_json(path / STATE, CheckpointError)
     with as_written(path):
         averaged = state["average"] is not None

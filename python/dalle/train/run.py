@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from dalle.distributed.cluster import Cluster
     from dalle.train.loop import LoopConfig, Task
 
+FIXED_KEYS = ("model.", "ranker.", "train.optimizer")
+HINT_TO_ACCEPT = "--accept-changes goes on with this run's"
+
 
 @contextmanager
 def settings(seed: int, deterministic: bool) -> Iterator[None]:
@@ -151,9 +154,10 @@ def resume(task: Task, config: LoopConfig) -> int:
     try:
         step = load_checkpoint(task, path, accept_changes=config.accept_changes)
     except OtherTrainingError as problem:
-        raise OtherTrainingError(
-            f"{problem}; --accept-changes goes on with this run's"
-        ) from problem
+        # Tensors of another size fit no run, nor does the state of another optimizer.
+        fixed = [key for key in problem.keys if key.startswith(FIXED_KEYS)]
+        hint = f"choose another out for another {fixed[0]}" if fixed else HINT_TO_ACCEPT
+        raise OtherTrainingError(f"{problem}; {hint}", problem.keys) from problem
     except CheckpointError as problem:
         older = None
         if config.resume == "auto" and not _can_go_on(task, path, config):
@@ -355,7 +359,7 @@ def write_pictures(task: Task, step: int, folder: Path) -> None:
         for name, picture in pictures.items():
             image = Image.fromarray(to_uint8(picture))
             save_png(folder / f"{name}-{step:08d}.png", image)
-    except (EnvironmentProblem, DataError) as problem:
+    except (EnvironmentProblem, DataError, NumericalError) as problem:
         say(f"{task.name}: pictures after step {step} not written: {problem}")
     finally:
         task.model.train(was_training)
