@@ -307,7 +307,17 @@ class PowerSGD:
             norm, bad = gradient_stats(params, scaler.scales, groups)
         else:
             norm, bad = gradient_stats(params, _loss_scale(scaler))
-        return norm + torch.zeros_like(norm).masked_fill(bad.sum() > 0, torch.nan)
+        norm = norm + torch.zeros_like(norm).masked_fill(bad.sum() > 0, torch.nan)
+        self.take_first_norm_(norm)
+        return norm
+
+    def take_first_norm_(self, norm: Tensor) -> None:
+        """Makes a norm that of the first process, in place. Collective, 8 bytes.
+
+        The gradients are equal, but processors add their squares in different orders; a clip factor
+        that differs in its last bit would let the replicas drift.
+        """
+        self.compressor.exchange.take_first_([norm])
 
     def report(self) -> dict[str, Any]:
         """What this process sent and what it cost since the start.

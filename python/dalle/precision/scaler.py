@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -137,7 +137,11 @@ class ResblockScaler:
 
     @torch.no_grad()
     def step(
-        self, optimizer: torch.optim.Optimizer, *, clip_norm: float | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float | None = None,
+        agree: Callable[[Tensor], object] | None = None,
     ) -> ScalerStep:
         """Unscales, clips, updates the parameters unless a gradient is nonfinite, and the scales.
 
@@ -148,6 +152,9 @@ class ResblockScaler:
         Args:
             optimizer: of all parameters; those without a gradient are left alone.
             clip_norm: largest global norm of the unscaled gradients.
+            agree: called with the norm (0-d float64) before it clips, to make it one number on
+                processes that hold equal gradients: the order in which squares are added depends
+                on the processor (`PowerSGD.take_first_norm_`).
 
         Raises:
             UsageError: no gradients, none of the blocks' parameters (a copy of the scaler alone
@@ -168,6 +175,8 @@ class ResblockScaler:
         if not fused:
             _check_fp32(params, optimizer)
         norm, nonfinite = gradient_stats(params, self.scales, groups, check_only=fused)
+        if agree is not None:
+            agree(norm)
         skipped = nonfinite.sum() > 0
         factor = None
         if clip_norm is not None:

@@ -103,7 +103,9 @@ def update(
         norm = _plain_step(task, shown, step, clip_norm, forward)
     else:
         check_loss(task.name, shown, step, task.model, forward)
-        found = scaler.step(task.optimizer, clip_norm=clip_norm)
+        psgd = None if cluster is None else cluster.psgd
+        agree = None if psgd is None else psgd.take_first_norm_
+        found = scaler.step(task.optimizer, clip_norm=clip_norm, agree=agree)
         norm = float(found.norm)
         if bool(found.skipped):
             _explain_skip(task, step, scaler, found)
