@@ -7,6 +7,7 @@ shards in order, each padded along the sharded axis. Names are those of torch 2.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -108,15 +109,25 @@ def can_follow(part: FSDPModule, flat: Tensor) -> bool:
     return not told and all(p.dtype == flat.dtype and p.grad is None for p in params)
 
 
-def largest_shard(param: Tensor) -> torch.Size:
-    """Shape of the first process's part of a parameter, the same on all of them."""
+def smallest_shard(param: Tensor) -> torch.Size:
+    """Shape of the smallest part that a process holds of a parameter, the same on all of them."""
     if not isinstance(param, DTensor):
         return param.shape
-    shape = list(param.shape)
+    sizes = [{size} for size in param.shape]  # by dimension: of all processes' parts
     for axis, placed in enumerate(param.placements):
         if isinstance(placed, Shard):
-            shape[placed.dim] = -(-shape[placed.dim] // param.device_mesh.size(axis))
-    return torch.Size(shape)
+            count = param.device_mesh.size(axis)
+            sizes[placed.dim] = {
+                part for size in sizes[placed.dim] for part in _part_sizes(size, count)
+            }
+    return torch.Size(min(found) for found in sizes)
+
+
+@lru_cache(maxsize=4096)
+def _part_sizes(size: int, count: int) -> frozenset[int]:
+    """Of `torch.chunk`, with empty parts where there are fewer than `count`."""
+    first = -(-size // count)
+    return frozenset(max(0, min(first, size - i * first)) for i in range(count))
 
 
 def as_shard(param: Tensor | None, part: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ from dalle.distributed.fsdp import (
     as_shard,
     can_follow,
     check_replicas,
-    largest_shard,
     parameter_gradients,
     replicas,
+    smallest_shard,
 )
 from dalle.distributed.in_order import InOrder
 from dalle.distributed.powersgd import Compressor, Gradient
@@ -63,7 +63,7 @@ class PowerSGD:
         exclude: parameters that are not compressed; embeddings never are: the weights of
             `nn.Embedding` and `nn.EmbeddingBag`, and what a module lists in `embedding_tables`.
             Gains and biases are no matrices; nor is anything compressed less than
-            `min_compression` times.
+            `min_compression` times, nor, with FSDP2, what has one shard of which that is true.
         min_compression: see there.
         seed: of the fixed gaussian Q.
         scaler: whose scale, or scales of blocks, the gradients carry: a `ResblockScaler` or a
@@ -171,7 +171,7 @@ class PowerSGD:
         self._know(model)
         self._whole |= {name for name, p in self._params.items() if id(p) in excluded}
         shapes = [
-            largest_shard(p)
+            smallest_shard(p)
             for name, p in self._params.items()
             if p.requires_grad and p.dim() > 1 and name not in self._whole
         ]
@@ -256,7 +256,7 @@ class PowerSGD:
                 self._whole.add(name)
         scaler = self.compressor.scaler
         block = scaler.groups.get(param, -1) if isinstance(scaler, ResblockScaler) else -1
-        return Gradient(name, grad, block)
+        return Gradient(name, grad, block, smallest_shard(param))
 
     def _fsdp_hook(self, part: FSDPModule) -> Callable[[Tensor], None]:
         def hook(flat: Tensor) -> None:
@@ -347,7 +347,7 @@ class PowerSGD:
         return {**state, "errors": errors}
 
     def _level_units(self) -> None:
-        """Gives all shards of a matrix one unit, the smallest."""
+        """Gives all shards of a matrix one unit, the smallest; all have the same matrices."""
         kinds: dict[tuple[Any, ...], list[Matrix]] = {}
         for name, matrix in self.compressor.matrices.items():
             kinds.setdefault(shard_groups(self._params.get(name)), []).append(matrix)

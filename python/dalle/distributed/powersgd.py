@@ -25,11 +25,19 @@ from dalle.precision import ResblockScaler
 
 @dataclass
 class Gradient:
-    """One gradient to be reduced in place: its name, and the block whose scale it carries."""
+    """One gradient to be reduced in place.
+
+    Attributes:
+        name: of its parameter.
+        grad: this process's part of it.
+        block: whose scale it carries.
+        shape: that decides whether it is compressed, the same for all shards; None for `grad`'s.
+    """
 
     name: str
     grad: Tensor
     block: int = -1
+    shape: torch.Size | None = None
 
 
 class Compressor:
@@ -239,7 +247,11 @@ class Compressor:
 
     def packed(self, gradients: list[Gradient], whole: set[str]) -> list[Gradient]:
         """Those that are sent as factors; arguments as of `reduce_`."""
-        return [g for g in gradients if g.name not in whole and self.compresses(g.grad.shape)]
+        return [
+            g for g in gradients
+            if g.name not in whole
+            and self.compresses(g.grad.shape if g.shape is None else g.shape)
+        ]  # fmt: skip
 
     def knows(self, packed: list[Gradient]) -> bool:
         """Whether `prepare` was called for these."""
