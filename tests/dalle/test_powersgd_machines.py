@@ -148,9 +148,8 @@ def test_the_norm_is_unscaled_before_and_after_the_step(unscale):
     """`scaler.step` divides the gradients where `unscale_` did not."""
     net = nn.Linear(64, 48)
     scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
-    psgd = PowerSGD(rank=4, scaler=scaler)
+    psgd = copies(2, rank=4, scaler=scaler)
     psgd._name(net)
-    psgd._refresh = lambda: None  # it is attached to no DDP model
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     for _ in range(2):
         optimizer.zero_grad()

@@ -289,7 +289,7 @@ class PowerSGD:
         self.compressor.account.waited_seconds += time.perf_counter() - begin
 
     def gradient_norm(self) -> Tensor:
-        """Norm of the whole gradient, unscaled; 0-d float64, collective over the shards.
+        """Norm of the whole gradient, unscaled; 0-d float64, collective over shards and group.
 
         That of the gradients the model's parameters hold now: of all exchanges of a step, and as
         FSDP2 left them; with a `GradScaler` before `scaler.update()`. NaN where any element is not
