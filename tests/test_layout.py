@@ -39,6 +39,7 @@ The first sentence of each file, collected by `python tests/test_layout.py`. Num
 | file | what it proves |
 |---|---|
 """
+CITATION = re.compile(r"([\w./]+\.\w+):(\w+)")  # path:name, as docs/paper.md cites code
 TORCH_INCLUDE = re.compile(r"#\s*include\s*[<\"](torch|ATen|c10)/")
 
 
@@ -146,11 +147,36 @@ def test_packages_are_all_listed():
 
 
 def test_every_test_that_the_docs_name_is_there():
-    for name in ("docs/paper.md", "docs/reliability.md"):
-        text = (ROOT / name).read_text()
-        named = re.findall(r"`((?:tests/|test_)[\w/]+\.py)`", text)
-        known = {path.name for path in ROOT.glob("tests/**/*.py")}
-        assert named and {Path(path).name for path in named} <= known, name
+    text = (ROOT / "docs/reliability.md").read_text()
+    named = re.findall(r"`((?:tests/|test_)[\w/]+\.py)`", text)
+    known = {path.name for path in ROOT.glob("tests/**/*.py")}
+    assert named and {Path(path).name for path in named} <= known
+
+
+def miscited(page: str) -> list[str]:
+    """Code spans with a slash that are not `path:name`, or whose file does not define that name."""
+    wrong = []
+    for span in re.findall(r"`([^`\s]*/[^`\s]*)`", page):
+        cited = CITATION.fullmatch(span)
+        if not cited or not (ROOT / cited[1]).is_file():
+            wrong.append(span)
+            continue
+        path, name = cited.groups()
+        text = (ROOT / path).read_text()
+        if path.endswith(".py"):
+            defined = rf"^\s*(?:(?:def|class) {name}\b|{name}(?::| =))"
+        else:
+            defined, text = rf"\b{name}\b", re.sub(r"//.*", "", text)
+        if not re.search(defined, text, re.M):
+            wrong.append(span)
+    return wrong
+
+
+def test_paper_page_cites_what_is_there():
+    page = (ROOT / "docs/paper.md").read_text()
+    assert len(re.findall(CITATION, page)) > 80 and miscited(page) == []
+    bad = ["python/dalle/sampling.py:prime_tokens", "python/dalle/gone.py:draw", "csrc/formats/"]
+    assert miscited(" ".join(f"`{span}`" for span in bad)) == bad
 
 
 def what_tests_prove() -> str:
