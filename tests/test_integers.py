@@ -15,18 +15,25 @@ from dalle.averaging import IterateAverage
 from dalle.codebook import kmeans
 from dalle.configs import to_dict
 from dalle.data import augment
-from dalle.data.pairs import BatchSampler
-from dalle.data.shapes import ShapesConfig
+from dalle.data.pairs import ArrayPairs, BatchSampler, load_or_draw, load_or_skip
+from dalle.data.shapes import ShapesConfig, zero_pairs
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.distributed import PowerSGD
 from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
-from dalle.errors import UsageError
+from dalle.errors import DataError, UsageError
 from dalle.plan_cluster import cluster_plan
 from dalle.precision import ResblockScaler
 from dalle.prior import Prior
 from dalle.prior_config import PriorConfig
+from dalle.rerank import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
+from dalle.train.checkpoint import save_checkpoint
+from dalle.train.dvae import DvaeTrainConfig
 from dalle.train.loop import LoopConfig, step_seed
+from dalle.train.parts import slices
+from dalle.train.prior_recipe import PriorTrainConfig
+from dalle.train.ranker import RankerTask, RankerTrainConfig
+from dalle.train.splicing import patches
 
 X = torch.linspace(-1, 1, 800).sin().view(100, 8)
 IMAGE = np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3)
@@ -159,3 +166,71 @@ def test_what_is_no_integer_gets_one_line(value):
     for argument, call in calls.items():
         with pytest.raises((ValueError, UsageError), match=f"^{argument} must be .*, got "):
             call()
+
+
+def ranker_task(seed):
+    pairs = ShapesPairs(size=4)
+    tokenizer = Tokenizer.train(pairs.captions, 260)
+    ranker = ContrastiveRanker.from_preset("tiny", tokenizer=tokenizer, image_size=24, width=32)
+    return RankerTask(ranker, pairs, RankerTrainConfig(batch_size=4), seed=seed)
+
+
+SEEDS = {
+    "BatchSampler": lambda seed: BatchSampler(4, 2, seed),
+    "step_seed": lambda seed: step_seed(seed, 0),
+    "shapes": lambda seed: ShapesPairs(size=1, seed=seed),
+    "kmeans": lambda seed: kmeans(X, 2, iterations=1, seed=seed),
+    "ranker": ranker_task,
+}
+
+
+@pytest.mark.parametrize("owner", SEEDS)
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.0, "1"])
+def test_a_seed_has_63_bits(owner, seed):
+    with pytest.raises(UsageError, match=f"^{owner}: seed must be .*, got "):
+        SEEDS[owner](seed)
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("step_seed: step", lambda: step_seed(0, -1)),
+        ("step_seed: stream", lambda: step_seed(0, 0, -1)),
+        ("step_seed: place", lambda: step_seed(0, 0, 1, -1)),
+        ("BatchSampler: step", lambda: BatchSampler(4, 2, 0).indices(-1)),
+        ("kmeans: num_centers", lambda: kmeans(X, 0, iterations=1, seed=0)),
+        ("kmeans: iterations", lambda: kmeans(X, 1, iterations=-1, seed=0)),
+        ("parts: parts", lambda: slices(4, 0)),
+        ("patches: grid", lambda: patches(torch.zeros(1, 3, 8, 8), 0)),
+        ("shapes: num_pairs", lambda: zero_pairs(-1)),
+        ("shapes .*: indices", lambda: load_or_skip(ShapesPairs(size=2), [0.5])),
+        ("shapes .*: indices", lambda: load_or_draw(ShapesPairs(size=2), "0", int, None)),
+        ("shapes .*: most", lambda: load_or_skip(ShapesPairs(size=2), [0], most=-1)),
+        ("shapes: split", lambda: ShapesPairs(["train"])),
+        ("IterateAverage: decay", lambda: IterateAverage(torch.nn.Linear(1, 1), "0.9")),
+        ("PlateauHalving: min_delta", lambda: schedules.PlateauHalving(min_delta="0")),
+        ("ranker: learning_rate", lambda: RankerTrainConfig(learning_rate=None)),
+        ("dvae train: beta1", lambda: DvaeTrainConfig(beta1="0.9")),
+        ("prior train: eps", lambda: PriorTrainConfig(eps=None)),
+        ("checkpoint: keep", lambda: save_checkpoint(None, Path("x"), 1, keep=0)),
+    ],
+)
+def test_counts_and_numbers_beyond_reason_get_one_line(argument, call):
+    with pytest.raises(UsageError, match=f"^{argument} must be .*, got "):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ArrayPairs("set", [IMAGE], ["a"]),
+        lambda: ArrayPairs("set", np.zeros((1, 2, 2, 3), np.uint8), "a"),
+        lambda: ArrayPairs("set", np.zeros((1, 2, 2, 3), np.uint8), [5]),
+        lambda: augment.to_tensor([[1, 2]]),
+        lambda: augment.to_tensor(5),
+        lambda: augment.center_crop([[1, 2]], 2),
+    ],
+)
+def test_lists_of_something_else_are_data_errors(call):
+    with pytest.raises(DataError, match=r"^\w+: (images|image|captions) must be .*, got "):
+        call()

@@ -11,6 +11,7 @@ from torch import nn
 
 from dalle.configs import whole
 from dalle.errors import CheckpointError, UsageError
+from dalle_ext._checks import real
 
 
 class IterateAverage:
@@ -34,7 +35,7 @@ class IterateAverage:
     def __init__(
         self, model: nn.Module, decay: float, every: int = 1, *, warmup: bool = False
     ) -> None:
-        if not 0 <= decay < 1:
+        if not 0 <= real(decay) < 1:
             raise UsageError(f"IterateAverage: decay must be in [0, 1), got {decay}")
         every = whole("IterateAverage", "every", every)
         if every < 1:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dalle.configs import whole
+from dalle.configs import seed_number, whole
 from dalle.dvae import DiscreteVAE
 from dalle.errors import UsageError
 from dalle.likelihood import map_pixels
@@ -69,13 +69,13 @@ def kmeans(points: Tensor, num_centers: int, *, iterations: int, seed: int) -> t
         (num_centers, C) centres and the mean squared distance to the nearest of them.
 
     Raises:
-        UsageError: fewer points than centres.
+        UsageError: fewer points than centres, no centre, a bad seed.
     """
     num_centers, iterations = (
-        whole("kmeans", name, value)
-        for name, value in (("num_centers", num_centers), ("iterations", iterations))
+        whole("kmeans", name, value, least)
+        for name, value, least in (("num_centers", num_centers, 1), ("iterations", iterations, 0))
     )
-    seed = whole("kmeans", "seed", seed)
+    seed = seed_number("kmeans", seed)
     if len(points) < num_centers:
         raise UsageError(f"kmeans: points must be at least {num_centers}, got {len(points)}")
     generator = torch.Generator().manual_seed(seed)
@@ -151,8 +151,8 @@ def init_codebook(
         raise UsageError(f"init_codebook: stem must be 'patch', got {vae.config.stem!r}")
     features = [vae.encoder.features(map_pixels(part)) for part in images.split(256)]
     points = torch.cat([f.permute(0, 2, 3, 1).flatten(0, 2) for f in features])
-    generator = torch.Generator().manual_seed(whole("init_codebook", "seed", seed))
-    max_points = whole("init_codebook", "max_points", max_points)
+    generator = torch.Generator().manual_seed(seed_number("init_codebook", seed))
+    max_points = whole("init_codebook", "max_points", max_points, 1)
     if len(points) > max_points:
         points = points[
             torch.randperm(len(points), generator=generator, dtype=torch.int64, device="cpu")[

@@ -33,7 +33,11 @@ def require(
     """
     for name in names:
         value = getattr(config, name)
-        if not holds(value):
+        try:
+            fits = holds(value)
+        except TypeError:  # of a comparison with what is no number
+            fits = False
+        if not fits:
             raise UsageError(f"{owner}: {name} must be {requirement}, got {value!r}")
 
 
@@ -68,8 +72,8 @@ LARGEST: dict[str, float] = {
 def check_numbers(owner: str, config: Any, largest: Mapping[str, float] = LARGEST) -> None:
     """Checks every number in a config and the configs inside it: finite, and of a size in reason.
 
-    Fields that are annotated as integers must hold integers, of any kind; they, and numbers of
-    numpy, become Python's (which JSON can hold).
+    Fields that are annotated as integers must hold integers, of any kind, those annotated as floats
+    numbers; they, and numbers of numpy, become Python's (which JSON can hold).
 
     Raises:
         UsageError: naming the first that is not, and the largest value there is.
@@ -101,18 +105,45 @@ def _plain_numbers(owner: str, field: dataclasses.Field[Any], value: Any) -> Any
         return tuple(whole(owner, field.name, number) for number in value)
     if kind == "int" or (kind == "int | None" and value is not None):
         return whole(owner, field.name, value)
+    if kind == "float" or (kind == "float | None" and value is not None):
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise UsageError(f"{owner}: {field.name} must be a number, got {value!r}")
     if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
         return int(value) if isinstance(value, numbers.Integral) else float(value)
     return value
 
 
-def whole(owner: str, name: str, value: Any) -> int:
-    """`value` as an int, where it is an integer of any kind. Raises UsageError."""
-    if type(value) is int:  # what the command line gives, whose help needs no torch
-        return value
-    from dalle_ext._checks import integer
+def whole(owner: str, name: str, value: Any, least: int | None = None) -> int:
+    """`value` as an int, where it is an integer of any kind, and `least` or more.
 
-    return integer(owner, name, value, requirement="a whole number", error=UsageError)
+    Raises:
+        UsageError: it is not.
+    """
+    if type(value) is int:  # what the command line gives, whose help needs no torch
+        found = value
+    else:
+        from dalle_ext._checks import integer
+
+        found = integer(owner, name, value, requirement="a whole number", error=UsageError)
+    if least is not None and found < least:
+        raise UsageError(f"{owner}: {name} must be {least} or more, got {found}")
+    return found
+
+
+def whole_numbers(owner: str, name: str, values: Any, least: int | None = None) -> list[int]:
+    """A list, tuple, array or tensor of integers of any kind as ints. Raises as `whole`."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise UsageError(f"{owner}: {name} must be a list of whole numbers, got {values!r}")
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return [whole(owner, name, value, least) for value in values]
+
+
+def seed_number(owner: str, seed: Any) -> int:
+    """A seed as an int of 0 to 2^63 - 1. Raises UsageError."""
+    found = whole(owner, "seed", seed)
+    if not 0 <= found < 2**63:
+        raise UsageError(f"{owner}: seed must be 0 .. 2^63 - 1, got {found}")
+    return found
 
 
 def field_types(config_type: type) -> dict[str, Any]:

@@ -19,16 +19,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from dalle import __version__
-from dalle.configs import whole
+from dalle.configs import whole, whole_numbers
 from dalle.data.captions import clean
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.files import parse_json, read_bytes, read_object, to_json, write_atomic
+from dalle.memory import require_memory
+from dalle_ext._checks import real
 
 FORMAT_VERSION = 1
 TOKENIZER_FILE = "tokenizer.json"
@@ -37,6 +40,7 @@ MAX_FILE_BYTES = 64 << 20
 NUM_BYTES = 256
 LONG_WORD = re.compile(r"\S{256}(?=\S)")
 GONE = -2  # in the place of a symbol that was merged into the one before it
+LARGE = 1 << 30  # bytes of ids, for which memory is looked up first
 MAX_VOCAB = 1 << 20  # the trainer takes memory for as many as are asked for
 
 
@@ -82,24 +86,22 @@ class Tokenizer:
 
         Raises:
             DataError: no caption with a visible character.
-            UsageError: vocab_size out of range.
+            UsageError: captions that are no strings, vocab_size out of range.
         """
         vocab_size = whole("tokenizer", "vocab_size", vocab_size)
         if not NUM_BYTES <= vocab_size <= MAX_VOCAB:
             limits = f"{NUM_BYTES} to {MAX_VOCAB}"
             raise UsageError(f"tokenizer: vocab_size must be {limits}, got {vocab_size}")
-        texts = [lower(caption) for caption in captions]
+        texts = [lower(caption) for caption in _strings(captions)]
         if not any(texts):
             raise DataError(f"tokenizer: captions must hold text, got {len(texts)} empty captions")
         # The library looks through the whole of a word at each merge that it has anywhere.
         texts = [piece for text in texts for piece in _cut_long_words(text)]
-        bpe = tokenizers.Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
+        bpe = _byte_level({}, [])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             show_progress=False,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            initial_alphabet=sorted(_bytes()),
         )
         bpe.train_from_iterator(texts, trainer, length=len(texts))
         return cls(bpe)
@@ -117,23 +119,31 @@ class Tokenizer:
             dropout: probability in [0, 1] that a possible merge is passed over, drawn anew at each
                 merge; 0.1 in the paper's training, 0 for sampling.
             seed: decides a caption's dropout together with its place; unused without dropout.
-            places: of the captions in their batch; 0, 1, ... if left out.
+            places: B numbers of 0 or more, of the captions in their batch; 0, 1, ... if left out.
 
         Returns:
             (B, length) int64, unused slots hold PAD = -1.
 
         Raises:
-            UsageError: a single string for captions, bad length or dropout.
+            UsageError: captions that are no strings, bad length, dropout, seed or places.
+            EnvironmentProblem: (B, length) numbers fit no memory.
         """
-        if isinstance(captions, str):
-            raise UsageError("tokenizer: captions must be a sequence of strings, got one string")
+        texts = [lower(caption) for caption in _strings(captions)]
         length, seed = whole("tokenizer", "length", length), whole("tokenizer", "seed", seed)
         if length < 1:
             raise UsageError(f"tokenizer: length must be at least 1, got {length}")
-        if not 0 <= dropout <= 1:
+        if not 0 <= real(dropout) <= 1:
             raise UsageError(f"tokenizer: dropout must be in [0, 1], got {dropout}")
-        texts = [lower(caption) for caption in captions]
-        places = range(len(texts)) if places is None else places
+        places = (
+            range(len(texts)) if places is None else whole_numbers("tokenizer", "places", places, 0)
+        )
+        if len(places) != len(texts):
+            raise UsageError(
+                f"tokenizer: places must be as many as captions, got {len(places)} for {len(texts)}"
+            )
+        size = 8 * len(texts) * length
+        if size > LARGE:
+            require_memory("tokenizer", size, f"{len(texts)} x {length} ids", "ask for fewer slots")
         if dropout == 0:
             rows = [encoding.ids for encoding in self._bpe.encode_batch_fast(texts)]
         else:
@@ -151,11 +161,12 @@ class Tokenizer:
         """The text of one caption's ids; PAD is passed over, broken UTF-8 becomes U+FFFD.
 
         Raises:
-            UsageError: not one axis, or an id outside the vocabulary.
+            UsageError: not one axis, not whole numbers, or an id outside the vocabulary.
         """
-        values = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
-        if isinstance(values, int) or any(isinstance(value, list) for value in values):
+        values = ids.tolist() if isinstance(ids, (Tensor, np.ndarray)) else ids
+        if not isinstance(values, Iterable) or any(isinstance(v, list) for v in values):
             raise UsageError("tokenizer: ids must have one axis, got another number of axes")
+        values = [whole("tokenizer", "ids", value) for value in values]
         kept = [value for value in values if value != self.PAD]
         for value in kept:
             if not 0 <= value < self.vocab_size:
@@ -218,11 +229,10 @@ class Tokenizer:
             )
         try:
             return cls(_from_json(data))
-        except CheckpointError:
-            raise
-        except Exception as problem:  # the library raises bare Exception
-            reason = next(iter(str(problem).splitlines()), type(problem).__name__)
-            raise CheckpointError(f"{path}: must be a BPE tokenizer, got: {reason}") from problem
+        except ValueError as problem:
+            raise CheckpointError(
+                f"{path}: must be a byte-level BPE that dalle wrote, got: {problem}"
+            ) from problem
 
     def _encode_with_dropout(self, text: str, dropout: float, rng: random.Random) -> list[int]:
         ids: list[int] = []
@@ -281,14 +291,44 @@ class Tokenizer:
         return [symbol for symbol in symbols if symbol != GONE]
 
 
+def _strings(captions: Any) -> Iterable[str]:
+    """`captions`, where they are strings and not one string. Raises UsageError."""
+    if isinstance(captions, (str, bytes)) or not isinstance(captions, Iterable):
+        found = "one string" if isinstance(captions, str) else type(captions).__name__
+        raise UsageError(f"tokenizer: captions must be a sequence of strings, got {found}")
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise UsageError(f"tokenizer: captions must be strings, got {caption!r}")
+        yield caption
+
+
 def _cut_long_words(text: str) -> list[str]:
     """The text in pieces, cut inside words of more than 256 characters, else whole."""
     ends = [0, *(found.end() for found in LONG_WORD.finditer(text)), len(text)]
     return [text[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
 
 
+def _bytes() -> set[str]:
+    """The 256 characters that stand for bytes."""
+    return set(pre_tokenizers.ByteLevel.alphabet())
+
+
+def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges) if vocab else models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
 def _from_json(data: bytes) -> tokenizers.Tokenizer:
-    """Parses tokenizer.json and checks that it is of the one kind that `train` makes."""
+    """The tokenizer in a tokenizer.json, which must be of the one kind that `train` makes.
+
+    The library takes memory by the largest id and aborts where that fails, so it gets the
+    vocabulary and the merges after they were checked, and never the file.
+
+    Raises:
+        ValueError: saying what must be otherwise.
+    """
     content: Any = parse_json(data)
     parts = content if isinstance(content, dict) else {}
     kinds = [
@@ -296,5 +336,42 @@ def _from_json(data: bytes) -> tokenizers.Tokenizer:
         for key in ("model", "pre_tokenizer", "decoder")
     ]
     if kinds != ["BPE", "ByteLevel", "ByteLevel"]:
-        raise CheckpointError(f"{TOKENIZER_FILE}: must be a byte-level BPE, got {kinds}")
-    return tokenizers.Tokenizer.from_str(data.decode())
+        raise ValueError(f"its parts are {kinds!r:.200}, not BPE, ByteLevel and ByteLevel")
+    model = parts["model"]
+    bpe = _byte_level(*_checked(model.get("vocab"), model.get("merges")))
+    made = json.loads(bpe.to_str())
+    # What other versions of the library write beside is nothing, or off.
+    for name, mine, given in (
+        ("the file", made, parts),
+        *((name, made[name], parts[name]) for name in ("model", "pre_tokenizer", "decoder")),
+    ):
+        for key, value in given.items():
+            if isinstance(mine.get(key), (dict, str)) or (name, key) == ("model", "merges"):
+                continue
+            if (value or None) != (mine.get(key) or None):
+                raise ValueError(f"{key} of {name} is {json.dumps(value)[:80]}")
+    return bpe
+
+
+def _checked(vocab: Any, merges: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The vocabulary and the merges of a tokenizer.json. Raises ValueError as `_from_json`."""
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        raise ValueError("it lacks a vocabulary, or the list of merges")
+    size, letters = len(vocab), _bytes()
+    if not all(type(i) is int and 0 <= i < size for i in vocab.values()):
+        raise ValueError(f"an id of its {size} tokens is none of 0 to {size - 1}")
+    if len(set(vocab.values())) < size:
+        raise ValueError("two of its tokens have the same id")
+    if not letters <= vocab.keys() or not all(token and letters >= set(token) for token in vocab):
+        raise ValueError("its tokens are not the 256 bytes and strings of them")
+    pairs = []
+    for merge in merges:
+        pair = tuple(merge.split(" ")) if isinstance(merge, str) else merge
+        if not isinstance(pair, (list, tuple)) or not all(isinstance(part, str) for part in pair):
+            raise ValueError("a merge is not of two tokens")
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+            raise ValueError("a merge is not of two tokens that make a third")
+        pairs.append((pair[0], pair[1]))
+    if len(set(pairs)) < len(pairs):
+        raise ValueError("a merge stands there twice")
+    return vocab, pairs

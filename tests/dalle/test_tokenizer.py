@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -9,11 +10,12 @@ import time
 import unicodedata
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from dalle.data.shapes import captions
-from dalle.errors import CheckpointError, DataError, UsageError
+from dalle.errors import CheckpointError, DataError, EnvironmentProblem, UsageError
 from dalle.tokenizer import Tokenizer, _cut_long_words, lower
 
 
@@ -252,19 +254,83 @@ def test_damaged_folders_are_refused(tokenizer, tmp_path):
         Tokenizer.from_pretrained(tmp_path)
 
 
+def load_as(tokenizer, folder, content):
+    """Loads `content` as the tokenizer.json of a folder whose hash fits it."""
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["tokenizer_sha256"] = hashlib.sha256(content).hexdigest()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_bytes(content)
+    return Tokenizer.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"{}", b'{"model": {"type": "WordPiece"}}', b"\xff", b'{"model": 3}']
 )
 def test_foreign_tokenizer_files_are_refused(tokenizer, tmp_path, content):
-    import hashlib
+    with pytest.raises(CheckpointError, match="must be a byte-level BPE that dalle wrote, got: "):
+        load_as(tokenizer, tmp_path, content)
 
-    tokenizer.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["tokenizer_sha256"] = hashlib.sha256(content).hexdigest()
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match="must be a"):
-        Tokenizer.from_pretrained(tmp_path)
+
+TRIMMED = {"direction": "Right", "max_length": 2**63, "strategy": "LongestFirst", "stride": 2**63}
+PADDED = {
+    "strategy": {"Fixed": 2**40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+    "pad_type_id": 0, "pad_token": "x",
+}  # fmt: skip
+ADDED = {
+    "id": 2**32 - 1, "content": "<x>", "single_word": False, "lstrip": False, "rstrip": False,
+    "normalized": False, "special": True,
+}  # fmt: skip
+TEMPLATE = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
+UNLIKE = {
+    "an id of its 260 tokens is none of 0 to 259": [
+        (("model", "vocab", "a"), value) for value in (2**32 - 1, 260, -1, 64.0, True, "64", None)
+    ],
+    "two of its tokens have the same id": [(("model", "vocab", "a"), 0)],
+    "its tokens are not the 256 bytes": [
+        (("model", "vocab", token), 260) for token in ("", "<>x ")
+    ],
+    "it lacks a vocabulary": [(("model", "vocab"), []), (("model", "merges"), None)],
+    "a merge is not of two tokens that make": [
+        (("model", "merges", 0), value) for value in (["zz", "b"], "zz b", ["a", "z"], ["a"], [])
+    ],
+    "a merge is not of two tokens$": [(("model", "merges", 0), value) for value in ([[], 1], 1)],
+    "a merge stands there twice": [(("model", "merges", 0), ["i", "ct"])],
+    "truncation of the file is": [(("truncation",), TRIMMED)],
+    "padding of the file is": [(("padding",), PADDED)],
+    "added_tokens of the file is": [(("added_tokens",), [ADDED])],
+    "normalizer of the file is": [(("normalizer",), {"type": "Prepend", "prepend": "x" * 9999})],
+    "post_processor of the file is": [(("post_processor",), TEMPLATE)],
+    "dropout of model is 0.5": [(("model", "dropout"), 0.5)],
+    "unk_token of model is": [(("model", "unk_token"), "a")],
+    "continuing_subword_prefix of model": [(("model", "continuing_subword_prefix"), "##")],
+    "add_prefix_space of pre_tokenizer": [(("pre_tokenizer", "add_prefix_space"), True)],
+    "use_regex of pre_tokenizer is false": [(("pre_tokenizer", "use_regex"), False)],
+}
+
+
+@pytest.mark.parametrize("reason", UNLIKE)
+def test_the_library_gets_no_file_that_could_end_the_process(tmp_path, reason):
+    """An id of 2^32 - 1 made it take memory for as many tokens, and abort."""
+    small = Tokenizer.train(["picture number one"], vocab_size=260)
+    for (*before, last), value in UNLIKE[reason]:
+        content = holder = json.loads(small._bpe.to_str())
+        for key in before:
+            holder = holder[key]
+        holder[last] = value
+        with pytest.raises(CheckpointError, match=reason):
+            load_as(small, tmp_path, json.dumps(content).encode())
+
+
+def test_merges_as_older_versions_wrote_them_are_read(tokenizer, tmp_path):
+    content = json.loads(tokenizer._bpe.to_str())
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    again = load_as(tokenizer, tmp_path, json.dumps(content).encode())
+    assert again.fingerprint() == tokenizer.fingerprint()
+    again.save_pretrained(tmp_path / "again")
+    tokenizer.save_pretrained(tmp_path / "first")
+    files = [tmp_path / name / "tokenizer.json" for name in ("again", "first")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_bad_input(tokenizer):
@@ -282,4 +348,23 @@ def test_bad_input(tokenizer):
         tokenizer.decode([10**6])
     with pytest.raises(UsageError, match="ids must have one axis"):
         tokenizer.decode(torch.zeros(2, 2, dtype=torch.int64))
+    for given in ([5], [None], b"ab", 5, None):
+        with pytest.raises(UsageError, match="^tokenizer: captions must be "):
+            tokenizer.encode(given, 8)
+        with pytest.raises(UsageError, match="^tokenizer: captions must be "):
+            Tokenizer.train(given)
+    with pytest.raises(UsageError, match="must be a sequence of strings, got one string"):
+        Tokenizer.train("a red circle")
+    for places in ([0], [0, 1, 2], [0, -1], [0, 1.5], ["0", "1"], 2, "01"):
+        with pytest.raises(UsageError, match="^tokenizer: places must be "):
+            tokenizer.encode(["a", "b"], 8, dropout=0.1, places=places)
+    for dropout in ("0.1", None, math.nan):
+        with pytest.raises(UsageError, match="^tokenizer: dropout must be "):
+            tokenizer.encode(["a"], 8, dropout=dropout)
+    for ids in ([1.9], ["1"], "12", [None], [True], torch.ones(2), np.ones(2), [[1]], 5, None):
+        with pytest.raises(UsageError, match="^tokenizer: ids must "):
+            tokenizer.decode(ids)
+    with pytest.raises(EnvironmentProblem, match="^tokenizer: memory must hold"):
+        tokenizer.encode(["a"], 10**14)
+    assert tokenizer.decode(np.array([64, 65], np.uint8)) == tokenizer.decode([64, 65])
     assert tokenizer.decode(tokenizer.encode(["\ud800x"], 8)[0]) == "\ufffdx"

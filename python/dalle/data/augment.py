@@ -6,7 +6,7 @@ is refused, and `center_crop` is there for sets whose pictures must not be cut o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ def _check(name: str, image: np.ndarray, size: int, smallest: int) -> int:
     """Returns the shorter side of a (H, W, 3) uint8 picture."""
     if size < 1:
         raise UsageError(f"{name}: size must be at least 1, got {size}")
+    if not isinstance(image, np.ndarray):
+        raise NotRgb(f"{name}: image must be (H, W, 3) uint8, got {type(image).__name__}")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise NotRgb(f"{name}: image must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
     shorter = min(image.shape[:2])
@@ -145,6 +147,8 @@ def to_tensor(images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
     Raises:
         DataError: no picture, not uint8, or sizes differ.
     """
+    if not isinstance(images, Iterable) or not all(isinstance(i, np.ndarray) for i in images):
+        raise DataError("to_tensor: images must be arrays, got other values")
     shapes = {image.shape for image in images}
     dtypes = {image.dtype for image in images}
     if len(shapes) != 1 or dtypes != {np.dtype(np.uint8)} or len(next(iter(shapes))) != 3:

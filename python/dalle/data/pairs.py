@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 from tqdm import tqdm
 
-from dalle.configs import whole
+from dalle.configs import seed_number, whole, whole_numbers
 from dalle.console import printable
 from dalle.errors import DataError, UsageError
 
@@ -72,11 +72,15 @@ class ArrayPairs:
         captions: Sequence[str],
         skipped: Counter[str] | None = None,
     ) -> None:
+        if not isinstance(images, np.ndarray):
+            raise DataError(f"{name}: images must be an array, got {type(images).__name__}")
         square = images.ndim == 4 and images.shape[3] == 3 and images.shape[1] == images.shape[2]
         if images.dtype != np.uint8 or not square:
             raise DataError(
                 f"{name}: images must be (N, S, S, 3) uint8, got {images.shape} {images.dtype}"
             )
+        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+            raise DataError(f"{name}: captions must be strings, got other values, or one string")
         if len(images) != len(captions):
             raise DataError(f"{name}: captions must be {len(images)} strings, got {len(captions)}")
         self.name = name
@@ -225,16 +229,18 @@ def load_or_skip(
     images: list[np.ndarray] = []
     places: list[int] = []
     reason = ""
+    if most is not None:
+        most = whole(pairs.name, "most", most, 0)
     for place, item in enumerate(indices):
         if most is not None and len(images) >= most:
             break
         try:
-            image = pairs.load(int(item))
+            image = pairs.load(item := whole(pairs.name, "indices", item))
             images.append(image if transform is None else transform(image, place))
             places.append(place)
         except DataError as error:
-            reason = _named(pairs, int(item), error)
-            leave_out(pairs, int(item), error)
+            reason = _named(pairs, item, error)
+            leave_out(pairs, item, error)
     if some and reason and not images:
         raise DataError(f"{pairs.name}: a batch must hold a picture that can be used, got {reason}")
     return images, places
@@ -265,8 +271,8 @@ def load_or_draw(
         DataError: none of those drawn for a place can be used.
     """
     images, items = [], []
-    for place, i in enumerate(indices):
-        item, draws, reason = int(i), None, ""
+    for place, item in enumerate(whole_numbers(pairs.name, "indices", indices)):
+        draws, reason = None, ""
         for _ in range(DRAWS):
             try:
                 images.append(transform(pairs.load(item), place))
@@ -318,7 +324,7 @@ class BatchSampler:
         seed: which order.
 
     Raises:
-        UsageError: a size below 1.
+        UsageError: a size below 1, or a seed that is not 0 .. 2^63 - 1.
     """
 
     def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
@@ -326,7 +332,7 @@ class BatchSampler:
             if whole("BatchSampler", label, value) < 1:
                 raise UsageError(f"BatchSampler: {label} must be at least 1, got {value}")
         self.num_items, self.batch_size = int(num_items), int(batch_size)
-        self.seed = whole("BatchSampler", "seed", seed)
+        self.seed = seed_number("BatchSampler", seed)
         self._orders: dict[int, np.ndarray] = {}  # the epochs in use; at most a few
 
     def _order(self, epoch: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
-from dalle.configs import check_numbers
+from dalle.configs import check_numbers, whole
 from dalle.errors import UsageError
 
 SPLITS = ("train", "test", "zero")
@@ -169,6 +169,7 @@ def zero_pairs(num_pairs: int = 4) -> frozenset[Thing]:
     """Colour-shape pairs in no training caption; no colour and no shape twice among them."""
     every = [Thing(colour, shape) for colour, shape in product(COLOURS, SHAPES)]
     chosen: list[Thing] = []
+    num_pairs = whole("shapes", "num_pairs", num_pairs, 0)
     for thing in sorted(every, key=lambda t: zlib.crc32(f"{t.colour} {t.shape}".encode())):
         clash = any(thing.colour == t.colour or thing.shape == t.shape for t in chosen)
         if not clash and len(chosen) < num_pairs:
@@ -201,7 +202,6 @@ def split_of(scene: Scene, config: ShapesConfig | None = None) -> str:
     return "test" if fraction < config.test_share else "train"
 
 
-@lru_cache
 def split_scenes(split: str, config: ShapesConfig | None = None) -> tuple[Scene, ...]:
     """The scenes of one split, in a fixed order.
 
@@ -210,6 +210,11 @@ def split_scenes(split: str, config: ShapesConfig | None = None) -> tuple[Scene,
     """
     if split not in SPLITS:
         raise UsageError(f"shapes: split must be one of {', '.join(SPLITS)}, got {split!r}")
+    return _split_scenes(split, config)
+
+
+@lru_cache
+def _split_scenes(split: str, config: ShapesConfig | None) -> tuple[Scene, ...]:
     return tuple(scene for scene in scenes() if split_of(scene, config) == split)
 
 

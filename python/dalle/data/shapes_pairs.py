@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dalle.configs import whole
+from dalle.configs import seed_number, whole
 from dalle.data.pairs import ArrayPairs
 from dalle.data.shapes import (
     BACKGROUNDS,
@@ -130,7 +130,7 @@ class ShapesPairs(ArrayPairs):
         scenes: the facts of each picture.
 
     Raises:
-        UsageError: unknown split, size below 1, bad canvas.
+        UsageError: unknown split, size below 1, bad canvas or seed.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class ShapesPairs(ArrayPairs):
         config: ShapesConfig | None = None,
     ) -> None:
         config = config or ShapesConfig()
-        seed = whole("shapes", "seed", seed)
+        seed = seed_number("shapes", seed)
         if image_size is not None and image_size != config.canvas:
             config = replace(config, canvas=image_size)
         groups: dict[str, list[Scene]] = {kind: [] for kind in KINDS}

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dalle import __version__
+from dalle.configs import whole
 from dalle.errors import CheckpointError, DalleError, OtherTrainingError
 from dalle.files import (
     check_regular,
@@ -104,6 +105,7 @@ def save_checkpoint(task: Task, root: Path, step: int, *, keep: int = 3) -> Path
         OSError: if the disk is full, not writable or failing; older checkpoints are untouched.
         CheckpointError: if what was written does not read back.
     """
+    step, keep = whole("checkpoint", "step", step, 0), whole("checkpoint", "keep", keep, 1)
     if task.cluster is not None:
         from dalle.train import checkpoint_shards
 

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.averaging import IterateAverage
-from dalle.configs import check_numbers, require, whole
+from dalle.configs import check_numbers, require, seed_number, whole
 from dalle.errors import Interrupted
 from dalle.files import make_folder
 from dalle.train.metrics import Metrics, say
@@ -165,9 +165,14 @@ class TrainingInterrupted(Interrupted):
 
 
 def step_seed(seed: int, step: int, stream: int = 0, *place: int) -> int:
-    """A 63-bit seed for step `step`; others for other `stream`s, and places in a batch."""
-    key = [whole("seed", "place", number) for number in (stream, step, *place)]
-    sequence = np.random.SeedSequence(whole("train", "seed", seed), spawn_key=key)
+    """A 63-bit seed for step `step`; others for other `stream`s, and places in a batch.
+
+    Raises:
+        UsageError: a negative number, or a seed above 63 bits.
+    """
+    given = [("stream", stream), ("step", step), *(("place", number) for number in place)]
+    key = [whole("step_seed", name, number, 0) for name, number in given]
+    sequence = np.random.SeedSequence(seed_number("step_seed", seed), spawn_key=key)
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dalle.configs import whole
 from dalle.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def _threads(parts: int, intra_op: int) -> ThreadPoolExecutor:
 
 def slices(size: int, parts: int) -> list[slice]:
     """`size` items in `parts` runs of nearly equal length; fewer where there are fewer items."""
+    size, parts = whole("parts", "size", size, 0), whole("parts", "parts", parts, 1)
     ends = [size * i // parts for i in range(parts + 1)]
     return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False) if a < b]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import dalle_ext
-from dalle.configs import check_numbers, require, require_adamw
+from dalle.configs import check_numbers, require, require_adamw, seed_number
 from dalle.errors import UsageError
 from dalle.prior import Prior
 from dalle.prior_blocks import AttentionBlock
@@ -199,7 +199,7 @@ def init_from_codebook(
     codes = codebook.detach().float().cpu()
     codes = codes - codes.mean(0)
     codes = codes / codes.square().sum(1).mean().sqrt().clamp_min(1e-12)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_number("init_from_codebook", seed))
     turn, _ = torch.linalg.qr(
         torch.randn(width, codes.shape[1], generator=generator, dtype=torch.float32, device="cpu")
     )

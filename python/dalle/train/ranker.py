@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dalle.averaging import IterateAverage
-from dalle.configs import check_numbers
+from dalle.configs import check_numbers, seed_number, whole
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.pairs import Pairs, captions_of, fingerprints, load_or_draw, load_or_skip
 from dalle.dvae import DiscreteVAE
@@ -82,9 +82,6 @@ class RankerTrainConfig:
             ("clip_norm", self.clip_norm > 0, "above 0"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more and finite"),
             ("warmup", self.warmup >= 0, "0 or more"),
-            ("warmup", self.warmup >= 0, "0 or more"),
-            ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("clip_norm", self.clip_norm > 0, "above 0"),
             ("parts", self.parts >= 1, "at least 1"),
         )  # fmt: skip
         for name, holds, requirement in requirements:
@@ -178,6 +175,7 @@ def look_alikes(
     Returns:
         (size,) int64 indices.
     """
+    size, group = whole("ranker", "size", size, 1), whole("ranker", "group", group, 1)
     count = len(caption_ids)
     first = torch.randint(count, (size // group,), generator=rng, dtype=torch.int64, device="cpu")
     if group == 1:
@@ -218,7 +216,8 @@ class RankerTask:
         seed: int = 0,
     ) -> None:
         self.model: nn.Module = ranker
-        self.ranker, self.pairs, self.config, self.seed = ranker, pairs, config, seed
+        self.ranker, self.pairs, self.config = ranker, pairs, config
+        self.seed = seed_number("ranker", seed)
         self.vae = vae.eval().requires_grad_(False) if vae is not None else None
         self.given = {
             "tokenizer": ranker.tokenizer.fingerprint(),

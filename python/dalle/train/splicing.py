@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from dalle.configs import whole
+
 
 def splice(cells: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Puts a rectangle of another item's cells at a random place of each item.
@@ -41,7 +43,7 @@ def splice(cells: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 def patches(images: torch.Tensor, grid: int) -> torch.Tensor:
     """(B, 3, H, W) -> (B, grid, grid, 3 * p * p)."""
-    patch = images.shape[-1] // grid
+    patch = images.shape[-1] // whole("patches", "grid", grid, 1)
     cells = F.unfold(images, patch, stride=patch)
     return cells.transpose(1, 2).unflatten(1, (grid, grid))
 
