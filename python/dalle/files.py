@@ -53,7 +53,8 @@ def check_regular(path: Path | str, *, missing_ok: bool = False) -> None:
 def _check_mode(mode: int, path: Path | str) -> None:
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+        advice = "; write what it gives into a file first" if stat.S_ISFIFO(mode) else ""
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file{advice}", str(path))
 
 
 def regular_opener(path: str, flags: int) -> int:

@@ -48,8 +48,6 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
     known = option_names(config_type)
     for word in words:
         name = word.split("=", 1)[0]
-        if word == f"{name}=" and name.startswith("--"):
-            raise UsageError(f"{prog}: {name} must have a value, got an empty one")
         if name.startswith("--") and name[2:].replace("_", "-") not in known | {"help", ""}:
             hint = did_you_mean(name, {f"--{k}" for k in known})
             raise UsageError(f"{prog}: {name} is not an option{hint}")
@@ -58,6 +56,8 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
     for word, before in zip(words, ["", *words], strict=False):
         if not word and before.startswith("--"):  # e.g. of a variable that is not set
             raise UsageError(f"{prog}: {before} must have a value, got an empty one")
+        if word.startswith("--") and word.find("=") == len(word) - 1:
+            raise UsageError(f"{prog}: {word[:-1]} must have a value, got an empty one")
         if "\0" in word:
             raise UsageError(f"{prog}: options must hold no NUL character, got {word!r}")
     heard, shown = io.StringIO(), io.StringIO()
@@ -97,6 +97,11 @@ def option_names(config_type: type) -> set[str]:
 def _plain(wanted: Any) -> Any:
     """An annotation without `Annotated`."""
     return typing.get_args(wanted)[0] if typing.get_origin(wanted) is typing.Annotated else wanted
+
+
+def _positional(wanted: Any) -> bool:
+    """Whether an annotation makes its field an argument without a name."""
+    return tyro.conf.Positional in getattr(wanted, "__metadata__", ())
 
 
 def _nested(wanted: Any) -> type | None:
@@ -148,26 +153,40 @@ def _mapping_words(config_type: type, values: Any, where: str) -> list[str]:
     if not isinstance(values, dict):
         raise UsageError(f"{where}: must be a mapping of options, got {type(values).__name__}")
     known = field_types(config_type)
+    annotated = typing.get_type_hints(config_type, include_extras=True)
     words: list[str] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
             raise UsageError(f"{where}: {key} is not an option{did_you_mean(name, known)}")
         inner, option = _nested(known[name]), name.replace("_", "-")
-        if inner is not None and isinstance(value, dict):
+        if _positional(annotated[name]):
+            raise UsageError(f"{where}: {key} must be given on the command line, not in a file")
+        if inner is not None:
+            if not isinstance(value, dict):
+                found = type(value).__name__
+                raise UsageError(f"{where}: {key} must be a mapping of options, got {found}")
             words += _mapping_words(inner, value, f"{where}: {key}")
-        elif isinstance(value, bool) and _plain(known[name]) is bool:
+        elif _plain(known[name]) is bool:
+            if not isinstance(value, bool):
+                raise UsageError(f"{where}: {key} must be true or false, got {value!r}")
             words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, (list, tuple)):
+            items = [_plain_value(item, f"{where}: {key}") for item in value]
+            if any(item.startswith("--") for item in items):
+                raise UsageError(f"{where}: {key} must hold no value that begins with --")
+            words += [f"--{option}", *items]
         else:
-            items = value if isinstance(value, (list, tuple)) else (value,)
-            for item in items:  # a list in a list may hold itself many times over, by aliases
-                if isinstance(item, (dict, list, tuple, set, bytes)):
-                    raise UsageError(
-                        f"{where}: {key} must be a plain value or a list of them, "
-                        f"got {type(item).__name__}"
-                    )
-            words += [f"--{option}", *(str(item) for item in items)]
+            words.append(f"--{option}={_plain_value(value, f'{where}: {key}')}")
     return words
+
+
+def _plain_value(value: Any, where: str) -> str:
+    """A value of a file as a word; a list in a list may hold itself many times over, by aliases."""
+    if isinstance(value, (dict, list, tuple, set, bytes)):
+        found = type(value).__name__
+        raise UsageError(f"{where} must be a plain value or a list of them, got {found}")
+    return str(value)
 
 
 def _missing(lines: list[str]) -> list[str]:

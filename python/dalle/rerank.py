@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dalle.configs import whole
 from dalle.data.captions import clean
 from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
 from dalle.files import check_regular, read_json
@@ -70,8 +71,14 @@ class ContrastiveRanker(Pretrained[RankerConfig]):
         """A fresh ranker: "tiny" (the demo's), "small" or "base"; `overrides` are config fields.
 
         Raises:
-            UsageError: unknown preset or field.
+            UsageError: unknown preset or field, or pictures that the preset's grid does not divide.
         """
+        image_size = whole("ranker", "image_size", image_size, 1)
+        if name in PRESETS and "grid" not in overrides and image_size % PRESETS[name].grid:
+            raise UsageError(
+                f"ranker: image_size must be a multiple of {PRESETS[name].grid} for preset {name}, "
+                f"got {image_size}"
+            )
         sizes = {"vocab_size": tokenizer.vocab_size, "image_size": image_size, **overrides}
         return cls(from_presets("ranker", PRESETS, name, **sizes), tokenizer)
 

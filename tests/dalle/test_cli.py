@@ -233,6 +233,17 @@ def test_config_file_fills_and_the_command_line_wins(tmp_path):
         ("? [a]\n: 1", "found a key that is no plain value in line 1"),
         ("a: " + "[" * 500, "nested too deeply"),
         ('words: ["\\0"]', "must hold no NUL character"),
+        ("loop: 5", "toy.yaml: loop must be a mapping of options, got int$"),
+        ("loop:", "toy.yaml: loop must be a mapping of options, got NoneType$"),
+        ("loop: [{out: y}]", "toy.yaml: loop must be a mapping of options, got list$"),
+        ("quick: 1", "toy.yaml: quick must be true or false, got 1$"),
+        ("quick: 'no'", "toy.yaml: quick must be true or false, got 'no'$"),
+        ("quick:", "toy.yaml: quick must be true or false, got None$"),
+        ("quick: [true]", r"toy.yaml: quick must be true or false, got \[True\]$"),
+        ("mode: --help", "invalid choice '--help'"),
+        ("words: [a, --help]", "words must hold no value that begins with --$"),
+        ("words: ['']", "--words must have a value, got an empty one"),
+        ("batch_size: []", "Missing value for argument '--batch-size'"),
     ],
 )
 def test_bad_config_files_are_one_line(tmp_path, monkeypatch, capsys, text, match):
@@ -241,6 +252,25 @@ def test_bad_config_files_are_one_line(tmp_path, monkeypatch, capsys, text, matc
     assert main([*TOY, "--config", "toy.yaml"]) == 2
     assert re.search(match, line_of(capsys))
     assert not Path("pwned").exists() and cli_target.SEEN == []
+
+
+def test_positional_arguments_are_no_options_of_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for command, key in (("sample", "captions"), ("rerank", "caption")):
+        Path("o.yaml").write_text(f"{key}: a red circle")
+        assert main([command, "--config", "o.yaml"]) == 2
+        wanted = f"o.yaml: {key} must be given on the command line, not in a file"
+        assert line_of(capsys) == wanted
+
+
+def test_a_pipe_of_options_is_refused_and_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    wanted = "it is a pipe, not a regular file; write what it gives into a file first"
+    assert main([*TOY, "--config", "pipe"]) == 2
+    assert line_of(capsys) == f"pipe: must be a readable file, got: {wanted}"
+    assert main(["sample", "--file", "pipe"]) == 3
+    assert line_of(capsys) == f"sample: file must be readable text, got pipe: {wanted}"
 
 
 def test_closed_pipe_is_quiet():

@@ -89,6 +89,16 @@ BAD = [
     ("tokenizer train --data pairs --out file", SURROUNDINGS, "out must be a folder .* a file"),
     ("tokenizer train --data pairs --out out --vocab-size 10000000000", USAGE, "256 to 1048576"),
     ("dvae import-openai --encoder no --decoder no --out out", DATA, "no: must be a readable"),
+    (
+        "ranker train --data pairs --image-size 15 --tokenizer tok --out out",
+        USAGE,
+        "ranker: image_size must be a multiple of 8 for preset tiny, got 15$",
+    ),
+    (
+        "ranker train --data pairs --image-size 8 --preset small --tokenizer tok --out out",
+        USAGE,
+        "ranker: image_size must be a multiple of 16 for preset small, got 8$",
+    ),
     ("plan --preset 13b", USAGE, "preset must be one of tiny, small"),
 ]
 
