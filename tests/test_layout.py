@@ -1,4 +1,4 @@
-"""The tree itself: every room has its furniture, import arrows point one way, budgets hold."""
+"""The source tree: every operator has all its files, imports point one way, files stay small."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that README prints end in pictures."""
+"""The commands that docs/training.md prints end in pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from dalle import cli
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 LESS = {  # options of these commands that the test gives smaller values
     "dvae": {"--steps": "2", "--batch-size": "4"},
     "prior": {"--steps": "2", "--batch-size": "4"},
@@ -21,12 +21,12 @@ LESS = {  # options of these commands that the test gives smaller values
 
 def printed(heading: str) -> list[list[str]]:
     """The words of each `dalle` command in the first block under a heading, without comments."""
-    text = README.read_text(encoding="utf-8").partition(f"\n{heading}\n")[2].split("```")[1]
+    text = PAGE.read_text(encoding="utf-8").partition(f"\n{heading}\n")[2].split("```")[1]
     lines = text.replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("dalle ")]
 
 
-def test_readmes_commands_end_in_pictures(tmp_path, monkeypatch, capsys):
+def test_printed_commands_end_in_pictures(tmp_path, monkeypatch, capsys):
     """As printed, on 6 pictures, with fewer updates and pictures a batch."""
     monkeypatch.chdir(tmp_path)
     Path("DIR").mkdir()
@@ -35,7 +35,7 @@ def test_readmes_commands_end_in_pictures(tmp_path, monkeypatch, capsys):
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(f"DIR/{i}.png")
         Path(f"DIR/{i}.txt").write_text(f"picture number {i}")
     done = []
-    for words in printed("## The system"):
+    for words in printed("## Commands"):
         if words[0] in ("plan", "plot", "--help"):
             continue
         less = LESS.get(words[0], {})
