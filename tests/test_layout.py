@@ -179,6 +179,21 @@ def test_paper_page_cites_what_is_there():
     assert miscited(" ".join(f"`{span}`" for span in bad)) == bad
 
 
+def broken_links(path: Path, text: str) -> list[str]:
+    """Relative link targets, and result files named in any way, that are not there."""
+    links = re.findall(r"\]\((?!https?://)([^)#\s]+)", text)
+    broken = [link for link in links if not (path.parent / link).exists()]
+    results = re.findall(r"benchmarks/results/([\w.-]+\.json)", text)
+    return broken + [name for name in results if not (ROOT / "benchmarks/results" / name).is_file()]
+
+
+def test_links_of_the_pages_lead_somewhere():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    assert {p.name: bad for p in pages if (bad := broken_links(p, p.read_text()))} == {}
+    bad = "[a](docs/gone.md) `benchmarks/results/2026-01-01_cpu.json`"
+    assert broken_links(ROOT / "README.md", bad) == ["docs/gone.md", "2026-01-01_cpu.json"]
+
+
 def what_tests_prove() -> str:
     """docs/tests.md: each test file and its first sentence."""
     rows = []
