@@ -28,11 +28,12 @@ from dalle.prior_config import PriorConfig
 from dalle.rerank import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 from dalle.train.checkpoint import save_checkpoint
+from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTrainConfig
-from dalle.train.loop import LoopConfig, step_seed
 from dalle.train.parts import slices
 from dalle.train.prior_recipe import PriorTrainConfig
 from dalle.train.ranker import RankerTask, RankerTrainConfig
+from dalle.train.seeds import step_seed
 from dalle.train.splicing import patches
 
 X = torch.linspace(-1, 1, 800).sin().view(100, 8)

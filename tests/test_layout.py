@@ -54,6 +54,43 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def imported_modules(module: str, path: Path, known: set[str]) -> set[str]:
+    """Modules of `known` that a file imports, anywhere in it, types included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else str(node.module) for name in names}
+    return (found & known) - {module}
+
+
+def modules_of(folder: Path) -> dict[str, Path]:
+    """Dotted name -> file, of a folder that is on Python's path."""
+    named = {}
+    for path in folder.rglob("*.py"):
+        parts = path.relative_to(folder).with_suffix("").parts
+        named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return named
+
+
+def circles(arrows: dict[str, set[str]]) -> list[str]:
+    """Modules that are left when those that import nothing left are taken away, again and again."""
+    left = {module: set(targets) for module, targets in arrows.items()}
+    while free := [module for module, targets in left.items() if not targets & left.keys()]:
+        for module in free:
+            del left[module]
+    return sorted(left)
+
+
+def test_no_import_circle():
+    files = modules_of(ROOT / "python")
+    arrows = {m: imported_modules(m, path, set(files)) for m, path in files.items()}
+    assert sum(map(len, arrows.values())) > 300 and circles(arrows) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+
+
 def test_there_are_rooms():
     assert {"sparse_attention", "gumbel_softmax"} <= set(ROOMS)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dalle.version import __version__
+
 if TYPE_CHECKING:
     from dalle.dvae import DiscreteVAE
     from dalle.pipeline import Pipeline
     from dalle.prior import Prior
     from dalle.tokenizer import Tokenizer
 
-__version__ = "0.1.0"
 __all__ = ["DiscreteVAE", "Pipeline", "Prior", "Tokenizer", "__version__"]
 
 _HOMES = {  # imported on first use, so that `import dalle` needs no torch

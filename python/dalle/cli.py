@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from dalle import __version__
 from dalle.configs import did_you_mean
 from dalle.console import guarded_streams, printable
 from dalle.errors import DalleError, EnvironmentProblem, UsageError
+from dalle.version import __version__
 
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("data", "check"): ("dalle.commands.data:check", "what a folder of pairs holds and lacks"),

@@ -8,7 +8,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -165,6 +165,21 @@ def to_dict(config: Any) -> dict[str, Any]:
         return str(value) if isinstance(value, Path) else value
 
     return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
+
+
+def differences(mine: Any, theirs: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The places (dotted key, my value, their value) where two JSON values differ."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for name in [*mine, *(k for k in theirs if k not in mine)]:
+            inner = f"{key}.{name}" if key else name
+            yield from differences(mine.get(name), theirs.get(name), inner)
+    elif mine != theirs:
+        yield key or "description", mine, theirs
+
+
+def first_difference(mine: Any, theirs: Any) -> tuple[str, Any, Any] | None:
+    """The first of `differences`, or None."""
+    return next(differences(mine, theirs), None)
 
 
 def from_dict(

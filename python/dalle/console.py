@@ -9,6 +9,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import TextIO, cast
 
+from tqdm import tqdm
+
 LONGEST = 2000  # characters of a message
 _JOINERS = "\u200c\u200d"  # of scripts and emoji: they change the look of letters, not their order
 # What frames and messages are drawn with, for terminals that have ASCII only.
@@ -33,6 +35,36 @@ def _acts(char: str) -> bool:
 
 def _escaped(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")
+
+
+def say(text: str) -> None:
+    """One line on stderr, above a progress bar if there is one; of many processes the first's.
+
+    Control characters, which file names and captions may hold, become escapes. Where nobody takes
+    the line any more (`... 2>&1 | head`, a terminal that was closed) the work goes on without it.
+    """
+    if leads() and sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            tqdm.write(printable(text), file=sys.stderr)
+            sys.stderr.flush()
+
+
+def leads() -> bool:
+    """Whether this process speaks and writes: the only one, or number 0 of `torchrun`'s."""
+    alone = os.environ.get("WORLD_SIZE", "") in ("", "1")
+    return alone or os.environ.get("RANK", "0") == "0"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def number(value: float) -> str:
+    """Four significant digits."""
+    return f"{value:.4g}"
 
 
 class Stream:

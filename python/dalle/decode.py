@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dalle_ext
 from dalle.errors import NumericalError, UsageError
-from dalle.prior_blocks import AttentionBlock
-from dalle.prior_config import PAD
+from dalle.prior_blocks import AttentionBlock, KeysValues
+from dalle.prior_config import PAD, PriorConfig
 from dalle.sampling import (
     MAX_SEED,
     caption_key,
@@ -30,10 +30,37 @@ from dalle.sampling import (
 )
 from dalle_ext._checks import real
 
-if TYPE_CHECKING:
-    from dalle.prior import Prior
-
 Progress = Callable[[int, int], None]
+
+
+class SupportsDecoding(Protocol):
+    """What this file needs of a `Prior`, which calls it."""
+
+    training: bool
+    patterns: tuple[dalle_ext.AttentionPattern, ...]
+    layers: nn.ModuleList
+    norm: nn.LayerNorm
+    start_of_text: nn.Parameter
+    start_of_image: nn.Parameter
+    image_embedding: nn.Embedding
+    image_head: nn.Linear
+
+    @property
+    def config(self) -> PriorConfig: ...
+    @property
+    def image_widen(self) -> nn.Module: ...
+    @property
+    def image_narrow(self) -> nn.Module: ...
+    def embed_text(self, text: Tensor) -> Tensor: ...
+    def embed_image(self, image_tokens: Tensor) -> Tensor: ...
+    def image_positions(self) -> Tensor: ...
+    def run_layers(
+        self, x: Tensor, patterns: tuple[dalle_ext.AttentionPattern, ...]
+    ) -> tuple[Tensor, list[KeysValues]]: ...
+    def check_text(self, text: Tensor) -> None: ...
+    def check_image_tokens(self, tokens: Tensor, length: int, batch: int) -> None: ...
+    def eval(self) -> Self: ...
+    def train(self, mode: bool = True) -> Self: ...
 
 
 def attended_slots(pattern: dalle_ext.AttentionPattern, slot: int) -> slice | Tensor:
@@ -65,7 +92,9 @@ class DecodeState:
         prime: (B, n) image tokens that every sample starts with, n < N.
     """
 
-    def __init__(self, prior: Prior, text: Tensor, num_samples: int, prime: Tensor) -> None:
+    def __init__(
+        self, prior: SupportsDecoding, text: Tensor, num_samples: int, prime: Tensor
+    ) -> None:
         self.prior, self.num_samples = prior, num_samples
         c = prior.config
         batch, given = prime.shape
@@ -138,7 +167,7 @@ class DecodeState:
 
 @torch.no_grad()
 def generate(
-    prior: Prior,
+    prior: SupportsDecoding,
     text: Tensor,
     *,
     num_samples: int = 1,
@@ -237,7 +266,7 @@ def generate(
 
 
 def _generate(
-    prior: Prior,
+    prior: SupportsDecoding,
     text: Tensor,
     prime: Tensor,
     noise: Tensor,
@@ -270,7 +299,7 @@ def _generate(
     return tokens.cpu()
 
 
-def _check_prime(prior: Prior, prime: Tensor, batch: int) -> None:
+def _check_prime(prior: SupportsDecoding, prime: Tensor, batch: int) -> None:
     slots = prior.config.num_image_tokens
     if prime.dim() != 2 or len(prime) != batch or prime.shape[1] >= slots:
         want = f"({batch}, n) with n below {slots} for the grid {prior.config.grid}"

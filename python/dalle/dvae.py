@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dalle_ext
 from dalle.configs import LARGEST, check_numbers, whole
-from dalle.dvae_blocks import Decoder, Encoder, PatchDecoder, PatchEncoder
+from dalle.dvae_blocks import Block, Decoder, Encoder, PatchBlock, PatchDecoder, PatchEncoder
 from dalle.errors import UsageError
 from dalle.likelihood import expected_pixels, logit_laplace_log_prob, map_pixels
 from dalle.pretrained import Pretrained, from_presets
@@ -127,6 +127,10 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
             }
             self.encoder = PatchEncoder(**patch_sizes)
             self.decoder = PatchDecoder(**patch_sizes)
+
+    def resblocks(self) -> list[nn.Module]:
+        """The residual blocks of encoder and decoder, in the order in which they run."""
+        return [m for m in self.modules() if isinstance(m, Block | PatchBlock)]
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:

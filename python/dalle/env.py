@@ -9,7 +9,7 @@ import platform
 import sys
 from typing import Any
 
-from dalle import __version__
+from dalle.version import __version__
 
 EXTRAS = {  # extra -> modules it brings
     "demo": ("api", "emoji", "matplotlib"),

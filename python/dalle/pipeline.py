@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from dalle import __version__
 from dalle.configs import LARGEST
 from dalle.data.captions import clean
 from dalle.dvae import DiscreteVAE
@@ -23,6 +22,7 @@ from dalle.prior import Prior
 from dalle.rerank import ContrastiveRanker, ImageTextRanker, load_ranker
 from dalle.sampling import first_numbers, whole_number
 from dalle.tokenizer import Tokenizer
+from dalle.version import __version__
 
 FORMAT_VERSION = 1
 MOST = int(LARGEST["num_candidates"])

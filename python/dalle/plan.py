@@ -13,7 +13,7 @@ from dalle.configs import whole
 from dalle.errors import UsageError
 
 if TYPE_CHECKING:
-    from dalle.prior import PriorConfig
+    from dalle.prior_config import PriorConfig
 
 GIB = 2**30
 # Values of width d that one layer keeps for backward, per position. The residual stream enters

@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
-from dalle import __version__
 from dalle.configs import did_you_mean, field_types, from_dict, to_dict
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import check_regular, read_bytes, read_json, to_json, write_atomic
 from dalle.memory import require_memory
+from dalle.version import __version__
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import dalle_ext
+from dalle.decode import generate
 from dalle.errors import UsageError
 from dalle.plan import parameters
 from dalle.pretrained import Pretrained, from_presets
@@ -190,8 +191,6 @@ class Prior(Pretrained[PriorConfig]):
 
         Equivalent to sampling one token at a time from `forward`'s logits. See there for options.
         """
-        from dalle.decode import generate
-
         return generate(self, text, **options)
 
     def check_text(self, text: Tensor) -> None:

@@ -28,15 +28,6 @@ class KeysValues(NamedTuple):
     values: Tensor
 
 
-def layer_kinds(num_layers: int) -> tuple[str, ...]:
-    """The pattern of each layer: column where (i - 2) mod 4 = 0, row elsewhere, conv in the last.
-
-    Layers count from 1. Equivalent to the paper's 64: row, column, row, row, ..., conv.
-    """
-    kinds = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, num_layers + 1)]
-    return (*kinds[:-1], "conv")
-
-
 def gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), in the form that keeps one tensor for the backward pass."""
     return F.silu(x * GELU_SLOPE) * (1 / GELU_SLOPE)

@@ -10,13 +10,21 @@ import torch
 import dalle_ext
 from dalle.configs import check_numbers
 from dalle.errors import UsageError
-from dalle.prior_blocks import layer_kinds
 
 PAD = -1
 MAX_LENGTH = 2**20  # positions
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16-scaled": torch.float16}
 TEXT_TARGETS = ("real", "padded")
 TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8
+
+
+def layer_kinds(num_layers: int) -> tuple[str, ...]:
+    """The pattern of each layer: column where (i - 2) mod 4 = 0, row elsewhere, conv in the last.
+
+    Layers count from 1. Equivalent to the paper's 64: row, column, row, row, ..., conv.
+    """
+    kinds = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, num_layers + 1)]
+    return (*kinds[:-1], "conv")
 
 
 @dataclass(frozen=True, kw_only=True)

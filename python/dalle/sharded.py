@@ -11,7 +11,7 @@ from torch import Tensor
 import dalle_ext
 from dalle_ext import local_part
 
-__all__ = ["gather", "gradient_stats", "local_part", "shard_groups"]
+__all__ = ["fill_", "gather", "gradient_stats", "local_part", "shard_groups"]
 
 
 @torch.no_grad()
@@ -19,6 +19,23 @@ def gather(tensor: Tensor) -> Tensor:
     """All of a tensor of which each process may hold a part. Collective; detached."""
     whole: Any = getattr(tensor, "full_tensor", None)
     return tensor.detach() if whole is None else whole()
+
+
+@torch.no_grad()
+def fill_(param: Tensor, value: Tensor) -> None:
+    """Gives a parameter its value; of one that is sharded each process takes its part.
+
+    Args:
+        param: changed in place.
+        value: all of it, the same on all processes.
+    """
+    value = value.to(param.device)
+    if hasattr(param, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+    param.copy_(value)
 
 
 def shard_groups(tensor: Any) -> tuple[Any, ...]:

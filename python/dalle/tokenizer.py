@@ -25,12 +25,12 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from dalle import __version__
 from dalle.configs import whole, whole_numbers
 from dalle.data.captions import clean
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.files import parse_json, read_bytes, read_object, to_json, write_atomic
 from dalle.memory import require_memory
+from dalle.version import __version__
 from dalle_ext._checks import real
 
 FORMAT_VERSION = 1

@@ -17,10 +17,12 @@ from tiny_task import TinyTask, config, state_hash
 
 from dalle import files
 from dalle.errors import CheckpointError, EnvironmentProblem, OtherTrainingError
-from dalle.train import checkpoint
-from dalle.train.checkpoint import checkpoints, load_checkpoint, read_manifest, save_checkpoint
+from dalle.train import checkpoint, manifest
+from dalle.train.checkpoint import load_checkpoint, save_checkpoint
 from dalle.train.loop import train
-from dalle.train.tree import pack_tree, rng_state, set_rng_state, unpack_tree
+from dalle.train.manifest import checkpoints, read_manifest
+from dalle.train.seeds import rng_state, set_rng_state
+from dalle.train.tree import pack_tree, unpack_tree
 
 HERE = str(Path(__file__).parent)
 
@@ -54,6 +56,7 @@ def inject(monkeypatch, at, error, *, torn=False):
         monkeypatch.setattr(module, name, fake)
 
     wrap(checkpoint, "write_synced")
+    wrap(manifest, "write_synced")
     wrap(os, "fsync")
     wrap(os, "mkdir")
     wrap(os, "rename")
@@ -149,7 +152,8 @@ import os, random, signal, sys, time
 sys.path.insert(0, {HERE!r})
 from pathlib import Path
 from tiny_task import TinyTask
-from dalle.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from dalle.train.manifest import checkpoints
+from dalle.train.checkpoint import load_checkpoint, save_checkpoint
 rng = random.Random(0)
 root = Path({str(tmp_path)!r})
 begin = time.monotonic()
@@ -228,7 +232,7 @@ def test_a_save_that_does_not_read_back_leaves_the_old_one(tmp_path, monkeypatch
     def lossy(path, data):
         real(path, data[:-1] if path.name == "manifest.json" else data)
 
-    monkeypatch.setattr(checkpoint, "write_synced", lossy)
+    monkeypatch.setattr(manifest, "write_synced", lossy)
     with pytest.raises(CheckpointError, match="manifest.json must match"):
         save_checkpoint(trained(2), tmp_path, 2, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]

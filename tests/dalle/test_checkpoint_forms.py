@@ -16,7 +16,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from dalle.errors import CheckpointError  # noqa: E402
 from dalle.files import to_json  # noqa: E402
 from dalle.train.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
-from dalle.train.loop import LoopConfig, train  # noqa: E402
+from dalle.train.config import LoopConfig  # noqa: E402
+from dalle.train.loop import train  # noqa: E402
 from fuzz_damage import damage_json  # noqa: E402
 
 

@@ -15,13 +15,18 @@ from processes import run
 from test_train_prior import SMALL, make_parts, make_task
 from tiny_task import state_hash
 
-from dalle.distributed.cluster import Cluster, ClusterConfig, join
+from dalle.distributed.cluster import Cluster
+from dalle.distributed.config import ClusterConfig
+from dalle.distributed.parallelize import parallelize
+from dalle.distributed.world import Solo, join
 from dalle.dvae import DiscreteVAE
 from dalle.errors import CheckpointError, DalleError, UsageError
 from dalle.sharded import gather, local_part
-from dalle.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from dalle.train.checkpoint import load_checkpoint, save_checkpoint
+from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTask
-from dalle.train.loop import LoopConfig, train
+from dalle.train.loop import train
+from dalle.train.manifest import checkpoints
 
 STEPS = 6
 RECIPE = replace(SMALL, batch_size=11, caption_dropout=0.3, token_dropout=0.2, bpe_dropout=0.2)
@@ -38,9 +43,9 @@ _joined: list[Cluster] = []
 
 
 def cluster_of(machines=1, rank=0):
-    """The one cluster of this process; None in the tests' own process."""
+    """The one cluster of this process; a world of one in the tests' own process."""
     if "RANK" not in os.environ:
-        return None
+        return Solo()
     if not _joined:
         config = ClusterConfig(machines=machines, powersgd_rank=rank, timeout=60.0)
         _joined.append(Cluster(config, torch.device("cpu")))
@@ -58,15 +63,17 @@ def said_of(call):
 
 def losses(_rank, name, machines=1, psgd=0):
     config, sizes = VARIANTS[name] if name in VARIANTS else HALF[1:]
-    task = make_task(make_parts(), config, cluster=cluster_of(machines, psgd), **sizes)
+    task = make_task(make_parts(), config, world=cluster_of(machines, psgd), **sizes)
     values = [task.train_step(step) for step in range(STEPS)]
     return {key: [float(v[key]) for v in values] for key in ("loss", "text_loss", "grad_norm")}
 
 
-def dvae_task(cluster=None, config=test_train_dvae.WARM):
+def dvae_task(world=None, config=test_train_dvae.WARM):
     torch.manual_seed(0)
     vae, pairs = DiscreteVAE(test_train_dvae.PATCH), test_train_dvae.some_pairs()
-    return DvaeTask(vae, pairs, config, cluster=cluster)
+    world = world or Solo()
+    parallelize(vae, world, vae.resblocks(), owner="dvae train", forwards=["autoencode"])
+    return DvaeTask(vae, pairs, config, world=world)
 
 
 def dvae_losses(_rank):
@@ -78,7 +85,7 @@ def dvae_losses(_rank):
 
 
 def small_task(cluster):
-    return make_task(make_parts(), RECIPE, cluster=cluster, d_model=64, precision="fp16-scaled")
+    return make_task(make_parts(), RECIPE, world=cluster, d_model=64, precision="fp16-scaled")
 
 
 def saved(_rank, folder, machines=1, psgd=0):
@@ -159,7 +166,7 @@ def full_disk(rank, folder):
 def bad_loss(_rank):
     """A loss that is not a number on one process stops all with one line."""
     cluster = cluster_of()
-    task = make_task(make_parts(), replace(SMALL, lr=1e-2), cluster=cluster)
+    task = make_task(make_parts(), replace(SMALL, lr=1e-2), world=cluster)
     if cluster.rank == 1:
         batch = task.batch
         task.batch = lambda step: batch(step)._replace(keep=torch.full((4, 16), float("nan")))
@@ -192,7 +199,7 @@ def sums(_rank):
     except DalleError as problem:
         found["said"] = str(problem)
     try:
-        cluster.together(CheckpointError("mine") if cluster.rank == 1 else None)
+        cluster.raise_first(CheckpointError("mine") if cluster.rank == 1 else None)
     except DalleError as problem:
         found["together"] = f"{type(problem).__name__}: {problem}"
     return {"part": [part.start, part.stop], **found}
@@ -333,7 +340,7 @@ def test_parts_sums_and_agreed_problems(two):
 
 
 def test_a_checkpoint_of_one_process_goes_on_with_many(tmp_path, tmp_path_factory):
-    task = small_task(None)
+    task = small_task(Solo())
     train(task, LoopConfig(out=tmp_path, steps=3, picture_every=0))
     kept = [float(task.train_step(step)["loss"]) for step in range(3, 7)]
     calls = {"resumed": (resumed, str(tmp_path))}
@@ -344,7 +351,7 @@ def test_a_checkpoint_of_one_process_goes_on_with_many(tmp_path, tmp_path_factor
 def test_one_process_is_no_cluster(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with join(ClusterConfig(), torch.device("cpu")) as cluster:
-        assert cluster is None
+        assert isinstance(cluster, Solo)
 
 
 def test_an_environment_that_is_not_torchruns(monkeypatch):

@@ -27,10 +27,12 @@ from dalle.data.pairs import ArrayPairs, load_or_draw
 from dalle.distributed.cluster import Cluster
 from dalle.dvae import DiscreteVAE
 from dalle.errors import CheckpointError, DataError, UsageError
-from dalle.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from dalle.train.lock import FolderLock
-from dalle.train.loop import LoopConfig, step_seed, train
-from dalle.train.run import agreed, alone_in, write_pictures
+from dalle.train.checkpoint import load_checkpoint, save_checkpoint
+from dalle.train.config import LoopConfig
+from dalle.train.lock import FolderLock, alone_in
+from dalle.train.loop import train, write_pictures
+from dalle.train.manifest import checkpoints
+from dalle.train.seeds import step_seed
 
 STEPS = 6
 RECIPES = {
@@ -62,7 +64,7 @@ def prior_losses(_rank, name):
     """Half the pictures are broken, all but two of the first half of the set among them."""
     tokenizer, vae, pairs = make_parts()
     parts = tokenizer, vae, Broken(pairs, {0, 1, 2, 3, 8, 11})
-    return losses(make_task(parts, RECIPES[name], cluster=cluster_of()))
+    return losses(make_task(parts, RECIPES[name], world=cluster_of()))
 
 
 def dvae_losses(_rank):
@@ -76,10 +78,10 @@ def own_part_gone(_rank):
     """Encoded once: nothing that process 0 would encode decodes; then nothing at all."""
     tokenizer, vae, pairs = make_parts()
     half = Broken(pairs, set(range(6)))
-    task = make_task((tokenizer, vae, half), RECIPES["encoded once"], cluster=cluster_of())
+    task = make_task((tokenizer, vae, half), RECIPES["encoded once"], world=cluster_of())
     none = Broken(pairs, set(range(12)))
     said = said_of(
-        lambda: make_task((tokenizer, vae, none), RECIPES["encoded once"], cluster=cluster_of())
+        lambda: make_task((tokenizer, vae, none), RECIPES["encoded once"], world=cluster_of())
     )
     return {"kept": task.kept.tolist(), "said": said}
 
@@ -104,7 +106,7 @@ def other_data(rank):
     said = {}
     for what, (config, parts) in given.items():
         own = (config, parts) if rank else (SMALL, (tokenizer, vae, pairs))
-        said[what] = said_of(lambda own=own: make_task(own[1], own[0], cluster=cluster_of()))
+        said[what] = said_of(lambda own=own: make_task(own[1], own[0], world=cluster_of()))
     return said
 
 
@@ -126,7 +128,7 @@ def other_shapes(rank):
 def pictures(rank):
     """Pictures on process 0: as they are, all broken, and with too little memory; then a step."""
     folder = Path(tempfile.mkdtemp())
-    task = make_task(make_parts(), RECIPES["crops"], cluster=cluster_of())
+    task = make_task(make_parts(), RECIPES["crops"], world=cluster_of())
     dvae = dvae_task(cluster_of())
     own = task.pairs
     for step, pairs in ((1, own), (2, Broken(own, set() if rank else set(range(12))))):
@@ -145,7 +147,7 @@ def locked(rank):
     cluster = cluster_of()
     folder = Path(cluster.first(tempfile.mkdtemp()))
     other = None if rank else FolderLock(folder, "other")
-    task = SimpleNamespace(name="prior", cluster=cluster)
+    task = SimpleNamespace(name="prior", world=cluster)
     cluster.any(False)
     said = said_of(lambda: alone_in(folder, task).__enter__())
     if other is not None:
@@ -162,7 +164,7 @@ def rescued(rank):
     cluster = cluster_of()
     folder, found = Path(cluster.first(tempfile.mkdtemp())), {}
     makers = {
-        "prior": lambda: make_task(make_parts(), RECIPES["crops"], cluster=cluster),
+        "prior": lambda: make_task(make_parts(), RECIPES["crops"], world=cluster),
         "dvae": lambda: dvae_task(cluster),
     }
     for process, (name, make) in enumerate(makers.items()):
@@ -204,7 +206,7 @@ def told_apart(rank):
     """An error whose class takes more than its line."""
     problem = BadPicture("a.png", "empty", "decode") if rank else None
     try:
-        cluster_of().together(problem)
+        cluster_of().raise_first(problem)
     except DataError as found:
         return [type(found).__name__, str(found)]
     return []
@@ -216,13 +218,13 @@ def time_apart(rank):
     cluster.heartbeat._limit = 1.5
     c10d._set_pg_timeout(timedelta(seconds=1.5), cluster.control)
     begin = time.monotonic()
-    with agreed(cluster):
+    with cluster.agreed():
         if rank == 0:
             time.sleep(3.0)
     waited = time.monotonic() - begin
 
     def fail():
-        with agreed(cluster):
+        with cluster.agreed():
             if rank == 0:
                 raise OSError(21, "Is a directory", "metrics.jsonl")
 
@@ -336,7 +338,7 @@ def test_fewer_gpus_than_processes(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     line = "cluster: processes of a machine must be at most its 2 GPUs, got 4"
     with pytest.raises(UsageError, match=line):
-        Cluster._own_device(SimpleNamespace(together=together), torch.device("cuda"), 4)
+        Cluster._own_device(SimpleNamespace(raise_first=together), torch.device("cuda"), 4)
 
 
 def test_a_shard_that_no_manifest_lists_is_refused(tmp_path, tmp_path_factory):
@@ -353,7 +355,7 @@ def test_a_shard_that_no_manifest_lists_is_refused(tmp_path, tmp_path_factory):
 
 
 def saved(_rank, folder):
-    task = make_task(make_parts(), SMALL, cluster=cluster_of())
+    task = make_task(make_parts(), SMALL, world=cluster_of())
     task.train_step(0)
     save_checkpoint(task, Path(folder), 1)
 

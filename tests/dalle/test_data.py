@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 
 from dalle.data.augment import dvae_crop
-from dalle.data.pairs import (
-    ArrayPairs,
-    BatchSampler,
-    Pairs,
-    left_out,
-    load_or_draw,
-    load_or_skip,
-    load_pairs,
-)
+from dalle.data.pairs import ArrayPairs, BatchSampler, Pairs, left_out, load_or_draw, load_or_skip
+from dalle.data.sources import load_pairs
 from dalle.errors import DataError, UsageError
 
 

@@ -10,7 +10,8 @@ from test_folder import PNG
 
 from dalle.data import folder as folder_module
 from dalle.data.folder import FolderPairs, find_pictures
-from dalle.data.pairs import draw_caption, every_caption, fingerprints, load_pairs
+from dalle.data.pairs import draw_caption, every_caption, fingerprints
+from dalle.data.sources import load_pairs
 
 
 def put(folder, files):

@@ -18,14 +18,15 @@ from tiny_task import TinyTask
 
 from dalle import cli
 from dalle.demo import config as demo_config
-from dalle.demo import pace, plots, report, run, scoring, stages
+from dalle.demo import context, pace, plots, report, run, scoring
 from dalle.demo.config import DemoConfig, Workspace
 from dalle.demo.recipes import load_recipe, scaled
 from dalle.errors import CheckpointError, EnvironmentProblem, Interrupted, UsageError
 from dalle.pipeline import Pipeline
+from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTrainConfig
 from dalle.train.lock import claimed
-from dalle.train.loop import LoopConfig, train
+from dalle.train.loop import train
 from dalle.train.prior import PriorTask
 from dalle.train.ranker import RankerTask
 
@@ -99,7 +100,7 @@ def test_running_again_trains_nothing(finished, monkeypatch):
     def fail(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(stages, "train", fail)
+    monkeypatch.setattr(context, "train", fail)
     monkeypatch.setattr(run, "draw_plots", lambda _: [])
     again = run.run_demo(smoke(out))
     assert {key: again[key] for key in SHAPES_KEYS - {"seconds"}} == {
@@ -152,7 +153,7 @@ def test_a_checkpoint_of_another_demo_says_what_to_remove(tmp_path):
     space = Workspace(smoke(tmp_path))
     part = space.folder("tiny")
     train(TinyTask(), LoopConfig(out=part, steps=2))
-    demo = stages.Demo(space, load_recipe("shapes", "smoke", None), torch.device("cpu"))
+    demo = context.Demo(space, load_recipe("shapes", "smoke", None), torch.device("cpu"))
     line = (
         f"demo: .* width must be 5 as in this run, got 4; remove {part} to train this part again$"
     )

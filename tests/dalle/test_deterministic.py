@@ -14,8 +14,9 @@ from dalle.dvae import DiscreteVAE
 from dalle.prior import Prior
 from dalle.rerank import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
+from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
-from dalle.train.loop import LoopConfig, train
+from dalle.train.loop import train
 from dalle.train.prior import PriorTask
 from dalle.train.prior_recipe import PriorTrainConfig
 from dalle.train.ranker import RankerTask, RankerTrainConfig

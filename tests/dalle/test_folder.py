@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from dalle.data.folder import FolderPairs
-from dalle.data.pairs import fingerprints, load_or_skip, load_pairs
+from dalle.data.pairs import fingerprints, load_or_skip
+from dalle.data.sources import load_pairs
 from dalle.errors import DataError, UsageError
 
 

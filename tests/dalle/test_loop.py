@@ -14,8 +14,10 @@ from tiny_task import TinyTask, config
 from torch import nn
 
 from dalle.errors import NumericalError, UsageError
-from dalle.train.checkpoint import checkpoints
-from dalle.train.loop import LoopConfig, start_seed, step_seed, train
+from dalle.train.config import LoopConfig
+from dalle.train.loop import train
+from dalle.train.manifest import checkpoints
+from dalle.train.seeds import start_seed, step_seed
 from dalle.train.update import check_gradients, check_loss, update
 
 
@@ -171,14 +173,14 @@ def test_options_out_of_range_are_refused(tmp_path, name, value):
 def test_the_example_in_the_docstring_runs(tmp_path, monkeypatch):
     import textwrap
     from pathlib import Path
+    from typing import Any
 
-    from dalle.averaging import IterateAverage
-    from dalle.schedules import linear_warmup
+    from torch import nn
+
     from dalle.train import loop
 
     monkeypatch.chdir(tmp_path)
     code = textwrap.dedent(loop.__doc__.split("one bit for bit:")[1])
-    names = vars(loop) | {"IterateAverage": IterateAverage, "linear_warmup": linear_warmup}
-    names["update"] = update
+    names = {"torch": torch, "nn": nn, "Tensor": torch.Tensor, "Any": Any, "Path": Path}
     exec(code, names)
     assert names["result"].step == 100 and Path("out/line/metrics.jsonl").exists()

@@ -16,7 +16,8 @@ TRAIN = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from test_deterministic import {make} as make
-from dalle.train.loop import LoopConfig, train
+from dalle.train.config import LoopConfig
+from dalle.train.loop import train
 
 task = make(0)
 plain = task.train_step

@@ -12,11 +12,12 @@ import pytest
 import torch
 from tiny_task import TinyTask, config
 
+from dalle.console import duration
 from dalle.errors import DataError, EnvironmentProblem
 from dalle.precision.plots import plot_scales
 from dalle.train import metrics
 from dalle.train.loop import train
-from dalle.train.metrics import Metrics, duration, read_metrics
+from dalle.train.metrics import Metrics, read_metrics
 
 
 def test_one_record_per_interval_with_all_keys(tmp_path):

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import dalle_ext
 from dalle.errors import CheckpointError, UsageError
 from dalle.prior import PAD, Prior, PriorConfig
-from dalle.prior_blocks import gelu, layer_kinds
+from dalle.prior_blocks import gelu
+from dalle.prior_config import layer_kinds
 
 KINDS = ("row", "column", "conv", "causal")
 

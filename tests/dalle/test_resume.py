@@ -14,8 +14,8 @@ import torch
 from tiny_task import TinyTask, config, state_hash
 
 from dalle.errors import CheckpointError, UsageError
-from dalle.train.checkpoint import checkpoints, remove_stale
 from dalle.train.loop import TrainingInterrupted, train
+from dalle.train.manifest import checkpoints, remove_stale
 from dalle.train.metrics import read_metrics
 
 CHILD = """

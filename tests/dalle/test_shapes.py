@@ -7,7 +7,6 @@ from itertools import product
 import numpy as np
 import pytest
 
-from dalle.data.pairs import load_pairs
 from dalle.data.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -25,6 +24,7 @@ from dalle.data.shapes import (
     zero_pairs,
 )
 from dalle.data.shapes_pairs import ShapesPairs, lattice_points, render
+from dalle.data.sources import load_pairs
 from dalle.errors import UsageError
 
 

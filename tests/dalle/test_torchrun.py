@@ -18,7 +18,7 @@ from processes import free_port, run
 import cluster_box
 from dalle.cli import main
 from dalle.files import sha256
-from dalle.train.checkpoint import checkpoints
+from dalle.train.manifest import checkpoints
 from dalle.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow

@@ -16,8 +16,9 @@ from dalle.data.pairs import ArrayPairs
 from dalle.demo.recipes_dvae import DVAE_RECIPES
 from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import UsageError
+from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
-from dalle.train.loop import LoopConfig, train
+from dalle.train.loop import train
 
 PATCH = DiscreteVAEConfig(
     stem="patch", patch=4, n_hid=16, n_blk_per_group=1, n_init=8, vocab_size=16

@@ -11,13 +11,13 @@ import pytest
 
 from dalle.data.shapes import ShapesConfig
 from dalle.demo.config import DemoConfig
-from dalle.distributed.cluster import ClusterConfig
+from dalle.distributed.config import ClusterConfig
 from dalle.dvae import DiscreteVAEConfig
 from dalle.errors import UsageError
 from dalle.prior_config import PriorConfig
 from dalle.rerank_blocks import RankerConfig
+from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTrainConfig
-from dalle.train.loop import LoopConfig
 from dalle.train.prior_recipe import PriorTrainConfig
 from dalle.train.ranker import RankerTrainConfig
 

@@ -14,7 +14,8 @@ from test_train_prior import SMALL, make_task, parts  # noqa: F401  (a fixture)
 import dalle_ext
 from dalle.cli import main
 from dalle.errors import NumericalError
-from dalle.train.loop import LoopConfig, train
+from dalle.train.config import LoopConfig
+from dalle.train.loop import train
 from dalle.train.metrics import read_metrics
 
 

@@ -14,13 +14,16 @@ import torch
 from dalle.cli import main
 from dalle.codebook import init_codebook
 from dalle.data.pairs import ArrayPairs
+from dalle.distributed.parallelize import parallelize
+from dalle.distributed.world import Solo
 from dalle.dvae import DiscreteVAE
 from dalle.errors import CheckpointError, OtherTrainingError, UsageError
 from dalle.pipeline import Pipeline
 from dalle.prior import PAD, Prior
 from dalle.tokenizer import Tokenizer
 from dalle.train.checkpoint import load_checkpoint, save_checkpoint
-from dalle.train.loop import LoopConfig, train
+from dalle.train.config import LoopConfig
+from dalle.train.loop import train
 from dalle.train.prior import PriorTask
 from dalle.train.prior_recipe import PriorTrainConfig, init_from_codebook, parameter_groups
 
@@ -62,13 +65,15 @@ def make_parts():
     return tokenizer, vae.eval(), pairs
 
 
-def make_task(parts, config=SMALL, seed=0, cluster=None, **overrides):
+def make_task(parts, config=SMALL, seed=0, world=None, **overrides):
     tokenizer, vae, pairs = parts
     torch.manual_seed(seed)
     sizes = {"text_vocab": tokenizer.vocab_size, "image_vocab": 32, "text_len": 4, "grid": (4, 4)}
     sizes |= {"d_model": 32, "num_heads": 2, "num_layers": 2, "kernel_size": 3, "init_gain": 1.0}
     prior = Prior.from_preset("tiny", **(sizes | overrides))
-    return PriorTask(prior, tokenizer, vae, pairs, config, seed=seed, cluster=cluster)
+    world = world or Solo()
+    parallelize(prior, world, prior.resblocks().values(), owner="prior train", compressible=True)
+    return PriorTask(prior, tokenizer, vae, pairs, config, seed=seed, world=world)
 
 
 def changed_parts(parts, what):

@@ -18,7 +18,8 @@ from dalle.errors import UsageError
 from dalle.rerank import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 from dalle.train import ranker as training
-from dalle.train.loop import LoopConfig, train
+from dalle.train.config import LoopConfig
+from dalle.train.loop import train
 from dalle.train.ranker import RankerTask, RankerTrainConfig
 
 COLOURS = {

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from dalle.averaging import IterateAverage
+from dalle.distributed.world import Solo
 from dalle.schedules import PlateauHalving, linear_warmup
 from dalle.sharded import local_part
 from dalle.train.checkpoint import task_state
-from dalle.train.loop import LoopConfig, step_seed
+from dalle.train.config import LoopConfig
+from dalle.train.seeds import step_seed
 from dalle.train.tree import pack_tree
 from dalle.train.update import update
 
@@ -37,7 +39,7 @@ class TinyTask:
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.96))
         self.average = IterateAverage(self.model, 0.9, every=2)
-        self.cluster = None
+        self.world = Solo()
         self.plateau = PlateauHalving(window=2, patience=1, min_delta=0.01)
         self.seed, self.width, self.before, self.batches = seed, width, before, []
 

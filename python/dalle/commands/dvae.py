@@ -14,31 +14,25 @@ from dalle.codebook import codebook_health
 from dalle.commands.fits import require_dvae_fits
 from dalle.commands.training import check_model_target, loop_config, save_model
 from dalle.configs import did_you_mean
-from dalle.console import printable
+from dalle.console import leads, printable
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.folder import find_pictures
 from dalle.data.images import decode, read_bytes
-from dalle.data.pairs import (
-    BUILT_IN,
-    NAMED,
-    counted,
-    left_out,
-    load_or_skip,
-    load_pairs,
-)
+from dalle.data.pairs import NAMED, counted, left_out, load_or_skip
+from dalle.data.sources import BUILT_IN, load_pairs
 from dalle.demo.recipes_dvae import DVAE_RECIPES
 from dalle.devices import pick_device
-from dalle.distributed.cluster import ClusterConfig, alike, join
+from dalle.distributed.config import ClusterConfig
+from dalle.distributed.parallelize import parallelize
+from dalle.distributed.world import join, shared_options
 from dalle.dvae import PRESETS, DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.files import check_targets
 from dalle.likelihood import psnr
 from dalle.memory import require_memory
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
-from dalle.train.loop import start_seed
 from dalle.train.loop import train as run_loop
-from dalle.train.metrics import leads
-from dalle.train.run import agreed
+from dalle.train.seeds import start_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,18 +121,17 @@ def train(config: DvaeTrainCommand) -> None:
             f"dvae train: steps must be more than the {train_config.warm_start_steps} of the warm "
             f"start, got {loop.steps}"
         )
-    with join(config.cluster, pick_device(config.device), alike(config)) as cluster:
-        with agreed(cluster):
+    with join(config.cluster, pick_device(config.device), shared_options(config)) as world:
+        with world.agreed():
             check_model_target("dvae train", config.out / "model")
             pairs = load_pairs(config.data, image_size=train_config.image_size, seed=config.seed)
-        if cluster is None:
+        if world.size == 1:
             sizes = train_config.image_size, train_config.batch_size
-            require_dvae_fits("dvae train", model_config, *sizes, pick_device(config.device))
+            require_dvae_fits("dvae train", model_config, *sizes, world.device)
         torch.manual_seed(start_seed(config.seed, "dvae"))
         vae = DiscreteVAE(model_config)
-        if cluster is None:  # of many processes none needs the whole of it on its device
-            vae.to(pick_device(config.device))
-        task = DvaeTask(vae, pairs, train_config, seed=config.seed, cluster=cluster)
+        parallelize(vae, world, vae.resblocks(), owner="dvae train", forwards=["autoencode"])
+        task = DvaeTask(vae, pairs, train_config, seed=config.seed, world=world)
         result = run_loop(task, loop)
         save_model("dvae train", task, config.out / "model")
     if leads():

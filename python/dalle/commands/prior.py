@@ -11,20 +11,23 @@ import torch
 from dalle.commands.fits import require_prior_fits
 from dalle.commands.training import check_model_target, loop_config, save_model
 from dalle.configs import did_you_mean
-from dalle.data.pairs import left_out, load_pairs
+from dalle.console import leads, say
+from dalle.data.pairs import left_out
+from dalle.data.sources import load_pairs
 from dalle.devices import pick_device
-from dalle.distributed.cluster import Cluster, ClusterConfig, alike, join
+from dalle.distributed.config import ClusterConfig
+from dalle.distributed.parallelize import parallelize
+from dalle.distributed.world import World, join, shared_options
 from dalle.dvae import DiscreteVAE
 from dalle.errors import UsageError
 from dalle.pretrained import from_presets
 from dalle.prior import Prior
 from dalle.prior_config import PRESETS
 from dalle.tokenizer import Tokenizer
-from dalle.train.loop import start_seed, train
-from dalle.train.metrics import leads, say
+from dalle.train.loop import train
 from dalle.train.prior import PriorTask
 from dalle.train.prior_recipe import PriorTrainConfig
-from dalle.train.run import agreed
+from dalle.train.seeds import start_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,18 +89,14 @@ class PriorCommandConfig:
 
 def train_command(config: PriorCommandConfig) -> None:
     """Trains, saves the averaged weights, and says where."""
-    with join(config.cluster, pick_device(config.device), alike(config)) as cluster:
-        _train(config, cluster)
+    with join(config.cluster, pick_device(config.device), shared_options(config)) as world:
+        _train(config, world)
 
 
 def _new_prior(
-    config: PriorCommandConfig,
-    tokenizer: Tokenizer,
-    vae: DiscreteVAE,
-    device: torch.device,
-    alone: bool,
+    config: PriorCommandConfig, tokenizer: Tokenizer, vae: DiscreteVAE, world: World
 ) -> Prior:
-    """On the CPU, for training on `device`; `alone` where one process does."""
+    """On the CPU, of the sizes that tokenizer and dVAE ask for."""
     sizes: dict[str, Any] = {
         "text_vocab": tokenizer.vocab_size,
         "image_vocab": vae.num_tokens,
@@ -106,34 +105,33 @@ def _new_prior(
         "half_weights": config.half_weights,
     }
     if config.precision == "auto":
-        sizes["precision"] = "fp32" if device.type == "cpu" else "fp16-scaled"
+        sizes["precision"] = "fp32" if world.device.type == "cpu" else "fp16-scaled"
     if config.text_len:
         sizes["text_len"] = config.text_len
     if config.checkpointing:
         sizes["checkpointing"] = True
     shape = from_presets("Prior", PRESETS, config.preset, **sizes)
-    if alone:
-        require_prior_fits("prior train", shape, config.recipe.batch_size, device)
+    if world.size == 1:
+        require_prior_fits("prior train", shape, config.recipe.batch_size, world.device)
     torch.manual_seed(start_seed(config.seed, "prior"))
     return Prior(shape)
 
 
-def _train(config: PriorCommandConfig, cluster: Cluster | None) -> None:
-    device = pick_device(config.device) if cluster is None else cluster.device
+def _train(config: PriorCommandConfig, world: World) -> None:
     loop = loop_config(config, config.steps)  # refuses its options before anything is loaded
-    with agreed(cluster):
+    with world.agreed():
         check_model_target("prior train", config.out / "prior")
         tokenizer = Tokenizer.from_pretrained(config.tokenizer)
-        vae = DiscreteVAE.from_pretrained(config.vae).to(device)
+        vae = DiscreteVAE.from_pretrained(config.vae).to(world.device)
         pairs = load_pairs(config.data, image_size=config.image_size, seed=config.seed)
-        prior = _new_prior(config, tokenizer, vae, device, cluster is None)
-    if cluster is None:  # of many processes none needs the whole of it on its device
-        prior.to(device)
-    task = PriorTask(prior, tokenizer, vae, pairs, config.recipe, seed=config.seed, cluster=cluster)
+        prior = _new_prior(config, tokenizer, vae, world)
+    blocks = prior.resblocks().values()
+    parallelize(prior, world, blocks, owner="prior train", compressible=True)
+    task = PriorTask(prior, tokenizer, vae, pairs, config.recipe, seed=config.seed, world=world)
     result = train(task, loop)
     save_model("prior train", task, config.out / "prior")
-    if cluster is not None and cluster.psgd is not None:
-        say(f"prior train: PowerSGD: {cluster.psgd.report()['advice']}")
+    for line in world.summary():
+        say(f"prior train: {line}")
     if leads():
         where = config.out / "prior"
         print(f"prior train: {result.step} updates, weights in {where}{left_out(pairs)}")

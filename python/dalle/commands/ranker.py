@@ -8,14 +8,16 @@ from pathlib import Path
 import torch
 
 from dalle.commands.training import alone, check_model_target, loop_config, save_model
-from dalle.data.pairs import left_out, load_pairs
+from dalle.console import say
+from dalle.data.pairs import left_out
+from dalle.data.sources import load_pairs
 from dalle.devices import pick_device
 from dalle.dvae import DiscreteVAE
 from dalle.rerank import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
-from dalle.train.loop import start_seed, train
-from dalle.train.metrics import say
+from dalle.train.loop import train
 from dalle.train.ranker import RankerTask, RankerTrainConfig
+from dalle.train.seeds import start_seed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dalle import files, pictures
 from dalle.commands.fits import require_samples_fit
-from dalle.console import argument_text
+from dalle.console import argument_text, say
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.captions import caption_lines, clean
 from dalle.data.images import decode, read_bytes
@@ -22,7 +22,6 @@ from dalle.devices import pick_device
 from dalle.errors import DataError, UsageError
 from dalle.files import make_folder, to_json
 from dalle.pipeline import Generation, Pipeline
-from dalle.train.metrics import say
 
 
 @dataclass(frozen=True, kw_only=True)

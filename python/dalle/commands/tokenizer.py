@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dalle.data.pairs import every_caption, load_pairs
+from dalle.data.pairs import every_caption
+from dalle.data.sources import load_pairs
 from dalle.files import make_folder, saving
 from dalle.tokenizer import Tokenizer
 

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dalle.console import leads
 from dalle.errors import UsageError
 from dalle.files import check_targets, saving
 from dalle.pretrained import CONFIG_FILE, WEIGHTS_FILE, Pretrained
-from dalle.train.loop import LoopConfig, Task
-from dalle.train.metrics import leads
-from dalle.train.run import agreed, averaged_model
+from dalle.train.config import LoopConfig
+from dalle.train.task import Task, averaged_model
 
 
 def loop_config(config: Any, steps: int) -> LoopConfig:
@@ -38,7 +38,7 @@ def save_model(owner: str, task: Task, folder: Path) -> None:
     Raises:
         EnvironmentProblem: the folder cannot be written, in one line that begins with `owner`.
     """
-    with agreed(task.cluster), saving(owner, folder), averaged_model(task) as model:
+    with task.world.agreed(), saving(owner, folder), averaged_model(task) as model:
         if model is not None:
             assert isinstance(model, Pretrained)
             model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Caption-picture pairs: the protocol, the in-memory form, loading by name, and the batch order."""
+"""Caption-picture pairs: the protocol, the in-memory form, and the batch order."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
@@ -17,10 +16,6 @@ from dalle.configs import seed_number, whole, whole_numbers
 from dalle.console import printable
 from dalle.errors import DataError, UsageError
 
-if TYPE_CHECKING:
-    from dalle.data.folder import FolderPairs
-
-BUILT_IN = ("shapes", "emoji")
 NAMED = 10  # files that are named as left out; of further ones only the number grows
 SAMPLES = 64  # pictures hashed of a set whose kind is not known
 DRAWS = 1000  # pictures tried in the place of one that cannot be used
@@ -94,60 +89,6 @@ class ArrayPairs:
 
     def load(self, i: int) -> np.ndarray:
         return self.images[i]
-
-
-def load_pairs(spec: str, *, image_size: int, split: str = "train", seed: int = 0) -> Pairs:
-    """Opens a data set by name.
-
-    Args:
-        spec: "shapes", "emoji", or the path of a folder of pictures and .txt captions.
-        image_size: side in pixels of the built-in sets; folders keep their own sizes.
-        split: "train", "test", "zero" for shapes; "train", "heldout" for emoji; a folder is all
-            "train".
-        seed: which pictures of the endless set `shapes`; unused elsewhere.
-
-    Raises:
-        UsageError: unknown split.
-        DataError: no such folder, or nothing usable in it.
-        EnvironmentProblem: the emoji packages are not installed.
-    """
-    if spec == "shapes":
-        from dalle.data.shapes_pairs import ShapesPairs
-
-        return ShapesPairs(split, image_size=image_size, seed=seed)
-    if spec == "emoji":
-        from dalle.data.emoji import load_emoji
-
-        return load_emoji(image_size, split)
-    if not Path(spec).is_dir():
-        found = "a file" if Path(spec).exists() else "no such folder"
-        raise DataError(
-            f"data: spec must be one of {', '.join(BUILT_IN)} or a folder, got {spec!r} ({found})"
-        )
-    if split != "train":
-        raise UsageError(f"data: split of a folder must be 'train', got {split!r}")
-    from dalle.data.folder import FolderPairs
-
-    pairs = FolderPairs(Path(spec))
-    _say_what_is_there(pairs)
-    return pairs
-
-
-def _say_what_is_there(pairs: FolderPairs) -> None:
-    """What a training does not see of a folder, or sees in parts."""
-    from dalle.train.metrics import say
-
-    if pairs.skipped:
-        total = pairs.skipped.total()
-        say(
-            f"data: {len(pairs)} pairs in {pairs.name}, left out {total}: "
-            f"{counted(pairs.skipped)} (`dalle data check` names them)"
-        )
-    if pairs.several:
-        say(
-            f"data: {len(pairs.several)} caption files hold several lines, "
-            f"{len(every_caption(pairs))} captions in all; one of a picture's is drawn each time"
-        )
 
 
 def captions_of(pairs: Pairs, item: int) -> Sequence[str]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dalle import __version__
 from dalle.configs import check_numbers
+from dalle.console import say
 from dalle.errors import DataError, UsageError
 from dalle.files import read_object, saving, temporary_name, to_json
 from dalle.pictures import save_bytes
-from dalle.train.metrics import say
+from dalle.version import __version__
 
 STAGES = ("data", "tokenizer", "dvae", "ranker", "prior", "samples", "report")
 

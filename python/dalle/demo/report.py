@@ -6,15 +6,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dalle import __version__
 from dalle.configs import to_dict
+from dalle.console import duration
 from dalle.demo import tiles
 from dalle.demo.config import STAGES, Workspace
 from dalle.demo.recipes import DemoRecipe
 from dalle.demo.tiles import contact, group, load_sheet, tile
 from dalle.files import to_json
 from dalle.pictures import save_bytes
-from dalle.train.metrics import duration
+from dalle.version import __version__
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 88rem; margin: 2rem auto; padding: 0 1rem;

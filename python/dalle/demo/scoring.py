@@ -11,17 +11,17 @@ import numpy as np
 import torch
 
 from dalle import pictures
+from dalle.console import duration, say
 from dalle.data.augment import to_tensor
 from dalle.data.pairs import Pairs
 from dalle.data.shapes import parse
 from dalle.demo import score, tiles
 from dalle.demo.config import Workspace
+from dalle.demo.context import SHOWN, Demo, captions_to_draw
 from dalle.demo.parts import PARTS
-from dalle.demo.stages import SHOWN, Demo, captions_to_draw
 from dalle.errors import CheckpointError, Interrupted
 from dalle.files import read_bytes
 from dalle.pretrained import MAX_HEADER_BYTES, tensors_from_bytes, tensors_to_bytes
-from dalle.train.metrics import duration, say
 from dalle.train.parts import spread
 
 ROW = 8  # pictures shown of a caption, the true one among them

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dalle import __version__
+from dalle.configs import first_difference
 from dalle.errors import UsageError
-from dalle.train.checkpoint import first_difference
+from dalle.version import __version__
 
 
 def require_same(command: str, own: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:

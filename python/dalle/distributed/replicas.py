@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from dalle.distributed.cluster import Cluster
 from dalle.sharded import local_part
 
 
-def drifted(model: nn.Module, cluster: Cluster) -> str | None:
+def drifted(model: nn.Module, gather: Callable[[Any], list[Any]], shards: int) -> str | None:
     """In words, the first process whose weights are not those of its replica; None. Collective.
 
     Machines take the same updates from the same gradients, so their weights are equal bit for bit
@@ -18,18 +20,19 @@ def drifted(model: nn.Module, cluster: Cluster) -> str | None:
 
     Args:
         model: of equal weights on all machines, each shared out over its processes.
-        cluster: of the model.
+        gather: a value of each process, in their order; collective.
+        shards: processes of one machine.
     """
     params = dict(model.named_parameters())
     every_hash = torch.stack([_hash(param) for param in params.values()]).tolist()
     hashes = dict(zip(params, every_hash, strict=True))
     # One number first: all of them would be megabytes where there are many processes.
-    every = cluster.gather(hash(tuple(hashes.values())))  # of integers: alike in all processes
-    pairs = [(p, p % cluster.shards) for p in range(cluster.shards, cluster.world)]
+    every = gather(hash(tuple(hashes.values())))  # of integers: alike in all processes
+    pairs = [(p, p % shards) for p in range(shards, len(every))]
     apart = [(p, q) for p, q in pairs if every[p] != every[q]]
     if not apart:
         return None
-    named = cluster.gather(hashes)
+    named = gather(hashes)
     process, other = apart[0]
     names = [n for n, found in named[process].items() if found != named[other][n]]
     rest = f" and {len(names) - 1} others" if len(names) > 1 else ""

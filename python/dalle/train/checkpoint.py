@@ -1,42 +1,38 @@
-"""Checkpoints: a folder `step-00000500` that is there whole or not at all.
-
-Written as `step-N.tmp-NONCE`: each file is written and fsynced, `manifest.json` (with the SHA-256
-and size of every other file) comes last, then the folder is fsynced, read back and verified,
-renamed to `step-N`, and the parent fsynced. The latest checkpoint is computed, never pointed to:
-the highest number. Old ones are pruned only after the new one is there.
+"""Checkpoints: a folder `step-00000500` that is there whole or not at all (`manifest`).
 
     step-00000500/
       model.safetensors  optimizer.safetensors  average.safetensors  rng.safetensors
       state.json       the task's own state; for the other files, what is not a tensor
       manifest.json    format, step, versions, the task's description, hashes
 
-A checkpoint of many processes (`checkpoint_shards`) has `shards/` in place of the first three.
+Of several processes each writes its part, and any number of processes reads it:
+
+      shards/          in place of the first three, and of PowerSGD's error buffers: safetensors
+                       with offsets, one file for each process (`checkpoint_shards`)
+      rng-00000.*      the generators of each process
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import platform
-import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from dalle import __version__
-from dalle.configs import whole
+from dalle.configs import differences, whole
+from dalle.console import say
+from dalle.distributed.world import World
 from dalle.errors import CheckpointError, DalleError, OtherTrainingError
 from dalle.files import (
-    check_regular,
-    parse_json,
+    MAX_TEXT_BYTES,
     read_bytes,
     read_json,
-    sha256,
     sync_folder,
     temporary_name,
     to_json,
@@ -44,58 +40,30 @@ from dalle.files import (
 )
 from dalle.memory import is_refusal
 from dalle.pretrained import load_tensors, tensors_from_bytes, tensors_to_bytes
-from dalle.train.metrics import say
-from dalle.train.tree import pack_tree, rng_state, set_rng_state, unpack_tree
+from dalle.train.manifest import (
+    SHARDS,
+    checkpoint_name,
+    hashes,
+    publish,
+    read_manifest,
+    write_manifest,
+)
+from dalle.train.seeds import rng_state, set_rng_state
+from dalle.train.task import Task
+from dalle.train.tree import pack_tree, unpack_tree
 
-if TYPE_CHECKING:
-    from dalle.train.loop import Task
-
-FORMAT = 1
-SHARDS = "shards"
-MANIFEST = "manifest.json"
 STATE = "state.json"
-ALL = slice(None)
-_NAME = re.compile(r"step-(\d{8,})")
-_STALE = re.compile(r"step-\d{8,}\.tmp-[0-9a-f]+")
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after `step` updates."""
-    return f"step-{step:08d}"
-
-
-def checkpoints(root: Path) -> list[Path]:
-    """Folders in `root` with a checkpoint's name, oldest first; not verified."""
-    return sorted((p for p in root.glob("step-*") if _NAME.fullmatch(p.name)), key=step_of)
-
-
-def step_of(path: Path) -> int:
-    """The number of updates in a checkpoint's folder name."""
-    match = _NAME.fullmatch(path.name)
-    if match is None:
-        raise CheckpointError(f"checkpoint: folder must be named step-N, got {path}")
-    return int(match[1])
-
-
-def remove_stale(root: Path) -> list[Path]:
-    """Removes what an interrupted save left in `root`, and returns it."""
-    stale = [p for p in root.glob("step-*.tmp-*") if _STALE.fullmatch(p.name)]
-    for path in stale:
-        shutil.rmtree(path, ignore_errors=True)
-    return stale
 
 
 def task_state(task: Task) -> dict[str, Any]:
     """Everything a checkpoint holds besides the model's weights."""
-    state = {
+    return {
         "optimizer": task.optimizer.state_dict(),
         "average": None if task.average is None else task.average.state_dict(),
         "rng": rng_state(),
         "task": task.state(),
+        **task.world.state_dict(),
     }
-    if task.cluster is not None and task.cluster.psgd is not None:
-        state["powersgd"] = task.cluster.psgd.state_dict()
-    return state
 
 
 def save_checkpoint(task: Task, root: Path, step: int, *, keep: int = 3) -> Path:
@@ -103,13 +71,12 @@ def save_checkpoint(task: Task, root: Path, step: int, *, keep: int = 3) -> Path
 
     Raises:
         OSError: if the disk is full, not writable or failing; older checkpoints are untouched.
-        CheckpointError: if what was written does not read back.
+        CheckpointError: if what was written does not read back; of several processes on all of
+            them, if any cannot write.
     """
     step, keep = whole("checkpoint", "step", step, 0), whole("checkpoint", "keep", keep, 1)
-    if task.cluster is not None:
-        from dalle.train import checkpoint_shards
-
-        return checkpoint_shards.save(task, task.cluster, root, step, keep=keep)
+    if task.world.size > 1:
+        return _save_shards(task, root, step, keep)
     final = root / checkpoint_name(step)
     temporary = temporary_name(final)
     try:
@@ -120,21 +87,6 @@ def save_checkpoint(task: Task, root: Path, step: int, *, keep: int = 3) -> Path
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
-
-
-def publish(temporary: Path, final: Path, keep: int, part: slice = ALL) -> None:
-    """Verifies `part` of a written checkpoint's files, gives it its name, prunes to `keep`."""
-    sync_folder(temporary)
-    read_manifest(temporary, part)
-    os.rename(temporary, final)
-    root = final.parent
-    sync_folder(root)
-    with contextlib.suppress(OSError):  # the new one is safe; the next save prunes again
-        for old in checkpoints(root)[:-keep]:
-            doomed = temporary_name(old)  # renamed first: no half-removed folder has the name
-            os.rename(old, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-    remove_stale(root)
 
 
 def _write_files(task: Task, folder: Path, step: int) -> None:
@@ -148,72 +100,8 @@ def _write_files(task: Task, folder: Path, step: int) -> None:
     for name, tensors in groups.items():
         write_synced(folder / f"{name}.safetensors", tensors_to_bytes(tensors))
     write_synced(folder / STATE, to_json(state))
-    write_manifest(task, folder, step, hashes(folder, folder.iterdir()))
-
-
-def hashes(folder: Path, paths: Iterable[Path]) -> dict[str, Any]:
-    """What the manifest says of files in `folder`."""
-    return {
-        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
-        for path in sorted(paths)
-    }
-
-
-def write_manifest(task: Task, folder: Path, step: int, files: dict[str, Any]) -> None:
-    """Completes a checkpoint's folder."""
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "task": task.name,
-        "description": task.describe(),
-        "versions": {
-            "dalle": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "files": files,
-    }
-    write_synced(folder / MANIFEST, to_json({**manifest, "sha256": _digest(manifest)}))
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 over the manifest's other keys: it guards the files, this guards it."""
-    return hashlib.sha256(to_json(manifest)).hexdigest()
-
-
-def read_manifest(path: Path, part: slice = ALL) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every byte was verified, or that of `part` of its files.
-
-    Raises:
-        CheckpointError: in one line naming the file that is missing, truncated or altered.
-    """
-    where = f"checkpoint {path}"
-    try:
-        written = read_bytes(path / MANIFEST)
-        manifest = parse_json(written)
-        digest = manifest.pop("sha256")
-        if digest != _digest(manifest) or written != to_json({**manifest, "sha256": digest}):
-            raise CheckpointError(f"{where}: {MANIFEST} must match its SHA-256, got other bytes")
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{where}: format must be {FORMAT}, got {manifest['format']}")
-        for name, expected in list(manifest["files"].items())[part]:
-            file = path / name
-            check_regular(file)
-            if file.stat().st_size != expected["bytes"]:
-                raise CheckpointError(
-                    f"{where}: {name} must have {expected['bytes']} bytes, "
-                    f"got {file.stat().st_size}"
-                )
-            if sha256(file) != expected["sha256"]:
-                raise CheckpointError(f"{where}: {name} must match its SHA-256, got other bytes")
-    except OSError as problem:
-        name = Path(problem.filename or MANIFEST).name
-        raise CheckpointError(f"{where}: {name} must be readable, got: {problem.strerror}") from (
-            problem
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise CheckpointError(f"{where}: {MANIFEST} must be one that dalle wrote") from problem
-    return manifest
+    files = hashes(folder, folder.iterdir())
+    write_manifest(folder, step, files, task.name, task.describe())
 
 
 @contextlib.contextmanager
@@ -231,6 +119,69 @@ def as_written(path: Path) -> Iterator[None]:
         ) from problem
 
 
+@contextlib.contextmanager
+def _agreed(world: World) -> Iterator[None]:
+    """What fails inside on one process fails as a CheckpointError on all."""
+    with world.agreed():
+        try:
+            yield
+        except OSError as found:
+            reason = found.strerror or str(found).strip().splitlines()[0]
+            raise CheckpointError(reason) from found
+
+
+def _save_shards(task: Task, root: Path, step: int, keep: int) -> Path:
+    """`save_checkpoint` of several processes, with the same promise. Collective."""
+    from dalle.train import checkpoint_shards  # loads torch.distributed.checkpoint
+
+    world, final = task.world, root / checkpoint_name(step)
+    apart = world.replica_drift(task.model)
+    if apart is not None:
+        say(f"{task.name}: {apart}, at step {step}; a run that goes on from this checkpoint has "
+            "equal ones again")  # fmt: skip
+    temporary = Path(world.first(str(temporary_name(final))))
+    try:
+        with _agreed(world):
+            if world.rank == 0:
+                os.mkdir(temporary)
+                os.mkdir(temporary / SHARDS)
+        tensors: dict[str, Tensor] = dict(task.model.state_dict())
+        state = task_state(task)
+        own = state.pop("rng")
+        packed = {name: pack_tree(value, tensors, name) for name, value in state.items()}
+        with _agreed(world):
+            checkpoint_shards.write(temporary / SHARDS, tensors, world.control)
+        with _agreed(world):
+            _write_rng(temporary, world.rank, own)
+            if world.rank == 0:
+                write_synced(temporary / STATE, to_json(packed))
+                sync_folder(temporary / SHARDS)
+            files = hashes(temporary, _written_by(temporary, world.rank))
+        every = world.gather(files)
+        with _agreed(world):
+            if world.rank == 0:
+                merged = {name: entry for found in every for name, entry in found.items()}
+                write_manifest(temporary, step, merged, task.name, task.describe())
+                publish(temporary, final, keep, slice(0))  # each hashed its own
+    except BaseException:
+        if world.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _write_rng(folder: Path, rank: int, state: dict[str, Any]) -> None:
+    tensors: dict[str, Tensor] = {}
+    tree = pack_tree(state, tensors, "rng")
+    write_synced(folder / f"rng-{rank:05d}.json", to_json(tree))
+    write_synced(folder / f"rng-{rank:05d}.safetensors", tensors_to_bytes(tensors))
+
+
+def _written_by(folder: Path, rank: int) -> list[Path]:
+    own = [*folder.glob(f"rng-{rank:05d}.*"), *folder.glob(f"{SHARDS}/shard-{rank + 1:05d}-*")]
+    return own if rank else [*own, folder / STATE]
+
+
 def load_checkpoint(task: Task, path: Path, *, accept_changes: bool = False) -> int:
     """Verifies the checkpoint at `path`, puts all its state into `task`, returns its step.
 
@@ -245,10 +196,8 @@ def load_checkpoint(task: Task, path: Path, *, accept_changes: bool = False) -> 
             values).
         CheckpointError: if it is damaged, or of another task. In these cases `task` is untouched.
     """
-    if task.cluster is not None or (path / SHARDS).is_dir():
-        from dalle.train import checkpoint_shards
-
-        return checkpoint_shards.load(task, task.cluster, path, accept_changes=accept_changes)
+    if task.world.size > 1 or (path / SHARDS).is_dir():
+        return _load_shards(task, path, accept_changes=accept_changes)
     manifest = read_manifest(path)
     with as_written(path):
         state = check_fits(task, manifest, path, accept_changes=accept_changes)
@@ -263,6 +212,56 @@ def load_checkpoint(task: Task, path: Path, *, accept_changes: bool = False) -> 
     with as_written(path):
         set_rng_state(unpack_tree(state["rng"], groups["rng"]))
         return int(manifest["step"])
+
+
+def _load_shards(task: Task, path: Path, *, accept_changes: bool) -> int:
+    """`load_checkpoint` by any number of processes, of a checkpoint of any number.
+
+    With as many processes as wrote it, the run goes on bit for bit. Collective.
+    """
+    from dalle.train import checkpoint_shards
+
+    world, rank = task.world, task.world.rank
+    with _agreed(world):
+        manifest = read_manifest(path, slice(rank, None, world.size))
+    with _agreed(world):
+        state = check_fits(task, manifest, path, accept_changes=accept_changes)
+        sharded = (path / SHARDS).is_dir()
+        _check_no_others(path, manifest)
+        folder = path / SHARDS if sharded else path
+        tensors = checkpoint_shards.empty_tensors(folder, _parameter_of(task))
+    with _agreed(world):  # what fails above on one would leave the others alone in here
+        checkpoint_shards.read(folder, tensors, world.control)
+    weights = {name: tensors[name] for name in task.model.state_dict() if name in tensors}
+    load_tensors(task.model, weights, f"checkpoint {path}: weights")
+    restore(task, state, tensors, path, accept_changes)
+    say_changes(task, manifest, path)
+    exchanged = {"powersgd": unpack_tree(state["powersgd"], tensors)} if "powersgd" in state else {}
+    world.load_state_dict(exchanged, f"{task.name}: {path}")
+    if sharded and (path / f"rng-{rank:05d}.json").exists():
+        file = path / f"rng-{rank:05d}.safetensors"
+        own = tensors_from_bytes(read_bytes(file, MAX_TEXT_BYTES), file)
+        tree = read_json(file.with_suffix(".json"), CheckpointError)
+        set_rng_state(unpack_tree(tree, own))
+    return int(manifest["step"])
+
+
+def _check_no_others(path: Path, manifest: dict[str, Any]) -> None:
+    """The reader takes every file it finds; those that nobody vouches for are refused."""
+    for file in sorted((path / SHARDS).glob("*.safetensors")):
+        name = file.relative_to(path).as_posix()
+        if name not in manifest["files"]:
+            raise CheckpointError(f"checkpoint {path}: files must be in its manifest, got {name}")
+
+
+def _parameter_of(task: Task) -> Callable[[str], Tensor | None]:
+    """By a tensor's name the parameter that it may be shaped, and shared out, like."""
+    likes: dict[str, Tensor] = dict(task.model.named_parameters())
+    for name, param in list(likes.items()):
+        likes[f"average.average.{name}"] = likes[f"powersgd.errors.{name}"] = param
+    listed = [p for group in task.optimizer.param_groups for p in group["params"]]
+    moments = {f"optimizer.state.{i}": p for i, p in enumerate(listed)}
+    return lambda name: likes.get(name, moments.get(name.rpartition(".")[0]))
 
 
 def check_fits(
@@ -330,18 +329,3 @@ def restore(
         if task.average is not None:
             task.average.load_state_dict(unpack_tree(state["average"], tensors))
         task.load_state(unpack_tree(state["task"], {}))
-
-
-def differences(mine: Any, theirs: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The places (dotted key, my value, their value) where two JSON values differ."""
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        for name in [*mine, *(k for k in theirs if k not in mine)]:
-            inner = f"{key}.{name}" if key else name
-            yield from differences(mine.get(name), theirs.get(name), inner)
-    elif mine != theirs:
-        yield key or "description", mine, theirs
-
-
-def first_difference(mine: Any, theirs: Any) -> tuple[str, Any, Any] | None:
-    """The first of `differences`, or None."""
-    return next(differences(mine, theirs), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,21 +14,18 @@ from torch import Tensor
 from dalle.averaging import IterateAverage
 from dalle.codebook import codebook_health, init_codebook
 from dalle.configs import check_numbers, require, require_adamw, to_dict
+from dalle.console import say
 from dalle.data.augment import center_crop, dvae_crop, to_tensor
 from dalle.data.pairs import BatchSampler, Pairs, fingerprints, load_or_draw, load_or_skip
+from dalle.distributed.world import Solo, World
 from dalle.dvae import DiscreteVAE
-from dalle.dvae_blocks import Block, PatchBlock
 from dalle.errors import DataError, UsageError
 from dalle.likelihood import expected_pixels, map_pixels, psnr
 from dalle.schedules import cosine_ramp
-from dalle.train.loop import start_seed, step_seed
-from dalle.train.metrics import say
-from dalle.train.parts import require_alone, side_by_side, sums
-from dalle.train.run import agreed, averaged_model, whole
+from dalle.train.parts import side_by_side, sums
+from dalle.train.seeds import start_seed, step_seed
+from dalle.train.task import averaged_model, own_batch, require_one_part, whole_model
 from dalle.train.update import update
-
-if TYPE_CHECKING:
-    from dalle.distributed.cluster import Cluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +106,12 @@ class DvaeTask:
     drawn.
 
     Args:
-        vae: the model to train; with a cluster on the CPU, where each process takes its part.
+        vae: the model to train, where `parallelize` has put it.
         pairs: pictures; their captions are not used.
         config: the recipe.
         seed: of the batches, crops, noise and the codebook.
-        cluster: the processes that train together, each with the same arguments; a batch is shared
-            out, the model too. The losses do not depend on how many there are.
+        world: the processes that train together, each with the same arguments; a batch is shared
+            out. The losses do not depend on how many there are.
 
     Raises:
         UsageError: sizes that do not fit, or a warm start without the patch stem.
@@ -125,25 +122,23 @@ class DvaeTask:
 
     def __init__(
         self, vae: DiscreteVAE, pairs: Pairs, config: DvaeTrainConfig, *, seed: int = 0,
-        cluster: Cluster | None = None,
+        world: World | None = None,
     ) -> None:  # fmt: skip
         self.model, self.pairs, self.config, self.seed = vae, pairs, config, seed
-        self.cluster = cluster
-        self.device = next(vae.parameters()).device if cluster is None else cluster.device
+        self.device = next(vae.parameters()).device
+        self.world: World = world or Solo(self.device)
         self.data = {"pairs": len(pairs), **fingerprints(pairs)}
-        if cluster is not None:
-            cluster.agree(self.describe())
-        require_alone("dvae train", config.parts, cluster)
+        self.world.require_same(self.describe())
+        require_one_part("dvae train", config.parts, self.world)
         vae.grid(config.image_size)
         if config.warm_start_steps and vae.config.stem != "patch":
             raise UsageError(
                 f"dvae train: stem must be 'patch' for a warm start, got {vae.config.stem!r}"
             )
         if config.warm_start_steps:
-            with agreed(cluster):
+            with self.world.agreed():
                 self._check_codebook()
-        if cluster is not None:
-            self._share_out(cluster)
+        self.world.part(config.batch_size)
         self.sampler = BatchSampler(len(pairs), config.batch_size, seed)
         self.optimizer = torch.optim.AdamW(
             vae.parameters(),
@@ -211,15 +206,7 @@ class DvaeTask:
         )  # fmt: skip
         return to_tensor(found).to(self.device)
 
-    def _own_batch(self, step: int) -> Tensor:
-        """`batch`; on many processes one that has none of it goes on with nothing, until `update`
-        tells the others."""
-        try:
-            return self.batch(step)
-        except DataError as problem:
-            if self.cluster is None:
-                raise
-            self.cluster.problem = problem
+    def _no_batch(self) -> Tensor:
         part, side = self.part(), self.config.image_size
         return torch.zeros(
             part.stop - part.start, 3, side, side, device=self.device, dtype=torch.float32
@@ -227,14 +214,13 @@ class DvaeTask:
 
     def part(self) -> slice:
         """Where in a batch this process's pictures are."""
-        size = self.config.batch_size
-        return slice(0, size) if self.cluster is None else self.cluster.part(size)
+        return self.world.part(self.config.batch_size)
 
     def train_step(self, step: int) -> dict[str, float | Tensor]:
         """One update; before the codebook exists the codes are continuous."""
         c = self.config
-        images = self._own_batch(step)
-        share = 1.0 if self.cluster is None else self.cluster.weight(c.batch_size)
+        images = own_batch(self.world, partial(self.batch, step), self._no_batch)
+        share = self.world.weight(c.batch_size)
         if step < c.warm_start_steps:
 
             def autoencode(place: slice) -> tuple[Tensor, ...]:
@@ -312,7 +298,7 @@ class DvaeTask:
     def _make_codebook(self) -> None:
         c = self.config
         chosen = np.random.default_rng(step_seed(self.seed, 0, 3)).permutation(len(self.pairs))
-        with whole(self) as model, agreed(self.cluster):
+        with whole_model(self) as model, self.world.agreed():
             if model is not None:
                 assert isinstance(model, DiscreteVAE)
                 init_codebook(
@@ -339,28 +325,16 @@ class DvaeTask:
     def _psnr(self, images: Tensor, mu: Tensor) -> Tensor:
         return psnr(images, expected_pixels(mu)).mean()
 
-    def _share_out(self, cluster: Cluster) -> None:
-        from dalle.distributed.sharding import shard
-
-        if cluster.config.powersgd_rank:  # a warm start leaves parameters without a gradient
-            rank = cluster.config.powersgd_rank
-            raise UsageError(f"dvae train: powersgd_rank must be 0, got {rank}")
-        cluster.part(self.config.batch_size)
-        blocks = [m for m in self.model.modules() if isinstance(m, (Block, PatchBlock))]
-        shard(self.model, blocks, cluster, forwards=("autoencode",))
-
     def _of_all(
         self, share: float, means: dict[str, Tensor], rest: dict[str, Any]
     ) -> dict[str, float | Tensor]:
-        """A step's values; on many processes over all of them, each mean with its share."""
-        found = {key: value.detach() * share for key, value in means.items()} | rest
-        return found if self.cluster is None else self.cluster.mean(found)
+        """A step's values over all processes, each mean with this one's share."""
+        return self.world.mean({k: v.detach() * share for k, v in means.items()} | rest)
 
     def _count(self, index: Tensor, step: int) -> None:
         """Counts the codes of this batch; closes the window where it is full."""
         found = torch.bincount(index.flatten().cpu(), minlength=len(self.counts))
-        if self.cluster is not None:
-            found = self.cluster.sum(found).long()
+        found = self.world.sum(found).long()
         self.counts += found
         self.tokens_counted += int(found.sum())
         if (step + 1) % self.config.health_every:

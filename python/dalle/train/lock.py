@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dalle.console import say
 from dalle.errors import EnvironmentProblem, UsageError
 from dalle.files import make_folder, parse_json, regular_opener, same_file
-from dalle.train.metrics import say
+from dalle.train.task import Task
 
 LOCK_FILE = "training.lock"
 MAX_BYTES = 4096
@@ -184,3 +185,17 @@ def claimed(folder: Path, owner: str) -> Iterator[FolderLock]:
         yield lock
     finally:
         lock.release()
+
+
+@contextmanager
+def alone_in(out: Path, task: Task) -> Iterator[FolderLock | None]:
+    """Inside, no other training writes into `out`; process 0 has the lock. Collective."""
+    lock = None
+    with task.world.agreed():
+        if task.world.rank == 0:
+            lock = FolderLock(out, task.name)
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            lock.release()

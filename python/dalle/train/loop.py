@@ -4,12 +4,20 @@ A task owns model, optimizer and data; the loop owns resuming, metrics, pictures
 signals. Everything random in a step comes from `step_seed(seed, step)`, so a resumed run repeats
 the uninterrupted one bit for bit:
 
+    from dalle.averaging import IterateAverage
+    from dalle.distributed.world import Solo
+    from dalle.schedules import linear_warmup
+    from dalle.train.config import LoopConfig
+    from dalle.train.loop import train
+    from dalle.train.seeds import step_seed
+    from dalle.train.update import update
+
     class LineTask:
         name = "line"
         def __init__(self, seed: int = 0) -> None:
             self.model, self.seed = nn.Linear(1, 1), seed
             self.optimizer = torch.optim.AdamW(self.model.parameters())
-            self.average, self.cluster = IterateAverage(self.model, 0.999), None
+            self.average, self.world = IterateAverage(self.model, 0.999), Solo()
         def describe(self) -> dict[str, Any]:
             return {"features": 1, "seed": self.seed}
         def train_step(self, step: int) -> dict[str, float | Tensor]:
@@ -27,123 +35,28 @@ the uninterrupted one bit for bit:
 
 from __future__ import annotations
 
-import operator
-import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from PIL import Image
 
-from dalle.averaging import IterateAverage
-from dalle.configs import check_numbers, require, seed_number, whole
-from dalle.errors import Interrupted
+from dalle.console import say
+from dalle.errors import DataError, EnvironmentProblem, Interrupted, NumericalError
 from dalle.files import make_folder
-from dalle.train.metrics import Metrics, say
-from dalle.train.run import (
-    Saver,
-    StepWatch,
-    agreed,
-    alone_in,
-    answering,
-    can_be_saved,
-    resume,
-    settings,
-    signals,
-    write_pictures,
-)
+from dalle.pictures import save_png, to_uint8
+from dalle.train.config import LoopConfig
+from dalle.train.lock import alone_in
+from dalle.train.metrics import Metrics
+from dalle.train.resume import resume
+from dalle.train.saver import Saver, StepWatch, can_be_saved
+from dalle.train.seeds import settings, start_seed
+from dalle.train.signals import signals
+from dalle.train.task import Task
 from dalle.train.update import check_loss
 
-if TYPE_CHECKING:
-    from dalle.distributed.cluster import Cluster
-
 FIRST_SHARE = 0.1  # of the first weights in the averaged ones, above which it is said
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """How long to train, what to write, and how to begin.
-
-    Args:
-        out: folder for checkpoints, metrics and pictures; made if missing.
-        steps: updates in all, those of a resumed run included.
-        log_every: updates between records of metrics.jsonl.
-        checkpoint_every: updates between checkpoints; one is also written at the end.
-        keep: newest checkpoints kept.
-        picture_every: updates between pictures; 0 draws none.
-        resume: "auto" (the newest checkpoint in `out`, if any), "none" (a fresh start, refused if
-            `out` holds checkpoints) or the path of a checkpoint.
-        accept_changes: whether the checkpoint may be of other options, data or models, as far as
-            its tensors fit; what differs is said.
-        seed: for everything random.
-        deterministic: same bits on every run, at the price of slower kernels on a GPU.
-    """
-
-    out: Path
-    steps: int
-    log_every: int = 10
-    checkpoint_every: int = 500
-    keep: int = 3
-    picture_every: int = 500
-    resume: str = "auto"
-    accept_changes: bool = False
-    seed: int = 0
-    deterministic: bool = False
-
-    def __post_init__(self) -> None:
-        check_numbers("train", self)
-        least = {"steps": 0, "log_every": 1, "checkpoint_every": 1, "keep": 1, "picture_every": 0}
-        for name, low in least.items():
-            require("train", self, f"{low} or more", partial(operator.le, low), name)
-        require("train", self, "0 .. 2^63 - 1", lambda x: 0 <= x < 2**63, "seed")
-
-
-class Task(Protocol):
-    """What is trained; plain attributes will do for the properties."""
-
-    @property
-    def name(self) -> str:
-        """Shown in front of every line, e.g. "dvae"; a checkpoint of another is refused."""
-
-    @property
-    def model(self) -> nn.Module: ...
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer: ...
-
-    @property
-    def average(self) -> IterateAverage | None:
-        """The averaged weights, or None."""
-
-    @property
-    def cluster(self) -> Cluster | None:
-        """The processes that train together, each its own task; None where there is but one."""
-
-    def describe(self) -> dict[str, Any]:
-        """JSON values that fix the training; a checkpoint with others is refused."""
-
-    def train_step(self, step: int) -> Mapping[str, float | Tensor]:
-        """One update (see `train.update`) on a batch that is a pure function of `step` (from 0).
-
-        Returns scalars by name: "loss" always, "images" where images are counted; on many
-        processes the same on all.
-        """
-
-    def pictures(self, step: int) -> dict[str, Tensor]:
-        """Name -> (3, H, W) in [0, 1]; written as out/pictures/NAME-STEP.png.
-
-        Called on all processes; all but process 0 return none.
-        """
-
-    def state(self) -> dict[str, Any]:
-        """JSON values needed to go on besides model, optimizer, average and global generators."""
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Takes `state()` back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,27 +77,6 @@ class TrainingInterrupted(Interrupted):
         self.result = result
 
 
-def step_seed(seed: int, step: int, stream: int = 0, *place: int) -> int:
-    """A 63-bit seed for step `step`; others for other `stream`s, and places in a batch.
-
-    Raises:
-        UsageError: a negative number, or a seed above 63 bits.
-    """
-    given = [("stream", stream), ("step", step), *(("place", number) for number in place)]
-    key = [whole("step_seed", name, number, 0) for name, number in given]
-    sequence = np.random.SeedSequence(seed_number("step_seed", seed), spawn_key=key)
-    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def start_seed(seed: int, name: str) -> int:
-    """A 63-bit seed for what is drawn once, under a name of its own: first weights, a codebook.
-
-    No two seeds share it, nor do two names. (Torch's generator on the CPU reads 32 bits of a seed,
-    so 0 and 2^32 are the same to it; of this they get different ones.)
-    """
-    return step_seed(seed, 0, 2**32 - 1, zlib.crc32(name.encode()))
-
-
 def train(task: Task, config: LoopConfig) -> TrainResult:
     """Trains `task` until `config.steps` updates are done.
 
@@ -200,18 +92,18 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
             the middle of an update; of many processes only for what all raise (`agreed`), such as
             the DataError of one of them.
     """
-    cluster, step, stop = task.cluster, 0, False
-    with agreed(cluster):
+    world, step, stop = task.world, 0, False
+    with world.agreed():
         out = make_folder(config.out, "train")
     with (
         alone_in(out, task) as lock,
         settings(start_seed(config.seed, "global"), config.deterministic),
         signals() as received,
-        answering(cluster, lambda: step),
+        world.explained(lambda: step),
     ):
         step = resume(task, config)
         saver = Saver(task, out, config.keep)
-        with agreed(cluster):
+        with world.agreed():
             metrics = Metrics(out, name=task.name, start=step, steps=config.steps)
         if step > config.steps:
             say(f"{task.name}: {step} updates are done already, more than steps {config.steps}")
@@ -225,13 +117,13 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
                 step += 1
                 watch.end()
                 metrics.add(values)
-                stop = bool(received) if cluster is None else cluster.any(bool(received))
+                stop = world.any(bool(received))
                 last = stop or step >= config.steps
                 record = last or step % config.log_every == 0
                 save = last or step % config.checkpoint_every == 0
                 draw = config.picture_every > 0 and step % config.picture_every == 0
                 if record or save or draw:
-                    with agreed(cluster):
+                    with world.agreed():
                         if lock is not None:
                             lock.renew()
                 if record:
@@ -267,3 +159,20 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
             result,
         )
     return result
+
+
+def write_pictures(task: Task, step: int, folder: Path) -> None:
+    """Writes `task.pictures(step)` as folder/NAME-STEP.png, the model in evaluation mode."""
+    was_training = task.model.training
+    task.model.eval()
+    try:
+        with torch.no_grad():
+            pictures = task.pictures(step)
+        for name, picture in pictures.items():
+            image = Image.fromarray(to_uint8(picture))
+            save_png(folder / f"{name}-{step:08d}.png", image)
+    except (EnvironmentProblem, DataError, NumericalError) as problem:
+        say(f"{task.name}: pictures after step {step} not written: {problem}")
+    finally:
+        task.model.train(was_training)
+    task.world.barrier()  # the others have waited for process 0

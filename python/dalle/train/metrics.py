@@ -18,30 +18,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dalle.console import printable
+from dalle.console import duration, leads, number, say
 from dalle.files import parse_json, read_lines, regular_opener, saving, write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 MAX_LINE_BYTES = 16 << 20
 MAX_FILE_BYTES = 8 << 30
-
-
-def say(text: str) -> None:
-    """One line on stderr, above a progress bar if there is one; of many processes the first's.
-
-    Control characters, which file names and captions may hold, become escapes. Where nobody takes
-    the line any more (`... 2>&1 | head`, a terminal that was closed) the work goes on without it.
-    """
-    if leads() and sys.stderr is not None:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
-            tqdm.write(printable(text), file=sys.stderr)
-            sys.stderr.flush()
-
-
-def leads() -> bool:
-    """Whether this process speaks and writes: the only one, or number 0 of `torchrun`'s."""
-    alone = os.environ.get("WORLD_SIZE", "") in ("", "1")
-    return alone or os.environ.get("RANK", "0") == "0"
 
 
 def read_metrics(path: Path, damaged: list[int] | None = None) -> list[dict[str, Any]]:
@@ -55,7 +37,7 @@ def read_metrics(path: Path, damaged: list[int] | None = None) -> list[dict[str,
         OSError: no regular file, or it cannot be read.
     """
     records = []
-    for number, line in enumerate(read_lines(path, MAX_LINE_BYTES, MAX_FILE_BYTES), 1):
+    for at, line in enumerate(read_lines(path, MAX_LINE_BYTES, MAX_FILE_BYTES), 1):
         try:
             record: Any = None if line is None else parse_json(line)
         except ValueError:
@@ -63,7 +45,7 @@ def read_metrics(path: Path, damaged: list[int] | None = None) -> list[dict[str,
         if record is not None and _is_record(record):
             records.append(record)
         elif damaged is not None:
-            damaged.append(number)
+            damaged.append(at)
     return records
 
 
@@ -81,18 +63,6 @@ def _is_record(value: Any) -> bool:
         return False
     step = value.get("step")
     return isinstance(step, int) and 0 <= step < 2**63
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def number(value: float) -> str:
-    """Four significant digits."""
-    return f"{value:.4g}"
 
 
 def _without_nan(value: Any) -> Any:

@@ -10,16 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dalle.configs import whole
-from dalle.errors import UsageError
-
-if TYPE_CHECKING:
-    from dalle.distributed.cluster import Cluster
 
 Run = Callable[[slice], Sequence[Tensor]]
 
@@ -125,9 +121,3 @@ def sums(found: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         torch.stack(list(each)).sum(0) if len(each) > 1 else each[0]
         for each in zip(*found, strict=True)
     ]
-
-
-def require_alone(command: str, parts: int, cluster: Cluster | None) -> None:
-    """Raises UsageError for several parts on many processes, which share a batch out already."""
-    if parts > 1 and cluster is not None:
-        raise UsageError(f"{command}: parts must be 1 on many processes, got {parts}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from dalle.data.pairs import (
     load_or_draw,
     load_or_skip,
 )
+from dalle.distributed.world import Solo, World
 from dalle.dvae import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.pictures import rows_of
@@ -31,14 +32,11 @@ from dalle.prior import PAD, Prior, PriorOutput
 from dalle.prior_config import IMAGE_WEIGHT, TEXT_WEIGHT
 from dalle.schedules import PlateauHalving
 from dalle.tokenizer import Tokenizer
-from dalle.train.loop import start_seed, step_seed
-from dalle.train.parts import require_alone, side_by_side, spread, sums
+from dalle.train.parts import side_by_side, spread, sums
 from dalle.train.prior_recipe import PriorTrainConfig, init_from_codebook, make_optimizer
-from dalle.train.run import averaged_model
+from dalle.train.seeds import start_seed, step_seed
+from dalle.train.task import averaged_model, own_batch, require_one_part
 from dalle.train.update import update
-
-if TYPE_CHECKING:
-    from dalle.distributed.cluster import Cluster
 
 
 class Batch(NamedTuple):
@@ -63,14 +61,14 @@ class PriorTask:
     Of a pair's several captions one is drawn each time.
 
     Args:
-        prior: the model to train; with a cluster on the CPU, where each process takes its part.
+        prior: the model to train, where `parallelize` has put it.
         tokenizer: of the captions.
         vae: frozen; image tokens are the argmax of its encoder.
         pairs: the data set.
         config: the recipe.
         seed: of batches, crops, dropouts and the start from the codebook.
-        cluster: the processes that train together, each with the same arguments; a batch is shared
-            out, the model too. Only the model's own dropout depends on how many there are.
+        world: the processes that train together, each with the same arguments; a batch is shared
+            out. Only the model's own dropout depends on how many there are.
 
     Raises:
         UsageError: sizes of prior, tokenizer, dVAE and images that do not fit each other.
@@ -88,16 +86,17 @@ class PriorTask:
         config: PriorTrainConfig,
         *,
         seed: int = 0,
-        cluster: Cluster | None = None,
+        world: World | None = None,
     ) -> None:
         self.model, self.tokenizer, self.vae, self.pairs = prior, tokenizer, vae.eval(), pairs
-        self.config, self.seed, self.cluster = config, seed, cluster
+        self.config, self.seed, self.device = config, seed, prior.start_of_text.device
+        self.world: World = world or Solo(self.device)
+        many = self.world.size > 1
         self.data = {"pairs": len(pairs), **fingerprints(pairs)}
         prior.trained_on = {"tokenizer": tokenizer.fingerprint(), "vae": fingerprint(vae)}
-        if cluster is not None:
-            cluster.agree(self.describe())
-        require_alone("prior train", config.parts, cluster)
-        if config.optimizer == "muon" and cluster is not None:
+        self.world.require_same(self.describe())
+        require_one_part("prior train", config.parts, self.world)
+        if config.optimizer == "muon" and many:
             raise UsageError(
                 "prior train: optimizer must be adamw or adamw16 on many processes, got muon"
             )
@@ -115,7 +114,6 @@ class PriorTask:
         if sizes.grid[0] != sizes.grid[1]:
             raise UsageError(f"prior train: grid must be square, got {sizes.grid}")
         self.image_size = sizes.grid[0] * vae.factor
-        self.device = prior.start_of_text.device if cluster is None else cluster.device
         self.tokens: Tensor | None = None
         self.kept = np.arange(len(pairs))
         if config.augment == "none":
@@ -130,18 +128,19 @@ class PriorTask:
             min_delta=config.plateau_min_delta,
             max_halvings=config.max_halvings if config.decay == "plateau" else 0,
         )
-        if cluster is not None:
-            self._share_out(cluster)
+        if many and sizes.half_weights:
+            raise UsageError(
+                "prior train: half_weights must be off on many processes, where a gathered block "
+                "has one dtype, got True"
+            )
+        self.world.part(config.batch_size)
         self.optimizer = make_optimizer(prior, config, seed)
         self.scaler: ResblockScaler | None = None
         if sizes.precision == "fp16-scaled":
             self.scaler = ResblockScaler(prior.resblocks())
             for key, block in prior.resblocks().items():
                 block.ends = self.scaler[key]
-        if cluster is not None:
-            from dalle.distributed.sharding import compress
-
-            compress(prior, cluster, self.scaler, prior.resblocks().values())
+            self.world.use_scaler(self.scaler)
         self.average: IterateAverage | None = IterateAverage(
             prior, config.average_decay, config.average_every, warmup=config.average_warmup
         )
@@ -154,7 +153,7 @@ class PriorTask:
     def batch(self, step: int) -> Batch:
         """This process's part of the batch of update `step`, a pure function of the seed."""
         c, whole = self.config, self.sampler.indices(step)
-        part = slice(0, len(whole)) if self.cluster is None else self.cluster.part(len(whole))
+        part = self.world.part(len(whole))
         chosen, first = whole[part], part.start
         places = np.arange(part.start, part.stop)
         if self.tokens is not None:
@@ -200,12 +199,12 @@ class PriorTask:
         """One update; all its randomness comes from (seed, step)."""
         c = self.config
         cut = self.tokenizer.truncated
-        text, tokens, keep = self._own_batch(step)
+        text, tokens, keep = own_batch(self.world, partial(self.batch, step), self._no_batch)
         cut = self.tokenizer.truncated - cut
 
         def forward() -> PriorOutput:
-            process = 0 if self.cluster is None else self.cluster.rank
-            torch.manual_seed(step_seed(self.seed, step, 4, process))  # the model's own dropout
+            # The model's own dropout.
+            torch.manual_seed(step_seed(self.seed, step, 4, self.world.rank))
             return self.model(text, tokens, keep=keep)  # type: ignore[no-any-return]
 
         text_loss, image_loss = self._losses(forward, Batch(text, tokens, keep))
@@ -225,12 +224,11 @@ class PriorTask:
             "image_loss": image_loss.detach(),
             "grad_norm": grad_norm,
             "halvings": self.plateau.halvings,
-            "captions_cut": self._weight() * cut / len(text),
+            "captions_cut": self.world.weight(c.batch_size) * cut / len(text),
             "images": len(text),
             **(self.scaler.metrics() if self.scaler is not None else {}),
         }
-        if self.cluster is not None:
-            values = self.cluster.mean(values)
+        values = self.world.mean(values)
         if c.decay == "plateau":
             self.plateau.update(float(values["loss"]))
         return values
@@ -263,36 +261,12 @@ class PriorTask:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
 
-    def _own_batch(self, step: int) -> Batch:
-        """`batch`; on many processes one that has none of it goes on with nothing, until `update`
-        tells the others."""
-        try:
-            return self.batch(step)
-        except DataError as problem:
-            if self.cluster is None:
-                raise
-            self.cluster.problem = problem
-        part, sizes = self.cluster.part(self.config.batch_size), self.model.config
+    def _no_batch(self) -> Batch:
+        part, sizes = self.world.part(self.config.batch_size), self.model.config
         count = part.stop - part.start
         text = torch.full((count, sizes.text_len - 1), PAD, device=self.device, dtype=torch.int64)
         tokens = torch.zeros(count, sizes.num_image_tokens, dtype=torch.int64, device=self.device)
         return Batch(text, tokens, None)
-
-    def _share_out(self, cluster: Cluster) -> None:
-        if self.model.config.half_weights:
-            raise UsageError(
-                "prior train: half_weights must be off on many processes, where a gathered block "
-                "has one dtype, got True"
-            )
-        cluster.part(self.config.batch_size)
-        from dalle.distributed.sharding import shard
-
-        compressed = cluster.config.powersgd_rank > 0
-        shard(self.model, self.model.resblocks().values(), cluster, compressed=compressed)
-
-    def _weight(self) -> float:
-        """Of a mean over this process's pairs in the mean of all processes."""
-        return 1.0 if self.cluster is None else self.cluster.weight(self.config.batch_size)
 
     def _losses(self, forward: Callable[[], PriorOutput], batch: Batch) -> list[Tensor]:
         """Text and image loss whose means over the processes are those of the whole batch.
@@ -301,10 +275,9 @@ class PriorTask:
         """
         if self.config.parts == 1:
             out = forward()
-            if self.cluster is None:
-                return [out.text_loss, out.image_loss]
-            share = self.cluster.share(self._text_targets(batch.text))
-            return [out.text_loss * share, out.image_loss * self._weight()]
+            share = self.world.share(self._text_targets(batch.text))
+            weight = self.world.weight(self.config.batch_size)
+            return [out.text_loss * share, out.image_loss * weight]
         targets = max(1, self._text_targets(batch.text))
 
         def run(place: slice) -> tuple[Tensor, ...]:
@@ -329,9 +302,7 @@ class PriorTask:
 
     def _encode_all(self) -> tuple[Tensor, np.ndarray]:
         """Tokens of every picture that decodes, and which those are; each process encodes some."""
-        own, cluster = np.arange(len(self.pairs)), self.cluster
-        if cluster is not None:
-            own = np.array_split(own, cluster.world)[cluster.rank]
+        own = np.array_split(np.arange(len(self.pairs)), self.world.size)[self.world.rank]
         size, tokens, kept = self.image_size, [], []
         for part in np.array_split(own, math.ceil(len(own) / 128) or 1):
             images, found = load_or_skip(
@@ -341,10 +312,9 @@ class PriorTask:
                 tokens.append(self._encode(images).cpu())
             kept += part[found].tolist()
         every = torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64, device="cpu")
-        if cluster is not None:
-            gathered = cluster.gather((every.numpy(), kept))
-            kept = [i for _, ours in gathered for i in ours]
-            every = torch.cat([torch.from_numpy(t) for t, _ in gathered if len(t)] or [every])
+        gathered = self.world.gather((every.numpy(), kept))
+        kept = [i for _, ours in gathered for i in ours]
+        every = torch.cat([torch.from_numpy(t) for t, _ in gathered if len(t)] or [every])
         if not kept:
             raise DataError(f"{self.pairs.name}: a picture must be usable, got none that is")
         return every, np.array(kept)

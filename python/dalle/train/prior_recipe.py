@@ -14,6 +14,7 @@ from dalle.errors import UsageError
 from dalle.prior import Prior
 from dalle.prior_blocks import AttentionBlock
 from dalle.schedules import cosine_ramp, linear_warmup
+from dalle.sharded import fill_
 from dalle.train.muon import MuonAdamW
 
 DECAYS = ("plateau", "cosine", "none")
@@ -206,7 +207,7 @@ def init_from_codebook(
     start = codes @ turn.t()
     if isinstance(prior.image_widen, nn.Linear) and isinstance(prior.image_narrow, nn.Linear):
         start = codes
-        prior.image_widen.weight.copy_(turn)
-        prior.image_narrow.weight.copy_(turn.t())
-    prior.image_embedding.weight.copy_(start * embedding_scale)
-    prior.image_head.weight.copy_(start * head_scale)
+        fill_(prior.image_widen.weight, turn)
+        fill_(prior.image_narrow.weight, turn.t())
+    fill_(prior.image_embedding.weight, start * embedding_scale)
+    fill_(prior.image_head.weight, start * head_scale)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 
 
@@ -47,31 +45,3 @@ def unpack_tree(packed: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {key: unpack_tree(item, tensors) for key, item in content}
     items = [unpack_tree(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items
-
-
-def rng_state() -> dict[str, Any]:
-    """State of the global generators of torch (CPU and every CUDA device in use), numpy, random."""
-    name, keys, position, has_gauss, gauss = cast(tuple, np.random.get_state(legacy=True))
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-        "numpy": [
-            name,
-            torch.tensor(keys.astype(np.int64), dtype=torch.int64, device="cpu"),
-            position,
-            has_gauss,
-            gauss,
-        ],
-        "python": random.getstate(),
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restores `rng_state()`; CUDA generators only where as many devices are there."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    random.setstate(state["python"])

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dalle.errors import NumericalError
 from dalle.precision import ResblockScaler, ScalerStep, first_nonfinite
-from dalle.sharded import gather, local_part
-
-if TYPE_CHECKING:
-    from dalle.train.loop import Task
+from dalle.sharded import local_part
+from dalle.train.task import Task
 
 
 def check_loss(
@@ -84,17 +81,9 @@ def update(
             cannot fall any more; the weights are then untouched.
         DalleError: the problem of a process of the cluster, on all of them; nothing has changed.
     """
-    cluster = task.cluster
-    shown = loss.detach()
-    if cluster is not None:  # all see the same, so that all stop or none; none runs ahead again
-        own = shown if cluster.problem is None else torch.full_like(shown, math.nan)
-        shown, forward = (
-            torch.as_tensor(cluster.mean({"loss": own})["loss"], dtype=torch.float64, device="cpu"),
-            None,
-        )
-        if not math.isfinite(float(shown)):  # on all, so they have time to ask whose fault it is
-            problem, cluster.problem = cluster.problem, None
-            cluster.together(problem)
+    shown = task.world.agreed_loss(loss.detach())
+    if task.world.size > 1:  # a forward pass exchanges parameters: none runs it again by itself
+        forward = None
     task.optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     for group in task.optimizer.param_groups:
@@ -103,8 +92,7 @@ def update(
         norm = _plain_step(task, shown, step, clip_norm, forward)
     else:
         check_loss(task.name, shown, step, task.model, forward)
-        psgd = None if cluster is None else cluster.psgd
-        agree = None if psgd is None else psgd.take_first_norm_
+        agree = task.world.agree_norm_
         found = scaler.step(task.optimizer, clip_norm=clip_norm, agree=agree)
         norm = float(found.norm)
         if bool(found.skipped):
@@ -123,11 +111,7 @@ def _plain_step(
     forward: Callable[[], object] | None,
 ) -> float:
     grads = [p.grad for p in task.model.parameters() if p.grad is not None]
-    psgd = None if task.cluster is None else task.cluster.psgd
-    if psgd is None:
-        norm = float(gather(nn.utils.get_total_norm(grads)))
-    else:
-        norm = float(psgd.gradient_norm())
+    norm = task.world.gradient_norm(grads)
     if not math.isfinite(norm + float(loss)):
         check_loss(task.name, loss, step, task.model, forward)
         check_gradients(task.name, task.model, step)
@@ -143,15 +127,8 @@ def _plain_step(
 def _explain_skip(task: Task, step: int, scaler: ResblockScaler, found: ScalerStep) -> None:
     """Raises NumericalError where a skipped update cannot be mended by a smaller scale."""
     if int(found.nonfinite[-1]):  # what belongs to no block has no scale
-        problem: NumericalError | None = None
-        try:
+        with task.world.agreed():  # it may be in another process's part
             check_gradients(task.name, task.model, step)
-        except NumericalError as error:
-            problem = error
-        if task.cluster is not None:  # it may be in another process's part
-            task.cluster.together(problem)
-        elif problem is not None:
-            raise problem
     stuck = scaler.stuck()
     if stuck:
         raise NumericalError(

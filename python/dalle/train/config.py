@@ -1,0 +1,48 @@
+"""Options that every training has."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dalle.configs import check_numbers, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long to train, what to write, and how to begin.
+
+    Args:
+        out: folder for checkpoints, metrics and pictures; made if missing.
+        steps: updates in all, those of a resumed run included.
+        log_every: updates between records of metrics.jsonl.
+        checkpoint_every: updates between checkpoints; one is also written at the end.
+        keep: newest checkpoints kept.
+        picture_every: updates between pictures; 0 draws none.
+        resume: "auto" (the newest checkpoint in `out`, if any), "none" (a fresh start, refused if
+            `out` holds checkpoints) or the path of a checkpoint.
+        accept_changes: whether the checkpoint may be of other options, data or models, as far as
+            its tensors fit; what differs is said.
+        seed: for everything random.
+        deterministic: same bits on every run, at the price of slower kernels on a GPU.
+    """
+
+    out: Path
+    steps: int
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep: int = 3
+    picture_every: int = 500
+    resume: str = "auto"
+    accept_changes: bool = False
+    seed: int = 0
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers("train", self)
+        least = {"steps": 0, "log_every": 1, "checkpoint_every": 1, "keep": 1, "picture_every": 0}
+        for name, low in least.items():
+            require("train", self, f"{low} or more", partial(operator.le, low), name)
+        require("train", self, "0 .. 2^63 - 1", lambda x: 0 <= x < 2**63, "seed")

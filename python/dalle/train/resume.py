@@ -1,0 +1,80 @@
+"""What a training begins with: nothing, or a checkpoint in its folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dalle.console import say
+from dalle.errors import CheckpointError, OtherTrainingError, UsageError
+from dalle.files import saving, temporary_name
+from dalle.train.checkpoint import check_fits, load_checkpoint
+from dalle.train.config import LoopConfig
+from dalle.train.manifest import checkpoints, read_manifest, remove_stale, step_of
+from dalle.train.task import Task
+
+FIXED_KEYS = ("model.", "ranker.", "train.optimizer")
+HINT_TO_ACCEPT = "--accept-changes goes on with this run's"
+
+
+def resume(task: Task, config: LoopConfig) -> int:
+    """Puts the state to begin with into `task` and returns the updates already done.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged, missing or of another training; the line
+            says how to go on where there is a way.
+        UsageError: if `resume` is "none" and `out` holds checkpoints, which would mix two runs.
+    """
+    out, world = Path(config.out), task.world
+    with world.agreed():
+        if world.rank == 0:
+            remove_stale(out)
+    found = world.first(checkpoints(out))
+    if config.resume == "none":
+        if found:
+            raise UsageError(
+                f"train: out must hold no checkpoints with resume none, got {found[-1]}; "
+                "choose another folder or remove it"
+            )
+        return 0
+    if config.resume == "auto" and not found:
+        return 0
+    path = found[-1] if config.resume == "auto" else Path(config.resume)
+    try:
+        step = load_checkpoint(task, path, accept_changes=config.accept_changes)
+    except OtherTrainingError as problem:
+        # Tensors of another size fit no run, nor does the state of another optimizer.
+        fixed = [key for key in problem.keys if key.startswith(FIXED_KEYS)]
+        hint = f"choose another out for another {fixed[0]}" if fixed else HINT_TO_ACCEPT
+        raise OtherTrainingError(f"{problem}; {hint}", problem.keys) from problem
+    except CheckpointError as problem:
+        older = None
+        if config.resume == "auto" and not _can_go_on(task, path, config):
+            older = next((p for p in found[-2::-1] if _can_go_on(task, p, config)), None)
+        hint = "" if older is None else f"; --resume {older} goes on from an older one"
+        raise CheckpointError(f"{problem}{hint}") from problem
+    if config.resume != "auto":
+        with world.agreed(), saving("train", out):
+            if world.rank == 0:
+                set_aside_later(out, step)
+    say(f"{task.name}: resumed after step {step} from {path}")
+    return step
+
+
+def _can_go_on(task: Task, path: Path, config: LoopConfig) -> bool:
+    """Whether a checkpoint is whole and of this training."""
+    try:
+        check_fits(task, read_manifest(path), path, accept_changes=config.accept_changes)
+    except CheckpointError:
+        return False
+    return True
+
+
+def set_aside_later(out: Path, step: int) -> None:
+    """Renames checkpoints after `step` to aside-..., so that they are neither lost nor resumed."""
+    for path in checkpoints(out):
+        if step_of(path) > step:
+            nonce = temporary_name(path).name.rpartition("-")[2]
+            aside = path.with_name(f"aside-{path.name}-{nonce}")
+            os.rename(path, aside)
+            say(f"train: set aside {path.name} as {aside.name}")

@@ -1,0 +1,83 @@
+"""Where a training's random numbers come from: seeds by step, and the global generators."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from dalle.configs import seed_number, whole
+
+
+def step_seed(seed: int, step: int, stream: int = 0, *place: int) -> int:
+    """A 63-bit seed for step `step`; others for other `stream`s, and places in a batch.
+
+    Raises:
+        UsageError: a negative number, or a seed above 63 bits.
+    """
+    given = [("stream", stream), ("step", step), *(("place", number) for number in place)]
+    key = [whole("step_seed", name, number, 0) for name, number in given]
+    sequence = np.random.SeedSequence(seed_number("step_seed", seed), spawn_key=key)
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def start_seed(seed: int, name: str) -> int:
+    """A 63-bit seed for what is drawn once, under a name of its own: first weights, a codebook.
+
+    No two seeds share it, nor do two names. (Torch's generator on the CPU reads 32 bits of a seed,
+    so 0 and 2^32 are the same to it; of this they get different ones.)
+    """
+    return step_seed(seed, 0, 2**32 - 1, zlib.crc32(name.encode()))
+
+
+@contextmanager
+def settings(seed: int, deterministic: bool) -> Iterator[None]:
+    """Seeds the global generators; with `deterministic`, no kernel that varies from run to run."""
+    before = torch.are_deterministic_algorithms_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the global generators of torch (CPU and every CUDA device in use), numpy, random."""
+    name, keys, position, has_gauss, gauss = cast(tuple, np.random.get_state(legacy=True))
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": [
+            name,
+            torch.tensor(keys.astype(np.int64), dtype=torch.int64, device="cpu"),
+            position,
+            has_gauss,
+            gauss,
+        ],
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restores `rng_state()`; CUDA generators only where as many devices are there."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    random.setstate(state["python"])

@@ -1,0 +1,102 @@
+"""What a training is made of: the protocol of a task, and its whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dalle.averaging import IterateAverage
+from dalle.distributed.world import World
+from dalle.errors import DataError, EnvironmentProblem, UsageError
+
+T = TypeVar("T")
+
+
+class Task(Protocol):
+    """What is trained; plain attributes will do for the properties."""
+
+    @property
+    def name(self) -> str:
+        """Shown in front of every line, e.g. "dvae"; a checkpoint of another is refused."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+
+    @property
+    def average(self) -> IterateAverage | None:
+        """The averaged weights, or None."""
+
+    @property
+    def world(self) -> World:
+        """The processes that train together, each its own task."""
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values that fix the training; a checkpoint with others is refused."""
+
+    def train_step(self, step: int) -> Mapping[str, float | Tensor]:
+        """One update (see `train.update`) on a batch that is a pure function of `step` (from 0).
+
+        Returns scalars by name: "loss" always, "images" where images are counted; on many
+        processes the same on all.
+        """
+
+    def pictures(self, step: int) -> dict[str, Tensor]:
+        """Name -> (3, H, W) in [0, 1]; written as out/pictures/NAME-STEP.png.
+
+        Called on all processes; all but process 0 return none.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """JSON values needed to go on besides model, optimizer, average and global generators."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes `state()` back."""
+
+
+def require_one_part(command: str, parts: int, world: World) -> None:
+    """Raises UsageError for several parts on many processes, which share a batch out already."""
+    if parts > 1 and world.size > 1:
+        raise UsageError(f"{command}: parts must be 1 on many processes, got {parts}")
+
+
+def own_batch(world: World, batch: Callable[[], T], empty: Callable[[], T]) -> T:
+    """`batch()`; of several processes one that has no data goes on with `empty()`, until `update`
+    tells the others."""
+    try:
+        return batch()
+    except DataError as problem:
+        world.postpone(problem)
+        return empty()
+
+
+@contextmanager
+def averaged_model(task: Task, averaged: bool = True) -> Iterator[nn.Module | None]:
+    """`World.whole_model` of a task, with the averaged weights if it has some, unless told not.
+
+    Raises:
+        EnvironmentProblem: a GPU's memory does not suffice for what is done inside.
+    """
+    with task.world.whole_model(task.model, task.average if averaged else None) as model:
+        try:
+            yield model
+        except torch.OutOfMemoryError as problem:
+            found = str(problem).splitlines()[0]
+            raise EnvironmentProblem(f"{task.name}: memory must suffice, got: {found}") from problem
+
+
+@contextmanager
+def whole_model(task: Task) -> Iterator[nn.Module | None]:
+    """The whole model of a task, to be changed inside the block on process 0 (None elsewhere).
+
+    The others then take it over. Collective.
+    """
+    with averaged_model(task, False) as model:
+        yield model
+    task.world.take_over(task.model, model)
