@@ -1,4 +1,4 @@
-"""The build's decisions, each with the line that a wrong surrounding gets."""
+"""The decisions of the build, and its messages in unsuitable environments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""area_resize against a float64 definition written the slow way."""
+"""area_resize against a slow float64 definition."""
 
 from __future__ import annotations
 

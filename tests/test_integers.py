@@ -1,4 +1,4 @@
-"""Integers of any kind are taken wherever an integer is, and mean the same."""
+"""Integers of any kind are accepted wherever an integer is, and mean the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate on registers, spills and opcodes finds what it is there to find."""
+"""The check of registers, spills and opcodes finds what it should."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ BUDGETS = [  # (glob, lines)
 ]
 HEAD_OF_TESTS = """# What each test file proves
 
-The first sentence of each file, collected by `python tests/test_layout.py`. Numbers that must hold:
-`docs/reliability.md`. Cases marked `night` repeat what a quicker one shows and run in `.ci/night`.
+Generated from the first sentence of each file by `python tests/test_layout.py`. [reliability](reliability.md) lists the
+numbers that must hold. Cases marked `night` are slow variants of quicker ones and run in `.ci/night`.
 
 | file | what it proves |
 |---|---|

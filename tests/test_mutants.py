@@ -1,4 +1,4 @@
-"""The planted faults of `tests/mutants.py` can still be put in; `.ci/night` runs them."""
+"""The planted faults of `tests/mutants.py` can still be inserted; `.ci/night` runs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What compressed exchanges cost: clocks that never wait for the device, samples, the advice."""
+"""`PowerSGD.report()`: times, bytes and advice, measured without waiting for the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The averaged weights: the moving average of the definition, fp32, swapped in and out, resumed."""
+"""Averaged weights: the moving average by its definition, in fp32, swapped in and out, resumed."""
 
 from __future__ import annotations
 

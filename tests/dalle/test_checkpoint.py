@@ -1,4 +1,4 @@
-"""R13, R14, R15: a checkpoint is there whole or not at all, and a damaged one is known as such."""
+"""R13, R14, R15: a checkpoint is complete or absent, and a damaged one is detected."""
 
 from __future__ import annotations
 

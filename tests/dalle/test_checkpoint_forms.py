@@ -1,4 +1,4 @@
-"""A checkpoint whose hashes fit and whose state has another form: one line, no name of Python's."""
+"""A checkpoint with valid hashes and a state of another form gets one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training over many processes: the same losses, checkpoints of shards, what goes wrong."""
+"""A training over many processes: the losses of one process, sharded checkpoints, failures."""
 
 from __future__ import annotations
 

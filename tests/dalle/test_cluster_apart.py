@@ -1,4 +1,4 @@
-"""What one process of several has otherwise: pictures that do not decode, other data, its time."""
+"""Processes that differ: pictures that do not decode on one, other data, delays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""R13 on many processes: one of them is killed at any moment of a save; a checkpoint is whole."""
+"""R13 on many processes: a process killed during a save leaves a complete checkpoint."""
 
 from __future__ import annotations
 

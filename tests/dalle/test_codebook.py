@@ -1,4 +1,4 @@
-"""The codebook: its health in numbers and words, and k-means that uses every code."""
+"""The codebook: how many codes are used, warnings, and k-means that uses every code."""
 
 from __future__ import annotations
 

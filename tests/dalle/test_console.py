@@ -1,4 +1,4 @@
-"""What people read: no cursor moves, no failure of a stream ends the work."""
+"""Console output: no cursor moves, and a stream that fails does not end the work."""
 
 from __future__ import annotations
 

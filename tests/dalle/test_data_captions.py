@@ -1,4 +1,4 @@
-"""One rule cleans captions and prompts, wherever they come from."""
+"""Captions and prompts are cleaned by the same rule, wherever they come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dalle data make-shapes`, `dalle data check`, `dalle tokenizer train`, as typed."""
+"""`dalle data make-shapes`, `dalle data check`, `dalle tokenizer train` on the command line."""
 
 from __future__ import annotations
 

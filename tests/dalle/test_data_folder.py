@@ -1,4 +1,4 @@
-"""Folders as they are found: several captions a file, links, names of any kind."""
+"""Image folders: several captions a file, links, names of any kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of unknown origin: metadata spoils no pixels, and every refusal names its reason."""
+"""Pictures with damaged metadata are read right, and every refused picture names its reason."""
 
 from __future__ import annotations
 

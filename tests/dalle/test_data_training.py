@@ -1,4 +1,4 @@
-"""Trainings on folders as they are: small and broken pictures, several captions, too few."""
+"""Training on imperfect folders: small and broken pictures, several captions, too few pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawing: cached = uncached, guidance, priming, seeds, and what is refused."""
+"""Sampling with a cache equals sampling without; guidance, priming, seeds, refused input."""
 
 from __future__ import annotations
 

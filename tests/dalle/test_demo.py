@@ -1,4 +1,4 @@
-"""The whole demo in its smallest size: every stage, the page, Ctrl-C, and going on after it."""
+"""The whole demo in its smallest size: every stage, the page, Ctrl-C, and resuming after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's numbers, on answers made by hand."""
+"""The demo's scores on hand-made answers."""
 
 from __future__ import annotations
 

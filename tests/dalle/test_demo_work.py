@@ -1,4 +1,4 @@
-"""The demo's work files: what is damaged is said, set aside and made anew."""
+"""The demo's work files: a damaged one is reported, set aside and made again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The discrete VAE: names and shapes as released, the bound of the paper, files, bad input."""
+"""The discrete VAE: released names and shapes, the bound of the paper, saving, bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The released dVAE's weights arrive one by one; all else is refused, pickles unread."""
+"""The released dVAE's weights load; anything else is refused, and pickles are never read."""
 
 from __future__ import annotations
 

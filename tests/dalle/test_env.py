@@ -1,4 +1,4 @@
-"""`dalle env`: what runs here, as JSON, also where native objects are missing."""
+"""`dalle env` reports what is installed, as JSON, also where native libraries are missing."""
 
 from __future__ import annotations
 

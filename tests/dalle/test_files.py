@@ -1,4 +1,4 @@
-"""Reading always ends, whatever lies at a path; writing replaces regular files only."""
+"""Reading always ends, whatever is at a path; writing replaces regular files only."""
 
 from __future__ import annotations
 

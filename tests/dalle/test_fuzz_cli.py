@@ -1,4 +1,4 @@
-"""The gate's share of `tests/fuzz_cli.py`; the night runs it for an hour."""
+"""R22: random command lines of `tests/fuzz_cli.py`, for 30 s here and for an hour by night."""
 
 from __future__ import annotations
 

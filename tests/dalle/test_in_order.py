@@ -1,4 +1,4 @@
-"""The thread of `PowerSGD`: order, failures, its end."""
+"""The communication thread of `PowerSGD`: order, failures, shutdown."""
 
 from __future__ import annotations
 

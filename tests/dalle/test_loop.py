@@ -1,4 +1,4 @@
-"""The loop itself: numbers that go wrong, pictures, privacy, options (R17 in part, R30)."""
+"""The training loop: nonfinite numbers, pictures, no network access, options (R17, R30)."""
 
 from __future__ import annotations
 

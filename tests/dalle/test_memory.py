@@ -1,4 +1,4 @@
-"""R28: memory stops growing, in 500 updates and in 200 pictures asked for.
+"""R28: memory does not grow over 500 updates and over 200 sampled pictures.
 
 Resident memory of a process of its own, after a warm-up in which malloc settles. `.ci/night` asks
 for it with DALLE_TEST_NIGHT=1.

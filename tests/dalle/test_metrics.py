@@ -1,4 +1,4 @@
-"""metrics.jsonl: one record an interval, cut and mended after crashes, never a run's end."""
+"""metrics.jsonl: one record an interval, repaired after a crash; a full disk ends no run."""
 
 from __future__ import annotations
 

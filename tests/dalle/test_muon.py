@@ -1,4 +1,4 @@
-"""Muon: what it makes of a matrix, what it leaves to AdamW, and that its state comes back."""
+"""Muon: its update of a matrix, the parameters left to AdamW, and its saved state."""
 
 from __future__ import annotations
 

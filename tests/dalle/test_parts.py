@@ -1,4 +1,4 @@
-"""A batch in parts on threads: the numbers of the whole batch, the same bits each time."""
+"""Parts of a batch on threads give the numbers of the whole batch, the same bits each time."""
 
 from __future__ import annotations
 

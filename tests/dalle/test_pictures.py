@@ -1,4 +1,4 @@
-"""Grids show each picture at its place, and a file appears whole or not at all."""
+"""Grids show each picture at its position, and a file is written completely or not at all."""
 
 from __future__ import annotations
 

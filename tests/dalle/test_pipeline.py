@@ -1,4 +1,4 @@
-"""A pipeline draws, orders by score, primes with rows of a picture, comes back from its folder."""
+"""A pipeline samples, sorts by score, primes with rows of a picture, loads from its folder."""
 
 from __future__ import annotations
 

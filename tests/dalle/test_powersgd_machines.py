@@ -1,4 +1,4 @@
-"""`PowerSGD` among simulated machines: exactness at any scale, units, loss scales, copies."""
+"""`PowerSGD` on simulated machines: exact at any scale, units, loss scales, copies."""
 
 from __future__ import annotations
 

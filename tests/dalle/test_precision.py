@@ -1,4 +1,4 @@
-"""`ResblockScaler`: the dataflow of Figure 4, the rule of its scales, and what it composes with."""
+"""`ResblockScaler`: the dataflow of Figure 4, the update of its scales, what it combines with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hash by which replicas are compared: what it must not be blind to."""
+"""The hash that compares replicas notices transposed weights, equal pairs and sign changes."""
 
 from __future__ import annotations
 

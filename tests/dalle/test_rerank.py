@@ -1,4 +1,4 @@
-"""A ranker scores pairs, keeps its weights and words, and a CLIP comes through the same door."""
+"""A ranker scores pairs, saves its weights and tokenizer; a CLIP model has the same interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""R11, R12: same seed, same bits; a stopped run goes on bit for bit."""
+"""R11, R12: equal seeds give equal bits; a stopped run resumes bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Filters and draws against distributions made by hand."""
+"""Filters and draws against distributions computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ramps, warm-up and halving of step sizes as the paper has them, and after a resume."""
+"""Ramps, warm-up and halving of step sizes as in the paper, and after a resume."""
 
 from __future__ import annotations
 

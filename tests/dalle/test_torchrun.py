@@ -1,4 +1,4 @@
-"""R16: `torchrun ... dalle prior train`: a process dies, hangs, must stop or is out of reach."""
+"""R16: `torchrun ... dalle prior train` when a process dies, hangs, must stop or is unreachable."""
 
 from __future__ import annotations
 

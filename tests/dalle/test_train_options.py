@@ -1,4 +1,4 @@
-"""Numbers that no training can have get their line from the config, before anything is built."""
+"""Impossible training options get one line from the config, before anything is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training the prior in 16 bits, and what is said when numbers go wrong."""
+"""Training the prior in 16 bits, and the messages when numbers are not finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training of the prior: what it learns, its recipe's parts, resuming, and what it refuses."""
+"""Training of the prior: what it learns, its recipe, resuming, and what it refuses."""
 
 from __future__ import annotations
 

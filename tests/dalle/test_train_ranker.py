@@ -1,4 +1,4 @@
-"""Training draws look-alikes, splices pictures, and teaches a ranker to choose."""
+"""Training of the ranker: similar captions in a batch, spliced pictures, learning to choose."""
 
 from __future__ import annotations
 

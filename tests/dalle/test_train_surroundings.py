@@ -1,4 +1,4 @@
-"""R29 and what else happens around a training: signals, errors, closed pipes, two in one folder."""
+"""R29: signals, errors, closed pipes, and two trainings in one folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Emulated ops are counted, so that tests can say how much work a kernel does."""
+"""Emulated operators count their work, so that tests can check what a kernel skips."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each class of kernel bug is planted once, and the builds that should catch it do."""
+"""Each kind of kernel bug is planted once, and the builds that should detect it do."""
 
 from __future__ import annotations
 

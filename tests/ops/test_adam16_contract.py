@@ -1,4 +1,4 @@
-"""AdamW16's messages, and its raw op's registration."""
+"""AdamW16: its error messages, and the registration of its raw operator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdamW16 over many updates, its copies, its state given away and put back, other defaults."""
+"""AdamW16 over many updates: copies, saving and loading its state, other default dtypes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A derivative that an op does not carry on is refused, by whatever way it is asked for."""
+"""Derivatives that an operator does not support are refused, however they are requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scaled gradients on every back end: ends of a block, many gradients, the rule of the scales."""
+"""Scaled gradients on every back end: ends of a block, many gradients, the update of the scales."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Householder on every back end at the sizes that its kernels tell apart, against float64."""
+"""Householder on every back end at the sizes at which its kernels differ, against float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PowerSGD's products: tiles and their ends, split depths, the fast mode, and the work they do."""
+"""PowerSGD's products: edges of tiles, split depths, the fast mode, and the work they do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How sparse attention behaves as an operator: registration, tracing, determinism, messages."""
+"""Sparse attention as an operator: registration, tracing, determinism, messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the CPU kernel of sparse attention is made of, for each instruction set."""
+"""The bf16 products of the CPU attention kernel against plain arithmetic, per instruction set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sparse attention says or gives at the borders of its input, the same on every back end."""
+"""Sparse attention at the limits of its input: errors and results, equal on every back end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which key a query sees: reference, patterns, the C++ rule, the walk of the CPU kernel."""
+"""Which key a query attends to: definition, patterns, the C++ rule, the CPU kernel's walk."""
 
 from __future__ import annotations
 
