@@ -231,6 +231,18 @@ def test_links_of_the_pages_lead_somewhere():
     assert broken_links(ROOT / "README.md", bad) == ["docs/gone.md", "2026-01-01_cpu.json"]
 
 
+def test_changelog_has_one_line_an_item():
+    """The form of keepachangelog.com. A union merge may bring old lines back: delete them."""
+    kinds = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+    lines = (ROOT / "CHANGELOG.md").read_text().partition("\n## ")[2].splitlines()[1:]
+    strangers = [x for x in lines if x and not x.startswith(("- ", "## ", "### ")) or len(x) > 160]
+    assert strangers == [], "CHANGELOG.md: an item must be one line of at most 160 letters"
+    items = [line for line in lines if line.startswith("- ")]
+    assert sorted({x for x in items if items.count(x) > 1}) == []
+    sections = [line[4:] for line in lines if line.startswith("### ")]
+    assert sections == [kind for kind in kinds if kind in sections]  # until a version is released
+
+
 def what_tests_prove() -> str:
     """docs/tests.md: each test file and its first sentence."""
     rows = []
