@@ -33,8 +33,9 @@ BUDGETS = [  # (glob, lines)
 ]
 HEAD_OF_TESTS = """# What each test file proves
 
-Generated from the first sentence of each file by `python tests/test_layout.py`. [reliability](reliability.md) lists the
-numbers that must hold. Cases marked `night` are slow variants of quicker ones and run in `.ci/night`.
+Generated from the first sentence of each file by `python tests/test_layout.py`.
+[reliability](reliability.md) lists the numbers that must hold. Cases marked `night` are slow
+variants of quicker ones and run in `.ci/night`.
 
 | file | what it proves |
 |---|---|
@@ -234,13 +235,13 @@ def test_links_of_the_pages_lead_somewhere():
 def test_changelog_has_one_line_an_item():
     """The form of keepachangelog.com. A union merge may bring old lines back: delete them."""
     kinds = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
-    lines = (ROOT / "CHANGELOG.md").read_text().partition("\n## ")[2].splitlines()[1:]
-    strangers = [x for x in lines if x and not x.startswith(("- ", "## ", "### ")) or len(x) > 160]
-    assert strangers == [], "CHANGELOG.md: an item must be one line of at most 160 letters"
-    items = [line for line in lines if line.startswith("- ")]
-    assert sorted({x for x in items if items.count(x) > 1}) == []
-    sections = [line[4:] for line in lines if line.startswith("### ")]
-    assert sections == [kind for kind in kinds if kind in sections]  # until a version is released
+    for version in (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1:]:
+        lines = [line for line in version.splitlines()[1:] if line]
+        odd = [x for x in lines if not x.startswith(("- ", "### ")) or len(x) > 160]
+        assert odd == [], "CHANGELOG.md: an item must be one line of at most 160 letters"
+        assert sorted({x for x in lines if lines.count(x) > 1}) == []
+        sections = [line[4:] for line in lines if line.startswith("### ")]
+        assert sections == [kind for kind in kinds if kind in sections]
 
 
 def what_tests_prove() -> str:
