@@ -1,16 +1,22 @@
-"""The commands that docs/training.md prints end in pictures."""
+"""The commands that README and docs print: each option exists, the trainings end in pictures."""
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from dalle import cli
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "training.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "training.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+LAB_BOOK = ROOT / "docs" / "log.md"  # its commands are those of their day
+EVERYWHERE = {"--help", "--debug", "--config"}
 LESS = {  # options of these commands that the test gives smaller values
     "dvae": {"--steps": "2", "--batch-size": "4"},
     "prior": {"--steps": "2", "--batch-size": "4"},
@@ -46,3 +52,32 @@ def test_printed_commands_end_in_pictures(tmp_path, monkeypatch, capsys):
         "tokenizer train", "dvae train", "prior train", "ranker train", "pipeline make"
     ]  # fmt: skip
     assert Image.open("out/samples/00-a-caption.png").width > 8 * 32
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words after `dalle` of each command in code blocks and code spans; `torchrun`'s too."""
+    blocks = "".join(text.split("```")[1::2]).replace("\\\n", " ").splitlines()
+    spans = re.findall(r"`(dalle [a-z][^`]*)`", text)
+    lines = [re.sub(r"^torchrun .* -m dalle ", "dalle ", line) for line in blocks] + spans
+    return [shlex.split(x, comments=True)[1:] for x in lines if re.match(r"dalle [a-z]", x)]
+
+
+def unknown(words: list[str], capsys) -> list[str]:
+    """Options of a command that its --help does not have."""
+    if len(words) == 1 and words[0] in {verb[0] for verb in cli.COMMANDS}:
+        return []
+    verb, rest = cli.find_command(words)
+    options = {word.split("=")[0] for word in rest if word.startswith("--")} - EVERYWHERE
+    if not options:
+        return []
+    with pytest.raises(SystemExit):
+        cli.main([*verb, "--help"])
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    return sorted(options - known)
+
+
+def test_every_printed_command_has_its_options(capsys):
+    commands = [(p.name, w) for p in PAGES if p != LAB_BOOK for w in commands_of(p.read_text())]
+    assert len(commands) > 40
+    assert [(page, words, x) for page, words in commands if (x := unknown(words, capsys))] == []
+    assert unknown(["dvae", "train", "--bath-size", "3"], capsys) == ["--bath-size"]
