@@ -14,7 +14,8 @@ import torch
 
 import harness
 import rival_dalle_pytorch as rival
-from dalle.prior import Prior, PriorConfig
+from dalle.prior.config import PriorConfig
+from dalle.prior.model import Prior
 
 DIM, DEPTH, TEXT, GRID, VOCAB, CODES, BATCH = 256, 8, 64, 16, 8192, 1024, 4
 SHIPPED, FIXED = "dalle-pytorch", "dalle-pytorch, cache on"

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dalle.distributed import PowerSGD
-from dalle.prior import Prior
+from dalle.prior.model import Prior
 
 BATCH, LR, WARMUP = 2, 1e-3, 30
 

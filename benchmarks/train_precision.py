@@ -27,9 +27,9 @@ import torch
 from benchmarks import precision_plots
 from dalle.data.pairs import Pairs
 from dalle.data.shapes_pairs import ShapesPairs
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.model import DiscreteVAE
 from dalle.precision import ResblockScaler
-from dalle.prior import Prior
+from dalle.prior.model import Prior
 from dalle.tokenizer import Tokenizer
 from dalle.train.prior import PriorTask
 from dalle.train.prior_recipe import PriorTrainConfig

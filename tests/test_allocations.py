@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import dalle_ext
-from dalle.codebook import kmeans
-from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
-from dalle.prior import Prior
-from dalle.prior_config import PriorConfig
+from dalle.dvae.codebook import kmeans
+from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
+from dalle.prior.config import PriorConfig
+from dalle.prior.model import Prior
 from dalle.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,12 +8,12 @@ import pickle
 import pytest
 import torch
 
-from dalle.averaging import IterateAverage
-from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
-from dalle.prior import Prior
-from dalle.prior_config import PriorConfig
-from dalle.rerank import ContrastiveRanker
+from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
+from dalle.prior.config import PriorConfig
+from dalle.prior.model import Prior
+from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
+from dalle.train.averaging import IterateAverage
 
 COPY = {
     "copy": copy.copy,

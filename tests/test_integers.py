@@ -10,23 +10,24 @@ import pytest
 import torch
 
 import dalle_ext
-from dalle import pictures, plan, schedules
-from dalle.averaging import IterateAverage
-from dalle.codebook import kmeans
+from dalle import pictures, plan
 from dalle.configs import to_dict
 from dalle.data import augment
 from dalle.data.pairs import ArrayPairs, BatchSampler, load_or_draw, load_or_skip
 from dalle.data.shapes import ShapesConfig, zero_pairs
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.distributed import PowerSGD
-from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
+from dalle.dvae.codebook import kmeans
+from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import DataError, UsageError
-from dalle.plan_cluster import cluster_plan
+from dalle.plan import cluster_plan
 from dalle.precision import ResblockScaler
-from dalle.prior import Prior
-from dalle.prior_config import PriorConfig
-from dalle.rerank import ContrastiveRanker
+from dalle.prior.config import PriorConfig
+from dalle.prior.model import Prior
+from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
+from dalle.train import schedules
+from dalle.train.averaging import IterateAverage
 from dalle.train.checkpoint import save_checkpoint
 from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTrainConfig

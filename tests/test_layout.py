@@ -41,6 +41,28 @@ variants of quicker ones and run in `.ci/night`.
 |---|---|
 """
 CITATION = re.compile(r"([\w./]+\.\w+):(\w+)")  # path:name, as docs/paper.md cites code
+FLOORS: tuple[
+    set[str], ...
+] = (  # files and packages of python/dalle; each imports of its own and below
+    {
+        "errors",
+        "version",
+        "configs",
+        "console",
+        "files",
+        "devices",
+        "memory",
+        "pictures",
+        "captions",
+        "dtensor",
+        "pretrained",
+    },
+    {"precision", "tokenizer"},
+    {"dvae", "prior", "ranker", "plan"},
+    {"pipeline", "data", "distributed"},
+    {"train", "recipes", "evaluate"},
+    {"commands", "demo", "serve", "cli", "options", "env", "__main__"},
+)
 TORCH_INCLUDE = re.compile(r"#\s*include\s*[<\"](torch|ATen|c10)/")
 
 
@@ -90,6 +112,26 @@ def test_no_import_circle():
     arrows = {m: imported_modules(m, path, set(files)) for m, path in files.items()}
     assert sum(map(len, arrows.values())) > 300 and circles(arrows) == []
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+
+
+def floor_of(module: str) -> int | None:
+    """Where a module of `dalle` stands in FLOORS; None for the package itself."""
+    parts = module.split(".")
+    if len(parts) == 1:
+        return None
+    return next(i for i, names in enumerate(FLOORS) if parts[1] in names)
+
+
+def test_arrows_between_packages_go_down():
+    files = modules_of(ROOT / "python")
+    upward = []
+    for module, path in files.items():
+        own = floor_of(module) if module.startswith("dalle.") else None
+        for target in imported_modules(module, path, set(files)):
+            there = floor_of(target) if target.startswith("dalle.") else None
+            if own is not None and there is not None and there > own:
+                upward.append(f"{module} imports {target}")
+    assert upward == []
 
 
 def test_there_are_rooms():
@@ -213,7 +255,11 @@ def miscited(page: str) -> list[str]:
 def test_paper_page_cites_what_is_there():
     page = (ROOT / "docs/paper.md").read_text()
     assert len(re.findall(CITATION, page)) > 80 and miscited(page) == []
-    bad = ["python/dalle/sampling.py:prime_tokens", "python/dalle/gone.py:draw", "csrc/formats/"]
+    bad = [
+        "python/dalle/prior/sampling.py:prime_tokens",
+        "python/dalle/gone.py:draw",
+        "csrc/formats/",
+    ]
     assert miscited(" ".join(f"`{span}`" for span in bad)) == bad
 
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import dalle_ext
 from bench_powersgd import ours
 from dalle.precision import ResblockScaler
-from dalle.prior_blocks import Layer
-from dalle.prior_config import PriorConfig
+from dalle.prior.blocks import Layer
+from dalle.prior.config import PriorConfig
 from gpu import names
 from gpu.bench import Bench
 from gpu.cases import Case

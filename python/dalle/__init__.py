@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from dalle.version import __version__
 
 if TYPE_CHECKING:
-    from dalle.dvae import DiscreteVAE
+    from dalle.dvae.model import DiscreteVAE
     from dalle.pipeline import Pipeline
-    from dalle.prior import Prior
+    from dalle.prior.model import Prior
     from dalle.tokenizer import Tokenizer
 
 __all__ = ["DiscreteVAE", "Pipeline", "Prior", "Tokenizer", "__version__"]

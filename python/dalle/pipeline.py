@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
+from dalle.captions import clean
 from dalle.configs import LARGEST
-from dalle.data.captions import clean
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import read_object, to_json, write_atomic
 from dalle.pretrained import fingerprint
-from dalle.prior import Prior
-from dalle.rerank import ContrastiveRanker, ImageTextRanker, load_ranker
-from dalle.sampling import first_numbers, whole_number
+from dalle.prior.model import Prior
+from dalle.prior.sampling import first_numbers, whole_number
+from dalle.ranker.model import ContrastiveRanker, ImageTextRanker, load_ranker
 from dalle.tokenizer import Tokenizer
 from dalle.version import __version__
 

@@ -1,11 +1,16 @@
-"""Sizes of a prior from its configuration alone: parameters, memory by part, FLOPs of a step.
+"""Sizes of a prior from its configuration alone, on one device and on many machines.
 
 T = text_len + rows * columns positions, width d, L layers. Nothing is instantiated;
 `tests/dalle/test_plan.py` compares with the module on the meta device.
+
+Of many machines (paper appendix E.1, Tables 1 and 2) each holds one copy of the parameters, sharded
+over its m GPUs along axis 1, the second MLP matrix along axis 0; PowerSGD between machines
+compresses each shard with rank r / m.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +18,7 @@ from dalle.configs import whole
 from dalle.errors import UsageError
 
 if TYPE_CHECKING:
-    from dalle.prior_config import PriorConfig
+    from dalle.prior.config import PriorConfig
 
 GIB = 2**30
 # Values of width d that one layer keeps for backward, per position. The residual stream enters
@@ -181,3 +186,165 @@ def plan_text(plan: dict[str, Any]) -> str:
         sizes = "".join(f"{plan['memory_bytes'][p][part] / GIB:>12.3f}" for p in precisions)
         lines.append(f"  {part:<24}{sizes}")
     return "\n".join(lines)
+
+
+PAPER_RANKS = {1920: 512, 2688: 640, 3968: 896}  # Table 1: width -> least rank without a loss gap
+WORD, WIDE = 2, 4  # bytes of fp16 and 1-6-9, of fp32
+MACHINES = (1, 8, 64)
+
+
+def shards(width: int, gpus: int) -> list[tuple[int, int]]:
+    """(rows, columns) of each matrix's shard in one layer: q, k, v, output, both of the MLP."""
+    d, m = width, gpus
+    return [(d, d // m)] * 4 + [(d, 4 * d // m), (4 * d // m, d)]
+
+
+def factor_elements(width: int, gpus: int, rank: int) -> tuple[int, int]:
+    """Elements of P and of Q for one layer's shards, the rank shared out over the GPUs."""
+    own = rank // gpus
+    found = shards(width, gpus)
+    return sum(rows * own for rows, _ in found), sum(columns * own for _, columns in found)
+
+
+def compression(width: int, gpus: int, rank: int) -> float:
+    """Share of the gradient that is not sent: 1 - (P + Q) / shards."""
+    whole = sum(rows * columns for rows, columns in shards(width, gpus))
+    return 1 - sum(factor_elements(width, gpus, rank)) / whole
+
+
+def default_rank(width: int, gpus: int) -> int:
+    """The paper's where it has one, else the same part of the width as in its largest model."""
+    return PAPER_RANKS.get(width) or max(1, round(896 / 3968 * width / gpus)) * gpus
+
+
+def traffic(shape: PriorConfig, machines: int, gpus: int, rank: int) -> dict[str, float]:
+    """Bytes that one GPU sends in one step (and receives), by what they are.
+
+    "gather" (twice) and "scatter" stay inside the machine, in fp16. Between machines, as ring
+    all-reduces: "factors" in 1-6-9, "rest" (embeddings, heads, gains, biases) in fp32, and, in
+    their place, all gradients in fp16: "uncompressed".
+    """
+    count, d = parameters(shape), shape.d_model
+    ring = 2 * (machines - 1) / machines
+    inside = (gpus - 1) / gpus
+    matrices = 12 * d * d * shape.num_layers
+    factors = sum(factor_elements(d, gpus, rank)) * shape.num_layers
+    rest = (count["total"] - matrices) / gpus
+    return {
+        "gather": 2 * inside * matrices * WORD,
+        "scatter": inside * matrices * WORD,
+        "factors": ring * factors * WORD,
+        "rest": ring * rest * WIDE,
+        "uncompressed": ring * (matrices / gpus * WORD + rest * WIDE),
+    }
+
+
+def memory_of_gpu(shape: PriorConfig, batch: int, gpus: int, compressed: bool) -> dict[str, float]:
+    """Bytes on one GPU with everything in the paper's formats and activation checkpointing."""
+    whole = memory(shape, batch, "paper")
+    matrices = 12 * shape.d_model**2 * shape.num_layers
+    layer = matrices / shape.num_layers
+    rest = parameters(shape)["total"] - matrices
+    parts = {
+        "weights": whole["weights"] / gpus,
+        "gathered_layers": 2 * layer * WORD,  # this one, and the next on its way
+        # Compressed ones are added into the buffers as they come.
+        "gradients": (rest * WIDE if compressed else whole["gradients"]) / gpus,
+        "error_buffers": matrices / gpus * WORD if compressed else 0.0,
+        "moments": whole["moments"] / gpus,
+        "logits": whole["logits"],
+        "activations": whole["activations_checkpointed"],
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def cluster_plan(
+    shape: PriorConfig, *, gpus: int, per_machine: int, batch: int, rank: int | None,
+    tflops: float, link_gbit: float, peer_gbyte: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Traffic, memory and the step's time for `gpus` GPUs, and for 1, 8 and 64 machines.
+
+    Times: compute is the step's operations at `tflops` a GPU; what stays in the machine runs beside
+    it; half of what goes between machines does (a backward pass is two thirds of the step, and the
+    last blocks' exchange has nothing left to hide behind). A prediction, not a measurement.
+
+    Args:
+        gpus, per_machine: GPUs in all, and in one machine.
+        batch: sequences a GPU.
+        rank: in all, a multiple of `per_machine`; None for the paper's.
+        tflops: what one GPU reaches.
+        link_gbit: of one machine to the others, Gbit/s; its GPUs share it.
+        peer_gbyte: from GPU to GPU in a machine, GB/s.
+
+    Raises:
+        UsageError: sizes that do not divide, or numbers that are not positive.
+    """
+    gpus, batch = whole("plan", "gpus", gpus), whole("plan", "batch", batch)
+    per_machine = whole("plan", "per_machine", per_machine)
+    rank = None if rank is None else whole("plan", "rank", rank)
+    given = {"gpus": gpus, "per_machine": per_machine, "batch": batch, "tflops": tflops,
+             "link_gbit": link_gbit, "peer_gbyte": peer_gbyte}  # fmt: skip
+    for name, value in given.items():
+        _check(0 < value < math.inf, name, "above 0 and finite", value)
+    _check(gpus % per_machine == 0, "gpus", f"a multiple of {per_machine} a machine", gpus)
+    d = shape.d_model
+    _check(d % per_machine == 0, "per_machine", f"a divisor of the width {d}", per_machine)
+    rank = default_rank(d, per_machine) if rank is None else rank
+    fits = 0 < rank <= d and rank % per_machine == 0
+    _check(fits, "rank", f"a multiple of {per_machine} from {per_machine} to {d}", rank)
+    compute = flops(shape, batch)["step_checkpointed"] / (tflops * 1e12)
+    columns: dict[str, Any] = {}
+    for machines in sorted({*MACHINES, gpus // per_machine}):
+        sent = traffic(shape, machines, per_machine, rank)
+        inside = (sent["gather"] + sent["scatter"]) / (peer_gbyte * 1e9)
+        link = link_gbit * 1e9 / 8 / per_machine
+        own = (sent["factors"] + sent["rest"]) / link
+        columns[str(machines)] = {
+            "traffic": sent,
+            "seconds": {
+                "compute": compute, "inside_machine": inside, "between_machines": own,
+                "step": max(compute, inside) + max(0.0, own - compute / 2),
+                "step_uncompressed": max(compute, inside)
+                + max(0.0, sent["uncompressed"] / link - compute / 2),
+            },
+            "memory_bytes": memory_of_gpu(shape, batch, per_machine, machines > 1),
+        }  # fmt: skip
+    table1 = {w: {"rank": r, "compression": compression(w, 8, r)} for w, r in PAPER_RANKS.items()}
+    return {**given, "rank": rank, "compression": compression(d, per_machine, rank),
+            "table1": table1, "machines": columns}  # fmt: skip
+
+
+def cluster_text(plan: dict[str, Any]) -> str:
+    """A plan for people to read."""
+    gib, machines = 2**30, list(plan["machines"].values())
+    heads = "".join(f"{'x ' + name:>12}" for name in plan["machines"])
+    lines = [
+        f"{plan['gpus']} GPUs, {plan['per_machine']} a machine, batch {plan['batch']} a GPU, rank "
+        f"{plan['rank']} ({plan['rank'] // plan['per_machine']} a GPU): compression "
+        f"{plan['compression']:.1%}",
+        "paper's Table 1: " + ", ".join(
+            f"width {w} rank {row['rank']} {row['compression']:.0%}"
+            for w, row in plan["table1"].items()
+        ),
+        "",
+        f"{'machines':<26}{heads}",
+    ]  # fmt: skip
+    units = (("traffic", "GB a GPU", 1e9), ("memory_bytes", "GiB a GPU", gib))
+    for key, unit, by in units:
+        lines.append(f"{key.removesuffix('_bytes')}, {unit}")
+        for part in machines[0][key]:
+            values = "".join(f"{m[key][part] / by:>12.3f}" for m in machines)
+            lines.append(f"  {part:<24}{values}")
+    lines.append(
+        f"seconds a step (predicted), {plan['tflops']:g} TFLOP/s, link {plan['link_gbit']:g} "
+        f"Gbit/s, peers {plan['peer_gbyte']:g} GB/s"
+    )
+    for part in machines[0]["seconds"]:
+        values = "".join(f"{m['seconds'][part]:>12.3f}" for m in machines)
+        lines.append(f"  {part:<24}{values}")
+    return "\n".join(lines)
+
+
+def _check(holds: bool, name: str, requirement: str, value: Any) -> None:
+    if not holds:
+        raise UsageError(f"plan: {name} must be {requirement}, got {value}")

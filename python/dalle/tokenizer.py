@@ -25,8 +25,8 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from dalle.captions import clean
 from dalle.configs import whole, whole_numbers
-from dalle.data.captions import clean
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.files import parse_json, read_bytes, read_object, to_json, write_atomic
 from dalle.memory import require_memory
@@ -45,7 +45,7 @@ MAX_VOCAB = 1 << 20  # the trainer takes memory for as many as are asked for
 
 
 def lower(caption: str) -> str:
-    """The caption as the vocabulary sees it: clean (`dalle.data.captions`), in lower case, NFC."""
+    """The caption as the vocabulary sees it: clean (`dalle.captions`), in lower case, NFC."""
     return unicodedata.normalize("NFC", clean(caption).lower())
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.model import DiscreteVAE
 from dalle.pipeline import Pipeline
-from dalle.prior import Prior
-from dalle.rerank import ContrastiveRanker
+from dalle.prior.model import Prior
+from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 
 DVAE = "dvae train --data pairs --preset tiny --image-size 16 --batch-size 2 --steps 2 --out out"

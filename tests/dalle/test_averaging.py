@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dalle.averaging import IterateAverage
 from dalle.errors import CheckpointError, UsageError
+from dalle.train.averaging import IterateAverage
 
 
 def moved(model, amount):

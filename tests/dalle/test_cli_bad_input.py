@@ -17,7 +17,7 @@ from cli_home import DVAE, PRIOR, RECONSTRUCT, RERANK, SAMPLE, make_home
 from dalle import files
 from dalle.cli import main
 from dalle.errors import EnvironmentProblem
-from dalle.rerank import ContrastiveRanker
+from dalle.ranker.model import ContrastiveRanker
 
 
 @pytest.fixture(scope="module")

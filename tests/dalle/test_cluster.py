@@ -19,9 +19,9 @@ from dalle.distributed.cluster import Cluster
 from dalle.distributed.config import ClusterConfig
 from dalle.distributed.parallelize import parallelize
 from dalle.distributed.world import Solo, join
-from dalle.dvae import DiscreteVAE
+from dalle.dtensor import gather, local_part
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, DalleError, UsageError
-from dalle.sharded import gather, local_part
 from dalle.train.checkpoint import load_checkpoint, save_checkpoint
 from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTask

@@ -25,7 +25,7 @@ from dalle.commands import prior as prior_command
 from dalle.data.images import BadPicture
 from dalle.data.pairs import ArrayPairs, load_or_draw
 from dalle.distributed.cluster import Cluster
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.train.checkpoint import load_checkpoint, save_checkpoint
 from dalle.train.config import LoopConfig

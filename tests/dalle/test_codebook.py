@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from dalle.codebook import codebook_health, init_codebook, kmeans
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.codebook import codebook_health, init_codebook, kmeans
+from dalle.dvae.likelihood import map_pixels
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import UsageError
-from dalle.likelihood import map_pixels
 
 PATCH = {"stem": "patch", "patch": 4, "n_hid": 16, "n_blk_per_group": 1, "n_init": 8}
 
@@ -109,6 +109,6 @@ def test_kmeans_starts_better_than_from_random_points(monkeypatch):
     points = planted[torch.randint(64, (2000,), generator=generator)]
     points = points + torch.randn(2000, 8, generator=generator)
     spread = [kmeans(points, 64, iterations=5, seed=seed)[1] for seed in range(5)]
-    monkeypatch.setattr("dalle.codebook._plus_plus", lambda points, k, _: points[:k].clone())
+    monkeypatch.setattr("dalle.dvae.codebook._plus_plus", lambda points, k, _: points[:k].clone())
     random = [kmeans(points, 64, iterations=5, seed=seed)[1] for seed in range(5)]
     assert max(spread) < 0.7 * min(random)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import unicodedata
 
+from dalle.captions import caption_lines, clean
 from dalle.commands.sample import SampleConfig, read_captions
-from dalle.data.captions import caption_lines, clean
 from dalle.data.emoji import names
 from dalle.data.shapes import captions
 from dalle.tokenizer import lower

@@ -18,9 +18,9 @@ from test_train_ranker import SMALL as RANKER
 from test_train_ranker import toy_task
 
 from dalle.cli import main
-from dalle.codebook import init_codebook
 from dalle.data.folder import FolderPairs
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.codebook import init_codebook
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.tokenizer import Tokenizer
 from dalle.train.dvae import DvaeTask

@@ -8,10 +8,10 @@ import torch
 from test_prior import KINDS, make, sample
 
 import dalle_ext
-from dalle.decode import DecodeState, attended_slots, generate
 from dalle.errors import NumericalError, UsageError
-from dalle.prior import PAD
-from dalle.sampling import caption_key, draw, uniform_noise
+from dalle.prior.config import PAD
+from dalle.prior.decode import DecodeState, attended_slots, generate
+from dalle.prior.sampling import caption_key, draw, uniform_noise
 
 MIXED = ("row", "column", "conv")
 

@@ -18,11 +18,11 @@ from tiny_task import TinyTask
 
 from dalle import cli
 from dalle.demo import config as demo_config
-from dalle.demo import context, pace, plots, report, run, scoring
+from dalle.demo import context, pace, plots, report, run, score
 from dalle.demo.config import DemoConfig, Workspace
-from dalle.demo.recipes import load_recipe, scaled
 from dalle.errors import CheckpointError, EnvironmentProblem, Interrupted, UsageError
 from dalle.pipeline import Pipeline
+from dalle.recipes import load_recipe, scaled
 from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTrainConfig
 from dalle.train.lock import claimed
@@ -198,7 +198,7 @@ def test_an_error_in_one_part_of_the_samples_ends_the_other():
         pipeline=SimpleNamespace(sample=sample),
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
-        scoring.draw_samples(demo, ["a", "b"])
+        score.draw_samples(demo, ["a", "b"])
     for _ in range(2000):
         if ended:
             break

@@ -11,11 +11,11 @@ import torch
 from dalle.cli import main
 from dalle.demo.config import DemoConfig, Workspace
 from dalle.demo.plots import draw_plots
-from dalle.demo.recipes import load_recipe
 from dalle.demo.report import write_report
-from dalle.demo.scoring import stored_tokens
+from dalle.demo.score import stored_tokens
 from dalle.errors import DataError
 from dalle.pretrained import tensors_to_bytes
+from dalle.recipes import load_recipe
 
 DAMAGE = [
     b"", b"{", b"[]", b"null", b"3", b'{"dvae": 3}', b'{"seconds": "x"}', b"\xff\xfe{", b"[" * 9999,

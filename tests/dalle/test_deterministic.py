@@ -10,9 +10,9 @@ import torch
 from tiny_task import state_hash
 
 from dalle.data.pairs import ArrayPairs
-from dalle.dvae import DiscreteVAE
-from dalle.prior import Prior
-from dalle.rerank import ContrastiveRanker
+from dalle.dvae.model import DiscreteVAE
+from dalle.prior.model import Prior
+from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
-from dalle.dvae_blocks import DECODER_KERNELS, ENCODER_KERNELS, Block, Conv2d
+from dalle.dvae.blocks import DECODER_KERNELS, ENCODER_KERNELS, Block, Conv2d
+from dalle.dvae.likelihood import expected_pixels, logit_laplace_log_prob, map_pixels
+from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import CheckpointError, UsageError
-from dalle.likelihood import expected_pixels, logit_laplace_log_prob, map_pixels
 
 SMALL = {"group_count": 2, "n_hid": 8, "n_blk_per_group": 1, "n_init": 6, "vocab_size": 11}
 PATCH = {**SMALL, "stem": "patch", "patch": 2}

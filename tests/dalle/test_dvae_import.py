@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from dalle.cli import main
 from dalle.commands.dvae_import import import_released
-from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
+from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import CheckpointError, UsageError
 
 NARROW = DiscreteVAEConfig(n_hid=8, n_init=6, vocab_size=16)  # all 150 names, small tensors

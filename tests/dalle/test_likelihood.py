@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dalle.likelihood import (
+from dalle.dvae.likelihood import (
     EPS,
     expected_pixels,
     logit_laplace_log_prob,

@@ -15,14 +15,14 @@ from cli_home import DVAE, PRIOR, RECONSTRUCT, SAMPLE, make_home
 from dalle import memory
 from dalle.cli import describe_error, main
 from dalle.commands import fits
-from dalle.dvae import PRESETS as DVAES
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.model import PRESETS as DVAES
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import EnvironmentProblem
 from dalle.memory import free_memory, in_words, is_refusal, require_memory
-from dalle.prior import Prior
-from dalle.prior_config import PRESETS as PRIORS
-from dalle.rerank import ContrastiveRanker
-from dalle.rerank_blocks import PRESETS as RANKERS
+from dalle.prior.config import PRESETS as PRIORS
+from dalle.prior.model import Prior
+from dalle.ranker.blocks import PRESETS as RANKERS
+from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 
 GIB = 2**30

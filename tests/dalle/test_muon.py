@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from dalle.errors import UsageError
-from dalle.prior import Prior, PriorConfig
+from dalle.prior.config import PriorConfig
+from dalle.prior.model import Prior
 from dalle.train.muon import MuonAdamW, orthogonal
 from dalle.train.prior_recipe import PriorTrainConfig, make_optimizer
 

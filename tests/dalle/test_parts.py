@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from dalle.data.pairs import ArrayPairs
-from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
+from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import UsageError
-from dalle.prior import Prior, PriorConfig
-from dalle.rerank import ContrastiveRanker
+from dalle.prior.config import PriorConfig
+from dalle.prior.model import Prior
+from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
 from dalle.train.parts import side_by_side, slices, sums

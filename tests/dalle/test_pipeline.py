@@ -14,11 +14,12 @@ from PIL import Image
 
 import dalle_ext
 from dalle import cli
-from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
+from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.pipeline import Pipeline
-from dalle.prior import Prior, PriorConfig
-from dalle.rerank import ContrastiveRanker
+from dalle.prior.config import PriorConfig
+from dalle.prior.model import Prior
+from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 
 CAPTION = "a red circle"

@@ -9,9 +9,19 @@ import torch
 
 from dalle.cli import main
 from dalle.errors import UsageError
-from dalle.plan import flops, make_plan, memory, parameters
-from dalle.plan_cluster import compression, factor_elements, memory_of_gpu, shards, traffic
-from dalle.prior import PRESETS, Prior, PriorConfig
+from dalle.plan import (
+    compression,
+    factor_elements,
+    flops,
+    make_plan,
+    memory,
+    memory_of_gpu,
+    parameters,
+    shards,
+    traffic,
+)
+from dalle.prior.config import PRESETS, PriorConfig
+from dalle.prior.model import Prior
 
 
 @pytest.mark.parametrize("preset", PRESETS)

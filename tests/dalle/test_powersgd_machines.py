@@ -20,7 +20,7 @@ from dalle.distributed.buffers import MOST, new_units
 from dalle.distributed.powersgd import Gradient
 from dalle.errors import CheckpointError, UsageError
 from dalle.precision import ResblockScaler
-from dalle.prior import Prior
+from dalle.prior.model import Prior
 
 WITHIN = {"1-6-9": 5e-3, "fp32": 1e-5}
 SHAPE = (48, 64)

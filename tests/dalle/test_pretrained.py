@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, UsageError
 from dalle.pretrained import load_config, load_weights, save_pretrained
-from dalle.prior import Prior
+from dalle.prior.model import Prior
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

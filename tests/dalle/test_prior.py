@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 import dalle_ext
 from dalle.errors import CheckpointError, UsageError
-from dalle.prior import PAD, Prior, PriorConfig
-from dalle.prior_blocks import gelu
-from dalle.prior_config import layer_kinds
+from dalle.prior.blocks import gelu
+from dalle.prior.config import PAD, PriorConfig, layer_kinds
+from dalle.prior.model import Prior
 
 KINDS = ("row", "column", "conv", "causal")
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
-from dalle.rerank import ContrastiveRanker, ImageTextRanker, TransformersCLIP, load_ranker
-from dalle.rerank_blocks import RankerConfig
+from dalle.ranker.blocks import RankerConfig
+from dalle.ranker.model import ContrastiveRanker, ImageTextRanker, TransformersCLIP, load_ranker
 from dalle.tokenizer import Tokenizer
 
 CAPTIONS = ["a red circle", "a blue square above a red circle", "grey"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dalle.errors import UsageError
-from dalle.sampling import (
+from dalle.prior.sampling import (
     caption_key,
     check_options,
     draw,

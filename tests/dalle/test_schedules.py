@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dalle.errors import UsageError
-from dalle.schedules import PlateauHalving, cosine_ramp, linear_warmup
+from dalle.train.schedules import PlateauHalving, cosine_ramp, linear_warmup
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from PIL import Image
 import dalle.train.dvae as train_dvae
 from dalle.cli import main
 from dalle.data.pairs import ArrayPairs
-from dalle.demo.recipes_dvae import DVAE_RECIPES
-from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
+from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import UsageError
+from dalle.recipes import DVAE_RECIPES
 from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
 from dalle.train.loop import train

@@ -12,10 +12,10 @@ import pytest
 from dalle.data.shapes import ShapesConfig
 from dalle.demo.config import DemoConfig
 from dalle.distributed.config import ClusterConfig
-from dalle.dvae import DiscreteVAEConfig
+from dalle.dvae.model import DiscreteVAEConfig
 from dalle.errors import UsageError
-from dalle.prior_config import PriorConfig
-from dalle.rerank_blocks import RankerConfig
+from dalle.prior.config import PriorConfig
+from dalle.ranker.blocks import RankerConfig
 from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTrainConfig
 from dalle.train.prior_recipe import PriorTrainConfig

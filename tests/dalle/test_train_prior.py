@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from dalle.cli import main
-from dalle.codebook import init_codebook
 from dalle.data.pairs import ArrayPairs
 from dalle.distributed.parallelize import parallelize
 from dalle.distributed.world import Solo
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.codebook import init_codebook
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, OtherTrainingError, UsageError
 from dalle.pipeline import Pipeline
-from dalle.prior import PAD, Prior
+from dalle.prior.config import PAD
+from dalle.prior.model import Prior
 from dalle.tokenizer import Tokenizer
 from dalle.train.checkpoint import load_checkpoint, save_checkpoint
 from dalle.train.config import LoopConfig

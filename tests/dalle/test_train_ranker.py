@@ -13,9 +13,9 @@ from PIL import Image
 
 from dalle import cli
 from dalle.data.pairs import ArrayPairs
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import UsageError
-from dalle.rerank import ContrastiveRanker
+from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 from dalle.train import ranker as training
 from dalle.train.config import LoopConfig

@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dalle.distributed.fsdp import smallest_shard
 from dalle.distributed.powersgd import Gradient
-from dalle.sharded import local_part
+from dalle.distributed.shard import smallest_shard
+from dalle.dtensor import local_part
 
 ROWS = (64, 33, 30, 17, 10, 5, 3)  # over four: 33 is 9, 9, 9, 6; 10 is 3, 3, 3, 1; 5 is 2, 2, 1, 0
 WORLD = 4

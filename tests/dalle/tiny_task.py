@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dalle.averaging import IterateAverage
 from dalle.distributed.world import Solo
-from dalle.schedules import PlateauHalving, linear_warmup
-from dalle.sharded import local_part
+from dalle.dtensor import local_part
+from dalle.train.averaging import IterateAverage
 from dalle.train.checkpoint import task_state
 from dalle.train.config import LoopConfig
+from dalle.train.schedules import PlateauHalving, linear_warmup
 from dalle.train.seeds import step_seed
 from dalle.train.tree import pack_tree
 from dalle.train.update import update

@@ -22,7 +22,7 @@ from dalle.data.shapes_pairs import ShapesPairs
 from dalle.errors import UsageError
 from dalle.files import check_targets, saving, to_json
 from dalle.pictures import check_sheet, grid, save_bytes, save_png
-from dalle.prior_config import PRESETS
+from dalle.prior.config import PRESETS
 from dalle.tokenizer import Tokenizer, lower
 from dalle.train.prior_recipe import PriorTrainConfig
 

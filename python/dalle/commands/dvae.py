@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from dalle import pictures
-from dalle.codebook import codebook_health
 from dalle.commands.fits import require_dvae_fits
 from dalle.commands.training import check_model_target, loop_config, save_model
 from dalle.configs import did_you_mean
@@ -20,16 +19,17 @@ from dalle.data.folder import find_pictures
 from dalle.data.images import decode, read_bytes
 from dalle.data.pairs import NAMED, counted, left_out, load_or_skip
 from dalle.data.sources import BUILT_IN, load_pairs
-from dalle.demo.recipes_dvae import DVAE_RECIPES
 from dalle.devices import pick_device
 from dalle.distributed.config import ClusterConfig
 from dalle.distributed.parallelize import parallelize
 from dalle.distributed.world import join, shared_options
-from dalle.dvae import PRESETS, DiscreteVAE
+from dalle.dvae.codebook import codebook_health
+from dalle.dvae.likelihood import psnr
+from dalle.dvae.model import PRESETS, DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.files import check_targets
-from dalle.likelihood import psnr
 from dalle.memory import require_memory
+from dalle.recipes import DVAE_RECIPES
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
 from dalle.train.loop import train as run_loop
 from dalle.train.seeds import start_seed

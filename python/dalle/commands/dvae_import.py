@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dalle.dvae import PRESETS, DiscreteVAE, DiscreteVAEConfig
+from dalle.dvae.model import PRESETS, DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import UsageError
 from dalle.files import make_folder, saving
 from dalle.pretrained import load_tensors, read_tensors, tensors_from_bytes

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import torch
 
-from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
+from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dalle.memory import free_memory, require_memory
 from dalle.pipeline import SEQUENCES, Pipeline
 from dalle.plan import memory
-from dalle.prior_config import PRESETS, PriorConfig
+from dalle.prior.config import PRESETS, PriorConfig
 
 TRAINED = 20  # bytes a parameter: fp32 weight, gradient, two moments, average
 

@@ -6,12 +6,12 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import UsageError
 from dalle.files import make_folder, saving, whole_folder
 from dalle.pipeline import Pipeline
-from dalle.prior import Prior
-from dalle.rerank import ContrastiveRanker
+from dalle.prior.model import Prior
+from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 
 

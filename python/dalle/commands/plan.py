@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from dalle.configs import did_you_mean
 from dalle.errors import UsageError
-from dalle.plan import make_plan, plan_text
-from dalle.plan_cluster import cluster_plan, cluster_text
-from dalle.prior import PRESETS
+from dalle.plan import cluster_plan, cluster_text, make_plan, plan_text
+from dalle.prior.config import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)

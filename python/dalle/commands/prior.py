@@ -18,11 +18,11 @@ from dalle.devices import pick_device
 from dalle.distributed.config import ClusterConfig
 from dalle.distributed.parallelize import parallelize
 from dalle.distributed.world import World, join, shared_options
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import UsageError
 from dalle.pretrained import from_presets
-from dalle.prior import Prior
-from dalle.prior_config import PRESETS
+from dalle.prior.config import PRESETS
+from dalle.prior.model import Prior
 from dalle.tokenizer import Tokenizer
 from dalle.train.loop import train
 from dalle.train.prior import PriorTask

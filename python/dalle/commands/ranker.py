@@ -12,8 +12,8 @@ from dalle.console import say
 from dalle.data.pairs import left_out
 from dalle.data.sources import load_pairs
 from dalle.devices import pick_device
-from dalle.dvae import DiscreteVAE
-from dalle.rerank import ContrastiveRanker
+from dalle.dvae.model import DiscreteVAE
+from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 from dalle.train.loop import train
 from dalle.train.ranker import RankerTask, RankerTrainConfig

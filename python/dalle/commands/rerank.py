@@ -11,15 +11,15 @@ import torch
 import tyro
 
 from dalle import pictures
+from dalle.captions import clean
 from dalle.commands.sample import read_image
 from dalle.console import argument_text, printable
-from dalle.data.captions import clean
 from dalle.data.folder import find_pictures
 from dalle.devices import pick_device
 from dalle.errors import CheckpointError, DataError, NumericalError, UsageError
 from dalle.files import check_targets, make_folder, to_json
 from dalle.memory import require_memory
-from dalle.rerank import ContrastiveRanker, TransformersCLIP, load_ranker
+from dalle.ranker.model import ContrastiveRanker, TransformersCLIP, load_ranker
 
 CLIP_SIZE = 224
 

@@ -13,10 +13,10 @@ import tyro
 from PIL import Image
 
 from dalle import files, pictures
+from dalle.captions import caption_lines, clean
 from dalle.commands.fits import require_samples_fit
 from dalle.console import argument_text, say
 from dalle.data.augment import center_crop, to_tensor
-from dalle.data.captions import caption_lines, clean
 from dalle.data.images import decode, read_bytes
 from dalle.devices import pick_device
 from dalle.errors import DataError, UsageError

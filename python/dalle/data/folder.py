@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dalle import files as limited
-from dalle.data.captions import caption_lines
+from dalle.captions import caption_lines
 from dalle.data.images import BadPicture, decode, open_checked, read_bytes
 from dalle.data.pairs import counted
 from dalle.errors import DataError, UsageError

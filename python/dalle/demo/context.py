@@ -13,11 +13,11 @@ from dalle.data.shapes import split_scenes
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.data.sources import load_pairs
 from dalle.demo.config import Workspace
-from dalle.demo.recipes import DemoRecipe
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError
 from dalle.files import saving
 from dalle.pipeline import Pipeline
+from dalle.recipes import DemoRecipe
 from dalle.tokenizer import Tokenizer
 from dalle.train.config import LoopConfig
 from dalle.train.loop import train

@@ -8,11 +8,10 @@ from collections.abc import Callable
 
 import torch
 
-from dalle.demo.parts import PARTS
-from dalle.prior import Prior
-from dalle.prior_config import PriorConfig
-from dalle.rerank_blocks import ImageTower, RankerConfig
-from dalle.train.parts import side_by_side, sums
+from dalle.prior.config import PriorConfig
+from dalle.prior.model import Prior
+from dalle.ranker.blocks import ImageTower, RankerConfig
+from dalle.train.parts import PARTS, side_by_side, sums
 
 # Seconds of `transformer_step` and `convolution_step` on the machine that the recipes' seconds are
 # from: two idle cores with AVX-512 (docs/log.md).

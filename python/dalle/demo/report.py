@@ -10,10 +10,10 @@ from dalle.configs import to_dict
 from dalle.console import duration
 from dalle.demo import tiles
 from dalle.demo.config import STAGES, Workspace
-from dalle.demo.recipes import DemoRecipe
 from dalle.demo.tiles import contact, group, load_sheet, tile
 from dalle.files import to_json
 from dalle.pictures import save_bytes
+from dalle.recipes import DemoRecipe
 from dalle.version import __version__
 
 STYLE = """

@@ -14,16 +14,16 @@ from dalle.console import duration, say
 from dalle.demo.config import STAGES, DemoConfig, Workspace
 from dalle.demo.context import Demo
 from dalle.demo.pace import measure
-from dalle.demo.parts import threads_for_parts
 from dalle.demo.plots import draw_plots
-from dalle.demo.recipes import DemoRecipe, load_recipe
 from dalle.demo.report import write_report
-from dalle.demo.scoring import samples_stage
+from dalle.demo.score import samples_stage
 from dalle.demo.stages import data_stage, dvae_stage, prior_stage, ranker_stage, tokenizer_stage
 from dalle.devices import pick_device
 from dalle.errors import EnvironmentProblem, Interrupted
 from dalle.files import check_targets
+from dalle.recipes import DemoRecipe, load_recipe
 from dalle.train.lock import claimed
+from dalle.train.parts import threads_for_parts
 
 STAGE_FUNCTIONS: dict[str, Callable[[Demo], None]] = {
     "data": data_stage,

@@ -1,4 +1,4 @@
-"""Numbers of the demo: how near reconstructions are, how often samples are right, what N buys.
+"""What the trained models make of unseen captions and pictures, in numbers and samples.
 
 Shape letters: B captions, N samples of each, P true pictures, H = W side of a picture in pixels.
 """
@@ -6,31 +6,33 @@ Shape letters: B captions, N samples of each, P true pictures, H = W side of a p
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from threading import Event, Lock
 from typing import Any
 
 import numpy as np
 import torch
 
-from dalle.data.shapes import Scene
+from dalle import pictures
+from dalle.console import duration, say
+from dalle.data.augment import to_tensor
+from dalle.data.pairs import Pairs
+from dalle.data.shapes import Scene, parse
 from dalle.data.shapes_check import ShapesReport, check_batch, summary
-from dalle.errors import UsageError
+from dalle.demo import tiles
+from dalle.demo.config import Workspace
+from dalle.demo.context import SHOWN, Demo, captions_to_draw
+from dalle.dvae.codebook import codebook_health
+from dalle.dvae.likelihood import set_psnr
+from dalle.errors import CheckpointError, Interrupted, UsageError
+from dalle.files import read_bytes
 from dalle.pictures import to_uint8
+from dalle.pretrained import MAX_HEADER_BYTES, tensors_from_bytes, tensors_to_bytes
+from dalle.train.parts import PARTS, spread
 
+ROW = 8  # pictures shown of a caption, the true one among them
 BEST_OF = (1, 2, 4, 8)
-
-
-def psnr(images: torch.Tensor, others: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, of the mean squared error over all pictures.
-
-    Equivalent to: -10 * log10(((images - others) ** 2).mean()), at most 99 (equal pictures).
-    """
-    if images.shape != others.shape:
-        raise UsageError(
-            f"psnr: both sets must have one shape, got {tuple(images.shape)}, {tuple(others.shape)}"
-        )
-    error = float((images.double() - others.double()).square().mean())
-    return min(99.0, -10 * math.log10(max(error, 1e-12)))
 
 
 def nearest_rank(samples: torch.Tensor, own: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
@@ -171,3 +173,190 @@ def _groups(values: np.ndarray, count: int) -> np.ndarray:
     if values.ndim != 2 or count < 1 or values.shape[1] % count:
         raise UsageError(f"best_of: count must divide N of (B, N), got {count} and {values.shape}")
     return values.reshape(len(values), -1, count)
+
+
+def all_images(pairs: Pairs) -> torch.Tensor:
+    """Every picture of a small set: (N, 3, H, W) in [0, 1]."""
+    return to_tensor([pairs.load(i) for i in range(len(pairs))])
+
+
+@torch.no_grad()
+def round_trip(demo: Demo, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reconstructions (N, 3, H, W) in [0, 1] and codes (N, h, w), both on the CPU."""
+    tokens = [demo.vae.encode(part.to(demo.device)) for part in images.split(256)]
+    back = [demo.vae.decode(part).float().cpu() for part in tokens]
+    return torch.cat(back).clamp(0, 1), torch.cat(tokens).cpu()
+
+
+def code_use(tokens: torch.Tensor, num_tokens: int) -> dict[str, Any]:
+    """How many codes occur, the perplexity of their use, and the sorted shares (64 of them)."""
+    counts = torch.bincount(tokens.flatten(), minlength=num_tokens)
+    health = codebook_health(counts)
+    share = counts.sort(descending=True).values.double() / counts.sum().clamp_min(1)
+    points = np.unique(np.geomspace(1, num_tokens, 64).astype(int)) - 1
+    return {
+        "codes": num_tokens,
+        "codes_used": health.used,
+        "perplexity": health.perplexity,
+        "rank": (points + 1).tolist(),
+        "share": share[points].tolist(),
+    }
+
+
+def score_reconstructions(demo: Demo) -> None:
+    """PSNR of unseen pictures, for shapes also the share whose facts all survive; code use."""
+    found: dict[str, Any] = {}
+    sets = [(pairs, all_images(pairs)) for pairs in demo.unseen]
+    back = [round_trip(demo, images)[0] for _, images in sets]
+    unseen, again = torch.cat([images for _, images in sets]), torch.cat(back)
+    if demo.data == "shapes":
+        for (pairs, _), images in zip(sets, back, strict=True):
+            split = "zero" if "zero" in pairs.name else "test"
+            scenes = [parse(caption) for caption in pairs.captions]
+            found[f"reconstruction_{split}"] = reconstruction_right(images, scenes)
+        scenes = [parse(caption) for pairs, _ in sets for caption in pairs.captions]
+        found["reconstruction"] = reconstruction_right(again, scenes)
+        found["reconstruction_of_true_pictures"] = reconstruction_right(unseen, scenes)
+    pairs = demo.train_pairs
+    chosen = np.random.default_rng(demo.seed).permutation(len(pairs))[:2048]
+    known = to_tensor([pairs.load(int(i)) for i in chosen])
+    known_again, tokens = round_trip(demo, known)
+    found["psnr_train"] = set_psnr(known, known_again)
+    found["code_use"] = code_use(tokens, demo.vae.num_tokens)
+    shown = torch.linspace(0, len(unseen) - 1, SHOWN, dtype=torch.float32, device="cpu").long()
+    both = torch.stack([unseen[shown], again[shown]], 1)
+    tiles.save_sheet(demo.space.out / "pictures" / "reconstructions.png", both)
+    demo.space.add_scores({**found, "psnr": set_psnr(unseen, again)})
+
+
+def samples_stage(demo: Demo) -> None:
+    """Draws, scores with the ranker, holds against truth, and lays out the pictures."""
+    wanted = captions_to_draw(demo)
+    captions, splits = wanted["caption"], wanted["split"]
+    recipe, space = demo.recipe, demo.space
+    shape = (len(captions), recipe.num_samples, *demo.pipeline.grid)
+    tokens = stored_tokens(space, shape, demo.vae.num_tokens)
+    if tokens is None:
+        tokens = draw_samples(demo, captions)
+        pictures.save_bytes(space.samples, tensors_to_bytes({"tokens": tokens}))
+    images = demo.pipeline.decode(tokens)
+    ranker = demo.pipeline.ranker
+    assert ranker is not None
+    repeated = [caption for caption in captions for _ in range(recipe.num_samples)]
+    ranked = ranker.scores(repeated, images.flatten(0, 1)).view(len(captions), -1).numpy()
+    if demo.data == "emoji":
+        truth = all_images(demo.unseen[0])
+        own = torch.tensor(wanted["own"], dtype=torch.int64, device="cpu")
+        ranks = nearest_rank(images.flatten(0, 1), own.repeat_interleave(recipe.num_samples), truth)
+        found = emoji_scores(ranks.view(len(captions), -1).numpy(), ranked)
+        beside: torch.Tensor | None = truth[own]
+    else:
+        scenes = [parse(caption) for caption in captions]
+        found = shapes_scores(images, scenes, splits, ranked)
+        beside = None
+    draw_strips(demo, captions, splits, images, ranked, beside)
+    space.add_scores({**found, "captions_drawn": len(captions), "samples": int(ranked.size)})
+
+
+def draw_samples(demo: Demo, captions: list[str]) -> torch.Tensor:
+    """(B, N, h, w) codes on the CPU; a caption that comes again gets other candidates."""
+    count = demo.recipe.num_samples
+    first = [captions[:i].count(caption) * count for i, caption in enumerate(captions)]
+    begin = told = time.monotonic()
+    done: dict[int, int] = {}
+    lock, stop = Lock(), Event()
+
+    def part(place: slice) -> tuple[torch.Tensor]:
+        def progress(number: int, _: int) -> None:
+            nonlocal told
+            if stop.is_set():  # after Ctrl-C the process would wait for its threads
+                raise Interrupted("samples: stopped")
+            with lock:
+                done[place.start] = number
+                now, drawn, total = time.monotonic(), sum(done.values()), len(captions) * count
+                if now - told > 5 or drawn == total:
+                    told = now
+                    left = duration((now - begin) / drawn * (total - drawn))
+                    say(f"samples {drawn}/{total} | ETA {left}")
+
+        tokens = demo.pipeline.sample(
+            captions[place],
+            count,
+            seed=demo.seed,
+            first_candidate=first[place],
+            progress=progress,
+            **demo.recipe.sampling,
+        )
+        return (tokens.cpu(),)
+
+    try:
+        found = spread(part, len(captions), PARTS)
+    finally:
+        stop.set()
+    return torch.cat([tokens for (tokens,) in found])
+
+
+def stored_tokens(space: Workspace, shape: tuple[int, ...], codes: int) -> torch.Tensor | None:
+    """The codes an earlier run has drawn, int64 of `shape`; None where there are none.
+
+    What is damaged, or of another demo, is said and drawn anew.
+    """
+    if not space.samples.exists():
+        return None
+    try:
+        data = read_bytes(space.samples, 8 * math.prod(shape) + MAX_HEADER_BYTES)
+        tokens = tensors_from_bytes(data, space.samples).get("tokens")
+    except (OSError, CheckpointError):
+        tokens = None
+    if tokens is not None and (tokens.shape, tokens.dtype) == (shape, torch.int64):
+        if 0 <= int(tokens.min()) and int(tokens.max()) < codes:
+            return tokens
+    say(f"demo: {space.samples} must hold this demo's samples, got others; drawing them anew")
+    if not space.samples.is_file():
+        space.samples.unlink()  # a device or a pipe, which nothing is written over
+    return None
+
+
+def draw_strips(
+    demo: Demo,
+    captions: list[str],
+    splits: list[str],
+    images: torch.Tensor,
+    scores: np.ndarray,
+    truth: torch.Tensor | None,
+) -> None:
+    """A row of tiles per caption, best first (after the true picture, where there is one).
+
+    Writes pictures/strips.png, pictures/samples.png (true picture and best sample of 24 captions,
+    with their captions, to be passed on) and work/strips.json.
+    """
+    order = np.argsort(-scores, axis=1, kind="stable")[:, : ROW - (truth is not None)]
+    if truth is None:
+        chosen = [i for split in ("zero", "test") for i in _some(splits, split, SHOWN // 2)]
+    else:
+        chosen = _some(splits, "heldout", SHOWN)
+    drawn = torch.stack([images[i][torch.from_numpy(order[i])] for i in chosen])
+    rows = drawn if truth is None else torch.cat([truth[chosen][:, None], drawn], 1)
+    tiles.save_sheet(demo.space.out / "pictures" / "strips.png", rows)
+    strips = [
+        {
+            "caption": captions[i],
+            "split": splits[i],
+            "below": ["true"] * (truth is not None) + [f"{scores[i, j]:.2f}" for j in order[i]],
+        }
+        for i in chosen
+    ]
+    shown = rows[:, : 1 + (truth is not None)]
+    labels = [words for i in chosen for words in (captions[i], "drawn")[: shown.shape[1]]]
+    scale = tiles.scale_for(demo.recipe.image_size)
+    sheet = pictures.grid(shown.flatten(0, 1), columns=8, scale=scale, labels=labels)
+    pictures.save_png(demo.space.out / "pictures" / "samples.png", sheet)
+    demo.space.write(demo.space.work / "strips.json", {"strips": strips})
+
+
+def _some(splits: list[str], split: str, count: int) -> list[int]:
+    """Indices of up to `count` captions of a split, spread over all of them."""
+    rows = [i for i, found in enumerate(splits) if found == split]
+    if len(rows) <= count:
+        return rows
+    return [rows[int(i)] for i in np.linspace(0, len(rows) - 1, count)]

@@ -9,12 +9,12 @@ import torch
 from dalle.data.augment import to_tensor
 from dalle.demo import tiles
 from dalle.demo.context import SHOWN, Demo
-from dalle.demo.scoring import score_reconstructions
-from dalle.dvae import DiscreteVAE
+from dalle.demo.score import score_reconstructions
+from dalle.dvae.model import DiscreteVAE
 from dalle.files import saving
 from dalle.pipeline import write_config
-from dalle.prior import Prior
-from dalle.rerank import ContrastiveRanker
+from dalle.prior.model import Prior
+from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 from dalle.train.dvae import DvaeTask
 from dalle.train.prior import PriorTask

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import init_device_mesh
 
-from dalle.averaging import IterateAverage
 from dalle.configs import to_dict
 from dalle.console import say
 from dalle.distributed.agreement import require_same
@@ -24,10 +23,10 @@ from dalle.distributed.config import ClusterConfig
 from dalle.distributed.heartbeat import Heartbeat
 from dalle.distributed.hooks import PowerSGD
 from dalle.distributed.replicas import drifted
-from dalle.distributed.sharding import gather_model, scatter_model
+from dalle.distributed.shard import gather_model, scatter_model
+from dalle.dtensor import gather
 from dalle.errors import DalleError, EnvironmentProblem, UsageError
 from dalle.precision import ResblockScaler
-from dalle.sharded import gather
 
 SUMMED = ("images",)  # counts among a step's values; the others are means
 
@@ -242,10 +241,10 @@ class Cluster:
 
     @contextmanager
     def whole_model(
-        self, model: nn.Module, average: IterateAverage | None = None
+        self, model: nn.Module, values: Mapping[str, Tensor] | None = None
     ) -> Iterator[nn.Module | None]:
         # Of its exchanges none may be left while process 0 works with it.
-        yield gather_model(model, self.rank, None if average is None else average.average)
+        yield gather_model(model, self.rank, values)
 
     def take_over(self, model: nn.Module, whole: nn.Module | None) -> None:
         scatter_model(model, whole, self.control)

@@ -17,7 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dalle.distributed.buffers import Matrix
-from dalle.distributed.fsdp import (
+from dalle.distributed.in_order import InOrder
+from dalle.distributed.powersgd import Compressor, Gradient
+from dalle.distributed.shard import (
     as_shard,
     can_follow,
     check_replicas,
@@ -25,11 +27,9 @@ from dalle.distributed.fsdp import (
     replicas,
     smallest_shard,
 )
-from dalle.distributed.in_order import InOrder
-from dalle.distributed.powersgd import Compressor, Gradient
+from dalle.dtensor import gradient_stats, local_part, shard_groups
 from dalle.errors import UsageError
 from dalle.precision import ResblockScaler
-from dalle.sharded import gradient_stats, local_part, shard_groups
 
 
 class PowerSGD:

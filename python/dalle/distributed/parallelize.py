@@ -38,7 +38,7 @@ def parallelize(
         return
     from dalle.distributed.cluster import Cluster  # half a second of FSDP2, of no use to one
     from dalle.distributed.hooks import PowerSGD
-    from dalle.distributed.sharding import shard
+    from dalle.distributed.shard import shard
 
     assert isinstance(world, Cluster)
     units = list(units)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle.sharded import local_part
+from dalle.dtensor import local_part
 
 
 def drifted(model: nn.Module, gather: Callable[[Any], list[Any]], shards: int) -> str | None:

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dalle.averaging import IterateAverage
 from dalle.configs import to_dict
 from dalle.distributed.config import ClusterConfig
+from dalle.dtensor import swapped
 from dalle.errors import DalleError, UsageError
 from dalle.precision import ResblockScaler
 
@@ -96,13 +96,16 @@ class World(Protocol):
         """Turns an exchange that fails inside into the line that names who did not answer."""
 
     def whole_model(
-        self, model: nn.Module, average: IterateAverage | None = None
+        self, model: nn.Module, values: Mapping[str, Tensor] | None = None
     ) -> AbstractContextManager[nn.Module | None]:
-        """The whole model, with the averaged weights if given. Collective, but not what is done
-        with it inside.
+        """The whole model. Collective, but not what is done with it inside.
 
         One process gets the model itself; of several, process 0 a copy on the CPU in evaluation
         mode, and the others None.
+
+        Args:
+            model: of this process, which may hold a part of each parameter.
+            values: by name in place of the parameters' own inside the block: averaged weights.
         """
 
     def take_over(self, model: nn.Module, whole: nn.Module | None) -> None:
@@ -190,9 +193,9 @@ class Solo:
 
     @contextmanager
     def whole_model(
-        self, model: nn.Module, average: IterateAverage | None = None
+        self, model: nn.Module, values: Mapping[str, Tensor] | None = None
     ) -> Iterator[nn.Module | None]:
-        with nullcontext() if average is None else average.applied():
+        with nullcontext() if values is None else swapped(dict(model.named_parameters()), values):
             yield model
 
     def take_over(self, model: nn.Module, whole: nn.Module | None) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import dalle_ext
 from dalle.configs import whole
 from dalle.console import say
+from dalle.dtensor import gradient_stats, local_part
 from dalle.errors import CheckpointError, UsageError
 from dalle.precision.ends import BINS, COUNTS, BlockEnds
-from dalle.sharded import gradient_stats, local_part
 
 Block = nn.Module | Sequence[nn.Module]
 TELL_EVERY = 10  # updates, of which none succeeded since the beginning

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.averaging import IterateAverage
-from dalle.codebook import codebook_health, init_codebook
 from dalle.configs import check_numbers, require, require_adamw, to_dict
 from dalle.console import say
 from dalle.data.augment import center_crop, dvae_crop, to_tensor
 from dalle.data.pairs import BatchSampler, Pairs, fingerprints, load_or_draw, load_or_skip
 from dalle.distributed.world import Solo, World
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.codebook import codebook_health, init_codebook
+from dalle.dvae.likelihood import expected_pixels, map_pixels, psnr
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
-from dalle.likelihood import expected_pixels, map_pixels, psnr
-from dalle.schedules import cosine_ramp
+from dalle.train.averaging import IterateAverage
 from dalle.train.parts import side_by_side, sums
+from dalle.train.schedules import cosine_ramp
 from dalle.train.seeds import start_seed, step_seed
 from dalle.train.task import averaged_model, own_batch, require_one_part, whole_model
 from dalle.train.update import update

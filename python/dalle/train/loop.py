@@ -4,9 +4,9 @@ A task owns model, optimizer and data; the loop owns resuming, metrics, pictures
 signals. Everything random in a step comes from `step_seed(seed, step)`, so a resumed run repeats
 the uninterrupted one bit for bit:
 
-    from dalle.averaging import IterateAverage
+    from dalle.train.averaging import IterateAverage
     from dalle.distributed.world import Solo
-    from dalle.schedules import linear_warmup
+    from dalle.train.schedules import linear_warmup
     from dalle.train.config import LoopConfig
     from dalle.train.loop import train
     from dalle.train.seeds import step_seed

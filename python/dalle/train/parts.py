@@ -7,8 +7,9 @@ of parts, which the recipe says, and not on the number of cores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -121,3 +122,17 @@ def sums(found: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         torch.stack(list(each)).sum(0) if len(each) > 1 else each[0]
         for each in zip(*found, strict=True)
     ]
+
+
+PARTS = 2  # fixed, so that the numbers do not depend on the number of cores
+
+
+@contextmanager
+def threads_for_parts() -> Iterator[None]:
+    """torch's threads shared out among the parts, which run at the same time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // PARTS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.averaging import IterateAverage
 from dalle.configs import to_dict
 from dalle.data.augment import center_crop, prior_crop, to_tensor
 from dalle.data.pairs import (
@@ -23,17 +22,18 @@ from dalle.data.pairs import (
     load_or_skip,
 )
 from dalle.distributed.world import Solo, World
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.pictures import rows_of
 from dalle.precision import ResblockScaler
 from dalle.pretrained import fingerprint
-from dalle.prior import PAD, Prior, PriorOutput
-from dalle.prior_config import IMAGE_WEIGHT, TEXT_WEIGHT
-from dalle.schedules import PlateauHalving
+from dalle.prior.config import IMAGE_WEIGHT, PAD, TEXT_WEIGHT
+from dalle.prior.model import Prior, PriorOutput
 from dalle.tokenizer import Tokenizer
+from dalle.train.averaging import IterateAverage
 from dalle.train.parts import side_by_side, spread, sums
 from dalle.train.prior_recipe import PriorTrainConfig, init_from_codebook, make_optimizer
+from dalle.train.schedules import PlateauHalving
 from dalle.train.seeds import start_seed, step_seed
 from dalle.train.task import averaged_model, own_batch, require_one_part
 from dalle.train.update import update

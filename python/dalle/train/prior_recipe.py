@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 import dalle_ext
 from dalle.configs import check_numbers, require, require_adamw, seed_number
+from dalle.dtensor import fill_
 from dalle.errors import UsageError
-from dalle.prior import Prior
-from dalle.prior_blocks import AttentionBlock
-from dalle.schedules import cosine_ramp, linear_warmup
-from dalle.sharded import fill_
+from dalle.prior.blocks import AttentionBlock
+from dalle.prior.model import Prior
 from dalle.train.muon import MuonAdamW
+from dalle.train.schedules import cosine_ramp, linear_warmup
 
 DECAYS = ("plateau", "cosine", "none")
 IMAGE_INITS = ("random", "codebook")

@@ -21,18 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dalle.averaging import IterateAverage
 from dalle.configs import check_numbers, seed_number, whole
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.pairs import Pairs, captions_of, fingerprints, load_or_draw, load_or_skip
 from dalle.distributed.world import Solo, World
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import UsageError
 from dalle.pictures import rows_of
 from dalle.pretrained import fingerprint
-from dalle.rerank import ContrastiveRanker
-from dalle.schedules import cosine_ramp, linear_warmup
+from dalle.ranker.model import ContrastiveRanker
+from dalle.train.averaging import IterateAverage
 from dalle.train.parts import side_by_side, spread
+from dalle.train.schedules import cosine_ramp, linear_warmup
 from dalle.train.seeds import step_seed
 from dalle.train.splicing import patches, pixels, splice
 from dalle.train.update import update

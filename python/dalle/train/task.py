@@ -9,9 +9,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dalle.averaging import IterateAverage
 from dalle.distributed.world import World
 from dalle.errors import DataError, EnvironmentProblem, UsageError
+from dalle.train.averaging import IterateAverage
 
 T = TypeVar("T")
 
@@ -83,7 +83,8 @@ def averaged_model(task: Task, averaged: bool = True) -> Iterator[nn.Module | No
     Raises:
         EnvironmentProblem: a GPU's memory does not suffice for what is done inside.
     """
-    with task.world.whole_model(task.model, task.average if averaged else None) as model:
+    values = task.average.average if averaged and task.average is not None else None
+    with task.world.whole_model(task.model, values) as model:
         try:
             yield model
         except torch.OutOfMemoryError as problem:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dalle.dtensor import local_part
 from dalle.errors import NumericalError
 from dalle.precision import ResblockScaler, ScalerStep, first_nonfinite
-from dalle.sharded import local_part
 from dalle.train.task import Task
 
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from dalle.errors import UsageError
+
 EPS = 0.1  # pixels in [0, 1] go to [EPS, 1 - EPS], where the density is well behaved
 
 
@@ -44,3 +46,16 @@ def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each picture in dB, peak 1: (B, ...) twice -> (B,)."""
     error = (images - reconstructions).square().flatten(1).mean(1)
     return -10 * torch.log10(error.clamp_min(1e-10))
+
+
+def set_psnr(images: Tensor, reconstructions: Tensor) -> float:
+    """PSNR in dB of the mean squared error over a whole set, at most 99 (equal pictures).
+
+    Raises:
+        UsageError: shapes that differ.
+    """
+    shapes = tuple(images.shape), tuple(reconstructions.shape)
+    if shapes[0] != shapes[1]:
+        raise UsageError(f"psnr: both sets must have one shape, got {shapes[0]}, {shapes[1]}")
+    pooled = psnr(images.double().reshape(1, -1), reconstructions.double().reshape(1, -1))
+    return min(99.0, float(pooled))

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dalle.captions import clean
 from dalle.configs import whole
-from dalle.data.captions import clean
 from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
 from dalle.files import check_regular, read_json
 from dalle.pretrained import Pretrained, from_presets
-from dalle.rerank_blocks import PRESETS, ImageTower, RankerConfig, TextTower
+from dalle.ranker.blocks import PRESETS, ImageTower, RankerConfig, TextTower
 from dalle.tokenizer import Tokenizer
 
 MAX_LOGIT_SCALE = 100.0  # as CLIP clips its temperature

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import dalle_ext
 from dalle.configs import LARGEST, check_numbers, whole
-from dalle.dvae_blocks import Block, Decoder, Encoder, PatchBlock, PatchDecoder, PatchEncoder
+from dalle.dvae.blocks import Block, Decoder, Encoder, PatchBlock, PatchDecoder, PatchEncoder
+from dalle.dvae.likelihood import expected_pixels, logit_laplace_log_prob, map_pixels
 from dalle.errors import UsageError
-from dalle.likelihood import expected_pixels, logit_laplace_log_prob, map_pixels
 from dalle.pretrained import Pretrained, from_presets
 
 CHANNELS = 3

@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import dalle_ext
-from dalle.decode import generate
 from dalle.errors import UsageError
 from dalle.plan import parameters
 from dalle.pretrained import Pretrained, from_presets
-from dalle.prior_blocks import KeysValues, Layer, Resblock
-from dalle.prior_config import IMAGE_WEIGHT, PAD, PRESETS, TEXT_WEIGHT, PriorConfig
+from dalle.prior.blocks import KeysValues, Layer, Resblock
+from dalle.prior.config import IMAGE_WEIGHT, PAD, PRESETS, TEXT_WEIGHT, PriorConfig
+from dalle.prior.decode import generate
 
 
 class PriorOutput(NamedTuple):
@@ -187,7 +187,7 @@ class Prior(Pretrained[PriorConfig]):
         return PriorOutput(loss, text_loss, image_loss, text_logits, image_logits)
 
     def generate(self, text: Tensor, **options: Any) -> Tensor:
-        """Draws images for captions: `dalle.decode.generate` with this model.
+        """Draws images for captions: `dalle.prior.decode.generate` with this model.
 
         Equivalent to sampling one token at a time from `forward`'s logits. See there for options.
         """

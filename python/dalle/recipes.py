@@ -1,8 +1,7 @@
-"""One recipe of the demo: sizes, numbers of updates, how samples are drawn.
+"""Recipes for the built-in data sets: sizes, numbers of updates, how samples are drawn.
 
-The numbers of each model stand in `recipes_dvae`, `recipes_ranker` and `recipes_prior`; what was
-tried is in docs/log.md. All of them are step counts, so that results do not hang on the machine's
-load.
+Numbers of updates, not minutes, so that results do not depend on the machine's load. What was
+tried is in docs/log.md.
 """
 
 from __future__ import annotations
@@ -11,17 +10,202 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from dalle.demo.parts import PARTS
-from dalle.demo.recipes_dvae import DVAE_RECIPES
-from dalle.demo.recipes_prior import PRIOR_RECIPES
-from dalle.demo.recipes_ranker import RANKER_RECIPES
-from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
+from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import UsageError
-from dalle.prior import PriorConfig
+from dalle.prior.config import PriorConfig
 from dalle.tokenizer import Tokenizer
 from dalle.train.dvae import DvaeTrainConfig
+from dalle.train.parts import PARTS
 from dalle.train.prior_recipe import PriorTrainConfig
 from dalle.train.ranker import RankerTrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DvaeRecipe:
+    """Canvas in pixels, sizes, training, number of updates.
+
+    Seconds on two idle cores with AVX-512; `fixed` of them make the codebook and the scores.
+    """
+
+    image_size: int
+    model: DiscreteVAEConfig
+    train: DvaeTrainConfig
+    steps: int
+    seconds: float
+    fixed: float
+
+
+def _recipe(
+    image_size: int,
+    warm: int,
+    steps: int,
+    model: dict[str, int],
+    seconds: float,
+    fixed: float,
+    **changes: Any,
+) -> DvaeRecipe:
+    """What runs of two minutes have in common.
+
+    From scratch they collapse to a few dozen codes, so a continuous autoencoder comes first; mean
+    squared error sharpens the picture faster than the likelihood does; and the KL term, which the
+    paper needs to spread the codes, has nothing to do where k-means has spread them.
+    """
+    options: dict[str, Any] = {
+        "batch_size": 16,
+        "tau_start": 0.3,
+        "tau_steps": round(0.6 * (steps - warm)),
+        "kl_weight": 0.0,
+        "kl_steps": 0,
+        "lr_end": 5e-5,
+        "lr_steps": steps - warm,
+        "beta2": 0.99,
+        "average_decay": 0.99,
+        "average_warmup": True,
+        "augment": "none",
+        "distortion": "mse",
+        "warm_start_steps": warm,
+        "parts": PARTS,
+    }
+    return DvaeRecipe(
+        image_size=image_size,
+        model=DiscreteVAEConfig(stem="patch", **model),
+        train=DvaeTrainConfig(image_size=image_size, **(options | changes)),
+        steps=steps,
+        seconds=seconds,
+        fixed=fixed,
+    )
+
+
+DVAE_RECIPES: dict[str, DvaeRecipe] = {
+    "emoji": _recipe(
+        40,
+        700,
+        1000,
+        {"patch": 5, "n_hid": 128, "n_blk_per_group": 2, "n_init": 32, "vocab_size": 2048},
+        40.0,
+        7.0,
+        lr_start=1e-3,
+        codebook_sharpness=4.0,
+    ),
+    "shapes": _recipe(
+        24,
+        600,
+        1000,
+        {"patch": 2, "n_hid": 48, "n_blk_per_group": 1, "n_init": 16, "vocab_size": 128},
+        20.0,
+        5.0,
+        lr_start=4e-4,
+        codebook_sharpness=1.0,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorRecipe:
+    """Sizes, training and sampling of the demo's prior.
+
+    Attributes:
+        model: fields of `PriorConfig`; vocabularies and grid come from tokenizer and dVAE.
+        train: the training recipe.
+        steps: updates.
+        sampling: options of `Prior.generate`.
+        seconds: training on two idle cores with AVX-512.
+        fixed: how many of these encode the pictures.
+        samples_seconds: drawing and scoring the samples there.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    train: PriorTrainConfig = field(default_factory=PriorTrainConfig)
+    steps: int = 0
+    sampling: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    fixed: float = 0.0
+    samples_seconds: float = 0.0
+
+
+def _short(steps: int, **changes: Any) -> PriorTrainConfig:
+    """What every run of minutes has in common: a cosine to zero, one code per image, a warm start.
+
+    The paper's augmentation and BPE dropout blur what a few epochs have to learn by heart; its
+    warm-up alone would outlast the run; and Muon needs half of AdamW's updates.
+    """
+    options: dict[str, Any] = {
+        "warmup_steps": 60,
+        "decay": "cosine",
+        "decay_steps": steps,
+        "augment": "none",
+        "bpe_dropout": 0.0,
+        "caption_dropout": 0.05,
+        "average_every": 5,
+        "average_warmup": True,
+        "image_init": "codebook",
+        "optimizer": "muon",
+        "parts": PARTS,
+    }
+    return PriorTrainConfig(**(options | changes))
+
+
+def _sizes(text_len: int, **changes: Any) -> dict[str, Any]:
+    sizes = {"text_len": text_len, "d_model": 128, "num_heads": 4, "num_layers": 4}
+    return {**sizes, "kernel_size": 5, "init_gain": 0.5, **changes}
+
+
+EMOJI_STEPS, SHAPES_STEPS = 1500, 750
+
+PRIOR_RECIPES: dict[str, PriorRecipe] = {
+    "emoji": PriorRecipe(
+        model=_sizes(16),
+        train=_short(EMOJI_STEPS, batch_size=16, lr=4e-3),
+        steps=EMOJI_STEPS,
+        sampling={"temperature": 0.5},
+        seconds=120.0,
+        fixed=3.0,
+        samples_seconds=5.0,
+    ),
+    "shapes": PriorRecipe(
+        model=_sizes(16, d_model=192, num_heads=6, num_layers=2, attention=("causal",) * 2),
+        train=_short(SHAPES_STEPS, batch_size=16, lr=2.5e-3),
+        steps=SHAPES_STEPS,
+        sampling={"temperature": 0.5, "cond_scale": 1.5},
+        seconds=100.0,
+        fixed=8.0,
+        samples_seconds=42.0,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankerRecipe:
+    """Sizes (overrides of the preset "tiny") and training.
+
+    Seconds on two idle cores with AVX-512; `fixed` of them send the pictures through the dVAE.
+    """
+
+    model: dict[str, int] = field(default_factory=dict)
+    train: RankerTrainConfig = field(default_factory=RankerTrainConfig)
+    seconds: float = 40.0
+    fixed: float = 4.0
+
+
+RANKER_RECIPES: dict[tuple[str, str], RankerRecipe] = {
+    ("emoji", "default"): RankerRecipe(train=RankerTrainConfig(steps=500, parts=PARTS)),
+    ("shapes", "default"): RankerRecipe(
+        train=RankerTrainConfig(steps=600, parts=PARTS), seconds=44.0, fixed=10.0
+    ),
+    ("emoji", "smoke"): RankerRecipe(
+        model={"width": 32, "depth": 1, "embed_dim": 32},
+        train=RankerTrainConfig(steps=12, batch_size=16, num_spliced=4, warmup=2, parts=PARTS),
+        seconds=1.0,
+        fixed=0.0,
+    ),
+    ("shapes", "smoke"): RankerRecipe(
+        model={"width": 32, "depth": 1, "embed_dim": 32},
+        train=RankerTrainConfig(steps=12, batch_size=16, num_spliced=4, warmup=2, parts=PARTS),
+        seconds=1.0,
+        fixed=0.0,
+    ),
+}
+
 
 LEAST = 0.01  # of the default numbers of updates
 T = TypeVar("T")

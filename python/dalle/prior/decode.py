@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import dalle_ext
 from dalle.errors import NumericalError, UsageError
-from dalle.prior_blocks import AttentionBlock, KeysValues
-from dalle.prior_config import PAD, PriorConfig
-from dalle.sampling import (
+from dalle.prior.blocks import AttentionBlock, KeysValues
+from dalle.prior.config import PAD, PriorConfig
+from dalle.prior.sampling import (
     MAX_SEED,
     caption_key,
     check_options,

@@ -16,7 +16,7 @@ import dalle_ext
 from dalle.precision import BlockEnds, linear
 
 if TYPE_CHECKING:
-    from dalle.prior_config import PriorConfig
+    from dalle.prior.config import PriorConfig
 
 GELU_SLOPE = 1.702
 

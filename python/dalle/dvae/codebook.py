@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dalle.configs import seed_number, whole
-from dalle.dvae import DiscreteVAE
+from dalle.dvae.likelihood import map_pixels
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import UsageError
-from dalle.likelihood import map_pixels
 
 LEAST_SPREAD = 1e-4  # of a feature's mean square; logits then stay below 1e5 times the sharpness
 SEED_POINTS = 8  # points a centre that k-means++ draws from; more cost time and give little

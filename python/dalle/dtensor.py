@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 import dalle_ext
 from dalle_ext import local_part
 
-__all__ = ["fill_", "gather", "gradient_stats", "local_part", "shard_groups"]
+__all__ = ["fill_", "gather", "gradient_stats", "local_part", "shard_groups", "swapped"]
 
 
 @torch.no_grad()
@@ -36,6 +37,26 @@ def fill_(param: Tensor, value: Tensor) -> None:
         mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
         value = distribute_tensor(value, mesh, placements, src_data_rank=None)
     param.copy_(value)
+
+
+@contextmanager
+def swapped(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Parameters hold other values inside the block, their own again afterwards.
+
+    Args:
+        params: by name.
+        values: for each of them, shared out as it is.
+    """
+    own = {name: param.detach().clone() for name, param in params.items()}
+    try:
+        with torch.no_grad():
+            for name, param in params.items():
+                param.copy_(values[name])
+        yield
+    finally:
+        with torch.no_grad():
+            for name, param in params.items():
+                param.copy_(own[name])
 
 
 def shard_groups(tensor: Any) -> tuple[Any, ...]:

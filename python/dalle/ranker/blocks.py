@@ -1,4 +1,4 @@
-"""The two towers of `dalle.rerank.ContrastiveRanker`.
+"""The two towers of `dalle.ranker.model.ContrastiveRanker`.
 
 Shape letters: B captions or pictures, L text slots, H = W side of a picture in pixels, E width of
 the shared space.

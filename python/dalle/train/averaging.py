@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dalle.configs import whole
+from dalle.dtensor import swapped
 from dalle.errors import CheckpointError, UsageError
 from dalle_ext._checks import real
 
@@ -74,17 +75,8 @@ class IterateAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model holds the averaged weights inside the block, its own again afterwards."""
-        own = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self._fill(self.average)
-        try:
+        with swapped(self._parameters, self.average):
             yield
-        finally:
-            self._fill(own)
-
-    @torch.no_grad()
-    def _fill(self, values: dict[str, torch.Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(values[name])
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged tensors and the number of copies taken."""
