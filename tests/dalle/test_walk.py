@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -81,3 +82,33 @@ def test_every_printed_command_has_its_options(capsys):
     assert len(commands) > 40
     assert [(page, words, x) for page, words in commands if (x := unknown(words, capsys))] == []
     assert unknown(["dvae", "train", "--bath-size", "3"], capsys) == ["--bath-size"]
+
+
+def names_of(text: str) -> list[str]:
+    """Dotted names of the two packages in code spans and in Python blocks, imports among them."""
+    names = re.findall(r"`(dalle(?:_ext)?\.[\w.]+)", text)
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        names += re.findall(r"\bdalle_ext\.\w+", block)
+        names += [".".join(x) for x in re.findall(r"from (dalle[\w.]*) import (\w+)", block)]
+    return names
+
+
+def missing(name: str) -> bool:
+    """Whether a dotted name is neither a module nor in one."""
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part, None)
+        return found is None
+    return True
+
+
+def test_every_printed_name_is_importable():
+    names = [(p.name, x) for p in PAGES if p != LAB_BOOK for x in names_of(p.read_text())]
+    assert len(names) > 15
+    assert [(page, name) for page, name in names if missing(name)] == []
+    assert missing("dalle.pipeline.Pipline") and missing("dalle.gone.Pipeline")
