@@ -175,10 +175,17 @@ def load_weights(module: nn.Module, directory: Path | str) -> None:
 
 @torch.no_grad()
 def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
-    """Copies `tensors` into `module` after checking that every name, shape and dtype agrees.
+    """Copies `tensors` into `module`. Raises as `check_tensors`, before it changes any."""
+    check_tensors(module, tensors, where)
+    for name, tensor in module.state_dict().items():
+        tensor.copy_(tensors[name])
+
+
+def check_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Whether every name, shape and dtype agrees with a module's.
 
     Raises:
-        CheckpointError: naming the first that does not agree; the module is then untouched.
+        CheckpointError: naming the first that does not.
     """
     own = module.state_dict()
     for name in [*own, *tensors]:
@@ -192,8 +199,6 @@ def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], where: str
                 f"{where}: {name} must be {tuple(wanted.shape)} {wanted.dtype}, "
                 f"got {tuple(found.shape)} {found.dtype}"
             )
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
 
 
 def load_trained_on(directory: Path | str) -> dict[str, str]:

@@ -151,3 +151,12 @@ def test_gradients_that_autograd_shares_are_added_once():
         found.append(torch.stack([model.a.grad, model.b.grad]))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])
+
+
+def test_a_gradient_penalty_over_parts_is_refused_and_no_zero():
+    model, x = nn.Linear(3, 1), torch.ones(4, 3)
+    found = side_by_side(lambda place: (model(x[place]).square(),), 4, 2, model)
+    loss = torch.cat([part for (part,) in found]).sum()
+    (grad,) = torch.autograd.grad(loss, model.weight, create_graph=True)
+    with pytest.raises(NotImplementedError, match="^dalle: gradients .* differentiated once"):
+        torch.autograd.grad(grad.square().sum() + 0 * model.weight.sum(), model.weight)

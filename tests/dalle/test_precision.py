@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import dalle_ext
 from dalle.errors import CheckpointError, UsageError
 from dalle.precision import ResblockScaler, first_nonfinite, linear
-from dalle.precision.ends import BINS, LOWEST, exponents
+from dalle.precision.ends import BINS, LOWEST, BlockEnds, exponents
 
 WIDTH, BLOCKS = 16, 3
 
@@ -361,3 +361,27 @@ def test_the_norm_that_clips_is_the_one_that_processes_agreed_on():
         found.append((float(done.norm), model.head.bias.detach() - before))
     assert found[1][0] == pytest.approx(2 * found[0][0])
     torch.testing.assert_close(2 * found[1][1], found[0][1])
+
+
+@pytest.mark.parametrize("constant", [False, True], ids=["square", "sum"])
+@pytest.mark.parametrize("layer", ["linear", "block"])
+def test_a_gradient_penalty_is_refused_and_no_zero(layer, constant):
+    """Where the incoming gradient is a constant, torch's `once_differentiable` was silent."""
+    ends, inner = BlockEnds(torch.tensor(8.0)), nn.Linear(4, 4)
+    x = torch.linspace(-1, 1, 20).view(5, 4).requires_grad_()
+
+    def branch(x):
+        return linear(x.to(torch.bfloat16), inner)
+
+    def block(x):
+        stream, inside = ends.enter(x)
+        return stream + ends.leave(branch(inside))
+
+    out = (block if layer == "block" else branch)(x).float()
+    loss = out.sum() if constant else out.square().sum()
+    (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert torch.equal(grad, plain)
+    for wanted in (x, inner.weight):
+        with pytest.raises(NotImplementedError, match="^dalle: gradients .* differentiated once"):
+            torch.autograd.grad(grad.square().sum() + 0 * wanted.sum(), wanted, retain_graph=True)

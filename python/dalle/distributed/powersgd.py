@@ -334,6 +334,13 @@ class Compressor:
             if own != got:
                 raise CheckpointError(f"PowerSGD: state must be of {what} {own}, got {got}")
         share, units = state["machines"] / self.world, state.get("units", {})
+        for name, words in state["errors"].items():  # before the first is taken
+            wanted = self.matrices[name].error.shape if name in self.matrices else words.shape
+            if words.shape != wanted or not math.isfinite(units.get(name, 1.0)):
+                got = f"{tuple(words.shape)}, unit {units.get(name, 1.0)}"
+                raise CheckpointError(
+                    f"PowerSGD: errors of {name} must be {tuple(wanted)}, got {got}"
+                )
         for name, words in state["errors"].items():
             value, unit = words * share, None  # of float32 words: a unit that fits them
             if words.dtype == torch.int16:

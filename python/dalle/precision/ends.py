@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 import dalle_ext
+from dalle.precision.once import once
 
 COUNTS = ("overflow", "underflow", "subnormal", "nonfinite")  # of `scale_gradient`
 LOWEST, BINS = -64, 80  # exponents of the histogram: floor(log2 |g|) from -64 to 15
@@ -30,9 +30,10 @@ class _Enter(torch.autograd.Function):
         return x.view_as(x), x.view_as(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, stream: Tensor, branch: Tensor) -> tuple[Tensor, None]:
-        return dalle_ext.unscale_gradient(stream, branch, ctx.saved_tensors[0]), None
+    def backward(ctx: Any, stream: Tensor, branch: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        with torch.no_grad():
+            found = dalle_ext.unscale_gradient(stream, branch, ctx.saved_tensors[0])
+        return *once((found,), stream, branch), None
 
 
 class _Leave(torch.autograd.Function):
@@ -45,12 +46,13 @@ class _Leave(torch.autograd.Function):
         return y.float() if y.dtype != torch.float32 else y.view_as(y)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
-        scaled, counts = dalle_ext.scale_gradient(grad, ctx.saved_tensors[0], dtype=ctx.dtype)
-        size = counts.new_full((1,), grad.numel())
-        bins = exponents(grad) if ctx.sampling else counts.new_zeros(BINS)
-        return scaled, None, torch.cat([counts, size, bins]).double(), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        with torch.no_grad():
+            scaled, counts = dalle_ext.scale_gradient(grad, ctx.saved_tensors[0], dtype=ctx.dtype)
+            size = counts.new_full((1,), grad.numel())
+            bins = exponents(grad) if ctx.sampling else counts.new_zeros(BINS)
+            counted = torch.cat([counts, size, bins]).double()
+        return *once((scaled,), grad), None, counted, None
 
 
 def exponents(grad: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from dalle.precision.once import once
 
 
 class _Linear(torch.autograd.Function):
@@ -26,16 +27,23 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
+        with torch.no_grad():
+            found = _Linear.gradients(x, weight, grad, ctx.bias_dtype)
+        return once(found, grad, x, weight)
+
+    @staticmethod
+    def gradients(
+        x: Tensor, weight: Tensor, grad: Tensor, bias_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dtype, rows = x.dtype, grad.reshape(-1, grad.shape[-1])
         by, given, onto = rows, x.reshape(-1, x.shape[-1]), weight.to(dtype)
         if widened(x):
             by, given, onto = by.float(), given.float(), onto.float()
         to_x = (by @ onto).to(dtype).view(x.shape)
         to_weight = (by.t() @ given).to(dtype).to(weight.dtype)
-        return to_x, to_weight, rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return to_x, to_weight, rows.sum(0, dtype=torch.float32).to(bias_dtype)
 
 
 def widened(x: Tensor) -> bool:

@@ -303,13 +303,21 @@ class ResblockScaler:
             got = state.get("names")
             raise CheckpointError(f"ResblockScaler: blocks must be {self.names}, got {got}")
         scales = torch.tensor(state["scales"], dtype=torch.float32, device="cpu")
+        counts = {"since_drop": self.since_drop, "stuck": self._stuck}
+        given = {
+            name: torch.tensor(state[name], dtype=torch.int64, device="cpu") for name in counts
+        }
+        sizes = [scales.shape, *(found.shape for found in given.values())]
+        if sizes != [(len(self),), *(own.shape for own in counts.values())]:
+            raise CheckpointError("ResblockScaler: state must have numbers for all blocks")
         if not bool(((scales >= self.low) & (scales <= self.high)).all()):
             within, got = f"[{self.low:g}, {self.high:g}]", state["scales"]
             raise CheckpointError(f"ResblockScaler: scales must be in {within}, got {got}")
+        updates = whole("ResblockScaler", "updates", state["updates"], 0)
         self.scales[: len(self)] = scales.to(self.scales.device)
-        for own, name in ((self.since_drop, "since_drop"), (self._stuck, "stuck")):
-            own.copy_(torch.tensor(state[name], dtype=torch.int64, device="cpu"))
-        self.updates = int(state["updates"])
+        for name, own in counts.items():
+            own.copy_(given[name])
+        self.updates = updates
         self._in_vain = None
         self._sample()
 

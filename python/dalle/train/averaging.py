@@ -84,12 +84,21 @@ class IterateAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict()` exactly.
+        """Restores `state_dict()` exactly. Raises as `check_state_dict`, before it changes any."""
+        self.check_state_dict(state)
+        for name, tensor in self.average.items():
+            tensor.copy_(state["average"][name])
+        self.copies = state["copies"]
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Whether `load_state_dict` takes a state.
 
         Raises:
             CheckpointError: if a tensor is missing, unknown or of another shape.
+            UsageError: if the number of copies is none.
         """
         found = state["average"]
+        whole("IterateAverage", "copies", state["copies"], 0)
         for name in sorted(set(self.average) ^ set(found)):
             where = "model" if name in found else "checkpoint"
             raise CheckpointError(f"IterateAverage: {name} is missing in the {where}")
@@ -99,5 +108,3 @@ class IterateAverage:
                     f"IterateAverage: {name} must have shape {tuple(tensor.shape)}, "
                     f"got {tuple(found[name].shape)}"
                 )
-            tensor.copy_(found[name])
-        self.copies = state["copies"]

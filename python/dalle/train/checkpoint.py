@@ -28,7 +28,7 @@ from torch import Tensor
 from dalle.configs import differences, whole
 from dalle.console import say
 from dalle.distributed.world import World
-from dalle.errors import CheckpointError, DalleError, OtherTrainingError
+from dalle.errors import CheckpointError, OtherTrainingError
 from dalle.files import (
     MAX_TEXT_BYTES,
     read_bytes,
@@ -38,8 +38,7 @@ from dalle.files import (
     to_json,
     write_synced,
 )
-from dalle.memory import is_refusal
-from dalle.pretrained import load_tensors, tensors_from_bytes, tensors_to_bytes
+from dalle.pretrained import check_tensors, load_tensors, tensors_from_bytes, tensors_to_bytes
 from dalle.train.manifest import (
     SHARDS,
     checkpoint_name,
@@ -48,9 +47,10 @@ from dalle.train.manifest import (
     read_manifest,
     write_manifest,
 )
+from dalle.train.restore import as_written, restore, undone_if_it_fails
 from dalle.train.seeds import rng_state, set_rng_state
 from dalle.train.task import Task
-from dalle.train.tree import pack_tree, unpack_tree
+from dalle.train.tree import pack_tree, unpack_names, unpack_tree
 
 STATE = "state.json"
 
@@ -102,21 +102,6 @@ def _write_files(task: Task, folder: Path, step: int) -> None:
     write_synced(folder / STATE, to_json(state))
     files = hashes(folder, folder.iterdir())
     write_manifest(folder, step, files, task.name, task.describe())
-
-
-@contextlib.contextmanager
-def as_written(path: Path) -> Iterator[None]:
-    """Inside, state that has another form than `task_state` gives is a CheckpointError."""
-    try:
-        yield
-    except (
-        LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError,
-    ) as problem:  # fmt: skip
-        if isinstance(problem, DalleError) or is_refusal(problem):
-            raise
-        raise CheckpointError(
-            f"checkpoint {path}: its state must have the form that dalle writes, got another"
-        ) from problem
 
 
 @contextlib.contextmanager
@@ -194,24 +179,54 @@ def load_checkpoint(task: Task, path: Path, *, accept_changes: bool = False) -> 
     Raises:
         OtherTrainingError: if it is of another description (the line names what differs, and both
             values).
-        CheckpointError: if it is damaged, or of another task. In these cases `task` is untouched.
+        CheckpointError: if it is damaged, of another form, or of another task.
+            In these cases `task` is untouched.
     """
     if task.world.size > 1 or (path / SHARDS).is_dir():
         return _load_shards(task, path, accept_changes=accept_changes)
+    with undone_if_it_fails(task):
+        manifest, weights, average = _take(task, path, accept_changes)
+    load_tensors(task.model, weights, f"checkpoint {path}: model.safetensors")
+    if task.average is not None:
+        task.average.load_state_dict(average)
+    say_changes(task, manifest, path)
+    return int(manifest["step"])
+
+
+def can_load(task: Task, path: Path, *, accept_changes: bool = False) -> bool:
+    """Whether `load_checkpoint` takes what is at `path`; `task` stays as it is.
+
+    Of many processes' checkpoints the manifest and the form of the state are looked at.
+    """
+    try:
+        if task.world.size > 1 or (path / SHARDS).is_dir():
+            check_fits(task, read_manifest(path), path, accept_changes=accept_changes)
+        else:
+            with undone_if_it_fails(task, always=True):
+                _take(task, path, accept_changes)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _take(
+    task: Task, path: Path, accept_changes: bool
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
+    """Puts in what can be undone; returns the manifest, the weights and the average, checked."""
     manifest = read_manifest(path)
     with as_written(path):
+        whole("checkpoint", "step", manifest["step"], 0)
         state = check_fits(task, manifest, path, accept_changes=accept_changes)
         groups = {}
         for name in ("model", "optimizer", "average", "rng"):
             file = path / f"{name}.safetensors"
             size = manifest["files"][file.name]["bytes"]
             groups[name] = tensors_from_bytes(read_bytes(file, size), file)
-    load_tensors(task.model, groups["model"], f"checkpoint {path}: model.safetensors")
-    restore(task, state, groups["optimizer"] | groups["average"], path, accept_changes)
-    say_changes(task, manifest, path)
+    check_tensors(task.model, groups["model"], f"checkpoint {path}: model.safetensors")
+    average = restore(task, state, groups["optimizer"] | groups["average"], path, accept_changes)
     with as_written(path):
         set_rng_state(unpack_tree(state["rng"], groups["rng"]))
-        return int(manifest["step"])
+    return manifest, groups["model"], average
 
 
 def _load_shards(task: Task, path: Path, *, accept_changes: bool) -> int:
@@ -233,17 +248,24 @@ def _load_shards(task: Task, path: Path, *, accept_changes: bool) -> int:
     with _agreed(world):  # what fails above on one would leave the others alone in here
         checkpoint_shards.read(folder, tensors, world.control)
     weights = {name: tensors[name] for name in task.model.state_dict() if name in tensors}
+    with undone_if_it_fails(task):
+        check_tensors(task.model, weights, f"checkpoint {path}: weights")
+        average = restore(task, state, tensors, path, accept_changes)
+        with as_written(path):
+            step = whole("checkpoint", "step", manifest["step"], 0)
+            if sharded and (path / f"rng-{rank:05d}.json").exists():
+                file = path / f"rng-{rank:05d}.safetensors"
+                own = tensors_from_bytes(read_bytes(file, MAX_TEXT_BYTES), file)
+                tree = read_json(file.with_suffix(".json"), CheckpointError)
+                set_rng_state(unpack_tree(tree, own))
+            packed = {name: state[name] for name in ("powersgd",) if name in state}
+            exchanged = {name: unpack_tree(value, tensors) for name, value in packed.items()}
+            world.load_state_dict(exchanged, f"{task.name}: {path}")
     load_tensors(task.model, weights, f"checkpoint {path}: weights")
-    restore(task, state, tensors, path, accept_changes)
+    if task.average is not None:
+        task.average.load_state_dict(average)
     say_changes(task, manifest, path)
-    exchanged = {"powersgd": unpack_tree(state["powersgd"], tensors)} if "powersgd" in state else {}
-    world.load_state_dict(exchanged, f"{task.name}: {path}")
-    if sharded and (path / f"rng-{rank:05d}.json").exists():
-        file = path / f"rng-{rank:05d}.safetensors"
-        own = tensors_from_bytes(read_bytes(file, MAX_TEXT_BYTES), file)
-        tree = read_json(file.with_suffix(".json"), CheckpointError)
-        set_rng_state(unpack_tree(tree, own))
-    return int(manifest["step"])
+    return step
 
 
 def _check_no_others(path: Path, manifest: dict[str, Any]) -> None:
@@ -282,6 +304,9 @@ def check_fits(
     state: dict[str, Any] = read_json(path / STATE, CheckpointError)
     with as_written(path):
         averaged = state["average"] is not None
+        for name in ("optimizer", "task", *["average"] * averaged):
+            if not isinstance(unpack_names(state[name]), dict):
+                raise ValueError(f"{name} is no dict")
     if averaged != (task.average is not None):
         raise CheckpointError(
             f"{where}: average must be there or not as in this run, got otherwise"
@@ -300,32 +325,3 @@ def say_changes(task: Task, manifest: dict[str, Any], path: Path) -> None:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def restore(
-    task: Task,
-    state: dict[str, Any],
-    tensors: dict[str, Any],
-    path: Path,
-    accept_changes: bool = False,
-) -> None:
-    """Puts the packed state into `task`, all but the model's weights and the generators."""
-    where = f"checkpoint {path}"
-    groups = task.optimizer.param_groups
-    own = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-    with as_written(path):
-        packed = unpack_tree(state["optimizer"], tensors)
-        try:
-            task.optimizer.load_state_dict(packed)
-        except (KeyError, ValueError) as problem:
-            reason = str(problem).splitlines()[0]
-            raise CheckpointError(
-                f"{where}: optimizer must fit this run's, got: {reason}"
-            ) from problem
-    if accept_changes:  # the state is the checkpoint's, the options are this run's
-        for group, options in zip(task.optimizer.param_groups, own, strict=True):
-            group.update(options)
-    with as_written(path):
-        if task.average is not None:
-            task.average.load_state_dict(unpack_tree(state["average"], tensors))
-        task.load_state(unpack_tree(state["task"], {}))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.configs import check_numbers, require, require_adamw, to_dict
+from dalle.configs import check_numbers, require, require_adamw, to_dict, whole, whole_numbers
 from dalle.console import say
 from dalle.data.augment import center_crop, dvae_crop, to_tensor
 from dalle.data.pairs import BatchSampler, Pairs, fingerprints, load_or_draw, load_or_skip
@@ -290,10 +290,15 @@ class DvaeTask:
         return {**counted, "health": self.health}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes `state()` back."""
-        self.counts = torch.tensor(state["counts"], dtype=torch.int64, device="cpu")
-        self.tokens_counted = int(state["tokens_counted"])
-        self.health = dict(state["health"])
+        """Takes `state()` back. Raises UsageError where it holds other numbers."""
+        counts = whole_numbers("dvae", "counts", state["counts"], 0)
+        if len(counts) != self.model.num_tokens:
+            want = f"one for each of {self.model.num_tokens} codes"
+            raise UsageError(f"dvae: counts must be {want}, got {len(counts)}")
+        health = {str(name): float(value) for name, value in dict(state["health"]).items()}
+        self.tokens_counted = whole("dvae", "tokens_counted", state["tokens_counted"], 0)
+        self.counts = torch.tensor(counts, dtype=torch.int64, device="cpu")
+        self.health = health
 
     def _make_codebook(self) -> None:
         c = self.config

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.configs import whole
+from dalle.precision.once import once
 
 Run = Callable[[slice], Sequence[Tensor]]
 
@@ -65,7 +66,9 @@ class _SideBySide(torch.autograd.Function):
         given = [gradients[i : i + size] for i in range(0, len(gradients), size)]
         found = list(ctx.pool.map(walk, ctx.kept, given))
         ctx.kept.clear()
-        return None, None, None, *(_sum(each) for each in zip(*found, strict=True))
+        totals = [_sum(each) for each in zip(*found, strict=True)]
+        sources = (*(g for g in gradients if g is not None), *ctx.parameters)
+        return None, None, None, *(g if g is None else once((g,), *sources)[0] for g in totals)
 
 
 def _sum(gradients: Sequence[Tensor | None]) -> Tensor | None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from dalle.console import say
 from dalle.errors import CheckpointError, OtherTrainingError, UsageError
 from dalle.files import saving, temporary_name
-from dalle.train.checkpoint import check_fits, load_checkpoint
+from dalle.train.checkpoint import can_load, load_checkpoint
 from dalle.train.config import LoopConfig
-from dalle.train.manifest import checkpoints, read_manifest, remove_stale, step_of
+from dalle.train.manifest import checkpoints, remove_stale, step_of
 from dalle.train.task import Task
 
 FIXED_KEYS = ("model.", "ranker.", "train.optimizer")
@@ -49,8 +49,10 @@ def resume(task: Task, config: LoopConfig) -> int:
         raise OtherTrainingError(f"{problem}; {hint}", problem.keys) from problem
     except CheckpointError as problem:
         older = None
-        if config.resume == "auto" and not _can_go_on(task, path, config):
-            older = next((p for p in found[-2::-1] if _can_go_on(task, p, config)), None)
+        if config.resume == "auto":
+            accept = config.accept_changes
+            fitting = (p for p in found[-2::-1] if can_load(task, p, accept_changes=accept))
+            older = next(fitting, None)
         hint = "" if older is None else f"; --resume {older} goes on from an older one"
         raise CheckpointError(f"{problem}{hint}") from problem
     if config.resume != "auto":
@@ -59,15 +61,6 @@ def resume(task: Task, config: LoopConfig) -> int:
                 set_aside_later(out, step)
     say(f"{task.name}: resumed after step {step} from {path}")
     return step
-
-
-def _can_go_on(task: Task, path: Path, config: LoopConfig) -> bool:
-    """Whether a checkpoint is whole and of this training."""
-    try:
-        check_fits(task, read_manifest(path), path, accept_changes=config.accept_changes)
-    except CheckpointError:
-        return False
-    return True
 
 
 def set_aside_later(out: Path, step: int) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +126,13 @@ class PlateauHalving:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues exactly where `state_dict` was taken."""
-        self.halvings, self._sum = state["halvings"], state["sum"]
-        self._count, self._bad = state["count"], state["bad"]
-        self._best = math.inf if state["best"] is None else state["best"]
+        """Continues exactly where `state_dict` was taken. Raises UsageError for no such numbers."""
+        counts = [
+            whole("PlateauHalving", key, state[key], 0) for key in ("halvings", "count", "bad")
+        ]
+        best = math.inf if state["best"] is None else state["best"]
+        for key, value in (("sum", state["sum"]), ("best", best)):
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
+                raise UsageError(f"PlateauHalving: {key} must be a number, got {value!r}")
+        self.halvings, self._count, self._bad = counts
+        self._sum, self._best = float(state["sum"]), float(best)

@@ -45,3 +45,13 @@ def unpack_tree(packed: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {key: unpack_tree(item, tensors) for key, item in content}
     items = [unpack_tree(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items
+
+
+def unpack_names(packed: Any) -> Any:
+    """As `unpack_tree`, with the name of each tensor in its place."""
+    return unpack_tree(packed, _Names())
+
+
+class _Names(dict[str, Any]):
+    def __missing__(self, name: str) -> str:
+        return name
