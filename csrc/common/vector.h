@@ -27,7 +27,6 @@ constexpr int kBytes = DALLE_ISA_BYTES;
 constexpr int kLanes = kBytes / 4;  // of 32 bits
 
 typedef float Float __attribute__((vector_size(kBytes)));
-typedef double Double __attribute__((vector_size(kBytes)));
 typedef int32_t Int __attribute__((vector_size(kBytes)));
 typedef uint32_t Word __attribute__((vector_size(kBytes)));
 typedef uint64_t Wide __attribute__((vector_size(kBytes)));
@@ -96,14 +95,6 @@ inline bool any(Word mask) {
 #else
   return _mm_movemask_ps((__m128)mask) != 0;
 #endif
-}
-
-// The lower and the upper half of the lanes.
-typedef float HalfFloat __attribute__((vector_size(kBytes / 2)));
-inline Double low_doubles(Float v) { return __builtin_convertvector(load<HalfFloat>(&v), Double); }
-inline Double high_doubles(Float v) {
-  const char* const upper = reinterpret_cast<const char*>(&v) + sizeof(HalfFloat);
-  return __builtin_convertvector(load<HalfFloat>(upper), Double);
 }
 
 inline float sum(Float v) {

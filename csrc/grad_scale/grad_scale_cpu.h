@@ -89,16 +89,29 @@ void unscale_units(const UnscaleArgs& args, int64_t begin, int64_t end) {
   });
 }
 
+// The magnitudes that separate kinds of elements, as bits of a float.
+struct Edges {
+  uint32_t normal, flushed;
+  uint16_t flushed_half;  // the largest half not above `flushed`, as its own bits
+};
+
+// Squares are added in one order on every instruction set, and no addition is fused with a product
+// (same_bits_ops in CMakeLists.txt): element i of a part in sum i % kSums.
+constexpr int kSums = 16, kSumVectors = kSums / kLanes;
+
 // What neighbouring elements held. Zeros count as subnormal and as underflowed until the end.
 struct PartStats {
   Word nonfinite, zeros, subnormals, underflowed, largest;
-  Float squares;
+  Float squares[kSumVectors];
 };
 
+// Adds elements to what was found; the first belongs to the first of the sums.
 template <bool kAllFinite, typename scalar_t>
-PartStats examine(const scalar_t* data, int64_t count, uint32_t normal, uint32_t flushed) {
-  PartStats found = {};
-  for_vectors(0, count, [&](int64_t i, int64_t some) {
+PartStats examine(const scalar_t* data, int64_t count, const Edges& edges, PartStats found) {
+  // As signed numbers, which magnitudes are as well: AVX2 and SSE compare no others.
+  const auto normal = static_cast<int32_t>(edges.normal);
+  const auto flushed = static_cast<int32_t>(edges.flushed);
+  const auto add = [&](int64_t i, int64_t some, int sum) DALLE_INLINE {
     const Word bits = magnitude(load_up_to(data + i, some, 0.0f));
     Word kept = bits;
     if constexpr (!kAllFinite) {
@@ -107,19 +120,23 @@ PartStats examine(const scalar_t* data, int64_t count, uint32_t normal, uint32_t
       kept &= finite;
     }
     found.zeros -= (Word)(bits == 0);
-    found.subnormals -= (Word)(bits < normal);
-    found.underflowed -= (Word)(bits <= flushed);
+    found.subnormals -= (Word)((Int)bits < normal);
+    found.underflowed -= (Word)((Int)bits <= flushed);
     found.largest = kept > found.largest ? kept : found.largest;
-    found.squares += (Float)kept * (Float)kept;
-  });
+    found.squares[sum] += (Float)kept * (Float)kept;
+  };
+  const int64_t whole = count / kSums * kSums;
+  for (int64_t i = 0; i < whole; i += kSums) {
+#pragma GCC unroll 4
+    for (int sum = 0; sum < kSumVectors; ++sum) add(i + sum * kLanes, kLanes, sum);
+  }
+#pragma GCC unroll 4
+  for (int sum = 0; sum < kSumVectors; ++sum) {
+    const int64_t left = count - whole - sum * kLanes;
+    if (left > 0) add(whole + sum * kLanes, left < kLanes ? left : kLanes, sum);
+  }
   return found;
 }
-
-// The magnitudes that separate kinds of elements, as bits of a float.
-struct Edges {
-  uint32_t normal, flushed;
-  uint16_t flushed_half;  // the largest half not above `flushed`, as its own bits
-};
 
 inline uint32_t float_of_half(uint32_t bits) {  // of a finite magnitude
   return bits < 0x0400 ? magnitude_of(static_cast<float>(bits) * 0x1p-24f)
@@ -138,7 +155,8 @@ inline Edges edges_of(ElementKind kind, float scale) {
 // Of elements that are all finite. Where they are not `largest` tells, and nothing else counts.
 template <typename scalar_t>
 PartStats examine_finite(const scalar_t* data, int64_t count, const Edges& edges) {
-  return examine<true>(data, count, edges.normal, edges.flushed);
+  const PartStats found = {};
+  return examine<true>(data, count, edges, found);
 }
 
 // Halves are compared and counted as they are, twice as many in a vector as floats.
@@ -149,24 +167,30 @@ inline Word in_pairs(Halves lanes) { return ((Word)lanes & 0xFFFF) + ((Word)lane
 inline PartStats examine_finite(const Half* data, int64_t count, const Edges& edges) {
   const Halves flushed = Halves{} + edges.flushed_half;
   Halves zeros = {}, subnormals = {}, underflowed = {}, largest = {};
-  Float squares = {}, others = {};
-  constexpr int64_t kStep = 2 * kLanes;
+  PartStats found = {};
+  Float squares[kSumVectors] = {};
+  constexpr int kStep = 2 * kLanes > kSums ? 2 * kLanes : kSums;
   const int64_t whole = count / kStep * kStep;  // of a part: the lanes cannot wrap around
   for (int64_t i = 0; i < whole; i += kStep) {
-    const Halves bits = load<Halves>(data + i) & 0x7FFF;
-    zeros -= (Halves)(bits == 0);
-    subnormals -= (Halves)(bits < 0x0400);
-    underflowed -= (Halves)(bits <= flushed);
-    largest = bits > largest ? bits : largest;
-    const Float x = load_float(data + i), y = load_float(data + i + kLanes);
-    squares += x * x;
-    others += y * y;
+#pragma GCC unroll 4
+    for (int at = 0; at < kStep; at += 2 * kLanes) {
+      const Halves bits = load<Halves>(data + i + at) & 0x7FFF;
+      zeros -= (Halves)(bits == 0);
+      subnormals -= (Halves)(bits < 0x0400);
+      underflowed -= (Halves)(bits <= flushed);
+      largest = bits > largest ? bits : largest;
+    }
+#pragma GCC unroll 4
+    for (int at = 0; at < kStep; at += kLanes) {
+      const Float x = load_float(data + i + at);
+      squares[at / kLanes % kSumVectors] += x * x;
+    }
   }
-  PartStats found = examine<true>(data + whole, count - whole, edges.normal, edges.flushed);
+  for (int sum = 0; sum < kSumVectors; ++sum) found.squares[sum] = squares[sum];
+  found = examine<true>(data + whole, count - whole, edges, found);
   found.zeros += in_pairs(zeros);
   found.subnormals += in_pairs(subnormals);
   found.underflowed += in_pairs(underflowed);
-  found.squares += squares + others;
   const Word low = (Word)largest & 0xFFFF, high = (Word)largest >> 16;
   const Word most = (Word)widened_half(__builtin_convertvector(low > high ? low : high, Short));
   found.largest = most > found.largest ? most : found.largest;
@@ -184,21 +208,23 @@ void unscale_chunk(const GroupStatsArgs& args, const TableRow& row, int64_t chun
   scalar_t* const data = data_of<scalar_t>(row, 0) + span.begin;
   const float scale = args.scales[row.group];
   const Edges edges = edges_of(kind, scale);
+  const PartStats nothing = {};
   PartStats all = {};
-  Double squares = {};
+  double squares[kSums] = {};
   constexpr int64_t kPart = 4096;  // stays in the first cache; sums of more stay in double
   for (int64_t begin = 0; begin < span.count; begin += kPart) {
     scalar_t* const part = data + begin;
     const int64_t count = span.count - begin < kPart ? span.count - begin : kPart;
     // Nearly all parts are finite, and need half as many instructions then.
     PartStats found = examine_finite(part, count, edges);
-    if (any_nonfinite(found)) found = examine<false>(part, count, edges.normal, edges.flushed);
+    if (any_nonfinite(found)) found = examine<false>(part, count, edges, nothing);
     all.nonfinite += found.nonfinite;
     all.zeros += found.zeros;
     all.subnormals += found.subnormals;
     all.underflowed += found.underflowed;
     all.largest = found.largest > all.largest ? found.largest : all.largest;
-    squares += low_doubles(found.squares) + high_doubles(found.squares);
+    const auto* const sums = reinterpret_cast<const float*>(found.squares);
+    for (int i = 0; i < kSums; ++i) squares[i] += static_cast<double>(sums[i]);
     if (args.check_only) continue;
     for_vectors(0, count, [&](int64_t i, int64_t some) {
       store_up_to(part + i, some, load_up_to(part + i, some, 0.0f) / scale);
@@ -209,7 +235,7 @@ void unscale_chunk(const GroupStatsArgs& args, const TableRow& row, int64_t chun
   ChunkStats& stats = args.chunks[chunk];
   const int64_t zeros = total(all.zeros);
   stats.squares = 0;
-  for (int i = 0; i < kLanes / 2; ++i) stats.squares += squares[i];
+  for (const double sum : squares) stats.squares += sum;
   stats.largest = 0;
   for (int i = 0; i < kLanes; ++i) {
     stats.largest = all.largest[i] > stats.largest ? all.largest[i] : stats.largest;
