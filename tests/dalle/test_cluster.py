@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from dalle.distributed.world import Solo, join
 from dalle.dtensor import gather, local_part
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, DalleError, UsageError
+from dalle.precision import scaler
 from dalle.train.checkpoint import load_checkpoint, save_checkpoint
 from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTask
@@ -189,6 +191,30 @@ def bad_rest(rank):
     return said_of(lambda: task.train_step(0))
 
 
+def alike(rank):
+    """Hashes of the weights after clipped updates; the second machine finds other norms."""
+
+    def odd(call):
+        def changed(*given, **options):
+            found, by = call(*given, **options), 1 + rank // 2 / 100
+            return (found[0] * by, *found[1:]) if isinstance(found, tuple) else found * by
+
+        return changed
+
+    hashes = []
+    for precision in ("fp32", "fp16-scaled"):
+        config = replace(SMALL, clip_norm=1e-2)
+        task = make_task(make_parts(), config, world=cluster_of(2), precision=precision)
+        with pytest.MonkeyPatch.context() as patch:
+            for at, name in ((torch.nn.utils, "get_total_norm"), (scaler, "gradient_stats")):
+                patch.setattr(at, name, odd(getattr(at, name)))
+            norms = [task.train_step(step)["grad_norm"] for step in range(2)]
+        assert min(norms) > 1e-2
+        parts = [local_part(p.detach()) for p in task.model.parameters()]
+        hashes.append([zlib.crc32(part.contiguous().numpy().tobytes()) for part in parts])
+    return hashes
+
+
 def sums(_rank):
     cluster = cluster_of()
     part = cluster.part(11)
@@ -233,7 +259,7 @@ def two(folder, tmp_path_factory):
 def four(folder, two, tmp_path_factory):
     """Two machines of two processes, gradients whole."""
     calls = {name: (losses, name, 2) for name in ("plain", "crops and dropouts")}
-    calls |= {"resumed": (resumed, str(folder / "saved"))}
+    calls |= {"resumed": (resumed, str(folder / "saved")), "alike": (alike,)}
     return run(4, calls, tmp_path_factory.mktemp("four"), joined=False)
 
 
@@ -257,6 +283,12 @@ def test_losses_are_those_of_one_process_on_two_machines(one, four):
     for name in ("plain", "crops and dropouts"):
         for found in four[name]:
             assert found["loss"] == pytest.approx(one[name]["loss"], rel=1e-5)
+
+
+def test_machines_that_measure_other_norms_clip_alike(four):
+    """Without PowerSGD as well: the norm is process 0's."""
+    for first, second in (four["alike"][::2], four["alike"][1::2]):
+        assert first == second
 
 
 def test_compressed_gradients_train_alike_with_recomputed_blocks(one, machines):

@@ -250,13 +250,14 @@ class Cluster:
         scatter_model(model, whole, self.control)
 
     def gradient_norm(self, gradients: Sequence[Tensor]) -> float:
-        if self.psgd is not None:
-            return float(self.psgd.gradient_norm())
-        return float(gather(nn.utils.get_total_norm(gradients)))
+        psgd = self.psgd
+        norm = gather(nn.utils.get_total_norm(gradients)) if psgd is None else psgd.gradient_norm()
+        self.agree_norm_(norm)
+        return float(norm)
 
     def agree_norm_(self, norm: Tensor) -> None:
-        if self.psgd is not None:
-            self.psgd.take_first_norm_(norm)
+        # Processors add squares in different orders, and replicas must clip by the same bits.
+        dist.broadcast(norm, src=0)
 
     def use_scaler(self, scaler: ResblockScaler) -> None:
         if self.psgd is not None:
