@@ -8,7 +8,11 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
+from engines import model
+from torch.nn.parallel import DistributedDataParallel
 
+from dalle.distributed import PowerSGD
 from dalle.distributed.in_order import InOrder
 from dalle.errors import UsageError
 
@@ -68,3 +72,36 @@ def test_a_thread_ends_with_its_owner_after_a_failure():
     assert gone() is None
     thread.join(10)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_an_error_in_the_thread_of_ddp_reaches_the_user_as_it_is(good):
+    """DDP would take it for a tensor; also in a later bucket, and after a backward pass that failed
+    elsewhere."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        net = DistributedDataParallel(model(), bucket_cap_mb=0.02)
+        psgd = PowerSGD(rank=4)
+        psgd.attach(net)
+
+        def loss():
+            return net(torch.arange(11)).square().mean()
+
+        for _ in range(2):  # DDP cuts its buckets anew after the first
+            loss().backward()
+        reduce, seen = psgd.compressor.reduce_, []
+
+        def fail(gradients, whole):
+            seen.append(gradients)
+            if len(seen) > good:
+                raise UsageError("the link")
+            reduce(gradients, whole)
+
+        psgd.compressor.reduce_ = fail
+        psgd._following.append(torch.futures.Future())
+        psgd._following[0].set_result(torch.zeros(1))
+        with pytest.raises(UsageError, match="^the link$"):
+            loss().backward()
+        assert len(seen) == good + 1 and not psgd._following
+    finally:
+        dist.destroy_process_group()

@@ -25,8 +25,8 @@ class Account:
         traffic: bytes sent, and what 16-bit words could not hold.
         uncompressed_bytes: of all gradients in fp32, ring all-reduce.
         seconds: in all; exchange_seconds: of them in collectives, waiting for the other processes
-            included; waited_seconds: of them after the backward pass, with FSDP2 on the CPU; the
-            others were hidden behind it.
+            included; waited_seconds: of them after the backward pass, on the CPU; the others
+            were hidden behind it.
     """
 
     traffic: Traffic = field(default_factory=Traffic)

@@ -93,6 +93,7 @@ class PowerSGD:
         self._thread: InOrder | None = None
         self._stream: torch.cuda.Stream | None = None
         self._following: list[torch.futures.Future[Tensor]] = []
+        self._backward = -1  # whose end waits for them
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle belongs to no model until it is attached; exclusions are kept by name.
@@ -221,6 +222,7 @@ class PowerSGD:
             state._in_order(lambda: state.compressor.prepare(packed), ready, buffer)
             ready.wait()
         future: torch.futures.Future[Tensor] = torch.futures.Future()
+        state._wait_at_end(future)  # before DDP does, which would take an error for a tensor
         state._in_order(reduce, future, buffer)
         return future
 
@@ -271,10 +273,16 @@ class PowerSGD:
     def _follow(self, gradients: list[Gradient], flat: Tensor) -> None:
         """Reduces in the thread while the backward pass goes on; its end waits for the thread."""
         future: torch.futures.Future[Tensor] = torch.futures.Future()
-        if not self._following:  # the first of this backward pass
-            torch.autograd.Variable._execution_engine.queue_callback(self._wait)
-        self._following.append(future)
+        self._wait_at_end(future)
         self._in_order(lambda: self._reduce(gradients, flat.device), future, flat)
+
+    def _wait_at_end(self, future: torch.futures.Future[Tensor]) -> None:
+        """Has this backward pass wait for a future, and raise its error, at its end."""
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:  # one that failed elsewhere has waited for nothing
+            torch.autograd.Variable._execution_engine.queue_callback(self._wait)
+            self._backward = backward
+        self._following.append(future)
 
     def _reduce(self, gradients: list[Gradient], device: torch.device) -> None:
         # A unit that ran on some processes only would have gloo end them all without a word.
@@ -325,7 +333,7 @@ class PowerSGD:
         Returns:
             bytes_sent, bytes_uncompressed (all gradients in fp32, ring all-reduce), compression
             (their ratio), seconds (in all, on the device), waited_seconds (of them after the
-            backward pass, with FSDP2 on the CPU; the others were hidden behind it),
+            backward pass, on the CPU; the others were hidden behind it),
             exchange_seconds (of them in collectives), reconstruction_error (the part of what this
             process's buffers held that the factors cannot express, 0 to 1, by norms, each where it
             was last sampled),
