@@ -8,11 +8,21 @@ from dalle_ext._tensor_table import TensorTable, local_part
 from dalle_ext.images import area_resize
 from dalle_ext.ops.adam16 import AdamW16
 from dalle_ext.ops.formats import Packed, pack, pack_counted, sum_codes, unpack
-from dalle_ext.ops.grad_scale import ScaledGradient, scale_gradient, unscale_gradient
-from dalle_ext.ops.grad_scale_groups import GradientStats, unscale_gradients_, update_scales_
+from dalle_ext.ops.grad_scale import (
+    GradientStats,
+    ScaledGradient,
+    scale_gradient,
+    unscale_gradient,
+    unscale_gradients_,
+    update_scales_,
+)
 from dalle_ext.ops.gumbel_softmax import GumbelSoftmax, gumbel_softmax
-from dalle_ext.ops.powersgd import powersgd_compress_, powersgd_decompress_, powersgd_project
-from dalle_ext.ops.powersgd_orthogonalize import orthogonalize
+from dalle_ext.ops.powersgd import (
+    orthogonalize,
+    powersgd_compress_,
+    powersgd_decompress_,
+    powersgd_project,
+)
 from dalle_ext.ops.sparse_attention import sparse_attention
 from dalle_ext.ops.sparse_attention_pattern import AttentionPattern
 

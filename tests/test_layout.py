@@ -31,6 +31,11 @@ BUDGETS = [  # (glob, lines)
     ("benchmarks/gpu/*.py", 200),
     ("setup.py", 120),
 ]
+LONGER = {  # files that are one topic and longer than their kind: lines, and what they hold
+    "dalle_ext/ops/adam16.py": 400,  # the optimizer, its checks, its state's loading and saving
+    "dalle_ext/ops/grad_scale.py": 300,  # five public functions and their two results
+    "dalle_ext/ops/powersgd.py": 280,  # four public functions that share their checks
+}
 HEAD_OF_TESTS = """# What each test file proves
 
 Generated from the first sentence of each file by `python tests/test_layout.py`.
@@ -204,10 +209,19 @@ def test_no_pickle():
 def test_budgets(pattern, budget):
     over = []
     for path in ROOT.glob(pattern):
-        lines = len(path.read_text().splitlines())
-        if lines > budget:
-            over.append(f"{path.relative_to(ROOT)}: {lines} lines, budget {budget}")
+        name, lines = str(path.relative_to(ROOT)), len(path.read_text().splitlines())
+        most = LONGER.get(name, budget)
+        if lines > most:
+            over.append(f"{name}: {lines} lines, budget {most}")
     assert over == []
+
+
+def test_raised_budgets_are_needed():
+    """A file that fits the budget of its kind has no number of its own."""
+    budgets = {path: lines for pattern, lines in BUDGETS for path in ROOT.glob(pattern)}
+    for name, lines in LONGER.items():
+        budget = budgets[ROOT / name]
+        assert budget < len((ROOT / name).read_text().splitlines()) <= lines, name
 
 
 def test_fast_math_is_nowhere():

@@ -2,26 +2,229 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from dalle_ext import _native
+from dalle_ext._checks import real, seed_word
 from dalle_ext._switch import reference_in_use
-from dalle_ext._tensor_table import TensorTable, flat
-from dalle_ext.ops import adam16_native as native
-from dalle_ext.ops.adam16_state import (
-    STATE,
-    check_state,
-    counter,
-    moments_like,
-    portable,
-    restore,
-)
+from dalle_ext._tensor_table import TensorTable, flat, local_part
 from dalle_ext.reference import adam16 as reference
 
 Tensor = torch.Tensor
+GROUP_STRIDE = 0xBF58476D1CE4E5B9  # between the seeds of parameter groups, odd and irregular
+STATE = ("exp_avg", "exp_avg_sq", "step")
+CODED_FROM = 8192  # elements; smaller tensors keep float32 moments (paper, earlier code)
+
+
+def _step_fake(*_: object) -> None:
+    return None
+
+
+if _native.CPU_PROBLEM is None:
+    _adam16_step_ = _native.register("_adam16_step_", _step_fake)
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    """Raises unless a parameter group's numbers make sense and its parameters can be updated."""
+    lr, betas = group["lr"], group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"AdamW16: betas must be two numbers, got {betas!r}")
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.dtype != torch.float32:
+            raise TypeError(
+                f"AdamW16: lr must be a number or one float32, got {tuple(lr.shape)} {lr.dtype}"
+            )
+        lr = 0.0  # not looked at: it may live on a GPU
+    values = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1], "eps": group["eps"]}
+    values |= {name: group[name] for name in ("weight_decay", "variance_clip")}
+    for name, value in values.items():
+        number, holds, requirement = real(value), False, "0 or more and finite"
+        if name.startswith("betas"):
+            holds, requirement = 0 <= number < 1, "0 or more and below 1"
+        elif name == "variance_clip":
+            holds, requirement = number > 0, "above 0"
+        else:
+            holds = 0 <= number < math.inf
+        if not holds:
+            raise ValueError(f"AdamW16: {name} must be {requirement}, got {value}")
+    seed_word("AdamW16", group["seed"])
+    for param in group["params"]:
+        _native.require_floating("AdamW16", "params", param.dtype)
+    if len({id(param) for param in group["params"]}) < len(group["params"]):
+        raise ValueError("AdamW16: params must be different tensors, got one of them twice")
+    devices = sorted({str(param.device) for param in group["params"]})
+    if len(devices) > 1:
+        raise ValueError(
+            f"AdamW16: params of a group must be on one device, got {' and '.join(devices)}"
+        )
+
+
+def _check_grad(param: Tensor) -> Tensor:
+    """The parameter's gradient, in the parameter's memory order."""
+    grad = param.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise TypeError(f"AdamW16: gradients must be dense, got {grad.layout}")
+    _native.require_floating("AdamW16", "gradients", grad.dtype)
+    if grad.stride() != param.stride():
+        grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+    return grad
+
+
+def _one_float(name: str, value: float | Tensor | None, device: torch.device) -> Tensor | None:
+    """A number, flag or 0-d tensor as one float32 on the device, without waiting for it."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"AdamW16: {name} must be one number, got {tuple(value.shape)}")
+        return value.detach().to(device, torch.float32)
+    return torch.full((), float(value), dtype=torch.float32, device=device)
+
+
+def _tensors_of(
+    index: int,
+    group: Mapping[str, Any],
+    scales: Tensor | None,
+    clip_factor: float | Tensor | None,
+    found: bool | Tensor | None,
+    device: torch.device,
+) -> list[Tensor | None]:
+    """What the kernel reads on the device: scales, clip factor, flag, step size, seed."""
+    # Not seed + index: the second group of a seed would round as the first of the next one.
+    word = (operator.index(group["seed"]) + index * GROUP_STRIDE + 2**63) % 2**64 - 2**63
+    seed = torch.full((), word, dtype=torch.int64, device=device)
+    lr = group["lr"] if isinstance(group["lr"], Tensor) else None
+    clip = _one_float("clip_factor", clip_factor, device)
+    flag = _one_float("found_nonfinite", found, device)
+    return [scales, clip, flag, _one_float("lr", lr, device), seed]
+
+
+def _numbers_of(group: Mapping[str, Any]) -> list[float]:
+    """Whether to round parameters at random, lr, betas, eps, weight decay, variance clip."""
+    lr = 0.0 if isinstance(group["lr"], Tensor) else group["lr"]
+    others = (group["eps"], group["weight_decay"], group["variance_clip"])
+    return [bool(group["stochastic_rounding"]), *map(float, (lr, *group["betas"], *others))]
+
+
+def _moment_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+    """int16 codes, or float32 in small tensors and where the parameter group asks for it."""
+    fp32 = param.numel() < CODED_FROM or group["fp32_moments"]
+    return torch.float32 if fp32 else torch.int16
+
+
+def _moments_like(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A fresh state: no update yet, moments zero (code 0 is zero)."""
+    dtype = _moment_dtype(param, group)
+    return {
+        "step": torch.zeros((), dtype=torch.int64, device=param.device),
+        "exp_avg": torch.zeros_like(param, dtype=dtype),
+        "exp_avg_sq": torch.zeros_like(param, dtype=dtype),
+    }
+
+
+def _portable(value: Any) -> Any:
+    """Codes of a `DTensor` as (..., 2) bytes that share its memory; anything else as it is.
+
+    No collective of gloo or NCCL takes int16, so that codes could not be gathered.
+    """
+    if not hasattr(value, "to_local") or value.dtype != torch.int16:
+        return value
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        value.to_local().unsqueeze(-1).view(torch.uint8),
+        value.device_mesh,
+        value.placements,
+        run_check=False,
+        shape=torch.Size((*value.shape, 2)),
+        stride=(*(2 * stride for stride in value.stride()), 1),
+    )
+
+
+def _check_state(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a state dict is of parameters like these."""
+    saved = state_dict["param_groups"]
+    sizes = [len(group["params"]) for group in groups]
+    found = [len(group["params"]) for group in saved]
+    if sizes != found:
+        raise ValueError(f"AdamW16: state must be of groups of {sizes} parameters, got {found}")
+    params = [(p, own, s) for own, s in zip(groups, saved, strict=True) for p in own["params"]]
+    ids = [i for group in saved for i in group["params"]]
+    for index, (param, own, group) in zip(ids, params, strict=True):
+        values = state_dict["state"].get(index, {})
+        if values and set(values) != set(STATE):
+            names = ", ".join(map(str, sorted(values)))
+            raise ValueError(
+                f"AdamW16: state of parameter {index} must be {', '.join(STATE)}, got {names}"
+            )
+        kept = {"fp32_moments": group.get("fp32_moments", own["fp32_moments"])}
+        for name, value in values.items():
+            if name != "step":
+                _check_moment(name, index, param, _moment_dtype(param, kept), value)
+            elif not isinstance(value, (int, float)) and value.numel() != 1:
+                got = tuple(value.shape)
+                raise ValueError(
+                    f"AdamW16: state step of parameter {index} must be a number, got {got}"
+                )
+
+
+def _check_moment(name: str, index: int, param: Tensor, dtype: torch.dtype, value: Any) -> None:
+    shape = tuple(param.shape)
+    got = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (type(value), None)
+    allowed = [(shape, dtype)]
+    if dtype == torch.int16:
+        allowed.append(((*shape, 2), torch.uint8))
+    if got not in allowed:
+        what = f"AdamW16: state {name} of parameter {index} must be {shape} {dtype}"
+        raise ValueError(f"{what}, got {got[0]} {got[1]}")
+    if hasattr(value, "to_local") and not hasattr(param, "to_local"):
+        what = f"AdamW16: state {name} of parameter {index} must be a whole tensor"
+        raise ValueError(f"{what}, got a DTensor; gather it with full_tensor()")
+
+
+def _restore(
+    state: Mapping[Tensor, dict[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    state_dict: Mapping[str, Any],
+) -> None:
+    """Puts copies of a checked state dict's tensors into the state with their own dtypes."""
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [param for group in groups for param in group["params"]]
+    for i, param in zip(ids, params, strict=True):
+        for name, value in state_dict["state"].get(i, {}).items():
+            state[param][name] = (
+                _counter(value, param) if name == "step" else _moment(value, param.detach())
+            )
+
+
+def _counter(value: Any, param: Tensor) -> Tensor:
+    """A number of updates as one int64; states of earlier versions have a float32."""
+    return torch.full((), int(value), dtype=torch.int64, device=param.device)
+
+
+def _moment(value: Tensor, param: Tensor) -> Tensor:
+    mesh = getattr(param, "device_mesh", None)
+    if mesh is not None:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        placements = param.placements  # type: ignore[attr-defined]
+        if isinstance(value, DTensor):
+            value = value.redistribute(mesh, placements)
+        else:
+            value = value.to(param.device)
+            value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+    own = local_part(value)
+    if own.dtype == torch.uint8:
+        own = own.contiguous().view(torch.int16).squeeze(-1)
+    fresh = torch.empty_like(param, dtype=own.dtype)
+    local_part(fresh).copy_(own)
+    return fresh
 
 
 class AdamW16(torch.optim.Optimizer):
@@ -51,11 +254,18 @@ class AdamW16(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2,
-        variance_clip: float = 5.0, *, stochastic_rounding: bool = False, seed: int = 0,
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        variance_clip: float = 5.0,
+        *,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         fp32_moments: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         params = [] if isinstance(params, Tensor) else list(params)
         if not params:
             raise ValueError("AdamW16: params must hold a parameter, got none")
@@ -69,7 +279,7 @@ class AdamW16(torch.optim.Optimizer):
         count, given = len(self.param_groups), dict(param_group)
         super().add_param_group(param_group)
         try:
-            native.check_group(self.param_groups[-1])
+            _check_group(self.param_groups[-1])
         except (TypeError, ValueError):
             del self.param_groups[count:]
             param_group.clear()
@@ -82,15 +292,19 @@ class AdamW16(torch.optim.Optimizer):
         self._tables = {}
         for param, kept in self.state.items():
             if "step" in kept and kept["step"].dtype != torch.int64:
-                kept["step"] = counter(kept["step"], param)
+                kept["step"] = _counter(kept["step"], param)
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler with this module
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Tensor] | None = None, *,
-        clip_factor: float | Tensor | None = None, found_nonfinite: bool | Tensor | None = None,
-        scales: Tensor | None = None, groups: Mapping[Tensor, int] | None = None,
-    ) -> Tensor | None:  # fmt: skip
+        self,
+        closure: Callable[[], Tensor] | None = None,
+        *,
+        clip_factor: float | Tensor | None = None,
+        found_nonfinite: bool | Tensor | None = None,
+        scales: Tensor | None = None,
+        groups: Mapping[Tensor, int] | None = None,
+    ) -> Tensor | None:
         """One update. Parameters without a gradient are left alone, as in torch.
 
         Args:
@@ -112,33 +326,38 @@ class AdamW16(torch.optim.Optimizer):
         return loss
 
     def _step_group(
-        self, index: int, params: list[Tensor], groups: list[int], scales: Tensor | None,
-        clip_factor: float | Tensor | None, found: bool | Tensor | None,
-    ) -> None:  # fmt: skip
+        self,
+        index: int,
+        params: list[Tensor],
+        groups: list[int],
+        scales: Tensor | None,
+        clip_factor: float | Tensor | None,
+        found: bool | Tensor | None,
+    ) -> None:
         group, device = self.param_groups[index], params[0].device
         for p in params:
             if not self.state[p]:
-                self.state[p] = moments_like(p, group)
-        rows = [[p, native.check_grad(p), *map(self.state[p].get, STATE)] for p in params]
+                self.state[p] = _moments_like(p, group)
+        rows = [[p, _check_grad(p), *map(self.state[p].get, STATE)] for p in params]
         columns = [[flat("AdamW16", "params", t) for t in c] for c in zip(*rows, strict=True)]
         table = self._tables.get(index)
         if table is None or not table.fits(columns, groups):
             table = self._tables[index] = TensorTable(columns, groups)
             table.columns = []  # else gradients set to None would keep their memory
         columns = table.arranged(columns)
-        on_device = native.tensors_of(index, group, scales, clip_factor, found, device)
-        numbers = native.numbers_of(group)
+        on_device = _tensors_of(index, group, scales, clip_factor, found, device)
+        numbers = _numbers_of(group)
         if reference_in_use():
             reference.step_(columns, table.host, on_device, numbers)
             return
         _native.require("AdamW16", device)
-        native.step_(*columns, table.host, table.rows, *on_device, *numbers)
+        _adam16_step_(*columns, table.host, table.rows, *on_device, *numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with the codes of `DTensor` parameters as bytes (they share memory)."""
         found = super().state_dict()
         for index, kept in found["state"].items():
-            found["state"][index] = {name: portable(value) for name, value in kept.items()}
+            found["state"][index] = {name: _portable(value) for name, value in kept.items()}
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -147,16 +366,16 @@ class AdamW16(torch.optim.Optimizer):
         Raises:
             ValueError: a state of other parameters or of another optimizer; nothing is changed.
         """
-        check_state(self.param_groups, state_dict)
+        _check_state(self.param_groups, state_dict)
         for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            native.check_group({**own, **saved, "params": own["params"]})
+            _check_group({**own, **saved, "params": own["params"]})
         empty: dict[int, Any] = {index: {} for index in state_dict["state"]}
         super().load_state_dict({**state_dict, "state": empty})
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch's own, which it adds here to the defaults
                     group.setdefault(name, value)
-        restore(self.state, self.param_groups, state_dict)
+        _restore(self.state, self.param_groups, state_dict)
         self._tables.clear()
 
     def state_bytes(self) -> int:

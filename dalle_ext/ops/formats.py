@@ -1,4 +1,8 @@
-"""The 16-bit formats 1-6-9 and 0-6-10: packing, unpacking, sums of packed buffers."""
+"""The 16-bit formats 1-6-9 and 0-6-10: packing, unpacking, sums of packed buffers.
+
+The raw ops take contiguous tensors; format 0 is 1-6-9, 1 is 0-6-10; the seed is a 0-d int64 tensor
+on their device, or None to round to nearest.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,68 @@ from typing import NamedTuple
 
 import torch
 
-from dalle_ext._native import require_floating
+from dalle_ext import _native
+from dalle_ext._checks import seed_word
 from dalle_ext._switch import reference_in_use
-from dalle_ext.ops import formats_native as native
-from dalle_ext.ops.formats_native import FORMATS, require_format, rounding_seed
 from dalle_ext.reference import formats as reference
 
 Tensor = torch.Tensor
+FORMATS = ("1-6-9", "0-6-10")
+ROUNDINGS = ("nearest", "stochastic")
+
+
+def _counts(beside: Tensor, count: bool) -> Tensor:
+    return beside.new_empty((3 if count else 0,), dtype=torch.int64)
+
+
+def _pack_fake(x: Tensor, format: int, seed: Tensor | None, count: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int16), _counts(x, count)
+
+
+def _unpack_fake(codes: Tensor, format: int, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+def _sum_fake(
+    codes: Tensor, format: int, seed: Tensor | None, count: bool
+) -> tuple[Tensor, Tensor]:
+    return codes.new_empty(codes.shape[1:]), _counts(codes, count)
+
+
+if _native.CPU_PROBLEM is None:
+    _formats_pack = _native.register("_formats_pack", _pack_fake)
+    _formats_unpack = _native.register("_formats_unpack", _unpack_fake)
+    _formats_sum = _native.register("_formats_sum", _sum_fake)
+
+
+def _require_format(op: str, tensor: Tensor, format: str, codes: bool = False) -> None:
+    """Raises unless `format` is known, `codes` are int16 and the device has a library."""
+    if format not in FORMATS:
+        raise ValueError(f"{op}: format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if codes and tensor.dtype != torch.int16:
+        raise TypeError(f"{op}: codes must be int16, got {tensor.dtype}")
+    if not reference_in_use():
+        _native.require(op, tensor.device)
+
+
+def _rounding_seed(
+    op: str, rounding: str, seed: int | Tensor | None, device: torch.device
+) -> Tensor | None:
+    """The seed as a 0-d tensor for stochastic rounding, None for nearest."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"{op}: rounding must be nearest or stochastic, got {rounding!r}")
+    if rounding == "nearest":
+        if seed is not None:
+            raise ValueError(f"{op}: seed must be None with rounding to nearest, got {seed}")
+        return None
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != device:
+            got = f"shape {tuple(seed.shape)} {seed.dtype} on {seed.device}"
+            raise ValueError(f"{op}: seed must be a 0-d int64 tensor on {device}, got {got}")
+        return seed
+    return torch.full((), seed_word(op, seed), dtype=torch.int64, device=device)
 
 
 class Packed(NamedTuple):
@@ -27,13 +86,13 @@ class Packed(NamedTuple):
 
 
 def _packed(op: str, x: Tensor, format: str, seed: Tensor | None, count: bool) -> Packed:
-    require_floating(op, "x", x.dtype)
-    require_format(op, x, format)
+    _native.require_floating(op, "x", x.dtype)
+    _require_format(op, x, format)
     if reference_in_use():
         added = None if seed is None else reference.rounding_words(seed, x.numel(), format)
         codes = reference.encode(x, format, None if added is None else added.view(x.shape))
         return Packed(codes, reference.counts(x, codes, format))
-    return Packed(*native.pack(x.detach().contiguous(), FORMATS.index(format), seed, count))
+    return Packed(*_formats_pack(x.detach().contiguous(), FORMATS.index(format), seed, count))
 
 
 def pack(
@@ -64,14 +123,14 @@ def pack(
         ValueError: unknown format or rounding, a seed that does not fit.
         RuntimeError: no native library for x's device.
     """
-    return _packed("pack", x, format, rounding_seed("pack", rounding, seed, x.device), False).codes
+    return _packed("pack", x, format, _rounding_seed("pack", rounding, seed, x.device), False).codes
 
 
 def pack_counted(
     x: Tensor, format: str, *, rounding: str = "nearest", seed: int | Tensor | None = None
 ) -> Packed:
     """`pack`, and in the same pass how many elements saturated, vanished or were not finite."""
-    return _packed("pack", x, format, rounding_seed("pack", rounding, seed, x.device), True)
+    return _packed("pack", x, format, _rounding_seed("pack", rounding, seed, x.device), True)
 
 
 def unpack(codes: Tensor, format: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -85,11 +144,11 @@ def unpack(codes: Tensor, format: str, dtype: torch.dtype = torch.float32) -> Te
     Raises:
         TypeError, ValueError, RuntimeError: as `pack`; TypeError for codes or `dtype`.
     """
-    require_format("unpack", codes, format, codes=True)
-    require_floating("unpack", "dtype", dtype)
+    _require_format("unpack", codes, format, codes=True)
+    _native.require_floating("unpack", "dtype", dtype)
     if reference_in_use():
         return reference.decode(codes, format, dtype)
-    return native.unpack(codes.contiguous(), FORMATS.index(format), dtype)  # type: ignore[no-any-return]
+    return _formats_unpack(codes.contiguous(), FORMATS.index(format), dtype)  # type: ignore[no-any-return]
 
 
 def sum_codes(
@@ -106,13 +165,13 @@ def sum_codes(
     Raises:
         TypeError, ValueError, RuntimeError: as `pack`; ValueError for no buffer.
     """
-    require_format("sum_codes", codes, format, codes=True)
+    _require_format("sum_codes", codes, format, codes=True)
     if codes.dim() == 0 or codes.shape[0] == 0:
         raise ValueError(f"sum_codes: codes must hold a buffer, got shape {tuple(codes.shape)}")
-    word = rounding_seed("sum_codes", rounding, seed, codes.device)
+    word = _rounding_seed("sum_codes", rounding, seed, codes.device)
     if reference_in_use():
         total = torch.zeros(codes.shape[1:], dtype=torch.float32, device=codes.device)
         for buffer in codes:
             total = total + reference.decode(buffer, format)
         return _packed("sum_codes", total, format, word, True)
-    return Packed(*native.sum_codes(codes.contiguous(), FORMATS.index(format), word, True))
+    return Packed(*_formats_sum(codes.contiguous(), FORMATS.index(format), word, True))

@@ -1,6 +1,9 @@
-"""The definition of gradient scaling at the two ends of a residual block (paper Figure 4)."""
+"""The definition of gradient scaling: the two ends of a residual block (paper Figure 4), unscaling
+by group, and the scales' rule (2.4 and appendix D)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -28,3 +31,52 @@ def unscale_gradient(stream: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
     """stream + grad / scale, quotients that are not finite as zero."""
     quotient = grad.float() / scale
     return stream + torch.where(quotient.isfinite(), quotient, torch.zeros_like(quotient))
+
+
+def unscale_gradients_(
+    grads: Sequence[Tensor], scales: Tensor, groups: Sequence[int], check_only: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Divides each gradient by its group's scale in place (unless `check_only`) and counts.
+
+    Returns:
+        (G, 4) int64: not finite, zero, subnormal, not zero but zero after the division; (G,)
+        float64 sums of squares and (G,) float32 largest magnitudes of the finite quotients.
+    """
+    counts = torch.zeros(len(scales), 4, dtype=torch.int64, device=scales.device)
+    squares = torch.zeros(len(scales), dtype=torch.float64, device=scales.device)
+    largest = torch.zeros(len(scales), dtype=torch.float32, device=scales.device)
+    for grad, group in zip(grads, groups, strict=True):
+        size, finite = grad.double().abs(), grad.isfinite()
+        quotient = (grad.float() / scales[group]).to(grad.dtype)
+        subnormal = (size > 0) & (size < torch.finfo(grad.dtype).tiny)
+        underflowed = (size > 0) & (quotient == 0)
+        found = [~finite, size == 0, subnormal, underflowed]
+        counts[group] += torch.stack([mask.sum() for mask in found])
+        kept = torch.where(finite, size, torch.zeros_like(size))
+        squares[group] += (kept / scales[group].double()).square().sum()
+        if grad.numel():
+            most = kept.max().float() / scales[group]
+            largest[group] = torch.maximum(largest[group], most)
+        if not check_only:
+            grad.copy_(quotient)
+    return counts, squares, largest
+
+
+def update_scales_(
+    scales: Tensor,
+    since_drop: Tensor,
+    nonfinite: Tensor,
+    growth: float,
+    backoff: float,
+    window: int,
+    low: float,
+    high: float,
+    grow_on_skip: bool,
+) -> None:
+    """Clean scales grow, others fall at most once in `window` updates; in place."""
+    since, bad = since_drop + 1, nonfinite != 0
+    falls = bad & (since >= window)
+    grows = ~bad if grow_on_skip else ~bad & ~bad.any()
+    factor = torch.where(falls, backoff, torch.where(grows, growth, 1.0)).to(scales)
+    scales.mul_(factor).clamp_(low, high)
+    since_drop.copy_(torch.where(falls, 0, since.clamp(max=window)))

@@ -37,9 +37,14 @@ def gumbel_noise(seed: torch.Tensor, rows: int, num_codes: int, first_row: int =
 
 
 def gumbel_softmax(
-    logits: torch.Tensor, tau: torch.Tensor, *, dim: int, hard: bool, seed: torch.Tensor,
+    logits: torch.Tensor,
+    tau: torch.Tensor,
+    *,
+    dim: int,
+    hard: bool,
+    seed: torch.Tensor,
     first_row: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """softmax((logits + g) / tau), argmax(logits + g), KL(softmax(logits) || uniform) over `dim`.
 
     16-bit logits are computed in float32. A row with a logit that is not finite gives NaN, index 0.

@@ -10,9 +10,14 @@ Tensor = torch.Tensor
 
 
 def compress_(
-    error: Tensor, grad: Tensor, q: Tensor, scale: Tensor | None, error_scale: float,
-    skip: Tensor | None, fast: bool = False,
-) -> Tensor:  # fmt: skip
+    error: Tensor,
+    grad: Tensor,
+    q: Tensor,
+    scale: Tensor | None,
+    error_scale: float,
+    skip: Tensor | None,
+    fast: bool = False,
+) -> Tensor:
     """E += grad / scale where not `skip`; returns P = E Q of the E that is kept."""
     if skip is None or not skip:
         factor = torch.tensor(error_scale, device=grad.device, dtype=torch.float32)

@@ -70,7 +70,7 @@ rows = logits.movedim(1, -1).contiguous()
 out = [dalle_ext.gumbel_softmax(x, 0.5, dim=d, seed=5) for x, d in ((logits, 1), (rows, 3))]
 sum((o.sample.square().sum() + o.kl.sum()) for o in out).backward()
 numbers = [x.double().flatten().tolist() for x in (*out[0], *out[1], logits.grad)]
-from dalle_ext.ops.adam16_native import step_  # the class would import torch's compiler
+step_ = torch.ops.dalle_ext._adam16_step_  # AdamW16 would import torch's compiler
 param, shape = torch.linspace(-1, 1, 20011), torch.linspace(-20, 3, 20011).sin()
 codes, count = torch.zeros(2, 20011, dtype=torch.int16), torch.tensor(0)
 for size in (1e-2, 1e-4, 3e-9, 1e-3):
