@@ -11,11 +11,13 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.autograd import forward_ad
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 FOLDER = Path(__file__).parent
 HOW_TO_BUILD = "pip install -c constraints.txt -e ."
 FLOATING = {torch.float32, torch.float16, torch.bfloat16}  # of ops that store in 16 bits
@@ -51,8 +53,12 @@ HOST = _load_host()
 _GUARDS = torch.library.Library("dalle_ext", "IMPL")
 
 
-def register(name: str, fake: Callable[..., Any], *, differentiable: bool = False) -> Any:
+def register(
+    name: str, fake: Callable[Parameters, Result], *, differentiable: bool = False
+) -> Callable[Parameters, Result]:
     """The raw op `dalle_ext::name`, with its fake kernel and a guard at the autograd keys.
+
+    The fake kernel's signature is that of the op.
 
     A gradient passes a raw op only inside an `autograd.Function` (`differentiable`; gradients are
     not recorded in there). Without the guard torch would drop tangents of forward mode
@@ -80,7 +86,8 @@ def register(name: str, fake: Callable[..., Any], *, differentiable: bool = Fals
             return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
     _GUARDS.impl(name, guard, "Autograd", with_keyset=True)
-    return op
+    raw: Callable[Parameters, Result] = op
+    return raw
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -138,13 +145,7 @@ def build_info() -> dict[str, Any]:
     }
 
 
-class Once(torch.autograd.Function):
-    """A gradient as it is; its own derivative, by any of `sources`, is refused.
-
-    torch's `once_differentiable` lets it be zero in silence where the incoming gradient is a
-    constant, and where only derivatives by the op's inputs are asked for.
-    """
-
+class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
         return grad.view_as(grad)
@@ -155,3 +156,16 @@ class Once(torch.autograd.Function):
             "dalle_ext: native ops must be differentiated once, got a derivative of a gradient; "
             "use dalle_ext.use_reference()"
         )
+
+
+def once(grad: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+    """A gradient as it is; its own derivative, by any of `sources`, is refused.
+
+    torch's `once_differentiable` lets it be zero in silence where the incoming gradient is a
+    constant, and where only derivatives by the op's inputs are asked for.
+
+    Raises, when it is asked for:
+        NotImplementedError: in one line.
+    """
+    found: torch.Tensor = _Once.apply(grad, *sources)  # type: ignore[no-untyped-call]  # of torch
+    return found

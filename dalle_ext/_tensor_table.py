@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,8 +16,8 @@ KINDS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.int16: 4, 
 
 def local_part(tensor: Tensor) -> Tensor:
     """This process's part of a `DTensor`, not a copy; any other tensor as it is."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()  # type: ignore[no-any-return]
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 def flat(op: str, name: str, tensor: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def unpack(codes: Tensor, format: str, dtype: torch.dtype = torch.float32) -> Te
     _native.require_floating("unpack", "dtype", dtype)
     if reference_in_use():
         return reference.decode(codes, format, dtype)
-    return _formats_unpack(codes.contiguous(), FORMATS.index(format), dtype)  # type: ignore[no-any-return]
+    return _formats_unpack(codes.contiguous(), FORMATS.index(format), dtype)
 
 
 def sum_codes(

@@ -167,7 +167,7 @@ def unscale_gradient(stream: Tensor, grad: Tensor, scale: float | Tensor) -> Ten
     divisor = _as_scale(op, scale, stream.device)
     if reference_in_use():
         return reference.unscale_gradient(stream, grad, divisor)
-    return _grad_scale_unscale(stream.contiguous(), grad.contiguous(), divisor)  # type: ignore[no-any-return]
+    return _grad_scale_unscale(stream.contiguous(), grad.contiguous(), divisor)
 
 
 class GradientStats(NamedTuple):

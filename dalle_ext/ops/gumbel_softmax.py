@@ -73,7 +73,7 @@ class _Function(torch.autograd.Function):
             grad_kl = None if grad_kl is None else grad_kl.contiguous()
             grad = _backward(grad_sample, grad_kl, *ctx.saved_tensors, ctx.dim, ctx.first_row)
         if torch.is_grad_enabled():  # create_graph
-            grad = _native.Once.apply(grad, ctx.saved_tensors[0], *given)
+            grad = _native.once(grad, ctx.saved_tensors[0], *given)
         return grad, None, None, None, None, None
 
 
@@ -82,7 +82,9 @@ def _contiguous(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sample, index and kl of contiguous logits over axis `dim` >= 0."""
     if torch.is_grad_enabled() and logits.requires_grad:
-        return _Function.apply(logits, tau, seed, dim, hard, first_row)
+        found: tuple[Tensor, Tensor, Tensor]
+        found = _Function.apply(logits, tau, seed, dim, hard, first_row)  # type: ignore[no-untyped-call]  # of torch
+        return found
     return _forward(logits, tau, seed, dim, hard, first_row)[:3]
 
 

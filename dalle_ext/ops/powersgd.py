@@ -35,7 +35,7 @@ if _native.CPU_PROBLEM is None:
     _powersgd_project = _native.register("_powersgd_project", _nothing)
     _powersgd_decompress_ = _native.register("_powersgd_decompress_", _nothing)
     _powersgd_orthogonalize = _native.register("_powersgd_orthogonalize", _orthogonalize_fake)
-    torch.library.register_kernel(_powersgd_orthogonalize, "cpu", _orthogonalize_cpu)
+    torch.library.register_kernel("dalle_ext::_powersgd_orthogonalize", "cpu", _orthogonalize_cpu)
 
 
 def _results(errors: Sequence[Tensor], factors: Sequence[Tensor], side: int) -> list[Tensor]:
@@ -258,4 +258,4 @@ def orthogonalize(P: Tensor, eps: float = 1e-6) -> Tensor:
         return reference.orthogonalize(P, eps)
     _native.require(op, P.device)
     flat = P.reshape(-1, *P.shape[-2:]).contiguous()
-    return _powersgd_orthogonalize(flat, eps).view(P.shape)  # type: ignore[no-any-return]
+    return _powersgd_orthogonalize(flat, eps).view(P.shape)

@@ -6,6 +6,7 @@ Letters: B batch, H heads, T positions, D head size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def _forward_fake(
     text_len: int,
     rows: int,
     columns: int,
-    runs: list[int],
+    runs: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     return _like(q), q.new_empty(q.size(0), q.size(1), q.size(2), dtype=torch.float64)
@@ -62,9 +63,10 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            grads = _backward(_rows(grad_out), *ctx.saved_tensors, *ctx.rule)
+            found = _backward(_rows(grad_out), *ctx.saved_tensors, *ctx.rule)
+        grads: tuple[Tensor, ...] = found
         if torch.is_grad_enabled():  # create_graph
-            grads = [_native.Once.apply(g, grad_out, *ctx.saved_tensors[:3]) for g in grads]
+            grads = tuple(_native.once(g, grad_out, *ctx.saved_tensors[:3]) for g in found)
         return (*grads, *(None for _ in ctx.rule))
 
 
@@ -124,5 +126,6 @@ def sparse_attention(
     rule = (pattern.kind, pattern.text_len, *pattern.grid, pattern.runs, factor)
     q, k, v = _rows(q), _rows(k), _rows(v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Function.apply(q, k, v, *rule)
+        out: Tensor = _Function.apply(q, k, v, *rule)  # type: ignore[no-untyped-call]  # of torch
+        return out
     return _forward(q, k, v, *rule)[0]

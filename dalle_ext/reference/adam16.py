@@ -62,9 +62,15 @@ def _power(base: float, n: int) -> float:
     return result
 
 
-def step_(columns: list, host: Tensor, on_device: list, numbers: list) -> None:
+def step_(
+    columns: list[list[Tensor]],
+    host: Tensor,
+    on_device: list[Tensor | None],
+    numbers: list[float],
+) -> None:
     """One update of the rows of a table in place, as the raw op; arithmetic in float32."""
     scales, clip, skip, lr_tensor, seed = on_device
+    assert seed is not None
     stochastic, lr, beta1, beta2, eps, weight_decay, most = numbers
     if skip is not None and bool(skip):
         return

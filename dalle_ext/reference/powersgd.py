@@ -58,4 +58,5 @@ def orthogonalize(p: Tensor, eps: float) -> Tensor:
     """Householder's Q of P + eps I (rectangular), LAPACK's signs."""
     start = p.clone()
     start.diagonal(dim1=-2, dim2=-1).add_(eps)
-    return torch.linalg.qr(start).Q
+    q: Tensor = torch.linalg.qr(start).Q
+    return q

@@ -115,7 +115,7 @@ def beside(rows: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def rows_of(*rows: torch.Tensor) -> torch.Tensor:
     """Sets of pictures, each (N, 3, H, W) in [0, 1], as rows of one picture (3, M * H, N * W)."""
-    flat = beside(rows).unflatten(0, (-1, len(rows)))  # (N, M, 3, H, W)
+    flat: torch.Tensor = beside(rows).unflatten(0, (-1, len(rows)))  # (N, M, 3, H, W)
     return flat.permute(2, 1, 3, 0, 4).flatten(3, 4).flatten(1, 2).clamp(0, 1)
 
 

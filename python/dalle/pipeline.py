@@ -234,7 +234,8 @@ class Pipeline:
         device = next(self.vae.parameters()).device
         flat = tokens.flatten(0, -3).to(device)
         parts = [self.vae.decode(part).float().cpu() for part in flat.split(SEQUENCES)]
-        return torch.cat(parts).unflatten(0, tokens.shape[:-2]).clamp(0, 1)
+        images: torch.Tensor = torch.cat(parts).unflatten(0, tokens.shape[:-2])
+        return images.clamp(0, 1)
 
     def generate(
         self,

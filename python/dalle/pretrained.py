@@ -48,7 +48,8 @@ def from_presets(owner: str, presets: Mapping[str, T], name: str, **overrides: A
         if key not in fields:
             hint = did_you_mean(key, fields)
             raise UsageError(f"{owner}: option must be one of {', '.join(fields)}, got {key}{hint}")
-    return dataclasses.replace(preset, **overrides)
+    changed: T = dataclasses.replace(preset, **overrides)
+    return changed
 
 
 def tensors_to_bytes(tensors: dict[str, torch.Tensor]) -> bytes:

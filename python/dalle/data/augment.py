@@ -37,7 +37,7 @@ def _check(name: str, image: np.ndarray, size: int, smallest: int) -> int:
         raise NotRgb(f"{name}: image must be (H, W, 3) uint8, got {type(image).__name__}")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise NotRgb(f"{name}: image must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
-    shorter = min(image.shape[:2])
+    shorter = int(min(image.shape[:2]))
     if shorter < smallest:
         raise TooSmall(
             f"{name}: image must have sides of at least {smallest}, "

@@ -88,7 +88,8 @@ class ArrayPairs:
         return len(self.images)
 
     def load(self, i: int) -> np.ndarray:
-        return self.images[i]
+        image: np.ndarray = self.images[i]
+        return image
 
 
 def captions_of(pairs: Pairs, item: int) -> Sequence[str]:

@@ -84,7 +84,8 @@ def _to_base(images: np.ndarray) -> np.ndarray:
     common = int(np.lcm(side, BASE))
     rows = images.astype(np.float32).repeat(common // side, 1).repeat(common // side, 2)
     step = common // BASE
-    return rows.reshape(len(images), BASE, step, BASE, step, 3).mean((2, 4))
+    averaged: np.ndarray = rows.reshape(len(images), BASE, step, BASE, step, 3).mean((2, 4))
+    return averaged
 
 
 def _nearest(colours: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

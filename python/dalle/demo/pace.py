@@ -59,7 +59,7 @@ def _step(
     def step() -> None:
         model.zero_grad(set_to_none=True)
         (total,) = sums(side_by_side(lambda place: (loss(place),), size, PARTS, model))
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
 
     return step
 

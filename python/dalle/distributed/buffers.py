@@ -208,7 +208,7 @@ class Floats:
 
     def orthonormal(self, p: Tensor) -> Tensor:
         """See `Codes`. Float64, lest what P's columns have in common hides what they have not."""
-        found = torch.linalg.qr(p.double()).Q
+        found: Tensor = torch.linalg.qr(p.double()).Q
         return ((found * 2.0**GRID_P).round_() * 2.0**-GRID_P).float()
 
     def numbers(self, words: Tensor) -> Tensor:

@@ -132,7 +132,8 @@ class Cluster:
     def weight(self, count: int) -> float:
         """Of a mean over this process's part of `count` things in the mean of all processes."""
         part = self.part(count)
-        return (part.stop - part.start) * self.size / count
+        size: int = part.stop - part.start
+        return size * self.size / count
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums over all processes, on the CPU, in float64."""

@@ -102,7 +102,7 @@ def scatter_model(
 
 
 def _groups(part: FSDPModule) -> list[Any]:
-    state = part._get_fsdp_state()  # type: ignore[operator]
+    state = part._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:
         group = state._fsdp_param_group

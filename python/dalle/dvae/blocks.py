@@ -65,7 +65,8 @@ class Block(nn.Module):
         self.res_path = _sequence(*parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.id_path(x) + self.post_gain * self.res_path(x)
+        out: Tensor = self.id_path(x) + self.post_gain * self.res_path(x)
+        return out
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -89,7 +90,8 @@ class PatchBlock(nn.Module):
         nn.init.zeros_(self.conv_2.w)  # starts as the identity
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv_2(F.relu(self.conv_1(self.norm(x))))
+        branch: Tensor = self.conv_2(F.relu(self.conv_1(self.norm(x))))
+        return x + branch
 
 
 def _sequence(*parts: tuple[str, nn.Module]) -> nn.Sequential:
@@ -133,7 +135,8 @@ class Encoder(nn.Module):
         )
 
     def forward(self, mapped: Tensor) -> Tensor:
-        return self.blocks(mapped)
+        logits: Tensor = self.blocks(mapped)
+        return logits
 
     def logits_conv(self) -> Conv2d:
         """The 1x1 convolution that gives the logits."""

@@ -145,6 +145,8 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
     def least_parameters(cls, config: DiscreteVAEConfig) -> int:
         """The 3x3 or per-position matrices of the blocks, and the codebook at both ends."""
         c = config
+        blocks: int
+        ends: int
         if c.stem == "released":
             squares = sum((c.n_hid * 2**group) ** 2 for group in range(c.group_count))
             blocks, ends = (
@@ -182,7 +184,8 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
     def logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, K, h, w)."""
         self._check_images(images)
-        return self.encoder(map_pixels(images))
+        logits: Tensor = self.encoder(map_pixels(images))
+        return logits
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

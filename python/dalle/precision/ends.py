@@ -30,7 +30,7 @@ class _Enter(torch.autograd.Function):
         return x.view_as(x), x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, stream: Tensor, branch: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, stream: Tensor, branch: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             found = dalle_ext.unscale_gradient(stream, branch, ctx.saved_tensors[0])
         return *once((found,), stream, branch), None
@@ -46,7 +46,7 @@ class _Leave(torch.autograd.Function):
         return y.float() if y.dtype != torch.float32 else y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             scaled, counts = dalle_ext.scale_gradient(grad, ctx.saved_tensors[0], dtype=ctx.dtype)
             size = counts.new_full((1,), grad.numel())
@@ -86,11 +86,14 @@ class BlockEnds:
 
     def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 x (any shape) -> the identity path and the branch's input, both x."""
-        return _Enter.apply(x, self.scale)  # type: ignore[no-any-return, no-untyped-call]
+        ends: tuple[Tensor, Tensor] = _Enter.apply(x, self.scale)  # type: ignore[no-untyped-call]  # of torch
+        return ends
 
     def leave(self, y: Tensor) -> Tensor:
         """The branch's output in any dtype -> fp32; its gradient is scaled in y's dtype."""
-        return _Leave.apply(y, self.scale, self.probe, self.sampling)  # type: ignore[no-any-return, no-untyped-call]
+        out: Tensor
+        out = _Leave.apply(y, self.scale, self.probe, self.sampling)  # type: ignore[no-untyped-call]  # of torch
+        return out
 
     def hook(self, first: nn.Module, last: nn.Module) -> list[RemovableHandle]:
         """Puts the ends around a branch that begins with `first` and ends with `last`.

@@ -27,7 +27,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, weight = ctx.saved_tensors
         with torch.no_grad():
             found = _Linear.gradients(x, weight, grad, ctx.bias_dtype)
@@ -57,6 +57,9 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
     Equivalent to `F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))`, with the bias
     gradient summed in fp32 and, where x is fp16 on the CPU, the products made in fp32.
     """
+    y: Tensor
     if layer.weight.dtype == x.dtype == layer.bias.dtype:
-        return layer(x)
-    return _Linear.apply(x, layer.weight, layer.bias)  # type: ignore[no-any-return, no-untyped-call]
+        y = layer(x)
+    else:
+        y = _Linear.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]  # of torch
+    return y

@@ -31,4 +31,4 @@ def once(grads: tuple[Tensor, ...], *sources: Tensor) -> tuple[Tensor, ...]:
     """
     if not torch.is_grad_enabled():  # no create_graph
         return grads
-    return tuple(_Once.apply(grad, *sources) for grad in grads)  # type: ignore[no-untyped-call]
+    return tuple(_Once.apply(grad, *sources) for grad in grads)  # type: ignore[no-untyped-call]  # of torch

@@ -139,7 +139,7 @@ class DecodeState:
         for index, layer in enumerate(prior.layers):
             x = self._attend(index, layer.attention, slot, x)  # type: ignore[arg-type]
             x = layer.mlp(x)  # type: ignore[operator]
-        logits = prior.image_head(prior.image_narrow(prior.norm(x)))
+        logits: Tensor = prior.image_head(prior.image_narrow(prior.norm(x)))
         return logits.view(batch, self.num_samples, -1)
 
     def _attend(self, index: int, block: AttentionBlock, slot: int, x: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ class ResidualBlock(nn.Module):
         self.conv_2 = nn.Conv2d(width, width, 1, dtype=torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.conv_2(F.silu(self.conv_1(F.silu(self.norm(x)))))
+        branch: torch.Tensor = self.conv_2(F.silu(self.conv_1(F.silu(self.norm(x)))))
+        return x + branch
 
 
 class ImageTower(nn.Module):
@@ -105,7 +106,8 @@ class ImageTower(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.fine(self.stem(images * 2 - 1) + self.place)
         x = F.silu(self.norm(self.coarse(self.down(x))))
-        return self.out(F.silu(self.hidden(self.narrow(x).flatten(1))))
+        features: torch.Tensor = self.out(F.silu(self.hidden(self.narrow(x).flatten(1))))
+        return features
 
 
 class TextTower(nn.Module):
@@ -146,4 +148,5 @@ class TextTower(nn.Module):
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=blank)
         weight = (~blank).float()[..., None]
-        return self.out((self.norm(x) * weight).sum(1) / weight.sum(1))
+        features: torch.Tensor = self.out((self.norm(x) * weight).sum(1) / weight.sum(1))
+        return features

@@ -123,7 +123,7 @@ def read_manifest(path: Path, part: slice = ALL) -> dict[str, Any]:
     where = f"checkpoint {path}"
     try:
         written = read_bytes(path / MANIFEST)
-        manifest = parse_json(written)
+        manifest: dict[str, Any] = parse_json(written)
         digest = manifest.pop("sha256")
         if digest != _digest(manifest) or written != to_json({**manifest, "sha256": digest}):
             raise CheckpointError(f"{where}: {MANIFEST} must match its SHA-256, got other bytes")

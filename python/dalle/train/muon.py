@@ -34,7 +34,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     at 440 times what they were; a matrix of zeros stays so. A fifth iteration would bring them
     nearer to 1 and take a quarter more time.
     """
-    x = matrices / matrices.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None]
+    x: Tensor = matrices / matrices.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None]
     for a, b, c in COEFFICIENTS:
         product = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(product, product, product, beta=b, alpha=c), x, beta=a)

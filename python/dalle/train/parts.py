@@ -56,11 +56,13 @@ class _SideBySide(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         def walk(part: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor | None]:
             ends = [(out, g) for out, g in zip(part, given, strict=True) if out.requires_grad]
             outs, starts = zip(*ends, strict=True)
-            return torch.autograd.grad(outs, ctx.parameters, starts, allow_unused=True)
+            found: tuple[Tensor | None, ...]
+            found = torch.autograd.grad(outs, ctx.parameters, starts, allow_unused=True)
+            return found
 
         size = len(ctx.kept[0])
         given = [gradients[i : i + size] for i in range(0, len(gradients), size)]
@@ -101,7 +103,8 @@ def side_by_side(run: Run, size: int, parts: int, model: nn.Module) -> list[tupl
     if not torch.is_grad_enabled():
         return spread(run, size, parts)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    found = _SideBySide.apply(run, places, [], *parameters)
+    found: tuple[Tensor, ...]
+    found = _SideBySide.apply(run, places, [], *parameters)  # type: ignore[no-untyped-call]  # of torch
     count = len(found) // len(places)
     return [found[i : i + count] for i in range(0, len(found), count)]
 

@@ -57,7 +57,7 @@ def settings(seed: int, deterministic: bool) -> Iterator[None]:
 
 def rng_state() -> dict[str, Any]:
     """State of the global generators of torch (CPU and every CUDA device in use), numpy, random."""
-    name, keys, position, has_gauss, gauss = cast(tuple, np.random.get_state(legacy=True))
+    name, keys, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {
         "torch": torch.get_rng_state(),

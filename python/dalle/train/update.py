@@ -85,7 +85,7 @@ def update(
     if task.world.size > 1:  # a forward pass exchanges parameters: none runs it again by itself
         forward = None
     task.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     for group in task.optimizer.param_groups:
         group["lr"] = lr
     if scaler is None:
