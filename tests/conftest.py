@@ -11,7 +11,6 @@ import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, of torch and of what it starts
     os.environ["OMP_NUM_THREADS"] = "1"
-import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -22,13 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# pytest puts this folder first on the path, where tests/dalle would hide the package of that name.
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != HERE]
-sys.path.insert(0, str(HERE.parent / "python" / "buildtools"))
-import emulated  # noqa: E402
-
-import dalle  # noqa: E402, F401  (bound before other files of this folder bring the path back)
+import emulated
 
 KEY = "PrivateUse3"  # the emulated kernels' own: no tensor has it
 NIGHT = os.environ.get("DALLE_TEST_NIGHT") == "1"

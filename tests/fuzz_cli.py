@@ -6,7 +6,7 @@
 A case is a pure function of (seed, number). After each: an exit code of the documented ones but 1
 (a fault of dalle itself), one line of error, no name of an exception and no words of Python's, no
 control characters, an end within `SLOWEST` seconds, devices and inputs as they were.
-`tests/dalle/test_fuzz_cli.py` runs it for `DALLE_TEST_FUZZ_SECONDS` in the gate.
+`tests/system/test_fuzz_cli.py` runs it for `DALLE_TEST_FUZZ_SECONDS` in the gate.
 """
 
 from __future__ import annotations
@@ -31,12 +31,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "dalle"))
-
-from cli_home import DVAE, PRIOR, RECONSTRUCT, RERANK, SAMPLE, make_home  # noqa: E402
-
-from dalle.cli import main  # noqa: E402
-from fuzz_damage import damage_file, damage_out, damage_words  # noqa: E402
+from dalle.cli import main
+from fuzz_damage import damage_file, damage_out, damage_words
+from support.cli_home import DVAE, PRIOR, RECONSTRUCT, RERANK, SAMPLE, make_home
 
 SLOWEST = 60.0  # seconds, on a machine that others load
 MEMORY = 3 << 30  # bytes a case may map beside what the process has

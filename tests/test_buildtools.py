@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
+import emulated
+import torch_dir
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "python" / "buildtools"))
-import emulated  # noqa: E402
-import torch_dir  # noqa: E402
 
 
 def fake_torch(folder: Path, version: str, cuda: str | None = None) -> Path:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+import kernel_report
+from kernel_report import Budget, Kernel
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "python" / "buildtools"))
-import kernel_report  # noqa: E402
-from kernel_report import Budget, Kernel  # noqa: E402
 
 PTXAS = """
 ptxas info    : 0 bytes gmem

@@ -1,7 +1,7 @@
 """Sizes of a prior from its configuration alone, on one device and on many machines.
 
 T = text_len + rows * columns positions, width d, L layers. Nothing is instantiated;
-`tests/dalle/test_plan.py` compares with the module on the meta device.
+`tests/system/test_plan.py` compares with the module on the meta device.
 
 Of many machines (paper appendix E.1, Tables 1 and 2) each holds one copy of the parameters, sharded
 over its m GPUs along axis 1, the second MLP matrix along axis 0; PowerSGD between machines

@@ -6,8 +6,9 @@ import os
 import re
 import subprocess
 
-import emulated
 import pytest
+
+import emulated
 
 BUILDS = ["plain", "portable", "race"]  # portable: ucontext instead of assembly
 if os.environ.get("DALLE_TEST_NIGHT") == "1":

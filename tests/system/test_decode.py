@@ -1,0 +1,236 @@
+"""Sampling with a cache equals sampling without; guidance, priming, seeds, refused input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import dalle_ext
+from dalle.errors import NumericalError, UsageError
+from dalle.prior.config import PAD
+from dalle.prior.decode import DecodeState, attended_slots, generate
+from dalle.prior.sampling import caption_key, draw, uniform_noise
+from support.prior import KINDS, make, sample
+
+MIXED = ("row", "column", "conv")
+
+
+def uncached(model, text, *, samples, seed, cond_scale=1.0, prime=None, **options):
+    """Sampling with the training forward at every step: the definition of `generate`."""
+    slots = model.config.num_image_tokens
+    keys = [caption_key(row if cond_scale else row[:0]) for row in text]  # 0 ignores the caption
+    noise = torch.cat([uniform_noise(seed, key, range(samples), slots) for key in keys])
+    text = text.repeat_interleave(samples, 0)
+    tokens = torch.zeros(len(text), slots, dtype=torch.int64)
+    start = 0
+    if prime is not None:
+        start = prime.shape[1]
+        tokens[:, :start] = prime.repeat_interleave(samples, 0)
+    for slot in range(start, slots):
+        with torch.no_grad():
+            logits = model(text, tokens).image_logits[:, slot]
+            if cond_scale != 1:
+                base = model(torch.full_like(text, PAD), tokens).image_logits[:, slot]
+                logits = base + cond_scale * (logits - base)
+        tokens[:, slot] = draw(logits, noise[:, slot], **options)
+    return tokens.view(-1, samples, *model.config.grid)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attended_slots_are_the_mask(kind):
+    pattern = dalle_ext.AttentionPattern(kind, text_len=2, grid=(4, 5), kernel_size=3)
+    mask = pattern.mask()[2:, 2:]
+    for slot in range(20):
+        wanted = mask[slot].nonzero()[:, 0].tolist()
+        assert torch.arange(20)[attended_slots(pattern, slot)].tolist() == wanted
+
+
+@pytest.mark.parametrize("attention", [*((kind,) * 3 for kind in KINDS), MIXED, ()])
+@pytest.mark.parametrize("given", [0, 1, 5])
+def test_cached_logits_equal_uncached(attention, given):
+    model = make(attention=attention, grid=(4, 5))
+    text, image = sample(model, batch=3)
+    with torch.no_grad():
+        wanted = model(text, image).image_logits
+        state = DecodeState(model, text, 2, image[:, :given])
+        for slot in range(given, 20):
+            previous = image[:, None, slot - 1].expand(-1, 2) if slot else None
+            logits = state.step(slot, previous)
+            for copy in range(2):
+                torch.testing.assert_close(logits[:, copy], wanted[:, slot], atol=2e-5, rtol=1e-4)
+
+
+def test_cached_equals_uncached_with_a_narrow_table():
+    model = make(image_rank=6)
+    text, _ = sample(model)
+    found = model.generate(text, num_samples=2, seed=5)
+    assert torch.equal(found, uncached(model, text, samples=2, seed=5))
+
+
+def test_cached_bf16_is_near_uncached():
+    model = make(precision="bf16")
+    text, image = sample(model)
+    with torch.no_grad():
+        wanted = model(text, image).image_logits
+        state = DecodeState(model, text, 1, image[:, :0])
+        assert state.image[0][0].dtype == torch.bfloat16
+        for slot in range(12):
+            logits = state.step(slot, image[:, slot - 1 : slot] if slot else None)
+            torch.testing.assert_close(logits[:, 0], wanted[:, slot], atol=0.05, rtol=0.05)
+
+
+def test_the_cache_is_really_used(monkeypatch):
+    model = make()
+    lengths = []
+    attend = dalle_ext.sparse_attention
+    monkeypatch.setattr(
+        dalle_ext, "sparse_attention", lambda q, *a: lengths.append(q.shape[2]) or attend(q, *a)
+    )
+    generate(model, sample(model)[0], num_samples=3)
+    assert lengths == [5, 5, 5]  # one prefill of the text, three layers, and nothing after
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.7, "top_k": 4}, {"top_p": 0.8}, {"temperature": 0}, {"cond_scale": 2.5}],
+)
+def test_generate_equals_sampling_without_a_cache(options):
+    model = make()
+    text, _ = sample(model)
+    found = model.generate(text, num_samples=3, seed=5, **options)
+    assert found.shape == (2, 3, 3, 4) and found.dtype == torch.int64
+    assert torch.equal(found, uncached(model, text, samples=3, seed=5, **options))
+
+
+def test_seed_decides_and_the_batch_does_not():
+    model = make()
+    text, _ = sample(model, batch=3)
+    base = model.generate(text, num_samples=4, seed=9)
+    assert torch.equal(base, model.generate(text, num_samples=4, seed=9))
+    assert not torch.equal(base, model.generate(text, num_samples=4, seed=10))
+    assert torch.equal(base[1:2], model.generate(text[1:2], num_samples=4, seed=9))
+    assert torch.equal(base[:, :2], model.generate(text, num_samples=2, seed=9))
+    assert torch.equal(base[:, 2:], model.generate(text, num_samples=2, seed=9, first_sample=2))
+    for max_batch in (1, 3, 5, np.int64(100)):
+        assert torch.equal(base, model.generate(text, num_samples=4, seed=9, max_batch=max_batch))
+    again = model.generate(text.flip(0), num_samples=2, seed=9, first_sample=np.array([2, 0, 1]))
+    assert torch.equal(again[0], base[2, 2:]) and torch.equal(again[2], base[0, 1:3])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prime": 4}, {"cond_scale": 2.0}, {"top_k": np.int64(3)}, {"top_p": 0.8, "prime": 5}],
+)
+def test_a_sample_is_the_same_alone_and_among_others(options):
+    model = make()
+    text, image = sample(model, batch=3)
+    given = options.pop("prime", 0)
+    options["seed"] = 2**40
+    many = model.generate(text, num_samples=5, max_batch=4, prime=image[:, :given], **options)
+    for caption, number in ((0, 4), (2, 1)):
+        row = slice(caption, caption + 1)
+        alone = model.generate(text[row], first_sample=number, prime=image[row, :given], **options)
+        assert torch.equal(alone[0, 0], many[caption, number])
+
+
+def test_two_captions_have_noise_of_their_own():
+    """With logits that do not depend on the caption, samples of two captions still differ."""
+    model = make()
+    text, _ = sample(model, batch=2)
+    with torch.no_grad():
+        for weight in (model.image_head.weight, model.image_head.bias):
+            weight.zero_()
+    found = model.generate(text, num_samples=2, seed=0)
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(*model.generate(text[[0, 0]], num_samples=2, seed=0))
+
+
+def test_scale_one_is_no_guidance_and_costs_nothing(monkeypatch):
+    model = make()
+    text, _ = sample(model)
+    plain = model.generate(text, num_samples=2, seed=1)
+    made = []
+    build = DecodeState.__init__
+    monkeypatch.setattr(DecodeState, "__init__", lambda s, *a: made.append(1) or build(s, *a))
+    assert torch.equal(plain, model.generate(text, num_samples=2, seed=1, cond_scale=1.0))
+    assert len(made) == 1
+    model.generate(text, num_samples=2, seed=1, cond_scale=3.0)
+    assert len(made) == 3
+
+
+def test_scale_zero_is_unconditional():
+    model = make()
+    text, _ = sample(model)
+    none = torch.full_like(text, PAD)
+    unconditional = model.generate(none, num_samples=2, seed=1)
+    assert torch.equal(model.generate(text, num_samples=2, seed=1, cond_scale=0), unconditional)
+    assert not torch.equal(unconditional, model.generate(text, num_samples=2, seed=1))
+
+
+def test_guidance_leaves_the_callers_tensors():
+    model = make()
+    text, image = sample(model)
+    prime = image[:, :4]
+    before = text.clone(), prime.clone()
+    model.generate(text, num_samples=2, cond_scale=2.0, prime=prime)
+    assert torch.equal(text, before[0]) and torch.equal(prime, before[1])
+
+
+@pytest.mark.parametrize("cond_scale", [1.0, 0.0, 2.0])
+@pytest.mark.parametrize("given", [4, 7])
+def test_priming_keeps_the_given_rows(given, cond_scale):
+    model = make()
+    text, image = sample(model)
+    prime = image[:, :given]
+    found = model.generate(text, num_samples=2, prime=prime, seed=2, cond_scale=cond_scale)
+    assert torch.equal(found.flatten(2)[:, :, :given], prime[:, None].expand(-1, 2, -1))
+    wanted = uncached(model, text, samples=2, seed=2, prime=prime, cond_scale=cond_scale)
+    assert torch.equal(found, wanted)
+
+
+def test_progress_and_mode_and_empty_batch():
+    model = make().train()
+    text, _ = sample(model, batch=3)
+    calls = []
+    model.generate(text, progress=lambda done, total: calls.append((done, total)), max_batch=2)
+    assert calls == [(i, 24) for i in range(1, 25)] and model.training
+    assert model.generate(text[:0], num_samples=2).shape == (0, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"num_samples": 0}, "generate: num_samples must be 1 or more, got 0"),
+        ({"num_samples": 1.5}, "generate: num_samples must be a whole number, got 1.5"),
+        ({"seed": 2**63}, "generate: seed must be at most 9223372036854775807, got 922337"),
+        ({"first_sample": [1]}, "first_sample must be one number or one for each of 2 captions"),
+        ({"max_batch": 0}, "generate: max_batch must be 1 or more, got 0"),
+        ({"cond_scale": float("nan")}, "generate: cond_scale must be a finite number, got nan"),
+        ({"prime": torch.zeros(2, 12, dtype=torch.int64)}, r"prime must be \(2, n\) with n below"),
+        ({"prime": torch.zeros(3, 4, dtype=torch.int64)}, r"prime must be .* got \(3, 4\)"),
+        ({"prime": torch.full((2, 4), 7)}, "image_tokens must lie in 0 .. 6, got 7"),
+        ({"temperature": -0.1}, "temperature must be 0 or more"),
+    ],
+)
+def test_bad_input(options, line):
+    model = make()
+    with pytest.raises(UsageError, match=line) as error:
+        model.generate(sample(model)[0], **options)
+    assert "\n" not in str(error.value)
+
+
+def test_logits_that_are_no_numbers_draw_nothing():
+    model = make()
+    text, _ = sample(model)
+    with pytest.raises(NumericalError, match="logits must be finite, got .* 1e[+]39 may be too l"):
+        model.generate(text, cond_scale=1e39)
+    with torch.no_grad():
+        model.image_head.bias[1] = float("nan")
+    with pytest.raises(NumericalError, match="generate: logits must be finite, got NaN or infin"):
+        model.generate(text)
+
+
+def test_bad_text():
+    with pytest.raises(UsageError, match=r"text must be \(B, 4\) int64"):
+        make().generate(torch.zeros(1, 5, dtype=torch.int64))

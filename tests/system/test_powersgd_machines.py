@@ -1,0 +1,355 @@
+"""`PowerSGD` on simulated machines: exact at any scale, units, loss scales, copies."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import re
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import dalle_ext
+from dalle.distributed import PowerSGD
+from dalle.distributed.buffers import MOST, new_units
+from dalle.distributed.powersgd import Gradient
+from dalle.errors import CheckpointError, UsageError
+from dalle.precision import ResblockScaler
+from dalle.prior.model import Prior
+from support.engines import model
+from support.machines import copies, machines
+
+WITHIN = {"1-6-9": 5e-3, "fp32": 1e-5}
+SHAPE = (48, 64)
+
+
+def low_rank(inner, seed=0, by=1.0):
+    """A gradient of rank `inner`; all seeds share its row space, so that sums have no more."""
+    draw, shared = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(99)
+    left = torch.randn(SHAPE[0], inner, generator=draw)
+    return left @ torch.randn(inner, SHAPE[1], generator=shared) * by
+
+
+def reduced(psgd, grad, name="m", block=-1):
+    given = Gradient(name, grad.clone(), block)
+    psgd.compressor.reduce_([given], set())
+    return given.grad
+
+
+def off(found, wanted):
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("wire", WITHIN)
+@pytest.mark.parametrize("world", [1, 3, 128, 1024])
+def test_gradients_of_a_small_rank_are_exact_at_any_scale(wire, world):
+    """Gradients of 2^-40 to 2^20, averaged over up to 1,024 machines; nothing saturates."""
+    for exponent in (-40, -17, 0, 20):
+        for inner in (1, 3):
+            grad = low_rank(inner, by=2.0**exponent)
+            psgd = copies(world, rank=4, wire=wire, min_compression=1.0)
+            assert off(reduced(psgd, grad), grad.double()) <= WITHIN[wire]
+            assert psgd.report()["saturated"] == psgd.report()["flushed"] == 0
+            norm = float(psgd.gradient_norm() / grad.double().norm())
+            assert abs(norm - 1) <= 2**-9
+
+
+@pytest.mark.parametrize("wire", WITHIN)
+def test_machines_of_their_own_gradients_hold_the_same_bits(wire):
+    """Three machines and sixteen; a scale that changes between steps; sums beside means."""
+    for world, average in ((3, True), (16, True), (3, False)):
+        mean = sum(low_rank(2, seed=r).double() for r in range(world)) / world
+
+        def body(rank, psgd):
+            return [reduced(psgd, low_rank(2, seed=rank, by=by)) for by in (1.0, 2.0**18, 2.0**-30)]
+
+        found = machines(world, body, rank=4, wire=wire, average=average, min_compression=1.0)
+        for step, by in enumerate((1.0, 2.0**18)):
+            assert all(torch.equal(other[step], found[0][step]) for other in found)
+            wanted = mean * by * (1 if average else world)
+            assert off(found[0][step], wanted) <= WITHIN[wire]
+
+
+def test_what_leaves_the_buffers_is_what_is_handed_out():
+    """(Sum of buffers before) - (after) = handed out, whatever units the steps choose."""
+
+    def body(rank, psgd):
+        seen = []
+        for step, by in enumerate((1.0, 2.0**12, 2.0**-9, 1.0, 2.0**-35, 2.0**15)):
+            draw = torch.Generator().manual_seed(10 * step + rank)
+            grad = torch.randn(SHAPE, generator=draw) * by
+            held = psgd.compressor.matrices
+            before = held["m"].value() if held else torch.zeros(SHAPE)
+            out = reduced(psgd, grad)
+            seen.append((before, grad, out, held["m"].value(), float(held["m"].unit)))
+        return seen
+
+    every = machines(3, body, rank=4)
+    units = [step[4] for step in every[0]]
+    assert len(set(units)) > 1 and all(math.log2(unit).is_integer() for unit in units)
+    for steps in zip(*every, strict=True):
+        assert len({unit for *_, unit in steps}) == 1
+        given = sum(before.double() + grad for before, grad, *_ in steps)
+        after = sum(after.double() for *_, after, _ in steps)
+        lost = given - 3 * steps[0][2].double() - after
+        size = sum((before.double() + grad).square().sum() for before, grad, *_ in steps).sqrt()
+        assert float(lost.norm() / size) <= 2**-9
+
+
+def test_no_buffer_outgrows_its_bound():
+    """Forty steps of gradients that the factors mostly cannot express, of changing size."""
+
+    def body(rank, psgd):
+        for step in range(40):
+            draw = torch.Generator().manual_seed(100 * step + rank)
+            reduced(psgd, torch.randn(SHAPE, generator=draw) * 2.0 ** (5 * math.sin(step)))
+            matrix = psgd.compressor.matrices["m"]
+            top = float(matrix.value().abs().max())
+            yield top, float(matrix.bound), float(matrix.unit)
+
+    for steps in machines(3, lambda rank, psgd: list(body(rank, psgd)), rank=4):
+        for top, bound, unit in steps:
+            assert top <= bound * 1.01 and bound * unit < 16
+        assert steps[-1][1] < 100 * steps[-1][0]  # and no bound runs away
+
+
+def test_units_change_only_where_the_range_asks_for_it():
+    bounds = torch.tensor([0.0, 1.0, 7.9, 9.0, 2.0**-30, 3.0e30, 1e-38])
+    units = new_units(bounds, torch.ones(7))
+    assert units[:3].tolist() == [1.0, 1.0, 1.0]
+    assert torch.equal(torch.frexp(units).mantissa, torch.full((7,), 0.5))  # powers of two
+    assert ((bounds * units)[1:6] < 2.0**MOST).all() and ((bounds * units)[1:6] > 2.0**-20).all()
+
+
+def test_losses_scaled_by_torch_leave_the_buffers_in_their_units():
+    """`torch.amp.GradScaler`: handed out scaled, buffers as unscaled, also when it backs off."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    scaler.scale(torch.zeros(()))  # makes the tensor
+    plain, scaled = copies(2, rank=4), copies(2, rank=4, scaler=scaler)
+    for step in range(4):
+        grad = torch.randn(SHAPE, generator=torch.Generator().manual_seed(step))
+        wanted, scale = reduced(plain, grad), scaler.get_scale()
+        assert torch.equal(reduced(scaled, grad * scale), wanted * scale)
+        assert torch.equal(scaled.gradient_norm(), plain.gradient_norm())
+        scaler.update(scale / 8)
+    held, other = (p.compressor.matrices["m"].value() for p in (plain, scaled))
+    assert torch.equal(held, other)
+    assert torch.equal(
+        reduced(copies(2, rank=4, scaler=torch.amp.GradScaler("cpu", enabled=False)), grad),
+        reduced(copies(2, rank=4), grad),
+    )
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_the_norm_is_unscaled_before_and_after_the_step(unscale):
+    """`scaler.step` divides the gradients where `unscale_` did not."""
+    net = nn.Linear(64, 48)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    psgd = copies(2, rank=4, scaler=scaler)
+    psgd._name(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        scaler.scale(net(torch.ones(3, 64)).square().mean()).backward()
+        norms = [float(psgd.gradient_norm())]
+        if unscale:
+            scaler.unscale_(optimizer)
+            norms.append(float(psgd.gradient_norm()))
+        scaler.step(optimizer)
+        norms.append(float(psgd.gradient_norm()))
+        wanted = float(torch.cat([p.grad.flatten() for p in net.parameters()]).norm())
+        assert norms == pytest.approx([wanted] * len(norms), rel=1e-6)
+        scaler.update()
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("by", [2.0**-40, 1.0, 1000.0, 2.0**20])
+def test_a_state_of_fp32_buffers_loads_into_words(known, by):
+    """In a unit that fits, whatever the gradients' size; it saturated at 16."""
+    first, other = copies(2, rank=4, wire="fp32"), copies(2, rank=4)
+    for seed in range(2):
+        reduced(first, low_rank(9, seed, by=by))
+    if known:
+        reduced(other, low_rank(9))
+    other.load_state_dict(first.state_dict())
+    if not known:
+        other.compressor.prepare([Gradient("m", torch.zeros(SHAPE))])
+    held = [p.compressor.matrices["m"].value() for p in (other, first)]
+    assert off(*held) < 2**-9
+
+
+def test_what_words_cannot_hold_is_counted():
+    psgd = copies(2, rank=4, min_compression=1.0)
+    grad = low_rank(1)
+    grad[3:] *= 2.0**-55  # far below what the largest leaves room for
+    reduced(psgd, grad)
+    report = psgd.report()
+    assert report["saturated"] == 0 and 0.1 < report["flushed"] < 1
+
+
+def test_report_of_one_process_and_of_none():
+    psgd = copies(1, rank=4)
+    assert psgd.report()["advice"].startswith("nothing was sent")
+    reduced(psgd, low_rank(2))
+    report = psgd.report()
+    assert report["bytes_sent"] == 0 and report["advice"].startswith("nothing was sent")
+
+
+def test_other_processors_take_the_first_ones_columns(monkeypatch):
+    """One machine orthonormalises to other bits; all hold the same."""
+    plain, odd = dalle_ext.orthogonalize, []
+
+    def other(p, eps):
+        found = plain(p, eps)
+        return found * (1 + 2.0**-8) if odd and odd[0] == threading.current_thread() else found
+
+    monkeypatch.setattr(dalle_ext, "orthogonalize", other)
+
+    def body(rank, psgd):
+        if rank == 1:
+            odd.append(threading.current_thread())
+        psgd.compressor.exchange.gather(None)
+        grads = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(rank + 3 * i))
+                 for i in range(2)]  # fmt: skip
+        return [reduced(psgd, grad) for grad in grads], psgd.compressor._odd
+
+    every = machines(3, body, rank=4)
+    assert all(seen for _, seen in every)
+    for found, _ in every[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, every[0][0], strict=True))
+
+
+def pickled(x):
+    return pickle.loads(pickle.dumps(x))
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickled])
+def test_a_copy_goes_on_as_its_original_would(way):
+    first, same = copies(2, rank=4), copies(2, rank=4)
+    for psgd in (first, same):
+        reduced(psgd, low_rank(9))
+    found = way(first)
+    if way is not copy.copy:
+        found.compressor.exchange = copies(2).compressor.exchange  # a pickle's group is all
+        before = first.compressor.matrices["m"].error.clone()
+    grad = low_rank(9, seed=1)
+    assert torch.equal(reduced(found, grad), reduced(same, grad))
+    if way is not copy.copy:  # one that is not shared
+        assert torch.equal(first.compressor.matrices["m"].error, before)
+
+
+def test_a_pickle_before_attach_does_not_lose_what_is_excluded():
+    net = model()
+    psgd = PowerSGD(rank=4, exclude=[net[1].weight])
+    with pytest.raises(UsageError, match="PowerSGD: exclude must be empty in a pickle before att"):
+        pickle.dumps(psgd)
+    assert copy.deepcopy(psgd)._exclude == copy.copy(psgd)._exclude == [net[1].weight]
+    psgd._name(net)
+    assert "1.weight" in pickled(psgd)._whole
+    pickled(PowerSGD(rank=4))
+
+
+def steps_of(scaler, layers, updates):
+    optimizer = torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=0.1)
+    for step in range(updates):
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        for name, layer in zip(("a", "b"), layers, strict=True):
+            x, inside = scaler[name].enter(x)
+            x = x + scaler[name].leave(layer(inside))
+        x.square().mean().backward()
+        scaler.step(optimizer)
+        optimizer.zero_grad()
+    return [p.detach().clone() for layer in layers for p in layer.parameters()], scaler.scales
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, pickled])
+def test_a_copied_scaler_and_model_go_on(way):
+    layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    scaler = ResblockScaler({"a": layers[0], "b": layers[1]})
+    steps_of(scaler, layers, 3)
+    others, other = way((layers, scaler))
+    mine, theirs = steps_of(scaler, layers, 3), steps_of(other, others, 3)
+    assert all(torch.equal(a, b) for a, b in zip(mine[0], theirs[0], strict=True))
+    assert torch.equal(mine[1], theirs[1]) and mine[1].data_ptr() != theirs[1].data_ptr()
+
+
+def test_a_scaler_copied_alone_keeps_to_its_model_and_says_so_of_another():
+    layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    scaler = ResblockScaler({"a": layers[0], "b": layers[1]})
+    steps_of(copy.deepcopy(scaler), layers, 1)
+    steps_of(copy.copy(scaler), layers, 1)
+    alone = pickled(scaler)
+    with pytest.raises(UsageError, match="optimizer must hold parameters of the blocks"):
+        steps_of(alone, layers, 1)
+    steps_of(scaler, layers, 1)  # gradients that wait here excuse no other model
+    with pytest.raises(UsageError, match="optimizer must hold parameters of the blocks"):
+        other = copy.deepcopy(layers)
+        other[0].weight.grad = torch.ones_like(other[0].weight)
+        scaler.step(torch.optim.SGD(other.parameters(), lr=0.1))
+    head = nn.Linear(3, 3)
+    head.weight.grad = torch.ones(3, 3)
+    layers.requires_grad_(False)
+    assert not bool(scaler.step(torch.optim.SGD(head.parameters(), lr=0.1)).skipped)
+
+
+def test_a_start_scale_that_is_far_too_high_is_said(capfd):
+    """After ten updates, that all were skipped, or whose gradients overflowed on their way."""
+    layer = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    scaler = ResblockScaler({"a": layer})
+    for _ in range(10):
+        assert capfd.readouterr().err == ""
+        layer.weight.grad = torch.full((3, 3), math.inf)
+        assert bool(scaler.step(optimizer).skipped)
+    said = capfd.readouterr().err
+    assert said.startswith("ResblockScaler: all of the first 10 updates were skipped")
+    assert "block a" in said and said.count("\n") == 1
+    for initial, line in ((2.0**120, "most scaled gradients that enter block a overflow"), (1, "")):
+        scaler = ResblockScaler({"a": layer}, initial=initial, low=1, high=2.0**126)
+        for _ in range(12):
+            x, inside = scaler["a"].enter(torch.full((4, 3), 1e4))
+            (x + scaler["a"].leave(layer(inside))).square().sum().backward()
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+            layer.weight.data.zero_()
+        said = capfd.readouterr().err
+        assert line in said if line else said == ""
+
+
+BAD = {
+    "PowerSGD: rank must be 1 or more, got 0": lambda: PowerSGD(rank=0),
+    "PowerSGD: rank must be a whole number, got 2.5": lambda: PowerSGD(rank=2.5),
+    "PowerSGD: rank must be a whole number, got True": lambda: PowerSGD(rank=True),
+    "PowerSGD: seed must be a whole number, got 1.5": lambda: PowerSGD(seed=1.5),
+    "PowerSGD: wire must be one of 1-6-9, fp32, got fp8": lambda: PowerSGD(wire="fp8"),
+    "PowerSGD: scaler must be a ResblockScaler or GradScaler, got 8":
+        lambda: PowerSGD(scaler=8),
+    "PowerSGD: model must be DistributedDataParallel or hold fully_shard modules, got Sequential":
+        lambda: PowerSGD(rank=4).attach(model()),
+    "PowerSGD: rank must leave a matrix that factors make smaller, got 500: nothing would be":
+        lambda: PowerSGD(rank=500).attach(model()),
+    "PowerSGD: gradients must be dense, got sparse=True in 0":
+        lambda: PowerSGD().attach(nn.Sequential(nn.Embedding(9, 64, sparse=True))),
+    "PowerSGD: state must be of rank 4, got 5":
+        lambda: PowerSGD(rank=4).load_state_dict({"rank": 5, "seed": 0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_gets_one_line(message):
+    with pytest.raises((UsageError, CheckpointError), match=re.escape(message)):
+        BAD[message]()
+
+
+@pytest.mark.parametrize("preset", ["small", "base"])
+def test_no_table_of_the_prior_is_compressed(preset):
+    """Nothing outside the residual blocks is, but what its user leaves in: see E.2."""
+    with torch.device("meta"):
+        prior = Prior.from_preset(preset)
+    psgd = PowerSGD(rank=8, exclude=[prior.text_head.weight, prior.image_head.weight])
+    psgd._name(prior)
+    left = [n for n, p in prior.named_parameters() if p.dim() > 1 and n not in psgd._whole]
+    assert left and all(name.startswith("layers.") for name in left)
