@@ -18,8 +18,9 @@ from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import read_object, to_json, write_atomic
 from dalle.pretrained import fingerprint
+from dalle.prior.decode import generate
 from dalle.prior.model import Prior
-from dalle.prior.sampling import first_numbers, whole_number
+from dalle.prior.sampling import PAPER, SamplingConfig, first_numbers, whole_number
 from dalle.ranker.model import ContrastiveRanker, ImageTextRanker, load_ranker
 from dalle.tokenizer import Tokenizer
 from dalle.version import __version__
@@ -167,13 +168,10 @@ class Pipeline:
         self,
         captions: Sequence[str],
         num_candidates: int,
+        sampling: SamplingConfig = PAPER,
         *,
         seed: int = 0,
         first_candidate: int | Sequence[int] = 0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        cond_scale: float = 1.0,
         prime: torch.Tensor | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> torch.Tensor:
@@ -186,10 +184,10 @@ class Pipeline:
         Args:
             captions: B captions.
             num_candidates: N.
+            sampling: how a token is drawn.
             seed: another seed shares no candidate with this one.
             first_candidate: number of the first, to go on from an earlier call; or one number for
                 each caption.
-            temperature, top_k, top_p, cond_scale: as in `Prior.generate`.
             prime: (n,) codes every sample begins with.
             progress: called with (sequences done, sequences in all) after each chunk.
         """
@@ -209,13 +207,11 @@ class Pipeline:
             for left in range(0, num_candidates, width):
                 count = min(width, num_candidates - left)
                 parts.append(
-                    self.prior.generate(
+                    generate(
+                        self.prior,
                         rows,
                         num_samples=count,
-                        temperature=temperature,
-                        top_k=top_k,
-                        top_p=top_p,
-                        cond_scale=cond_scale,
+                        sampling=sampling,
                         prime=primes,
                         seed=seed,
                         first_sample=[number + left for number in first[top : top + height]],
@@ -259,8 +255,8 @@ class Pipeline:
             num_candidates: how many to choose from (paper: 512).
             top: how many to keep.
             seed: same seed, same pictures.
-            temperature: divides the logits; 1 is the paper's.
-            top_k, top_p, cond_scale: as in `Prior.generate`.
+            temperature, top_k, top_p, cond_scale: of `SamplingConfig`; the paper's are 1, none,
+                none, 1.
             prime_image: (3, H, W) in [0, 1] whose top `prime_rows` rows of codes are given.
             prime_rows: 0 without, 1 to h - 1 with `prime_image`.
             progress: called with (sequences done, sequences in all).
@@ -283,11 +279,10 @@ class Pipeline:
         tokens = self.sample(
             [caption],
             num_candidates,
+            SamplingConfig(
+                temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale
+            ),
             seed=seed,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            cond_scale=cond_scale,
             prime=prime,
             progress=progress,
         )[0]

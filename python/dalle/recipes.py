@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import UsageError
 from dalle.prior.config import PriorConfig
+from dalle.prior.sampling import SamplingConfig
 from dalle.tokenizer import Tokenizer
 from dalle.train.dvae import DvaeTrainConfig
 from dalle.train.parts import PARTS
@@ -108,7 +109,7 @@ class PriorRecipe:
         model: fields of `PriorConfig`; vocabularies and grid come from tokenizer and dVAE.
         train: the training recipe.
         steps: updates.
-        sampling: options of `Prior.generate`.
+        sampling: how a code is drawn.
         seconds: training on two idle cores with AVX-512.
         fixed: how many of these encode the pictures.
         samples_seconds: drawing and scoring the samples there.
@@ -117,7 +118,7 @@ class PriorRecipe:
     model: dict[str, Any] = field(default_factory=dict)
     train: PriorTrainConfig = field(default_factory=PriorTrainConfig)
     steps: int = 0
-    sampling: dict[str, Any] = field(default_factory=dict)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seconds: float = 0.0
     fixed: float = 0.0
     samples_seconds: float = 0.0
@@ -157,7 +158,7 @@ PRIOR_RECIPES: dict[str, PriorRecipe] = {
         model=_sizes(16),
         train=_short(EMOJI_STEPS, batch_size=16, lr=4e-3),
         steps=EMOJI_STEPS,
-        sampling={"temperature": 0.5},
+        sampling=SamplingConfig(temperature=0.5),
         seconds=120.0,
         fixed=3.0,
         samples_seconds=5.0,
@@ -166,7 +167,7 @@ PRIOR_RECIPES: dict[str, PriorRecipe] = {
         model=_sizes(16, d_model=192, num_heads=6, num_layers=2, attention=("causal",) * 2),
         train=_short(SHAPES_STEPS, batch_size=16, lr=2.5e-3),
         steps=SHAPES_STEPS,
-        sampling={"temperature": 0.5, "cond_scale": 1.5},
+        sampling=SamplingConfig(temperature=0.5, cond_scale=1.5),
         seconds=100.0,
         fixed=8.0,
         samples_seconds=42.0,
@@ -225,7 +226,7 @@ class DemoRecipe:
         vae, vae_train, vae_steps: the discrete VAE and its training.
         ranker, ranker_train: overrides of the ranker's preset "tiny", and its training.
         prior, prior_train, prior_steps: sizes without vocabularies and grid, and its training.
-        sampling: options of `Pipeline.sample`.
+        sampling: how a code is drawn.
         seconds: what each stage takes; of the default recipes on two idle cores with AVX-512.
         fixed: how many of these do not hang on the number of updates.
     """
@@ -244,7 +245,7 @@ class DemoRecipe:
     prior: dict[str, Any]
     prior_train: PriorTrainConfig
     prior_steps: int
-    sampling: dict[str, Any] = field(default_factory=dict)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seconds: dict[str, float] = field(default_factory=dict)
     fixed: dict[str, float] = field(default_factory=dict)
 

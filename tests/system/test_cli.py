@@ -23,7 +23,7 @@ TOY = ["toy", "train", "--out", "x"]
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
-    monkeypatch.setitem(COMMANDS, ("toy", "train"), ("cli_target:train", "trains a toy"))
+    monkeypatch.setitem(COMMANDS, ("toy", "train"), ("support.cli_target:train", "trains a toy"))
     cli_target.SEEN.clear()
 
 
@@ -159,7 +159,7 @@ def test_bad_usage_is_one_line_and_exit_2(capsys, words, match):
         ("disk", 4, "dalle: out/x: No space left on device"),
         ("file", 3, "dalle: in/x: No such file or directory"),
         ("memory", 4, "out of memory"),
-        ("bug", 1, r"a fault of dalle itself .cli_target.py, line \d+.: 'oops' .--debug"),
+        ("bug", 1, r"a fault of dalle itself .cli.py, line \d+.: 'oops' .--debug"),
     ],
 )
 def test_errors_are_one_line_and_their_exit_code(capsys, fail, code, match):

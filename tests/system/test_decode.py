@@ -10,7 +10,7 @@ import dalle_ext
 from dalle.errors import NumericalError, UsageError
 from dalle.prior.config import PAD
 from dalle.prior.decode import DecodeState, attended_slots, generate
-from dalle.prior.sampling import caption_key, draw, uniform_noise
+from dalle.prior.sampling import SamplingConfig, caption_key, draw, uniform_noise
 from support.prior import KINDS, make, sample
 
 MIXED = ("row", "column", "conv")
@@ -33,7 +33,7 @@ def uncached(model, text, *, samples, seed, cond_scale=1.0, prime=None, **option
             if cond_scale != 1:
                 base = model(torch.full_like(text, PAD), tokens).image_logits[:, slot]
                 logits = base + cond_scale * (logits - base)
-        tokens[:, slot] = draw(logits, noise[:, slot], **options)
+        tokens[:, slot] = draw(logits, noise[:, slot], SamplingConfig(**options))
     return tokens.view(-1, samples, *model.config.grid)
 
 

@@ -21,6 +21,7 @@ from dalle.demo import context, pace, plots, report, run, score
 from dalle.demo.config import DemoConfig, Workspace
 from dalle.errors import CheckpointError, EnvironmentProblem, Interrupted, UsageError
 from dalle.pipeline import Pipeline
+from dalle.prior.sampling import SamplingConfig
 from dalle.recipes import load_recipe, scaled
 from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTrainConfig
@@ -181,7 +182,7 @@ def test_ctrl_c_outside_training_also_leaves_a_report(tmp_path, monkeypatch):
 def test_an_error_in_one_part_of_the_samples_ends_the_other():
     begun, ended = threading.Event(), []
 
-    def sample(captions, count, *, progress, **_):
+    def sample(captions, count, sampling, *, progress, **_):
         if captions == ["a"]:
             assert begun.wait(20)
             raise KeyboardInterrupt
@@ -194,7 +195,7 @@ def test_an_error_in_one_part_of_the_samples_ends_the_other():
             ended.append(sys.exc_info()[0])
 
     demo = SimpleNamespace(
-        recipe=SimpleNamespace(num_samples=2, sampling={}), seed=0,
+        recipe=SimpleNamespace(num_samples=2, sampling=SamplingConfig()), seed=0,
         pipeline=SimpleNamespace(sample=sample),
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt):

@@ -19,9 +19,11 @@ from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.pipeline import Pipeline
 from dalle.prior.config import PriorConfig
 from dalle.prior.model import Prior
+from dalle.prior.sampling import SamplingConfig
 from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 
+HOT = SamplingConfig(temperature=9.0)  # the toy repeats itself at 1
 CAPTION = "a red circle"
 
 
@@ -102,7 +104,7 @@ def test_candidates_come_in_chunks(pipeline, monkeypatch):
     monkeypatch.setattr("dalle.pipeline.SEQUENCES", 4)
     calls = []
     captions = [CAPTION, "a", "b"]
-    tokens = pipeline.sample(captions, 6, temperature=9, progress=lambda *done: calls.append(done))
+    tokens = pipeline.sample(captions, 6, HOT, progress=lambda *done: calls.append(done))
     assert tokens.shape == (3, 6, 4, 4)
     assert calls[-1] == (18, 18) and len(calls) == 6
     assert len({tuple(t.flatten().tolist()) for t in tokens.flatten(0, 1)}) == 18
@@ -111,7 +113,7 @@ def test_candidates_come_in_chunks(pipeline, monkeypatch):
 def test_a_candidate_is_the_same_picture_however_it_is_drawn(pipeline, monkeypatch):
     """Alone, among other captions, in chunks of another size; and no other seed draws it."""
     captions = [CAPTION, "a", "a blue square"]
-    sample = partial(pipeline.sample, temperature=9.0)  # the toy repeats itself at 1
+    sample = partial(pipeline.sample, sampling=HOT)  # the toy repeats itself at 1
     together, other = (sample(captions, 7, seed=seed) for seed in (0, 1))
     assert len(torch.cat([together, other]).view(42, 16).unique(dim=0)) == 42
     for sequences in (1, 3, 4, 21):

@@ -10,8 +10,8 @@ import torch
 
 from dalle.errors import UsageError
 from dalle.prior.sampling import (
+    SamplingConfig,
     caption_key,
-    check_options,
     draw,
     filter_logits,
     first_numbers,
@@ -71,7 +71,7 @@ def test_filters_leave_the_callers_logits():
 def test_draws_follow_the_distribution(options, wanted):
     count = 20_000
     noise = (torch.arange(count, dtype=torch.float64) + 0.5) / count  # even, so no sampling error
-    found = draw(LOGITS.expand(count, -1), noise, **options)
+    found = draw(LOGITS.expand(count, -1), noise, SamplingConfig(**options))
     shares = torch.bincount(found, minlength=5) / count
     torch.testing.assert_close(shares, wanted.float(), atol=1e-4, rtol=0)
 
@@ -79,9 +79,10 @@ def test_draws_follow_the_distribution(options, wanted):
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300, np.float64(5e-324)])
 def test_low_temperatures_take_the_likeliest(temperature):
     logits = torch.tensor([[300.0, 299.0, -1e30], [-2e5, -1e5, -2e5], [0.0, 1e-3, 1e38]])
-    found = draw(logits, torch.full((3,), 0.99, dtype=torch.float64), temperature=temperature)
+    cold = SamplingConfig(temperature=temperature)
+    found = draw(logits, torch.full((3,), 0.99, dtype=torch.float64), cold)
     assert found.tolist() == [0, 1, 2]
-    tie = draw(torch.zeros(2, 2), torch.tensor([0.49, 0.51]).double(), temperature=temperature)
+    tie = draw(torch.zeros(2, 2), torch.tensor([0.49, 0.51]).double(), cold)
     assert tie.tolist() == [0, 1]
 
 
@@ -164,4 +165,4 @@ def test_whole_numbers_of_any_kind():
 )
 def test_bad_options(options, line):
     with pytest.raises(UsageError, match=line):
-        check_options(*options)
+        SamplingConfig(**dict(zip(("temperature", "top_k", "top_p"), options, strict=True)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +22,7 @@ from dalle.devices import pick_device
 from dalle.errors import DataError, UsageError
 from dalle.files import make_folder, to_json
 from dalle.pipeline import Generation, Pipeline
+from dalle.prior.sampling import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +37,7 @@ class SampleConfig:
         num_candidates: samples a caption to choose from; the paper takes 512.
         top: how many of them to keep.
         seed: a caption gets the same pictures from the same seed, whatever else is drawn.
-        temperature: divides the logits.
-        top_k: only the k likeliest codes.
-        top_p: only the likeliest codes that together have this probability.
-        cond_scale: classifier-free guidance; 1 is none.
+        sampling: how a code is drawn.
         prime_image: a picture whose top rows are given.
         prime_rows: how many rows of codes of it.
         device: "cpu", "cuda" or "auto".
@@ -53,10 +51,7 @@ class SampleConfig:
     num_candidates: int = 64
     top: int = 8
     seed: int = 0
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    cond_scale: float = 1.0
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     prime_image: Path | None = None
     prime_rows: int = 0
     device: str = "auto"
@@ -129,7 +124,7 @@ def sample(config: SampleConfig) -> None:
     for part in (pipeline.vae, pipeline.prior, pipeline.ranker):
         if isinstance(part, torch.nn.Module):
             part.to(device)
-    require_samples_fit("sample", pipeline, config.num_candidates, config.cond_scale != 1)
+    require_samples_fit("sample", pipeline, config.num_candidates, config.sampling.cond_scale != 1)
     pictures.check_sheet("sample", config.top, pipeline.image_size, config.scale)
     prime = None
     if config.prime_image is not None:
@@ -142,10 +137,7 @@ def sample(config: SampleConfig) -> None:
             num_candidates=config.num_candidates,
             top=config.top,
             seed=config.seed,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            cond_scale=config.cond_scale,
+            **asdict(config.sampling),
             prime_image=prime,
             prime_rows=config.prime_rows,
         )

@@ -282,10 +282,10 @@ def draw_samples(demo: Demo, captions: list[str]) -> torch.Tensor:
         tokens = demo.pipeline.sample(
             captions[place],
             count,
+            demo.recipe.sampling,
             seed=demo.seed,
             first_candidate=first[place],
             progress=progress,
-            **demo.recipe.sampling,
         )
         return (tokens.cpu(),)
 

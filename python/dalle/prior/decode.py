@@ -21,14 +21,14 @@ from dalle.prior.blocks import AttentionBlock, KeysValues
 from dalle.prior.config import PAD, PriorConfig
 from dalle.prior.sampling import (
     MAX_SEED,
+    PAPER,
+    SamplingConfig,
     caption_key,
-    check_options,
     draw,
     first_numbers,
     uniform_noise,
     whole_number,
 )
-from dalle_ext._checks import real
 
 Progress = Callable[[int, int], None]
 
@@ -171,10 +171,7 @@ def generate(
     text: Tensor,
     *,
     num_samples: int = 1,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    cond_scale: float = 1.0,
+    sampling: SamplingConfig = PAPER,
     prime: Tensor | None = None,
     seed: int = 0,
     first_sample: int | Sequence[int] = 0,
@@ -187,11 +184,9 @@ def generate(
         prior: the model; its mode is put back afterwards.
         text: (B, text_len - 1) int64, PAD where there is no token; not changed.
         num_samples: S, images of each caption.
-        temperature: divides the logits; 0 always takes the likeliest token.
-        top_k, top_p: see `sampling.filter_logits`; they act after the temperature.
-        cond_scale: guidance, logits = without + cond_scale * (with - without) the caption. 1 is
-            no guidance, 0 ignores the caption; neither costs a second pass. The caption-free branch
-            reads padding only, so train with `caption_dropout` for scales above 1.
+        sampling: temperature, top_k, top_p (which act after the temperature) and cond_scale. The
+            caption-free branch of guidance reads padding only, so train with `caption_dropout` for
+            scales above 1.
         prime: (B, n) int64, the first n tokens of each image in raster order, kept as they are.
         seed: the noise is a function of (seed, caption, number of the sample, step) alone, so an
             image does not depend on what else is drawn, nor on `max_batch` (but logits of batches
@@ -211,17 +206,14 @@ def generate(
     """
     c = prior.config
     prior.check_text(text)
-    check_options(temperature, top_k, top_p)
     num_samples = whole_number("generate", "num_samples", num_samples, 1)
     max_batch = whole_number("generate", "max_batch", max_batch, 1)
     seed = whole_number("generate", "seed", seed, 0, MAX_SEED)
     first = first_numbers("generate", "first_sample", first_sample, len(text))
-    if not math.isfinite(real(cond_scale)):
-        raise UsageError(f"generate: cond_scale must be a finite number, got {cond_scale}")
     if prime is None:
         prime = text.new_empty(len(text), 0)
     _check_prime(prior, prime, len(text))
-    if cond_scale == 0:
+    if sampling.cond_scale == 0:
         text = torch.full_like(text, PAD)
     keys = [caption_key(row) for row in text.cpu()]
     device = prior.start_of_text.device
@@ -254,10 +246,7 @@ def generate(
                 text[rows],
                 prime[rows],
                 torch.stack(noise).to(device),
-                lambda logits, u: draw(
-                    logits, u, temperature=temperature, top_k=top_k, top_p=top_p
-                ),
-                cond_scale,
+                sampling,
                 tell,
             )
     finally:
@@ -270,14 +259,13 @@ def _generate(
     text: Tensor,
     prime: Tensor,
     noise: Tensor,
-    pick: Callable[[Tensor, Tensor], Tensor],
-    cond_scale: float,
+    sampling: SamplingConfig,
     tell: Callable[[int], None],
 ) -> Tensor:
     """(B, S, N) tokens on the CPU for B captions; `noise` is (B, S, N) on the prior's device."""
     batch, samples, slots = noise.shape
     state = DecodeState(prior, text, samples, prime)
-    second = None
+    second, cond_scale = None, sampling.cond_scale
     if cond_scale not in (0, 1):
         second = DecodeState(prior, torch.full_like(text, PAD), samples, prime)
     tokens = prime.new_empty(batch, samples, slots)
@@ -290,7 +278,7 @@ def _generate(
             base = second.step(slot, previous)
             logits = base + cond_scale * (logits - base)
         finite &= logits.isfinite().all()
-        drawn = pick(logits.flatten(0, 1), noise[:, :, slot].flatten())
+        drawn = draw(logits.flatten(0, 1), noise[:, :, slot].flatten(), sampling)
         tokens[:, :, slot] = drawn.view(batch, samples)
         tell(slot + 1)
     if not finite:

@@ -24,6 +24,7 @@ from dalle.pretrained import Pretrained, from_presets
 from dalle.prior.blocks import KeysValues, Layer, Resblock
 from dalle.prior.config import IMAGE_WEIGHT, PAD, PRESETS, TEXT_WEIGHT, PriorConfig
 from dalle.prior.decode import generate
+from dalle.prior.sampling import SamplingConfig
 
 
 class PriorOutput(NamedTuple):
@@ -186,12 +187,36 @@ class Prior(Pretrained[PriorConfig]):
         loss = TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss
         return PriorOutput(loss, text_loss, image_loss, text_logits, image_logits)
 
-    def generate(self, text: Tensor, **options: Any) -> Tensor:
+    def generate(
+        self,
+        text: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cond_scale: float = 1.0,
+        **options: Any,
+    ) -> Tensor:
         """Draws images for captions: `dalle.prior.decode.generate` with this model.
 
-        Equivalent to sampling one token at a time from `forward`'s logits. See there for options.
+        Equivalent to sampling one token at a time from `forward`'s logits.
+
+        Args:
+            text: (B, text_len - 1) int64, PAD where there is no token.
+            temperature, top_k, top_p, cond_scale: of `SamplingConfig`.
+            options: num_samples, prime, seed, first_sample, max_batch, progress: see there.
+
+        Returns:
+            (B, num_samples, rows, columns) int64.
+
+        Raises:
+            UsageError: shapes, token ranges or options that do not fit.
+            NumericalError: logits that are NaN or infinite.
         """
-        return generate(self, text, **options)
+        sampling = SamplingConfig(
+            temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale
+        )
+        return generate(self, text, sampling=sampling, **options)
 
     def check_text(self, text: Tensor) -> None:
         """Raises UsageError unless text is (B, text_len - 1) int64 of tokens and PAD."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,39 @@ MAX_SEED = 2**63 - 1  # as in training
 LEAST_TEMPERATURE = 1e-37  # of float32; no two logits are so near that a lower one changes a draw
 
 
-def check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises UsageError for sampling options out of range."""
-    if not 0 <= real(temperature) < math.inf:
-        raise UsageError(f"generate: temperature must be 0 or more, got {temperature}")
-    if top_k is not None:
-        integer("generate", "top_k", top_k, 1,
-                requirement="a whole number of at least 1", error=UsageError)  # fmt: skip
-    if top_p is not None and not 0 < real(top_p) <= 1:
-        raise UsageError(f"generate: top_p must be in (0, 1], got {top_p}")
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How a token is drawn from its logits.
+
+    Args:
+        temperature: divides the logits; 0 always takes the likeliest token.
+        top_k: only the k likeliest tokens.
+        top_p: only the likeliest tokens that together have this probability.
+        cond_scale: classifier-free guidance, logits = without + cond_scale * (with - without) the
+            caption. 1 is none, 0 ignores the caption; neither costs a second pass.
+
+    Raises:
+        UsageError: a number out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    cond_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= real(self.temperature) < math.inf:
+            raise UsageError(f"generate: temperature must be 0 or more, got {self.temperature}")
+        if self.top_k is not None:
+            want = "a whole number of at least 1"
+            integer("generate", "top_k", self.top_k, 1, requirement=want, error=UsageError)
+        if self.top_p is not None and not 0 < real(self.top_p) <= 1:
+            raise UsageError(f"generate: top_p must be in (0, 1], got {self.top_p}")
+        if not math.isfinite(real(self.cond_scale)):
+            raise UsageError(f"generate: cond_scale must be a finite number, got {self.cond_scale}")
+
+
+PAPER = SamplingConfig()  # one sample of the distribution as it is
 
 
 def filter_logits(
@@ -54,14 +79,7 @@ def filter_logits(
     return logits
 
 
-def draw(
-    logits: Tensor,
-    noise: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> Tensor:
+def draw(logits: Tensor, noise: Tensor, sampling: SamplingConfig = PAPER) -> Tensor:
     """Draws one token per row by inverting the cumulative distribution.
 
     Equivalent to `torch.multinomial(filter_logits(logits / temperature).softmax(-1), 1)` with the
@@ -70,17 +88,17 @@ def draw(
     Args:
         logits: (B, K).
         noise: (B,) float64, uniform in [0, 1).
-        temperature, top_k, top_p: see `check_options` and `filter_logits`.
+        sampling: its `cond_scale` has been applied.
 
     Returns:
         (B,) int64.
     """
-    if temperature == 0:
+    if sampling.temperature == 0:
         return logits.argmax(-1)
     # Against the largest, and by a normal number: no temperature makes infinities of two logits.
     ahead = logits.float() - logits.amax(-1, keepdim=True).float()
-    scaled = ahead / max(float(temperature), LEAST_TEMPERATURE)
-    kept = filter_logits(scaled, top_k=top_k, top_p=top_p)
+    scaled = ahead / max(float(sampling.temperature), LEAST_TEMPERATURE)
+    kept = filter_logits(scaled, top_k=sampling.top_k, top_p=sampling.top_p)
     reach = kept.softmax(-1).cumsum(-1, dtype=torch.float64)
     wanted = noise[:, None].to(reach.device) * reach[:, -1:]
     found = torch.searchsorted(reach, wanted, right=True)[:, 0]
