@@ -45,6 +45,7 @@ def require_adamw(owner: str, config: object) -> None:
     """Checks the fields beta1, beta2, eps and weight_decay of a recipe. Raises UsageError."""
     require(owner, config, "in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2")
     require(owner, config, "positive", lambda x: x > 0, "eps")
+    require(owner, config, "at least 1e-30", lambda x: x >= 1e-30, "eps")  # float32 has no less
     require(owner, config, "0 or more", lambda x: x >= 0, "weight_decay")
 
 
@@ -62,7 +63,8 @@ LARGEST: dict[str, float] = {
     "width": 2**15, "depth": 2**10, "embed_dim": 2**15, "gpus": 10**7, "per_machine": 10**5,
     "rank": 2**17, "powersgd_rank": 2**17, "machines": 10**6, "timeout": 10**7,
     "lr": 1e3, "lr_start": 1e3, "lr_end": 1e3, "warm_start_lr": 1e3, "learning_rate": 1e3,
-    "init_gain": 1e3, "embedding_scale": 1e3, "head_scale": 1e3, "mse_weight": 1e6,
+    "eps": 1e3, "weight_decay": 1e3, "init_gain": 1e3,
+    "embedding_scale": 1e3, "head_scale": 1e3, "mse_weight": 1e6,
     "kl_weight": 1e6, "codebook_sharpness": 1e4, "codebook_iterations": 10**4,
     "codebook_points": 10**7, "codebook_images": 10**7, "cond_scale": 1e4, "temperature": 1e6,
     "tflops": 1e9, "link_gbit": 1e9, "peer_gbyte": 1e9,

@@ -14,12 +14,12 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dalle.errors import DalleError, EnvironmentProblem
+from dalle.errors import DalleError, EnvironmentProblem, UsageError
 
 MAX_TEXT_BYTES = 64 << 20  # of a JSON, YAML or text file
 _KINDS = {
@@ -114,6 +114,8 @@ def make_folder(path: Path | str, owner: str) -> Path:
         reason = problem.strerror
     except ValueError:
         reason = "no folder can have this name here"
+    except RecursionError:  # pathlib makes parents by calling itself
+        reason = "too many folders in each other"
     if reason is not None:
         raise EnvironmentProblem(
             f"{owner}: out must be a folder that can be written, got {path}: {reason}"
@@ -153,6 +155,9 @@ def saving(owner: str, path: Path | str) -> Iterator[None]:
         if isinstance(problem, (FileExistsError, NotADirectoryError)):
             reason = "its folder is a file"
         raise EnvironmentProblem(f"{owner}: {path} must be writable, got {reason}") from problem
+    except RecursionError as problem:
+        reason = "too many folders in each other"
+        raise EnvironmentProblem(f"{owner}: {path} must be writable, got {reason}") from problem
     except UnicodeEncodeError as problem:
         raise EnvironmentProblem(
             f"{owner}: {path} must be a name that this locale can write, got {ascii(str(path))}"
@@ -169,6 +174,20 @@ def check_targets(owner: str, *paths: Path) -> None:
     for path in paths:
         with saving(owner, path):
             check_regular(path, missing_ok=True)
+
+
+def check_not_input(owner: str, target: Path, inputs: Iterable[Path]) -> None:
+    """Refuses, before the work, a result in the place of one of the files it is made of.
+
+    Raises:
+        UsageError: in one line that begins with `owner`.
+    """
+    if not os.path.exists(target):
+        return
+    for path in inputs:
+        with suppress(OSError):
+            if os.path.samefile(target, path):
+                raise UsageError(f"{owner}: {target} must be none of the pictures that are read")
 
 
 def write_synced(path: Path, data: bytes) -> None:

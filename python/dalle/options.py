@@ -26,6 +26,7 @@ _WORDS = [  # Python's own and tyro's -> ours
     (r"could not convert string to float: ", "must be a number, got "),
     (r"Exceeds the limit \((\d+) digits\).*", r"must be an integer of at most \1 digits"),
     (r"(Unrecognized options: .*) Perhaps you meant:.*", r"\1"),
+    (r"Unrecognized options: (?!-)", "arguments must be those that --help lists, got also "),
 ]
 _FRAME = " │╭╮╰╯─|"  # what tyro draws around a message
 

@@ -286,6 +286,7 @@ def cluster_plan(
              "link_gbit": link_gbit, "peer_gbyte": peer_gbyte}  # fmt: skip
     for name, value in given.items():
         _check(0 < value < math.inf, name, "above 0 and finite", value)
+        _check(value >= 1e-3, name, "at least 0.001", value)
     _check(gpus % per_machine == 0, "gpus", f"a multiple of {per_machine} a machine", gpus)
     d = shape.d_model
     _check(d % per_machine == 0, "per_machine", f"a divisor of the width {d}", per_machine)

@@ -99,6 +99,23 @@ BAD = [
         USAGE,
         "ranker: image_size must be a multiple of 16 for preset small, got 8$",
     ),
+    ("tokenizer train --data pairs --out pipe/vae", USAGE, "got pipe/vae with a DiscreteVAE$"),
+    (f"{PRIOR} --out pipe", USAGE, "prior train: out must be a folder of its own, got pipe with"),
+    (f"{DVAE} --out tok", USAGE, "dvae train: .* its own, got tok with a Tokenizer$"),
+    ("dvae import-openai --encoder no --decoder no --out tok", USAGE, "got tok with a Tokenizer$"),
+    (
+        f"{RECONSTRUCT} --out pairs/0.png",
+        USAGE,
+        "dvae reconstruct: pairs/0.png must be none of the pictures that are read$",
+    ),
+    ("data check --folder pairs --contact pairs/0.png", USAGE, "must be none of the pictures"),
+    ("data check --folder pairs --text-len 1", USAGE, "text_len must be 0, or at least 2, got 1$"),
+    (f"{SAMPLE} --out {'a/' * 2000}", SURROUNDINGS, "got a/.*: too many folders in each other$"),
+    (f"{RECONSTRUCT} --out {'a/' * 2000}x.png", SURROUNDINGS, "(too many folders|name too long)"),
+    ("plan --gpus 64 --tflops 1e-300", USAGE, "plan: tflops must be at least 0.001, got 1e-300$"),
+    (f"{PRIOR} --eps 1e-320", USAGE, "prior train: eps must be at least 1e-30, got 1e-320$"),
+    (f"{PRIOR} --weight-decay 1e300", USAGE, "weight_decay must be at most 1000.0 in size"),
+    (f"{RERANK} b", USAGE, "arguments must be those that --help lists, got also b$"),
     ("plan --preset 13b", USAGE, "preset must be one of tiny, small"),
 ]
 

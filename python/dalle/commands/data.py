@@ -20,7 +20,7 @@ from dalle.data.pairs import Pairs, every_caption, load_or_skip
 from dalle.data.shapes import Scene
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.errors import UsageError
-from dalle.files import check_targets, saving, to_json
+from dalle.files import check_not_input, check_targets, saving, to_json
 from dalle.pictures import check_sheet, grid, save_bytes, save_png
 from dalle.prior.config import PRESETS
 from dalle.tokenizer import Tokenizer, lower
@@ -126,7 +126,11 @@ def check(config: CheckConfig) -> None:
     if config.contact is not None:
         check_targets("data check", config.contact)
     tokenizer = None if config.tokenizer is None else Tokenizer.from_pretrained(config.tokenizer)
+    if config.text_len == 1:
+        raise UsageError("data check: text_len must be 0, or at least 2, got 1")
     pairs = FolderPairs(config.folder, verify=config.verify)
+    if config.contact is not None:
+        check_not_input("data check", config.contact, pairs.paths)
     sizes: dict[int, tuple[int, int]] = {}
     formats = Counter[str]()
     for item, path in enumerate(pairs.paths):

@@ -27,7 +27,7 @@ from dalle.dvae.codebook import codebook_health
 from dalle.dvae.likelihood import psnr
 from dalle.dvae.model import PRESETS, DiscreteVAE
 from dalle.errors import DataError, UsageError
-from dalle.files import check_targets
+from dalle.files import check_not_input, check_targets
 from dalle.memory import require_memory
 from dalle.recipes import DVAE_RECIPES
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
@@ -123,7 +123,7 @@ def train(config: DvaeTrainCommand) -> None:
         )
     with join(config.cluster, pick_device(config.device), shared_options(config)) as world:
         with world.agreed():
-            check_model_target("dvae train", config.out / "model")
+            check_model_target("dvae train", config.out / "model", DiscreteVAE)
             pairs = load_pairs(config.data, image_size=train_config.image_size, seed=config.seed)
         if world.size == 1:
             sizes = train_config.image_size, train_config.batch_size
@@ -189,6 +189,8 @@ def reconstruct(config: ReconstructCommand) -> None:
     needed = 4 * 3 * 3 * size**2 * config.limit  # read, given back, side by side
     require_memory("dvae reconstruct", needed, f"{config.limit} pictures of {size} pixels",
                    "take a smaller --limit or --image-size")  # fmt: skip
+    if config.data not in BUILT_IN:
+        check_not_input("dvae reconstruct", config.out, find_pictures(Path(config.data)))
     pictures.check_sheet("dvae reconstruct", 2 * config.limit, size, max(1, 96 // size))
     images = load_pictures(config, size)
     device = next(vae.parameters()).device

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dalle.commands.training import check_not_taken
 from dalle.dvae.model import PRESETS, DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import UsageError
 from dalle.files import make_folder, saving
@@ -58,6 +59,7 @@ def import_released(
 def import_openai(config: ImportCommand) -> None:
     """Reads, checks, saves, and says where."""
     make_folder(config.out, "dvae import-openai")
+    check_not_taken("dvae import-openai", config.out, DiscreteVAE)
     vae = import_released(config.encoder, config.decoder)
     with saving("dvae import-openai", config.out):
         vae.save_pretrained(config.out)

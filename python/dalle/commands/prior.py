@@ -120,7 +120,7 @@ def _new_prior(
 def _train(config: PriorCommandConfig, world: World) -> None:
     loop = loop_config(config, config.steps)  # refuses its options before anything is loaded
     with world.agreed():
-        check_model_target("prior train", config.out / "prior")
+        check_model_target("prior train", config.out / "prior", Prior)
         tokenizer = Tokenizer.from_pretrained(config.tokenizer)
         vae = DiscreteVAE.from_pretrained(config.vae).to(world.device)
         pairs = load_pairs(config.data, image_size=config.image_size, seed=config.seed)

@@ -63,7 +63,7 @@ def train_command(config: RankerTrainCommand) -> None:
     alone("ranker train")
     device = pick_device(config.device)
     loop = loop_config(config, config.recipe.steps)
-    check_model_target("ranker train", config.out / "model")
+    check_model_target("ranker train", config.out / "model", ContrastiveRanker)
     tokenizer, vae = Tokenizer.from_pretrained(config.tokenizer), None
     if config.vae is not None:
         vae = DiscreteVAE.from_pretrained(config.vae).to(device)

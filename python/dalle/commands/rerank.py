@@ -17,7 +17,7 @@ from dalle.console import argument_text, printable
 from dalle.data.folder import find_pictures
 from dalle.devices import pick_device
 from dalle.errors import CheckpointError, DataError, NumericalError, UsageError
-from dalle.files import check_targets, make_folder, to_json
+from dalle.files import check_not_input, check_targets, make_folder, to_json
 from dalle.memory import require_memory
 from dalle.ranker.model import ContrastiveRanker, TransformersCLIP, load_ranker
 
@@ -57,6 +57,7 @@ def rerank(config: RerankConfig) -> None:
         raise DataError(f"rerank: images must be a folder with pictures, got {config.images}")
     make_folder(config.out, "rerank")
     check_targets("rerank", config.out / "scores.json", config.out / "sorted.png")
+    check_not_input("rerank", config.out / "sorted.png", files)
     device = pick_device(config.device)
     try:
         ranker = load_ranker(config.ranker)

@@ -119,6 +119,8 @@ def sample(config: SampleConfig) -> None:
     files.check_targets("sample", config.out / "samples.json")
     for name in names:
         files.check_targets("sample", config.out / f"{name}.png", config.out / name / "0.png")
+        if config.prime_image is not None:
+            files.check_not_input("sample", config.out / f"{name}.png", [config.prime_image])
     device = pick_device(config.device)
     pipeline = Pipeline.from_pretrained(config.model)
     for part in (pipeline.vae, pipeline.prior, pipeline.ranker):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dalle.commands.training import check_not_taken
 from dalle.data.pairs import every_caption
 from dalle.data.sources import load_pairs
 from dalle.files import make_folder, saving
@@ -31,6 +32,7 @@ def train(config: TokenizerTrainConfig) -> None:
     pairs = load_pairs(config.data, image_size=32)
     captions = list(dict.fromkeys(every_caption(pairs)))
     make_folder(config.out, "tokenizer train")
+    check_not_taken("tokenizer train", config.out, Tokenizer)
     tokenizer = Tokenizer.train(captions, config.vocab_size)
     with saving("tokenizer train", config.out):
         tokenizer.save_pretrained(config.out)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dalle.console import leads
-from dalle.errors import UsageError
-from dalle.files import check_targets, saving
+from dalle.errors import CheckpointError, UsageError
+from dalle.files import check_targets, read_object, saving
 from dalle.pretrained import CONFIG_FILE, WEIGHTS_FILE, Pretrained
 from dalle.train.config import LoopConfig
 from dalle.train.task import Task, averaged_model
@@ -22,14 +23,33 @@ def loop_config(config: Any, steps: int) -> LoopConfig:
     return LoopConfig(steps=steps, **given)
 
 
-def check_model_target(owner: str, folder: Path) -> None:
-    """Refuses, before the training, a folder that `save_model` could not write.
+def check_model_target(owner: str, folder: Path, kind: type) -> None:
+    """Refuses, before the training, a folder that `save_model` could not write, or should not.
 
     Raises:
         EnvironmentProblem: in one line that begins with `owner`.
+        UsageError: a model lies in the place of the training, or one of another `kind` in `folder`.
     """
+    check_not_taken(owner, folder.parent)
+    check_not_taken(owner, folder, kind)
     if leads() and folder.parent.is_dir():  # if not, the loop makes it or says why not
         check_targets(owner, folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+
+
+def check_not_taken(owner: str, folder: Path, kind: type | None = None) -> None:
+    """Refuses, before the work, a folder with a config.json that is not of a model of `kind`.
+
+    Raises:
+        UsageError: in one line that begins with `owner`.
+    """
+    if not leads() or not os.path.isfile(folder / CONFIG_FILE):
+        return
+    found = None
+    with suppress(CheckpointError):
+        found = read_object(folder / CONFIG_FILE, CheckpointError).get("class")
+    if kind is None or found != kind.__name__:
+        what = f"a {found}" if isinstance(found, str) else f"another {CONFIG_FILE}"
+        raise UsageError(f"{owner}: out must be a folder of its own, got {folder} with {what}")
 
 
 def save_model(owner: str, task: Task, folder: Path) -> None:
