@@ -20,8 +20,8 @@ def pick_device(name: str) -> torch.device:
         # Refuses meta, which holds no numbers.
         torch.empty(1, device=device, dtype=torch.float32).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0][:200]
         raise UsageError(
-            f"device: must be auto, cpu or a device that is there, got {name!r} ({reason})"
+            f"device: must be auto, cpu or a device that is there, got {name[:200]!r} ({reason})"
         ) from error
     return device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import sys
 import types
@@ -20,6 +21,7 @@ from dalle.errors import UsageError
 from dalle.files import read_bytes
 
 MAX_FILE_BYTES = 1 << 20  # of options
+WIDE = 40_000  # columns
 T = TypeVar("T")
 _WORDS = [  # Python's own and tyro's -> ours
     (r"invalid literal for int\(\) with base 10: ", "must be an integer, got "),
@@ -61,25 +63,42 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
             raise UsageError(f"{prog}: {word[:-1]} must have a value, got an empty one")
         if "\0" in word:
             raise UsageError(f"{prog}: options must hold no NUL character, got {word!r}")
-    heard, shown = io.StringIO(), io.StringIO()
+    heard = io.StringIO()
     try:
-        with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(shown):
-            config = tyro.cli(
-                config_type, args=words, prog=prog, config=(tyro.conf.OmitArgPrefixes,)
-            )
+        config = _parse(config_type, words, prog, heard)
         check_numbers(prog.removeprefix("dalle "), config)
         return config
     except SystemExit as stop:
         if stop.code in (0, None):
-            sys.stdout.write(re.sub(r"\x1b\[[\d;]*m", "", shown.getvalue()))  # FORCE_COLOR
+            sys.stdout.write(re.sub(r"\x1b\[[\d;]*m", "", heard.getvalue()))  # FORCE_COLOR
             raise
-        lines = [line.strip(_FRAME) for line in (heard.getvalue() + shown.getvalue()).splitlines()]
+        lines = [line.strip(_FRAME) for line in _message(config_type, words, prog)]
         missing = _missing(lines)
         if missing:
             raise UsageError(f"{prog}: {', '.join(missing)} must be given, got nothing") from None
         message = _condense(lines)
         refused = re.match(r"Error parsing (?!-)\S+: (.*)", message)  # by a dataclass as a whole
         raise UsageError(refused[1] if refused else f"{prog}: {message}") from None
+
+
+def _parse(config_type: type[T], words: list[str], prog: str, heard: io.StringIO) -> T:
+    with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(heard):
+        return tyro.cli(config_type, args=words, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _message(config_type: type, words: list[str], prog: str) -> list[str]:
+    """The lines in which tyro refuses `words`, on a screen so wide that no value is broken."""
+    heard, before = io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(WIDE)
+    try:
+        with contextlib.suppress(SystemExit):
+            _parse(config_type, words, prog, heard)
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+    return heard.getvalue().splitlines()
 
 
 def option_names(config_type: type) -> set[str]:
@@ -98,6 +117,13 @@ def option_names(config_type: type) -> set[str]:
 def _plain(wanted: Any) -> Any:
     """An annotation without `Annotated`."""
     return typing.get_args(wanted)[0] if typing.get_origin(wanted) is typing.Annotated else wanted
+
+
+def _takes_list(wanted: Any) -> bool:
+    """Whether an annotation is of a list or a tuple, or may be."""
+    plain = _plain(wanted)
+    kinds = [plain, *typing.get_args(plain)]
+    return any((typing.get_origin(kind) or kind) in (list, tuple) for kind in kinds)
 
 
 def _positional(wanted: Any) -> bool:
@@ -165,7 +191,7 @@ def _mapping_words(config_type: type, values: Any, where: str) -> list[str]:
             raise UsageError(f"{where}: {key} must be given on the command line, not in a file")
         if inner is not None:
             if not isinstance(value, dict):
-                found = type(value).__name__
+                found = "nothing" if value is None else type(value).__name__
                 raise UsageError(f"{where}: {key} must be a mapping of options, got {found}")
             words += _mapping_words(inner, value, f"{where}: {key}")
         elif _plain(known[name]) is bool:
@@ -173,6 +199,8 @@ def _mapping_words(config_type: type, values: Any, where: str) -> list[str]:
                 raise UsageError(f"{where}: {key} must be true or false, got {value!r}")
             words.append(f"--{option}" if value else f"--no-{option}")
         elif isinstance(value, (list, tuple)):
+            if not _takes_list(known[name]):
+                raise UsageError(f"{where}: {key} must be one value, got a list")
             items = [_plain_value(item, f"{where}: {key}") for item in value]
             if any(item.startswith("--") for item in items):
                 raise UsageError(f"{where}: {key} must hold no value that begins with --")
@@ -210,7 +238,7 @@ def _condense(lines: list[str]) -> str:
     # Of an option that may also be none, tyro tells what each of the two types has to say.
     either = re.match(r"(.*): no type matching .*?could be instantiated from \['(.*?)'\]", message)
     if either:
-        return f"{either[1]}: must be of its type or None, got {either[2]!r}"
+        return f"{either[1]}: must be of its type or None, got {either[2][:200]!r}"
     for theirs, ours in _WORDS:
         message = re.sub(theirs, ours, message)
-    return message
+    return re.sub(r"'([^']{200})[^']*'", r"'\1...'", message)

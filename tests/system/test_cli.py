@@ -140,6 +140,8 @@ def test_options_fill_the_dataclass():
         ([*TOY, "--batch-size", "9" * 30], "^toy train: batch_size must be at most 1048576 in"),
         ([*TOY, "--batch-size", "9" * 5000], "must be an integer of at most 4300 digits$"),
         ([*TOY, "--top", "many"], "--top: must be of its type or None, got 'many'$"),
+        ([*TOY, "--top", "x" * 9000], f"--top: must be of its type or None, got '{'x' * 200}'$"),
+        ([*TOY, "--batch-size", "x" * 9000], "must be an integer, got 'x{199,200}$"),
         ([*TOY, "--mode", "\x1b[2J"], r"invalid choice '\\x1b\[2J'"),
         ([*TOY, "--words", "a\0b"], "options must hold no NUL character"),
     ],
@@ -234,7 +236,7 @@ def test_config_file_fills_and_the_command_line_wins(tmp_path):
         ("a: " + "[" * 500, "nested too deeply"),
         ('words: ["\\0"]', "must hold no NUL character"),
         ("loop: 5", "toy.yaml: loop must be a mapping of options, got int$"),
-        ("loop:", "toy.yaml: loop must be a mapping of options, got NoneType$"),
+        ("loop:", "toy.yaml: loop must be a mapping of options, got nothing$"),
         ("loop: [{out: y}]", "toy.yaml: loop must be a mapping of options, got list$"),
         ("quick: 1", "toy.yaml: quick must be true or false, got 1$"),
         ("quick: 'no'", "toy.yaml: quick must be true or false, got 'no'$"),
@@ -243,7 +245,7 @@ def test_config_file_fills_and_the_command_line_wins(tmp_path):
         ("mode: --help", "invalid choice '--help'"),
         ("words: [a, --help]", "words must hold no value that begins with --$"),
         ("words: ['']", "--words must have a value, got an empty one"),
-        ("batch_size: []", "Missing value for argument '--batch-size'"),
+        ("batch_size: []", "toy.yaml: batch_size must be one value, got a list$"),
     ],
 )
 def test_bad_config_files_are_one_line(tmp_path, monkeypatch, capsys, text, match):
