@@ -36,6 +36,7 @@ LONGER = {  # files that are one topic and longer than their kind: lines, and wh
     "dalle_ext/ops/adam16.py": 400,  # the optimizer, its checks, its state's loading and saving
     "dalle_ext/ops/grad_scale.py": 300,  # five public functions and their two results
     "dalle_ext/ops/powersgd.py": 280,  # four public functions that share their checks
+    "dalle_ext/reference/adam16.py": 110,  # one rule with its random words and roundings
 }
 HEAD_OF_TESTS = """# What each test file proves
 
