@@ -58,7 +58,10 @@ def real(value: Any) -> float:
     """A number of any kind (Python's, numpy's, one-element tensors) as a float; NaN for others."""
     if isinstance(value, torch.Tensor):
         return float(value.detach()) if value.numel() == 1 and not value.is_complex() else math.nan
-    return float(value) if isinstance(value, numbers.Real) else math.nan
+    try:
+        return float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:  # of an integer beyond them
+        return math.inf if value > 0 else -math.inf
 
 
 def numbers_only(op: str, **arguments: Any) -> None:

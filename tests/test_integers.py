@@ -24,7 +24,8 @@ from dalle.plan import cluster_plan
 from dalle.precision import ResblockScaler
 from dalle.prior.config import PriorConfig
 from dalle.prior.model import Prior
-from dalle.ranker.model import ContrastiveRanker
+from dalle.prior.sampling import SamplingConfig
+from dalle.ranker.model import ContrastiveRanker, _check_pairs
 from dalle.tokenizer import Tokenizer
 from dalle.train import schedules
 from dalle.train.averaging import IterateAverage
@@ -133,6 +134,13 @@ CALLS = {
 }
 
 
+def test_a_scale_of_any_kind_of_number_is_a_float():
+    assert type(SamplingConfig(cond_scale=10**30).cond_scale) is float  # torch refused it
+    assert SamplingConfig(top_p=np.float32(0.5), temperature=torch.tensor(2.0)) == SamplingConfig(
+        top_p=0.5, temperature=2.0
+    )
+
+
 def same(one, other):
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
@@ -214,6 +222,11 @@ def test_a_seed_has_63_bits(owner, seed):
         ("ranker: learning_rate", lambda: RankerTrainConfig(learning_rate=None)),
         ("dvae train: beta1", lambda: DvaeTrainConfig(beta1="0.9")),
         ("prior train: eps", lambda: PriorTrainConfig(eps=None)),
+        ("generate: cond_scale", lambda: SamplingConfig(cond_scale=10**400)),
+        ("generate: temperature", lambda: SamplingConfig(temperature="1")),
+        ("ranker: clip_norm", lambda: RankerTrainConfig(clip_norm=10**400)),
+        ("ranker: captions", lambda: _check_pairs("x", torch.zeros(1, 3, 8, 8))),
+        ("ranker: images", lambda: _check_pairs(["x"], [1])),
         ("checkpoint: keep", lambda: save_checkpoint(None, Path("x"), 1, keep=0)),
     ],
 )

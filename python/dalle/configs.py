@@ -110,6 +110,8 @@ def _plain_numbers(owner: str, field: dataclasses.Field[Any], value: Any) -> Any
     if kind == "float" or (kind == "float | None" and value is not None):
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise UsageError(f"{owner}: {field.name} must be a number, got {value!r}")
+        if isinstance(value, int) and abs(value) >= 2**1000:  # beyond all floats
+            raise UsageError(f"{owner}: {field.name} must be finite, got an integer of 1000 bits")
     if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
         return int(value) if isinstance(value, numbers.Integral) else float(value)
     return value

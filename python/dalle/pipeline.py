@@ -153,6 +153,9 @@ class Pipeline:
             UsageError: shape or rows do not fit.
         """
         size = self.image_size
+        if not isinstance(image, torch.Tensor):
+            got = type(image).__name__
+            raise UsageError(f"pipeline: prime_image must be a tensor, got {got}")
         if tuple(image.shape) != (3, size, size):
             raise UsageError(
                 f"pipeline: prime_image must be (3, {size}, {size}), got {tuple(image.shape)}"

@@ -224,6 +224,11 @@ def load_ranker(directory: Path | str) -> ImageTextRanker:
 
 
 def _check_pairs(captions: Sequence[str], images: torch.Tensor) -> None:
+    if not isinstance(images, torch.Tensor) or images.dim() != 4:
+        raise UsageError("ranker: images must be a tensor (N, 3, H, W), got another value")
+    if isinstance(captions, (str, bytes)) or not isinstance(captions, Sequence):
+        got = type(captions).__name__
+        raise UsageError(f"ranker: captions must be a list of strings, got {got}")
     if len(captions) != len(images):
         raise UsageError(
             f"ranker: captions must be as many as images = {len(images)}, got {len(captions)}"
