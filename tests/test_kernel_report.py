@@ -50,6 +50,7 @@ __global__ void indexes(float* out, int at) {
   for (int i = 0; i < at; ++i) out[i] = x[(i * at) % 32];
 }
 template <typename scalar_t> __global__ void multiplies(float* out) {
+  static_assert(dalle::kArchitecture == 80 || dalle::kArchitecture == 0);  // 0: the host's pass
   DALLE_DYNAMIC_SHARED(bytes);
   float d[4] = {};
   uint32_t a[4], b[2];
@@ -108,8 +109,23 @@ def test_what_a_build_kept_must_be_there(tmp_path):
 
 def test_every_budget_can_be_read():
     for path in ROOT.glob("csrc/*/*_cuda_budget.txt"):
-        budgets = kernel_report.read_budgets(path)
-        assert budgets and all(0 < b.registers <= 255 for b in budgets), path
+        of_each = [kernel_report.read_budgets(path, a) for a in kernel_report.ARCHITECTURES]
+        assert sum(of_each, []) and all(0 < b.registers <= 255 for b in sum(of_each, [])), path
+        prefixes = [[budget.prefix for budget in budgets] for budgets in of_each]
+        assert prefixes[0] == prefixes[1] and len(kernel_report.read_budgets(path)) == 2 * len(
+            prefixes[0]
+        ), f"{path} must have a row per kernel and architecture"
+
+
+def test_a_row_is_for_one_architecture(tmp_path):
+    table = tmp_path / "op_cuda_budget.txt"
+    table.write_text("# kernel | architecture | registers | opcodes\nf | sm_80 | 64 | HMMA !RED\n")
+    assert kernel_report.read_budgets(table, "sm_80") == [Budget("f", 64, ("HMMA", "!RED"))]
+    source = tmp_path / "op_cuda.cu"
+    kernel = Kernel(registers=64, opcodes=Counter({"HMMA": 1}))
+    assert kernel_report.report([source], lambda *_: {"f": kernel}) == [
+        "sm_90a: f: budget must have a row for it, got none"
+    ]
 
 
 def test_real_spills_and_opcodes(tmp_path):

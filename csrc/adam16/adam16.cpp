@@ -7,8 +7,15 @@
 namespace dalle {
 namespace {
 
-void adam_step_(DALLE_ADAM_PARAMETERS) {
-  const AdamArgs args = prepare_adam(DALLE_ADAM_ARGUMENTS);
+void adam_step_(Tensors params, Tensors grads, Tensors means, Tensors variances, Tensors steps,
+                const Tensor& host, const Tensor& rows, const std::optional<Tensor>& scales,
+                const std::optional<Tensor>& clip_factor, const std::optional<Tensor>& skip,
+                const std::optional<Tensor>& lr_tensor, const Tensor& seed, bool stochastic,
+                double lr, double beta1, double beta2, double eps, double weight_decay,
+                double variance_clip) {
+  const AdamArgs args =
+      prepare_adam(params, grads, means, variances, steps, host, rows, scales, clip_factor, skip,
+                   lr_tensor, seed, stochastic, lr, beta1, beta2, eps, weight_decay, variance_clip);
   if (skipped(args)) return;
   const Adam16Cpu& cpu = DALLE_SELECT_ISA(adam16_cpu);
   torch::stable::parallel_for(0, args.table.num_chunks, 1,

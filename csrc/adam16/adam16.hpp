@@ -76,14 +76,3 @@ inline AdamArgs prepare_adam(const Tensors& params, const Tensors& grads, const 
 }
 
 }  // namespace dalle
-
-// The arguments of the raw op, in order; its CPU and CUDA registrations have the same.
-#define DALLE_ADAM_PARAMETERS                                                                \
-  Tensors params, Tensors grads, Tensors means, Tensors variances, Tensors steps,            \
-      const Tensor &host, const Tensor &rows, const std::optional<Tensor>&scales,            \
-      const std::optional<Tensor>&clip_factor, const std::optional<Tensor>&skip,             \
-      const std::optional<Tensor>&lr_tensor, const Tensor &seed, bool stochastic, double lr, \
-      double beta1, double beta2, double eps, double weight_decay, double variance_clip
-#define DALLE_ADAM_ARGUMENTS                                                                      \
-  params, grads, means, variances, steps, host, rows, scales, clip_factor, skip, lr_tensor, seed, \
-      stochastic, lr, beta1, beta2, eps, weight_decay, variance_clip

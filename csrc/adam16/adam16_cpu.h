@@ -3,6 +3,7 @@
 #pragma once
 
 #include "adam16/adam16.h"
+#include "common/isa.h"
 
 namespace dalle {
 
@@ -10,15 +11,7 @@ struct Adam16Cpu {
   void (*chunks)(const AdamArgs& args, int64_t chunk_begin, int64_t chunk_end);
 };
 
-namespace isa_v2 {
-extern const Adam16Cpu adam16_cpu;
-}
-namespace isa_v3 {
-extern const Adam16Cpu adam16_cpu;
-}
-namespace isa_v4 {
-extern const Adam16Cpu adam16_cpu;
-}
+DALLE_FOR_EACH_ISA(Adam16Cpu, adam16_cpu)
 
 }  // namespace dalle
 

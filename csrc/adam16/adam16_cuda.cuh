@@ -71,6 +71,7 @@ __device__ __forceinline__ void store_eight(const TableRow& row, AdamColumn colu
   store_codes(codes, count, on_16_bytes(codes), eight);
 }
 
+// A block takes one chunk of one parameter, a thread eight neighbouring elements of it at a time.
 template <bool kStochastic>
 __global__ void __launch_bounds__(kEightThreads) adam16_step_kernel(AdamArgs args) {
   if (skipped(args)) return;
@@ -129,6 +130,7 @@ __global__ void __launch_bounds__(kEightThreads) adam16_step_kernel(AdamArgs arg
   }
 }
 
+// A thread counts the update of one parameter.
 __global__ void __launch_bounds__(kEightThreads) adam16_count_kernel(AdamArgs args) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kEightThreads + threadIdx.x;
   if (row < args.table.num_rows && !skipped(args)) {
@@ -136,6 +138,8 @@ __global__ void __launch_bounds__(kEightThreads) adam16_count_kernel(AdamArgs ar
   }
 }
 
+// Table of P rows: params, grads, means, variances (N_p), step (1) -> chunks of 32,768 elements
+// -> a block each -> params, means, variances in place; then steps (P) -> a thread each.
 inline cudaError_t launch_adam16_step(const AdamArgs& args, void* stream) {
   if (args.table.num_chunks > 0) {
     const auto kernel = args.stochastic ? adam16_step_kernel<true> : adam16_step_kernel<false>;

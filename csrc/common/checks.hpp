@@ -1,5 +1,5 @@
-// One form for every message of a torch-facing check: "<op>: <argument> must be <requirement>, got
-// <value>".
+// One form for every message of a torch-facing check:
+// "<op>: <argument> must be <requirement>, got <value>".
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -57,17 +57,18 @@ __device__ __forceinline__ void for_eights(int64_t numel, const Body& body) {
 // whole numbers, so that their order does not matter.
 template <int kN>
 __device__ __forceinline__ void add_counts(const int (&found)[kN], int64_t* counts) {
-  DALLE_SHARED(int, totals, [kEightThreads / 32][kN]);
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  DALLE_SHARED(int, totals, [kEightThreads / kWarpSize][kN]);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarpSize, lane = thread % kWarpSize;
 #pragma unroll
   for (int c = 0; c < kN; ++c) {
-    const int total = __reduce_add_sync(0xFFFFFFFFu, found[c]);
+    const int total = __reduce_add_sync(kAllLanes, found[c]);
     if (lane == 0) totals[warp][c] = total;
   }
   __syncthreads();
   if (threadIdx.x < kN) {
     int total = 0;
-    for (int w = 0; w < kEightThreads / 32; ++w) total += totals[w][threadIdx.x];
+    for (int w = 0; w < kEightThreads / kWarpSize; ++w) total += totals[w][threadIdx.x];
     if (total != 0) {
       atomicAdd(reinterpret_cast<unsigned long long*>(counts) + threadIdx.x,
                 static_cast<unsigned long long>(total));

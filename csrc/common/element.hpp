@@ -22,6 +22,8 @@ inline ElementKind element_kind(torch::headeronly::ScalarType type) {
       return ElementKind::kShort;
     case ScalarType::Long:
       return ElementKind::kLong;
+    case ScalarType::Double:
+      return ElementKind::kDouble;
     default:
       return ElementKind::kNone;
   }

@@ -15,6 +15,22 @@ CpuIsa cpu_isa();
 
 }  // namespace dalle
 
+// Declares the table of each level, before the kernels themselves: DALLE_FOR_EACH_ISA(FormatsCpu,
+// formats_cpu). What is not compiled for v4_bf16 has no table there, and nobody asks for it.
+#define DALLE_FOR_EACH_ISA(type, table) \
+  namespace isa_v2 {                    \
+  extern const type table;              \
+  }                                     \
+  namespace isa_v3 {                    \
+  extern const type table;              \
+  }                                     \
+  namespace isa_v4 {                    \
+  extern const type table;              \
+  }                                     \
+  namespace isa_v4_bf16 {               \
+  extern const type table;              \
+  }
+
 // The table of the chosen level: DALLE_SELECT_ISA(gumbel_softmax_cpu).forward(...). What is not
 // compiled for v4_bf16 runs as v4 there.
 #define DALLE_SELECT_ISA(table)                                          \

@@ -2,13 +2,18 @@
 // the same source on the CPU (docs/emulator.md). No torch here.
 //
 // What a kernel takes from here instead of CUDA's own syntax, because g++ has to understand it:
-//   DALLE_SHARED(float, parts, [kThreads]);   static shared memory: __shared__ float
-//   parts[kThreads] DALLE_DYNAMIC_SHARED(bytes);              unsigned char bytes[] of the launch's
-//   size, 128-byte
-//                                             aligned, at most one in a kernel
-//   launch(kernel, grid, block, shared_bytes, stream, arguments...)      instead of <<< >>>
+// - DALLE_SHARED(float, parts, [kThreads]); is static shared memory, __shared__ float
+//   parts[kThreads].
+// - DALLE_DYNAMIC_SHARED(bytes); is unsigned char bytes[] of the launch's size, aligned to 128
+//   bytes, at most one in a kernel.
+// - launch(kernel, grid, block, shared_bytes, stream, arguments...) stands for <<< >>>.
+// - kArchitecture in a kernel is the architecture it is compiled for, 80 for sm_80 and 90 for
+//   sm_90a, so that `if constexpr` can choose instructions; device_architecture() on the host is
+//   that of the current device, so that a launcher can choose a kernel.
 // The instructions that CUDA C++ does not name (mma, ldmatrix, cp.async, ...) are in ptx.cuh.
 #pragma once
+
+#include "common/warp.h"
 
 #if defined(__CUDACC__)
 
@@ -36,6 +41,23 @@ cudaError_t launch(void (*kernel)(parameters_t...), dim3 grid, dim3 block, size_
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
       static_cast<parameters_t>(arguments)...);
   return cudaGetLastError();
+}
+
+#if defined(__CUDA_ARCH__)
+constexpr int kArchitecture = __CUDA_ARCH__ / 10;
+#else
+constexpr int kArchitecture = 0;  // host code
+#endif
+
+// 10 * major + minor of the current device; 0 where there is none.
+inline int device_architecture() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+    return 0;
+  }
+  return 10 * major + minor;
 }
 
 // Bytes of shared memory that a block of the current device may have, static and dynamic.

@@ -7,7 +7,7 @@
 
 namespace dalle {
 
-// Calls launch_of with an element of the storage type.
+// Calls launch_of with an element of the storage type: of those that all ops but attention take.
 template <typename Launch>
 cudaError_t with_cuda_scalar(ElementKind kind, const Launch& launch_of) {
   switch (kind) {
@@ -17,9 +17,13 @@ cudaError_t with_cuda_scalar(ElementKind kind, const Launch& launch_of) {
       return launch_of(__half());
     case ElementKind::kBFloat16:
       return launch_of(__nv_bfloat16());
-    default:
-      return cudaErrorInvalidValue;
+    case ElementKind::kNone:
+    case ElementKind::kShort:
+    case ElementKind::kLong:
+    case ElementKind::kDouble:
+      break;  // the op has refused them
   }
+  return cudaErrorInvalidValue;
 }
 
 template <typename scalar_t, int kN>

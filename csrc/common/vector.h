@@ -12,6 +12,10 @@
 
 #include <immintrin.h>
 
+#include <concepts>
+#include <type_traits>
+#include <utility>
+
 #include "common/element.h"
 #include "common/host_device.h"
 
@@ -24,29 +28,75 @@ namespace {
 #define DALLE_INLINE __attribute__((always_inline))
 
 constexpr int kBytes = DALLE_ISA_BYTES;
-constexpr int kLanes = kBytes / 4;  // of 32 bits
 
-typedef float Float __attribute__((vector_size(kBytes)));
-typedef int32_t Int __attribute__((vector_size(kBytes)));
-typedef uint32_t Word __attribute__((vector_size(kBytes)));
-typedef uint64_t Wide __attribute__((vector_size(kBytes)));
-typedef uint16_t Short __attribute__((vector_size(kBytes / 2)));
+// A vector of T, and how many it holds. Only for the types below, so that an overload that asks for
+// a vector of something else is no candidate.
+template <typename T>
+struct VectorOf {
+  typedef T vec __attribute__((vector_size(kBytes)));
+  static constexpr int kWidth = kBytes / static_cast<int>(sizeof(T));
+};
+template <typename T>
+struct Lanes;
+template <>
+struct Lanes<float> : VectorOf<float> {
+  using word_t = int32_t;  // as wide: masks, and the bits of a number
+};
+template <>
+struct Lanes<double> : VectorOf<double> {
+  using word_t = int64_t;
+};
+template <std::integral T>
+struct Lanes<T> : VectorOf<T> {};
 
+template <typename T>
+using Vec = typename Lanes<T>::vec;
+template <typename T>
+using IVec = Vec<typename Lanes<T>::word_t>;
+
+using Float = Vec<float>;
+using Double = Vec<double>;
+using Int = Vec<int32_t>;
+using Word = Vec<uint32_t>;
+using Wide = Vec<uint64_t>;
+typedef uint16_t Short __attribute__((vector_size(kBytes / 2)));  // as many as floats
+constexpr int kLanes = Lanes<float>::kWidth;                      // of 32 bits
+
+// What lies at p, at any address: load(p) a vector of its elements, load<Word>(p) the same bytes as
+// another vector.
 template <typename vector_t>
 inline vector_t load(const void* p) {
   vector_t v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
+template <typename T>
+inline Vec<T> load(const T* p) {
+  return load<Vec<T>>(p);
+}
 template <typename vector_t>
 inline void store(void* p, vector_t v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-inline Float splat(float x) { return x - Float{}; }
-inline Int splat(int32_t x) { return x - Int{}; }
+template <typename T>
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};  // unlike 0 + x the identity, so nothing is left of it
+}
 inline Float select(Int mask, Float a, Float b) { return mask ? a : b; }
 
+// All ones in lane i where bit `first + i` of `bits` is set.
+template <typename T>
+inline IVec<T> lanes_of(uint32_t bits, int first) {
+  using word_t = typename Lanes<T>::word_t;
+  IVec<T> bit;
+#pragma GCC unroll 16
+  for (int i = 0; i < Lanes<T>::kWidth; ++i) bit[i] = word_t{1} << i;
+  const IVec<T> word = IVec<T>{} + static_cast<word_t>(bits >> first);
+  return (word & bit) != 0;
+}
+
+// The larger; b where one of them is NaN.
 inline Float maximum(Float a, Float b) {
 #if DALLE_ISA_BYTES == 64
   return (Float)_mm512_max_ps((__m512)a, (__m512)b);
@@ -54,6 +104,15 @@ inline Float maximum(Float a, Float b) {
   return (Float)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return (Float)_mm_max_ps((__m128)a, (__m128)b);
+#endif
+}
+inline Double maximum(Double a, Double b) {
+#if DALLE_ISA_BYTES == 64
+  return (Double)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif DALLE_ISA_BYTES == 32
+  return (Double)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return (Double)_mm_max_pd((__m128d)a, (__m128d)b);
 #endif
 }
 
@@ -97,20 +156,92 @@ inline bool any(Word mask) {
 #endif
 }
 
-inline float sum(Float v) {
-  float parts[kLanes], total = 0;
-  store(parts, v);
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) parts[i] += parts[i + step];
-  }
-  total = parts[0];
-  return total;
+// Over all lanes, as a tree: lanes i and i + kStep first.
+template <int kStep, typename vector_t, size_t... kLane>
+inline vector_t swapped(vector_t v, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(v, v, (int(kLane) ^ kStep)...);
 }
-inline float maximum(Float v) {
-  float parts[kLanes];
-  store(parts, v);
-  for (int i = 1; i < kLanes; ++i) parts[0] = parts[i] > parts[0] ? parts[i] : parts[0];
-  return parts[0];
+template <typename T, int kStep = Lanes<T>::kWidth / 2>
+inline T sum_of(Vec<T> v) {
+  const Vec<T> w = swapped<kStep>(v, std::make_index_sequence<Lanes<T>::kWidth>{});
+  if constexpr (kStep > 1) return sum_of<T, kStep / 2>(v + w);
+  return v[0] + w[0];
+}
+template <typename T, int kStep = Lanes<T>::kWidth / 2>
+inline T max_of(Vec<T> v) {
+  const Vec<T> w = swapped<kStep>(v, std::make_index_sequence<Lanes<T>::kWidth>{});
+  const Vec<T> larger = v > w ? v : w;
+  if constexpr (kStep > 1) return max_of<T, kStep / 2>(larger);
+  return larger[0];
+}
+
+// -- exp2 -----------------------------------------------------------------------------------------
+
+// How numbers of T are made, and the terms of 2^f on [-1/2, 1/2], the constant one first: minimax
+// for the relative error, 1.9e-9 and 3.1e-18 before rounding.
+template <typename T>
+struct Exp2;
+template <>
+struct Exp2<float> {
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr float kRound = 0x1.8p23f;  // added, it leaves the integer part in the low bits
+  static constexpr float kTerms[] = {1.0f,           0.693147206f,   0.240226469f,   0.0555032878f,
+                                     0.00961848896f, 0.00133999312f, 0.000153458122f};
+};
+template <>
+struct Exp2<double> {
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kTerms[] = {
+      1.0,
+      0.6931471805599453,
+      0.24022650695910155,
+      0.055504108664819925,
+      0.009618129107588335,
+      0.0013333558146789923,
+      0.00015403530462514432,
+      1.5252733489988525e-05,
+      1.32154330896764e-06,
+      1.0178198021671931e-07,
+      7.074105613508143e-09,
+      4.435282706957277e-10,
+  };
+};
+
+// Each x becomes 2^x, for x up to the top of the range; below the normal range 0, so that no
+// denormal arises; NaN stays NaN. One vector alone is a chain of steps, each waiting for the one
+// before; kN of them go side by side.
+template <typename T, int kN, size_t kCount>
+inline void exp2_many(Vec<T> (&x)[kN], const T (&terms)[kCount]) {
+  using E = Exp2<T>;
+  constexpr int kLast = static_cast<int>(kCount) - 1;
+  const Vec<T> least = splat<T>(1 - E::kBias);
+  IVec<T> under[kN];
+  Vec<T> f[kN], shifted[kN], power[kN];
+#pragma GCC unroll 4
+  for (int j = 0; j < kN; ++j) {
+    under[j] = x[j] < least;
+    const Vec<T> clamped = maximum(least, x[j]);  // in this order: of NaN it is the second
+    shifted[j] = clamped + E::kRound;
+    f[j] = clamped - (shifted[j] - E::kRound);
+    power[j] = splat(terms[kLast]);
+  }
+#pragma GCC unroll 16
+  for (int i = kLast - 1; i >= 0; --i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kN; ++j) power[j] = power[j] * f[j] + terms[i];
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kN; ++j) {
+    const IVec<T> exponent = ((IVec<T>)shifted[j] + E::kBias) << E::kMantissa;
+    x[j] = under[j] ? Vec<T>{} : power[j] * (Vec<T>)exponent;
+  }
+}
+template <typename T>
+inline Vec<T> exp2_vector(Vec<T> x) {
+  Vec<T> one[1] = {x};
+  exp2_many<T>(one, Exp2<T>::kTerms);
+  return one[0];
 }
 
 // -- storage formats ------------------------------------------------------------------------------
@@ -122,27 +253,37 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline Float load_float(const float* p) { return load<Float>(p); }
-inline void store_float(float* p, Float v) { store(p, v); }
+// What numbers of a storage type are computed in.
+template <typename scalar_t>
+using Computed = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
-inline Float load_float(const BFloat16* p) { return (Float)(widened(load<Short>(p)) << 16); }
-inline void store_float(BFloat16* p, Float v) {
+// widen(p) is a vector of what lies at p as numbers to compute with; narrow(p, v) rounds to
+// nearest, ties to even, and stores. NaN stays NaN; of bfloat16 it is 0x7FC0, as torch writes it.
+inline Float widen(const float* p) { return load(p); }
+inline Double widen(const double* p) { return load(p); }
+inline void narrow(float* p, Float v) { store(p, v); }
+inline void narrow(double* p, Double v) { store(p, v); }
+
+inline Float widen(const BFloat16* p) { return (Float)(widened(load<Short>(p)) << 16); }
+// The rounded number in the high half of each word; the low half is what was there, or more.
+inline Word rounded_to_bfloat16(Float v) {
   const Word bits = (Word)v;
-  const Word rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const Word kept = (Word)(v == v) ? rounded : Word{} + 0x7FC0;
-  store(p, __builtin_convertvector(kept, Short));
+  return (Word)(v == v) ? bits + 0x7FFF + ((bits >> 16) & 1) : Word{} + 0x7FC00000u;
+}
+inline void narrow(BFloat16* p, Float v) {
+  store(p, __builtin_convertvector(rounded_to_bfloat16(v) >> 16, Short));
 }
 
 // By F16C where there is one (v3 and later): besides being one instruction, it does not stumble
 // over subnormals, of which scaled gradients are full.
 #if DALLE_ISA_BYTES == 64
 inline Float widened_half(Short v) { return (Float)_mm512_cvtph_ps((__m256i)v); }
-inline void store_float(Half* p, Float v) {
+inline void narrow(Half* p, Float v) {
   store(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif DALLE_ISA_BYTES == 32
 inline Float widened_half(Short v) { return (Float)_mm256_cvtph_ps((__m128i)v); }
-inline void store_float(Half* p, Float v) {
+inline void narrow(Half* p, Float v) {
   store(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #else
@@ -153,7 +294,7 @@ inline Float widened_half(Short v) {
   const Word special = (Word)(magnitude >= (0x7C00u << 13)) & 0x7F800000;
   return (Float)(scaled | special | ((half & 0x8000) << 16));
 }
-inline void store_float(Half* p, Float v) {
+inline void narrow(Half* p, Float v) {
   const Word sign = (Word)v & 0x80000000u, magnitude = (Word)v ^ sign;
   // Below 2^-14 the addition of 1/2 leaves the subnormal in the low bits, rounded to even.
   const Word tiny = (Word)((Float)magnitude + 0.5f) - 0x3F000000u;
@@ -166,9 +307,9 @@ inline void store_float(Half* p, Float v) {
 }
 #endif
 
-inline Float load_float(const Half* p) { return widened_half(load<Short>(p)); }
+inline Float widen(const Half* p) { return widened_half(load<Short>(p)); }
 
-// Calls body with an element of the storage type, which must be one of these three.
+// Calls body with an element of the storage type: of those that all ops but attention take.
 template <typename Body>
 inline void with_scalar(ElementKind kind, const Body& body) {
   switch (kind) {
@@ -178,35 +319,38 @@ inline void with_scalar(ElementKind kind, const Body& body) {
       return body(Half());
     case ElementKind::kBFloat16:
       return body(BFloat16());
-    default:
-      return;
+    case ElementKind::kNone:
+    case ElementKind::kShort:
+    case ElementKind::kLong:
+    case ElementKind::kDouble:
+      return;  // the op has refused them
   }
 }
 
 // The first `count` of the lanes, and the others as `rest`.
 template <typename scalar_t>
-inline Float load_some(const scalar_t* p, int64_t count, float rest) {
-  scalar_t some[kLanes];
-  store_float(some, splat(rest));
+inline auto load_some(const scalar_t* p, int64_t count, Computed<scalar_t> rest) {
+  scalar_t some[Lanes<Computed<scalar_t>>::kWidth];
+  narrow(some, splat(rest));
   for (int64_t i = 0; i < count; ++i) some[i] = p[i];
-  return load_float(some);
+  return widen(some);
 }
 template <typename scalar_t>
-inline void store_some(scalar_t* p, int64_t count, Float v) {
-  scalar_t some[kLanes];
-  store_float(some, v);
+inline void store_some(scalar_t* p, int64_t count, Vec<Computed<scalar_t>> v) {
+  scalar_t some[Lanes<Computed<scalar_t>>::kWidth];
+  narrow(some, v);
   for (int64_t i = 0; i < count; ++i) p[i] = some[i];
 }
 
-// The same where the first count of them may be all: kLanes.
+// The same where the first count of them may be all.
 template <typename scalar_t>
-inline Float load_up_to(const scalar_t* p, int64_t count, float rest) {
-  return count == kLanes ? load_float(p) : load_some(p, count, rest);
+inline auto load_up_to(const scalar_t* p, int64_t count, Computed<scalar_t> rest) {
+  return count == Lanes<Computed<scalar_t>>::kWidth ? widen(p) : load_some(p, count, rest);
 }
 template <typename scalar_t>
-inline void store_up_to(scalar_t* p, int64_t count, Float v) {
-  if (count == kLanes) {
-    store_float(p, v);
+inline void store_up_to(scalar_t* p, int64_t count, Vec<Computed<scalar_t>> v) {
+  if (count == Lanes<Computed<scalar_t>>::kWidth) {
+    narrow(p, v);
   } else {
     store_some(p, count, v);
   }

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <source_location>
 
+#include "common/warp.h"
+
 namespace dalle::emulator {
 
 // A line of a kernel: as a default argument, the caller's.
@@ -17,7 +19,8 @@ using Place = std::source_location;
 #define DALLE_HERE ::dalle::emulator::Place place = ::dalle::emulator::Place::current()
 
 // -- a launch ----------------------------------------------------------------------------------
-constexpr size_t kMaxShared = size_t{163} << 10;  // bytes of a block of sm_80
+constexpr int kArchitecture = 80;                 // sm_80: the emulator knows nothing newer
+constexpr size_t kMaxShared = size_t{163} << 10;  // bytes of a block of it
 
 // Runs body(argument) as every thread of the grid, one block after another, and returns what CUDA
 // would for a launch that no device accepts. Throws std::runtime_error, one line, where the kernel
@@ -58,4 +61,4 @@ void atomic_access(const void* at, size_t bytes, Place place);
 // Of the thread that runs: only one does at any time.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
-constexpr int warpSize = 32;
+constexpr int warpSize = dalle::kWarpSize;

@@ -25,7 +25,7 @@ void finish_meeting(Meeting& meeting, int warp) {
   block.warps[warp].open &= ~(1u << (&meeting - block.warps[warp].meetings));
   meeting.finish(meeting.arguments, came);
   for (uint32_t left = came; left; left &= left - 1) {
-    Thread& thread = block.threads[warp * kLanes + std::countr_zero(left)];
+    Thread& thread = block.threads[warp * kWarpSize + std::countr_zero(left)];
     if (thread.waits) make_ready(thread);
   }
 }
@@ -65,7 +65,7 @@ int block_barrier(Vote vote, int predicate, Place place) {
 
 void meet(const char* what, uint32_t lanes, void* argument, Finish finish, Place place) {
   Thread& self = *block.running;
-  const int w = self.id / kLanes, lane = self.id % kLanes;
+  const int w = self.id / kWarpSize, lane = self.id % kWarpSize;
   Warp& warp = block.warps[w];
   if (!(lanes >> lane & 1)) fail(std::string(what) + " with a mask without the caller", place);
   Meeting& meeting = meeting_of(warp, lanes);
@@ -93,7 +93,7 @@ void warp_barrier(uint32_t lanes, Place place) {
 }
 
 void release_waiters_for(const Thread& exited) {
-  const int w = exited.id / kLanes;
+  const int w = exited.id / kWarpSize;
   Warp& warp = block.warps[w];
   for (uint32_t left = warp.open; left; left &= left - 1) {
     Meeting& meeting = warp.meetings[std::countr_zero(left)];

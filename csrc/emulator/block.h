@@ -10,9 +10,7 @@
 
 namespace dalle::emulator {
 
-constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
-constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr size_t kStackBytes = size_t{256} << 10;
 constexpr size_t kMaxStaticShared = size_t{48} << 10;  // what ptxas accepts
 
@@ -41,13 +39,13 @@ struct Meeting {
   uint32_t lanes = 0, arrived = 0;
   const char* what = nullptr;
   void (*finish)(void* const* arguments, uint32_t lanes) = nullptr;
-  void* arguments[kLanes];
+  void* arguments[kWarpSize];
 };
 
 struct Warp {
   uint32_t ready = 0, exited = 0, open = 0;  // lanes, lanes, meetings
   uint32_t priority = 0;                     // of the random schedule
-  Meeting meetings[kLanes];                  // enough: a lane waits in each open one
+  Meeting meetings[kWarpSize];               // enough: a lane waits in each open one
 };
 
 struct SharedArray {

@@ -62,6 +62,8 @@ cudaError_t launch(void (*kernel)(parameters_t...), dim3 grid, dim3 block, size_
 }
 
 inline size_t max_shared_bytes() { return emulator::kMaxShared; }
+constexpr int kArchitecture = emulator::kArchitecture;
+inline int device_architecture() { return kArchitecture; }
 
 }  // namespace dalle
 
@@ -78,7 +80,7 @@ inline int __syncthreads_and(int predicate, DALLE_HERE) {
 inline int __syncthreads_count(int predicate, DALLE_HERE) {
   return dalle::emulator::block_barrier(dalle::emulator::Vote::kCount, predicate, place);
 }
-inline void __syncwarp(uint32_t lanes = 0xffffffffu, DALLE_HERE) {
+inline void __syncwarp(uint32_t lanes = dalle::kAllLanes, DALLE_HERE) {
   dalle::emulator::warp_barrier(lanes, place);
 }
 inline uint32_t __ballot_sync(uint32_t lanes, int predicate, DALLE_HERE) {

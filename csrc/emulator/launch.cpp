@@ -49,7 +49,7 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 threads, size_t shared_bytes
   block.argument = argument;
   block.shared_bytes = shared_bytes;
   block.num_threads = static_cast<int>(threads.x * threads.y * threads.z);
-  block.num_warps = (block.num_threads + kLanes - 1) / kLanes;
+  block.num_warps = (block.num_threads + kWarpSize - 1) / kWarpSize;
   block.failure.clear();
   block.running = nullptr;
   gridDim = grid;

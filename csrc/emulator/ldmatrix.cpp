@@ -32,7 +32,7 @@ void ldmatrix(uint32_t* words, int count, bool transposed, const void* row, Plac
     int count;
     bool transposed;
   };
-  if (block.running->id % kLanes < 8 * count) {
+  if (block.running->id % kWarpSize < 8 * count) {
     if (reinterpret_cast<uintptr_t>(row) % 16)
       fail("ldmatrix: a row must be 16-byte aligned", place);
     if (!array_around(row, 16)) fail("ldmatrix from outside of shared memory", place);
@@ -48,7 +48,7 @@ void ldmatrix(uint32_t* words, int count, bool transposed, const void* row, Plac
       ++counts.ldmatrix;
       counts.conflicts += bank_conflicts([&](int r) { return of(8 * i + r)->row; });
     }
-    for (int lane = 0; lane < kLanes; ++lane) {
+    for (int lane = 0; lane < kWarpSize; ++lane) {
       const int g = lane / 4, t = lane % 4;
       for (int i = 0; i < matrices; ++i) {
         uint16_t pair[2];
@@ -72,7 +72,7 @@ uint32_t movmatrix_trans(uint32_t word, Place place) {
   } operands = {word, 0};
   const auto finish = [](void* const* arguments, uint32_t lanes) {
     require_warp("movmatrix", lanes);
-    for (int lane = 0; lane < kLanes; ++lane) {
+    for (int lane = 0; lane < kWarpSize; ++lane) {
       const int g = lane / 4, t = lane % 4;
       uint32_t pair[2];
       for (int j = 0; j < 2; ++j) {

@@ -58,14 +58,14 @@ struct Matrices {
 
 template <typename Fill, int kDepth>
 void run_mma(void* const* arguments, Matrices<kDepth>& m, const Fill& fill) {
-  for (int lane = 0; lane < kLanes; ++lane) {
+  for (int lane = 0; lane < kWarpSize; ++lane) {
     const auto& x = *static_cast<const Operands*>(arguments[lane]);
     fill(x, lane / 4, lane % 4);
     m.each_d(lane / 4, lane % 4, [&](int i, float& d) { d = x.d[i]; });
   }
   m.multiply();
   ++counts.mma;
-  for (int lane = 0; lane < kLanes; ++lane) {
+  for (int lane = 0; lane < kWarpSize; ++lane) {
     const auto& x = *static_cast<const Operands*>(arguments[lane]);
     m.each_d(lane / 4, lane % 4, [&](int i, float& d) { x.d[i] = d; });
   }

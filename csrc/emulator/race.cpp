@@ -10,7 +10,7 @@ namespace dalle::emulator {
 namespace {
 
 uint32_t epoch = 1, launch_epoch = 1, block_epoch = 1;
-uint32_t clocks[kMaxThreads][kLanes];  // [thread][lane of its warp]
+uint32_t clocks[kMaxThreads][kWarpSize];  // [thread][lane of its warp]
 
 bool is_live(const Stamp& stamp, bool shared) {
   return stamp.epoch >= (shared ? block_epoch : launch_epoch);
@@ -21,14 +21,14 @@ bool is_ordered(const Stamp& stamp, uint32_t self, bool shared) {
   if (!is_live(stamp, shared)) return true;
   if (!is_of_this_block(stamp)) return false;
   if (stamp.epoch < epoch || stamp.thread == self) return true;
-  return stamp.thread / kLanes == self / kLanes &&
-         stamp.clock <= clocks[self][stamp.thread % kLanes];
+  return stamp.thread / kWarpSize == self / kWarpSize &&
+         stamp.clock <= clocks[self][stamp.thread % kWarpSize];
 }
 
 void record(const void* address, size_t bytes, Access access, const char* what, Where where) {
   const bool shared = in_arena(address);
   const uint32_t self = static_cast<uint32_t>(block.running->id);
-  const uint32_t clock = clocks[self][self % kLanes];
+  const uint32_t clock = clocks[self][self % kWarpSize];
   const auto kind = access == Access::kAtomic    ? Kind::kAtomic
                     : access == Access::kPending ? Kind::kPending
                                                  : Kind::kPlain;
@@ -52,7 +52,7 @@ void record(const void* address, size_t bytes, Access access, const char* what, 
     }
     if (access == Access::kRead) {
       const Stamp& first = cell.reads[0];
-      const bool same_warp = first.thread / kLanes == self / kLanes;
+      const bool same_warp = first.thread / kWarpSize == self / kWarpSize;
       cell.reads[is_ordered(first, self, shared) ? 0 : same_warp ? 1 : 2] = now;
       continue;
     }
@@ -82,17 +82,17 @@ void race_begin_launch() {
 void race_begin_block() {
   block_epoch = ++epoch;
   std::memset(clocks, 0, sizeof(clocks));
-  for (int i = 0; i < kMaxThreads; ++i) clocks[i][i % kLanes] = 1;
+  for (int i = 0; i < kMaxThreads; ++i) clocks[i][i % kWarpSize] = 1;
 }
 
 void race_block_barrier() { ++epoch; }
 
 void race_warp_barrier(uint32_t lanes) {
-  const int first = block.running->id / kLanes * kLanes;
-  uint32_t joined[kLanes] = {};
+  const int first = block.running->id / kWarpSize * kWarpSize;
+  uint32_t joined[kWarpSize] = {};
   for (uint32_t left = lanes; left; left &= left - 1) {
     const uint32_t* of_lane = clocks[first + std::countr_zero(left)];
-    for (int i = 0; i < kLanes; ++i) joined[i] = std::max(joined[i], of_lane[i]);
+    for (int i = 0; i < kWarpSize; ++i) joined[i] = std::max(joined[i], of_lane[i]);
   }
   for (uint32_t left = lanes; left; left &= left - 1) {
     const int lane = std::countr_zero(left);

@@ -9,14 +9,14 @@ namespace {
 // The warp of the running thread goes on while it can: few switches between barriers, and one warp
 // runs far ahead of the others.
 Thread* next_in_order() {
-  const int first = block.running ? block.running->id / kLanes : 0;
-  const int lane = block.running ? block.running->id % kLanes : 0;
+  const int first = block.running ? block.running->id / kWarpSize : 0;
+  const int lane = block.running ? block.running->id % kWarpSize : 0;
   for (int i = 0; i < block.num_warps; ++i) {
     const int w = (first + i) % block.num_warps;
     const uint32_t ready = block.warps[w].ready;
     if (ready == 0) continue;
     const uint32_t behind = i == 0 ? ready & ~((uint32_t{2} << lane) - 1) : 0;
-    return &block.threads[w * kLanes + std::countr_zero(behind ? behind : ready)];
+    return &block.threads[w * kWarpSize + std::countr_zero(behind ? behind : ready)];
   }
   return nullptr;
 }
@@ -33,9 +33,9 @@ Thread* next_at_random() {
     if (best < 0 || block.warps[w].priority > block.warps[best].priority) best = w;
   }
   if (best < 0) return nullptr;
-  const int turn = static_cast<int>(next_random() % kLanes);
+  const int turn = static_cast<int>(next_random() % kWarpSize);
   const int place = std::countr_zero(std::rotr(block.warps[best].ready, turn));
-  return &block.threads[best * kLanes + (place + turn) % kLanes];
+  return &block.threads[best * kWarpSize + (place + turn) % kWarpSize];
 }
 
 }  // namespace
@@ -50,7 +50,7 @@ uint64_t next_random() {
 
 Thread* next_thread() {
   Thread* next = block.random ? next_at_random() : next_in_order();
-  if (next) block.warps[next->id / kLanes].ready &= ~(1u << next->id % kLanes);
+  if (next) block.warps[next->id / kWarpSize].ready &= ~(1u << next->id % kWarpSize);
   return next;
 }
 

@@ -25,7 +25,7 @@ void make_threads() {
   if (memory == MAP_FAILED) throw std::runtime_error("emulator: no memory for stacks");
   stacks = static_cast<char*>(memory);
   block.threads.resize(kMaxThreads);
-  block.warps.resize(kMaxThreads / kLanes);
+  block.warps.resize(kMaxThreads / kWarpSize);
   char* next = stacks;
   for (Thread& thread : block.threads) {
     mprotect(next, page_bytes(), PROT_NONE);

@@ -63,7 +63,7 @@ void exit_thread() {
   Thread& self = *block.running;
   self.copies.clear();
   --block.num_live;
-  block.warps[self.id / kLanes].exited |= 1u << self.id % kLanes;
+  block.warps[self.id / kWarpSize].exited |= 1u << self.id % kWarpSize;
   release_waiters_for(self);
 }
 
@@ -81,7 +81,7 @@ void thread_main() {
 
 void make_ready(Thread& thread) {
   thread.waits = false;
-  block.warps[thread.id / kLanes].ready |= 1u << thread.id % kLanes;
+  block.warps[thread.id / kWarpSize].ready |= 1u << thread.id % kWarpSize;
 }
 
 void wait_for(const char* what, Place place) {
@@ -101,8 +101,8 @@ void run_threads() {
   block.running = nullptr;
   for (int w = 0; w < block.num_warps; ++w) {
     Warp& warp = block.warps[w];
-    const int count = block.num_threads - w * kLanes;
-    warp.ready = count >= kLanes ? kAllLanes : (1u << count) - 1;
+    const int count = block.num_threads - w * kWarpSize;
+    warp.ready = count >= kWarpSize ? kAllLanes : (1u << count) - 1;
     warp.exited = ~warp.ready;
     warp.priority = block.random ? static_cast<uint32_t>(next_random()) : 0;
     warp.open = 0;

@@ -98,7 +98,7 @@ void require_warp(const char* what, uint32_t lanes) {
 }
 
 uint64_t shuffle(Shuffle kind, uint32_t lanes, uint64_t word, int operand, int width, Place place) {
-  if (width < 1 || width > kLanes || (width & (width - 1))) {
+  if (width < 1 || width > kWarpSize || (width & (width - 1))) {
     fail("a shuffle's width must be a power of two up to 32, got " + std::to_string(width), place);
   }
   ShuffleOperands operands = {word, kUndefined, kind, operand, width};

@@ -4,6 +4,7 @@
 // A unit of work is kFormatsUnit elements, whole Philox calls; bits do not depend on the threads.
 #pragma once
 
+#include "common/isa.h"
 #include "formats/formats.h"
 
 namespace dalle {
@@ -16,15 +17,7 @@ struct FormatsCpu {
   void (*reduce)(const ReduceArgs& args, int64_t unit_begin, int64_t unit_end);
 };
 
-namespace isa_v2 {
-extern const FormatsCpu formats_cpu;
-}
-namespace isa_v3 {
-extern const FormatsCpu formats_cpu;
-}
-namespace isa_v4 {
-extern const FormatsCpu formats_cpu;
-}
+DALLE_FOR_EACH_ISA(FormatsCpu, formats_cpu)
 
 }  // namespace dalle
 

@@ -52,6 +52,7 @@ struct EightEncoder {
   }
 };
 
+// A thread encodes eight neighbouring elements at a time, and counts them for its block.
 template <Format kFormat, typename scalar_t>
 __global__ void __launch_bounds__(kEightThreads) formats_pack_kernel(PackArgs args) {
   const scalar_t* const x = static_cast<const scalar_t*>(args.x);
@@ -67,6 +68,7 @@ __global__ void __launch_bounds__(kEightThreads) formats_pack_kernel(PackArgs ar
   encoder.add_to(args.counts);
 }
 
+// A thread decodes eight neighbouring codes at a time.
 template <Format kFormat, typename scalar_t>
 __global__ void __launch_bounds__(kEightThreads) formats_unpack_kernel(UnpackArgs args) {
   scalar_t* const x = static_cast<scalar_t*>(args.x);
@@ -81,6 +83,8 @@ __global__ void __launch_bounds__(kEightThreads) formats_unpack_kernel(UnpackArg
   });
 }
 
+// A thread adds eight neighbouring codes of every buffer at a time, from buffer 0 on, and encodes
+// the sums.
 template <Format kFormat>
 __global__ void __launch_bounds__(kEightThreads) formats_sum_kernel(ReduceArgs args) {
   // Later buffers begin aligned only where their length is a multiple of eight.
@@ -111,6 +115,7 @@ cudaError_t choose_formats(Format format, ElementKind dtype, const Launch& launc
   });
 }
 
+// x (N) -> eights of a thread, 2,048 elements of a block -> codes (N), counts (kNumCounts).
 inline cudaError_t launch_formats_pack(const PackArgs& args, void* stream) {
   return choose_formats(args.format, args.dtype, [&](auto format, auto scalar) {
     return launch_eights(formats_pack_kernel<decltype(format)::value, decltype(scalar)>, args,
@@ -118,6 +123,7 @@ inline cudaError_t launch_formats_pack(const PackArgs& args, void* stream) {
   });
 }
 
+// codes (N) -> eights of a thread -> x (N).
 inline cudaError_t launch_formats_unpack(const UnpackArgs& args, void* stream) {
   return choose_formats(args.format, args.dtype, [&](auto format, auto scalar) {
     return launch_eights(formats_unpack_kernel<decltype(format)::value, decltype(scalar)>, args,
@@ -125,6 +131,7 @@ inline cudaError_t launch_formats_unpack(const UnpackArgs& args, void* stream) {
   });
 }
 
+// codes (R, N) -> eights of a thread, R rows of each -> sum (N), counts (kNumCounts).
 inline cudaError_t launch_formats_sum(const ReduceArgs& args, void* stream) {
   if (args.format == Format::k169) {
     return launch_eights(formats_sum_kernel<Format::k169>, args, stream);

@@ -182,7 +182,7 @@ inline PartStats examine_finite(const Half* data, int64_t count, const Edges& ed
     }
 #pragma GCC unroll 4
     for (int at = 0; at < kStep; at += kLanes) {
-      const Float x = load_float(data + i + at);
+      const Float x = widen(data + i + at);
       squares[at / kLanes % kSumVectors] += x * x;
     }
   }

@@ -13,16 +13,15 @@
 // A row with a logit that is not finite gets sample and kl NaN and index 0.
 #pragma once
 
+#include "common/element.h"
 #include "common/philox.h"
 
 namespace dalle {
 
-enum class GumbelSoftmaxDtype : int { kFloat, kHalf, kBFloat16 };
-
 struct GumbelSoftmaxParams {
   int64_t outer, num_codes, inner;
-  GumbelSoftmaxDtype dtype;  // of logits, sample and their gradients
-  int64_t first_row;         // rows of a larger batch before these
+  ElementKind dtype;  // of logits, sample and their gradients
+  int64_t first_row;  // rows of a larger batch before these
 };
 
 // Rows of stats: maximum of noisy; 1 / sum exp((noisy - maximum) / tau); maximum of l; the
@@ -70,8 +69,7 @@ inline constexpr uint32_t kNearOne = 0xB504F334u;
 inline constexpr float kLog2E = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
 
-// log2(e) / tau as the factor of exponents to base 2; NaN where tau is not positive, finite
-// otherwise.
+// log2(e) / tau as the factor of exponents to base 2; finite, or NaN where tau is not positive.
 DALLE_HOST_DEVICE float exponent_scale(double tau) {
   if (!(tau > 0.0)) return __builtin_nanf("");
   const double scale = 1.44269504088896340736 / tau;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/checks.hpp"
+#include "common/element.hpp"
 #include "gumbel_softmax/gumbel_softmax.h"
 
 namespace dalle {
@@ -21,20 +22,7 @@ inline GumbelSoftmaxParams check_gumbel_softmax(const Tensor& logits, const Tens
                                                 const Tensor& seed, int64_t dim,
                                                 int64_t first_row) {
   constexpr const char* kOp = "gumbel_softmax";
-  GumbelSoftmaxParams p{1, 1, 1, GumbelSoftmaxDtype::kFloat, first_row};
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      break;
-    case ScalarType::Half:
-      p.dtype = GumbelSoftmaxDtype::kHalf;
-      break;
-    case ScalarType::BFloat16:
-      p.dtype = GumbelSoftmaxDtype::kBFloat16;
-      break;
-    default:
-      DALLE_CHECK(false, kOp, "logits", "float32, float16 or bfloat16",
-                  torch::headeronly::toString(logits.scalar_type()));
-  }
+  GumbelSoftmaxParams p{1, 1, 1, check_floating(kOp, "logits", logits.scalar_type()), first_row};
   DALLE_CHECK(dim >= 0 && dim < logits.dim(), kOp, "dim", "an axis of logits", dim, " for shape ",
               shape_text(logits));
   DALLE_CHECK(logits.is_contiguous(), kOp, "logits", "contiguous", "strides of another layout");

@@ -6,6 +6,7 @@
 // the threads.
 #pragma once
 
+#include "common/isa.h"
 #include "gumbel_softmax/gumbel_softmax.h"
 
 namespace dalle {
@@ -21,15 +22,7 @@ struct GumbelSoftmaxCpu {
   void (*words)(uint64_t seed, int64_t count, uint32_t* out);
 };
 
-namespace isa_v2 {
-extern const GumbelSoftmaxCpu gumbel_softmax_cpu;
-}
-namespace isa_v3 {
-extern const GumbelSoftmaxCpu gumbel_softmax_cpu;
-}
-namespace isa_v4 {
-extern const GumbelSoftmaxCpu gumbel_softmax_cpu;
-}
+DALLE_FOR_EACH_ISA(GumbelSoftmaxCpu, gumbel_softmax_cpu)
 
 }  // namespace dalle
 
@@ -81,26 +74,14 @@ void backward_units(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& a
 
 void forward(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args, int64_t begin,
              int64_t end, float* scratch) {
-  switch (p.dtype) {
-    case GumbelSoftmaxDtype::kFloat:
-      return forward_units<float>(p, args, begin, end, scratch);
-    case GumbelSoftmaxDtype::kHalf:
-      return forward_units<Half>(p, args, begin, end, scratch);
-    case GumbelSoftmaxDtype::kBFloat16:
-      return forward_units<BFloat16>(p, args, begin, end, scratch);
-  }
+  with_scalar(p.dtype,
+              [&](auto scalar) { forward_units<decltype(scalar)>(p, args, begin, end, scratch); });
 }
 
 void backward(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& args, int64_t begin,
               int64_t end, float* scratch) {
-  switch (p.dtype) {
-    case GumbelSoftmaxDtype::kFloat:
-      return backward_units<float>(p, args, begin, end, scratch);
-    case GumbelSoftmaxDtype::kHalf:
-      return backward_units<Half>(p, args, begin, end, scratch);
-    case GumbelSoftmaxDtype::kBFloat16:
-      return backward_units<BFloat16>(p, args, begin, end, scratch);
-  }
+  with_scalar(p.dtype,
+              [&](auto scalar) { backward_units<decltype(scalar)>(p, args, begin, end, scratch); });
 }
 
 void words(uint64_t seed, int64_t count, uint32_t* out) {

@@ -47,11 +47,11 @@ inline int64_t column_scratch(const GumbelSoftmaxParams& p) {  // floats of one 
 // kWhole: all lanes are rows. At the end of an axis that is no multiple of kLanes they are not.
 template <bool kWhole, typename scalar_t>
 inline Float load_columns(const scalar_t* p, int64_t count) {
-  return kWhole ? load_float(p) : load_some(p, count, 0.0f);
+  return kWhole ? widen(p) : load_some(p, count, 0.0f);
 }
 template <bool kWhole, typename scalar_t>
 inline void store_columns(scalar_t* p, int64_t count, Float v) {
-  kWhole ? store_float(p, v) : store_some(p, count, v);
+  kWhole ? narrow(p, v) : store_some(p, count, v);
 }
 inline Float load_stat(const float* stats, const Columns& c) {
   return load_some(stats + c.row, c.count, 0.0f);
@@ -158,8 +158,7 @@ void forward_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& arg
   state.index = index;
   state.sums.raise(best, logit_max, scale);
   store(state.chunk_max + begin / kColumnChunk * kLanes, best);
-  // Each lane holds a whole row, so sums go by groups and chunks for the sake of their rounding
-  // errors.
+  // Each lane holds a whole row: sums go by groups and chunks, so that they round less.
   Sums chunk{best, logit_max}, part{best, logit_max};
   for (int64_t k = begin; k < end; ++k) {
     Float e[] = {noisy[k - begin]};

@@ -1,5 +1,4 @@
-// gumbel_softmax_cpu.h where the codebook axis is contiguous: lanes are neighbouring codes of one
-// row.
+// gumbel_softmax_cpu.h where the codebook axis is contiguous: lanes are neighbours of one row.
 //
 // A chunk of codes stays in L1: its noisy logits and their maximum first, then exp2 and the sums,
 // which are rescaled when the maximum rises. A last pass multiplies by what each chunk still lacks.
@@ -37,7 +36,7 @@ inline const uint32_t* row_words(const PhiloxKeys& keys, uint64_t row_element, i
 template <int kN, typename scalar_t>
 inline void load_many(const scalar_t* p, Float (&v)[kN]) {
 #pragma GCC unroll 4
-  for (int j = 0; j < kN; ++j) v[j] = load_float(p + j * kLanes);
+  for (int j = 0; j < kN; ++j) v[j] = widen(p + j * kLanes);
 }
 
 template <int kN>
@@ -79,8 +78,7 @@ struct Sums {
     part.sample = part.plain = part.entropy = Float{};
   }
 
-  // Adds kN vectors; noisy becomes 2^((noisy - maximum) scale). Lanes outside of `valid` count
-  // nothing.
+  // Adds kN vectors, of which the lanes of `valid` count; noisy becomes 2^((noisy - max) scale).
   template <bool kAllValid, int kN>
   inline void add(Float (&noisy)[kN], const Float (&logit)[kN], float scale, Int valid) {
     Float t[kN], p[kN];
@@ -130,7 +128,7 @@ struct RowResult {
 template <typename scalar_t>
 void fill(scalar_t* p, int64_t count, float value) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store_float(p + i, splat(value));
+  for (; i + kLanes <= count; i += kLanes) narrow(p + i, splat(value));
   if (i < count) store_some(p + i, count - i, splat(value));
 }
 
@@ -186,7 +184,7 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
       store(noisy + whole, n);
     }
 
-    const float highest = maximum(noisy_max);
+    const float highest = max_of<float>(noisy_max);
     if (highest > best) {
       Int first = splat(static_cast<int32_t>(kRowChunk)), k = lanes;
       for (int64_t i = 0; i < count; i += kLanes, k += kLanes) {
@@ -198,7 +196,7 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
       index = begin + lowest;
       best = highest;
     }
-    sums.raise(splat(best), splat(maximum(maximum(sums.logit_max, logit_max))), scale);
+    sums.raise(splat(best), splat(max_of<float>(maximum(sums.logit_max, logit_max))), scale);
     chunk_max[begin / kRowChunk] = best;
 
     float* out = unscaled + begin;
@@ -219,9 +217,13 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
     }
   }
 
-  const float unfit = sum(bad);
-  const RowResult result{
-      best, sums.logit_max[0], sum(sums.sample), sum(sums.plain), sum(sums.entropy), unfit == 0.0f};
+  const float unfit = sum_of<float>(bad);
+  const RowResult result{best,
+                         sums.logit_max[0],
+                         sum_of<float>(sums.sample),
+                         sum_of<float>(sums.plain),
+                         sum_of<float>(sums.entropy),
+                         unfit == 0.0f};
   result.write(p, args, row, index, scale);
   if (!result.finite || scale != scale) return fill(sample, num_codes, __builtin_nanf(""));
   if (args.hard) {
@@ -234,7 +236,7 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
                          static_cast<float>(1.0 / result.sample);
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) {
-      store_float(sample + i, without_denormals(load<Float>(unscaled + i) * factor));
+      narrow(sample + i, without_denormals(load<Float>(unscaled + i) * factor));
     }
     if (i < end) {
       const Float e = load_some(unscaled + i, end - i, 0.0f);
@@ -314,7 +316,7 @@ void backward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
         store_some(scratch + k, rest, y[0]);
       }
     }
-    gradient.dot = splat(sum(dot));
+    gradient.dot = splat(sum_of<float>(dot));
     gradient.inverse_tau = splat(scale * kLn2);
   }
   if (args.grad_kl) {
@@ -341,7 +343,7 @@ void backward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
       gradient.add_kl<kN>(logit, grad);
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < kN; ++j) store_float(out + k + j * kLanes, grad[j]);
+    for (int j = 0; j < kN; ++j) narrow(out + k + j * kLanes, grad[j]);
   });
   if (rest) {
     Float grad[1] = {};

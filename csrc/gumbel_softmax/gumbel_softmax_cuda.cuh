@@ -2,6 +2,7 @@
 // here. Not yet measured on a GPU. Letters: see gumbel_softmax.h.
 #pragma once
 
+#include "common/vec.cuh"
 #include "gumbel_softmax/gumbel_softmax_cuda_backward.cuh"
 #include "gumbel_softmax/gumbel_softmax_cuda_forward.cuh"
 
@@ -83,30 +84,20 @@ cudaError_t launch_backward(const GumbelSoftmaxParams& p, GumbelSoftmaxBackward 
                        RowLayout<false, 1, 512, 16, true, 8>>(p, launch);
 }
 
+// logits (outer, K, inner) -> R = outer * inner rows -> kRows of the layout a block, kLanes threads
+// a row -> sample (outer, K, inner), index (R), kl (R), stats (4, R).
 inline cudaError_t launch_gumbel_softmax_forward(const GumbelSoftmaxParams& p,
                                                  const GumbelSoftmaxForward& args, void* stream) {
-  switch (p.dtype) {
-    case GumbelSoftmaxDtype::kFloat:
-      return launch_forward<float>(p, args, stream);
-    case GumbelSoftmaxDtype::kHalf:
-      return launch_forward<__half>(p, args, stream);
-    case GumbelSoftmaxDtype::kBFloat16:
-      return launch_forward<__nv_bfloat16>(p, args, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_cuda_scalar(
+      p.dtype, [&](auto scalar) { return launch_forward<decltype(scalar)>(p, args, stream); });
 }
 
+// grad_sample, logits (outer, K, inner), grad_kl (R), stats (4, R) -> rows to blocks and threads as
+// in the forward -> grad_logits (outer, K, inner).
 inline cudaError_t launch_gumbel_softmax_backward(const GumbelSoftmaxParams& p,
                                                   const GumbelSoftmaxBackward& args, void* stream) {
-  switch (p.dtype) {
-    case GumbelSoftmaxDtype::kFloat:
-      return launch_backward<float>(p, args, stream);
-    case GumbelSoftmaxDtype::kHalf:
-      return launch_backward<__half>(p, args, stream);
-    case GumbelSoftmaxDtype::kBFloat16:
-      return launch_backward<__nv_bfloat16>(p, args, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_cuda_scalar(
+      p.dtype, [&](auto scalar) { return launch_backward<decltype(scalar)>(p, args, stream); });
 }
 
 }  // namespace dalle

@@ -65,6 +65,8 @@ struct RowGradient {
   }
 };
 
+// A block takes kRows rows, kLanes threads each; a thread holds kElements codes of its row, logit
+// and gradient, and reads those of a tail a second time.
 template <typename scalar_t, typename layout_t>
 __global__ void __launch_bounds__(layout_t::kThreads, layout_t::kMinBlocks)
     gumbel_softmax_backward_kernel(GumbelSoftmaxParams p, GumbelSoftmaxBackward args) {

@@ -15,10 +15,9 @@ struct RowPart {
 };
 
 __device__ __forceinline__ RowPart shuffle_xor(const RowPart& part, int step) {
-  constexpr uint32_t kAll = 0xffffffffu;
   return {shuffle_xor(part.noisy_max, step),
           shuffle_xor(part.sum, step),
-          __shfl_xor_sync(kAll, part.best, step),
+          __shfl_xor_sync(kAllLanes, part.best, step),
           shuffle_xor(part.logit_max, step),
           shuffle_xor(part.plain, step),
           shuffle_xor(part.entropy, step),
@@ -96,6 +95,8 @@ __device__ inline void write_row(const GumbelSoftmaxParams& p, const GumbelSoftm
   args.stats[kLog2Sum * rows + row] = static_cast<float>(log2_sum);
 }
 
+// A block takes kRows rows, kLanes threads each; a thread holds kElements codes of its row and,
+// where the layout has a tail, reads and draws those beyond a second time.
 template <typename scalar_t, typename layout_t>
 __global__ void __launch_bounds__(layout_t::kThreads, layout_t::kMinBlocks)
     gumbel_softmax_forward_kernel(GumbelSoftmaxParams p, GumbelSoftmaxForward args) {

@@ -13,8 +13,7 @@ namespace dalle {
 // How a block works: kRows rows, kLanes threads a row, each holding kElements codes in registers.
 // Codes lie side by side (kStrided = false; kRows > 1 only within a warp) or `inner` apart, then
 // neighbouring threads take neighbouring rows. kTail: codes beyond kLanes * kElements are read and
-// drawn a second time. kChunk codes are drawn at a time; kMinBlocks a multiprocessor bounds the
-// registers.
+// drawn a second time. kChunk codes are drawn at a time; kMinBlocks bounds the registers.
 template <bool kIsStrided, int kRowCount, int kLaneCount, int kElementCount, bool kHasTail = false,
           int kChunkCount = (kElementCount < 16 ? kElementCount : 16), int kBlocks = 1>
 struct RowLayout {
@@ -24,9 +23,10 @@ struct RowLayout {
   static constexpr int kChunk = kChunkCount;
   static constexpr int kChunks = kElements / kChunk;
   static constexpr int kMinBlocks = kBlocks;
-  static constexpr int kInWarp = kStrided ? 32 / kRows : (kLanes < 32 ? kLanes : 32);
-  static_assert(kThreads % 32 == 0 && kThreads <= 1024 && kElements % kChunk == 0);
-  static_assert(kStrided ? 32 % kRows == 0 : (kRows == 1 || kLanes <= 32));
+  static constexpr int kInWarp =
+      kStrided ? kWarpSize / kRows : (kLanes < kWarpSize ? kLanes : kWarpSize);
+  static_assert(kThreads % kWarpSize == 0 && kThreads <= 1024 && kElements % kChunk == 0);
+  static_assert(kStrided ? kWarpSize % kRows == 0 : (kRows == 1 || kLanes <= kWarpSize));
 };
 
 // Words of kCalls Philox calls at once, so that the keys of a round are made once for all of them.
@@ -220,7 +220,7 @@ struct Row {
 };
 
 __device__ __forceinline__ float shuffle_xor(float value, int step) {
-  return __shfl_xor_sync(0xffffffffu, value, step);
+  return __shfl_xor_sync(kAllLanes, value, step);
 }
 
 // Merges the values of a row's threads in a fixed order; each of them gets the result. `merge` must
@@ -240,7 +240,8 @@ __device__ __forceinline__ value_t reduce_row(value_t value, const value_t& iden
   if constexpr (layout_t::kLanes > layout_t::kInWarp) {
     constexpr int kWarps = layout_t::kLanes / layout_t::kInWarp;
     DALLE_SHARED(value_t, parts, [kWarps][layout_t::kRows]);
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int thread = static_cast<int>(threadIdx.x);
+    const int warp = thread / kWarpSize, lane = thread % kWarpSize;
     const int row = lane % layout_t::kRows, member = lane / layout_t::kRows;
     if (member == 0) parts[warp][row] = value;
     __syncthreads();

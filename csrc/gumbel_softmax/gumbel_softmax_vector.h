@@ -79,45 +79,23 @@ inline Float add_gumbel(Float logit, Word word) {
   return noisy;
 }
 
-// x becomes 2^x for x <= 0 (or slightly above): 0 below 2^-126, so that no denormal arises.
+// 2^x by terms of its own: those of common/vector.h are as good, but samples would have other bits.
+constexpr float kExp2Terms[] = {1.0f,
+                                0.6931471824645996f,
+                                0.24022647738456726f,
+                                0.055503323674201965f,
+                                0.009618437848985195f,
+                                0.0013398876180872321f,
+                                0.00015353357593994588f};
 template <int kN>
 inline void exp2_of(Float (&x)[kN]) {
-  constexpr float kTerms[] = {0.00015353357593994588f,
-                              0.0013398876180872321f,
-                              0.009618437848985195f,
-                              0.055503323674201965f,
-                              0.24022647738456726f,
-                              0.6931471824645996f,
-                              1.0f};
-  Float f[kN], q[kN], shifted[kN];
-  Int vanishes[kN];
-#pragma GCC unroll 4
-  for (int j = 0; j < kN; ++j) {
-    vanishes[j] = (Int)(x[j] < -126.0f);
-    const Float clamped = maximum(x[j], splat(-126.0f));
-    shifted[j] = clamped + 0x1.8p23f;  // to the nearest integer, which the low bits then hold
-    f[j] = clamped - (shifted[j] - 0x1.8p23f);
-    q[j] = splat(kTerms[0]);
-  }
-#pragma GCC unroll 8
-  for (int i = 1; i < 7; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kN; ++j) q[j] = q[j] * f[j] + kTerms[i];
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < kN; ++j) {
-    // Unsigned, since what comes of NaN and infinity wraps around.
-    const Word power = (Word)q[j] + ((Word)shifted[j] << 23);
-    x[j] = (Float)(power & ~(Word)vanishes[j]);
-  }
+  exp2_many<float>(x, kExp2Terms);
 }
 inline Float exp2_of(Float x) {
   Float many[1] = {x};
   exp2_of<1>(many);
   return many[0];
 }
-
-inline float log2_of(float x) { return __builtin_log2f(x); }
 
 }  // namespace
 }  // namespace DALLE_ISA_NAMESPACE

@@ -41,8 +41,8 @@ int64_t grain_of(const AttentionTiles& walk, const SparseAttentionParams& params
   return static_cast<int64_t>(1 + 1e6 / task);
 }
 
-const SparseAttentionCpu& kernels_for(AttentionType type) {
-  if (type == AttentionType::kBFloat16 && cpu_isa() == CpuIsa::kV4Bf16) {
+const SparseAttentionCpu& kernels_for(ElementKind type) {
+  if (type == ElementKind::kBFloat16 && cpu_isa() == CpuIsa::kV4Bf16) {
     return isa_v4_bf16::sparse_attention_cpu;
   }
   return DALLE_SELECT_ISA(sparse_attention_cpu);
@@ -118,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   return {grad_q, grad_k, grad_v};
 }
 
-// For tests: the (T, T) mask as `attends` gives it, or as the CPU kernel's walk visits it, in
-// counts.
+// For tests: the (T, T) mask that `attends` gives, or how often the CPU kernel's walk visits each
+// pair.
 Tensor mask(std::string kind, int64_t text_len, int64_t rows, int64_t columns,
             std::vector<int64_t> runs, bool walked) {
   const AttentionRule rule = check_rule(kind, text_len, rows, columns, runs);

@@ -3,19 +3,34 @@
 //
 // Letters: B batch, H heads, T positions, D head size. A stream is text_len text positions, then
 // rows * columns image positions in raster order (paper, section 2.2 and Figure 11).
+//
+// Every rule below asks for the kind by a switch without default, and the builds take -Wswitch for
+// an error: a new kind compiles once each of them has an answer.
 #pragma once
 
+#include "common/element.h"
 #include "common/host_device.h"
 
 namespace dalle {
 
-enum class AttentionKind : int32_t { kRow, kColumn, kConv, kCausal };
-enum class AttentionType : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
+enum class AttentionKind : int32_t { kRow, kColumn, kOffsets, kCausal };
 
-constexpr int kMaxRuns = 128;  // runs of offsets of a kConv rule; odd kernels up to 253 fit
+// What callers call them. The convolution is a list of offsets too, which Python has made.
+struct AttentionKindName {
+  const char* name;
+  AttentionKind kind;
+};
+constexpr AttentionKindName kAttentionKinds[] = {{"row", AttentionKind::kRow},
+                                                 {"column", AttentionKind::kColumn},
+                                                 {"conv", AttentionKind::kOffsets},
+                                                 {"causal", AttentionKind::kCausal},
+                                                 {"offsets", AttentionKind::kOffsets}};
+
+constexpr int kMaxRuns = 128;  // runs of a kOffsets rule; odd convolutions up to 253 fit
 constexpr int kMaxHeadSize = 256;
 
-// Which keys a query sees. A kConv rule is data: the image distances it attends, as half-open runs.
+// Which keys a query sees. A kOffsets rule is data: the image distances that it attends, as
+// half-open runs.
 struct AttentionRule {
   AttentionKind kind;
   int32_t text_len, rows, columns;
@@ -34,18 +49,43 @@ struct AttentionRows {
 // fraction decides the last bits of every probability that the backward makes again.
 struct SparseAttentionParams {
   AttentionRule rule;
-  AttentionType type;
+  ElementKind type;  // kFloat, kDouble, kHalf or kBFloat16
   int32_t batch, heads, length, head_size;
   double scale;
   AttentionRows q, k, v, out, grad_out, grad_q, grad_k, grad_v;
   double* lse;
 };
 
+// Whether the rule reads its runs. The others are ranges of the walk, in closed form.
+DALLE_HOST_DEVICE bool reads_runs(AttentionKind kind) {
+  switch (kind) {
+    case AttentionKind::kRow:
+    case AttentionKind::kColumn:
+    case AttentionKind::kCausal:
+      return false;
+    case AttentionKind::kOffsets:
+      break;
+  }
+  return true;
+}
+
+// One more than the largest attended distance of a kOffsets rule.
+DALLE_HOST_DEVICE int32_t end_of_runs(const AttentionRule& rule) {
+  return rule.runs[2 * rule.num_runs - 1];
+}
+
 // Whether the image distance `offset` = query - key >= 0 is attended.
 DALLE_HOST_DEVICE bool attends_offset(const AttentionRule& rule, int32_t offset) {
-  if (rule.kind == AttentionKind::kRow) return offset <= rule.columns;
-  if (rule.kind == AttentionKind::kColumn) return offset % rule.columns == 0;
-  if (rule.kind == AttentionKind::kCausal) return true;
+  switch (rule.kind) {
+    case AttentionKind::kRow:
+      return offset <= rule.columns;
+    case AttentionKind::kColumn:
+      return offset % rule.columns == 0;
+    case AttentionKind::kCausal:
+      return true;
+    case AttentionKind::kOffsets:
+      break;
+  }
   for (int32_t i = 0; i < rule.num_runs; ++i) {
     if (offset < rule.runs[2 * i]) return false;
     if (offset < rule.runs[2 * i + 1]) return true;
@@ -59,16 +99,19 @@ DALLE_HOST_DEVICE bool attends(const AttentionRule& rule, int32_t q_idx, int32_t
   return k_idx < rule.text_len || attends_offset(rule, q_idx - k_idx);
 }
 
-// The walk of one row of the dense kernel: the first image key at or after k_idx that the query at
-// q_idx may see, q_idx + 1 or more if there is none. Text keys are k_idx < min(text_len, q_idx +
-// 1).
+// The first image key at or after k_idx that the query at q_idx may see; q_idx + 1 or more if there
+// is none. Text keys are k_idx < min(text_len, q_idx + 1).
 DALLE_HOST_DEVICE int32_t next_image_key(const AttentionRule& rule, int32_t q_idx, int32_t k_idx) {
-  if (rule.kind == AttentionKind::kRow) {
-    return k_idx < q_idx - rule.columns ? q_idx - rule.columns : k_idx;
-  }
-  if (rule.kind == AttentionKind::kColumn) {
-    const int32_t late = q_idx < k_idx ? 0 : (q_idx - k_idx) % rule.columns;
-    return k_idx + late;
+  switch (rule.kind) {
+    case AttentionKind::kRow:
+      return k_idx < q_idx - rule.columns ? q_idx - rule.columns : k_idx;
+    case AttentionKind::kColumn: {
+      const int32_t late = q_idx < k_idx ? 0 : (q_idx - k_idx) % rule.columns;
+      return k_idx + late;
+    }
+    case AttentionKind::kCausal:
+    case AttentionKind::kOffsets:
+      break;
   }
   while (k_idx <= q_idx && !attends_offset(rule, q_idx - k_idx)) ++k_idx;
   return k_idx;
@@ -78,10 +121,16 @@ DALLE_HOST_DEVICE int32_t next_image_key(const AttentionRule& rule, int32_t q_id
 // k_idx; `length` or more if there is none.
 DALLE_HOST_DEVICE int32_t next_image_query(const AttentionRule& rule, int32_t length, int32_t k_idx,
                                            int32_t q_idx) {
-  if (rule.kind == AttentionKind::kRow) return q_idx <= k_idx + rule.columns ? q_idx : length;
-  if (rule.kind == AttentionKind::kColumn) {
-    const int32_t past = (q_idx - k_idx) % rule.columns;
-    return past == 0 ? q_idx : q_idx + rule.columns - past;
+  switch (rule.kind) {
+    case AttentionKind::kRow:
+      return q_idx <= k_idx + rule.columns ? q_idx : length;
+    case AttentionKind::kColumn: {
+      const int32_t past = (q_idx - k_idx) % rule.columns;
+      return past == 0 ? q_idx : q_idx + rule.columns - past;
+    }
+    case AttentionKind::kCausal:
+    case AttentionKind::kOffsets:
+      break;
   }
   while (q_idx < length && !attends_offset(rule, q_idx - k_idx)) ++q_idx;
   return q_idx;
@@ -90,7 +139,15 @@ DALLE_HOST_DEVICE int32_t next_image_query(const AttentionRule& rule, int32_t le
 // Stream position of place `p` of the walk: columns are walked one after another by kColumn, so
 // that the keys of a query are neighbours; everything else is walked as it lies.
 DALLE_HOST_DEVICE int32_t walked_position(const AttentionRule& rule, int32_t p) {
-  if (rule.kind != AttentionKind::kColumn || p < rule.text_len) return p;
+  switch (rule.kind) {
+    case AttentionKind::kRow:
+    case AttentionKind::kCausal:
+    case AttentionKind::kOffsets:
+      return p;
+    case AttentionKind::kColumn:
+      break;
+  }
+  if (p < rule.text_len) return p;
   const int32_t slot = p - rule.text_len;
   return rule.text_len + slot % rule.rows * rule.columns + slot / rule.rows;
 }
@@ -100,9 +157,19 @@ DALLE_HOST_DEVICE int32_t walked_position(const AttentionRule& rule, int32_t p) 
 DALLE_HOST_DEVICE int32_t earliest_image_place(const AttentionRule& rule, int32_t place) {
   int32_t earliest = rule.text_len;
   if (place <= rule.text_len) return earliest;
-  if (rule.kind == AttentionKind::kRow) earliest = place - rule.columns;
-  if (rule.kind == AttentionKind::kConv) earliest = place - rule.runs[2 * rule.num_runs - 1] + 1;
-  if (rule.kind == AttentionKind::kColumn) earliest = place - (place - rule.text_len) % rule.rows;
+  switch (rule.kind) {
+    case AttentionKind::kRow:
+      earliest = place - rule.columns;
+      break;
+    case AttentionKind::kColumn:
+      earliest = place - (place - rule.text_len) % rule.rows;
+      break;
+    case AttentionKind::kOffsets:
+      earliest = place - end_of_runs(rule) + 1;
+      break;
+    case AttentionKind::kCausal:
+      break;
+  }
   return earliest < rule.text_len ? rule.text_len : earliest;
 }
 
@@ -111,10 +178,18 @@ DALLE_HOST_DEVICE int32_t earliest_image_place(const AttentionRule& rule, int32_
 DALLE_HOST_DEVICE int32_t latest_place(const AttentionRule& rule, int32_t length, int32_t place) {
   int32_t latest = length - 1;
   if (place < rule.text_len) return latest;
-  if (rule.kind == AttentionKind::kRow) latest = place + rule.columns;
-  if (rule.kind == AttentionKind::kConv) latest = place + rule.runs[2 * rule.num_runs - 1] - 1;
-  if (rule.kind == AttentionKind::kColumn) {
-    latest = place - (place - rule.text_len) % rule.rows + rule.rows - 1;
+  switch (rule.kind) {
+    case AttentionKind::kRow:
+      latest = place + rule.columns;
+      break;
+    case AttentionKind::kColumn:
+      latest = place - (place - rule.text_len) % rule.rows + rule.rows - 1;
+      break;
+    case AttentionKind::kOffsets:
+      latest = place + end_of_runs(rule) - 1;
+      break;
+    case AttentionKind::kCausal:
+      break;
   }
   return latest < length ? latest : length - 1;
 }

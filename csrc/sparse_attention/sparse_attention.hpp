@@ -1,13 +1,14 @@
-// Checks the arguments of sparse attention once, for every device, and describes them as plain
-// data.
+// Checks the arguments of sparse attention once, for every device, and makes plain data of them.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "common/checks.hpp"
+#include "common/element.hpp"
 #include "sparse_attention/sparse_attention.h"
 
 namespace dalle {
@@ -22,11 +23,14 @@ inline AttentionRule check_rule(const std::string& kind, int64_t text_len, int64
                                 int64_t columns, const std::vector<int64_t>& runs) {
   constexpr int64_t kMost = int64_t{1} << 24;  // positions, so that 32-bit indices are safe
   AttentionRule rule = {};
-  const char* names[] = {"row", "column", "conv", "causal"};
-  int found = 0;
-  while (found < 4 && kind != names[found]) ++found;
-  DALLE_ATTENTION_CHECK(found < 4, "kind", "one of row, column, conv, causal", kind);
-  rule.kind = static_cast<AttentionKind>(found);
+  const AttentionKindName* found = nullptr;
+  std::string names;
+  for (const AttentionKindName& known : kAttentionKinds) {
+    if (kind == known.name) found = &known;
+    names += (names.empty() ? "" : ", ") + std::string(known.name);
+  }
+  DALLE_ATTENTION_CHECK(found != nullptr, "kind", "one of " + names, kind);
+  rule.kind = found->kind;
   DALLE_ATTENTION_CHECK(text_len >= 0 && text_len < kMost, "text_len", "from 0 to 2^24", text_len);
   DALLE_ATTENTION_CHECK(
       rows >= 1 && columns >= 1 && rows < kMost && columns < kMost && rows * columns < kMost,
@@ -34,9 +38,9 @@ inline AttentionRule check_rule(const std::string& kind, int64_t text_len, int64
   rule.text_len = static_cast<int32_t>(text_len);
   rule.rows = static_cast<int32_t>(rows);
   rule.columns = static_cast<int32_t>(columns);
-  const size_t bounds = rule.kind == AttentionKind::kConv ? runs.size() : 0;
+  const size_t bounds = reads_runs(rule.kind) ? runs.size() : 0;
   DALLE_ATTENTION_CHECK(bounds <= 2 * kMaxRuns, "offsets", "at most 128 runs", bounds / 2, " runs");
-  bool holds = bounds % 2 == 0 && (rule.kind != AttentionKind::kConv || bounds > 0);
+  bool holds = bounds % 2 == 0 && (!reads_runs(rule.kind) || bounds > 0);
   for (size_t i = 0; i < bounds; ++i) {
     holds = holds && (i == 0 ? runs[i] == 0 : runs[i] > runs[i - 1]) && runs[i] <= rows * columns;
     if (holds) rule.runs[i] = static_cast<int32_t>(runs[i]);
@@ -64,22 +68,13 @@ inline void check_like(const Tensor& x, const char* name, const Tensor& q) {
                         "contiguous along D", "stride ", x.stride(3));
 }
 
-inline AttentionType check_type(const Tensor& q) {
-  switch (q.scalar_type()) {
-    case ScalarType::Float:
-      return AttentionType::kFloat;
-    case ScalarType::Double:
-      return AttentionType::kDouble;
-    case ScalarType::Half:
-      return AttentionType::kHalf;
-    case ScalarType::BFloat16:
-      return AttentionType::kBFloat16;
-    default:
-      break;
-  }
-  DALLE_ATTENTION_CHECK(false, "q", "float32, float64, float16 or bfloat16",
+inline ElementKind check_type(const Tensor& q) {
+  const ElementKind kind = element_kind(q.scalar_type());
+  const bool holds = kind == ElementKind::kFloat || kind == ElementKind::kDouble ||
+                     kind == ElementKind::kHalf || kind == ElementKind::kBFloat16;
+  DALLE_ATTENTION_CHECK(holds, "q", "float32, float64, float16 or bfloat16",
                         toString(q.scalar_type()));
-  return AttentionType::kFloat;
+  return kind;
 }
 
 inline SparseAttentionParams check_sparse_attention(const Tensor& q, const Tensor& k,

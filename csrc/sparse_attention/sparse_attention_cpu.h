@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/isa.h"
 #include "sparse_attention/sparse_attention.h"
 
 namespace dalle {
@@ -47,8 +48,8 @@ struct SparseAttentionCpu {
   size_t (*forward_bytes)(const SparseAttentionParams&, const AttentionTileView&);
   size_t (*backward_bytes)(const SparseAttentionParams&, const AttentionTileView&);
   size_t (*partial_bytes)(const SparseAttentionParams&, const AttentionTileView&);
-  // Tasks (b * H + h) * num_strips + strip. `workspace`: forward_bytes, 64-byte aligned, one per
-  // thread.
+  // Tasks (b * H + h) * num_strips + strip. `workspace`: forward_bytes, a thread's own, aligned to
+  // 64 bytes.
   void (*forward)(const SparseAttentionParams&, const AttentionTileView&, void* workspace,
                   int64_t task_begin, int64_t task_end);
   // Tasks (b * H + h) * segments + segment.
@@ -59,18 +60,7 @@ struct SparseAttentionCpu {
                           const AttentionSegments&, int64_t task_begin, int64_t task_end);
 };
 
-namespace isa_v2 {
-extern const SparseAttentionCpu sparse_attention_cpu;
-}
-namespace isa_v3 {
-extern const SparseAttentionCpu sparse_attention_cpu;
-}
-namespace isa_v4 {
-extern const SparseAttentionCpu sparse_attention_cpu;
-}
-namespace isa_v4_bf16 {
-extern const SparseAttentionCpu sparse_attention_cpu;
-}
+DALLE_FOR_EACH_ISA(SparseAttentionCpu, sparse_attention_cpu)
 
 }  // namespace dalle
 

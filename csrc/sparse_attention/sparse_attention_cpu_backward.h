@@ -60,8 +60,8 @@ struct BackwardSpace {
         store_along(p + (row + i) * kChunk + c, probability[i][0], probability[i][1]);
       } else {
         const int at = row / kPer * kChunk + c + i * kWidth;
-        store<operand_t>(p_across + at, pairs_across(probability[0][i], probability[1][i]));
-        store<operand_t>(ds_across + at, pairs_across(gradient[0][i], gradient[1][i]));
+        store(p_across + at, pairs_across(probability[0][i], probability[1][i]));
+        store(ds_across + at, pairs_across(gradient[0][i], gradient[1][i]));
       }
     }
   }
@@ -192,7 +192,7 @@ struct Backward {
       fraction[r] = __builtin_ceil(bits) - bits;
     }
     for (int r = 0; r < kTile; r += Lanes<double>::kWidth) {
-      store<double>(fraction + r, exp2_vector<double>(load(fraction + r)));
+      store(fraction + r, exp2_vector<double>(load(fraction + r)));
     }
     for (int r = 0; r < kTile; ++r) {
       space.weight[r] = r < count ? static_cast<acc_t>(fraction[r]) : 0;
@@ -288,8 +288,8 @@ void reduce_typed(const SparseAttentionParams& p, const AttentionTileView& view,
       acc_t* part = static_cast<acc_t*>(split.partial) + (head * split.segments + g) * values * 2 +
                     strip * panel;
       for (int64_t i = 0; sum != nullptr && i < panel; i += Lanes<acc_t>::kWidth) {
-        store<acc_t>(sum + i, load(sum + i) + load(part + i));
-        store<acc_t>(sum + values + i, load(sum + values + i) + load(part + values + i));
+        store(sum + i, load(sum + i) + load(part + i));
+        store(sum + values + i, load(sum + values + i) + load(part + values + i));
       }
       if (sum == nullptr) sum = part;
     }

@@ -1,6 +1,8 @@
 // Forward: online softmax over chunks of tiles. Included by sparse_attention_cpu.h only.
 #pragma once
 
+#include <cmath>  // INFINITY
+
 #include "sparse_attention/sparse_attention_cpu_product.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
@@ -53,7 +55,7 @@ inline Vec<acc_t> mask_and_max(acc_t* scores, const AttentionTile* tiles, int nu
 #pragma GCC unroll 16
       for (int c = 0; c < kTile; c += kWidth) {
         const Vec<acc_t> s = lanes_of<acc_t>(bits, c) ? load(scores + c) : minus_infinity;
-        store<acc_t>(scores + c, s);
+        store(scores + c, s);
         largest = s > largest ? s : largest;
       }
     } else {
@@ -83,9 +85,9 @@ inline void softmax_chunk(ForwardSpace<operand_t>& space, const AttentionTile* t
     const Vec<acc_t> now = chunk > before ? chunk : before;
     // A row that has seen no key yet has no maximum; 0 keeps -inf - (-inf) away.
     const Vec<acc_t> origin = now == minus_infinity ? Vec<acc_t>{} : now;
-    store<acc_t>(space.rescale + r, exp2_vector<acc_t>(before - origin));
-    store<acc_t>(space.largest + r, now);
-    store<acc_t>(space.now + r, origin);
+    store(space.rescale + r, exp2_vector<acc_t>(before - origin));
+    store(space.largest + r, now);
+    store(space.now + r, origin);
   }
   for (int r = 0; r < num_rows; ++r) {
     const acc_t* scores = space.scores + r * kChunk;

@@ -5,56 +5,12 @@
 // rows, [32 / kElements][padded channels]. A word holds kElements neighbours along the sum.
 #pragma once
 
+#include <cstring>
+
 #include "sparse_attention/sparse_attention_cpu_pairs.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
-template <typename To, typename From>
-inline To same_bits(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(BFloat16 x) { return same_bits<float>(static_cast<uint32_t>(x.bits) << 16); }
-inline float widen(Half x) {
-  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
-  // The exponent moves from bias 15 to bias 127; a product with 2^112 also normalises subnormals.
-  const uint32_t finite = same_bits<uint32_t>(same_bits<float>(magnitude) * 0x1p112f);
-  const uint32_t bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite;
-  return same_bits<float>(bits | static_cast<uint32_t>(x.bits & 0x8000) << 16);
-}
-
-// All narrowing rounds to nearest, ties to even; NaN stays NaN.
-inline void narrow(float x, float* to) { *to = x; }
-inline void narrow(double x, double* to) { *to = x; }
-inline void narrow(float x, BFloat16* to) {
-  const uint32_t bits = same_bits<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  to->bits =
-      static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
-}
-inline void narrow(float x, Half* to) {
-  const uint32_t bits = same_bits<uint32_t>(x), sign = bits >> 16 & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  // Below 2^-14 adding 0.5 leaves the rounded subnormal in the low bits of the sum.
-  const uint32_t small = same_bits<uint32_t>(same_bits<float>(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-  const uint32_t infinite = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t finite = magnitude < (113u << 23) ? small : normal;
-  to->bits = static_cast<uint16_t>(sign | (magnitude >= (143u << 23) ? infinite : finite));
-}
 
 // Head sizes are padded to whole vectors, with zeros.
 template <typename operand_t>
@@ -84,8 +40,10 @@ inline int places_of(int strip, int length) {
 // to[words] = one row, zero beyond its channels.
 template <typename storage_t, typename operand_t>
 inline void gather_row(const storage_t* row, int size, int words, operand_t* to) {
-  for (int d = 0; d < size; ++d) to[d] = widen(row[d]);
-  for (int d = size; d < words; ++d) to[d] = 0;
+  constexpr int kWidth = Lanes<operand_t>::kWidth;
+  int d = 0;
+  for (; d + kWidth <= size; d += kWidth) store(to + d, widen(row + d));
+  if (d < words) store(to + d, load_some(row + d, size - d, 0));
 }
 inline void gather_row(const BFloat16* row, int size, int words, Pair* to) {
   constexpr int kWidth = Lanes<Pair>::kWidth;
@@ -143,9 +101,12 @@ inline const operand_t* gather_across(const SparseAttentionParams& p, const Atte
 template <typename storage_t, typename acc_t>
 inline void scatter_rows(const acc_t* from, acc_t factor, int padded, const int32_t* position,
                          int count, int head_size, storage_t* to, int64_t stride) {
+  constexpr int kWidth = Lanes<acc_t>::kWidth;
   for (int r = 0; r < count; ++r, from += padded) {
     storage_t* row = to + position[r] * stride;
-    for (int d = 0; d < head_size; ++d) narrow(factor * from[d], row + d);
+    int d = 0;
+    for (; d + kWidth <= head_size; d += kWidth) narrow(row + d, factor * load(from + d));
+    if (d < head_size) store_some(row + d, head_size - d, factor * load(from + d));
   }
 }
 
@@ -203,13 +164,27 @@ struct Carver {
 // Calls body(storage_t{}, operand_t{}) for the types of the tensors. v4_bf16 has bfloat16 alone:
 // the other types are what v4 makes of them.
 template <typename Body>
-inline void for_type(AttentionType type, const Body& body) {
+inline void for_type(ElementKind type, const Body& body) {
+  switch (type) {
 #ifndef __AVX512BF16__
-  if (type == AttentionType::kFloat) body(float{}, float{});
-  if (type == AttentionType::kDouble) body(double{}, double{});
-  if (type == AttentionType::kHalf) body(Half{}, float{});
+    case ElementKind::kFloat:
+      return body(float{}, float{});
+    case ElementKind::kDouble:
+      return body(double{}, double{});
+    case ElementKind::kHalf:
+      return body(Half{}, float{});
+#else
+    case ElementKind::kFloat:
+    case ElementKind::kDouble:
+    case ElementKind::kHalf:
 #endif
-  if (type == AttentionType::kBFloat16) body(BFloat16{}, BFloat16Operand{});
+    case ElementKind::kNone:
+    case ElementKind::kShort:
+    case ElementKind::kLong:
+      return;  // the op has refused them, or chosen another build
+    case ElementKind::kBFloat16:
+      return body(BFloat16{}, BFloat16Operand{});
+  }
 }
 
 // Bytes that the pieces of a workspace take, ForwardSpace or BackwardSpace.

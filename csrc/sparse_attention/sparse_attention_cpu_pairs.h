@@ -5,14 +5,7 @@
 // by sparse_attention_cpu.h only.
 #pragma once
 
-#ifdef __AVX512BF16__
-// GCC 12 takes the "undefined" vectors of its own immintrin.h for uninitialized ones.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#endif
-
-#include "sparse_attention/sparse_attention_cpu_vector.h"
+#include "common/vector.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
@@ -21,13 +14,8 @@ struct Pair {
   uint32_t bits;  // the first of the two in the low half
 };
 template <>
-struct Lanes<Pair> {
-  typedef uint32_t vec __attribute__((vector_size(DALLE_ISA_BYTES)));
-  typedef uint32_t loose __attribute__((vector_size(DALLE_ISA_BYTES), aligned(4), may_alias));
-  static constexpr int kWidth = DALLE_ISA_BYTES / 4;
-};
+struct Lanes<Pair> : VectorOf<uint32_t> {};
 using BFloat16Operand = std::conditional_t<DALLE_ISA_BYTES == 64, Pair, float>;
-typedef uint16_t Halves __attribute__((vector_size(DALLE_ISA_BYTES)));
 
 // Numbers in a word of an operand, and the type its products add up in.
 template <typename operand_t>
@@ -54,7 +42,8 @@ inline Vec<float> multiply_add(Vec<Pair> a, Vec<Pair> b, Vec<float> sum) {
 // Lane i of the result is lane place(i) of a, b.
 template <typename Place, size_t... kLane>
 inline Vec<Pair> pick(Vec<Pair> a, Vec<Pair> b, Place place, std::index_sequence<kLane...>) {
-  return (Vec<Pair>)__builtin_shufflevector((Halves)a, (Halves)b, place(int(kLane))...);
+  return (Vec<Pair>)__builtin_shufflevector((Vec<uint16_t>)a, (Vec<uint16_t>)b,
+                                            place(int(kLane))...);
 }
 template <typename Place>
 inline Vec<Pair> pick(Vec<Pair> a, Vec<Pair> b, Place place) {
@@ -81,27 +70,21 @@ inline Vec<Pair> pairs_across(Vec<float> first, Vec<float> second) {
   return pick(both, both, [](int i) { return i % 2 * Lanes<Pair>::kWidth + i / 2; });
 }
 #else
-inline Vec<Pair> rounded(Vec<float> x) {  // in the high half of each word
-  const Vec<Pair> bits = (Vec<Pair>)x, up = bits + (0x7fffu + (bits >> 16 & 1u));
-  return x == x ? up : bits | 0x400000u;
-}
 inline Vec<Pair> pairs_along(Vec<float> a, Vec<float> b) {
-  return pick(rounded(a), rounded(b), [](int i) { return 2 * i + 1; });
+  return pick(rounded_to_bfloat16(a), rounded_to_bfloat16(b), [](int i) { return 2 * i + 1; });
 }
 inline Vec<Pair> pairs_across(Vec<float> first, Vec<float> second) {
-  return rounded(first) >> 16 | (rounded(second) & 0xffff0000u);
+  return rounded_to_bfloat16(first) >> 16 | (rounded_to_bfloat16(second) & 0xffff0000u);
 }
 #endif
 
 // Stores a and b, neighbours along the sum, as operands.
 template <typename acc_t>
 inline void store_along(acc_t* to, Vec<acc_t> a, Vec<acc_t> b) {
-  store<acc_t>(to, a);
-  store<acc_t>(to + Lanes<acc_t>::kWidth, b);
+  store(to, a);
+  store(to + Lanes<acc_t>::kWidth, b);
 }
-inline void store_along(Pair* to, Vec<float> a, Vec<float> b) {
-  store<Pair>(to, pairs_along(a, b));
-}
+inline void store_along(Pair* to, Vec<float> a, Vec<float> b) { store(to, pairs_along(a, b)); }
 
 }  // namespace
 }  // namespace dalle::DALLE_ISA_NAMESPACE

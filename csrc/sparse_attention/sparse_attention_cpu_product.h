@@ -24,7 +24,7 @@ inline void micro_tile(const operand_t* a, const operand_t* b, int64_t ldb, int 
   for (int k = 0; k < depth; ++k, a += kStep, b += ldb) {
     Vec<operand_t> row[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) row[j] = load<operand_t>(b + j * kWidth);
+    for (int j = 0; j < kVectors; ++j) row[j] = load(b + j * kWidth);
 #pragma GCC unroll 8
     for (int r = 0; r < kMicroRows; ++r) {
       const Vec<operand_t> factor = splat(a[r * kRowStep]);
@@ -40,7 +40,7 @@ inline void store_tile(acc_t* c, int64_t ldc, const MicroTile<acc_t, kVectors>& 
   for (int r = 0; r < kMicroRows; ++r) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      store<acc_t>(c + r * ldc + j * Lanes<acc_t>::kWidth, sum[r][j]);
+      store(c + r * ldc + j * Lanes<acc_t>::kWidth, sum[r][j]);
     }
   }
 }
@@ -53,7 +53,7 @@ inline void load_tile(const acc_t* c, int64_t ldc, const acc_t* beta,
   for (int r = 0; r < kMicroRows; ++r) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      const Vec<acc_t> x = load<acc_t>(c + r * ldc + j * Lanes<acc_t>::kWidth);
+      const Vec<acc_t> x = load(c + r * ldc + j * Lanes<acc_t>::kWidth);
       sum[r][j] = beta == nullptr ? x : x * beta[r];
     }
   }

@@ -1,8 +1,9 @@
 // Which CUDA kernel takes a call of sparse attention, and its launch. No torch here.
 //
-//   fp16, bf16, D <= 128    tensor cores; D is padded with zeros to 32, 64, 80, 96 or 128
-//   fp32, fp64, larger or odd D, rows that begin between multiples of 4 bytes,
-//   conv offsets over 8,096 sparse_attention_cuda_exact.cuh
+// - fp16 and bf16 with an even D <= 128: tensor cores, D padded with zeros to 32, 64, 80, 96
+//   or 128.
+// - fp32 and fp64, a larger or odd D, rows that begin between multiples of 4 bytes, offsets over
+//   8,096: the kernels of sparse_attention_cuda_exact.cuh.
 #pragma once
 
 #include <algorithm>
@@ -25,11 +26,9 @@ inline uint64_t row_alignment(const SparseAttentionParams& p) {
 }
 
 inline bool takes_tensor_cores(const SparseAttentionParams& p) {
-  const bool conv = p.rule.kind == AttentionKind::kConv;
-  const int32_t conv_reach = conv ? p.rule.runs[2 * p.rule.num_runs - 1] : 0;
-  return (p.type == AttentionType::kHalf || p.type == AttentionType::kBFloat16) &&
-         p.head_size <= 128 && p.head_size % 2 == 0 && row_alignment(p) >= 4 &&
-         conv_reach <= kMaxReach;
+  const int32_t reach = reads_runs(p.rule.kind) ? end_of_runs(p.rule) : 0;
+  return (p.type == ElementKind::kHalf || p.type == ElementKind::kBFloat16) && p.head_size <= 128 &&
+         p.head_size % 2 == 0 && row_alignment(p) >= 4 && reach <= kMaxReach;
 }
 
 // Returns call(scalar_t{}, integral constant of the compiled head size).
@@ -43,7 +42,7 @@ cudaError_t for_padded_head(const SparseAttentionParams& p, const Call& call) {
 }
 template <typename Call>
 cudaError_t for_tensor_cores(const SparseAttentionParams& p, const Call& call) {
-  if (p.type == AttentionType::kHalf) return for_padded_head<__half>(p, call);
+  if (p.type == ElementKind::kHalf) return for_padded_head<__half>(p, call);
   return for_padded_head<__nv_bfloat16>(p, call);
 }
 
@@ -67,7 +66,7 @@ cudaError_t launch_walk(void (*kernel)(parameters_t...), const SparseAttentionPa
   if (heads * parts > 0x7fffffff) return cudaErrorInvalidConfiguration;
   const QueryPlan plan = {tile_plan(p, scale), static_cast<int32_t>(parts),
                           static_cast<int32_t>(text)};
-  return launch(kernel, static_cast<unsigned>(heads * parts), kWarps * kWarp,
+  return launch(kernel, static_cast<unsigned>(heads * parts), kWarps * kWarpSize,
                 static_cast<size_t>((text + kSlots) * kPair), stream, p, plan, arguments...);
 }
 
@@ -76,6 +75,8 @@ constexpr int row_tiles() {  // accumulators of 32 rows of a larger head do not 
   return kHeadSize <= 64 ? 2 : 1;
 }
 
+// q, k, v (B, H, T, D) -> heads b * H + h times parts of T -> blocks -> 4 warps of 16 or 32 queries
+// -> out (B, H, T, D) and lse (B, H, T).
 inline cudaError_t launch_sparse_attention_forward(const SparseAttentionParams& p, void* stream) {
   if (!takes_tensor_cores(p)) return launch_exact_forward(p, stream);
   return for_tensor_cores(p, [&](auto scalar, auto size) {
@@ -86,7 +87,9 @@ inline cudaError_t launch_sparse_attention_forward(const SparseAttentionParams& 
   });
 }
 
-// `scratch` holds 8 bytes a query.
+// grad_out, q, k, v, out (B, H, T, D) and lse (B, H, T) -> queries as in the forward -> grad_q
+// (B, H, T, D) and a QueryStats a query in `scratch`, 8 bytes each -> tiles of 64 keys, one a block
+// -> grad_k, grad_v (B, H, T, D).
 inline cudaError_t launch_sparse_attention_backward(const SparseAttentionParams& p, void* scratch,
                                                     void* stream) {
   if (!takes_tensor_cores(p)) {
@@ -106,7 +109,7 @@ inline cudaError_t launch_sparse_attention_backward(const SparseAttentionParams&
     constexpr size_t kBytes = kSlots * QueryTiles<scalar_t, kHeadSize>::kSlot +
                               (kHeld ? 0 : 2 * TileLayout<kHeadSize>::kBytes);
     return launch(sparse_attention_backward_key_mma_kernel<scalar_t, kHeadSize, kHeld>,
-                  static_cast<unsigned>(blocks), kWarps * kWarp, kBytes, stream, p,
+                  static_cast<unsigned>(blocks), kWarps * kWarpSize, kBytes, stream, p,
                   tile_plan(p, p.scale), stats);
   });
 }

@@ -53,8 +53,8 @@ struct BackwardWarp : QueryRows<kRowTiles> {
         const float2 b = unpack_pair<scalar_t>(grads.fragments[i / 2][j / 2].words[word]);
         delta += a.x * b.x + a.y * b.y;
       }
-      delta += __shfl_xor_sync(0xffffffffu, delta, 1);
-      delta += __shfl_xor_sync(0xffffffffu, delta, 2);
+      delta += __shfl_xor_sync(kAllLanes, delta, 1);
+      delta += __shfl_xor_sync(kAllLanes, delta, 2);
       const int64_t first = head.first(p);
       const double lse = positions[i] < 0 ? 0.0 : p.lse[first + positions[i]];
       own[i] = {static_cast<float>(lse * kLog2E), delta};
@@ -100,8 +100,10 @@ struct BackwardWarp : QueryRows<kRowTiles> {
   }
 };
 
+// A warp takes 16 * kRowTiles queries of one head at a time, a lane the rows and columns that it
+// has in the forward, of q, grad_out and grad_q.
 template <typename scalar_t, int kHeadSize, int kRowTiles>
-__global__ void __launch_bounds__(kWarps* kWarp, 2)
+__global__ void __launch_bounds__(kWarps* kWarpSize, 2)
     sparse_attention_backward_query_mma_kernel(const SparseAttentionParams p, const QueryPlan plan,
                                                QueryStats* stats) {
   DALLE_SHARED(uint32_t, offsets, [kOffsetWords]);
@@ -146,7 +148,7 @@ struct KeyWarp {
   float grad_k[1][kHeadSize / 8][4], grad_v[1][kHeadSize / 8][4];
 
   __device__ KeyWarp(const SparseAttentionParams& params, const TilePlan& tile, int32_t first)
-      : p(params), plan(tile), mine(first + static_cast<int32_t>(threadIdx.x) % kWarp / 4) {
+      : p(params), plan(tile), mine(first + static_cast<int32_t>(threadIdx.x) % kWarpSize / 4) {
     clear(grad_k);
     clear(grad_v);
 #pragma unroll
@@ -157,7 +159,7 @@ struct KeyWarp {
 
   __device__ __forceinline__ void visit(const AttentionSight& sight, const unsigned char* slot,
                                         int32_t first) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     const unsigned char* grads = slot + TileLayout<kHeadSize>::kBytes;
     const float2* stats = reinterpret_cast<const float2*>(grads + TileLayout<kHeadSize>::kBytes);
 #pragma unroll 1
@@ -167,7 +169,7 @@ struct KeyWarp {
       for (int i = 0; i < 2; ++i) {
         bits[i] = sight.queries(mine + i * 8, latest[i], first + row);
       }
-      if (!__any_sync(0xffffffffu, (bits[0] | bits[1]) != 0)) continue;
+      if (!__any_sync(kAllLanes, (bits[0] | bits[1]) != 0)) continue;
 #pragma unroll 1
       for (int part = row; part < row + 32; part += 16) {
         float weight[1][2][4], grad[1][2][4];
@@ -194,8 +196,10 @@ struct KeyWarp {
   }
 };
 
+// A block takes a tile of 64 keys of one head through all queries that see one of them, a warp 16
+// of the keys; a lane holds their rows lane / 4 and lane / 4 + 8, and of every 8 columns two.
 template <typename scalar_t, int kHeadSize, bool kHeld>
-__global__ void __launch_bounds__(kWarps* kWarp, 2)
+__global__ void __launch_bounds__(kWarps* kWarpSize, 2)
     sparse_attention_backward_key_mma_kernel(const SparseAttentionParams p, const TilePlan plan,
                                              const QueryStats* stats) {
   DALLE_SHARED(uint32_t, offsets, [kOffsetWords]);

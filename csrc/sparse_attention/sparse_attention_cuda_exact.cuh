@@ -11,7 +11,6 @@
 
 namespace dalle {
 
-constexpr int kWarpSize = 32;
 constexpr int kWarpsPerBlock = 4;
 
 template <typename scalar_t>
@@ -66,7 +65,7 @@ struct LaneRow {
     acc_t sum = 0;
     for (int i = 0; i < kPerLane; ++i) sum += x[i] * other.x[i];
     for (int step = kWarpSize / 2; step > 0; step /= 2) {
-      sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      sum += __shfl_xor_sync(kAllLanes, sum, step);
     }
     return sum;
   }
@@ -143,6 +142,7 @@ __device__ void for_queries(const AttentionRule& rule, int32_t length, int32_t k
   }
 }
 
+// A warp takes one query; lane l holds the elements l, l + 32, ... of its rows.
 template <typename scalar_t, int kPerLane>
 __global__ void sparse_attention_forward_kernel(const SparseAttentionParams p) {
   using acc_t = typename Accumulator<scalar_t>::type;
@@ -172,7 +172,8 @@ __global__ void sparse_attention_forward_kernel(const SparseAttentionParams p) {
   }
 }
 
-// Also leaves delta = sum over D of out * grad_out for the other kernel.
+// A warp takes one query, as in the forward, and lane 0 leaves delta = sum over D of out * grad_out
+// for the other kernel.
 template <typename scalar_t, int kPerLane>
 __global__ void sparse_attention_backward_query_kernel(const SparseAttentionParams p,
                                                        double* delta) {
@@ -199,6 +200,7 @@ __global__ void sparse_attention_backward_query_kernel(const SparseAttentionPara
                at.lane);
 }
 
+// A warp takes one key through every query that sees it; lane l holds the elements l, l + 32, ...
 template <typename scalar_t, int kPerLane>
 __global__ void sparse_attention_backward_key_kernel(const SparseAttentionParams p,
                                                      const double* delta) {
@@ -237,9 +239,9 @@ cudaError_t for_head_size(const SparseAttentionParams& p, const Call& call) {
 }
 template <typename Call>
 cudaError_t for_exact(const SparseAttentionParams& p, const Call& call) {
-  if (p.type == AttentionType::kFloat) return for_head_size<float>(p, call);
-  if (p.type == AttentionType::kDouble) return for_head_size<double>(p, call);
-  if (p.type == AttentionType::kHalf) return for_head_size<__half>(p, call);
+  if (p.type == ElementKind::kFloat) return for_head_size<float>(p, call);
+  if (p.type == ElementKind::kDouble) return for_head_size<double>(p, call);
+  if (p.type == ElementKind::kHalf) return for_head_size<__half>(p, call);
   return for_head_size<__nv_bfloat16>(p, call);
 }
 
@@ -250,6 +252,8 @@ inline unsigned num_blocks(const SparseAttentionParams& p) {
   return blocks > 0x7fffffff ? 0u : static_cast<unsigned>(blocks);
 }
 
+// q, k, v (B, H, T, D) -> B * H * T queries -> a warp each, 4 a block -> out (B, H, T, D) and lse
+// (B, H, T).
 inline cudaError_t launch_exact_forward(const SparseAttentionParams& p, void* stream) {
   const unsigned blocks = num_blocks(p);
   if (blocks == 0) return cudaErrorInvalidConfiguration;
@@ -260,7 +264,8 @@ inline cudaError_t launch_exact_forward(const SparseAttentionParams& p, void* st
   });
 }
 
-// `delta` is scratch of B * H * T doubles.
+// grad_out, q, k, v, out (B, H, T, D) and lse (B, H, T) -> a warp a query -> grad_q (B, H, T, D)
+// and `delta`, scratch of (B, H, T) doubles -> a warp a key -> grad_k, grad_v (B, H, T, D).
 inline cudaError_t launch_exact_backward(const SparseAttentionParams& p, double* delta,
                                          void* stream) {
   const unsigned blocks = num_blocks(p);

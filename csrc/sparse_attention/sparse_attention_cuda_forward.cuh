@@ -70,8 +70,8 @@ struct ForwardWarp : QueryRows<kRowTiles> {
           if (sees(n, e)) high = fmaxf(high, score[m][n][half * 2 + e]);
         }
       }
-      high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
-      high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
+      high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, 1));
+      high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, 2));
       const float before = largest[i];
       const float now = fmaxf(before, high);
       largest[i] = now;
@@ -88,7 +88,7 @@ struct ForwardWarp : QueryRows<kRowTiles> {
         }
       }
       // Scores rarely grow after the first tiles; a whole warp skips the multiplication then.
-      if (__any_sync(0xffffffffu, now > before)) {
+      if (__any_sync(kAllLanes, now > before)) {
         const float rescale =
             before == -INFINITY ? 0.0f : exp2_approx(fmaf(before, plan.scale_log2, -origin));
         total[i] *= rescale;
@@ -110,8 +110,8 @@ struct ForwardWarp : QueryRows<kRowTiles> {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       float sum = total[i];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
       factor[i] = 1.0f / sum;
       if (threadIdx.x % 4 == 0 && positions[i] >= 0) {
         const double log2_sum = log2f(sum);
@@ -122,8 +122,10 @@ struct ForwardWarp : QueryRows<kRowTiles> {
   }
 };
 
+// A warp takes 16 * kRowTiles queries of one head at a time; a lane holds their rows lane / 4 + 8
+// i, and of every 8 columns two from lane % 4 * 2 on.
 template <typename scalar_t, int kHeadSize, int kRowTiles>
-__global__ void __launch_bounds__(kWarps* kWarp, 2)
+__global__ void __launch_bounds__(kWarps* kWarpSize, 2)
     sparse_attention_forward_mma_kernel(const SparseAttentionParams p, const QueryPlan plan) {
   DALLE_SHARED(uint32_t, offsets, [kOffsetWords]);
   DALLE_DYNAMIC_SHARED(tiles);

@@ -1,6 +1,6 @@
 // What a query sees, in places of the walk (walked_position of sparse_attention.h): as one word of
 // bits for 32 neighbours, from which a warp decides whether a tile is skipped, masked or full. Row,
-// column and causal patterns are closed forms; a conv pattern reads a table of its offsets, which
+// column and causal patterns are closed forms; other patterns read a table of their offsets, which
 // each block keeps in shared memory. No torch here.
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace dalle {
 
 constexpr int kOffsetWords = 256;                   // of the table
-constexpr int kMaxReach = (kOffsetWords - 3) * 32;  // of a conv pattern that fits
+constexpr int kMaxReach = (kOffsetWords - 3) * 32;  // of offsets that fit
 
 // The n lowest bits; n may lie outside of 0 .. 32.
 __device__ __forceinline__ uint32_t low_bits(int32_t n) {
@@ -25,12 +25,12 @@ __device__ __forceinline__ uint32_t range_bits(int32_t first, int32_t begin, int
 struct AttentionSight {
   const AttentionRule& rule;
   int32_t length;
-  const uint32_t* table;  // of a conv pattern: 32 zeros, then bit o: offset o is attended
+  const uint32_t* table;  // 32 zeros, then bit o: offset o is attended
 
   // Of kOffsetWords words; a barrier has to follow.
   __device__ AttentionSight(const SparseAttentionParams& p, uint32_t* words)
       : rule(p.rule), length(p.length), table(words) {
-    if (rule.kind != AttentionKind::kConv) return;
+    if (!by_table()) return;
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i < kOffsetWords;
          i += static_cast<int32_t>(blockDim.x)) {
       uint32_t bits = 0;
@@ -41,6 +41,8 @@ struct AttentionSight {
     }
   }
 
+  __device__ __forceinline__ bool by_table() const { return reads_runs(rule.kind); }
+
   // Bit i: whether offset start + i is attended.
   __device__ __forceinline__ uint32_t offsets(int32_t start) const {
     const int32_t at = start < -32 ? 0 : start > kMaxReach ? kMaxReach + 32 : start + 32;
@@ -49,11 +51,11 @@ struct AttentionSight {
 
   // Bit i: whether a query at place `query` sees the key at place first + i; `earliest` is its
   // earliest_image_place.
-  template <bool kConv>
+  template <bool kTable>
   __device__ __forceinline__ uint32_t keys(int32_t query, int32_t earliest, int32_t first) const {
     const int32_t text = query < rule.text_len ? query + 1 : rule.text_len;
     uint32_t image = range_bits(first, earliest, query + 1);
-    if (kConv) image &= __brev(offsets(query - first - 31));  // offsets fall as keys rise
+    if (kTable) image &= __brev(offsets(query - first - 31));  // offsets fall as keys rise
     return image | low_bits(text - first);
   }
 
@@ -61,7 +63,7 @@ struct AttentionSight {
   // latest_place of the key.
   __device__ __forceinline__ uint32_t queries(int32_t key, int32_t latest, int32_t first) const {
     const uint32_t later = range_bits(first, key, latest + 1);
-    if (key < rule.text_len || rule.kind != AttentionKind::kConv) return later;
+    if (key < rule.text_len || !by_table()) return later;
     return later & offsets(first - key);
   }
 
@@ -70,7 +72,7 @@ struct AttentionSight {
                                       int32_t last_key) const {
     if (last_key > query) return false;
     if (last_key < rule.text_len) return true;
-    if (rule.kind == AttentionKind::kConv) return false;
+    if (by_table()) return false;
     const int32_t earliest = earliest_image_place(rule, last_query);
     return key >= earliest || earliest <= rule.text_len;
   }

@@ -9,7 +9,6 @@
 
 namespace dalle {
 
-constexpr int kWarp = 32;
 constexpr int kTilePlaces = 64;
 
 // What the host worked out for a launch.
@@ -20,7 +19,7 @@ struct TilePlan {
 
 // Index of this thread's warp, told so that the compiler knows it is the same in all lanes.
 __device__ __forceinline__ int warp_index() {
-  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarp, 0);
+  return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpSize, 0);
 }
 
 // Which head of the batch a block works on.
@@ -113,7 +112,7 @@ struct TileRows {
   int row;
 
   __device__ __forceinline__ Fragment fragment(int m, int step) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     Fragment a;
     ldmatrix(a.words,
              tile + TileLayout<kHeadSize>::at(row + m * 16, lane % 16, step * 2 + lane / 16));
@@ -133,7 +132,7 @@ struct HeldRows {
   template <typename scalar_t>
   __device__ void load(const HeadRows<scalar_t>& rows, int32_t head_size,
                        const int32_t (&positions)[2 * kRowTiles]) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
       const scalar_t* own = rows.row(positions[i] < 0 ? 0 : positions[i]) + lane % 4 * 2;
@@ -159,7 +158,7 @@ template <typename scalar_t, int kHeadSize, int kColumns, int kRowTiles, typenam
 __device__ __forceinline__ void multiply_transposed(float (&acc)[kRowTiles][kColumns / 8][4],
                                                     const A& a, const unsigned char* tile,
                                                     int row) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
 #pragma unroll
   for (int step = 0; step < kHeadSize / 16; ++step) {
     Fragment left[kRowTiles];
@@ -186,7 +185,7 @@ template <typename scalar_t, int kHeadSize, int kColumns, int kRowTiles>
 __device__ __forceinline__ void multiply(float (&acc)[kRowTiles][kHeadSize / 8][4],
                                          const float (&w)[kRowTiles][kColumns / 8][4],
                                          const unsigned char* tile, int row) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
 #pragma unroll
   for (int step = 0; step < kColumns / 16; ++step) {
     uint32_t a[kRowTiles][4];
@@ -235,7 +234,7 @@ __device__ void store_rows(const HeadRows<scalar_t>& rows, int32_t head_size,
                            const int32_t (&positions)[2 * kRowTiles],
                            const float (&acc)[kRowTiles][kCount][4],
                            const float (&factor)[2 * kRowTiles]) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
     if (positions[i] < 0) continue;

@@ -80,7 +80,7 @@ struct QueryRows {
     first_query = query;
     last_query = query + kRows * 8 - 1 < p.length ? query + kRows * 8 - 1 : p.length - 1;
     if (query >= p.length) last_query = -1;  // sees nothing
-    mine = query + static_cast<int32_t>(threadIdx.x) % kWarp / 4;
+    mine = query + static_cast<int32_t>(threadIdx.x) % kWarpSize / 4;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) earliest[i] = earliest_image_place(p.rule, place(i));
   }
@@ -90,12 +90,12 @@ struct QueryRows {
   }
   __device__ __forceinline__ bool inside(int i) const { return mine + i * 8 < p.length; }
 
-  template <bool kConv>
+  template <bool kTable>
   __device__ __forceinline__ void look(const AttentionSight& sight, int32_t first,
                                        Seen* seen) const {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      seen->bits[i] = sight.template keys<kConv>(place(i), earliest[i], first);
+      seen->bits[i] = sight.template keys<kTable>(place(i), earliest[i], first);
     }
   }
 };
@@ -117,7 +117,7 @@ __device__ __forceinline__ void visit_tile(Warp& warp, const AttentionSight& sig
 #pragma unroll 1
   for (int row = 0; row < kTilePlaces; row += 32) {
     typename Warp::Seen seen;
-    if (sight.rule.kind == AttentionKind::kConv) {
+    if (sight.by_table()) {
       warp.template look<true>(sight, first + row, &seen);
     } else {
       warp.template look<false>(sight, first + row, &seen);
@@ -125,7 +125,7 @@ __device__ __forceinline__ void visit_tile(Warp& warp, const AttentionSight& sig
     uint32_t any = 0;
 #pragma unroll
     for (int i = 0; i < Warp::kRows; ++i) any |= seen.bits[i];
-    if (__any_sync(0xffffffffu, any != 0)) warp.template attend<32, true>(keys, row, seen);
+    if (__any_sync(kAllLanes, any != 0)) warp.template attend<32, true>(keys, row, seen);
   }
 }
 

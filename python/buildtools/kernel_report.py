@@ -3,7 +3,8 @@
 Compiles each `csrc/<op>/<op>_cuda.cu` for sm_80 and sm_90a, warnings being errors, and prints one
 row a kernel: registers, shared memory, the opcodes that matter. It fails where a kernel spills,
 uses local memory, exceeds its registers, lacks an opcode that `csrc/<op>/<op>_cuda_budget.txt`
-promises, or has no row there.
+promises, or has no row there. A row is for one architecture: a kernel that is compiled for another
+needs another row.
 
 A build that has kept its cubins and its log is not repeated (`.ci/run`):
 `CUDAFLAGS="-Xptxas=-v --keep --keep-dir=DIR" pip wheel -v ... > LOG`, then `--kept DIR --log LOG`.
@@ -94,13 +95,17 @@ def demangle(names: list[str]) -> dict[str, str]:
     return dict(zip(names, (re.sub(r"\b(\w+::)+", "", name) for name in short), strict=True))
 
 
-def read_budgets(path: Path) -> list[Budget]:
-    """Rows of `kernel prefix | registers | opcodes`, `!X` an opcode that must not be there."""
+def read_budgets(path: Path, architecture: str | None = None) -> list[Budget]:
+    """Rows of `kernel prefix | architecture | registers | opcodes`, of one architecture or of all.
+
+    `!X` is an opcode that must not be there.
+    """
     budgets = []
     for line in path.read_text().splitlines():
         if line.strip() and not line.startswith("#"):
-            prefix, registers, opcodes = (part.strip() for part in line.split("|"))
-            budgets.append(Budget(prefix, int(registers), tuple(opcodes.split())))
+            prefix, row_of, registers, opcodes = (part.strip() for part in line.split("|"))
+            if architecture in (None, row_of):
+                budgets.append(Budget(prefix, int(registers), tuple(opcodes.split())))
     return budgets
 
 
@@ -205,7 +210,7 @@ def report(sources: list[Path], read: Callable[[Path, str], dict[str, Kernel]]) 
     with ThreadPoolExecutor(jobs) as pool:
         everything = pool.map(lambda pair: read(*pair), pairs)
         for (source, architecture), kernels in zip(pairs, everything, strict=True):
-            budgets = read_budgets(source.with_name(source.stem + "_budget.txt"))
+            budgets = read_budgets(source.with_name(source.stem + "_budget.txt"), architecture)
             if not kernels:
                 found.append(f"{architecture}: {source.name} must hold kernels, got none")
             for name, kernel in sorted(kernels.items()):

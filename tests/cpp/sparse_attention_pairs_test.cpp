@@ -3,6 +3,7 @@
 // the definition that stands in for them obey the same test.
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 
 #include "common/host_device.h"
 #include "sparse_attention/sparse_attention_cpu_pairs.h"

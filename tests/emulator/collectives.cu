@@ -289,4 +289,12 @@ CASE(small_powers_are_zero) {
   expect(out[3] == 1.0f + 0x1p-10f, "tf32 tie");
 }
 
+__global__ void asks_architecture(int* out) { *out = dalle::kArchitecture; }
+CASE(architecture) {
+  Buffer<int> out(1);
+  finish(launch(asks_architecture, 1, 1, 0, nullptr, out.data()));
+  const int device = dalle::device_architecture();  // runs what was compiled for its like or older
+  expect(out[0] >= 80 && out[0] <= device, "architecture");
+}
+
 }  // namespace collectives

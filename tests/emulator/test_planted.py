@@ -93,7 +93,7 @@ def test_every_planted_bug_is_expected_somewhere(programs):
     names = run(programs["plain"])[1].split()
     planted = {name.removeprefix("bug_") for name in names if name.startswith("bug_")}
     assert planted == set(CAUGHT)
-    assert {"clean_block_reduction", "mma_half", "ldmatrix_x4_trans"} <= set(names)
+    assert {"clean_block_reduction", "mma_half", "ldmatrix_x4_trans", "architecture"} <= set(names)
 
 
 @pytest.mark.parametrize(
