@@ -204,7 +204,7 @@ def test_messages(arguments, error, message):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (("ring", 6, 5, 7, []), "kind must be one of row, column, conv, causal, got ring"),
+        (("ring", 6, 5, 7, []), "kind must be one of row, column, conv, causal, offsets, got ring"),
         (("row", -1, 5, 7, []), "text_len must be from 0 to 2.24, got -1"),
         (("row", 6, 0, 7, []), "grid must be at least 1 x 1 and .*, got 0 x 7"),
         (("row", 6, 1 << 20, 1 << 20, []), "grid must be .* at most 2.24 positions"),

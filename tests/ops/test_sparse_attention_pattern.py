@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +17,9 @@ from hypothesis import strategies as st
 
 import dalle_ext
 from dalle_ext import AttentionPattern
-from dalle_ext.ops.sparse_attention_pattern import KINDS
+from dalle_ext.ops.sparse_attention_pattern import KINDS, OFFSETS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Figure 11 of the paper, panels a, b, d: 6 text positions and a 4 x 4 grid, kernel 3; a line is a
 # query, a column of characters a key.
@@ -209,14 +215,18 @@ def test_pattern_is_a_value():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "diagonal"}, "kind must be one of row, column, conv, causal, got 'diagonal'"),
+        ({"kind": "diagonal"}, "kind must be one of row, column, conv, causal, offsets, got"),
         ({"text_len": -1}, "text_len must be an integer of at least 0, got -1"),
         ({"text_len": 2.0}, "text_len must be an integer of at least 0, got 2.0"),
         ({"grid": (4,)}, r"grid must be \(rows, columns\), integers of at least 1, got \(4,\)"),
         ({"grid": (4, 0)}, r"grid must be \(rows, columns\), integers of at least 1, got \(4, 0\)"),
         ({"kernel_size": 4}, "kernel_size must be an odd integer >= 1, got 4"),
-        ({"offsets": (0, 1)}, "offsets must be for kind 'conv' only"),
-        ({"kind": "conv", "offsets": (1, 2)}, "offsets must be for kind 'conv' only, from 0"),
+        ({"offsets": (0, 1)}, "offsets must be for kind 'conv' or 'offsets' only"),
+        ({"kind": "conv", "offsets": (1, 2)}, "offsets must be for kind .*, from 0 upwards with 0"),
+        ({"kind": "offsets", "offsets": (1, 2)}, "offsets must be for kind .*, from 0 upwards"),
+        ({"kind": "offsets", "offsets": (-1, 0)}, "offsets must be for kind .*, from 0 upwards"),
+        ({"kind": "offsets", "offsets": ()}, r"offsets must be given for kind .*, got \(\)"),
+        ({"kind": "offsets"}, r"offsets must be given for kind 'offsets', with 0, got \(\)"),
     ],
 )
 def test_messages(change, message):
@@ -251,7 +261,65 @@ def test_replace_keeps_given_offsets_and_nothing_else():
     assert own.offsets == (0, 2) and own.custom_offsets == (0, 2, 7)
     assert dataclasses.replace(own, grid=(4, 4)).offsets == (0, 2, 7)
     assert dataclasses.replace(own, offsets=(0, 1)).offsets == (0, 1)
-    with pytest.raises(ValueError, match="AttentionPattern: offsets must be for kind 'conv' only"):
+    with pytest.raises(ValueError, match="AttentionPattern: offsets must be for kind 'conv' or"):
         dataclasses.replace(own, kind="row")
     for twin in (copy.copy(own), copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
         assert twin == own and twin.runs == own.runs and hash(twin) == hash(own)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    offsets=st.lists(st.integers(0, 70)),
+    text_len=st.integers(0, 9),
+    grid=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+)
+def test_a_pattern_of_any_offsets(offsets, text_len, grid):
+    """The short form, the kind and the other reading of "conv" are one rule."""
+    pattern = AttentionPattern.offsets([*offsets, 0], text_len=text_len, grid=grid)
+    assert pattern == AttentionPattern(OFFSETS, text_len=text_len, grid=grid, offsets={0, *offsets})
+    assert pattern.offsets == tuple(sorted({o for o in (0, *offsets) if o < grid[0] * grid[1]}))
+    conv = AttentionPattern("conv", text_len=text_len, grid=grid, offsets=(0, *offsets))
+    assert torch.equal(pattern.mask(), conv.mask()) and pattern.runs == conv.runs
+    assert_rules_agree(pattern)
+
+
+def test_a_pattern_of_offsets_is_a_value():
+    own = AttentionPattern.offsets(iter([7, 2, 0, 2]), text_len=1, grid=[2, 2])
+    assert (own.kind, own.offsets, own.custom_offsets) == ("offsets", (0, 2), (0, 2, 7))
+    larger = dataclasses.replace(own, grid=(4, 4))
+    assert larger.offsets == (0, 2, 7) and larger.num_pairs == 1 + 16 + 16 + 14 + 9
+    assert dataclasses.replace(own, kind="conv").runs == own.runs
+    for twin in (copy.copy(own), copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        assert twin == own and twin.offsets == own.offsets and hash(twin) == hash(own)
+    assert own != AttentionPattern("conv", text_len=1, grid=(2, 2), offsets=(0, 2, 7))
+
+
+def test_native_names_of_the_kinds():
+    """The library knows the kinds that Python knows, and no other."""
+    with pytest.raises(RuntimeError, match="kind must be one of") as error:
+        torch.ops.dalle_ext._sparse_attention_mask("diagonal", 1, 1, 1, [], False)
+    assert f"one of {', '.join((*KINDS, OFFSETS))}, got diagonal" in str(error.value)
+
+
+@pytest.mark.parametrize("compiler", ["g++", "nvcc"])
+def test_a_new_kind_needs_an_answer_from_every_rule(compiler, tmp_path):
+    """It used to compile and to run as causal."""
+    found = shutil.which(compiler) or shutil.which(f"/usr/local/cuda/bin/{compiler}")
+    if found is None:
+        pytest.skip(f"needs {compiler}")
+    build = (ROOT / "CMakeLists.txt").read_text()
+    target = "_C_cuda" if compiler == "nvcc" else "_C_cpu"
+    flags = re.search(rf"target_compile_options\({target} PRIVATE ([^)]*)\)", build)[1].split()
+    text = (ROOT / "csrc/sparse_attention/sparse_attention.h").read_text()
+    kinds = "kRow, kColumn, kOffsets, kCausal"
+    assert text.count(f"{{ {kinds} }}") == 1
+    source, folder = tmp_path / "kinds.cu", tmp_path / "sparse_attention"
+    source.write_text('#include "sparse_attention/sparse_attention.h"\n')
+    folder.mkdir()
+    command = [found, "-std=c++20", *flags, f"-I{tmp_path}", f"-I{ROOT / 'csrc'}"]
+    command += ["-x", "c++" if compiler == "g++" else "cu", "-c", source, "-o", tmp_path / "object"]
+    for more in ("", ", kDiagonal"):
+        (folder / "sparse_attention.h").write_text(text.replace(kinds, kinds + more))
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        unanswered = re.findall(r"In function .*?dalle::(\w+)\(.*\n.*kDiagonal", done.stderr)
+        assert (done.returncode, len(set(unanswered))) == ((1, 7) if more else (0, 0)), done.stderr
