@@ -182,7 +182,7 @@ def ranker_task(seed):
     pairs = ShapesPairs(size=4)
     tokenizer = Tokenizer.train(pairs.captions, 260)
     ranker = ContrastiveRanker.from_preset("tiny", tokenizer=tokenizer, image_size=24, width=32)
-    return RankerTask(ranker, pairs, RankerTrainConfig(batch_size=4), seed=seed)
+    return RankerTask(ranker, pairs, RankerTrainConfig(batch_size=4), steps=2, seed=seed)
 
 
 SEEDS = {

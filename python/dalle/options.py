@@ -179,15 +179,14 @@ def _file_words(config_type: type, path: Path) -> list[str]:
 def _mapping_words(config_type: type, values: Any, where: str) -> list[str]:
     if not isinstance(values, dict):
         raise UsageError(f"{where}: must be a mapping of options, got {type(values).__name__}")
-    known = field_types(config_type)
-    annotated = typing.get_type_hints(config_type, include_extras=True)
+    known = _names_of_file(config_type)
     words: list[str] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
             raise UsageError(f"{where}: {key} is not an option{did_you_mean(name, known)}")
         inner, option = _nested(known[name]), name.replace("_", "-")
-        if _positional(annotated[name]):
+        if _positional(known[name]):
             raise UsageError(f"{where}: {key} must be given on the command line, not in a file")
         if inner is not None:
             if not isinstance(value, dict):
@@ -208,6 +207,17 @@ def _mapping_words(config_type: type, values: Any, where: str) -> list[str]:
         else:
             words.append(f"--{option}={_plain_value(value, f'{where}: {key}')}")
     return words
+
+
+def _names_of_file(config_type: type) -> dict[str, Any]:
+    """Field name -> annotation; options of nested dataclasses may stand beside the others."""
+    found: dict[str, Any] = {}
+    own = typing.get_type_hints(config_type, include_extras=True)
+    for name in field_types(config_type):
+        inner = _nested(own[name])
+        if inner is not None:
+            found = {**_names_of_file(inner), **found}
+    return {**found, **{name: own[name] for name in field_types(config_type)}}
 
 
 def _plain_value(value: Any, where: str) -> str:

@@ -184,24 +184,27 @@ class RankerRecipe:
 
     model: dict[str, int] = field(default_factory=dict)
     train: RankerTrainConfig = field(default_factory=RankerTrainConfig)
+    steps: int = 500
     seconds: float = 40.0
     fixed: float = 4.0
 
 
 RANKER_RECIPES: dict[tuple[str, str], RankerRecipe] = {
-    ("emoji", "default"): RankerRecipe(train=RankerTrainConfig(steps=500, parts=PARTS)),
+    ("emoji", "default"): RankerRecipe(train=RankerTrainConfig(parts=PARTS)),
     ("shapes", "default"): RankerRecipe(
-        train=RankerTrainConfig(steps=600, parts=PARTS), seconds=44.0, fixed=10.0
+        train=RankerTrainConfig(parts=PARTS), steps=600, seconds=44.0, fixed=10.0
     ),
     ("emoji", "smoke"): RankerRecipe(
         model={"width": 32, "depth": 1, "embed_dim": 32},
-        train=RankerTrainConfig(steps=12, batch_size=16, num_spliced=4, warmup=2, parts=PARTS),
+        train=RankerTrainConfig(batch_size=16, num_spliced=4, warmup=2, parts=PARTS),
+        steps=12,
         seconds=1.0,
         fixed=0.0,
     ),
     ("shapes", "smoke"): RankerRecipe(
         model={"width": 32, "depth": 1, "embed_dim": 32},
-        train=RankerTrainConfig(steps=12, batch_size=16, num_spliced=4, warmup=2, parts=PARTS),
+        train=RankerTrainConfig(batch_size=16, num_spliced=4, warmup=2, parts=PARTS),
+        steps=12,
         seconds=1.0,
         fixed=0.0,
     ),
@@ -224,7 +227,7 @@ class DemoRecipe:
         num_captions: captions drawn per split and kind at most.
         num_samples: samples of each.
         vae, vae_train, vae_steps: the discrete VAE and its training.
-        ranker, ranker_train: overrides of the ranker's preset "tiny", and its training.
+        ranker, ranker_train, ranker_steps: overrides of the ranker's preset "tiny", its training.
         prior, prior_train, prior_steps: sizes without vocabularies and grid, and its training.
         sampling: how a code is drawn.
         seconds: what each stage takes; of the default recipes on two idle cores with AVX-512.
@@ -242,6 +245,7 @@ class DemoRecipe:
     vae_steps: int
     ranker: dict[str, int]
     ranker_train: RankerTrainConfig
+    ranker_steps: int
     prior: dict[str, Any]
     prior_train: PriorTrainConfig
     prior_steps: int
@@ -300,6 +304,7 @@ def smoke_recipe(data: str) -> DemoRecipe:
         vae_steps=20,
         ranker=ranker.model,
         ranker_train=ranker.train,
+        ranker_steps=ranker.steps,
         prior={"text_len": 24, "d_model": 32, "num_heads": 2, "num_layers": 2, "kernel_size": 3},
         prior_train=PriorTrainConfig(
             batch_size=8,
@@ -345,6 +350,7 @@ def load_recipe(
         vae_train=scaled(recipe.vae_train, factor),
         vae_steps=max(1, round(recipe.vae_steps * factor)),
         ranker_train=scaled(recipe.ranker_train, factor),
+        ranker_steps=max(1, round(recipe.ranker_steps * factor)),
         prior_train=scaled(recipe.prior_train, factor),
         prior_steps=max(1, round(recipe.prior_steps * factor)),
         seconds={stage: fixed[stage] + factor * (s - fixed[stage]) for stage, s in seconds.items()},
@@ -371,6 +377,7 @@ def default_recipe(data: str) -> DemoRecipe:
         vae_steps=vae.steps,
         ranker=ranker.model,
         ranker_train=ranker.train,
+        ranker_steps=ranker.steps,
         prior=prior.model,
         prior_train=prior.train,
         prior_steps=prior.steps,

@@ -53,11 +53,11 @@ def make_home(root: Path) -> None:
     for name in ("broken", "bombs"):
         (root / name / "x.txt").write_text("x\n")
     (root / "file").write_text("a file\n")
-    for name in ("taken/prior", "taken/00-word.png"):
+    for name in ("full/model", "taken/00-word.png"):
         (root / name).mkdir(parents=True)
     (root / "taken/model").write_text("a file\n")
-    for name in ("prior/config.json", "sorted.png"):
-        (root / "taken" / name).symlink_to("/dev/full")
+    for name in ("full/model/config.json", "taken/sorted.png"):
+        (root / name).symlink_to("/dev/full")
     (root / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
     (root / "long.txt").write_text("word " * 500)
     torch.manual_seed(0)

@@ -32,14 +32,14 @@ def toy_pairs(count=160, seed=0):
     return ArrayPairs("toy", images.clip(0, 255).astype(np.uint8), captions)
 
 
-def toy_task(config, seed=0, pairs=None):
+def toy_task(config, seed=0, pairs=None, steps=60):
     pairs = pairs or toy_pairs()
     torch.manual_seed(seed)
     tokenizer = Tokenizer.train(pairs.captions, vocab_size=300)
     ranker = ContrastiveRanker.from_preset(
         "tiny", tokenizer=tokenizer, image_size=16, grid=4, width=32, depth=1, embed_dim=32
     )
-    return RankerTask(ranker, pairs, config, seed=seed)
+    return RankerTask(ranker, pairs, config, steps=steps, seed=seed)
 
 
-SMALL = RankerTrainConfig(steps=60, batch_size=16, num_spliced=4, warmup=5, learning_rate=4e-3)
+SMALL = RankerTrainConfig(batch_size=16, num_spliced=4, warmup=5, learning_rate=4e-3)

@@ -50,5 +50,5 @@ def ranker_task(seed):
     tokenizer = Tokenizer.train(squares().captions, vocab_size=270)
     sizes = {"image_size": 16, "grid": 4, "width": 32, "depth": 1, "embed_dim": 16}
     ranker = ContrastiveRanker.from_preset("tiny", tokenizer=tokenizer, **sizes)
-    config = RankerTrainConfig(steps=STEPS, batch_size=8, num_spliced=4)
-    return RankerTask(ranker, squares(), config, seed=seed)
+    config = RankerTrainConfig(batch_size=8, num_spliced=4)
+    return RankerTask(ranker, squares(), config, steps=STEPS, seed=seed)

@@ -42,7 +42,7 @@ BAD = [
     (f"{DVAE} --data broken", DATA, "a batch must hold a picture that can be used, got .*x.png"),
     (f"{DVAE} --data bombs", DATA, "1 x too many pixels"),
     (f"{DVAE} --out taken", SURROUNDINGS, "^dvae train: taken/model/config.json must be writable"),
-    (f"{PRIOR} --out taken", SURROUNDINGS, "^prior train: taken/prior/config.json .* a device"),
+    (f"{PRIOR} --out full", SURROUNDINGS, "^prior train: full/model/config.json .* a device"),
     (f"{SAMPLE} --out taken", SURROUNDINGS, "^sample: taken/00-word.png .* it is a folder"),
     (f"{RERANK} --out taken", SURROUNDINGS, "^rerank: taken/sorted.png .* it is a device"),
     (f"{RECONSTRUCT} --out taken", SURROUNDINGS, "^dvae reconstruct: taken .* it is a folder"),

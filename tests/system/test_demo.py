@@ -244,7 +244,7 @@ def test_minutes_scale_every_number_of_updates_to_what_the_machine_can(data):
     half = load_recipe(data, "default", (seconds + fixed) / 120)
     for steps in ("vae_steps", "prior_steps"):
         assert getattr(half, steps) == round(getattr(whole, steps) / 2)
-    assert half.ranker_train.steps == round(whole.ranker_train.steps / 2)
+    assert half.ranker_steps == round(whole.ranker_steps / 2)
     assert half.vae == whole.vae and half.prior == whole.prior
     pace = {"dvae": 1.5, "ranker": 1.5, "prior": 2.0, "samples": 2.0}
     slow = load_recipe(data, "default", None, pace)

@@ -63,7 +63,7 @@ def ranker_task(parts):
         "tiny", tokenizer=task.tokenizer, image_size=16, grid=4, width=32, depth=1, embed_dim=16
     )
     config = RankerTrainConfig(batch_size=6, group=3, num_spliced=5, parts=parts)
-    return RankerTask(ranker, pairs(), config, task.vae)
+    return RankerTask(ranker, pairs(), config, task.vae, steps=600)
 
 
 @pytest.mark.parametrize("make", [dvae_task, prior_task, ranker_task])

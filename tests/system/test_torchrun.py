@@ -39,7 +39,7 @@ def whole(given, tmp_path_factory):
     code, log = Job(given, out, *POWERSGD).wait()
     assert code == 0, log
     assert "prior train: 16 updates, weights in " in log and "PowerSGD: compression" in log
-    return sha256(out / "prior" / "model.safetensors")
+    return sha256(out / "model" / "model.safetensors")
 
 
 def test_kill_one_of_four_twice_and_end_with_the_same_bits(given, whole, tmp_path):
@@ -56,7 +56,7 @@ def test_kill_one_of_four_twice_and_end_with_the_same_bits(given, whole, tmp_pat
     for process in (2, 1):
         wanted = f"cluster: every process must answer, got none from process {process} of 4"
         assert log.count(wanted) == 3, log
-    assert sha256(job.out / "prior" / "model.safetensors") == whole
+    assert sha256(job.out / "model" / "model.safetensors") == whole
     steps = [record["step"] for record in read_metrics(job.out / "metrics.jsonl")]
     assert steps == list(range(1, STEPS + 1))
     assert not list(job.out.glob("step-*.tmp-*"))
@@ -128,7 +128,7 @@ def test_a_cut_link_and_a_lost_machine(given, whole, tmp_path):
         finally:
             first.kill()
             second.kill()
-    assert sha256(tmp_path / "out" / "prior" / "model.safetensors") == whole
+    assert sha256(tmp_path / "out" / "model" / "model.safetensors") == whole
 
 
 # A list is what each process gets; NAME=VALUE is set in the environment; "dvae" begins a command.
@@ -155,7 +155,7 @@ BAD = {
         "--out", "{given}/pairs/0.png"],
     "prior: {given}/blocked/metrics.jsonl must be writable, got it is a folder, ": [
         "--out", "{given}/blocked"],
-    "prior train: {given}/occupied/prior/config.json must be writable, got its folder is": [
+    "prior train: {given}/occupied/model/config.json must be writable, got its folder is": [
         "--out", "{given}/occupied", "--steps", "0"],
     "cluster: processes of a machine must be as many on each, or machines given, got "
     "LOCAL_WORLD_SIZE 1, 2 of 2": [["LOCAL_WORLD_SIZE=1", "LOCAL_WORLD_SIZE=2"]],
@@ -185,7 +185,7 @@ def commands(rank, given, out, ports):
 def test_bad_input_gets_one_line_on_every_process(given, tmp_path):
     (given / "blocked" / "metrics.jsonl").mkdir(parents=True)
     (given / "occupied").mkdir()
-    (given / "occupied" / "prior").write_text("")
+    (given / "occupied" / "model").write_text("")
     ports = [free_port() for _ in BAD]
     found = run(2, {"said": (commands, given, tmp_path / "out", ports)}, tmp_path, joined=False)
     for said in found["said"]:

@@ -232,13 +232,13 @@ def test_command(parts, tmp_path, capsys):
     words += ["--out", str(tmp_path / "out"), "--batch-size", "4", "--augment", "none"]
     assert main([*words, "--steps", "2", "--device", "cpu"]) == 0
     assert "2 updates" in capsys.readouterr().out
-    prior = Prior.from_pretrained(tmp_path / "out" / "prior")
+    prior = Prior.from_pretrained(tmp_path / "out" / "model")
     assert prior.config.grid == (4, 4) and prior.config.text_len == 6
     assert prior.config.precision == "fp32"  # the CPU's default
     words[words.index("--out") + 1] = str(tmp_path / "half")
     half = ["--precision", "fp16-scaled", "--half-weights"]
     assert main([*words, *half, "--steps", "2", "--device", "cpu"]) == 0
-    prior = Prior.from_pretrained(tmp_path / "half" / "prior")
+    prior = Prior.from_pretrained(tmp_path / "half" / "model")
     assert prior.layers[0].mlp.wide_in.weight.dtype == torch.float16
     assert main([*words, *half, "--steps", "2", "--optimizer", "adamw"]) == 2
     assert "optimizer must be adamw16 for half_weights, got adamw" in capsys.readouterr().err

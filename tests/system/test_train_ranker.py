@@ -48,10 +48,10 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
 
 def test_numpys_integers_train_and_are_saved(tmp_path):
     i = np.int64
-    config = RankerTrainConfig(steps=i(2), batch_size=i(8), group=i(4), num_spliced=i(3))
-    task = toy_task(config, seed=0)
+    config = RankerTrainConfig(batch_size=i(8), group=i(4), num_spliced=i(3))
+    task = toy_task(config, seed=0, steps=i(2))
     train(task, LoopConfig(out=tmp_path, steps=i(2), seed=i(3), picture_every=i(0)))
-    again = toy_task(RankerTrainConfig(steps=2, batch_size=8, group=4, num_spliced=3), seed=0)
+    again = toy_task(RankerTrainConfig(batch_size=8, group=4, num_spliced=3), seed=0, steps=2)
     assert train(again, LoopConfig(out=tmp_path, steps=2, seed=3)).step == 2  # it resumes
     sizes = {"image_size": i(16), "grid": i(4), "width": i(32), "depth": i(1), "embed_dim": i(8)}
     ranker = ContrastiveRanker.from_preset("tiny", tokenizer=task.ranker.tokenizer, **sizes)
@@ -125,7 +125,7 @@ class HalvingVAE(torch.nn.Module):
 
 def test_with_a_vae_pictures_are_shown_as_it_gives_them_back():
     pairs = toy_pairs()
-    config = RankerTrainConfig(steps=2, batch_size=8, num_spliced=3, reconstructed=1.0)
+    config = RankerTrainConfig(batch_size=8, num_spliced=3, reconstructed=1.0)
     task = toy_task(config, pairs=pairs)
     task.vae = HalvingVAE()
     items, images, spliced = task.views(0)
@@ -183,7 +183,6 @@ def test_a_picture_that_does_not_decode_is_left_out():
         {"group": 0},
         {"num_spliced": 97},
         {"reconstructed": 2.0},
-        {"steps": 0},
         {"learning_rate": float("inf")},
         {"learning_rate": float("nan")},
         {"warmup": -1},
@@ -194,6 +193,11 @@ def test_a_picture_that_does_not_decode_is_left_out():
 def test_options_out_of_range_get_one_line(options):
     with pytest.raises(UsageError, match="must be"):
         RankerTrainConfig(**options)
+
+
+def test_no_steps_are_refused():
+    with pytest.raises(UsageError, match="ranker: steps must be .*, got 0"):
+        toy_task(SMALL, steps=0)
 
 
 def test_one_caption_is_not_enough():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from dalle import pictures
 from dalle.commands.fits import require_dvae_fits
-from dalle.commands.training import check_model_target, loop_config, save_model
+from dalle.commands.training import check_model_target, save_model
 from dalle.configs import did_you_mean
 from dalle.console import leads, printable
 from dalle.data.augment import center_crop, to_tensor
@@ -30,51 +31,38 @@ from dalle.errors import DataError, UsageError
 from dalle.files import check_not_input, check_targets
 from dalle.memory import require_memory
 from dalle.recipes import DVAE_RECIPES
+from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
 from dalle.train.loop import train as run_loop
 from dalle.train.seeds import start_seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class DvaeTrainCommand:
+class DvaeCommandConfig:
     """Trains a discrete VAE; the weights go to OUT/model, averaged over the iterates.
 
     Args:
         data: shapes, emoji, or a folder of pictures with captions (which are not used).
-        out: folder for checkpoints, metrics, pictures and the model.
         preset: tiny, small, base or paper with the paper's training; shapes or emoji with
             the recipe of the demo.
         image_size: side in pixels; 0 takes the recipe's (256 for the paper's training).
-        steps: updates; 0 takes the recipe's (3,000,000 in the paper).
         batch_size: pictures an update; 0 takes the recipe's (512 in the paper).
-        seed: of everything random.
         device: cpu, cuda or auto.
-        log_every, checkpoint_every, picture_every: updates between records.
-        resume: auto, none, or the path of a checkpoint.
-        accept_changes: go on from a checkpoint of other options or pictures.
-        deterministic: same bits on every run.
+        loop: folder, updates (3,000,000 in the paper), checkpoints, seed.
         cluster: how the processes of torchrun work together.
     """
 
     data: str
-    out: Path = Path("out/dvae")
     preset: str = "base"
     image_size: int = 0
-    steps: int = 0
     batch_size: int = 0
-    seed: int = 0
     device: str = "auto"
-    log_every: int = 10
-    checkpoint_every: int = 500
-    picture_every: int = 500
-    resume: str = "auto"
-    accept_changes: bool = False
-    deterministic: bool = False
+    loop: LoopConfig = field(default_factory=partial(LoopConfig, out=Path("out/dvae"), steps=0))
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructCommand:
+class ReconstructConfig:
     """Sends pictures through the tokens and back, beside each other in one PNG.
 
     Args:
@@ -99,7 +87,7 @@ class ReconstructCommand:
     device: str = "auto"
 
 
-def train(config: DvaeTrainCommand) -> None:
+def train(config: DvaeCommandConfig) -> None:
     """Trains, saves the averaged weights, and says where they are."""
     known = [*PRESETS, *BUILT_IN]
     if config.preset not in known:
@@ -115,7 +103,8 @@ def train(config: DvaeTrainCommand) -> None:
         image_size=config.image_size or train_config.image_size,
         batch_size=config.batch_size or train_config.batch_size,
     )
-    loop = loop_config(config, config.steps or steps)
+    loop = replace(config.loop, steps=config.loop.steps or steps)
+    folder = loop.out / "model"
     if loop.steps <= train_config.warm_start_steps:
         raise UsageError(
             f"dvae train: steps must be more than the {train_config.warm_start_steps} of the warm "
@@ -123,23 +112,22 @@ def train(config: DvaeTrainCommand) -> None:
         )
     with join(config.cluster, pick_device(config.device), shared_options(config)) as world:
         with world.agreed():
-            check_model_target("dvae train", config.out / "model", DiscreteVAE)
-            pairs = load_pairs(config.data, image_size=train_config.image_size, seed=config.seed)
+            check_model_target("dvae train", folder, DiscreteVAE)
+            pairs = load_pairs(config.data, image_size=train_config.image_size, seed=loop.seed)
         if world.size == 1:
             sizes = train_config.image_size, train_config.batch_size
             require_dvae_fits("dvae train", model_config, *sizes, world.device)
-        torch.manual_seed(start_seed(config.seed, "dvae"))
+        torch.manual_seed(start_seed(loop.seed, "dvae"))
         vae = DiscreteVAE(model_config)
         parallelize(vae, world, vae.resblocks(), owner="dvae train", forwards=["autoencode"])
-        task = DvaeTask(vae, pairs, train_config, seed=config.seed, world=world)
+        task = DvaeTask(vae, pairs, train_config, seed=loop.seed, world=world)
         result = run_loop(task, loop)
-        save_model("dvae train", task, config.out / "model")
+        save_model("dvae train", task, folder)
     if leads():
-        where = config.out / "model"
-        print(f"dvae: {result.step} updates, model in {where}{left_out(pairs)}")
+        print(f"dvae train: {result.step} updates, model in {folder}{left_out(pairs)}")
 
 
-def load_pictures(config: ReconstructCommand, size: int) -> torch.Tensor:
+def load_pictures(config: ReconstructConfig, size: int) -> torch.Tensor:
     """(N, 3, size, size) in [0, 1]; of a folder, captions are not asked for.
 
     Raises:
@@ -173,7 +161,7 @@ def load_pictures(config: ReconstructCommand, size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def reconstruct(config: ReconstructCommand) -> None:
+def reconstruct(config: ReconstructConfig) -> None:
     """Writes the PNG (left the picture, right its reconstruction), prints PSNR and code use."""
     for name in ("limit", "columns"):
         if getattr(config, name) < 1:

@@ -17,7 +17,7 @@ PICKLES = {".pkl", ".pt", ".pth", ".bin", ".ckpt"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportCommand:
+class ImportConfig:
     """Makes a discrete VAE of the weights that the paper's authors released.
 
     Args:
@@ -56,7 +56,7 @@ def import_released(
     return vae.eval()
 
 
-def import_openai(config: ImportCommand) -> None:
+def import_openai(config: ImportConfig) -> None:
     """Reads, checks, saves, and says where."""
     make_folder(config.out, "dvae import-openai")
     check_not_taken("dvae import-openai", config.out, DiscreteVAE)

@@ -16,7 +16,7 @@ from dalle.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeConfig:
+class PipelineMakeConfig:
     """Checks that trained parts fit each other, and copies them into one folder.
 
     Attributes:
@@ -35,7 +35,7 @@ class MakeConfig:
     ranker: Path | None = None
 
 
-def make(config: MakeConfig) -> None:
+def make(config: PipelineMakeConfig) -> None:
     """Loads every part, checks, writes all or nothing, and says what to type next."""
     out = make_folder(config.out, "pipeline make").resolve()
     if any(out.iterdir()):

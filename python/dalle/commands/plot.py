@@ -11,7 +11,7 @@ from dalle.train.metrics import METRICS_FILE, read_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlotScalesCommand:
+class PlotScalesConfig:
     """Draws the gradient scales of a training with precision fp16-scaled.
 
     Attributes:
@@ -23,7 +23,7 @@ class PlotScalesCommand:
     out: Path | None = None
 
 
-def scales(config: PlotScalesCommand) -> None:
+def scales(config: PlotScalesConfig) -> None:
     """Reads metrics.jsonl of the run, draws, and says where."""
     file = config.run / METRICS_FILE
     if not file.is_file():

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from dalle.commands.fits import require_prior_fits
-from dalle.commands.training import check_model_target, loop_config, save_model
+from dalle.commands.training import check_model_target, save_model
 from dalle.configs import did_you_mean
 from dalle.console import leads, say
 from dalle.data.pairs import left_out
@@ -24,6 +24,7 @@ from dalle.pretrained import from_presets
 from dalle.prior.config import PRESETS
 from dalle.prior.model import Prior
 from dalle.tokenizer import Tokenizer
+from dalle.train.config import LoopConfig
 from dalle.train.loop import train
 from dalle.train.prior import PriorTask
 from dalle.train.prior_recipe import PriorTrainConfig
@@ -32,15 +33,13 @@ from dalle.train.seeds import start_seed
 
 @dataclass(frozen=True, kw_only=True)
 class PriorCommandConfig:
-    """Trains the transformer on captions and the codes of their images.
+    """Trains the transformer on captions and the codes of their images; it goes to OUT/model.
 
     Attributes:
         data: shapes, emoji, or a folder of pictures with .txt captions.
         image_size: side in pixels of the pictures; a multiple of the dVAE's factor.
         tokenizer: folder of `dalle tokenizer train`.
         vae: folder of a trained dVAE.
-        out: folder for checkpoints, metrics and pictures; the trained model goes to out/prior.
-        steps: updates.
         preset: tiny, small, base, 1b or 12b; vocabularies and grid come from tokenizer and dVAE.
         text_len: text positions, start-of-text included; 0 is the preset's.
         precision: inside the resblocks; fp16-scaled is the paper's, with a gradient scale for
@@ -48,11 +47,7 @@ class PriorCommandConfig:
         half_weights: store the resblocks' matrices in 16 bits too, as the paper did.
         checkpointing: recompute each resblock in the backward pass.
         device: cpu, cuda or auto.
-        seed: for everything random.
-        resume: auto, none, or a checkpoint.
-        accept_changes: go on from a checkpoint of other options, data, tokenizer or dVAE.
-        log_every, checkpoint_every, picture_every: updates between records, checkpoints, pictures.
-        deterministic: same bits on every run.
+        loop: folder, updates, checkpoints, seed.
         recipe: the training recipe; the defaults are the paper's.
         cluster: how the processes of torchrun work together.
     """
@@ -61,21 +56,13 @@ class PriorCommandConfig:
     image_size: int
     tokenizer: Path
     vae: Path
-    out: Path
-    steps: int
+    loop: LoopConfig
     preset: str = "tiny"
     text_len: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16-scaled"] = "auto"
     half_weights: bool = False
     checkpointing: bool = False
     device: str = "auto"
-    seed: int = 0
-    resume: str = "auto"
-    accept_changes: bool = False
-    log_every: int = 10
-    checkpoint_every: int = 500
-    picture_every: int = 500
-    deterministic: bool = False
     recipe: PriorTrainConfig = field(default_factory=PriorTrainConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -113,25 +100,24 @@ def _new_prior(
     shape = from_presets("Prior", PRESETS, config.preset, **sizes)
     if world.size == 1:
         require_prior_fits("prior train", shape, config.recipe.batch_size, world.device)
-    torch.manual_seed(start_seed(config.seed, "prior"))
+    torch.manual_seed(start_seed(config.loop.seed, "prior"))
     return Prior(shape)
 
 
 def _train(config: PriorCommandConfig, world: World) -> None:
-    loop = loop_config(config, config.steps)  # refuses its options before anything is loaded
+    loop, folder = config.loop, config.loop.out / "model"
     with world.agreed():
-        check_model_target("prior train", config.out / "prior", Prior)
+        check_model_target("prior train", folder, Prior)
         tokenizer = Tokenizer.from_pretrained(config.tokenizer)
         vae = DiscreteVAE.from_pretrained(config.vae).to(world.device)
-        pairs = load_pairs(config.data, image_size=config.image_size, seed=config.seed)
+        pairs = load_pairs(config.data, image_size=config.image_size, seed=config.loop.seed)
         prior = _new_prior(config, tokenizer, vae, world)
     blocks = prior.resblocks().values()
     parallelize(prior, world, blocks, owner="prior train", compressible=True)
-    task = PriorTask(prior, tokenizer, vae, pairs, config.recipe, seed=config.seed, world=world)
+    task = PriorTask(prior, tokenizer, vae, pairs, config.recipe, seed=loop.seed, world=world)
     result = train(task, loop)
-    save_model("prior train", task, config.out / "prior")
+    save_model("prior train", task, folder)
     for line in world.summary():
         say(f"prior train: {line}")
     if leads():
-        where = config.out / "prior"
-        print(f"prior train: {result.step} updates, weights in {where}{left_out(pairs)}")
+        print(f"prior train: {result.step} updates, model in {folder}{left_out(pairs)}")

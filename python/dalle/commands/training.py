@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from dalle.console import leads
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import check_targets, read_object, saving
 from dalle.pretrained import CONFIG_FILE, WEIGHTS_FILE, Pretrained
-from dalle.train.config import LoopConfig
 from dalle.train.task import Task, averaged_model
-
-
-def loop_config(config: Any, steps: int) -> LoopConfig:
-    """The loop's options out of a command's, which have the same names, and `steps` updates."""
-    names = {field.name for field in dataclasses.fields(LoopConfig)} - {"steps"}
-    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in names}
-    return LoopConfig(steps=steps, **given)
 
 
 def check_model_target(owner: str, folder: Path, kind: type) -> None:

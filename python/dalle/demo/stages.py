@@ -73,9 +73,14 @@ def ranker_stage(demo: Demo) -> None:
         "tiny", tokenizer=tokenizer, image_size=demo.recipe.image_size, **demo.recipe.ranker
     ).to(demo.device)
     task = RankerTask(
-        ranker, demo.train_pairs, demo.recipe.ranker_train, vae=demo.vae, seed=demo.seed
+        ranker,
+        demo.train_pairs,
+        demo.recipe.ranker_train,
+        demo.vae,
+        steps=demo.recipe.ranker_steps,
+        seed=demo.seed,
     )
-    demo.train(task, demo.recipe.ranker_train.steps)
+    demo.train(task, demo.recipe.ranker_steps)
 
 
 def prior_stage(demo: Demo) -> None:

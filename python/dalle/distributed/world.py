@@ -276,5 +276,7 @@ def _number(name: str, default: int) -> int:
 
 def shared_options(config: Any) -> dict[str, Any]:
     """What of a command's options all processes must have alike: all but its paths and device."""
+    values = to_dict(config)
+    values |= values.pop("loop", {})
     own = ("data", "tokenizer", "vae", "out", "device")
-    return {key: value for key, value in to_dict(config).items() if key not in own}
+    return {key: value for key, value in values.items() if key not in own}

@@ -16,7 +16,8 @@ class LoopConfig:
 
     Args:
         out: folder for checkpoints, metrics and pictures; made if missing.
-        steps: updates in all, those of a resumed run included.
+        steps: updates in all, those of a resumed run included; 0 takes the recipe's, where a
+            command has one.
         log_every: updates between records of metrics.jsonl.
         checkpoint_every: updates between checkpoints; one is also written at the end.
         keep: newest checkpoints kept.

@@ -47,7 +47,6 @@ class RankerTrainConfig:
     """How a ranker is trained.
 
     Args:
-        steps: updates; the step size falls along half a cosine over them.
         batch_size: captions a batch, a multiple of `group`.
         group: captions that look alike; 1 draws batches without regard to captions.
         num_spliced: spliced pictures a batch, 0 to batch_size; None is half of batch_size.
@@ -59,7 +58,6 @@ class RankerTrainConfig:
         parts: of a batch, computed side by side (`train.parts`); each uses torch's threads.
     """
 
-    steps: int = 600
     batch_size: int = 96
     group: int = 4
     num_spliced: int | None = None
@@ -73,7 +71,6 @@ class RankerTrainConfig:
     def __post_init__(self) -> None:
         check_numbers("ranker", self)
         requirements = (
-            ("steps", self.steps >= 1, "at least 1"),
             ("group", self.group >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 2 and self.batch_size % max(self.group, 1) == 0,
              f"at least 2 and a multiple of group = {self.group}"),
@@ -197,10 +194,11 @@ class RankerTask:
         pairs: pictures with captions.
         config: hyper-parameters.
         vae: gives reconstructions; without one, pictures are spliced as they are.
+        steps: updates in all; the step size falls along half a cosine over them.
         seed: of batches, splices and choices.
 
     Raises:
-        UsageError: fewer than two different captions, or pairs for a group.
+        UsageError: no steps, fewer than two different captions, or pairs for a group.
     """
 
     name = "ranker"
@@ -214,9 +212,11 @@ class RankerTask:
         config: RankerTrainConfig,
         vae: DiscreteVAE | None = None,
         *,
+        steps: int,
         seed: int = 0,
     ) -> None:
         self.model: nn.Module = ranker
+        self.steps = whole("ranker", "steps", steps, 1)
         self.ranker, self.pairs, self.config = ranker, pairs, config
         self.seed = seed_number("ranker", seed)
         self.vae = vae.eval().requires_grad_(False) if vae is not None else None
@@ -258,7 +258,7 @@ class RankerTask:
         return {
             **self.given,
             "ranker": asdict(self.ranker.config),
-            "train": asdict(self.config),
+            "train": {**asdict(self.config), "steps": self.steps},
             "seed": self.seed,
         }
 
@@ -376,7 +376,7 @@ class RankerTask:
             best = logits.argmax(1)
             right = same.gather(1, best.clamp_max(count - 1)[:, None])[:, 0] & (best < count)
         peak = linear_warmup(step, self.config.learning_rate, self.config.warmup)
-        lr = peak * cosine_ramp(step, 1.0, 0.03, self.config.steps)
+        lr = peak * cosine_ramp(step, 1.0, 0.03, self.steps)
         norm = update(self, loss, step, lr=lr, clip_norm=self.config.clip_norm)
         return {
             "loss": loss.detach(),
