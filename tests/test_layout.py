@@ -129,6 +129,14 @@ def test_arrows_between_packages_go_down():
     assert upward == []
 
 
+def test_no_test_module_is_imported_and_no_path_is_changed():
+    """What tests share stands in tests/support, which pytest's settings put on the path."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        where = path.relative_to(ROOT)
+        assert not {n for n in imported(path) if n.startswith(("test_", "conftest"))}, where
+        assert path.name == "test_layout.py" or "sys.path" not in path.read_text(), where
+
+
 def test_there_are_rooms():
     assert {"sparse_attention", "gumbel_softmax"} <= set(ROOMS)
 

@@ -9,12 +9,12 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from engines import model
 from torch.nn.parallel import DistributedDataParallel
 
 from dalle.distributed import PowerSGD
 from dalle.distributed.in_order import InOrder
 from dalle.errors import UsageError
+from support.engines import model
 
 
 def test_after_an_exchange_that_failed_no_other_is_begun():
