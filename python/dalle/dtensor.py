@@ -32,10 +32,10 @@ def fill_(param: Tensor, value: Tensor) -> None:
     """
     value = value.to(param.device)
     if hasattr(param, "placements"):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
-        mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+        assert isinstance(param, DTensor)
+        value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
     param.copy_(value)
 
 

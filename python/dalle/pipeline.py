@@ -85,7 +85,8 @@ class Pipeline:
                     f"got {found}"
                 )
         self.tokenizer, self.vae, self.prior, self.ranker = tokenizer, vae, prior, ranker
-        self.grid: tuple[int, int] = tuple(prior.config.grid)  # type: ignore[assignment]
+        rows, columns = prior.config.grid
+        self.grid = (rows, columns)
         self.image_size = self.grid[0] * vae.factor
         if isinstance(ranker, ContrastiveRanker) and ranker.config.image_size != self.image_size:
             raise UsageError(

@@ -140,13 +140,15 @@ class Encoder(nn.Module):
 
     def logits_conv(self) -> Conv2d:
         """The 1x1 convolution that gives the logits."""
-        return self.blocks.output.conv  # type: ignore[union-attr,return-value]
+        conv = self.blocks.get_submodule("output.conv")
+        assert isinstance(conv, Conv2d)
+        return conv
 
     def features(self, mapped: Tensor) -> Tensor:
         """What the logits convolution takes: (B, width, h, w)."""
         x = mapped
         for name, part in self.blocks.named_children():
-            x = part.relu(x) if name == "output" else part(x)  # type: ignore[operator]
+            x = part.get_submodule("relu")(x) if name == "output" else part(x)
         return x
 
 
@@ -174,7 +176,9 @@ class Decoder(nn.Module):
 
     def codebook_conv(self) -> Conv2d:
         """The first 1x1 convolution, whose weight columns are the codebook."""
-        return self.blocks.input  # type: ignore[return-value]
+        conv = self.blocks.get_submodule("input")
+        assert isinstance(conv, Conv2d)
+        return conv
 
     def from_codes(self, codes: Tensor) -> Tensor:
         """The rest of the decoder, from the codebook convolution's output on."""
