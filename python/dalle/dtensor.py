@@ -68,9 +68,12 @@ def shard_groups(tensor: Any) -> tuple[Any, ...]:
 
 
 def gradient_stats(
-    params: Sequence[Tensor], scales: float | Tensor, groups: Sequence[int] | None = None,
-    *, check_only: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    params: Sequence[Tensor],
+    scales: float | Tensor,
+    groups: Sequence[int] | None = None,
+    *,
+    check_only: bool = True,
+) -> tuple[Tensor, Tensor]:
     """Norm of the whole gradient, unscaled, and how many elements of each group are not finite.
 
     Each process reads its own parts; of parameters that are sharded the parts of all are counted,

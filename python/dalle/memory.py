@@ -12,8 +12,15 @@ from dalle.errors import EnvironmentProblem
 if TYPE_CHECKING:
     import torch
 
-UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "PiB": 2**50,
-         "EiB": 2**60}  # fmt: skip
+UNITS = {
+    "bytes": 1,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+    "PiB": 2**50,
+    "EiB": 2**60,
+}
 _ASKED = re.compile(r"(?:allocate|allocation of) ([\d.]+) (bytes|[KMGTPE]iB)")
 _REFUSED = re.compile(
     r"alloc_cpu|can't allocate memory|not enough memory|bad_alloc|out of memory|"

@@ -259,9 +259,16 @@ def memory_of_gpu(shape: PriorConfig, batch: int, gpus: int, compressed: bool) -
 
 
 def cluster_plan(
-    shape: PriorConfig, *, gpus: int, per_machine: int, batch: int, rank: int | None,
-    tflops: float, link_gbit: float, peer_gbyte: float,
-) -> dict[str, Any]:  # fmt: skip
+    shape: PriorConfig,
+    *,
+    gpus: int,
+    per_machine: int,
+    batch: int,
+    rank: int | None,
+    tflops: float,
+    link_gbit: float,
+    peer_gbyte: float,
+) -> dict[str, Any]:
     """Traffic, memory and the step's time for `gpus` GPUs, and for 1, 8 and 64 machines.
 
     Times: compute is the step's operations at `tflops` a GPU; what stays in the machine runs beside
@@ -282,8 +289,14 @@ def cluster_plan(
     gpus, batch = whole("plan", "gpus", gpus), whole("plan", "batch", batch)
     per_machine = whole("plan", "per_machine", per_machine)
     rank = None if rank is None else whole("plan", "rank", rank)
-    given = {"gpus": gpus, "per_machine": per_machine, "batch": batch, "tflops": tflops,
-             "link_gbit": link_gbit, "peer_gbyte": peer_gbyte}  # fmt: skip
+    given = {
+        "gpus": gpus,
+        "per_machine": per_machine,
+        "batch": batch,
+        "tflops": tflops,
+        "link_gbit": link_gbit,
+        "peer_gbyte": peer_gbyte,
+    }
     for name, value in given.items():
         _check(0 < value < math.inf, name, "above 0 and finite", value)
         _check(value >= 1e-3, name, "at least 0.001", value)
@@ -303,16 +316,23 @@ def cluster_plan(
         columns[str(machines)] = {
             "traffic": sent,
             "seconds": {
-                "compute": compute, "inside_machine": inside, "between_machines": own,
+                "compute": compute,
+                "inside_machine": inside,
+                "between_machines": own,
                 "step": max(compute, inside) + max(0.0, own - compute / 2),
                 "step_uncompressed": max(compute, inside)
                 + max(0.0, sent["uncompressed"] / link - compute / 2),
             },
             "memory_bytes": memory_of_gpu(shape, batch, per_machine, machines > 1),
-        }  # fmt: skip
+        }
     table1 = {w: {"rank": r, "compression": compression(w, 8, r)} for w, r in PAPER_RANKS.items()}
-    return {**given, "rank": rank, "compression": compression(d, per_machine, rank),
-            "table1": table1, "machines": columns}  # fmt: skip
+    return {
+        **given,
+        "rank": rank,
+        "compression": compression(d, per_machine, rank),
+        "table1": table1,
+        "machines": columns,
+    }
 
 
 def cluster_text(plan: dict[str, Any]) -> str:
@@ -323,13 +343,14 @@ def cluster_text(plan: dict[str, Any]) -> str:
         f"{plan['gpus']} GPUs, {plan['per_machine']} a machine, batch {plan['batch']} a GPU, rank "
         f"{plan['rank']} ({plan['rank'] // plan['per_machine']} a GPU): compression "
         f"{plan['compression']:.1%}",
-        "paper's Table 1: " + ", ".join(
+        "paper's Table 1: "
+        + ", ".join(
             f"width {w} rank {row['rank']} {row['compression']:.0%}"
             for w, row in plan["table1"].items()
         ),
         "",
         f"{'machines':<26}{heads}",
-    ]  # fmt: skip
+    ]
     units = (("traffic", "GB a GPU", 1e9), ("memory_bytes", "GiB a GPU", gib))
     for key, unit, by in units:
         lines.append(f"{key.removesuffix('_bytes')}, {unit}")

@@ -107,9 +107,14 @@ class Tokenizer:
         return cls(bpe)
 
     def encode(
-        self, captions: Sequence[str], length: int, *, dropout: float = 0.0, seed: int = 0,
+        self,
+        captions: Sequence[str],
+        length: int,
+        *,
+        dropout: float = 0.0,
+        seed: int = 0,
         places: Sequence[int] | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Encodes captions into slots.
 
         Args:

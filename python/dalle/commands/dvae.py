@@ -175,8 +175,12 @@ def reconstruct(config: ReconstructConfig) -> None:
         size = max(1, round(own / vae.factor)) * vae.factor
     vae.grid(size)
     needed = 4 * 3 * 3 * size**2 * config.limit  # read, given back, side by side
-    require_memory("dvae reconstruct", needed, f"{config.limit} pictures of {size} pixels",
-                   "take a smaller --limit or --image-size")  # fmt: skip
+    require_memory(
+        "dvae reconstruct",
+        needed,
+        f"{config.limit} pictures of {size} pixels",
+        "take a smaller --limit or --image-size",
+    )
     if config.data not in BUILT_IN:
         check_not_input("dvae reconstruct", config.out, find_pictures(Path(config.data)))
     pictures.check_sheet("dvae reconstruct", 2 * config.limit, size, max(1, 96 // size))

@@ -46,7 +46,7 @@ def require_prior_fits(owner: str, shape: PriorConfig, batch: int, device: torch
                     num_layers=p.num_layers,
                     attention=(),
                 ),
-            )  # fmt: skip
+            )
             for name, p in PRESETS.items()
         )
         fitting = [name for name, other in smaller if prior_bytes(other, 1) <= free]

@@ -55,9 +55,15 @@ def plan(config: PlanConfig) -> None:
     if config.gpus is not None:
         for i, name in enumerate(names):
             cluster = cluster_plan(
-                PRESETS[name], gpus=config.gpus, per_machine=config.per_machine,
-                batch=config.batch, rank=config.rank, tflops=config.tflops,
-                link_gbit=config.link_gbit, peer_gbyte=config.peer_gbyte)  # fmt: skip
+                PRESETS[name],
+                gpus=config.gpus,
+                per_machine=config.per_machine,
+                batch=config.batch,
+                rank=config.rank,
+                tflops=config.tflops,
+                link_gbit=config.link_gbit,
+                peer_gbyte=config.peer_gbyte,
+            )
             plans[i]["cluster"] = cluster
             texts[i] += "\n\n" + cluster_text(cluster)
     print(json.dumps(plans, indent=1) if config.json else "\n\n".join(texts))

@@ -81,14 +81,20 @@ class ShapesConfig:
         requirements = (
             ("canvas", self.canvas >= 24 and self.canvas % 8 == 0, "a multiple of 8, at least 24"),
             ("size_jitter", self.size_jitter >= 0, "0 or more"),
-            ("size", 9 <= self.size - self.size_jitter <= self.size + self.size_jitter <= 15,
-             "9 to 15 with its jitter"),
+            (
+                "size",
+                9 <= self.size - self.size_jitter <= self.size + self.size_jitter <= 15,
+                "9 to 15 with its jitter",
+            ),
             ("place_jitter", 0 <= self.place_jitter <= 1, "0 to 1"),
             ("num_zero_pairs", 1 <= self.num_zero_pairs <= 4, "1 to 4"),
             ("test_share", 0 < self.test_share < 0.5, "above 0 and below 0.5"),
-            ("kind_weights", min(self.kind_weights) >= 0 and sum(self.kind_weights) > 0,
-             "three weights, not all 0"),
-        )  # fmt: skip
+            (
+                "kind_weights",
+                min(self.kind_weights) >= 0 and sum(self.kind_weights) > 0,
+                "three weights, not all 0",
+            ),
+        )
         for name, holds, requirement in requirements:
             if not holds:
                 raise UsageError(f"shapes: {name} must be {requirement}, got {getattr(self, name)}")

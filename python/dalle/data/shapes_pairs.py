@@ -154,8 +154,12 @@ class ShapesPairs(ArrayPairs):
             raise UsageError(f"shapes: size must be at least 1, got {size}")
         weights = np.array(config.kind_weights) / sum(config.kind_weights)
         pictures = size * (3 * config.canvas**2 + 200)
-        require_memory("shapes", pictures, f"{size} pictures of {config.canvas} pixels",
-                       "take smaller pictures, or fewer")  # fmt: skip
+        require_memory(
+            "shapes",
+            pictures,
+            f"{size} pictures of {config.canvas} pixels",
+            "take smaller pictures, or fewer",
+        )
         images = np.empty((size, config.canvas, config.canvas, 3), np.uint8)
         self.config = config
         self.split = split

@@ -35,10 +35,18 @@ def measure() -> dict[str, float]:
 
 def transformer_step() -> Callable[[], None]:
     """Forward and backward of a prior of the emoji demo's size, in `PARTS` parts."""
-    prior = Prior(PriorConfig(
-        text_vocab=4096, image_vocab=2048, text_len=16, grid=(8, 8), d_model=128, num_heads=4,
-        num_layers=4, kernel_size=5,
-    ))  # fmt: skip
+    prior = Prior(
+        PriorConfig(
+            text_vocab=4096,
+            image_vocab=2048,
+            text_len=16,
+            grid=(8, 8),
+            d_model=128,
+            num_heads=4,
+            num_layers=4,
+            kernel_size=5,
+        )
+    )
     text = torch.arange(16 * 15, dtype=torch.int64, device="cpu").view(16, 15) % 4096
     tokens = torch.arange(16 * 64, dtype=torch.int64, device="cpu").view(16, 64) % 2048
     return _step(prior, lambda place: prior(text[place], tokens[place]).loss, 16)

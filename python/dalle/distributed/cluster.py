@@ -84,8 +84,10 @@ class Cluster:
             c10d._set_pg_timeout(limit, self.mesh[name].get_group())
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if agent and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-            say("cluster: torchrun restarts hang without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; "
-                "see docs/operations.md")  # fmt: skip
+            say(
+                "cluster: torchrun restarts hang without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; "
+                "see docs/operations.md"
+            )
 
     def _machines(self, local: int) -> int:
         """As torchrun knows them: all with as many processes."""
@@ -148,8 +150,10 @@ class Cluster:
 
     def mean(self, values: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
         """A step's values over all processes, in one exchange: means, of counts the sums."""
-        shaped = {k: torch.as_tensor(v, dtype=torch.float64, device="cpu").detach()
-                  for k, v in values.items()}  # fmt: skip
+        shaped = {
+            k: torch.as_tensor(v, dtype=torch.float64, device="cpu").detach()
+            for k, v in values.items()
+        }
         total = self.sum(torch.cat([v.reshape(-1) for v in shaped.values()]))
         parts = total.split([v.numel() for v in shaped.values()])
         return {

@@ -42,8 +42,15 @@ def own_group(parent: dist.ProcessGroup | None, owner: object) -> dist.ProcessGr
     if near and not leads:
         store = dist.TCPStore("127.0.0.1", port, None, False, timeout)
     found, _ = c10d._new_process_group_helper(
-        len(ranks), ranks.index(dist.get_rank()), ranks, backend, store,
-        f"own-{token}", timeout=timeout, group_desc="PowerSGD")  # type: ignore[arg-type] # fmt: skip
+        len(ranks),
+        ranks.index(dist.get_rank()),
+        ranks,
+        backend,
+        store,
+        f"own-{token}",
+        timeout=timeout,
+        group_desc="PowerSGD",
+    )  # type: ignore[arg-type]
     assert isinstance(found, dist.ProcessGroup)
     c10d._world.pg_group_ranks[found] = {rank: i for i, rank in enumerate(ranks)}
     if "nccl" not in backend:

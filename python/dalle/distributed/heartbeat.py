@@ -33,9 +33,12 @@ class Heartbeat:
         self._verdict, self._turn = "", 0
         # A connection of its own: the collectives' may be waiting for something.
         self._store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-            timeout=limit, wait_for_workers=False,
-        )  # fmt: skip
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=limit,
+            wait_for_workers=False,
+        )
         self._store.set_timeout(timedelta(seconds=GRACE))
         self._prefix = f"dalle/alive/{run}"
         self._stopped = threading.Event()
@@ -116,9 +119,10 @@ class Heartbeat:
                 beats = zip(before, self._beats(), strict=True)
                 found = [r for r, (then, now) in enumerate(beats) if then == now]
                 found = found or [
-                    r for r in range(self.world)
+                    r
+                    for r in range(self.world)
                     if not self._store.check([f"{self._prefix}/failed/{r}"])
-                ]  # fmt: skip
+                ]
                 verdict = ",".join(map(str, found)) or "none"
                 self._store.compare_set(f"{self._prefix}/verdict", "", verdict)
             self._verdict = self._store.get(f"{self._prefix}/verdict").decode()

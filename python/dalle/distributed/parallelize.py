@@ -12,9 +12,14 @@ from dalle.errors import UsageError
 
 
 def parallelize(
-    model: nn.Module, world: World, units: Iterable[nn.Module], *, owner: str,
-    forwards: Iterable[str] = (), compressible: bool = False,
-) -> None:  # fmt: skip
+    model: nn.Module,
+    world: World,
+    units: Iterable[nn.Module],
+    *,
+    owner: str,
+    forwards: Iterable[str] = (),
+    compressible: bool = False,
+) -> None:
     """Puts a model where it is trained, before its optimizer is made.
 
     In a world of one that is the device. Of several processes those of a machine share the
@@ -53,9 +58,11 @@ def parallelize(
     elif rank:
         inside = {p for unit in units for p in unit.parameters()}
         world.psgd = PowerSGD(
-            rank, world.mesh["replicate"].get_group(), wire=world.config.powersgd_wire,
+            rank,
+            world.mesh["replicate"].get_group(),
+            wire=world.config.powersgd_wire,
             exclude=[p for p in model.parameters() if p not in inside],
-        )  # fmt: skip
+        )
         world.psgd.attach(model)
         sent, matrices = world.psgd.compressed()
         say(f"cluster: PowerSGD sends {sent} of {matrices} matrices as factors of rank {rank}")

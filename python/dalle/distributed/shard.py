@@ -216,6 +216,10 @@ def as_shard(param: Tensor | None, part: Tensor) -> Tensor:
     if not isinstance(param, DTensor):
         return part
     return DTensor.from_local(
-        part.view(param.to_local().shape), param.device_mesh, param.placements, run_check=False,
-        shape=param.shape, stride=param.stride(),
-    )  # fmt: skip
+        part.view(param.to_local().shape),
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )

@@ -213,9 +213,14 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
         return expected_pixels(maps[:, :CHANNELS])
 
     def forward(
-        self, images: Tensor, *, tau: float, kl_weight: float, seed: int | Tensor | None = None,
+        self,
+        images: Tensor,
+        *,
+        tau: float,
+        kl_weight: float,
+        seed: int | Tensor | None = None,
         first: int = 0,
-    ) -> DVAEOutput:  # fmt: skip
+    ) -> DVAEOutput:
         """The evidence lower bound of stage 1 (paper Eq. 1 and A.2).
 
         Args:

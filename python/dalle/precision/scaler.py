@@ -235,7 +235,9 @@ class ResblockScaler:
         bad = [i for i, count in enumerate(nonfinite[:-1].tolist()) if count]
         self._say_too_high(
             f"all of the first {self.updates} updates were skipped, as scaled gradients of block "
-            "{} were not finite", bad)  # fmt: skip
+            "{} were not finite",
+            bad,
+        )
 
     def _say_too_high(self, text: str, blocks: list[int]) -> None:
         if blocks:

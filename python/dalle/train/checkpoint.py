@@ -122,8 +122,10 @@ def _save_shards(task: Task, root: Path, step: int, keep: int) -> Path:
     world, final = task.world, root / checkpoint_name(step)
     apart = world.replica_drift(task.model)
     if apart is not None:
-        say(f"{task.name}: {apart}, at step {step}; a run that goes on from this checkpoint has "
-            "equal ones again")  # fmt: skip
+        say(
+            f"{task.name}: {apart}, at step {step}; a run that goes on from this checkpoint has "
+            "equal ones again"
+        )
     temporary = Path(world.first(str(temporary_name(final))))
     try:
         with _agreed(world):

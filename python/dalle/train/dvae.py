@@ -121,9 +121,14 @@ class DvaeTask:
     name = "dvae"
 
     def __init__(
-        self, vae: DiscreteVAE, pairs: Pairs, config: DvaeTrainConfig, *, seed: int = 0,
+        self,
+        vae: DiscreteVAE,
+        pairs: Pairs,
+        config: DvaeTrainConfig,
+        *,
+        seed: int = 0,
         world: World | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.pairs, self.config, self.seed = vae, pairs, config, seed
         self.device = next(vae.parameters()).device
         self.world: World = world or Solo(self.device)
@@ -181,9 +186,12 @@ class DvaeTask:
                     f"got {getattr(c, name)}"
                 )
         found, _ = load_or_skip(
-            self.pairs, range(len(self.pairs)), lambda image, _: center_crop(image, c.image_size),
-            some=False, most=need,
-        )  # fmt: skip
+            self.pairs,
+            range(len(self.pairs)),
+            lambda image, _: center_crop(image, c.image_size),
+            some=False,
+            most=need,
+        )
         if len(found) < need:
             raise DataError(
                 f"dvae train: data must hold at least {need} pictures that can be used for a "
@@ -201,9 +209,11 @@ class DvaeTask:
             return dvae_crop(image, size, np.random.default_rng(seed))
 
         found, _ = load_or_draw(
-            self.pairs, self.sampler.indices(step)[part],
-            lambda place: step_seed(self.seed, step, 4, part.start + place), crop,
-        )  # fmt: skip
+            self.pairs,
+            self.sampler.indices(step)[part],
+            lambda place: step_seed(self.seed, step, 4, part.start + place),
+            crop,
+        )
         return to_tensor(found).to(self.device)
 
     def _no_batch(self) -> Tensor:

@@ -174,9 +174,12 @@ class PriorTask:
             for place, i in zip(places, items, strict=True)
         ]
         text = self.tokenizer.encode(
-            captions, self.model.config.text_len - 1,
-            dropout=c.bpe_dropout, seed=step_seed(self.seed, step, 2), places=places.tolist(),
-        )  # fmt: skip
+            captions,
+            self.model.config.text_len - 1,
+            dropout=c.bpe_dropout,
+            seed=step_seed(self.seed, step, 2),
+            places=places.tolist(),
+        )
         draw = torch.Generator().manual_seed(step_seed(self.seed, step, 3))
         at, keep = torch.from_numpy(places), None
         if c.caption_dropout:

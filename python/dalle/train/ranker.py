@@ -72,8 +72,11 @@ class RankerTrainConfig:
         check_numbers("ranker", self)
         requirements = (
             ("group", self.group >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 2 and self.batch_size % max(self.group, 1) == 0,
-             f"at least 2 and a multiple of group = {self.group}"),
+            (
+                "batch_size",
+                self.batch_size >= 2 and self.batch_size % max(self.group, 1) == 0,
+                f"at least 2 and a multiple of group = {self.group}",
+            ),
             ("num_spliced", 0 <= self.spliced <= self.batch_size, "0 to batch_size"),
             ("reconstructed", 0 <= self.reconstructed <= 1, "0 to 1"),
             ("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite"),
@@ -81,7 +84,7 @@ class RankerTrainConfig:
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more and finite"),
             ("warmup", self.warmup >= 0, "0 or more"),
             ("parts", self.parts >= 1, "at least 1"),
-        )  # fmt: skip
+        )
         for name, holds, requirement in requirements:
             if not holds:
                 raise UsageError(f"ranker: {name} must be {requirement}, got {getattr(self, name)}")
@@ -132,9 +135,11 @@ class Bags(NamedTuple):
     def products(self, items: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         """(M,) and (P,) indices -> (M, P): `dense(items) @ dense(others).T`, from P L numbers."""
         return F.embedding_bag(
-            self.tokens[others], self.dense(items).T.contiguous(),
-            per_sample_weights=self.weights[others], mode="sum",
-        ).T  # fmt: skip
+            self.tokens[others],
+            self.dense(items).T.contiguous(),
+            per_sample_weights=self.weights[others],
+            mode="sum",
+        ).T
 
 
 def bags_of(text: torch.Tensor, vocab_size: int) -> Bags:
@@ -266,14 +271,19 @@ class RankerTask:
         """A step's batch: indices (B,), pictures (B, 3, H, W), spliced pictures (M, 3, H, W)."""
         rng = torch.Generator().manual_seed(step_seed(self.seed, step))
         wanted = look_alikes(
-            self.bags, self.caption_ids[: len(self.pairs)], self.config.batch_size,
-            self.config.group, rng,
-        )  # fmt: skip
+            self.bags,
+            self.caption_ids[: len(self.pairs)],
+            self.config.batch_size,
+            self.config.group,
+            rng,
+        )
         size = self.ranker.config.image_size
         found, items = load_or_draw(
-            self.pairs, wanted.numpy(), lambda place: step_seed(self.seed, step, 1, place),
+            self.pairs,
+            wanted.numpy(),
+            lambda place: step_seed(self.seed, step, 1, place),
             lambda image, _: center_crop(image, size),
-        )  # fmt: skip
+        )
         kept = items.tolist()
         device = self.ranker.log_scale.device
         images = to_tensor(found).to(device)

@@ -25,8 +25,13 @@ def as_written(path: Path) -> Iterator[None]:
     try:
         yield
     except (
-        LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError,
-    ) as problem:  # fmt: skip
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as problem:
         if isinstance(problem, CheckpointError) or is_refusal(problem):
             raise
         if isinstance(problem, UsageError):  # of a number in it
