@@ -23,8 +23,7 @@ from dalle_ext.ops.powersgd import (
     powersgd_decompress_,
     powersgd_project,
 )
-from dalle_ext.ops.sparse_attention import sparse_attention
-from dalle_ext.ops.sparse_attention_pattern import AttentionPattern
+from dalle_ext.ops.sparse_attention import AttentionPattern, sparse_attention
 
 __all__ = [
     "AdamW16",

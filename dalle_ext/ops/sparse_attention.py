@@ -1,4 +1,8 @@
-"""Attention that skips what the pattern masks: public function, fake kernels, gradient.
+"""Sparse attention, and which keys a query sees: the patterns of the paper (Figure 11).
+
+The stream is `text_len` text positions, then `rows * columns` image positions in raster order. For
+every pattern a query at position q sees a key at position k <= q if k is text or if the image
+distance q - k is one of the pattern's offsets.
 
 Letters: B batch, H heads, T positions, D head size.
 """
@@ -6,18 +10,255 @@ Letters: B batch, H heads, T positions, D head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
+from types import MethodType
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
 from dalle_ext import _native
-from dalle_ext._checks import numbers_only, real
+from dalle_ext._checks import integer, numbers_only, real
 from dalle_ext._switch import reference_in_use
-from dalle_ext.ops.sparse_attention_pattern import AttentionPattern
 from dalle_ext.reference import sparse_attention as reference
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 Tensor = torch.Tensor
+KINDS = ("row", "column", "conv", "causal")  # whose offsets follow from the grid
+OFFSETS = "offsets"  # whose offsets are given
+LSE_BYTES = 8  # a float64 a query
+
+
+def _counts(**counts: int) -> list[int]:
+    return [integer("AttentionPattern", name, value, 0) for name, value in counts.items()]
+
+
+def _offsets(
+    kind: str, slots: int, columns: int, half: int, given: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The attended distances on a grid of `slots` positions."""
+    if kind == "row":
+        return tuple(range(min(columns + 1, slots)))
+    if kind == "column":
+        return tuple(range(0, slots, columns))
+    if kind == "causal":
+        return tuple(range(slots))
+    if given:  # by kind "offsets" always, by "conv" in place of its own
+        return tuple(o for o in given if o < slots)
+    reach = range(min(columns * (half + 1), slots))
+    return tuple(o for o in reach if min(o % columns, -o % columns) <= half)
+
+
+def _runs(offsets: tuple[int, ...]) -> tuple[int, ...]:
+    held = set(offsets)
+    return tuple(o for o in range(offsets[-1] + 2) if (o in held) != (o - 1 in held))
+
+
+def _check(holds: bool, argument: str, requirement: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"AttentionPattern: {argument} must be {requirement}, got {value!r}")
+
+
+def _integers(argument: str, values: Any, least: int, requirement: str) -> tuple[int, ...]:
+    try:
+        return tuple(integer("AttentionPattern", argument, n, least) for n in values)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"AttentionPattern: {argument} must be {requirement}, got {values!r}"
+        ) from None
+
+
+class _Offsets:
+    """`pattern.offsets` are its distances; `AttentionPattern.offsets(...)` makes a pattern."""
+
+    @overload
+    def __get__(
+        self, instance: None, owner: type[AttentionPattern]
+    ) -> Callable[..., AttentionPattern]: ...
+    @overload
+    def __get__(
+        self, instance: AttentionPattern, owner: type[AttentionPattern]
+    ) -> tuple[int, ...]: ...
+    def __get__(self, instance: AttentionPattern | None, owner: type[AttentionPattern]) -> Any:
+        if instance is None:
+            return MethodType(_Offsets.offsets, owner)
+        (rows, columns), half = instance.grid, instance.kernel_size // 2
+        found = _offsets(instance.kind, rows * columns, columns, half, instance.custom_offsets)
+        instance.__dict__["offsets"] = found  # where the next look finds it first
+        return found
+
+    @staticmethod
+    def offsets(
+        cls: type[AttentionPattern],
+        offsets: Iterable[int],
+        *,
+        text_len: int,
+        grid: Iterable[int],
+    ) -> AttentionPattern:
+        """The pattern of any list of image distances q - k.
+
+        Args:
+            offsets: integers from 0 on, 0 among them, in any order.
+            text_len, grid: as of the class.
+
+        Raises:
+            ValueError: as the class does.
+        """
+        return cls(OFFSETS, text_len=text_len, grid=grid, offsets=offsets)
+
+
+@dataclass(frozen=True, init=False)
+class AttentionPattern:
+    """An attention pattern for one text length and one image grid; raises ValueError on others.
+
+    Args:
+        kind: "row" (the slot itself and one whole row before it, across row ends), "column" (same
+            column, this row and earlier), "conv" (centred causal kernel with raster wraparound),
+            "causal" (everything up to the query) or "offsets" (the distances that `offsets` lists;
+            `AttentionPattern.offsets([0, 1, 32], text_len=..., grid=...)` is the short form).
+        text_len: number of text positions, 0 or more.
+        grid: (rows, columns) of the image, each at least 1.
+        kernel_size: odd width of the conv kernel; only "conv" uses it.
+        offsets: the attended image distances q - k of "offsets", or of another reading of "conv";
+            must hold 0. Those beyond the grid count for nothing.
+        custom_offsets: the field that keeps what was given as `offsets`, so that
+            `dataclasses.replace` carries that over, and derives the rest anew.
+    """
+
+    kind: str
+    _: KW_ONLY
+    text_len: int
+    grid: tuple[int, int]
+    kernel_size: int = 11
+    custom_offsets: tuple[int, ...] = field(default=(), repr=False)
+    # Of a pattern: the attended image distances on its grid, ascending. Of the class: see there.
+    offsets = _Offsets()
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        text_len: int,
+        grid: Iterable[int],
+        kernel_size: int = 11,
+        offsets: Iterable[int] | None = None,
+        custom_offsets: Iterable[int] = (),
+    ) -> None:
+        kinds = (*KINDS, OFFSETS)
+        _check(kind in kinds, "kind", f"one of {', '.join(kinds)}", kind)
+        text_len = integer("AttentionPattern", "text_len", text_len, 0)
+        size = _integers("grid", grid, 1, "(rows, columns), integers of at least 1")
+        _check(len(size) == 2, "grid", "(rows, columns), integers of at least 1", grid)
+        odd = "an odd integer >= 1"
+        width = integer("AttentionPattern", "kernel_size", kernel_size, 1, requirement=odd)
+        _check(width % 2 == 1, "kernel_size", odd, kernel_size)
+        rule = "for kind 'conv' or 'offsets' only, from 0 upwards with 0"
+        listed = _integers("offsets", custom_offsets if offsets is None else offsets, 0, rule)
+        given = tuple(sorted(set(listed)))
+        _check(not given or (kind in ("conv", OFFSETS) and given[0] == 0), "offsets", rule, listed)
+        _check(
+            bool(given) or kind != OFFSETS, "offsets", "given for kind 'offsets', with 0", listed
+        )
+        fields = {"kind": kind, "text_len": text_len, "grid": size, "kernel_size": width}
+        for name, value in {**fields, "custom_offsets": given}.items():
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def runs(self) -> tuple[int, ...]:
+        """Half-open runs of "conv" and "offsets", (begin, end, begin, end, ...); else empty."""
+        return _runs(self.offsets) if self.kind in ("conv", OFFSETS) else ()
+
+    @property
+    def length(self) -> int:
+        """Number of positions T = text_len + rows * columns."""
+        return self.text_len + self.grid[0] * self.grid[1]
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of (query, key) pairs attended."""
+        text, slots = self.text_len, self.grid[0] * self.grid[1]
+        return text * (text + 1) // 2 + slots * text + sum(slots - o for o in self.offsets)
+
+    @property
+    def density(self) -> float:
+        """Attended share of the causal triangle; 1.0 for "causal"."""
+        return self.num_pairs / (self.length * (self.length + 1) // 2)
+
+    def mask(self) -> Tensor:
+        """The (T, T) bool mask, entry (query, key), on the CPU."""
+        return reference.sparse_attention_mask(self)
+
+    def mask_mod(self, device: torch.device | str = "cpu") -> Callable[..., Tensor]:
+        """The pattern as a `mask_mod(b, h, q_idx, kv_idx)`; "conv" reads a table on `device`."""
+        text, (rows, columns) = self.text_len, self.grid
+        if self.kind == "causal":
+            return lambda b, h, q, k: q >= k
+        if self.kind == "row":
+            return lambda b, h, q, k: (q >= k) & ((k < text) | (q - k <= columns))
+        if self.kind == "column":
+            return lambda b, h, q, k: (q >= k) & ((k < text) | ((q - k) % columns == 0))
+        beyond = rows * columns
+        seen = torch.zeros(beyond + 1, dtype=torch.bool, device="cpu")  # the last entry stays False
+        seen[list(self.offsets)] = True
+        seen = seen.to(device)
+        return lambda b, h, q, k: (q >= k) & ((k < text) | seen[(q - k).clamp(0, beyond)])
+
+    def to_block_mask(self, device: torch.device | str = "cpu") -> BlockMask:
+        """The pattern as a block mask for any batch and heads, in blocks of 128."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        size = self.length
+        rule = self.mask_mod(device)
+        return create_block_mask(rule, None, None, size, size, device=str(device))
+
+    def flops(self, batch: int, heads: int, head_size: int, backward: bool = False) -> int:
+        """Floating point operations that attention over this pattern needs.
+
+        Only attended pairs count, and of each only the matrix products, 2 D apiece: q k^T and p v
+        forward (4 D); q k^T again, p^T dO, dO v^T, dS k and dS^T q backward (10 D). A kernel that
+        computes what the mask throws away does more.
+
+        Args:
+            batch, heads, head_size: B, H, D of the tensors.
+            backward: the backward's in place of the forward's; a training step needs both.
+
+        Raises:
+            ValueError: a number is not an integer of at least 0.
+        """
+        batch, heads, head_size = _counts(batch=batch, heads=heads, head_size=head_size)
+        return (10 if backward else 4) * head_size * batch * heads * self.num_pairs
+
+    def bytes(
+        self,
+        batch: int,
+        heads: int,
+        head_size: int,
+        element_size: int,
+        backward: bool = False,
+    ) -> int:
+        """Least memory traffic of attention over this pattern: every tensor once.
+
+        Forward q, k, v, out; backward q, k, v, out, grad_out and the three gradients; all
+        (B, H, T, D). Beside them the log-sum-exp, written forward and read backward, which this
+        library keeps as (B, H, T) float64, so that the backward makes the forward's probabilities
+        again to the last bit.
+
+        Args:
+            batch, heads, head_size: B, H, D of the tensors.
+            element_size: bytes of one element, 2 for float16 and bfloat16.
+            backward: the backward's in place of the forward's; a training step needs both.
+
+        Raises:
+            ValueError: a number is not an integer of at least 0.
+        """
+        batch, heads, head_size, element_size = _counts(
+            batch=batch, heads=heads, head_size=head_size, element_size=element_size
+        )
+        row = (8 if backward else 4) * head_size * element_size + LSE_BYTES
+        return batch * heads * self.length * row
 
 
 def _like(x: Tensor) -> Tensor:

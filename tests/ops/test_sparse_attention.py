@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import dalle_ext
 from dalle_ext import AttentionPattern
-from dalle_ext.ops.sparse_attention_pattern import KINDS
+from dalle_ext.ops.sparse_attention import KINDS
 from dalle_ext.reference.sparse_attention import sparse_attention as reference
 from dalle_ext.testing import assert_as_accurate, border_intact, gradients, sliced
 

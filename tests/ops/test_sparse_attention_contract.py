@@ -10,7 +10,7 @@ import torch
 
 import dalle_ext
 from dalle_ext import AttentionPattern, sparse_attention
-from dalle_ext.ops.sparse_attention_pattern import KINDS
+from dalle_ext.ops.sparse_attention import KINDS
 from dalle_ext.reference.sparse_attention import sparse_attention as reference
 
 OPS = torch.ops.dalle_ext

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dalle_ext import AttentionPattern
-from dalle_ext.ops.sparse_attention_pattern import KINDS
+from dalle_ext.ops.sparse_attention import KINDS
 
 PAPER = {"text_len": 256, "grid": (32, 32)}
 # Other readings of "conv" as offsets: 121 from the corner with wraparound, 11 whole rows with

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import dalle_ext
 from dalle_ext import AttentionPattern
-from dalle_ext.ops.sparse_attention_pattern import KINDS, OFFSETS
+from dalle_ext.ops.sparse_attention import KINDS, OFFSETS
 
 ROOT = Path(__file__).resolve().parents[2]
 
