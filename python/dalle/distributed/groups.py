@@ -47,10 +47,10 @@ def own_group(parent: dist.ProcessGroup | None, owner: object) -> dist.ProcessGr
         ranks,
         backend,
         store,
-        f"own-{token}",
+        f"own-{token}",  # type: ignore[arg-type]  # a GroupName, which older torch does not have
         timeout=timeout,
         group_desc="PowerSGD",
-    )  # type: ignore[arg-type]
+    )
     assert isinstance(found, dist.ProcessGroup)
     c10d._world.pg_group_ranks[found] = {rank: i for i, rank in enumerate(ranks)}
     if "nccl" not in backend:
