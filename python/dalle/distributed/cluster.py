@@ -55,6 +55,8 @@ class Cluster:
         self.config = config
         self.psgd: PowerSGD | None = None
         self._postponed: DalleError | None = None
+        self._received: Sequence[object] = ()
+        self._stop: bool | None = None  # whether any asked, when the last mean was taken
         limit = timedelta(seconds=config.timeout)
         try:
             backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -143,10 +145,16 @@ class Cluster:
         dist.all_reduce(found, group=self.control)
         return found
 
-    def share(self, count: int) -> float:
-        """As `weight`, of as many things as each process has: `count` is this one's."""
-        own = torch.tensor(count, dtype=torch.float64, device="cpu")
-        return count * self.size / max(float(self.sum(own)), 1.0)
+    def share(self, count: int) -> Callable[[], float]:
+        total = torch.tensor(count, dtype=torch.float64, device="cpu")
+        work = dist.all_reduce(total, group=self.control, async_op=True)
+
+        def wait() -> float:
+            assert work is not None  # of a process that is in the group
+            work.wait()
+            return count * self.size / max(float(total), 1.0)
+
+        return wait
 
     def mean(self, values: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
         """A step's values over all processes, in one exchange: means, of counts the sums."""
@@ -154,8 +162,10 @@ class Cluster:
             k: torch.as_tensor(v, dtype=torch.float64, device="cpu").detach()
             for k, v in values.items()
         }
-        total = self.sum(torch.cat([v.reshape(-1) for v in shaped.values()]))
-        parts = total.split([v.numel() for v in shaped.values()])
+        flag = torch.tensor([bool(self._received)], dtype=torch.float64, device="cpu")
+        total = self.sum(torch.cat([flag, *(v.reshape(-1) for v in shaped.values())]))
+        self._stop = float(total[0]) > 0
+        parts = total[1:].split([v.numel() for v in shaped.values()])
         return {
             key: part.view(shaped[key].shape) / (1 if key in SUMMED else self.size)
             for key, part in zip(shaped, parts, strict=True)
@@ -164,6 +174,13 @@ class Cluster:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
         return bool(self.sum(torch.tensor([float(flag)], dtype=torch.float32, device="cpu")) > 0)
+
+    def watch(self, received: Sequence[object]) -> None:
+        self._received = received
+
+    def stop_requested(self) -> bool:
+        told, self._stop = self._stop, None
+        return self.any(bool(self._received)) if told is None else told
 
     def gather(self, value: Any) -> list[Any]:
         """The value of each process, in their order."""

@@ -51,8 +51,11 @@ class World(Protocol):
     def weight(self, count: int) -> float:
         """Of a mean over this process's part of `count` things in the mean of all processes."""
 
-    def share(self, count: int) -> float:
-        """As `weight`, where this process has `count` things, others other numbers. Collective."""
+    def share(self, count: int) -> Callable[[], float]:
+        """As `weight`, where this process has `count` things, others other numbers.
+
+        Collective. What is returned waits for the others; work in between hides them.
+        """
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums over all processes, on the CPU, in float64. Collective."""
@@ -62,6 +65,12 @@ class World(Protocol):
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process. Collective."""
+
+    def watch(self, received: Sequence[object]) -> None:
+        """From now on this process asks all to stop once the list is not empty."""
+
+    def stop_requested(self) -> bool:
+        """Whether any process had asked when the step's last `mean` was taken. Collective."""
 
     def gather(self, value: Any) -> list[Any]:
         """The value of each process, in their order. Collective."""
@@ -148,6 +157,7 @@ class Solo:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = torch.device("cpu") if device is None else device
+        self._received: Sequence[object] = ()
 
     def part(self, count: int) -> slice:
         return slice(0, count)
@@ -155,8 +165,8 @@ class Solo:
     def weight(self, count: int) -> float:
         return 1.0
 
-    def share(self, count: int) -> float:
-        return 1.0
+    def share(self, count: int) -> Callable[[], float]:
+        return lambda: 1.0
 
     def sum(self, values: Tensor) -> Tensor:
         return values.detach().to("cpu", torch.float64, copy=True)
@@ -166,6 +176,12 @@ class Solo:
 
     def any(self, flag: bool) -> bool:
         return flag
+
+    def watch(self, received: Sequence[object]) -> None:
+        self._received = received
+
+    def stop_requested(self) -> bool:
+        return bool(self._received)
 
     def gather(self, value: Any) -> list[Any]:
         return [value]

@@ -108,6 +108,7 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
         if step > config.steps:
             say(f"{task.name}: {step} updates are done already, more than steps {config.steps}")
         start, watch = step, StepWatch(task)
+        world.watch(received)
         try:
             task.model.train()
             while step < config.steps:
@@ -117,7 +118,7 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
                 step += 1
                 watch.end()
                 metrics.add(values)
-                stop = world.any(bool(received))
+                stop = world.stop_requested()
                 last = stop or step >= config.steps
                 record = last or step % config.log_every == 0
                 save = last or step % config.checkpoint_every == 0

@@ -277,10 +277,10 @@ class PriorTask:
         A process, and a part of its batch, weighs as much as the tokens that it has of it.
         """
         if self.config.parts == 1:
-            out = forward()
             share = self.world.share(self._text_targets(batch.text))
+            out = forward()
             weight = self.world.weight(self.config.batch_size)
-            return [out.text_loss * share, out.image_loss * weight]
+            return [out.text_loss * share(), out.image_loss * weight]
         targets = max(1, self._text_targets(batch.text))
 
         def run(place: slice) -> tuple[Tensor, ...]:

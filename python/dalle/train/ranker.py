@@ -208,7 +208,6 @@ class RankerTask:
 
     name = "ranker"
     average: IterateAverage | None = None
-    world: World = Solo()
 
     def __init__(
         self,
@@ -221,6 +220,7 @@ class RankerTask:
         seed: int = 0,
     ) -> None:
         self.model: nn.Module = ranker
+        self.world: World = Solo()
         self.steps = whole("ranker", "steps", steps, 1)
         self.ranker, self.pairs, self.config = ranker, pairs, config
         self.seed = seed_number("ranker", seed)
