@@ -151,9 +151,9 @@ def _plain_numbers(owner: str, field: dataclasses.Field[Any], value: Any) -> Any
     """`value` with the numbers that a field is annotated to hold as Python's own."""
     kind = str(field.type)
     if isinstance(value, (tuple, list)) and kind.startswith("tuple[int"):
-        return tuple(whole(owner, field.name, number) for number in value)
+        return tuple(integer(owner, field.name, number) for number in value)
     if kind == "int" or (kind == "int | None" and value is not None):
-        return whole(owner, field.name, value)
+        return integer(owner, field.name, value)
     if kind == "float" or (kind == "float | None" and value is not None):
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise UsageError(f"{owner}: {field.name} must be a number, got {value!r}")
@@ -164,8 +164,10 @@ def _plain_numbers(owner: str, field: dataclasses.Field[Any], value: Any) -> Any
     return value
 
 
-def whole(owner: str, name: str, value: Any, least: int | None = None) -> int:
-    """`value` as an int, where it is an integer of any kind, and `least` or more.
+def integer(
+    owner: str, name: str, value: Any, least: int | None = None, most: int | None = None
+) -> int:
+    """`value` as an int, where it is an integer of any kind, and in least .. most.
 
     Raises:
         UsageError: it is not.
@@ -173,25 +175,27 @@ def whole(owner: str, name: str, value: Any, least: int | None = None) -> int:
     if type(value) is int:  # what the command line gives, whose help needs no torch
         found = value
     else:
-        from dalle_ext._checks import integer
+        from dalle_ext import _checks
 
-        found = integer(owner, name, value, requirement="a whole number", error=UsageError)
+        found = _checks.integer(owner, name, value, requirement="a whole number", error=UsageError)
     if least is not None and found < least:
-        raise UsageError(f"{owner}: {name} must be {least} or more, got {found}")
+        raise UsageError(f"{owner}: {name} must be {least} or more, got {value}")
+    if most is not None and found > most:
+        raise UsageError(f"{owner}: {name} must be at most {most}, got {value}")
     return found
 
 
-def whole_numbers(owner: str, name: str, values: Any, least: int | None = None) -> list[int]:
-    """A list, tuple, array or tensor of integers of any kind as ints. Raises as `whole`."""
+def integers(owner: str, name: str, values: Any, least: int | None = None) -> list[int]:
+    """A list, tuple, array or tensor of integers of any kind as ints. Raises as `integer`."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise UsageError(f"{owner}: {name} must be a list of whole numbers, got {values!r}")
     values = values.tolist() if hasattr(values, "tolist") else values
-    return [whole(owner, name, value, least) for value in values]
+    return [integer(owner, name, value, least) for value in values]
 
 
 def seed_number(owner: str, seed: Any) -> int:
     """A seed as an int of 0 to 2^63 - 1. Raises UsageError."""
-    found = whole(owner, "seed", seed)
+    found = integer(owner, "seed", seed)
     if not 0 <= found < 2**63:
         raise UsageError(f"{owner}: seed must be 0 .. 2^63 - 1, got {found}")
     return found

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from dalle.configs import whole
+from dalle.configs import integer
 from dalle.errors import UsageError
 from dalle.files import saving, write_atomic
 
@@ -54,7 +54,7 @@ def grid(
     """
     if images.dim() != 4:
         raise UsageError(f"grid: images must be (N, 3, H, W), got {tuple(images.shape)}")
-    columns, scale = whole("grid", "columns", columns), whole("grid", "scale", scale)
+    columns, scale = integer("grid", "columns", columns), integer("grid", "scale", scale)
     if columns < 1 or scale < 1:
         raise UsageError(f"grid: columns and scale must be at least 1, got {columns} and {scale}")
     if labels is not None and len(labels) != len(images):

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from dalle.captions import clean
-from dalle.configs import LARGEST
+from dalle.configs import LARGEST, integer
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import read_object, to_json, write_atomic
 from dalle.pretrained import fingerprint
 from dalle.prior.decode import generate
 from dalle.prior.model import Prior
-from dalle.prior.sampling import PAPER, SamplingConfig, first_numbers, whole_number
+from dalle.prior.sampling import PAPER, SamplingConfig, first_numbers
 from dalle.ranker.model import ContrastiveRanker, ImageTextRanker, load_ranker
 from dalle.tokenizer import Tokenizer
 from dalle.version import __version__
@@ -195,7 +195,7 @@ class Pipeline:
             prime: (n,) codes every sample begins with.
             progress: called with (sequences done, sequences in all) after each chunk.
         """
-        num_candidates = whole_number("pipeline", "num_candidates", num_candidates, 1, MOST)
+        num_candidates = integer("pipeline", "num_candidates", num_candidates, 1, MOST)
         if isinstance(captions, str):
             raise UsageError(f"pipeline: captions must be a list of strings, got {captions!r}")
         text = self.tokenizer.encode(list(captions), self.prior.config.text_len - 1)
@@ -268,9 +268,9 @@ class Pipeline:
         Raises:
             UsageError: an argument is out of range.
         """
-        num_candidates = whole_number("pipeline", "num_candidates", num_candidates, 1, MOST)
-        top = whole_number("pipeline", "top", top, 1)
-        prime_rows = whole_number("pipeline", "prime_rows", prime_rows, 0)
+        num_candidates = integer("pipeline", "num_candidates", num_candidates, 1, MOST)
+        top = integer("pipeline", "top", top, 1)
+        prime_rows = integer("pipeline", "prime_rows", prime_rows, 0)
         if top > num_candidates:
             raise UsageError(
                 f"pipeline: top must be 1 to num_candidates = {num_candidates}, got {top}"

@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from dalle.configs import whole
+from dalle.configs import integer
 from dalle.errors import UsageError
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def make_plan(name: str, shape: PriorConfig, batch: int) -> dict[str, Any]:
     Raises:
         UsageError: for a batch below 1.
     """
-    batch = whole("plan", "batch", batch)
+    batch = integer("plan", "batch", batch)
     if batch < 1:
         raise UsageError(f"plan: batch must be 1 or more, got {batch}")
     kinds = Counter(pattern.kind for pattern in shape.patterns())
@@ -286,9 +286,9 @@ def cluster_plan(
     Raises:
         UsageError: sizes that do not divide, or numbers that are not positive.
     """
-    gpus, batch = whole("plan", "gpus", gpus), whole("plan", "batch", batch)
-    per_machine = whole("plan", "per_machine", per_machine)
-    rank = None if rank is None else whole("plan", "rank", rank)
+    gpus, batch = integer("plan", "gpus", gpus), integer("plan", "batch", batch)
+    per_machine = integer("plan", "per_machine", per_machine)
+    rank = None if rank is None else integer("plan", "rank", rank)
     given = {
         "gpus": gpus,
         "per_machine": per_machine,

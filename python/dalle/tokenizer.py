@@ -26,7 +26,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from dalle.captions import clean
-from dalle.configs import whole, whole_numbers
+from dalle.configs import integer, integers
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.files import parse_json, read_bytes, read_object, to_json, write_atomic
 from dalle.memory import require_memory
@@ -88,7 +88,7 @@ class Tokenizer:
             DataError: no caption with a visible character.
             UsageError: captions that are no strings, vocab_size out of range.
         """
-        vocab_size = whole("tokenizer", "vocab_size", vocab_size)
+        vocab_size = integer("tokenizer", "vocab_size", vocab_size)
         if not NUM_BYTES <= vocab_size <= MAX_VOCAB:
             limits = f"{NUM_BYTES} to {MAX_VOCAB}"
             raise UsageError(f"tokenizer: vocab_size must be {limits}, got {vocab_size}")
@@ -134,14 +134,12 @@ class Tokenizer:
             EnvironmentProblem: (B, length) numbers fit no memory.
         """
         texts = [lower(caption) for caption in _strings(captions)]
-        length, seed = whole("tokenizer", "length", length), whole("tokenizer", "seed", seed)
+        length, seed = integer("tokenizer", "length", length), integer("tokenizer", "seed", seed)
         if length < 1:
             raise UsageError(f"tokenizer: length must be at least 1, got {length}")
         if not 0 <= real(dropout) <= 1:
             raise UsageError(f"tokenizer: dropout must be in [0, 1], got {dropout}")
-        places = (
-            range(len(texts)) if places is None else whole_numbers("tokenizer", "places", places, 0)
-        )
+        places = range(len(texts)) if places is None else integers("tokenizer", "places", places, 0)
         if len(places) != len(texts):
             raise UsageError(
                 f"tokenizer: places must be as many as captions, got {len(places)} for {len(texts)}"
@@ -171,7 +169,7 @@ class Tokenizer:
         values = ids.tolist() if isinstance(ids, (Tensor, np.ndarray)) else ids
         if not isinstance(values, Iterable) or any(isinstance(v, list) for v in values):
             raise UsageError("tokenizer: ids must have one axis, got another number of axes")
-        values = [whole("tokenizer", "ids", value) for value in values]
+        values = [integer("tokenizer", "ids", value) for value in values]
         kept = [value for value in values if value != self.PAD]
         for value in kept:
             if not 0 <= value < self.vocab_size:

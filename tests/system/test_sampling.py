@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dalle.configs import integer
 from dalle.errors import UsageError
 from dalle.prior.sampling import (
     SamplingConfig,
@@ -16,7 +17,6 @@ from dalle.prior.sampling import (
     filter_logits,
     first_numbers,
     uniform_noise,
-    whole_number,
 )
 
 CHANCES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
@@ -133,7 +133,7 @@ def test_a_captions_key_is_of_its_tokens_and_not_of_the_padding():
 
 def test_whole_numbers_of_any_kind():
     for value in (3, np.int8(3), np.uint64(3), torch.tensor(3)):
-        found = whole_number("x", "n", value, 0)
+        found = integer("x", "n", value, 0)
         assert found == 3 and type(found) is int
         assert first_numbers("x", "n", value, 2) == [3, 3]
     for given in ([3, 4], np.array([3, 4]), torch.tensor([3, 4])):
@@ -146,7 +146,7 @@ def test_whole_numbers_of_any_kind():
         (9, "x: n must be at most 8, got 9"),
     ):
         with pytest.raises(UsageError, match=line):
-            whole_number("x", "n", value, 0, 8)
+            integer("x", "n", value, 0, 8)
     with pytest.raises(UsageError, match="one number or one for each of 3 captions, got 2"):
         first_numbers("x", "n", [1, 2], 3)
 

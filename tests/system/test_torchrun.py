@@ -35,7 +35,7 @@ def whole(given, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
     code, log = Job(given, out, *POWERSGD).wait()
     assert code == 0, log
-    assert "prior train: 16 updates, weights in " in log and "PowerSGD: compression" in log
+    assert "prior train: 16 updates, model in " in log and "PowerSGD: compression" in log
     return sha256(out / "model" / "model.safetensors")
 
 

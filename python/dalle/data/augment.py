@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import dalle_ext
-from dalle.configs import whole
+from dalle.configs import integer
 from dalle.errors import DataError, UsageError
 
 
@@ -75,7 +75,7 @@ def dvae_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndar
         TooSmall: the picture is.
         NotRgb: it has another shape or type.
     """
-    size = whole("dvae_crop", "size", size)
+    size = integer("dvae_crop", "size", size)
     shorter = _check("dvae_crop", image, size, size)
     image = _random_crop(image, shorter, rng)
     # Python's round() takes halves to even, as the listing's does.
@@ -106,7 +106,7 @@ def prior_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.nda
         TooSmall: the picture is.
         NotRgb: it has another shape or type.
     """
-    size = whole("prior_crop", "size", size)
+    size = integer("prior_crop", "size", size)
     shorter = _check("prior_crop", image, size, size)
     start = []
     for extent in image.shape[:2]:
@@ -128,7 +128,7 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     Returns:
         (size, size, 3) uint8, a copy; a picture of that very size comes back unchanged.
     """
-    size = whole("center_crop", "size", size)
+    size = integer("center_crop", "size", size)
     shorter = _check("center_crop", image, size, 1)
     row, column = (image.shape[0] - shorter) // 2, (image.shape[1] - shorter) // 2
     image = image[row : row + shorter, column : column + shorter]

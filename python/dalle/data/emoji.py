@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dalle.configs import whole
+from dalle.configs import integer
 from dalle.data.pairs import ArrayPairs
 from dalle.errors import DataError, EnvironmentProblem, UsageError
 
@@ -165,7 +165,7 @@ def load_emoji(image_size: int = 48, split: str = "train") -> ArrayPairs:
     """
     if split not in SPLITS:
         raise UsageError(f"emoji: split must be one of {', '.join(SPLITS)}, got {split!r}")
-    image_size = whole("emoji", "image_size", image_size)
+    image_size = integer("emoji", "image_size", image_size)
     if not 8 <= image_size <= 512:
         raise UsageError(f"emoji: image_size must be 8 to 512, got {image_size}")
     images, captions, unique, skipped = _load(image_size)

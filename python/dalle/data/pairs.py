@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from tqdm import tqdm
 
-from dalle.configs import seed_number, whole, whole_numbers
+from dalle.configs import integer, integers, seed_number
 from dalle.console import printable
 from dalle.errors import DataError, UsageError
 
@@ -172,12 +172,12 @@ def load_or_skip(
     places: list[int] = []
     reason = ""
     if most is not None:
-        most = whole(pairs.name, "most", most, 0)
+        most = integer(pairs.name, "most", most, 0)
     for place, item in enumerate(indices):
         if most is not None and len(images) >= most:
             break
         try:
-            image = pairs.load(item := whole(pairs.name, "indices", item))
+            image = pairs.load(item := integer(pairs.name, "indices", item))
             images.append(image if transform is None else transform(image, place))
             places.append(place)
         except DataError as error:
@@ -213,7 +213,7 @@ def load_or_draw(
         DataError: none of those drawn for a place can be used.
     """
     images, items = [], []
-    for place, item in enumerate(whole_numbers(pairs.name, "indices", indices)):
+    for place, item in enumerate(integers(pairs.name, "indices", indices)):
         draws, reason = None, ""
         for _ in range(DRAWS):
             try:
@@ -271,7 +271,7 @@ class BatchSampler:
 
     def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
         for label, value in (("num_items", num_items), ("batch_size", batch_size)):
-            if whole("BatchSampler", label, value) < 1:
+            if integer("BatchSampler", label, value) < 1:
                 raise UsageError(f"BatchSampler: {label} must be at least 1, got {value}")
         self.num_items, self.batch_size = int(num_items), int(batch_size)
         self.seed = seed_number("BatchSampler", seed)
@@ -286,7 +286,7 @@ class BatchSampler:
 
     def indices(self, step: int) -> np.ndarray:
         """The items of batch `step` >= 0, (batch_size,) int64."""
-        step = whole("BatchSampler", "step", step)
+        step = integer("BatchSampler", "step", step)
         if step < 0:
             raise UsageError(f"BatchSampler: step must be at least 0, got {step}")
         position, end = step * self.batch_size, (step + 1) * self.batch_size

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
-from dalle.configs import check_numbers, whole
+from dalle.configs import check_numbers, integer
 from dalle.errors import UsageError
 
 SPLITS = ("train", "test", "zero")
@@ -175,7 +175,7 @@ def zero_pairs(num_pairs: int = 4) -> frozenset[Thing]:
     """Colour-shape pairs in no training caption; no colour and no shape twice among them."""
     every = [Thing(colour, shape) for colour, shape in product(COLOURS, SHAPES)]
     chosen: list[Thing] = []
-    num_pairs = whole("shapes", "num_pairs", num_pairs, 0)
+    num_pairs = integer("shapes", "num_pairs", num_pairs, 0)
     for thing in sorted(every, key=lambda t: zlib.crc32(f"{t.colour} {t.shape}".encode())):
         clash = any(thing.colour == t.colour or thing.shape == t.shape for t in chosen)
         if not clash and len(chosen) < num_pairs:

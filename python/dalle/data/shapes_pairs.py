@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dalle.configs import seed_number, whole
+from dalle.configs import integer, seed_number
 from dalle.data.pairs import ArrayPairs
 from dalle.data.shapes import (
     BACKGROUNDS,
@@ -149,7 +149,7 @@ class ShapesPairs(ArrayPairs):
         groups: dict[str, list[Scene]] = {kind: [] for kind in KINDS}
         for scene in split_scenes(split, config):
             groups[scene.kind].append(scene)
-        size = DEFAULT_SIZES[split] if size is None else whole("shapes", "size", size)
+        size = DEFAULT_SIZES[split] if size is None else integer("shapes", "size", size)
         if size < 1:
             raise UsageError(f"shapes: size must be at least 1, got {size}")
         weights = np.array(config.kind_weights) / sum(config.kind_weights)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 import dalle_ext
-from dalle.configs import whole
+from dalle.configs import integer
 from dalle.distributed.account import Account
 from dalle.distributed.buffers import MEASURE_EVERY, Codes, Floats, Matrix, largest, power_above
 from dalle.distributed.wire import WIRES, Exchange
@@ -60,7 +60,7 @@ class Compressor:
         average: bool, min_compression: float, seed: int,
         scaler: ResblockScaler | GradScaler | None, fast: bool = False,
     ) -> None:  # fmt: skip
-        rank, seed = whole("PowerSGD", "rank", rank), whole("PowerSGD", "seed", seed)
+        rank, seed = integer("PowerSGD", "rank", rank), integer("PowerSGD", "seed", seed)
         _check(rank >= 1, "rank", "1 or more", rank)
         member = group is None or isinstance(group, dist.ProcessGroup)
         _check(member, "group", "a process group that holds this process", group)

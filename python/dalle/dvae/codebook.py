@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dalle.configs import seed_number, whole
+from dalle.configs import integer, seed_number
 from dalle.dvae.likelihood import map_pixels
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import UsageError
@@ -72,7 +72,7 @@ def kmeans(points: Tensor, num_centers: int, *, iterations: int, seed: int) -> t
         UsageError: fewer points than centres, no centre, a bad seed.
     """
     num_centers, iterations = (
-        whole("kmeans", name, value, least)
+        integer("kmeans", name, value, least)
         for name, value, least in (("num_centers", num_centers, 1), ("iterations", iterations, 0))
     )
     seed = seed_number("kmeans", seed)
@@ -152,7 +152,7 @@ def init_codebook(
     features = [vae.encoder.features(map_pixels(part)) for part in images.split(256)]
     points = torch.cat([f.permute(0, 2, 3, 1).flatten(0, 2) for f in features])
     generator = torch.Generator().manual_seed(seed_number("init_codebook", seed))
-    max_points = whole("init_codebook", "max_points", max_points, 1)
+    max_points = integer("init_codebook", "max_points", max_points, 1)
     if len(points) > max_points:
         points = points[
             torch.randperm(len(points), generator=generator, dtype=torch.int64, device="cpu")[

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dalle_ext
-from dalle.configs import LARGEST, check_numbers, whole
+from dalle.configs import LARGEST, check_numbers, integer
 from dalle.dvae.blocks import Block, Decoder, Encoder, PatchBlock, PatchDecoder, PatchEncoder
 from dalle.dvae.likelihood import expected_pixels, logit_laplace_log_prob, map_pixels
 from dalle.errors import UsageError
@@ -170,7 +170,7 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
 
     def grid(self, image_size: int) -> tuple[int, int]:
         """(rows, columns) of tokens of a square picture of `image_size` pixels."""
-        image_size = whole("DiscreteVAE", "image_size", image_size)
+        image_size = integer("DiscreteVAE", "image_size", image_size)
         if image_size < 1 or image_size % self.factor:
             raise UsageError(
                 f"DiscreteVAE: image_size must be a multiple of {self.factor}, got {image_size}"

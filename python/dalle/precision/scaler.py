@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dalle_ext
-from dalle.configs import whole
+from dalle.configs import integer
 from dalle.console import say
 from dalle.dtensor import gradient_stats, local_part
 from dalle.errors import CheckpointError, UsageError
@@ -84,10 +84,10 @@ class ResblockScaler:
         sample_every: int = 100,
     ) -> None:
         replicas, window = (
-            whole("ResblockScaler", name, value)
+            integer("ResblockScaler", name, value)
             for name, value in (("replicas", replicas), ("window", window))
         )
-        sample_every = whole("ResblockScaler", "sample_every", sample_every)
+        sample_every = integer("ResblockScaler", "sample_every", sample_every)
         _check(replicas >= 1, "replicas", "1 or more", replicas)
         ordered = 0 < low <= initial <= high < math.inf
         _check(ordered, "initial", "in [low, high], all positive", (low, initial, high))
@@ -315,7 +315,7 @@ class ResblockScaler:
         if not bool(((scales >= self.low) & (scales <= self.high)).all()):
             within, got = f"[{self.low:g}, {self.high:g}]", state["scales"]
             raise CheckpointError(f"ResblockScaler: scales must be in {within}, got {got}")
-        updates = whole("ResblockScaler", "updates", state["updates"], 0)
+        updates = integer("ResblockScaler", "updates", state["updates"], 0)
         self.scales[: len(self)] = scales.to(self.scales.device)
         for name, own in counts.items():
             own.copy_(given[name])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import dalle_ext
+from dalle.configs import integer
 from dalle.errors import NumericalError, UsageError
 from dalle.prior.blocks import AttentionBlock, KeysValues
 from dalle.prior.config import PAD, PriorConfig
@@ -27,7 +28,6 @@ from dalle.prior.sampling import (
     draw,
     first_numbers,
     uniform_noise,
-    whole_number,
 )
 
 Progress = Callable[[int, int], None]
@@ -206,9 +206,9 @@ def generate(
     """
     c = prior.config
     prior.check_text(text)
-    num_samples = whole_number("generate", "num_samples", num_samples, 1)
-    max_batch = whole_number("generate", "max_batch", max_batch, 1)
-    seed = whole_number("generate", "seed", seed, 0, MAX_SEED)
+    num_samples = integer("generate", "num_samples", num_samples, 1)
+    max_batch = integer("generate", "max_batch", max_batch, 1)
+    seed = integer("generate", "seed", seed, 0, MAX_SEED)
     first = first_numbers("generate", "first_sample", first_sample, len(text))
     if prime is None:
         prime = text.new_empty(len(text), 0)

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalle.configs import integer
 from dalle.errors import UsageError
-from dalle_ext._checks import integer, real
+from dalle_ext import _checks
+from dalle_ext._checks import real
 
 MAX_SEED = 2**63 - 1  # as in training
 LEAST_TEMPERATURE = 1e-37  # of float32; no two logits are so near that a lower one changes a draw
@@ -43,7 +45,7 @@ class SamplingConfig:
             raise UsageError(f"generate: temperature must be 0 or more, got {self.temperature}")
         if self.top_k is not None:
             want = "a whole number of at least 1"
-            integer("generate", "top_k", self.top_k, 1, requirement=want, error=UsageError)
+            _checks.integer("generate", "top_k", self.top_k, 1, requirement=want, error=UsageError)
         if self.top_p is not None and not 0 < real(self.top_p) <= 1:
             raise UsageError(f"generate: top_p must be in (0, 1], got {self.top_p}")
         if not math.isfinite(real(self.cond_scale)):
@@ -109,20 +111,6 @@ def draw(logits: Tensor, noise: Tensor, sampling: SamplingConfig = PAPER) -> Ten
     return torch.minimum(found, last)
 
 
-def whole_number(owner: str, name: str, value: Any, low: int, high: int | None = None) -> int:
-    """`value` as an int, where it is any kind of integer (of numpy, a 0-d tensor).
-
-    Raises:
-        UsageError: it is no integer, or not in low .. high.
-    """
-    number = integer(owner, name, value, requirement="a whole number", error=UsageError)
-    if number < low:
-        raise UsageError(f"{owner}: {name} must be {low} or more, got {value}")
-    if high is not None and number > high:
-        raise UsageError(f"{owner}: {name} must be at most {high}, got {value}")
-    return number
-
-
 def first_numbers(owner: str, name: str, given: Any, batch: int) -> list[int]:
     """The number of each caption's first sample: `given` for all, or one for each of `batch`.
 
@@ -135,7 +123,7 @@ def first_numbers(owner: str, name: str, given: Any, batch: int) -> list[int]:
             f"{owner}: {name} must be one number or one for each of {batch} captions, "
             f"got {len(numbers)}"
         )
-    return [whole_number(owner, name, number, 0, MAX_SEED) for number in numbers]
+    return [integer(owner, name, number, 0, MAX_SEED) for number in numbers]
 
 
 def caption_key(tokens: Tensor) -> int:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dalle.captions import clean
-from dalle.configs import whole
+from dalle.configs import integer
 from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
 from dalle.files import check_regular, read_json
 from dalle.pretrained import Pretrained, from_presets
@@ -73,7 +73,7 @@ class ContrastiveRanker(Pretrained[RankerConfig]):
         Raises:
             UsageError: unknown preset or field, or pictures that the preset's grid does not divide.
         """
-        image_size = whole("ranker", "image_size", image_size, 1)
+        image_size = integer("ranker", "image_size", image_size, 1)
         if name in PRESETS and "grid" not in overrides and image_size % PRESETS[name].grid:
             raise UsageError(
                 f"ranker: image_size must be a multiple of {PRESETS[name].grid} for preset {name}, "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dalle.configs import whole
+from dalle.configs import integer
 from dalle.dtensor import swapped
 from dalle.errors import CheckpointError, UsageError
 from dalle_ext._checks import real
@@ -38,7 +38,7 @@ class IterateAverage:
     ) -> None:
         if not 0 <= real(decay) < 1:
             raise UsageError(f"IterateAverage: decay must be in [0, 1), got {decay}")
-        every = whole("IterateAverage", "every", every)
+        every = integer("IterateAverage", "every", every)
         if every < 1:
             raise UsageError(f"IterateAverage: every must be 1 or more, got {every}")
         self.decay, self.every, self.warmup = decay, every, warmup
@@ -98,7 +98,7 @@ class IterateAverage:
             UsageError: if the number of copies is none.
         """
         found = state["average"]
-        whole("IterateAverage", "copies", state["copies"], 0)
+        integer("IterateAverage", "copies", state["copies"], 0)
         for name in sorted(set(self.average) ^ set(found)):
             where = "model" if name in found else "checkpoint"
             raise CheckpointError(f"IterateAverage: {name} is missing in the {where}")

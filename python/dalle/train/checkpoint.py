@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle.configs import differences, whole
+from dalle.configs import differences, integer
 from dalle.console import say
 from dalle.distributed.world import World
 from dalle.errors import CheckpointError, OtherTrainingError
@@ -74,7 +74,7 @@ def save_checkpoint(task: Task, root: Path, step: int, *, keep: int = 3) -> Path
         CheckpointError: if what was written does not read back; of several processes on all of
             them, if any cannot write.
     """
-    step, keep = whole("checkpoint", "step", step, 0), whole("checkpoint", "keep", keep, 1)
+    step, keep = integer("checkpoint", "step", step, 0), integer("checkpoint", "keep", keep, 1)
     if task.world.size > 1:
         return _save_shards(task, root, step, keep)
     final = root / checkpoint_name(step)
@@ -217,7 +217,7 @@ def _take(
     """Puts in what can be undone; returns the manifest, the weights and the average, checked."""
     manifest = read_manifest(path)
     with as_written(path):
-        whole("checkpoint", "step", manifest["step"], 0)
+        integer("checkpoint", "step", manifest["step"], 0)
         state = check_fits(task, manifest, path, accept_changes=accept_changes)
         groups = {}
         for name in ("model", "optimizer", "average", "rng"):
@@ -254,7 +254,7 @@ def _load_shards(task: Task, path: Path, *, accept_changes: bool) -> int:
         check_tensors(task.model, weights, f"checkpoint {path}: weights")
         average = restore(task, state, tensors, path, accept_changes)
         with as_written(path):
-            step = whole("checkpoint", "step", manifest["step"], 0)
+            step = integer("checkpoint", "step", manifest["step"], 0)
             if sharded and (path / f"rng-{rank:05d}.json").exists():
                 file = path / f"rng-{rank:05d}.safetensors"
                 own = tensors_from_bytes(read_bytes(file, MAX_TEXT_BYTES), file)

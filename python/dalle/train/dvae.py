@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.configs import check_numbers, require, require_adamw, to_dict, whole, whole_numbers
+from dalle.configs import check_numbers, integer, integers, require, require_adamw, to_dict
 from dalle.console import say
 from dalle.data.augment import center_crop, dvae_crop, to_tensor
 from dalle.data.pairs import BatchSampler, Pairs, fingerprints, load_or_draw, load_or_skip
@@ -301,12 +301,12 @@ class DvaeTask:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes `state()` back. Raises UsageError where it holds other numbers."""
-        counts = whole_numbers("dvae", "counts", state["counts"], 0)
+        counts = integers("dvae", "counts", state["counts"], 0)
         if len(counts) != self.model.num_tokens:
             want = f"one for each of {self.model.num_tokens} codes"
             raise UsageError(f"dvae: counts must be {want}, got {len(counts)}")
         health = {str(name): float(value) for name, value in dict(state["health"]).items()}
-        self.tokens_counted = whole("dvae", "tokens_counted", state["tokens_counted"], 0)
+        self.tokens_counted = integer("dvae", "tokens_counted", state["tokens_counted"], 0)
         self.counts = torch.tensor(counts, dtype=torch.int64, device="cpu")
         self.health = health
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle.configs import whole
+from dalle.configs import integer
 from dalle.precision.once import once
 
 Run = Callable[[slice], Sequence[Tensor]]
@@ -32,7 +32,7 @@ def _threads(parts: int, intra_op: int) -> ThreadPoolExecutor:
 
 def slices(size: int, parts: int) -> list[slice]:
     """`size` items in `parts` runs of nearly equal length; fewer where there are fewer items."""
-    size, parts = whole("parts", "size", size, 0), whole("parts", "parts", parts, 1)
+    size, parts = integer("parts", "size", size, 0), integer("parts", "parts", parts, 1)
     ends = [size * i // parts for i in range(parts + 1)]
     return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False) if a < b]
 

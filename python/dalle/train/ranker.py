@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dalle.configs import check_numbers, seed_number, whole
+from dalle.configs import check_numbers, integer, seed_number
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.pairs import Pairs, captions_of, fingerprints, load_or_draw, load_or_skip
 from dalle.distributed.world import Solo, World
@@ -178,7 +178,7 @@ def look_alikes(
     Returns:
         (size,) int64 indices.
     """
-    size, group = whole("ranker", "size", size, 1), whole("ranker", "group", group, 1)
+    size, group = integer("ranker", "size", size, 1), integer("ranker", "group", group, 1)
     count = len(caption_ids)
     first = torch.randint(count, (size // group,), generator=rng, dtype=torch.int64, device="cpu")
     if group == 1:
@@ -221,7 +221,7 @@ class RankerTask:
     ) -> None:
         self.model: nn.Module = ranker
         self.world: World = Solo()
-        self.steps = whole("ranker", "steps", steps, 1)
+        self.steps = integer("ranker", "steps", steps, 1)
         self.ranker, self.pairs, self.config = ranker, pairs, config
         self.seed = seed_number("ranker", seed)
         self.vae = vae.eval().requires_grad_(False) if vae is not None else None

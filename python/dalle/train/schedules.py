@@ -10,7 +10,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Any
 
-from dalle.configs import check_numbers, whole
+from dalle.configs import check_numbers, integer
 from dalle.errors import UsageError
 
 
@@ -58,7 +58,7 @@ def linear_warmup(step: int, peak: float, steps: int) -> float:
 
 def _check_steps(name: str, step: int, steps: int) -> tuple[int, int]:
     for argument, value in (("step", step), ("steps", steps)):
-        if whole(name, argument, value) < 0:
+        if integer(name, argument, value) < 0:
             raise UsageError(f"{name}: {argument} must be 0 or more, got {value}")
     return int(step), int(steps)
 
@@ -128,7 +128,7 @@ class PlateauHalving:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues exactly where `state_dict` was taken. Raises UsageError for no such numbers."""
         counts = [
-            whole("PlateauHalving", key, state[key], 0) for key in ("halvings", "count", "bad")
+            integer("PlateauHalving", key, state[key], 0) for key in ("halvings", "count", "bad")
         ]
         best = math.inf if state["best"] is None else state["best"]
         for key, value in (("sum", state["sum"]), ("best", best)):

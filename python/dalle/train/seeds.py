@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from dalle.configs import seed_number, whole
+from dalle.configs import integer, seed_number
 
 
 def step_seed(seed: int, step: int, stream: int = 0, *place: int) -> int:
@@ -22,7 +22,7 @@ def step_seed(seed: int, step: int, stream: int = 0, *place: int) -> int:
         UsageError: a negative number, or a seed above 63 bits.
     """
     given = [("stream", stream), ("step", step), *(("place", number) for number in place)]
-    key = [whole("step_seed", name, number, 0) for name, number in given]
+    key = [integer("step_seed", name, number, 0) for name, number in given]
     sequence = np.random.SeedSequence(seed_number("step_seed", seed), spawn_key=key)
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dalle.configs import whole
+from dalle.configs import integer
 
 
 def splice(cells: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
@@ -43,7 +43,7 @@ def splice(cells: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 def patches(images: torch.Tensor, grid: int) -> torch.Tensor:
     """(B, 3, H, W) -> (B, grid, grid, 3 * p * p)."""
-    patch = images.shape[-1] // whole("patches", "grid", grid, 1)
+    patch = images.shape[-1] // integer("patches", "grid", grid, 1)
     cells = F.unfold(images, patch, stride=patch)
     found: torch.Tensor = cells.transpose(1, 2).unflatten(1, (grid, grid))
     return found
