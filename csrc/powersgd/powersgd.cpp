@@ -25,6 +25,20 @@ std::vector<float> packed_blocks(const float* b, int64_t depth, int64_t columns,
   return packed;
 }
 
+// The Q of compress: its whole blocks, and behind them its tail.
+std::vector<float> packed_with_tail(const PowerMatrix& m) {
+  const int64_t tail = tail_columns(m.rank), whole = m.rank - tail;
+  const int64_t pitch = padded_to_block(m.columns);
+  std::vector<float> packed = packed_blocks(m.right, m.columns, whole, m.rank, 1);
+  const size_t begin = packed.size();
+  packed.resize(begin + static_cast<size_t>(ceil_div(tail, kTailTogether) * kTailTogether * pitch));
+  for (int64_t c = 0; c < tail; ++c) {
+    float* const column = packed.data() + begin + c * pitch;
+    for (int64_t k = 0; k < m.columns; ++k) column[k] = m.right[k * m.rank + whole + c];
+  }
+  return packed;
+}
+
 using Kernel = decltype(PowersgdCpu::compress);
 
 // Calls the kernel for every panel of every matrix, in parallel.
@@ -53,7 +67,7 @@ void compress_(DALLE_COMPRESS_PARAMETERS) {
   const PowerFactors f = prepare_factors(op, scale, skip, error_scale, 0, errors[0]);
   std::vector<std::vector<float>> packed;
   for (const PowerMatrix& m : matrices) {
-    packed.push_back(packed_blocks(m.right, m.columns, m.rank, m.rank, 1));
+    packed.push_back(packed_with_tail(m));
   }
   const int64_t panels = number_tiles(matrices, row_panels);
   for_panels(matrices, panels, f, packed, DALLE_SELECT_ISA(powersgd_cpu).compress);

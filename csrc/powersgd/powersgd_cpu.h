@@ -3,7 +3,8 @@
 //
 // A task is a panel of a matrix: kPanelRows rows of E, or kPanelColumns of its columns. It decodes
 // what it needs of E into the cache and multiplies it there. The other factor comes packed: blocks
-// of kBlock columns, each (depth, kBlock), padded with zeros.
+// of kPowerBlock columns, each (depth, kPowerBlock), padded with zeros. In compress a few columns
+// that would be a block of their own come transposed behind the blocks (tail_columns).
 #pragma once
 
 #include "powersgd/powersgd.h"
@@ -14,6 +15,15 @@ inline constexpr int64_t kPowerBlock = 32, kPanelRows = 12, kPanelColumns = 96, 
 
 DALLE_HOST_DEVICE int64_t padded_to_block(int64_t columns) {
   return ceil_div(columns, kPowerBlock) * kPowerBlock;
+}
+
+// Columns of Q in compress that are left behind whole blocks, where they are few; else 0. Their
+// products are sums along the depth: each column lies padded_to_block(depth) from the next, with
+// zeros behind the depth, and behind the last of every kTailTogether columns.
+inline constexpr int64_t kMostTail = 8, kTailTogether = 4;
+
+DALLE_HOST_DEVICE int64_t tail_columns(int64_t rank) {
+  return rank % kPowerBlock <= kMostTail ? rank % kPowerBlock : 0;
 }
 
 struct PowersgdCpu {
@@ -55,11 +65,12 @@ namespace {
 constexpr int kRows = 6;  // of a product that stay in registers
 static_assert(kPanelRows % kRows == 0 && kPanelColumns % kRows == 0, "whole products");
 
-// Rows of out (kRows, width) += A B. A's element (row, k) lies at a[row * a_row + k * a_depth]; the
-// blocks of B lie `block_step` apart, and `depth` of their rows are taken.
+// The first `columns` of out (kRows, width) += A B, whole blocks. A's element (row, k) lies at
+// a[row * a_row + k * a_depth]; the blocks of B lie `block_step` apart, and `depth` of their rows
+// are taken.
 inline void product(const float* a, int64_t a_row, int64_t a_depth, const float* b,
-                    int64_t block_step, int64_t depth, float* out, int64_t width) {
-  for (int64_t j = 0; j < width; j += 2 * kLanes) {
+                    int64_t block_step, int64_t depth, float* out, int64_t width, int64_t columns) {
+  for (int64_t j = 0; j < columns; j += 2 * kLanes) {
     const float* const block = b + j / kPowerBlock * block_step + j % kPowerBlock;
     Float sums[kRows][2];
 #pragma GCC unroll 6
@@ -79,6 +90,31 @@ inline void product(const float* a, int64_t a_row, int64_t a_depth, const float*
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
       for (int v = 0; v < 2; ++v) store(out + i * width + j + v * kLanes, sums[i][v]);
+    }
+  }
+}
+
+// Columns of out (rows, width) = A B for kTailTogether columns of B, which are `pitch` apart;
+// A's rows are `stride` apart, and there are zeros behind both up to whole vectors.
+inline void tail_product(const float* a, int64_t stride, const float* b, int64_t pitch,
+                         int64_t depth, float* out, int64_t width) {
+  constexpr int kTailRows = kBytes == 64 ? kRows : kRows / 2;  // sums stay in registers
+  constexpr int kTogether = kTailTogether;
+  for (int row = 0; row < kRows; row += kTailRows) {
+    Float sums[kTailRows][kTogether] = {};
+    for (int64_t k = 0; k < depth; k += kLanes) {
+      Float lines[kTailRows];
+#pragma GCC unroll 6
+      for (int i = 0; i < kTailRows; ++i) lines[i] = load<Float>(a + (row + i) * stride + k);
+#pragma GCC unroll 4
+      for (int c = 0; c < kTogether; ++c) {
+        const Float column = load<Float>(b + c * pitch + k);
+#pragma GCC unroll 6
+        for (int i = 0; i < kTailRows; ++i) sums[i][c] += lines[i] * column;
+      }
+    }
+    for (int i = 0; i < kTailRows; ++i) {
+      for (int c = 0; c < kTogether; ++c) out[(row + i) * width + c] = sum_of<float>(sums[i][c]);
     }
   }
 }
@@ -131,9 +167,16 @@ void compress(const PowerMatrix& m, const PowerFactors& f, const float* packed, 
       }
     }
   });
+  const int64_t tail = tail_columns(m.rank), whole = padded_to_block(m.rank - tail);
+  const int64_t pitch = padded_to_block(m.columns);
   for (int64_t i = 0; i < kPanelRows; i += kRows) {
-    product(values + i * stride, stride, 1, packed, m.columns * kPowerBlock, m.columns,
-            sums + i * width, width);
+    const float* const lines = values + i * stride;
+    float* const out = sums + i * width;
+    product(lines, stride, 1, packed, m.columns * kPowerBlock, m.columns, out, width, whole);
+    for (int64_t c = 0; c < tail; c += kTailTogether) {
+      tail_product(lines, stride, packed + whole * m.columns + c * pitch, pitch, m.columns,
+                   out + whole + c, width);
+    }
   }
   const float inverse = 1.0f / f.error_scale;
   for (int64_t i = 0; i < count; ++i) {
@@ -161,7 +204,7 @@ void project(const PowerMatrix& m, const PowerFactors& f, const float* packed, f
     }
     for (int64_t j = 0; j < count; j += kRows) {
       product(values + j, 1, kPanelColumns, packed + row * kPowerBlock, m.rows * kPowerBlock, depth,
-              sums + j * width, width);
+              sums + j * width, width, width);
     }
   }
   const float inverse = 1.0f / f.error_scale;
@@ -185,7 +228,7 @@ void decompress(const PowerMatrix& m, const PowerFactors& f, const float* packed
   }
   for (int64_t i = 0; i < kPanelRows; i += kRows) {
     product(values + i * stride, stride, 1, packed, m.rank * kPowerBlock, m.rank, sums + i * width,
-            width);
+            width, width);
   }
   const bool keep = f.feedback == 0.0f || skipped(f);
   for (int64_t i = 0; i < count; ++i) {
