@@ -201,8 +201,9 @@ def test_report(two):
     found = two["scaled"][0]
     report = found["report"]
     factors = 2 * (24 + 40) * 4 * 2  # P and Q of two matrices in words of 2 bytes
-    once = 2 * 40 * 4 * 4  # the fixed Q of both
-    assert report["bytes_sent"] == once + factors + 4 + 2 * 4  # a flag, and a bound of each
+    once = 2 * 40 * 8 * 4  # the fixed Q of both, of four columns more
+    squares = 2 * 8 * 9 // 2 * 4  # those of both P, a triangle each
+    assert report["bytes_sent"] == once + factors + squares + 4 + 2 * 4  # a flag, a bound of each
     assert report["bytes_uncompressed"] == 2 * 24 * 40 * 4
     assert 0 < report["exchange_seconds"] < report["seconds"]
     kept = math.sqrt(1 - report["reconstruction_error"] ** 2)  # the part that was handed out

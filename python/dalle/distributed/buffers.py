@@ -9,6 +9,11 @@ Products of two such words have 20 bits, so that float32 holds them exactly: P Q
 on every processor, whether it fuses multiplication and addition or not, as long as P and Q are the
 words themselves; what they are divided by comes after. Float32 words are rounded to a grid on which
 sums of their products are exact in float64, which gives the same.
+
+Where the fixed Q lies badly for a gradient, P = E Q has columns nearly alike, and rounding it to
+words loses what tells them apart: a gradient of the factors' rank came back up to 40 % wrong. So Q
+has SPARE columns more than the rank, and what travels is P T, of as many columns as the rank, for
+one small matrix T that all processes find alike (`leading`).
 """
 
 from __future__ import annotations
@@ -29,6 +34,8 @@ FORMAT = "1-6-9"
 LEAST, AIM, MOST = -20, -8, 3
 MEASURE_EVERY = 16  # steps; until then a buffer's bound grows by what could have been added
 GRID_P, GRID_Q = 26, 22  # bits of float32 words: after the point, and below the largest number
+SPARE = 4  # columns of Q beyond the rank
+RIDGE = 2.0**-40  # of the squares of P T; keeps directions that P does not have from being blown up
 EPS = 1e-6  # of the largest element of P; added to its diagonal before it is made orthonormal
 
 
@@ -39,7 +46,7 @@ class Matrix:
     Attributes:
         name: of the parameter.
         error: (m, n), what was not sent yet: int16 codes of 1-6-9 of it times `unit`, or float32.
-        q: (n, r) float32, drawn once and never updated.
+        q: (n, r + SPARE) float32, drawn once and never updated; fewer columns where m or n is less.
         limit: a power of two; no element of E Q is larger than this times the largest of E.
         unit: 0-d float32, a power of two.
         bound: 0-d float32; no element of what the buffer holds is larger.
@@ -101,6 +108,52 @@ def new_units(bounds: Tensor, units: Tensor) -> Tensor:
     now = bounds * units
     fits = (now < 2.0**MOST) & (now >= 2.0**LEAST) | (bounds == 0)
     return torch.where(fits, units, wanted)
+
+
+def squares(ps: list[Tensor], rank: int) -> Tensor:
+    """Upper triangles of P^T P of each matrix, (k, ...) float32, zeros where P has fewer columns.
+
+    Args:
+        ps: (m, c) each, c at least `rank` and at most rank + SPARE.
+    """
+    size = rank + SPARE
+    found = ps[0].new_zeros(len(ps), size, size)
+    for one, p in zip(found, ps, strict=True):
+        one[: p.shape[1], : p.shape[1]] = p.t() @ p
+    row, column = torch.triu_indices(size, size, device=found.device)
+    return found[:, row, column].float()
+
+
+def leading(ps: list[Tensor], total: Tensor, rank: int, world: int) -> list[Tensor]:
+    """P T of each matrix, (m, rank) float32: the part of P that most of the gradients lie in.
+
+    With C = sum of P^T P over the processes, T is C's first `rank` columns made orthonormal in the
+    sense of C: a step of the power method, which filters what rounding put into P, and a scaling
+    that gives all directions of P T one size, so that rounding P T to words hurts all alike. All
+    processes have the same C. The sum of their P T has 2^AIM as a bound.
+
+    Args:
+        ps: (m, c) each, the own E Q, in units alike on all processes.
+        total: the sum of their `squares`.
+    """
+    size = rank + SPARE
+    row, column = torch.triu_indices(size, size, device=total.device)
+    c = total.new_zeros(len(ps), size, size, dtype=torch.float64)
+    c[:, row, column] = c[:, column, row] = total.double()
+    power = c[:, :, :rank] / _trace(c)
+    inner = power.mT @ c @ power
+    trace = _trace(inner)
+    ridge = RIDGE * torch.eye(rank, dtype=torch.float64, device=c.device)
+    lower, _ = torch.linalg.cholesky_ex(inner / trace + ridge)
+    t = torch.linalg.solve_triangular(lower.mT, power / trace.sqrt(), upper=True, left=False)
+    t = t * (2.0**AIM / power_above(math.sqrt(world * rank)))
+    return [(p @ one[: p.shape[1]].to(p.dtype)).float() for p, one in zip(ps, t, strict=True)]
+
+
+def _trace(matrices: Tensor) -> Tensor:
+    """(k, 1, 1) of (k, n, n); 1 where it is 0."""
+    found = matrices.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    return torch.where(found > 0, found, 1.0)
 
 
 def power_above(x: float) -> float:
@@ -190,17 +243,20 @@ class Floats:
     dtype = torch.float32
 
     def settle(self, matrices: list[Matrix], totals: Tensor) -> None:
-        """Nothing to do: float32 holds whatever the gradients do."""
+        """As `Codes`, so that squares of P stay in the range of float32; buffers keep theirs."""
+        after = new_units(totals, torch.stack([m.unit for m in matrices]))
+        for matrix, unit in zip(matrices, after, strict=True):
+            matrix.unit = unit
 
     def compress(
         self, matrices: list[Matrix], grads: list[Tensor], scales: list[Tensor | None],
         skips: list[Tensor], fast: bool,
     ) -> list[Tensor]:  # fmt: skip
-        """Adds gradients, divided by their scales, to the buffers; P = E Q."""
+        """Adds gradients, divided by their scales, to the buffers; P = E Q, as of `Codes`."""
         for m, grad, scale, skip in zip(matrices, grads, scales, skips, strict=True):
             given = grad.float() if scale is None else grad / scale
             m.error.add_(torch.where(skip > 0, 0.0, given))
-        return [(m.error.double() @ m.q.double()).float() for m in matrices]
+        return [m.error.double() @ m.q.double() * (m.unit / m.limit) for m in matrices]
 
     def sum_(self, exchange: Exchange, factors: list[Tensor]) -> None:
         """Sums of P or of Q over the processes."""
@@ -221,7 +277,7 @@ class Floats:
 
     def scales_of_q(self, matrices: list[Matrix]) -> list[Tensor]:
         """See `Codes`."""
-        return [m.unit for m in matrices]
+        return [torch.ones_like(m.unit) for m in matrices]
 
     def decompress(
         self, matrices: list[Matrix], at: list[int], ps: list[Tensor], qs: list[Tensor],

@@ -17,7 +17,17 @@ from torch.amp import GradScaler
 import dalle_ext
 from dalle.configs import integer
 from dalle.distributed.account import Account
-from dalle.distributed.buffers import MEASURE_EVERY, Codes, Floats, Matrix, largest, power_above
+from dalle.distributed.buffers import (
+    MEASURE_EVERY,
+    SPARE,
+    Codes,
+    Floats,
+    Matrix,
+    largest,
+    leading,
+    power_above,
+    squares,
+)
 from dalle.distributed.wire import WIRES, Exchange
 from dalle.errors import CheckpointError, UsageError
 from dalle.precision import ResblockScaler
@@ -44,9 +54,10 @@ class Compressor:
     """Sums gradients over a group, matrices as P Q^T of a small rank with error feedback.
 
     What `reduce_` does with the error buffer E of a matrix: add the gradient to E; P = E Q with a
-    fixed Q; sum P over the group; orthonormalise P; Q' = E^T P; sum Q'; the gradient becomes
-    P Q'^T, and E keeps what that leaves out. All else is summed in fp32 words. Every process ends
-    with the same bits, also where their processors differ.
+    fixed Q, brought to `rank` columns (`dalle.distributed.buffers.leading`); sum P over the group;
+    orthonormalise P; Q' = E^T P; sum Q'; the gradient becomes P Q'^T, and E keeps what that leaves
+    out. All else is summed in fp32 words. Every process ends with the same bits, also where their
+    processors differ.
 
     A gradient with an Inf or NaN anywhere in the group leaves every error buffer of its block as it
     was but for the finite gradients added, and comes out as NaN everywhere, so that clipping,
@@ -169,6 +180,10 @@ class Compressor:
         scales = [self._scale(g.block) for g in packed]
         skips = [own[blocks.index(g.block)] for g in packed]
         ps = buffers.compress(matrices, [_flat(g.grad) for g in packed], scales, skips, self.fast)
+        total = squares(ps, self.rank)
+        with self.account.timed("exchange_seconds", device):
+            self.exchange.sum_fp32_([total])
+        ps = leading(ps, total, self.rank, self.world)
         with self.account.timed("exchange_seconds", device):
             buffers.sum_(self.exchange, ps)
         ps = self._orthonormal(ps)
@@ -292,7 +307,8 @@ class Compressor:
     def _draw(self, gradient: Gradient) -> Tensor:
         seed = self.seed ^ zlib.crc32(gradient.name.encode())
         draw = torch.Generator("cpu").manual_seed(seed)
-        shape = _flat(gradient.grad).shape[1], self.rank
+        m, n = _flat(gradient.grad).shape
+        shape = n, min(self.rank + SPARE, m, n)
         return torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu").to(
             gradient.grad.device
         )
