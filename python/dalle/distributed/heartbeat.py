@@ -113,23 +113,33 @@ class Heartbeat:
     def _ask(self) -> None:
         try:
             self._store.set(f"{self._prefix}/failed/{self.rank}", "1")
-            before = self._beats()
-            time.sleep(GRACE)
+            if not self._judges():  # one of them looks; the others read what it says
+                end = time.monotonic() + 2 * GRACE
+                while not self._store.check([f"{self._prefix}/verdict"]) and time.monotonic() < end:
+                    time.sleep(BEAT / 2)
             if not self._store.check([f"{self._prefix}/verdict"]):
-                beats = zip(before, self._beats(), strict=True)
-                found = [r for r, (then, now) in enumerate(beats) if then == now]
-                found = found or [
-                    r
-                    for r in range(self.world)
-                    if not self._store.check([f"{self._prefix}/failed/{r}"])
-                ]
-                verdict = ",".join(map(str, found)) or "none"
+                verdict = ",".join(map(str, self._silent())) or "none"
                 self._store.compare_set(f"{self._prefix}/verdict", "", verdict)
             self._verdict = self._store.get(f"{self._prefix}/verdict").decode()
             if self.rank == 0:
                 time.sleep(2 * BEAT)  # it may keep the store, which the others still read
         except RuntimeError:
             return
+
+    def _judges(self) -> bool:
+        """Whether this process is the first to ask."""
+        first = self._store.compare_set(f"{self._prefix}/judge", "", str(self.rank))
+        return first.decode() == str(self.rank)
+
+    def _silent(self) -> list[int]:
+        """The processes without a beat in `GRACE`; if all beat, those whose exchange went well."""
+        before = self._beats()
+        time.sleep(GRACE)
+        beats = zip(before, self._beats(), strict=True)
+        silent = [r for r, (then, now) in enumerate(beats) if then == now]
+        return silent or [
+            r for r in range(self.world) if not self._store.check([f"{self._prefix}/failed/{r}"])
+        ]
 
     def _beats(self) -> list[int]:
         return [self._store.add(f"{self._prefix}/{r}", 0) for r in range(self.world)]
