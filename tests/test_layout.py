@@ -180,6 +180,35 @@ def test_no_torch_in_kernel_headers_or_host_module():
         assert not TORCH_INCLUDE.search(path.read_text()), f"{path.relative_to(ROOT)}"
 
 
+def comment_above(lines: list[str], at: int) -> str:
+    """The comment right above line `at`, or above the template that begins there."""
+    while at > 0 and not re.match(r"(//|})", lines[at - 1]) and lines[at - 1]:
+        at -= 1
+    first = at
+    while first > 0 and lines[first - 1].startswith("//"):
+        first -= 1
+    return " ".join(line.removeprefix("//").strip() for line in lines[first:at])
+
+
+def test_every_kernel_says_what_a_thread_does():
+    """And every launch says what becomes of the shapes: `x (N) -> a block each -> y (N)`."""
+    silent, kernels, launches = [], 0, 0
+    for path in ROOT.glob("csrc/*/*.cuh"):
+        lines = path.read_text().splitlines()
+        for at, line in enumerate(lines):
+            kernel = line.startswith("__global__")
+            launch = re.match(
+                rf"(inline )?cudaError_t launch_({path.parent.name}|exact)\w*\(", line
+            )
+            if not kernel and not launch:
+                continue
+            kernels, launches = kernels + kernel, launches + (launch is not None)
+            wanted = r"\b([Tt]hread|[Ww]arp|lane)\b" if kernel else r"\) .*-> .*\("
+            if not re.search(wanted, comment_above(lines, at)):
+                silent.append(f"{path.relative_to(ROOT)}:{at + 1}: {line}")
+    assert silent == [] and kernels >= 20 and launches >= 15, (silent, kernels, launches)
+
+
 def test_import_arrows():
     for path in (ROOT / "dalle_ext").rglob("*.py"):
         assert "dalle" not in imported(path), f"{path.relative_to(ROOT)} imports dalle"

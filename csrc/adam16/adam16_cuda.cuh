@@ -18,9 +18,14 @@ __device__ __forceinline__ void load_kind(ElementKind kind, const void* data, in
     case ElementKind::kBFloat16:
       return Neighbours<__nv_bfloat16, kEight>::load(static_cast<const __nv_bfloat16*>(data) + i,
                                                      count, 0.0f, x);
-    default:
-      return Neighbours<float, kEight>::load(static_cast<const float*>(data) + i, count, 0.0f, x);
+    case ElementKind::kFloat:
+    case ElementKind::kNone:
+    case ElementKind::kShort:
+    case ElementKind::kLong:
+    case ElementKind::kDouble:
+      break;  // the op has refused all but float
   }
+  Neighbours<float, kEight>::load(static_cast<const float*>(data) + i, count, 0.0f, x);
 }
 
 template <ElementKind kKind>
@@ -39,9 +44,14 @@ __device__ __forceinline__ void store_kind(ElementKind kind, void* data, int64_t
     case ElementKind::kBFloat16:
       return Neighbours<__nv_bfloat16, kEight>::store(static_cast<__nv_bfloat16*>(data) + i, count,
                                                       x);
-    default:
-      return Neighbours<float, kEight>::store(static_cast<float*>(data) + i, count, x);
+    case ElementKind::kFloat:
+    case ElementKind::kNone:
+    case ElementKind::kShort:
+    case ElementKind::kLong:
+    case ElementKind::kDouble:
+      break;  // the op has refused all but float
   }
+  Neighbours<float, kEight>::store(static_cast<float*>(data) + i, count, x);
 }
 
 __device__ __forceinline__ void random_eight(uint64_t call, uint64_t seed,

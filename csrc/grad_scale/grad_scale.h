@@ -18,9 +18,14 @@ DALLE_HOST_DEVICE StorageLimits storage_limits(ElementKind kind) {
       return {0x33000000u, 0x387FE000u, 0x477FF000u};
     case ElementKind::kBFloat16:
       return {0x00008000u, 0x007F8000u, 0x7F7F8000u};
-    default:
-      return {0u, 0x00800000u, 0x7F800000u};
+    case ElementKind::kFloat:
+    case ElementKind::kNone:
+    case ElementKind::kShort:
+    case ElementKind::kLong:
+    case ElementKind::kDouble:
+      break;  // the op has refused all but float
   }
+  return {0u, 0x00800000u, 0x7F800000u};
 }
 
 constexpr uint32_t kInfinityBits = 0x7F800000u;

@@ -2,6 +2,7 @@
 // kernels are compiled once per instruction set (csrc/common/isa.h). No torch here.
 #pragma once
 
+#include "common/isa.h"
 #include "grad_scale/grad_scale.h"
 
 namespace dalle {
@@ -14,15 +15,7 @@ struct GradScaleCpu {
   void (*chunks)(const GroupStatsArgs& args, int64_t chunk_begin, int64_t chunk_end);
 };
 
-namespace isa_v2 {
-extern const GradScaleCpu grad_scale_cpu;
-}
-namespace isa_v3 {
-extern const GradScaleCpu grad_scale_cpu;
-}
-namespace isa_v4 {
-extern const GradScaleCpu grad_scale_cpu;
-}
+DALLE_FOR_EACH_ISA(GradScaleCpu, grad_scale_cpu)
 
 }  // namespace dalle
 

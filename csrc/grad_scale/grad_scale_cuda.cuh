@@ -10,6 +10,7 @@
 
 namespace dalle {
 
+// A thread scales eight neighbouring elements at a time, and counts them for its block.
 template <typename from_t, typename to_t>
 __global__ void __launch_bounds__(kEightThreads) grad_scale_scale_kernel(ScaleArgs args) {
   const auto* const grad = static_cast<const from_t*>(args.grad);
@@ -36,6 +37,7 @@ __global__ void __launch_bounds__(kEightThreads) grad_scale_scale_kernel(ScaleAr
   add_counts(found, args.counts);
 }
 
+// A thread unscales eight neighbouring elements at a time and adds them to the stream.
 template <typename grad_t>
 __global__ void __launch_bounds__(kEightThreads) grad_scale_unscale_kernel(UnscaleArgs args) {
   const auto* const grad = static_cast<const grad_t*>(args.grad);
@@ -56,21 +58,20 @@ __global__ void __launch_bounds__(kEightThreads) grad_scale_unscale_kernel(Unsca
 // What threads found, added up: first the lanes of a warp, then the warps, each in order. Every
 // thread of the block calls it; thread 0 has the sum.
 __device__ __forceinline__ ChunkStats add_up(ChunkStats mine) {
-  DALLE_SHARED(ChunkStats, parts, [kEightThreads / 32]);
-  constexpr unsigned kAll = 0xFFFFFFFFu;
-  mine.largest = __reduce_max_sync(kAll, mine.largest);
+  DALLE_SHARED(ChunkStats, parts, [kEightThreads / kWarpSize]);
+  mine.largest = __reduce_max_sync(kAllLanes, mine.largest);
 #pragma unroll
   for (int c = 0; c < kNumGroupCounts; ++c) {
-    mine.counts[c] = __reduce_add_sync(kAll, mine.counts[c]);
+    mine.counts[c] = __reduce_add_sync(kAllLanes, mine.counts[c]);
   }
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    mine.squares += __shfl_down_sync(kAll, mine.squares, step);
+  for (int step = kWarpSize / 2; step > 0; step /= 2) {
+    mine.squares += __shfl_down_sync(kAllLanes, mine.squares, step);
   }
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = mine;
+  if (threadIdx.x % kWarpSize == 0) parts[threadIdx.x / kWarpSize] = mine;
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (int w = 1; w < kEightThreads / 32; ++w) {
+    for (int w = 1; w < kEightThreads / kWarpSize; ++w) {
       mine.squares += parts[w].squares;
       mine.largest = parts[w].largest > mine.largest ? parts[w].largest : mine.largest;
       for (int c = 0; c < kNumGroupCounts; ++c) mine.counts[c] += parts[w].counts[c];
@@ -114,6 +115,7 @@ __device__ __forceinline__ ChunkStats unscale_chunk(const GroupStatsArgs& args, 
   return found;
 }
 
+// A block takes one chunk of one gradient, a thread eight neighbouring elements of it at a time.
 __global__ void __launch_bounds__(kEightThreads) grad_scale_chunks_kernel(GroupStatsArgs args) {
   const int64_t chunk = blockIdx.x;
   const TableRow row = args.table.rows[row_of_chunk(args.table, chunk)];
@@ -125,14 +127,19 @@ __global__ void __launch_bounds__(kEightThreads) grad_scale_chunks_kernel(GroupS
     case ElementKind::kBFloat16:
       found = unscale_chunk<__nv_bfloat16>(args, row, chunk);
       break;
-    default:
-      found = unscale_chunk<float>(args, row, chunk);
+    case ElementKind::kFloat:
+    case ElementKind::kNone:
+    case ElementKind::kShort:
+    case ElementKind::kLong:
+    case ElementKind::kDouble:
+      found = unscale_chunk<float>(args, row, chunk);  // the op has refused all others
   }
   found = add_up(found);
   if (threadIdx.x == 0) args.chunks[chunk] = found;
 }
 
-// A block a group. A thread adds every 256th chunk, 65,536 times 32,768 elements fit its counts.
+// A block takes one group; a thread adds every 256th of its chunks: 65,536 times 32,768 elements
+// fit its counts.
 __global__ void __launch_bounds__(kEightThreads) grad_scale_groups_kernel(GroupStatsArgs args) {
   const int64_t group = blockIdx.x;
   const int64_t begin = first_chunk_of_group(args.table, group);
@@ -155,6 +162,7 @@ __global__ void __launch_bounds__(kEightThreads) grad_scale_groups_kernel(GroupS
   }
 }
 
+// The one block takes all scales; a thread updates every 256th.
 __global__ void __launch_bounds__(kEightThreads) grad_scale_update_kernel(UpdateScalesArgs args) {
   int bad = 0;
   for (int64_t g = threadIdx.x; g < args.num_groups; g += kEightThreads) {
@@ -166,6 +174,7 @@ __global__ void __launch_bounds__(kEightThreads) grad_scale_update_kernel(Update
   }
 }
 
+// grad (N) -> eights of a thread, 2,048 elements of a block -> out (N), counts (kNumScaleCounts).
 inline cudaError_t launch_grad_scale_scale(const ScaleArgs& args, void* stream) {
   return with_cuda_scalar(args.from, [&](auto from) {
     return with_cuda_scalar(args.to, [&](auto to) {
@@ -174,12 +183,16 @@ inline cudaError_t launch_grad_scale_scale(const ScaleArgs& args, void* stream) 
   });
 }
 
+// stream, grad (N) -> eights of a thread -> out (N).
 inline cudaError_t launch_grad_scale_unscale(const UnscaleArgs& args, void* stream) {
   return with_cuda_scalar(args.kind, [&](auto grad) {
     return launch_eights(grad_scale_unscale_kernel<decltype(grad)>, args, stream);
   });
 }
 
+// Table of gradients (N_i), scales (G) -> chunks of 32,768 elements -> a block each -> gradients in
+// place and a ChunkStats a chunk -> a block a group -> counts (G, kNumGroupCounts), squares (G),
+// largest (G).
 inline cudaError_t launch_grad_scale_stats(const GroupStatsArgs& args, void* stream) {
   if (args.table.num_chunks > 0) {
     const cudaError_t error =
@@ -192,6 +205,7 @@ inline cudaError_t launch_grad_scale_stats(const GroupStatsArgs& args, void* str
                 stream, args);
 }
 
+// nonfinite (G) -> one block -> scales (G), since_drop (G) in place.
 inline cudaError_t launch_grad_scale_update(const UpdateScalesArgs& args, void* stream) {
   if (args.num_groups == 0) return cudaSuccess;
   return launch(grad_scale_update_kernel, 1, kEightThreads, 0, stream, args);

@@ -1,5 +1,5 @@
-// Schemas of powersgd and its CPU registration. (orthogonalize has no kernel here: on the CPU it is
-// LAPACK, through torch.)
+// Schemas of powersgd and its CPU registration, which has one way of products, whatever `fast`
+// says. (orthogonalize has no kernel here: on the CPU it is LAPACK, through torch.)
 #include "powersgd/powersgd.hpp"
 
 #include "common/isa.h"
@@ -61,7 +61,9 @@ void for_panels(const std::vector<PowerMatrix>& matrices, int64_t panels, const 
 int64_t row_panels(const PowerMatrix& m) { return ceil_div(m.rows, kPanelRows); }
 int64_t column_panels(const PowerMatrix& m) { return ceil_div(m.columns, kPanelColumns); }
 
-void compress_(DALLE_COMPRESS_PARAMETERS) {
+void compress_(Tensors errors, Tensors grads, Tensors qs, Tensors ps,
+               const std::optional<Tensor>& scale, double error_scale,
+               const std::optional<Tensor>& skip, bool /*fast*/) {
   const char* const op = "powersgd_compress_";
   std::vector<PowerMatrix> matrices = prepare_matrices(op, errors, grads, {}, qs, ps);
   const PowerFactors f = prepare_factors(op, scale, skip, error_scale, 0, errors[0]);
@@ -73,7 +75,7 @@ void compress_(DALLE_COMPRESS_PARAMETERS) {
   for_panels(matrices, panels, f, packed, DALLE_SELECT_ISA(powersgd_cpu).compress);
 }
 
-void project(DALLE_PROJECT_PARAMETERS) {
+void project(Tensors errors, Tensors ps, Tensors qs, double error_scale, bool /*fast*/) {
   const char* const op = "powersgd_project";
   std::vector<PowerMatrix> matrices = prepare_matrices(op, errors, {}, ps, {}, qs);
   const PowerFactors f = prepare_factors(op, {}, {}, error_scale, 0, errors[0]);
@@ -85,7 +87,8 @@ void project(DALLE_PROJECT_PARAMETERS) {
   for_panels(matrices, panels, f, packed, DALLE_SELECT_ISA(powersgd_cpu).project);
 }
 
-void decompress_(DALLE_DECOMPRESS_PARAMETERS) {
+void decompress_(Tensors errors, Tensors ps, Tensors qs, Tensors grads, double feedback,
+                 const std::optional<Tensor>& skip, bool /*fast*/) {
   const char* const op = "powersgd_decompress_";
   std::vector<PowerMatrix> matrices = prepare_matrices(op, errors, {}, ps, qs, grads);
   const PowerFactors f = prepare_factors(op, {}, skip, 1, feedback, errors[0]);

@@ -105,13 +105,3 @@ int64_t number_tiles(std::vector<PowerMatrix>& matrices, const Tiles& tiles) {
 }
 
 }  // namespace dalle
-
-// The arguments of the raw ops, in order; their CPU and CUDA registrations have the same.
-#define DALLE_COMPRESS_PARAMETERS                                                           \
-  Tensors errors, Tensors grads, Tensors qs, Tensors ps, const std::optional<Tensor>&scale, \
-      double error_scale, const std::optional<Tensor>&skip, [[maybe_unused]] bool fast
-#define DALLE_PROJECT_PARAMETERS \
-  Tensors errors, Tensors ps, Tensors qs, double error_scale, [[maybe_unused]] bool fast
-#define DALLE_DECOMPRESS_PARAMETERS                                       \
-  Tensors errors, Tensors ps, Tensors qs, Tensors grads, double feedback, \
-      const std::optional<Tensor>&skip, [[maybe_unused]] bool fast

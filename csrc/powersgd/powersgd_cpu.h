@@ -7,6 +7,7 @@
 // that would be a block of their own come transposed behind the blocks (tail_columns).
 #pragma once
 
+#include "common/isa.h"
 #include "powersgd/powersgd.h"
 
 namespace dalle {
@@ -42,15 +43,7 @@ inline int64_t scratch_floats(const PowerMatrix& m) {
   return rows > columns ? rows : columns;
 }
 
-namespace isa_v2 {
-extern const PowersgdCpu powersgd_cpu;
-}
-namespace isa_v3 {
-extern const PowersgdCpu powersgd_cpu;
-}
-namespace isa_v4 {
-extern const PowersgdCpu powersgd_cpu;
-}
+DALLE_FOR_EACH_ISA(PowersgdCpu, powersgd_cpu)
 
 }  // namespace dalle
 

@@ -22,21 +22,24 @@ void launch_factor(const char* op, std::vector<PowerMatrix>& matrices, const Pow
                                                     fast, on.stream()));
 }
 
-void compress_(DALLE_COMPRESS_PARAMETERS) {
+void compress_(Tensors errors, Tensors grads, Tensors qs, Tensors ps,
+               const std::optional<Tensor>& scale, double error_scale,
+               const std::optional<Tensor>& skip, bool fast) {
   const char* const op = "powersgd_compress_";
   auto matrices = prepare_matrices(op, errors, grads, {}, qs, ps);
   const PowerFactors f = prepare_factors(op, scale, skip, error_scale, 0, errors[0]);
   launch_factor<false>(op, matrices, f, fast, errors[0]);
 }
 
-void project(DALLE_PROJECT_PARAMETERS) {
+void project(Tensors errors, Tensors ps, Tensors qs, double error_scale, bool fast) {
   const char* const op = "powersgd_project";
   auto matrices = prepare_matrices(op, errors, {}, ps, {}, qs);
   const PowerFactors f = prepare_factors(op, {}, {}, error_scale, 0, errors[0]);
   launch_factor<true>(op, matrices, f, fast, errors[0]);
 }
 
-void decompress_(DALLE_DECOMPRESS_PARAMETERS) {
+void decompress_(Tensors errors, Tensors ps, Tensors qs, Tensors grads, double feedback,
+                 const std::optional<Tensor>& skip, bool fast) {
   const char* const op = "powersgd_decompress_";
   const auto matrices = prepare_matrices(op, errors, {}, ps, qs, grads);
   const DeviceScope on(errors[0]);

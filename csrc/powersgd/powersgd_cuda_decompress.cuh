@@ -42,9 +42,9 @@ struct SpreadBlock {
         arrived(shared),
         tiles(shared + kArrivedBytes),
         rank(static_cast<int32_t>(matrix.rank)),
-        lane(static_cast<int>(threadIdx.x) % 32),
-        warp_row(static_cast<int>(threadIdx.x) / 128 * 32),
-        warp_column(static_cast<int>(threadIdx.x) / 32 % 4 * 32),
+        lane(static_cast<int>(threadIdx.x) % kWarpSize),
+        warp_row(static_cast<int>(threadIdx.x) / (4 * kWarpSize) * 32),
+        warp_column(static_cast<int>(threadIdx.x) / kWarpSize % 4 * 32),
         vectors(matrix.rank % 4 == 0 && on_vectors(matrix.left) && on_vectors(matrix.right)) {
     const auto across = static_cast<int32_t>(ceil_div(m.columns, kSpreadColumns));
     row = tile / across * kSpreadRows;
@@ -203,6 +203,8 @@ struct SpreadBlock {
   }
 };
 
+// A block takes 64 x 128 of one D, each of its 8 warps 32 x 32 over the whole rank, a lane its
+// places of mma (ptx.cuh); then a thread stores 8 neighbours of a row at a time.
 template <bool kFast>
 __global__ void __launch_bounds__(kProductThreads, kFast ? 3 : 2)
     powersgd_decompress_kernel(PowerGroup group, PowerFactors f) {
@@ -225,6 +227,8 @@ __global__ void __launch_bounds__(kProductThreads, kFast ? 3 : 2)
   block.store(f, reinterpret_cast<float*>(shared));
 }
 
+// P (m, r), Q (n, r) -> tiles of 64 x 128 of D, matrix by matrix -> a block each -> D (m, n) and E
+// (m, n) in place.
 inline cudaError_t launch_powersgd_decompress(const PowerMatrix* matrices, int64_t count,
                                               const PowerFactors& f, bool fast, void* stream) {
   const auto tiles = [](const PowerMatrix& m) {

@@ -43,7 +43,7 @@ inline int64_t householder_floats(int64_t length, int64_t rank) {
 // as many in each turn, in one order.
 template <int kN, typename Combine>
 __device__ __forceinline__ float fold(const float (&values)[kN], const Combine& combine) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % kWarpSize;
   if constexpr (kN == 1) {
     return values[0];
   } else {
@@ -54,7 +54,7 @@ __device__ __forceinline__ float fold(const float (&values)[kN], const Combine& 
     for (int i = 0; i < kHalf; ++i) {
       const float own = upper ? values[i + kHalf] : values[i];
       const float other = upper ? values[i] : values[i + kHalf];
-      fewer[i] = combine(own, __shfl_xor_sync(0xFFFFFFFFu, other, kHalf));
+      fewer[i] = combine(own, __shfl_xor_sync(kAllLanes, other, kHalf));
     }
     return fold(fewer, combine);
   }
@@ -64,8 +64,8 @@ __device__ __forceinline__ float fold(const float (&values)[kN], const Combine& 
 template <int kN, typename Combine>
 __device__ __forceinline__ float join(float value, const Combine& combine) {
 #pragma unroll
-  for (int step = kN; step < 32; step *= 2) {
-    value = combine(value, __shfl_xor_sync(0xFFFFFFFFu, value, step));
+  for (int step = kN; step < kWarpSize; step *= 2) {
+    value = combine(value, __shfl_xor_sync(kAllLanes, value, step));
   }
   return value;
 }
@@ -83,7 +83,8 @@ struct HouseholderShared {
   static constexpr int kAtOnce = kWidth < 16 / kWidth ? kWidth : 16 / kWidth;
   static constexpr int kSums = kAtOnce * kWidth;  // reflectors and columns, of a thread at once
   static constexpr int kPasses = kWidth / kAtOnce;
-  float parts[kPasses < 2 ? 2 : kPasses][kThreads / 32][32];  // of each warp, in turns
+  float parts[kPasses < 2 ? 2 : kPasses][kThreads / kWarpSize]
+             [kWarpSize];  // of each warp, in turns
   float pivots[2][kWidth];
   float t[kWidth][kWidth], dots[kWidth][kWidth], by[kWidth][kWidth];
 };
@@ -93,7 +94,7 @@ struct HouseholderShared {
 template <int kThreads, int kRows, int kWidth>
 struct Strip {
   using Shared = HouseholderShared<kThreads, kWidth>;
-  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kWarps = kThreads / kWarpSize;
   static constexpr bool kResident = kRows > 0;
 
   Shared& shared;
@@ -152,7 +153,7 @@ struct Strip {
         largest[c] = fmaxf(largest[c], fabsf(x[c]));
       }
     });
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     shared.parts[0][warp][lane] = join<kWidth>(fold(largest, Larger()), Larger());
     __syncthreads();
     float scale[kWidth];
@@ -176,7 +177,7 @@ struct Strip {
   template <bool kTransposed>
   __device__ __forceinline__ void reflect(const float* v, int64_t stride, const float* t) {
     constexpr int kAtOnce = Shared::kAtOnce, kSums = Shared::kSums;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int k = threadIdx.x / kWidth, c = threadIdx.x % kWidth;
     if (k < kWidth) shared.t[k][c] = t[kTransposed ? c * kWidth + k : k * kWidth + c];
 #pragma unroll
@@ -223,18 +224,18 @@ struct Strip {
 
   // The sums over the block of one value for each column, in every thread.
   __device__ __forceinline__ void sum_columns(float (&sums)[kWidth], int turn) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     shared.parts[turn][warp][lane] = join<kWidth>(fold(sums, Plus()), Plus());
     __syncthreads();
     float total = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; w += 32 / kWidth) {
+    for (int w = 0; w < kWarps; w += kWarpSize / kWidth) {
       const int from = w + lane / kWidth;
       total += from < kWarps ? shared.parts[turn][from][lane % kWidth] : 0.0f;
     }
     total = join<kWidth>(total, Plus());
 #pragma unroll
-    for (int c = 0; c < kWidth; ++c) sums[c] = __shfl_sync(0xFFFFFFFFu, total, c);
+    for (int c = 0; c < kWidth; ++c) sums[c] = __shfl_sync(kAllLanes, total, c);
   }
 
   // Makes the strip, whose first pivot is in row `first`, its own V, and writes T.
@@ -304,6 +305,7 @@ struct HouseholderMatrix {
   __device__ float* block(int64_t at) const { return blocks + at * kWidth * kWidth; }
 };
 
+// A block takes one strip of kWidth columns, a thread every kThreads-th row of it.
 template <int kThreads, int kRows, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     powersgd_householder_kernel(OrthogonalizeArgs args, int done) {
@@ -324,6 +326,7 @@ __global__ void __launch_bounds__(kThreads)
   strip.put_back();
 }
 
+// A block makes one strip of kWidth columns of Q, a thread every kThreads-th row of it.
 template <int kThreads, int kRows, int kWidth>
 __global__ void __launch_bounds__(kThreads) powersgd_form_kernel(OrthogonalizeArgs args) {
   using shared_t = HouseholderShared<kThreads, kWidth>;
@@ -362,6 +365,8 @@ cudaError_t launch_householder(const OrthogonalizeArgs& args, void* stream) {
                 dim3(static_cast<unsigned>(strips * args.batch)), dim3(kThreads), 0, stream, args);
 }
 
+// p (batch, n, r) -> strips of 8 or 2 columns -> a block each, a launch for every strip that is
+// factored -> V and T in work (batch, work_floats) -> a block a strip -> out (batch, n, r).
 inline cudaError_t launch_powersgd_orthogonalize(const OrthogonalizeArgs& args, void* stream) {
   if (args.batch == 0) return cudaSuccess;
   if (args.length <= 256) return launch_householder<128, 2, 8>(args, stream);

@@ -79,13 +79,13 @@ struct FactorBlock {
   __device__ __forceinline__ int32_t slabs_of_part() const {
     return (((depth() + kFactorSlab - 1) / kFactorSlab) + m.parts - 1) / m.parts;
   }
-  __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
   // Warps are 4 x 2. One has 32 lines and every other 8 columns, so that both have as many.
   __device__ __forceinline__ static int warp_line() {
-    return static_cast<int>(threadIdx.x) / 64 * 32;
+    return static_cast<int>(threadIdx.x) / (2 * kWarpSize) * 32;
   }
   __device__ __forceinline__ static int warp_column() {
-    return static_cast<int>(threadIdx.x) / 32 % 2 * 8;
+    return static_cast<int>(threadIdx.x) / kWarpSize % 2 * 8;
   }
 
   // Starts copying a slab of the factor's columns, a row of kFactorRanks for each of the depth.
@@ -302,6 +302,8 @@ struct FactorBlock {
   }
 };
 
+// A block takes 128 lines of one matrix over one part of its depth, for all columns of the rank.
+// Each of its 8 warps has 32 lines and every other 8 columns, a lane its places of mma (ptx.cuh).
 template <bool kProject, bool kFast, typename grad_t>
 __global__ void __launch_bounds__(kProductThreads, 2)
     powersgd_factor_kernel(PowerGroup group, PowerFactors f) {
@@ -313,7 +315,8 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   block.run(f, split ? m.partials + tile % m.parts * m.rank * block.lines() : m.out);
 }
 
-// Adds the partial sums of split matrices, in the order of their parts.
+// Adds the partial sums of split matrices, in the order of their parts: a thread takes every 256th
+// of the 1,024 numbers of its block.
 template <bool kProject>
 __global__ void __launch_bounds__(kProductThreads)
     powersgd_sum_kernel(PowerGroup group, PowerFactors) {
@@ -343,7 +346,9 @@ int64_t split_matrices(PowerMatrix* matrices, int64_t count) {
   return floats;
 }
 
-// `work` holds what split_matrices wants.
+// compress: E, G (m, n) and Q (n, r); project: E^T (n, m) and P (m, r). Both: lines x depth ->
+// tiles of 128 lines times parts of the depth -> a block each -> P (m, r) or Q (n, r), or partial
+// sums (parts, lines, r) in `work`, as many as split_matrices says -> 1,024 sums a block -> P or Q.
 template <bool kProject>
 cudaError_t launch_powersgd_factor(PowerMatrix* matrices, int64_t count, const PowerFactors& f,
                                    float* work, bool fast, void* stream) {
