@@ -9,6 +9,7 @@ from contextlib import redirect_stderr
 import torch.distributed as dist
 
 from dalle.cli import main
+from dalle.data.sources import BUILT_IN
 from support.jobs import arguments
 
 # A list is what each process gets; NAME=VALUE is set in the environment; "dvae" begins a command.
@@ -27,8 +28,8 @@ BAD = {
     "dvae train: powersgd_rank must be 0, got 2": [
         "dvae", "train", "--data", "{given}/pairs", "--out", "{out}", "--preset", "tiny",
         "--batch-size", "4", "--steps", "1", "--machines", "2", "--powersgd-rank", "2"],
-    "data: spec must be one of shapes, emoji or a folder, got 'nowhere' (no such folder) (on "
-    "process 1)": ["--data", ["{given}/pairs", "nowhere"]],
+    f"data: spec must be one of {', '.join(BUILT_IN)} or a folder, got 'nowhere' (no such folder) "
+    "(on process 1)": ["--data", ["{given}/pairs", "nowhere"]],
     "nowhere/config.json: must be a readable file, got: No such file or directory (on process 1)": [
         "--vae", ["{given}/vae", "nowhere"]],
     "train: out must be a folder that can be written, got {given}/pairs/0.png: it is a file": [

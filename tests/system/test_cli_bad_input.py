@@ -50,7 +50,7 @@ BAD = [
     (f"{DVAE} --resume pipe/vae", DATA, "pipe/vae: manifest.json must be readable"),
     (f"{RECONSTRUCT} --model pipe", DATA, "class must be DiscreteVAE, got Pipeline"),
     (f"{RECONSTRUCT} --model tok", DATA, "class must be DiscreteVAE, got Tokenizer"),
-    (f"{RECONSTRUCT} --data broken", DATA, "data must be shapes, emoji or a folder with pictures"),
+    (f"{RECONSTRUCT} --data broken", DATA, "data must be .* or a folder with pictures"),
     (f"{RECONSTRUCT} --out file/x.png", SURROUNDINGS, "x.png must be .* got its folder is a file"),
     (f"{PRIOR} --tokenizer badtok", DATA, "tokenizer.json: content must match the hash"),
     (f"{PRIOR} --vae pipe/prior", DATA, "class must be DiscreteVAE, got Prior"),

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dalle.commands import dvae, prior, ranker, tokenizer
+from dalle.data import sources
 from dalle.data.augment import dvae_crop
 from dalle.data.pairs import ArrayPairs, BatchSampler, Pairs, left_out, load_or_draw, load_or_skip
 from dalle.data.sources import load_pairs
 from dalle.errors import DataError, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+TAKE_DATA = (
+    dvae.DvaeCommandConfig,
+    dvae.ReconstructConfig,
+    prior.PriorCommandConfig,
+    ranker.RankerCommandConfig,
+    tokenizer.TokenizerTrainConfig,
+)
 
 
 @pytest.mark.parametrize(
@@ -74,12 +86,66 @@ def test_array_pairs_refuse_what_does_not_fit():
 
 
 def test_load_pairs_refuses_unknown_sets():
-    with pytest.raises(DataError, match="spec must be one of shapes, emoji or a folder"):
+    names = ", ".join(sources.BUILT_IN)
+    with pytest.raises(DataError, match=f"spec must be one of {names} or a folder"):
         load_pairs("/nowhere/at/all", image_size=32)
     with pytest.raises(UsageError, match="split must be one of train, test, zero, got 'dev'"):
         load_pairs("shapes", image_size=32, split="dev")
     with pytest.raises(UsageError, match="split must be one of train, heldout, got 'zero'"):
         load_pairs("emoji", image_size=32, split="zero")
+
+
+def toy_pairs(name="toy"):
+    images = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    return ArrayPairs(name, images, list("abcd"))
+
+
+def test_a_built_in_set_is_one_entry(monkeypatch):
+    def opens(image_size, split, seed):
+        assert (image_size, split, seed) == (8, "train", 3)
+        return toy_pairs()
+
+    monkeypatch.setitem(sources.BUILT_IN, "toy", opens)
+    assert load_pairs("toy", image_size=8, seed=3).captions == list("abcd")
+    with pytest.raises(DataError, match="spec must be one of .*, toy or a folder"):
+        load_pairs("/nowhere/at/all", image_size=32)
+
+
+def test_a_folder_format_is_one_entry(monkeypatch, tmp_path, capsys):
+    """Commands that read plain pictures ask the set for them where the folder has a format."""
+    picture = tmp_path / "0.png"
+
+    def opens(path):
+        pairs = toy_pairs(path.name)
+        pairs.paths = [picture]
+        pairs.skipped["no caption"] = 2
+        return pairs
+
+    form = (lambda path: (path / "toy.index").is_file(), opens)
+    monkeypatch.setattr(sources, "FOLDER_FORMATS", (form, *sources.FOLDER_FORMATS))
+    assert sources.is_picture_folder(str(tmp_path))
+    (tmp_path / "toy.index").touch()
+    assert load_pairs(str(tmp_path), image_size=8).name == tmp_path.name
+    with pytest.raises(UsageError, match="split of a folder must be 'train', got 'test'"):
+        load_pairs(str(tmp_path), image_size=8, split="test")
+    config = dvae.ReconstructConfig(data=str(tmp_path))
+    assert dvae.load_pictures(config, 8).shape == (4, 3, 8, 8)
+    said = f"data: 4 pairs in {tmp_path.name}, left out 2: 2 x no caption\n"
+    assert capsys.readouterr().err == 2 * said
+    picture.touch()
+    with pytest.raises(UsageError, match=f"dvae reconstruct: .*{picture}"):
+        dvae.load_pictures(dvae.ReconstructConfig(data=str(tmp_path), out=picture), 8)
+
+
+@pytest.mark.parametrize("name", sources.BUILT_IN)
+def test_every_built_in_set_is_described(name):
+    """By a section of the data card, and by the help of each command that takes `--data`."""
+    with pytest.raises(UsageError, match=f"{name}: split must be one of .*, got 'no such'"):
+        load_pairs(name, image_size=24, split="no such")
+    assert f"\n## {name}\n" in (ROOT / "docs/data_card.md").read_text()
+    for config in TAKE_DATA:
+        data = (config.__doc__ or "").split(" data: ")[1].split("\n")[0]
+        assert name in data, config.__name__
 
 
 class Spoiled(ArrayPairs):

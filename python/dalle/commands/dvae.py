@@ -19,7 +19,7 @@ from dalle.data.augment import center_crop, to_tensor
 from dalle.data.folder import find_pictures
 from dalle.data.images import decode, read_bytes
 from dalle.data.pairs import NAMED, counted, left_out, load_or_skip
-from dalle.data.sources import BUILT_IN, load_pairs
+from dalle.data.sources import BUILT_IN, is_picture_folder, load_pairs
 from dalle.devices import pick_device
 from dalle.distributed.config import ClusterConfig
 from dalle.distributed.parallelize import parallelize
@@ -89,11 +89,11 @@ class ReconstructConfig:
 
 def train(config: DvaeCommandConfig) -> None:
     """Trains, saves the averaged weights, and says where they are."""
-    known = [*PRESETS, *BUILT_IN]
+    known = [*PRESETS, *DVAE_RECIPES]
     if config.preset not in known:
         names, hint = ", ".join(known), did_you_mean(config.preset, known)
         raise UsageError(f"dvae train: preset must be one of {names}, got {config.preset!r}{hint}")
-    if config.preset in BUILT_IN:
+    if config.preset in DVAE_RECIPES:
         recipe = DVAE_RECIPES[config.preset]
         model_config, train_config, steps = recipe.model, recipe.train, recipe.steps
     else:
@@ -133,8 +133,9 @@ def load_pictures(config: ReconstructConfig, size: int) -> torch.Tensor:
     Raises:
         DataError: nothing there that decodes.
     """
-    if config.data in BUILT_IN:
+    if not is_picture_folder(config.data):
         pairs = load_pairs(config.data, image_size=size, split=config.split)
+        check_not_input("dvae reconstruct", config.out, getattr(pairs, "paths", ()))
         loaded, _ = load_or_skip(pairs, np.arange(min(config.limit, len(pairs))))
         return to_tensor(loaded)
     folder = Path(config.data)
@@ -154,8 +155,8 @@ def load_pictures(config: ReconstructConfig, size: int) -> torch.Tensor:
         print(f"dvae reconstruct: left out {skipped.total()}: {counted(skipped)}")
     if not found:
         raise DataError(
-            f"dvae reconstruct: data must be shapes, emoji or a folder with pictures, got {folder}"
-            + (f" ({counted(skipped)})" if skipped else "")
+            f"dvae reconstruct: data must be {', '.join(BUILT_IN)} or a folder with pictures, got "
+            f"{folder}" + (f" ({counted(skipped)})" if skipped else "")
         )
     return to_tensor(found)
 
@@ -171,7 +172,7 @@ def reconstruct(config: ReconstructConfig) -> None:
     vae = DiscreteVAE.from_pretrained(config.model).to(pick_device(config.device))
     size = config.image_size
     if not size:
-        own = DVAE_RECIPES[config.data].image_size if config.data in BUILT_IN else 256
+        own = DVAE_RECIPES[config.data].image_size if config.data in DVAE_RECIPES else 256
         size = max(1, round(own / vae.factor)) * vae.factor
     vae.grid(size)
     needed = 4 * 3 * 3 * size**2 * config.limit  # read, given back, side by side
@@ -181,7 +182,7 @@ def reconstruct(config: ReconstructConfig) -> None:
         f"{config.limit} pictures of {size} pixels",
         "take a smaller --limit or --image-size",
     )
-    if config.data not in BUILT_IN:
+    if is_picture_folder(config.data):
         check_not_input("dvae reconstruct", config.out, find_pictures(Path(config.data)))
     pictures.check_sheet("dvae reconstruct", 2 * config.limit, size, max(1, 96 // size))
     images = load_pictures(config, size)

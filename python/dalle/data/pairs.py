@@ -25,8 +25,9 @@ DRAWS = 1000  # pictures tried in the place of one that cannot be used
 class Pairs(Protocol):
     """Pictures with their captions.
 
-    A set whose pictures may have more than one caption also has `several`, a mapping from the item
-    to all of its captions.
+    A set may also have `several`, a mapping from an item to all of its captions where it has more
+    than one; `paths`, the file of each picture, which no output replaces; and `digests()`, a hash
+    of each picture's bytes, by which a resumed run notices that pictures have changed.
 
     Attributes:
         name: what the set is called in reports.

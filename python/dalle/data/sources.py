@@ -1,7 +1,11 @@
-"""Data sets by name: the built-in ones, and folders of pictures with captions."""
+"""Data sets by name: the built-in ones, and folders of pictures with captions.
+
+A new source is one entry of `BUILT_IN` or of `FOLDER_FORMATS` (CONTRIBUTING.md).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dalle.console import say
@@ -11,14 +15,23 @@ from dalle.data.pairs import Pairs, counted, every_caption
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.errors import DataError, UsageError
 
-BUILT_IN = ("shapes", "emoji")
+# name -> what opens it, of (image_size, split, seed); it refuses a split that it does not have.
+BUILT_IN: Mapping[str, Callable[[int, str, int], Pairs]] = {
+    "shapes": lambda size, split, seed: ShapesPairs(split, image_size=size, seed=seed),
+    "emoji": lambda size, split, seed: load_emoji(size, split),
+}
+# (whether a path has the format, what opens it); the first that fits is taken.
+FOLDER_FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Pairs]], ...] = (
+    (Path.is_dir, FolderPairs),
+)
 
 
 def load_pairs(spec: str, *, image_size: int, split: str = "train", seed: int = 0) -> Pairs:
     """Opens a data set by name.
 
     Args:
-        spec: "shapes", "emoji", or the path of a folder of pictures and .txt captions.
+        spec: a name of `BUILT_IN`, or the path of a folder of a format of `FOLDER_FORMATS`, such as
+            pictures with .txt captions.
         image_size: side in pixels of the built-in sets; folders keep their own sizes.
         split: "train", "test", "zero" for shapes; "train", "heldout" for emoji; a folder is all
             "train".
@@ -29,32 +42,45 @@ def load_pairs(spec: str, *, image_size: int, split: str = "train", seed: int = 
         DataError: no such folder, or nothing usable in it.
         EnvironmentProblem: the emoji packages are not installed.
     """
-    if spec == "shapes":
-        return ShapesPairs(split, image_size=image_size, seed=seed)
-    if spec == "emoji":
-        return load_emoji(image_size, split)
-    if not Path(spec).is_dir():
+    if spec in BUILT_IN:
+        return BUILT_IN[spec](image_size, split, seed)
+    opens = _opener(Path(spec))
+    if opens is None:
         found = "a file" if Path(spec).exists() else "no such folder"
         raise DataError(
             f"data: spec must be one of {', '.join(BUILT_IN)} or a folder, got {spec!r} ({found})"
         )
     if split != "train":
         raise UsageError(f"data: split of a folder must be 'train', got {split!r}")
-    pairs = FolderPairs(Path(spec))
+    pairs = opens(Path(spec))
     _say_what_is_there(pairs)
     return pairs
 
 
-def _say_what_is_there(pairs: FolderPairs) -> None:
+def _opener(path: Path) -> Callable[[Path], Pairs] | None:
+    return next((opens for fits, opens in FOLDER_FORMATS if fits(path)), None)
+
+
+def is_picture_folder(spec: str) -> bool:
+    """Whether `spec` stands for plain picture files, which can be read without captions too.
+
+    True also where there is nothing: reading it says so.
+    """
+    return spec not in BUILT_IN and _opener(Path(spec)) in (FolderPairs, None)
+
+
+def _say_what_is_there(pairs: Pairs) -> None:
     """What a training does not see of a folder, or sees in parts."""
     if pairs.skipped:
         total = pairs.skipped.total()
+        named = " (`dalle data check` names them)" if isinstance(pairs, FolderPairs) else ""
         say(
             f"data: {len(pairs)} pairs in {pairs.name}, left out {total}: "
-            f"{counted(pairs.skipped)} (`dalle data check` names them)"
+            f"{counted(pairs.skipped)}{named}"
         )
-    if pairs.several:
+    several = getattr(pairs, "several", {})
+    if several:
         say(
-            f"data: {len(pairs.several)} caption files hold several lines, "
+            f"data: {len(several)} caption files hold several lines, "
             f"{len(every_caption(pairs))} captions in all; one of a picture's is drawn each time"
         )
