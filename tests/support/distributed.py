@@ -7,12 +7,13 @@ import math
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dalle.distributed import PowerSGD
 from dalle.distributed.powersgd import Gradient
 from dalle.errors import UsageError
 from dalle.precision import ResblockScaler
-from support.engines import fsdp
+from support.engines import batch, fsdp, model
 
 STEPS, WIRE = 12, ("fp32", "1-6-9")
 
@@ -134,6 +135,20 @@ def saved(rank):
 
 
 PLAIN = {"rank": 4}
+
+
+def uneven(rank):
+    """Under `DDP.join` the first process has two batches and the second four: whose weights."""
+    net = DistributedDataParallel(model())
+    PowerSGD(rank=2, min_compression=1.0).attach(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with net.join():
+        for step in range(2 + 2 * rank):
+            optimizer.zero_grad()
+            tokens, expected = batch(rank, step)
+            nn.functional.cross_entropy(net(tokens), expected).backward()
+            optimizer.step()
+    return [p.detach() for p in net.parameters()]
 
 
 def too_large(rank):

@@ -23,6 +23,7 @@ from support.distributed import (
     saved,
     scaled,
     too_large,
+    uneven,
 )
 from support.engines import ddp, fsdp
 from support.processes import run
@@ -98,9 +99,15 @@ def two(tmp_path_factory):
         "infinity": (one_infinity,), "plain": (ddp, None, 60), "ddp": (ddp, PLAIN, 60),
         "saved": (saved,), "seed": (others, [{"seed": 0}, {"seed": 1}]),
         "fast": (others, [{"fast": False}, {"fast": True}]), "scaled": (scaled,),
-        "whole state": (whole_state.gathered,),
+        "whole state": (whole_state.gathered,), "uneven": (uneven,),
     }  # fmt: skip
     return run(2, calls, tmp_path_factory.mktemp("two"))
+
+
+def test_uneven_inputs_join(two):
+    """The process that has run out of data follows the others outside a backward pass."""
+    first, second = two["uneven"]
+    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -279,6 +279,8 @@ class PowerSGD:
     def _wait_at_end(self, future: torch.futures.Future[Tensor]) -> None:
         """Has this backward pass wait for a future, and raise its error, at its end."""
         backward = torch._C._current_graph_task_id()
+        if backward < 0:  # none: a process that has run out of data follows the others (DDP.join)
+            return
         if backward != self._backward:  # one that failed elsewhere has waited for nothing
             torch.autograd.Variable._execution_engine.queue_callback(self._wait)
             self._backward = backward
