@@ -78,7 +78,7 @@ def own_part_gone(_rank):
     said = said_of(
         lambda: make_task((tokenizer, vae, none), RECIPES["encoded once"], world=cluster_of())
     )
-    return {"kept": task.kept.tolist(), "said": said}
+    return {"kept": task.usable.tolist(), "said": said}
 
 
 def other_data(rank):

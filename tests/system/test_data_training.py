@@ -68,7 +68,7 @@ def test_the_prior_leaves_out_what_is_too_small_and_draws_captions(tmp_path):
     assert sum(drawn.values()) == 72 and min(drawn[c] for c in ("red", "green", "blue")) > 5
     task.train_step(0)
     once = prior_task((tokenizer, vae, pairs), PRIOR)  # encoded once, of any size
-    assert once.kept.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+    assert once.usable.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
     assert {tokenizer.decode(row) for row in once.batch(0).text} > {"red"}
 
 

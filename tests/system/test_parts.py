@@ -17,7 +17,7 @@ from dalle.prior.model import Prior
 from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
-from dalle.train.parts import side_by_side, slices, sums
+from dalle.train.parts import run_parts, slices, sum_parts
 from dalle.train.prior import PriorTask
 from dalle.train.prior_recipe import PriorTrainConfig
 from dalle.train.ranker import RankerTask, RankerTrainConfig
@@ -91,9 +91,9 @@ def test_parts_run_at_the_same_time_and_gradients_add_up():
         meet.wait()  # neither returns before the other has begun
         return model(x[place]).square().sum(), torch.tensor([place.start])
 
-    found = side_by_side(run, 5, 2, model)
+    found = run_parts(run, 5, 2, model)
     assert [int(start) for _, start in found] == [0, 2]
-    (total,) = sums([part[:1] for part in found])
+    (total,) = sum_parts([part[:1] for part in found])
     total.backward()
     wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     for parameter, gradient in zip(model.parameters(), wanted, strict=True):
@@ -102,17 +102,17 @@ def test_parts_run_at_the_same_time_and_gradients_add_up():
 
 def test_a_parameter_no_part_uses_has_no_gradient_and_an_error_comes_out():
     model = nn.ModuleDict({"used": nn.Linear(1, 1), "idle": nn.Linear(1, 1)})
-    found = side_by_side(lambda p: (model["used"](torch.ones(2, 1)[p]).sum(),), 2, 2, model)
-    sums(found)[0].backward()
+    found = run_parts(lambda p: (model["used"](torch.ones(2, 1)[p]).sum(),), 2, 2, model)
+    sum_parts(found)[0].backward()
     assert model["idle"].weight.grad is None and float(model["used"].weight.grad) == 2
 
     def fail(place):
         raise ValueError(f"part {place.start}")
 
     with pytest.raises(ValueError, match="part 0"):
-        side_by_side(fail, 2, 2, model)
+        run_parts(fail, 2, 2, model)
     with torch.no_grad():
-        (a,), (b,) = side_by_side(lambda p: (model["used"](torch.ones(2, 1)[p]),), 2, 2, model)
+        (a,), (b,) = run_parts(lambda p: (model["used"](torch.ones(2, 1)[p]),), 2, 2, model)
     assert not (a.requires_grad or b.requires_grad)
 
 
@@ -146,7 +146,7 @@ def test_gradients_that_autograd_shares_are_added_once():
     found = []
     for parts in (1, 2, 3):
         model = Added()
-        both = sums(side_by_side(lambda place, model=model: model(x[place]), 6, parts, model))
+        both = sum_parts(run_parts(lambda place, model=model: model(x[place]), 6, parts, model))
         (both[0] + both[1]).backward()
         found.append(torch.stack([model.a.grad, model.b.grad]))
     for other in found[1:]:
@@ -155,7 +155,7 @@ def test_gradients_that_autograd_shares_are_added_once():
 
 def test_a_gradient_penalty_over_parts_is_refused_and_no_zero():
     model, x = nn.Linear(3, 1), torch.ones(4, 3)
-    found = side_by_side(lambda place: (model(x[place]).square(),), 4, 2, model)
+    found = run_parts(lambda place: (model(x[place]).square(),), 4, 2, model)
     loss = torch.cat([part for (part,) in found]).sum()
     (grad,) = torch.autograd.grad(loss, model.weight, create_graph=True)
     with pytest.raises(NotImplementedError, match="^dalle: gradients .* differentiated once"):

@@ -62,7 +62,7 @@ def test_numpys_integers_train_and_are_saved(tmp_path):
 def test_look_alikes_share_words_and_never_the_caption():
     task = toy_task(SMALL)
     rng = torch.Generator().manual_seed(0)
-    items = training.look_alikes(task.bags, task.caption_ids, 64, 4, rng).view(16, 4)
+    items = training.draw_similar(task.caption_vectors, task.caption_ids, 64, 4, rng).view(16, 4)
     assert items.dtype == torch.int64 and int(items.max()) < 160
     for row in items.tolist():
         captions = [task.pairs.captions[i] for i in row]
@@ -133,7 +133,7 @@ def test_with_a_vae_pictures_are_shown_as_it_gives_them_back():
     wanted = torch.from_numpy(pairs.images[items.numpy()]).permute(0, 3, 1, 2) / 255
     again = task.vae.decode(task.vae.encode(wanted))
     torch.testing.assert_close(images, again, atol=0.5 / 255 + 1e-6, rtol=0)
-    assert set(items.tolist()) <= set(task.seen)
+    assert set(items.tolist()) <= set(task.vae_cache)
     assert torch.equal(task.views(0)[1], images) and not torch.equal(task.views(1)[1], images)
     task.train_step(0)
 
@@ -145,10 +145,10 @@ class CountingVAE(HalvingVAE):
         return torch.full_like(super().encode(images), len(images) % 64)
 
 
-@pytest.mark.parametrize("remembered", [training.REMEMBERED, 1])
-def test_codes_do_not_depend_on_what_was_seen_before(monkeypatch, remembered):
+@pytest.mark.parametrize("cached", [training.MAX_CACHED, 1])
+def test_codes_do_not_depend_on_what_was_seen_before(monkeypatch, cached):
     """A resumed run has seen other pictures than the one that was never stopped."""
-    monkeypatch.setattr(training, "REMEMBERED", remembered)
+    monkeypatch.setattr(training, "MAX_CACHED", cached)
     tasks = [toy_task(dataclasses.replace(SMALL, reconstructed=1.0)) for _ in range(2)]
     for task in tasks:
         task.vae = CountingVAE()

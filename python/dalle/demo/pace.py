@@ -11,7 +11,7 @@ import torch
 from dalle.prior.config import PriorConfig
 from dalle.prior.model import Prior
 from dalle.ranker.blocks import ImageTower, RankerConfig
-from dalle.train.parts import PARTS, side_by_side, sums
+from dalle.train.parts import PARTS, run_parts, sum_parts
 
 # Seconds of `transformer_step` and `convolution_step` on the machine that the recipes' seconds are
 # from: two idle cores with AVX-512 (docs/log.md).
@@ -66,7 +66,7 @@ def _step(
 ) -> Callable[[], None]:
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        (total,) = sums(side_by_side(lambda place: (loss(place),), size, PARTS, model))
+        (total,) = sum_parts(run_parts(lambda place: (loss(place),), size, PARTS, model))
         total.backward()
 
     return step

@@ -29,7 +29,7 @@ from dalle.errors import CheckpointError, Interrupted, UsageError
 from dalle.files import read_bytes
 from dalle.pictures import to_uint8
 from dalle.pretrained import MAX_HEADER_BYTES, tensors_from_bytes, tensors_to_bytes
-from dalle.train.parts import PARTS, spread
+from dalle.train.parts import PARTS, run_parts_no_grad
 
 ROW = 8  # pictures shown of a caption, the true one among them
 BEST_OF = (1, 2, 4, 8)
@@ -290,7 +290,7 @@ def draw_samples(demo: Demo, captions: list[str]) -> torch.Tensor:
         return (tokens.cpu(),)
 
     try:
-        found = spread(part, len(captions), PARTS)
+        found = run_parts_no_grad(part, len(captions), PARTS)
     finally:
         stop.set()
     return torch.cat([tokens for (tokens,) in found])

@@ -63,11 +63,11 @@ class IterateAverage:
 
     @property
     def first_share(self) -> float:
-        """What the weights of the start still are of the average: 1 before the first copy."""
+        """Share of the initial weights in the average: 1 before the first copy."""
         share = 1.0
         for copy in range(self.copies):
             decay = self._decay(copy)
-            if decay == self.decay:  # and stays so
+            if decay == self.decay:  # constant from here on
                 return float(share * decay ** (self.copies - copy))
             share *= decay
         return share
@@ -95,16 +95,16 @@ class IterateAverage:
 
         Raises:
             CheckpointError: if a tensor is missing, unknown or of another shape.
-            UsageError: if the number of copies is none.
+            UsageError: if the number of copies is no integer of 0 or more.
         """
-        found = state["average"]
+        saved = state["average"]
         integer("IterateAverage", "copies", state["copies"], 0)
-        for name in sorted(set(self.average) ^ set(found)):
-            where = "model" if name in found else "checkpoint"
+        for name in sorted(set(self.average) ^ set(saved)):
+            where = "model" if name in saved else "checkpoint"
             raise CheckpointError(f"IterateAverage: {name} is missing in the {where}")
         for name, tensor in self.average.items():
-            if tensor.shape != found[name].shape:
+            if tensor.shape != saved[name].shape:
                 raise CheckpointError(
                     f"IterateAverage: {name} must have shape {tuple(tensor.shape)}, "
-                    f"got {tuple(found[name].shape)}"
+                    f"got {tuple(saved[name].shape)}"
                 )

@@ -1,8 +1,8 @@
-"""Checkpoints: a folder `step-00000500` that is there whole or not at all (`manifest`).
+"""Checkpoints: a folder `step-00000500` that is complete or absent (`manifest`).
 
     step-00000500/
       model.safetensors  optimizer.safetensors  average.safetensors  rng.safetensors
-      state.json       the task's own state; for the other files, what is not a tensor
+      state.json       the task's own state; of the other files, the values that are no tensors
       manifest.json    format, step, versions, the task's description, hashes
 
 Of several processes each writes its part, and any number of processes reads it:
@@ -47,7 +47,7 @@ from dalle.train.manifest import (
     read_manifest,
     write_manifest,
 )
-from dalle.train.restore import as_written, restore, undone_if_it_fails
+from dalle.train.restore import as_written, restore, rollback_on_error
 from dalle.train.seeds import rng_state, set_rng_state
 from dalle.train.task import Task
 from dalle.train.tree import pack_tree, unpack_names, unpack_tree
@@ -105,14 +105,14 @@ def _write_files(task: Task, folder: Path, step: int) -> None:
 
 
 @contextlib.contextmanager
-def _agreed(world: World) -> Iterator[None]:
-    """What fails inside on one process fails as a CheckpointError on all."""
+def _raised_on_all(world: World) -> Iterator[None]:
+    """An error inside on one process is raised as a CheckpointError on all."""
     with world.agreed():
         try:
             yield
-        except OSError as found:
-            reason = found.strerror or str(found).strip().splitlines()[0]
-            raise CheckpointError(reason) from found
+        except OSError as problem:
+            reason = problem.strerror or str(problem).strip().splitlines()[0]
+            raise CheckpointError(reason) from problem
 
 
 def _save_shards(task: Task, root: Path, step: int, keep: int) -> Path:
@@ -120,36 +120,40 @@ def _save_shards(task: Task, root: Path, step: int, keep: int) -> Path:
     from dalle.train import checkpoint_shards  # loads torch.distributed.checkpoint
 
     world, final = task.world, root / checkpoint_name(step)
-    apart = world.replica_drift(task.model)
-    if apart is not None:
+    drift = world.replica_drift(task.model)
+    if drift is not None:
         say(
-            f"{task.name}: {apart}, at step {step}; a run that goes on from this checkpoint has "
+            f"{task.name}: {drift}, at step {step}; a run that goes on from this checkpoint has "
             "equal ones again"
         )
     temporary = Path(world.first(str(temporary_name(final))))
     try:
-        with _agreed(world):
+        with _raised_on_all(world):
             if world.rank == 0:
                 os.mkdir(temporary)
                 os.mkdir(temporary / SHARDS)
         tensors: dict[str, Tensor] = dict(task.model.state_dict())
         state = task_state(task)
-        own = state.pop("rng")
+        generators = state.pop("rng")
         packed = {name: pack_tree(value, tensors, name) for name, value in state.items()}
-        with _agreed(world):
+        with _raised_on_all(world):
             checkpoint_shards.write(temporary / SHARDS, tensors, world.control)
-        with _agreed(world):
-            _write_rng(temporary, world.rank, own)
+        with _raised_on_all(world):
+            _write_rng(temporary, world.rank, generators)
             if world.rank == 0:
                 write_synced(temporary / STATE, to_json(packed))
                 sync_folder(temporary / SHARDS)
             files = hashes(temporary, _written_by(temporary, world.rank))
-        every = world.gather(files)
-        with _agreed(world):
+        files_by_rank = world.gather(files)
+        with _raised_on_all(world):
             if world.rank == 0:
-                merged = {name: entry for found in every for name, entry in found.items()}
+                merged = {
+                    name: entry
+                    for rank_files in files_by_rank
+                    for name, entry in rank_files.items()
+                }
                 write_manifest(temporary, step, merged, task.name, task.describe())
-                publish(temporary, final, keep, slice(0))  # each hashed its own
+                publish(temporary, final, keep, slice(0))  # each process hashed its own
     except BaseException:
         if world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -165,8 +169,8 @@ def _write_rng(folder: Path, rank: int, state: dict[str, Any]) -> None:
 
 
 def _written_by(folder: Path, rank: int) -> list[Path]:
-    own = [*folder.glob(f"rng-{rank:05d}.*"), *folder.glob(f"{SHARDS}/shard-{rank + 1:05d}-*")]
-    return own if rank else [*own, folder / STATE]
+    paths = [*folder.glob(f"rng-{rank:05d}.*"), *folder.glob(f"{SHARDS}/shard-{rank + 1:05d}-*")]
+    return paths if rank else [*paths, folder / STATE]
 
 
 def load_checkpoint(task: Task, path: Path, *, accept_changes: bool = False) -> int:
@@ -186,8 +190,8 @@ def load_checkpoint(task: Task, path: Path, *, accept_changes: bool = False) -> 
     """
     if task.world.size > 1 or (path / SHARDS).is_dir():
         return _load_shards(task, path, accept_changes=accept_changes)
-    with undone_if_it_fails(task):
-        manifest, weights, average = _take(task, path, accept_changes)
+    with rollback_on_error(task):
+        manifest, weights, average = _restore_all_but_weights(task, path, accept_changes)
     load_tensors(task.model, weights, f"checkpoint {path}: model.safetensors")
     if task.average is not None:
         task.average.load_state_dict(average)
@@ -198,23 +202,23 @@ def load_checkpoint(task: Task, path: Path, *, accept_changes: bool = False) -> 
 def can_load(task: Task, path: Path, *, accept_changes: bool = False) -> bool:
     """Whether `load_checkpoint` takes what is at `path`; `task` stays as it is.
 
-    Of many processes' checkpoints the manifest and the form of the state are looked at.
+    Of a sharded checkpoint only the manifest and the form of the state are checked.
     """
     try:
         if task.world.size > 1 or (path / SHARDS).is_dir():
             check_fits(task, read_manifest(path), path, accept_changes=accept_changes)
         else:
-            with undone_if_it_fails(task, always=True):
-                _take(task, path, accept_changes)
+            with rollback_on_error(task, always=True):
+                _restore_all_but_weights(task, path, accept_changes)
     except CheckpointError:
         return False
     return True
 
 
-def _take(
+def _restore_all_but_weights(
     task: Task, path: Path, accept_changes: bool
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
-    """Puts in what can be undone; returns the manifest, the weights and the average, checked."""
+    """Restores what `rollback_on_error` undoes; returns manifest, weights and average, checked."""
     manifest = read_manifest(path)
     with as_written(path):
         integer("checkpoint", "step", manifest["step"], 0)
@@ -239,30 +243,30 @@ def _load_shards(task: Task, path: Path, *, accept_changes: bool) -> int:
     from dalle.train import checkpoint_shards
 
     world, rank = task.world, task.world.rank
-    with _agreed(world):
+    with _raised_on_all(world):
         manifest = read_manifest(path, slice(rank, None, world.size))
-    with _agreed(world):
+    with _raised_on_all(world):
         state = check_fits(task, manifest, path, accept_changes=accept_changes)
         sharded = (path / SHARDS).is_dir()
-        _check_no_others(path, manifest)
+        _check_no_extra_files(path, manifest)
         folder = path / SHARDS if sharded else path
         tensors = checkpoint_shards.empty_tensors(folder, _parameter_of(task))
-    with _agreed(world):  # what fails above on one would leave the others alone in here
+    with _raised_on_all(world):  # agreed on all before the next one, which is collective
         checkpoint_shards.read(folder, tensors, world.control)
     weights = {name: tensors[name] for name in task.model.state_dict() if name in tensors}
-    with undone_if_it_fails(task):
+    with rollback_on_error(task):
         check_tensors(task.model, weights, f"checkpoint {path}: weights")
         average = restore(task, state, tensors, path, accept_changes)
         with as_written(path):
             step = integer("checkpoint", "step", manifest["step"], 0)
             if sharded and (path / f"rng-{rank:05d}.json").exists():
                 file = path / f"rng-{rank:05d}.safetensors"
-                own = tensors_from_bytes(read_bytes(file, MAX_TEXT_BYTES), file)
+                rng_tensors = tensors_from_bytes(read_bytes(file, MAX_TEXT_BYTES), file)
                 tree = read_json(file.with_suffix(".json"), CheckpointError)
-                set_rng_state(unpack_tree(tree, own))
+                set_rng_state(unpack_tree(tree, rng_tensors))
             packed = {name: state[name] for name in ("powersgd",) if name in state}
-            exchanged = {name: unpack_tree(value, tensors) for name, value in packed.items()}
-            world.load_state_dict(exchanged, f"{task.name}: {path}")
+            world_state = {name: unpack_tree(value, tensors) for name, value in packed.items()}
+            world.load_state_dict(world_state, f"{task.name}: {path}")
     load_tensors(task.model, weights, f"checkpoint {path}: weights")
     if task.average is not None:
         task.average.load_state_dict(average)
@@ -270,8 +274,8 @@ def _load_shards(task: Task, path: Path, *, accept_changes: bool) -> int:
     return step
 
 
-def _check_no_others(path: Path, manifest: dict[str, Any]) -> None:
-    """The reader takes every file it finds; those that nobody vouches for are refused."""
+def _check_no_extra_files(path: Path, manifest: dict[str, Any]) -> None:
+    """DCP reads every file in the folder, so one that the manifest does not list is refused."""
     for file in sorted((path / SHARDS).glob("*.safetensors")):
         name = file.relative_to(path).as_posix()
         if name not in manifest["files"]:
@@ -279,13 +283,13 @@ def _check_no_others(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def _parameter_of(task: Task) -> Callable[[str], Tensor | None]:
-    """By a tensor's name the parameter that it may be shaped, and shared out, like."""
-    likes: dict[str, Tensor] = dict(task.model.named_parameters())
-    for name, param in list(likes.items()):
-        likes[f"average.average.{name}"] = likes[f"powersgd.errors.{name}"] = param
-    listed = [p for group in task.optimizer.param_groups for p in group["params"]]
-    moments = {f"optimizer.state.{i}": p for i, p in enumerate(listed)}
-    return lambda name: likes.get(name, moments.get(name.rpartition(".")[0]))
+    """Maps a tensor's name to the parameter whose shape and sharding it may have."""
+    parameters: dict[str, Tensor] = dict(task.model.named_parameters())
+    for name, param in list(parameters.items()):
+        parameters[f"average.average.{name}"] = parameters[f"powersgd.errors.{name}"] = param
+    optimizer_params = [p for group in task.optimizer.param_groups for p in group["params"]]
+    moments = {f"optimizer.state.{i}": p for i, p in enumerate(optimizer_params)}
+    return lambda name: parameters.get(name, moments.get(name.rpartition(".")[0]))
 
 
 def check_fits(
@@ -295,14 +299,14 @@ def check_fits(
     where = f"checkpoint {path}"
     if manifest["task"] != task.name:
         raise CheckpointError(f"{where}: task must be {task.name}, got {manifest['task']}")
-    mine = json.loads(to_json(task.describe()))
-    found = list(differences(mine, manifest["description"]))
-    if found and not accept_changes:
-        (key, own, theirs), *more = found
-        line = f"{where}: {key} must be {_short(own)} as in this run, got {_short(theirs)}"
+    description = json.loads(to_json(task.describe()))
+    changes = list(differences(description, manifest["description"]))
+    if changes and not accept_changes:
+        (key, expected, got), *more = changes
+        line = f"{where}: {key} must be {_short(expected)} as in this run, got {_short(got)}"
         if more:
             line += "; " + ", ".join(f"{k} {_short(a)}, got {_short(b)}" for k, a, b in more)
-        raise OtherTrainingError(line, [key for key, _, _ in found])
+        raise OtherTrainingError(line, [key for key, _, _ in changes])
     state: dict[str, Any] = read_json(path / STATE, CheckpointError)
     with as_written(path):
         averaged = state["average"] is not None
@@ -318,8 +322,8 @@ def check_fits(
 
 def say_changes(task: Task, manifest: dict[str, Any], path: Path) -> None:
     """What differs between this run and the checkpoint that it goes on from, if anything."""
-    found = differences(json.loads(to_json(task.describe())), manifest["description"])
-    changed = ", ".join(f"{key} from {_short(b)} to {_short(a)}" for key, a, b in found)
+    changes = differences(json.loads(to_json(task.describe())), manifest["description"])
+    changed = ", ".join(f"{key} from {_short(b)} to {_short(a)}" for key, a, b in changes)
     if changed:
         say(f"{task.name}: goes on from {path} with changes: {changed}")
 

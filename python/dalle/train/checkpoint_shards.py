@@ -1,4 +1,4 @@
-"""Tensors of which each process writes its part, and any number of processes reads (DCP).
+"""Sharded tensors: each process writes its part, any number of processes reads them (DCP).
 
 One safetensors file for each process, with the offsets of its parts. All must see one folder.
 """
@@ -24,11 +24,11 @@ from dalle.errors import CheckpointError
 
 
 @contextmanager
-def _in_words() -> Iterator[None]:
+def _dcp_errors() -> Iterator[None]:
     try:
         yield
-    except dcp.CheckpointException as found:
-        raise CheckpointError(_reason(found)) from found
+    except dcp.CheckpointException as problem:
+        raise CheckpointError(_reason(problem)) from problem
 
 
 def _reason(problem: BaseException) -> str:
@@ -45,7 +45,7 @@ def write(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | N
         CheckpointError: on all processes, if any cannot write.
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _in_words():
+    with _dcp_errors():
         dcp.save(tensors, storage_writer=writer, process_group=group)
 
 
@@ -55,30 +55,32 @@ def empty_tensors(folder: Path, parameter_of: Callable[[str], Tensor | None]) ->
 
     Args:
         folder: where `write` wrote, or any with safetensors.
-        parameter_of: by name the parameter that a tensor of its shape is shared out like.
+        parameter_of: maps a tensor's name to the parameter whose sharding it has, or None.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     reader = HuggingFaceStorageReader(str(folder))
     for name, entry in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
-        like, dtype, size = parameter_of(name), entry.properties.dtype, entry.size
-        if like is not None and like.shape == size:
-            found[name] = torch.zeros_like(like.detach(), dtype=dtype)
-        elif like is not None and (*like.shape, 2) == tuple(size):  # codes as bytes, shared out too
-            half = torch.zeros_like(like.detach(), dtype=dtype)
-            found[name] = torch.stack([half, half], -1)
+        param, dtype, size = parameter_of(name), entry.properties.dtype, entry.size
+        if param is not None and param.shape == size:
+            tensors[name] = torch.zeros_like(param.detach(), dtype=dtype)
+        elif param is not None and (*param.shape, 2) == tuple(size):
+            # 16-bit codes, stored as pairs of bytes and sharded as their parameter is.
+            half = torch.zeros_like(param.detach(), dtype=dtype)
+            tensors[name] = torch.stack([half, half], -1)
         elif not name.startswith("rng."):
-            found[name] = torch.zeros(size, dtype=dtype, device="cpu")
-    return found
+            tensors[name] = torch.zeros(size, dtype=dtype, device="cpu")
+    return tensors
 
 
 def read(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Fills the tensors, each process its part. Collective, but of one process (group None).
+    """Fills the tensors, each process its part. Collective, unless `group` is None (one process).
 
     Raises:
         CheckpointError: on all processes, if any cannot read.
     """
     reader = HuggingFaceStorageReader(str(folder))
-    with warnings.catch_warnings(), _in_words():  # that one process alone is meant to be alone
+    with warnings.catch_warnings(), _dcp_errors():
+        # A single process reads without torch.distributed on purpose.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)

@@ -21,10 +21,10 @@ from dalle.dvae.likelihood import expected_pixels, map_pixels, psnr
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.train.averaging import IterateAverage
-from dalle.train.parts import side_by_side, sums
+from dalle.train.parts import run_parts, sum_parts
 from dalle.train.schedules import cosine_ramp
 from dalle.train.seeds import start_seed, step_seed
-from dalle.train.task import averaged_model, own_batch, require_one_part, whole_model
+from dalle.train.task import averaged_model, full_model, local_batch, require_one_part
 from dalle.train.update import update
 
 
@@ -51,7 +51,7 @@ class DvaeTrainConfig:
         codebook_sharpness, codebook_iterations, codebook_points: see `codebook.init_codebook`.
         codebook_images: pictures whose features are clustered.
         health_every: updates over which codes are counted.
-        parts: of a batch, computed side by side (`train.parts`); each uses torch's threads.
+        parts: into which a batch is cut, run at the same time (`train.parts`).
     """
 
     image_size: int = 256
@@ -83,11 +83,11 @@ class DvaeTrainConfig:
     parts: int = 1
 
     def __post_init__(self) -> None:
-        for name, known in (
+        for name, choices in (
             ("augment", ("paper", "none")),
             ("distortion", ("logit_laplace", "mse")),
         ):
-            require("dvae train", self, f"one of {', '.join(known)}", known.__contains__, name)
+            require("dvae train", self, f"one of {', '.join(choices)}", choices.__contains__, name)
         sizes = ("image_size", "batch_size", "health_every", "tau_start", "tau_end", "lr_start")
         of_codes = ("codebook_sharpness", "codebook_iterations", "codebook_points")
         more = (*of_codes, "codebook_images", "parts", "mse_weight", "warm_start_lr")
@@ -166,57 +166,57 @@ class DvaeTask:
         return {"model": model, "train": recipe, "data": self.data, "seed": self.seed}
 
     def images(self, items: np.ndarray, most: int) -> Tensor:
-        """The first `most` that can be used, in the order of their numbers, cropped to the centre:
+        """The first `most` usable pictures among `items`, sorted by index, cropped to the centre:
         (B, 3, S, S) in [0, 1]."""
         size = self.config.image_size
-        found, places = load_or_skip(
+        crops, positions = load_or_skip(
             self.pairs, items, lambda image, _: center_crop(image, size), most=most
         )
-        return to_tensor([found[i] for i in np.argsort(items[places])]).to(self.device)
+        return to_tensor([crops[i] for i in np.argsort(items[positions])]).to(self.device)
 
     def _check_codebook(self) -> None:
         """Whether the pictures give as many points as k-means needs, before the warm start."""
         c, codes = self.config, self.model.num_tokens
         points = math.prod(self.model.grid(c.image_size))
-        need = math.ceil(codes / points)
-        for name, least in (("codebook_points", codes), ("codebook_images", need)):
-            if getattr(c, name) < least:
+        num_images = math.ceil(codes / points)
+        for name, minimum in (("codebook_points", codes), ("codebook_images", num_images)):
+            if getattr(c, name) < minimum:
                 raise UsageError(
-                    f"dvae train: {name} must be at least {least} for {codes} codes, "
+                    f"dvae train: {name} must be at least {minimum} for {codes} codes, "
                     f"got {getattr(c, name)}"
                 )
-        found, _ = load_or_skip(
+        crops, _ = load_or_skip(
             self.pairs,
             range(len(self.pairs)),
             lambda image, _: center_crop(image, c.image_size),
             some=False,
-            most=need,
+            most=num_images,
         )
-        if len(found) < need:
+        if len(crops) < num_images:
             raise DataError(
-                f"dvae train: data must hold at least {need} pictures that can be used for a "
-                f"codebook of {codes} codes ({points} points a picture), got {len(found)}"
+                f"dvae train: data must hold at least {num_images} pictures that can be used for a "
+                f"codebook of {codes} codes ({points} points a picture), got {len(crops)}"
             )
 
     def batch(self, step: int) -> Tensor:
-        """This process's part of update `step`, (B, 3, S, S) in [0, 1]; crops drawn by place."""
+        """This process's part of update `step`, (B, 3, S, S) in [0, 1]; crops by position."""
         part, size = self.part(), self.config.image_size
 
-        def crop(image: np.ndarray, place: int) -> np.ndarray:
+        def crop(image: np.ndarray, position: int) -> np.ndarray:
             if self.config.augment == "none":
                 return center_crop(image, size)
-            seed = step_seed(self.seed, step, 1, part.start + place)
+            seed = step_seed(self.seed, step, 1, part.start + position)
             return dvae_crop(image, size, np.random.default_rng(seed))
 
-        found, _ = load_or_draw(
+        crops, _ = load_or_draw(
             self.pairs,
             self.sampler.indices(step)[part],
-            lambda place: step_seed(self.seed, step, 4, part.start + place),
+            lambda position: step_seed(self.seed, step, 4, part.start + position),
             crop,
         )
-        return to_tensor(found).to(self.device)
+        return to_tensor(crops).to(self.device)
 
-    def _no_batch(self) -> Tensor:
+    def _empty_batch(self) -> Tensor:
         part, side = self.part(), self.config.image_size
         return torch.zeros(
             part.stop - part.start, 3, side, side, device=self.device, dtype=torch.float32
@@ -229,52 +229,52 @@ class DvaeTask:
     def train_step(self, step: int) -> dict[str, float | Tensor]:
         """One update; before the codebook exists the codes are continuous."""
         c = self.config
-        images = own_batch(self.world, partial(self.batch, step), self._no_batch)
+        images = local_batch(self.world, partial(self.batch, step), self._empty_batch)
         share = self.world.weight(c.batch_size)
         if step < c.warm_start_steps:
 
-            def autoencode(place: slice) -> tuple[Tensor, ...]:
-                part = images[place]
+            def autoencode(rows: slice) -> tuple[Tensor, ...]:
+                part = images[rows]
                 mu, loss = self.model.autoencode(part)
                 if c.distortion == "mse":
                     loss = self._mse(part, mu)
                 weight = len(part) / len(images)
                 return weight * loss, weight * self._psnr(part, mu)
 
-            loss, quality = sums(side_by_side(autoencode, len(images), c.parts, self.model))
+            loss, quality = sum_parts(run_parts(autoencode, len(images), c.parts, self.model))
             lr = cosine_ramp(step, c.warm_start_lr, c.warm_start_lr / 10, c.warm_start_steps)
-            again = partial(self.model.autoencode, images)
-            grad_norm = update(self, loss * share, step, lr=lr, forward=again)
+            repeat_forward = partial(self.model.autoencode, images)
+            grad_norm = update(self, loss * share, step, lr=lr, forward=repeat_forward)
             means = {"loss": loss, "psnr": quality}
-            return self._of_all(share, means, {"grad_norm": grad_norm, "images": len(images)})
+            return self._global_means(share, means, {"grad_norm": grad_norm, "images": len(images)})
         if step == c.warm_start_steps and c.warm_start_steps:
             self._make_codebook()
-        done = step - c.warm_start_steps
-        tau = cosine_ramp(done, c.tau_start, c.tau_end, c.tau_steps)
-        kl_weight = cosine_ramp(done, 0.0, c.kl_weight, c.kl_steps)
+        ramp_step = step - c.warm_start_steps
+        tau = cosine_ramp(ramp_step, c.tau_start, c.tau_end, c.tau_steps)
+        kl_weight = cosine_ramp(ramp_step, 0.0, c.kl_weight, c.kl_steps)
         seed, first = step_seed(self.seed, step, 2), self.part().start
         forward = partial(self.model, tau=tau, kl_weight=kl_weight, seed=seed)
 
-        def relax(place: slice) -> tuple[Tensor, ...]:
-            part = images[place]
-            out = forward(part, first=first + place.start)
+        def relax(rows: slice) -> tuple[Tensor, ...]:
+            part = images[rows]
+            out = forward(part, first=first + rows.start)
             loss = out.loss
             if c.distortion == "mse":
                 loss = self._mse(part, out.mu)
                 if kl_weight:  # otherwise backward would walk through zeros
                     loss = loss + (out.loss - out.nll)
-            each = (loss, out.nll.detach(), out.kl.detach(), self._psnr(part, out.mu))
-            return *(len(part) / len(images) * x for x in each), out.index
+            losses = (loss, out.nll.detach(), out.kl.detach(), self._psnr(part, out.mu))
+            return *(len(part) / len(images) * x for x in losses), out.index
 
-        found = side_by_side(relax, len(images), c.parts, self.model)
-        loss, nll, kl, quality = sums([part[:-1] for part in found])
-        lr = cosine_ramp(done, c.lr_start, c.lr_end, c.lr_steps)
-        again = partial(forward, images, first=first)
-        grad_norm = update(self, loss * share, step, lr=lr, forward=again)
-        self._count(torch.cat([part[-1] for part in found]), step)
+        outputs = run_parts(relax, len(images), c.parts, self.model)
+        loss, nll, kl, quality = sum_parts([part[:-1] for part in outputs])
+        lr = cosine_ramp(ramp_step, c.lr_start, c.lr_end, c.lr_steps)
+        repeat_forward = partial(forward, images, first=first)
+        grad_norm = update(self, loss * share, step, lr=lr, forward=repeat_forward)
+        self._count(torch.cat([part[-1] for part in outputs]), step)
         means = {"loss": loss, "nll": nll, "kl": kl, "psnr": quality}
-        same = {"tau": tau, "kl_weight": kl_weight, "grad_norm": grad_norm, **self.health}
-        return self._of_all(share, means, {**same, "images": len(images)})
+        shared = {"tau": tau, "kl_weight": kl_weight, "grad_norm": grad_norm, **self.health}
+        return self._global_means(share, means, {**shared, "images": len(images)})
 
     def pictures(self, step: int) -> dict[str, Tensor]:
         """Eight training pictures above their reconstructions with the averaged weights."""
@@ -284,8 +284,8 @@ class DvaeTask:
             assert isinstance(model, DiscreteVAE)
             model.to(self.device)
             images = self.images(np.arange(len(self.pairs)), 8)
-            both = (images, self.reconstruct(model, images, step))
-            return {"reconstructions": torch.cat([torch.cat(list(row), 2) for row in both], 1)}
+            rows = (images, self.reconstruct(model, images, step))
+            return {"reconstructions": torch.cat([torch.cat(list(row), 2) for row in rows], 1)}
 
     @torch.no_grad()
     def reconstruct(self, model: DiscreteVAE, images: Tensor, step: int) -> Tensor:
@@ -312,22 +312,22 @@ class DvaeTask:
 
     def _make_codebook(self) -> None:
         c = self.config
-        chosen = np.random.default_rng(step_seed(self.seed, 0, 3)).permutation(len(self.pairs))
-        with whole_model(self) as model, self.world.agreed():
+        order = np.random.default_rng(step_seed(self.seed, 0, 3)).permutation(len(self.pairs))
+        with full_model(self) as model, self.world.agreed():
             if model is not None:
                 assert isinstance(model, DiscreteVAE)
                 init_codebook(
                     model.to(self.device),
-                    self.images(chosen, c.codebook_images),
+                    self.images(order, c.codebook_images),
                     sharpness=c.codebook_sharpness,
                     iterations=c.codebook_iterations,
                     max_points=c.codebook_points,
                     seed=start_seed(self.seed, "codebook"),
                 )
-                codes, different = model.num_tokens, len(model.codebook().unique(dim=0))
-                if different < codes:
+                codes, distinct = model.num_tokens, len(model.codebook().unique(dim=0))
+                if distinct < codes:
                     say(
-                        f"dvae train: only {different} of the {codes} codes differ at the start, "
+                        f"dvae train: only {distinct} of the {codes} codes differ at the start, "
                         "the pictures have no more different parts"
                     )
         self.average = IterateAverage(self.model, c.average_decay, warmup=c.average_warmup)
@@ -340,18 +340,18 @@ class DvaeTask:
     def _psnr(self, images: Tensor, mu: Tensor) -> Tensor:
         return psnr(images, expected_pixels(mu)).mean()
 
-    def _of_all(
-        self, share: float, means: dict[str, Tensor], rest: dict[str, Any]
+    def _global_means(
+        self, share: float, means: dict[str, Tensor], others: dict[str, Any]
     ) -> dict[str, float | Tensor]:
-        """A step's values over all processes, each mean with this one's share."""
-        return self.world.mean({k: v.detach() * share for k, v in means.items()} | rest)
+        """A step's values over all processes; `means` are weighted by this process's share."""
+        return self.world.mean({k: v.detach() * share for k, v in means.items()} | others)
 
     def _count(self, index: Tensor, step: int) -> None:
         """Counts the codes of this batch; closes the window where it is full."""
-        found = torch.bincount(index.flatten().cpu(), minlength=len(self.counts))
-        found = self.world.sum(found).long()
-        self.counts += found
-        self.tokens_counted += int(found.sum())
+        counts = torch.bincount(index.flatten().cpu(), minlength=len(self.counts))
+        counts = self.world.sum(counts).long()
+        self.counts += counts
+        self.tokens_counted += int(counts.sum())
         if (step + 1) % self.config.health_every:
             return
         health = codebook_health(self.counts)

@@ -30,7 +30,7 @@ class FolderLock:
     decides, if it is of this machine.
 
     Args:
-        folder: is there.
+        folder: must exist.
         owner: begins every line, e.g. "prior".
 
     Raises:
@@ -40,8 +40,8 @@ class FolderLock:
 
     def __init__(self, folder: Path, owner: str) -> None:
         self.folder, self.path, self._owner = folder, folder / LOCK_FILE, owner
-        self._told = False
-        self._place: tuple[int, int] | None = None
+        self._reported = False
+        self._folder_id: tuple[int, int] | None = None
         self._handle: int | None = self._acquire()
 
     def _acquire(self) -> int:
@@ -53,74 +53,78 @@ class FolderLock:
                     f"{self._owner}: {self.path} must be writable, got {problem.strerror}"
                 ) from problem
             try:
-                before = self._named(handle)
-                self._take(handle, before)
+                holder = self._read_owner(handle)
+                self._take(handle, holder)
                 if same_file(handle, self.path):  # else its last owner has just removed it
-                    self._sign(handle, before)
-                    self._place = _place(self.folder)
+                    self._sign(handle, holder)
+                    self._folder_id = _folder_id(self.folder)
                     return handle
             except BaseException:
                 os.close(handle)
                 raise
             os.close(handle)
 
-    def _take(self, handle: int, before: dict[str, object]) -> None:
+    def _take(self, handle: int, holder: dict[str, object]) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except OSError as problem:
-            if problem.errno not in _BUSY and not _may_live(before):
-                return  # no locks here, and nobody of whom it is known
-        who = f"process {before.get('process', '?')} on {before.get('host', 'another machine')}"
+            if problem.errno not in _BUSY and not _may_live(holder):
+                return  # a file system without locks, and no live holder known
+        who = f"process {holder.get('process', '?')} on {holder.get('host', 'another machine')}"
         raise UsageError(
             f"{self._owner}: out must be used by one training at a time, got {self.folder}, where "
             f"{who} trains; wait for it or choose another folder ({self.path} is its lock)"
         )
 
-    def _sign(self, handle: int, before: dict[str, object]) -> None:
-        if before:
+    def _sign(self, handle: int, holder: dict[str, object]) -> None:
+        if holder:
             say(
-                f"{self._owner}: process {before.get('process', '?')} on {before.get('host', '?')} "
+                f"{self._owner}: process {holder.get('process', '?')} on {holder.get('host', '?')} "
                 f"has left {self.folder} without an end; going on in its place"
             )
-        own = {"process": os.getpid(), "host": socket.gethostname(), "began": _began(os.getpid())}
+        owner = {
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "began": _start_time(os.getpid()),
+        }
         with contextlib.suppress(OSError):  # a full disk; the lock is held all the same
             os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(own).encode() + b"\n", 0)
+            os.pwrite(handle, json.dumps(owner).encode() + b"\n", 0)
 
     @staticmethod
-    def _named(handle: int) -> dict[str, object]:
-        """What the file says of its owner; empty where there is none or nothing to be read."""
+    def _read_owner(handle: int) -> dict[str, object]:
+        """The owner that the file names; empty where there is none or it cannot be read."""
         try:
-            found = parse_json(os.pread(handle, MAX_BYTES, 0))
+            content = parse_json(os.pread(handle, MAX_BYTES, 0))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return content if isinstance(content, dict) else {}
 
     def renew(self) -> None:
         """Where the folder has been removed or moved meanwhile, makes it and the lock again.
 
-        What cannot be made again is told once, and tried again at the next call.
+        A failure to do so is reported once, and retried at the next call.
 
         Raises:
             UsageError: another training has begun in its place.
         """
         if self.held:
             return
-        if self._place is not None and self._place == _place(self.folder):
+        if self._folder_id is not None and self._folder_id == _folder_id(self.folder):
             say(f"{self._owner}: {self.path} was removed while training; it is made again")
-        elif not self._told:
+        elif not self._reported:
             say(
                 f"{self._owner}: {self.folder} was removed or moved while training; what was in "
                 "it is no longer there, the next checkpoint is written into a new one"
             )
-        self._told = True
+        self._reported = True
         self._close()
         try:
             self._handle = self._remake()
         except EnvironmentProblem:
             return  # the next checkpoint says why, and is the error if it is the last
-        self._told = False
+        self._reported = False
 
     def _remake(self) -> int:
         make_folder(self.folder, self._owner)
@@ -144,16 +148,16 @@ class FolderLock:
         self._close()
 
 
-def _place(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another of its name."""
+def _folder_id(folder: Path) -> tuple[int, int] | None:
+    """Device and inode, which differ between folders of one name; None without a folder."""
     try:
-        found = os.stat(folder)
+        status = os.stat(folder)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
-def _began(process: int) -> int | None:
+def _start_time(process: int) -> int | None:
     """When a process of this machine began, in ticks since the machine did; None without /proc."""
     try:
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
@@ -161,12 +165,12 @@ def _began(process: int) -> int | None:
         return None
 
 
-def _may_live(named: dict[str, object]) -> bool:
+def _may_live(owner: dict[str, object]) -> bool:
     """Whether the process that a lock's file names may still be running."""
-    process = named.get("process")
+    process = owner.get("process")
     if not isinstance(process, int) or process < 1:
         return False
-    if named.get("host") != socket.gethostname():
+    if owner.get("host") != socket.gethostname():
         return True
     try:
         os.kill(process, 0)
@@ -174,7 +178,7 @@ def _may_live(named: dict[str, object]) -> bool:
         return False
     except OSError:
         return True
-    return named.get("began") in (None, _began(process))  # numbers are given again
+    return owner.get("began") in (None, _start_time(process))  # process numbers are reused
 
 
 @contextmanager

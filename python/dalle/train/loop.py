@@ -56,7 +56,7 @@ from dalle.train.signals import signals
 from dalle.train.task import Task
 from dalle.train.update import check_loss
 
-FIRST_SHARE = 0.1  # of the first weights in the averaged ones, above which it is said
+FIRST_SHARE = 0.1  # of the initial weights in the average; above it a line says so
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a run says: `metrics.jsonl` always, a progress bar on a terminal, log lines elsewhere."""
+"""Reports of a run: `metrics.jsonl` always, a progress bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_FILE_BYTES = 8 << 30
 
 
 def read_metrics(path: Path, damaged: list[int] | None = None) -> list[dict[str, Any]]:
-    """The records in a metrics file, in order; a line that is none is left out.
+    """The records in a metrics file, in order; lines that are no record are left out.
 
     Args:
         path: of the file.
@@ -37,7 +37,7 @@ def read_metrics(path: Path, damaged: list[int] | None = None) -> list[dict[str,
         OSError: no regular file, or it cannot be read.
     """
     records = []
-    for at, line in enumerate(read_lines(path, MAX_LINE_BYTES, MAX_FILE_BYTES), 1):
+    for line_number, line in enumerate(read_lines(path, MAX_LINE_BYTES, MAX_FILE_BYTES), 1):
         try:
             record: Any = None if line is None else parse_json(line)
         except ValueError:
@@ -45,7 +45,7 @@ def read_metrics(path: Path, damaged: list[int] | None = None) -> list[dict[str,
         if record is not None and _is_record(record):
             records.append(record)
         elif damaged is not None:
-            damaged.append(at)
+            damaged.append(line_number)
     return records
 
 
@@ -104,21 +104,21 @@ class Metrics:
         self._begin = self._mark = time.monotonic()
         self._mark_step = start
         self._file: io.FileIO | None = None
-        self._place: tuple[int, int] | None = None
+        self._opened_id: tuple[int, int] | None = None
         self._torn = False  # does the file end in the middle of a record?
         if leads() and self.path.exists():
             damaged: list[int] = []
             with saving(name, self.path):
-                kept = [r for r in read_metrics(self.path, damaged) if r["step"] <= start]
+                records = [r for r in read_metrics(self.path, damaged) if r["step"] <= start]
                 write_atomic(
-                    self.path, "".join(json.dumps(_without_nan(r)) + "\n" for r in kept).encode()
+                    self.path, "".join(json.dumps(_without_nan(r)) + "\n" for r in records).encode()
                 )
-            self.last = kept[-1] if kept else {}
+            self.last = records[-1] if records else {}
             if damaged:
                 lines = f"line {damaged[0]}" if len(damaged) == 1 else f"{len(damaged)} lines"
                 say(f"{name}: {self.path}: left out {lines} that no training wrote whole")
         terminal = False
-        with contextlib.suppress(AttributeError, ValueError):  # there is none, or it is closed
+        with contextlib.suppress(AttributeError, ValueError):  # stderr is None or closed
             terminal = leads() and sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, desc=name, disable=not terminal)
 
@@ -130,8 +130,8 @@ class Metrics:
     def add(self, values: Mapping[str, float | torch.Tensor]) -> None:
         """Takes the values of one step; "images" is a count, everything else is averaged."""
         for key, value in values.items():
-            one = value.detach().double().cpu() if isinstance(value, torch.Tensor) else value
-            self._sums[key] = self._sums.get(key, 0.0) + np.asarray(one, dtype=np.float64)
+            array = value.detach().double().cpu() if isinstance(value, torch.Tensor) else value
+            self._sums[key] = self._sums.get(key, 0.0) + np.asarray(array, dtype=np.float64)
             self._counts[key] = self._counts.get(key, 0) + 1
         with contextlib.suppress(OSError, ValueError):  # as in `say`
             self._bar.update(1)
@@ -161,38 +161,38 @@ class Metrics:
         if not leads():
             return
         try:
-            if self._file is not None and self._place != self._found():
+            if self._file is not None and self._opened_id != self._path_id():
                 self._file.close()  # it was removed, or the folder was
                 self._file, self._torn = None, False
             if self._file is None:
                 self._file = open(self.path, "ab", buffering=0, opener=regular_opener)  # noqa: SIM115
-                self._place = self._found()
+                self._opened_id = self._path_id()
             line = _line(record)
             if self._torn:
                 line = b"\n" + line
             self._torn = self._file.write(line) != len(line)
-            if self._torn:  # the next write would say so
+            if self._torn:  # a short write: the next one would raise this
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as problem:
-            self._tell(problem)
+            self._report_once(problem)
 
-    def _found(self) -> tuple[int, int] | None:
-        """What tells the file at the path from others."""
+    def _path_id(self) -> tuple[int, int] | None:
+        """Device and inode of the file at the path; None where there is none."""
         try:
-            found = os.stat(self.path)
+            status = os.stat(self.path)
         except OSError:
             return None
-        return found.st_dev, found.st_ino
+        return status.st_dev, status.st_ino
 
-    def _tell(self, problem: OSError) -> None:
+    def _report_once(self, problem: OSError) -> None:
         if not self._failed:
             say(f"{self._name}: {self.path} must be writable, got: {problem.strerror}")
         self._failed = True
 
     def _show(self, record: dict[str, Any]) -> None:
         hidden = {"step", "seconds", "eta", "steps_per_second"}
-        alone = {k: v for k, v in record.items() if not isinstance(v, list)}
-        shown = {k: number(v) for k, v in alone.items() if k not in hidden}
+        scalars = {k: v for k, v in record.items() if not isinstance(v, list)}
+        shown = {k: number(v) for k, v in scalars.items() if k not in hidden}
         if not self._bar.disable:
             self._bar.set_postfix(shown, refresh=False)
             return

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle.train.parts import spread
+from dalle.train.parts import run_parts_no_grad
 
 # Polar Express (Amsel et al. 2025, table 1): X <- a X + (b A + c A A) X with A = X X^T.
 COEFFICIENTS = (
@@ -42,17 +42,17 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW`, but for groups that have `muon`.
+    """`torch.optim.AdamW`, with Muon for parameter groups whose `muon` is above 0.
 
-    It says how many matrices a parameter stacks: 1, or 3 for queries, keys and values in one. There
-    the update is lr * muon_scale * sqrt(max(1, rows / columns)) times the orthogonalised Nesterov
+    `muon` is the number of matrices that a parameter stacks: 1, or 3 for queries, keys and values.
+    Their update is lr * muon_scale * sqrt(max(1, rows / columns)) times the orthogonalised Nesterov
     momentum; weight decay is that of AdamW.
 
     Args:
         groups: parameter groups; those with `muon` above 0 hold matrices of (muon * m, n).
         muon_scale: factor on lr for Muon's groups.
         momentum: of Muon.
-        parts: matrices are orthogonalised in so many parts side by side (`train.parts`).
+        parts: number of parts, run at the same time, in which matrices are orthogonalised.
         options: of `torch.optim.AdamW`.
     """
 
@@ -70,12 +70,11 @@ class MuonAdamW(torch.optim.AdamW):
             group["muon_scale"], group["momentum"] = muon_scale, momentum
         self.parts = parts
         super().__init__(groups, **options)
-        # Of groups that come later: AdamW's.
+        # Groups that are added later are AdamW's.
         self.defaults.update(muon=0, muon_scale=muon_scale, momentum=momentum)
 
-    def __getstate__(
-        self,
-    ) -> dict[str, Any]:  # torch's knows no parts
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own version does not know `parts`.
         return {**super().__getstate__(), "parts": self.parts}
 
     @torch.no_grad()
@@ -100,26 +99,28 @@ class MuonAdamW(torch.optim.AdamW):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    # AdamW looks for one when it loads a state.
+                    # AdamW expects a step when it loads a state.
                     state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                     state["momentum_buffer"] = torch.zeros_like(parameter, dtype=torch.float32)
                 momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                wanted = parameter.grad.lerp(momentum, group["momentum"])
+                nesterov = parameter.grad.lerp(momentum, group["momentum"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                both = (x.chunk(group["muon"]) for x in (parameter, wanted))
-                for matrix, update in zip(*both, strict=True):
+                blocks = (x.chunk(group["muon"]) for x in (parameter, nesterov))
+                for matrix, update in zip(*blocks, strict=True):
                     rows, columns = matrix.shape
                     if rows > columns:
                         matrix, update = matrix.T, update.T
                     step = -size * max(1, rows / columns) ** 0.5
                     shapes[matrix.shape[0], matrix.shape[1]].append((matrix, update, step))
-        for found in shapes.values():
-            stacked = torch.stack([update for _, update, _ in found])
-            done = spread(partial(_orthogonal_part, stacked), len(found), self.parts)
-            updates = torch.cat([part for (part,) in done])
-            for (matrix, _, step), update in zip(found, updates, strict=True):
+        for entries in shapes.values():
+            stacked = torch.stack([update for _, update, _ in entries])
+            results = run_parts_no_grad(
+                partial(_orthogonal_part, stacked), len(entries), self.parts
+            )
+            updates = torch.cat([part for (part,) in results])
+            for (matrix, _, step), update in zip(entries, updates, strict=True):
                 matrix.add_(update, alpha=step)
 
 
-def _orthogonal_part(matrices: Tensor, place: slice) -> tuple[Tensor]:
-    return (orthogonal(matrices[place]),)
+def _orthogonal_part(matrices: Tensor, rows: slice) -> tuple[Tensor]:
+    return (orthogonal(matrices[rows]),)

@@ -1,4 +1,4 @@
-"""One batch in parts that are computed side by side, each on a thread of its own.
+"""One batch in parts that are computed at the same time, each on its own thread.
 
 A model of small layers keeps several cores busy this way where torch's own threads, which meet at
 the end of every operation, do not (docs/log.md). The numbers of an update then depend on the number
@@ -37,54 +37,58 @@ def slices(size: int, parts: int) -> list[slice]:
     return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False) if a < b]
 
 
-class _SideBySide(torch.autograd.Function):
+class _RunParts(torch.autograd.Function):
     """Runs the parts under their own graphs; backward walks each graph on its own thread."""
 
     @staticmethod
     def forward(
-        ctx: Any, run: Run, places: list[slice], kept: list[list[Tensor]], *parameters: Tensor
+        ctx: Any,
+        run: Run,
+        part_slices: list[slice],
+        graphs: list[list[Tensor]],
+        *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
-        def graph(place: slice) -> list[Tensor]:
+        def run_part(rows: slice) -> list[Tensor]:
             with torch.enable_grad():
-                return list(run(place))
+                return list(run(rows))
 
-        ctx.pool = _threads(len(places), torch.get_num_threads())
-        kept[:] = list(ctx.pool.map(graph, places))
-        ctx.kept, ctx.parameters = kept, parameters
-        outputs = tuple(out.detach() for part in kept for out in part)
+        ctx.pool = _threads(len(part_slices), torch.get_num_threads())
+        graphs[:] = list(ctx.pool.map(run_part, part_slices))
+        ctx.graphs, ctx.parameters = graphs, parameters
+        outputs = tuple(out.detach() for part in graphs for out in part)
         ctx.mark_non_differentiable(*(out for out in outputs if not out.is_floating_point()))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        def walk(part: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor | None]:
-            ends = [(out, g) for out, g in zip(part, given, strict=True) if out.requires_grad]
+        def walk(part: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor | None]:
+            ends = [(out, g) for out, g in zip(part, grads, strict=True) if out.requires_grad]
             outs, starts = zip(*ends, strict=True)
-            found: tuple[Tensor | None, ...]
-            found = torch.autograd.grad(outs, ctx.parameters, starts, allow_unused=True)
-            return found
+            results: tuple[Tensor | None, ...]
+            results = torch.autograd.grad(outs, ctx.parameters, starts, allow_unused=True)
+            return results
 
-        size = len(ctx.kept[0])
-        given = [gradients[i : i + size] for i in range(0, len(gradients), size)]
-        found = list(ctx.pool.map(walk, ctx.kept, given))
-        ctx.kept.clear()
-        totals = [_sum(each) for each in zip(*found, strict=True)]
+        size = len(ctx.graphs[0])
+        grads_by_part = [gradients[i : i + size] for i in range(0, len(gradients), size)]
+        grads_of_parts = list(ctx.pool.map(walk, ctx.graphs, grads_by_part))
+        ctx.graphs.clear()
+        totals = [_sum(grads) for grads in zip(*grads_of_parts, strict=True)]
         sources = (*(g for g in gradients if g is not None), *ctx.parameters)
         return None, None, None, *(g if g is None else once((g,), *sources)[0] for g in totals)
 
 
 def _sum(gradients: Sequence[Tensor | None]) -> Tensor | None:
     """The sum in the order of the parts."""
-    found = [gradient for gradient in gradients if gradient is not None]
-    if len(found) < 2:
-        return found[0] if found else None
-    total = found[0] + found[1]  # not in place: autograd may have given it to two parameters
-    for gradient in found[2:]:
+    present = [gradient for gradient in gradients if gradient is not None]
+    if len(present) < 2:
+        return present[0] if present else None
+    total = present[0] + present[1]  # not in place: autograd may have given it to two parameters
+    for gradient in present[2:]:
         total.add_(gradient)
     return total
 
 
-def side_by_side(run: Run, size: int, parts: int, model: nn.Module) -> list[tuple[Tensor, ...]]:
+def run_parts(run: Run, size: int, parts: int, model: nn.Module) -> list[tuple[Tensor, ...]]:
     """`run` on each part of a batch, at the same time; gradients flow into `model` as usual.
 
     Equivalent to `[tuple(run(place)) for place in slices(size, parts)]`.
@@ -97,36 +101,36 @@ def side_by_side(run: Run, size: int, parts: int, model: nn.Module) -> list[tupl
         parts: how many; 1 calls `run` in place.
         model: whose parameters `run` uses.
     """
-    places = slices(size, parts)
-    if len(places) < 2:
-        return [tuple(run(place)) for place in places]
+    part_slices = slices(size, parts)
+    if len(part_slices) < 2:
+        return [tuple(run(rows)) for rows in part_slices]
     if not torch.is_grad_enabled():
-        return spread(run, size, parts)
+        return run_parts_no_grad(run, size, parts)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    found: tuple[Tensor, ...]
-    found = _SideBySide.apply(run, places, [], *parameters)  # type: ignore[no-untyped-call]  # of torch
-    count = len(found) // len(places)
-    return [found[i : i + count] for i in range(0, len(found), count)]
+    flat: tuple[Tensor, ...]
+    flat = _RunParts.apply(run, part_slices, [], *parameters)  # type: ignore[no-untyped-call]  # of torch
+    count = len(flat) // len(part_slices)
+    return [flat[i : i + count] for i in range(0, len(flat), count)]
 
 
-def spread(run: Run, size: int, parts: int) -> list[tuple[Tensor, ...]]:
-    """The same without gradients, for any `run`."""
+def run_parts_no_grad(run: Run, size: int, parts: int) -> list[tuple[Tensor, ...]]:
+    """As `run_parts`, without gradients and for any `run`."""
 
     @torch.no_grad()
-    def inside(place: slice) -> tuple[Tensor, ...]:
-        return tuple(run(place))
+    def run_part(rows: slice) -> tuple[Tensor, ...]:
+        return tuple(run(rows))
 
-    places = slices(size, parts)
-    if len(places) < 2:
-        return [inside(place) for place in places]
-    return list(_threads(len(places), torch.get_num_threads()).map(inside, places))
+    part_slices = slices(size, parts)
+    if len(part_slices) < 2:
+        return [run_part(rows) for rows in part_slices]
+    return list(_threads(len(part_slices), torch.get_num_threads()).map(run_part, part_slices))
 
 
-def sums(found: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def sum_parts(outputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """What the parts returned, added up in their order."""
     return [
-        torch.stack(list(each)).sum(0) if len(each) > 1 else each[0]
-        for each in zip(*found, strict=True)
+        torch.stack(list(values)).sum(0) if len(values) > 1 else values[0]
+        for values in zip(*outputs, strict=True)
     ]
 
 

@@ -31,11 +31,11 @@ from dalle.prior.config import IMAGE_WEIGHT, PAD, TEXT_WEIGHT
 from dalle.prior.model import Prior, PriorOutput
 from dalle.tokenizer import Tokenizer
 from dalle.train.averaging import IterateAverage
-from dalle.train.parts import side_by_side, spread, sums
+from dalle.train.parts import run_parts, run_parts_no_grad, sum_parts
 from dalle.train.prior_recipe import PriorTrainConfig, init_from_codebook, make_optimizer
 from dalle.train.schedules import PlateauHalving
 from dalle.train.seeds import start_seed, step_seed
-from dalle.train.task import averaged_model, own_batch, require_one_part
+from dalle.train.task import averaged_model, local_batch, require_one_part
 from dalle.train.update import update
 
 
@@ -91,12 +91,12 @@ class PriorTask:
         self.model, self.tokenizer, self.vae, self.pairs = prior, tokenizer, vae.eval(), pairs
         self.config, self.seed, self.device = config, seed, prior.start_of_text.device
         self.world: World = world or Solo(self.device)
-        many = self.world.size > 1
+        distributed = self.world.size > 1
         self.data = {"pairs": len(pairs), **fingerprints(pairs)}
         prior.trained_on = {"tokenizer": tokenizer.fingerprint(), "vae": fingerprint(vae)}
         self.world.require_same(self.describe())
         require_one_part("prior train", config.parts, self.world)
-        if config.optimizer == "muon" and many:
+        if config.optimizer == "muon" and distributed:
             raise UsageError(
                 "prior train: optimizer must be adamw or adamw16 on many processes, got muon"
             )
@@ -115,20 +115,20 @@ class PriorTask:
             raise UsageError(f"prior train: grid must be square, got {sizes.grid}")
         self.image_size = sizes.grid[0] * vae.factor
         self.tokens: Tensor | None = None
-        self.kept = np.arange(len(pairs))
+        self.usable = np.arange(len(pairs))
         if config.augment == "none":
-            self.tokens, self.kept = self._encode_all()
+            self.tokens, self.usable = self._encode_all()
         if config.image_init == "codebook":
             start = (config.embedding_scale, config.head_scale)
             init_from_codebook(prior, vae.codebook(), *start, seed=start_seed(seed, "rotation"))
-        self.sampler = BatchSampler(len(self.kept), config.batch_size, seed)
+        self.sampler = BatchSampler(len(self.usable), config.batch_size, seed)
         self.plateau = PlateauHalving(
             window=config.plateau_window,
             patience=config.plateau_patience,
             min_delta=config.plateau_min_delta,
             max_halvings=config.max_halvings if config.decay == "plateau" else 0,
         )
-        if many and sizes.half_weights:
+        if distributed and sizes.half_weights:
             raise UsageError(
                 "prior train: half_weights must be off on many processes, where a gathered block "
                 "has one dtype, got True"
@@ -147,66 +147,70 @@ class PriorTask:
 
     def describe(self) -> dict[str, Any]:
         """What fixes the training: model, recipe, data, seed."""
-        given = {**self.model.trained_on, "data": self.data, "seed": self.seed}
-        return {**given, "model": to_dict(self.model.config), "train": to_dict(self.config)}
+        fixed = {**self.model.trained_on, "data": self.data, "seed": self.seed}
+        return {**fixed, "model": to_dict(self.model.config), "train": to_dict(self.config)}
 
     def batch(self, step: int) -> Batch:
         """This process's part of the batch of update `step`, a pure function of the seed."""
-        c, whole = self.config, self.sampler.indices(step)
-        part = self.world.part(len(whole))
-        chosen, first = whole[part], part.start
-        places = np.arange(part.start, part.stop)
+        c, indices = self.config, self.sampler.indices(step)
+        part = self.world.part(len(indices))
+        local, first = indices[part], part.start
+        positions = np.arange(part.start, part.stop)
         if self.tokens is not None:
-            items, tokens = self.kept[chosen], self.tokens[torch.from_numpy(chosen)]
+            items, tokens = self.usable[local], self.tokens[torch.from_numpy(local)]
         else:
 
-            def crop(image: np.ndarray, place: int) -> np.ndarray:
-                rng = np.random.default_rng(step_seed(self.seed, step, 1, first + place))
+            def crop(image: np.ndarray, position: int) -> np.ndarray:
+                rng = np.random.default_rng(step_seed(self.seed, step, 1, first + position))
                 return prior_crop(image, self.image_size, rng)
 
-            def draws(place: int) -> int:
-                return step_seed(self.seed, step, 5, first + place)
+            def draws(position: int) -> int:
+                return step_seed(self.seed, step, 5, first + position)
 
-            images, items = load_or_draw(self.pairs, chosen, draws, crop)
+            images, items = load_or_draw(self.pairs, local, draws, crop)
             tokens = self._encode(images)
         captions = [
-            draw_caption(self.pairs, int(i), partial(step_seed, self.seed, step, 6, int(place)))
-            for place, i in zip(places, items, strict=True)
+            draw_caption(self.pairs, int(i), partial(step_seed, self.seed, step, 6, int(position)))
+            for position, i in zip(positions, items, strict=True)
         ]
         text = self.tokenizer.encode(
             captions,
             self.model.config.text_len - 1,
             dropout=c.bpe_dropout,
             seed=step_seed(self.seed, step, 2),
-            places=places.tolist(),
+            places=positions.tolist(),
         )
         draw = torch.Generator().manual_seed(step_seed(self.seed, step, 3))
-        at, keep = torch.from_numpy(places), None
+        rows, keep = torch.from_numpy(positions), None
         if c.caption_dropout:
             without = (
-                torch.rand(len(whole), 1, generator=draw, dtype=torch.float32, device="cpu")[at]
+                torch.rand(len(indices), 1, generator=draw, dtype=torch.float32, device="cpu")[rows]
                 < c.caption_dropout
             )
             text = text.masked_fill(without, PAD)
         if c.token_dropout:
-            kept = (
+            mask = (
                 torch.rand(
-                    len(whole), tokens.shape[1], generator=draw, dtype=torch.float32, device="cpu"
-                )[at]
+                    len(indices),
+                    tokens.shape[1],
+                    generator=draw,
+                    dtype=torch.float32,
+                    device="cpu",
+                )[rows]
                 >= c.token_dropout
             )
-            keep = kept.to(self.device)
+            keep = mask.to(self.device)
         return Batch(text.to(self.device), tokens.to(self.device), keep)
 
     def train_step(self, step: int) -> dict[str, float | Tensor]:
         """One update; all its randomness comes from (seed, step)."""
         c = self.config
         cut = self.tokenizer.truncated
-        text, tokens, keep = own_batch(self.world, partial(self.batch, step), self._no_batch)
+        text, tokens, keep = local_batch(self.world, partial(self.batch, step), self._empty_batch)
         cut = self.tokenizer.truncated - cut
 
         def forward() -> PriorOutput:
-            # The model's own dropout.
+            # Seeds the model's own dropout.
             torch.manual_seed(step_seed(self.seed, step, 4, self.world.rank))
             return self.model(text, tokens, keep=keep)  # type: ignore[no-any-return]
 
@@ -244,14 +248,14 @@ class PriorTask:
                 return {}
             assert isinstance(model, Prior)
             size = self.image_size
-            images, found = load_or_skip(
-                self.pairs, self.kept, lambda x, _: center_crop(x, size), most=8
+            images, positions = load_or_skip(
+                self.pairs, self.usable, lambda x, _: center_crop(x, size), most=8
             )
-            captions = [self.pairs.captions[int(i)] for i in self.kept[found]]
+            captions = [self.pairs.captions[int(i)] for i in self.usable[positions]]
             text = self.tokenizer.encode(captions, self.model.config.text_len - 1)
             samples = model.to(self.device).generate(text.to(self.device), seed=self.seed)
-            seen = self.vae.decode(self._encode(images).view(-1, *self.model.config.grid))
-            return {"samples": rows_of(seen, self.vae.decode(samples[:, 0].to(self.device)))}
+            originals = self.vae.decode(self._encode(images).view(-1, *self.model.config.grid))
+            return {"samples": rows_of(originals, self.vae.decode(samples[:, 0].to(self.device)))}
 
     def state(self) -> dict[str, Any]:
         """The plateau's bookkeeping and the gradient scales."""
@@ -264,7 +268,7 @@ class PriorTask:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
 
-    def _no_batch(self) -> Batch:
+    def _empty_batch(self) -> Batch:
         part, sizes = self.world.part(self.config.batch_size), self.model.config
         count = part.stop - part.start
         text = torch.full((count, sizes.text_len - 1), PAD, device=self.device, dtype=torch.int64)
@@ -274,7 +278,7 @@ class PriorTask:
     def _losses(self, forward: Callable[[], PriorOutput], batch: Batch) -> list[Tensor]:
         """Text and image loss whose means over the processes are those of the whole batch.
 
-        A process, and a part of its batch, weighs as much as the tokens that it has of it.
+        A process, and each part of its batch, is weighted by the tokens that it holds.
         """
         if self.config.parts == 1:
             share = self.world.share(self._text_targets(batch.text))
@@ -283,15 +287,15 @@ class PriorTask:
             return [out.text_loss * share(), out.image_loss * weight]
         targets = max(1, self._text_targets(batch.text))
 
-        def run(place: slice) -> tuple[Tensor, ...]:
-            text, tokens, keep = (x if x is None else x[place] for x in batch)
+        def run(rows: slice) -> tuple[Tensor, ...]:
+            text, tokens, keep = (x if x is None else x[rows] for x in batch)
             assert text is not None
             out = self.model(text, tokens, keep=keep)
             share = self._text_targets(text) / targets
             return out.text_loss * share, out.image_loss * (len(text) / len(batch.text))
 
         size = len(batch.text)
-        return sums(side_by_side(run, size, self.config.parts, self.model))
+        return sum_parts(run_parts(run, size, self.config.parts, self.model))
 
     def _text_targets(self, text: Tensor) -> int:
         padded = self.model.config.text_targets == "padded"
@@ -300,24 +304,26 @@ class PriorTask:
     def _encode(self, images: list[np.ndarray]) -> Tensor:
         """(B, N) tokens of pictures of the right size."""
         stacked, vae = to_tensor(images).to(self.device), self.vae
-        found = spread(lambda p: (vae.encode(stacked[p]),), len(images), self.config.parts)
-        return torch.cat([tokens for (tokens,) in found]).flatten(1)
+        outputs = run_parts_no_grad(
+            lambda rows: (vae.encode(stacked[rows]),), len(images), self.config.parts
+        )
+        return torch.cat([tokens for (tokens,) in outputs]).flatten(1)
 
     def _encode_all(self) -> tuple[Tensor, np.ndarray]:
-        """Tokens of every picture that decodes, and which those are; each process encodes some."""
-        own = np.array_split(np.arange(len(self.pairs)), self.world.size)[self.world.rank]
-        size, tokens, kept = self.image_size, [], []
-        for part in np.array_split(own, math.ceil(len(own) / 128) or 1):
-            images, found = load_or_skip(
+        """Tokens of all pictures that decode, and their indices; each process encodes a share."""
+        local_items = np.array_split(np.arange(len(self.pairs)), self.world.size)[self.world.rank]
+        size, encoded, usable = self.image_size, [], []
+        for part in np.array_split(local_items, math.ceil(len(local_items) / 128) or 1):
+            images, positions = load_or_skip(
                 self.pairs, part, lambda x, _: center_crop(x, size), some=False
             )
-            if found:
-                tokens.append(self._encode(images).cpu())
-            kept += part[found].tolist()
-        every = torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64, device="cpu")
-        gathered = self.world.gather((every.numpy(), kept))
-        kept = [i for _, ours in gathered for i in ours]
-        every = torch.cat([torch.from_numpy(t) for t, _ in gathered if len(t)] or [every])
-        if not kept:
+            if positions:
+                encoded.append(self._encode(images).cpu())
+            usable += part[positions].tolist()
+        tokens = torch.cat(encoded) if encoded else torch.empty(0, dtype=torch.int64, device="cpu")
+        gathered = self.world.gather((tokens.numpy(), usable))
+        usable = [i for _, items in gathered for i in items]
+        tokens = torch.cat([torch.from_numpy(t) for t, _ in gathered if len(t)] or [tokens])
+        if not usable:
             raise DataError(f"{self.pairs.name}: a picture must be usable, got none that is")
-        return every, np.array(kept)
+        return tokens, np.array(usable)

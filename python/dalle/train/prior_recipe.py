@@ -1,4 +1,4 @@
-"""The recipe of the prior's training (paper B.2), and what it makes of a model's parameters."""
+"""The recipe of the prior's training (paper B.2), and the optimizer that follows from it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PriorTrainConfig:
         image_init: "codebook" starts image embedding and head from the dVAE's codebook, so that
             similar codes share what is learned; "random" is the paper's.
         embedding_scale, head_scale: size of that start; a code has norm 1 on average.
-        parts: of a batch, computed side by side (`train.parts`); each uses torch's threads.
+        parts: into which a batch is cut, run at the same time (`train.parts`).
     """
 
     batch_size: int = 1024
@@ -82,13 +82,13 @@ class PriorTrainConfig:
     parts: int = 1
 
     def __post_init__(self) -> None:
-        for name, known in (
+        for name, choices in (
             ("decay", DECAYS),
             ("augment", ("paper", "none")),
             ("image_init", IMAGE_INITS),
             ("optimizer", OPTIMIZERS),
         ):
-            require("prior train", self, f"one of {', '.join(known)}", known.__contains__, name)
+            require("prior train", self, f"one of {', '.join(choices)}", choices.__contains__, name)
         shares = ("bpe_dropout", "caption_dropout", "token_dropout")
         require("prior train", self, "in [0, 1)", lambda x: 0 <= x < 1, *shares)
         require(
@@ -132,7 +132,7 @@ def parameter_groups(prior: Prior, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def muon_groups(prior: Prior, weight_decay: float) -> list[dict[str, Any]]:
-    """The same, the stacked projections of queries, keys and values in a group of their own."""
+    """As `parameter_groups`, with the stacked query, key and value matrices in their own group."""
     stacked = {block.qkv.weight for block in prior.modules() if isinstance(block, AttentionBlock)}
     matrices, rest = parameter_groups(prior, weight_decay)
     single = [p for p in matrices["params"] if p not in stacked]
@@ -169,8 +169,8 @@ def make_optimizer(prior: Prior, config: PriorTrainConfig, seed: int) -> torch.o
         rounding = config.stochastic_rounding
         return dalle_ext.AdamW16(groups, **numbers, stochastic_rounding=rounding, seed=seed)
     if sizes.half_weights or config.stochastic_rounding:
-        what = "half_weights" if sizes.half_weights else "stochastic_rounding"
-        raise UsageError(f"prior train: optimizer must be adamw16 for {what}, got {name}")
+        option = "half_weights" if sizes.half_weights else "stochastic_rounding"
+        raise UsageError(f"prior train: optimizer must be adamw16 for {option}, got {name}")
     if name == "muon":
         groups = muon_groups(prior, config.weight_decay)
         scale, parts = config.muon_scale, config.parts
@@ -201,13 +201,13 @@ def init_from_codebook(
     codes = codes - codes.mean(0)
     codes = codes / codes.square().sum(1).mean().sqrt().clamp_min(1e-12)
     generator = torch.Generator().manual_seed(seed_number("init_from_codebook", seed))
-    turn, _ = torch.linalg.qr(
+    rotation, _ = torch.linalg.qr(
         torch.randn(width, codes.shape[1], generator=generator, dtype=torch.float32, device="cpu")
     )
-    start = codes @ turn.t()
+    start = codes @ rotation.t()
     if isinstance(prior.image_widen, nn.Linear) and isinstance(prior.image_narrow, nn.Linear):
         start = codes
-        fill_(prior.image_widen.weight, turn)
-        fill_(prior.image_narrow.weight, turn.t())
+        fill_(prior.image_widen.weight, rotation)
+        fill_(prior.image_narrow.weight, rotation.t())
     fill_(prior.image_embedding.weight, start * embedding_scale)
     fill_(prior.image_head.weight, start * head_scale)

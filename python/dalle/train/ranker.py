@@ -4,8 +4,8 @@ Three things make so small a ranker useful for choosing among samples, none of t
 which takes a ready CLIP:
 - Batches hold groups of captions that differ in a word or two, so that the differences between
   samples of one caption (another colour, tone or relation) are what it learns to see.
-- Spliced pictures (a rectangle of codes taken from elsewhere) stand as further wrong answers to
-  each caption, so that a broken picture scores below a whole one.
+- Spliced pictures (a rectangle of codes taken from elsewhere) are further negatives of every
+  caption, so that a broken picture scores below an intact one.
 - Part of the pictures has gone through the discrete VAE, since that is what samples look like.
 """
 
@@ -31,15 +31,15 @@ from dalle.pictures import rows_of
 from dalle.pretrained import fingerprint
 from dalle.ranker.model import ContrastiveRanker
 from dalle.train.averaging import IterateAverage
-from dalle.train.parts import side_by_side, spread
+from dalle.train.parts import run_parts, run_parts_no_grad
 from dalle.train.schedules import cosine_ramp, linear_warmup
 from dalle.train.seeds import step_seed
 from dalle.train.splicing import patches, pixels, splice
 from dalle.train.update import update
 
-REMEMBERED = 50_000  # items whose codes and reconstruction are kept; of larger sets none are
+MAX_CACHED = 50_000  # items: larger sets have their codes and reconstructions computed every time
 BLOCK = 32  # items that go through the dVAE at once
-POOL = 2048  # captions among which a batch's look-alikes are searched
+POOL = 2048  # captions among which similar ones are searched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +48,14 @@ class RankerTrainConfig:
 
     Args:
         batch_size: captions a batch, a multiple of `group`.
-        group: captions that look alike; 1 draws batches without regard to captions.
+        group: similar captions drawn together; 1 draws batches without regard to captions.
         num_spliced: spliced pictures a batch, 0 to batch_size; None is half of batch_size.
         reconstructed: share of pictures shown as the dVAE gives them back, 0 to 1.
         learning_rate: peak, after `warmup` updates; ends at 3 % of it.
         warmup: updates.
         weight_decay: AdamW's, on matrices only.
         clip_norm: largest global gradient norm.
-        parts: of a batch, computed side by side (`train.parts`); each uses torch's threads.
+        parts: into which a batch is cut, run at the same time (`train.parts`).
     """
 
     batch_size: int = 96
@@ -102,20 +102,20 @@ def contrastive_loss(
 
     Args:
         logits: (B, B), row = caption, column = picture; partners on the diagonal.
-        same: (B, B) bool, True where two rows share a caption or a picture: no wrong answers to
-            each other.
-        spliced: (B, M) captions against broken pictures, which are wrong answers to every caption.
+        same: (B, B) bool, True where two rows share a caption or a picture and are no negatives
+            of each other.
+        spliced: (B, M) captions against spliced pictures, which are negatives of every caption.
     """
     size = len(logits)
     partner = torch.arange(size, device=logits.device, dtype=torch.int64)
-    twin = same & ~torch.eye(size, dtype=torch.bool, device=logits.device)
-    logits = logits.masked_fill(twin, -1e4)
+    duplicate = same & ~torch.eye(size, dtype=torch.bool, device=logits.device)
+    logits = logits.masked_fill(duplicate, -1e4)
     rows = logits if spliced is None else torch.cat([logits, spliced], 1)
     return (F.cross_entropy(rows, partner) + F.cross_entropy(logits.T, partner)) / 2
 
 
-class Bags(NamedTuple):
-    """Captions as bags of tokens, rare ones heavier: what makes two of them look alike.
+class CaptionVectors(NamedTuple):
+    """Captions as bags of tokens weighted by rarity; the product of two is their similarity.
 
     Attributes:
         tokens: (N, L) int64, padded with 0.
@@ -133,7 +133,7 @@ class Bags(NamedTuple):
         return rows.scatter_add_(1, self.tokens[items], self.weights[items])
 
     def products(self, items: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """(M,) and (P,) indices -> (M, P): `dense(items) @ dense(others).T`, from P L numbers."""
+        """(M,) and (P,) indices -> (M, P): `dense(items) @ dense(others).T`, computed sparsely."""
         return F.embedding_bag(
             self.tokens[others],
             self.dense(items).T.contiguous(),
@@ -142,8 +142,8 @@ class Bags(NamedTuple):
         ).T
 
 
-def bags_of(text: torch.Tensor, vocab_size: int) -> Bags:
-    """Bags of (N, L) ids padded with -1."""
+def caption_vectors(text: torch.Tensor, vocab_size: int) -> CaptionVectors:
+    """Vectors of captions, (N, L) ids padded with -1."""
     tokens = text.sort(1).values
     counted = (tokens >= 0).float()
     counted[:, 1:] *= tokens[:, 1:] != tokens[:, :-1]
@@ -152,24 +152,26 @@ def bags_of(text: torch.Tensor, vocab_size: int) -> Bags:
         0, tokens.flatten(), counted.flatten()
     )
     rarity = -(share / max(len(text), 1)).clamp_min(1 / max(len(text), 1)).log()
-    return Bags(tokens, F.normalize(counted * rarity.clamp_min(0.05)[tokens], dim=1), vocab_size)
+    return CaptionVectors(
+        tokens, F.normalize(counted * rarity.clamp_min(0.05)[tokens], dim=1), vocab_size
+    )
 
 
 def pool_size(count: int) -> int:
-    """Of `count` pairs, how many are looked through for look-alikes in a step."""
+    """How many of `count` pairs a step searches for similar captions."""
     return min(POOL, 4 * count)
 
 
-def look_alikes(
-    bags: Bags, caption_ids: torch.Tensor, size: int, group: int, rng: torch.Generator
+def draw_similar(
+    vectors: CaptionVectors, caption_ids: torch.Tensor, size: int, group: int, rng: torch.Generator
 ) -> torch.Tensor:
-    """Draws a batch in groups: one item at random, then those nearest to it in words.
+    """Draws a batch in groups: one item at random, then those with the most similar captions.
 
     Neighbours come from a random pool with a little noise, so that groups differ from step to step;
     never one with the very same caption.
 
     Args:
-        bags: of N captions.
+        vectors: of N captions.
         caption_ids: (N,) equal where captions are.
         size: batch size, a multiple of `group`.
         group: items a group.
@@ -184,15 +186,17 @@ def look_alikes(
     if group == 1:
         return first
     pool = torch.randint(count, (pool_size(count),), generator=rng, dtype=torch.int64, device="cpu")
-    near = bags.products(first, pool)
-    near += torch.rand(near.shape, generator=rng, dtype=torch.float32, device="cpu") * 0.05
-    near[caption_ids[first][:, None] == caption_ids[pool][None]] -= 2.0
-    others = pool[near.topk(group - 1, dim=1).indices]
-    return torch.cat([first[:, None], others], 1).flatten()
+    similarity = vectors.products(first, pool)
+    similarity += (
+        torch.rand(similarity.shape, generator=rng, dtype=torch.float32, device="cpu") * 0.05
+    )
+    similarity[caption_ids[first][:, None] == caption_ids[pool][None]] -= 2.0
+    neighbours = pool[similarity.topk(group - 1, dim=1).indices]
+    return torch.cat([first[:, None], neighbours], 1).flatten()
 
 
 class RankerTask:
-    """What `dalle.train.loop.train` trains: see the module's first lines.
+    """Trains a `ContrastiveRanker` (see the module's first lines); fits `train.loop.train`.
 
     Args:
         ranker: the model.
@@ -225,29 +229,30 @@ class RankerTask:
         self.ranker, self.pairs, self.config = ranker, pairs, config
         self.seed = seed_number("ranker", seed)
         self.vae = vae.eval().requires_grad_(False) if vae is not None else None
-        self.given = {
+        self.inputs = {
             "tokenizer": ranker.tokenizer.fingerprint(),
             "vae": None if vae is None else fingerprint(vae),
             "data": {"pairs": len(pairs), **fingerprints(pairs)},
         }
-        self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        captions = list(pairs.captions)  # the first of each item, then the others of some
-        self.rows: dict[int, list[int]] = {}  # of the items with several captions
+        self.vae_cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        captions = list(pairs.captions)  # the first of each item, then all further ones
+        self.rows: dict[int, list[int]] = {}  # rows of `text`, where an item has several
         for item in getattr(pairs, "several", {}):
-            _, *others = captions_of(pairs, item)
-            self.rows[item] = [item, *range(len(captions), len(captions) + len(others))]
-            captions += others
+            _, *more = captions_of(pairs, item)
+            self.rows[item] = [item, *range(len(captions), len(captions) + len(more))]
+            captions += more
         self.text = ranker.tokenizer.encode(captions, ranker.config.text_len)
         _, ids = torch.unique(self.text, dim=0, return_inverse=True)
         self.caption_ids = ids
         if len(ids[: len(pairs)].unique()) < 2:
             raise UsageError("ranker: pairs must hold two different captions, got fewer")
-        most = pool_size(len(pairs)) + 1
-        if config.group > most:
+        largest = pool_size(len(pairs)) + 1
+        if config.group > largest:
             raise UsageError(
-                f"ranker: group must be at most {most} for {len(pairs)} pairs, got {config.group}"
+                f"ranker: group must be at most {largest} for {len(pairs)} pairs, "
+                f"got {config.group}"
             )
-        self.bags = bags_of(self.text, ranker.config.vocab_size)
+        self.caption_vectors = caption_vectors(self.text, ranker.config.vocab_size)
         matrices = [p for p in ranker.parameters() if p.dim() > 1]
         rest = [p for p in ranker.parameters() if p.dim() <= 1]
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -261,7 +266,7 @@ class RankerTask:
 
     def describe(self) -> dict[str, Any]:
         return {
-            **self.given,
+            **self.inputs,
             "ranker": asdict(self.ranker.config),
             "train": {**asdict(self.config), "steps": self.steps},
             "seed": self.seed,
@@ -270,23 +275,23 @@ class RankerTask:
     def views(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A step's batch: indices (B,), pictures (B, 3, H, W), spliced pictures (M, 3, H, W)."""
         rng = torch.Generator().manual_seed(step_seed(self.seed, step))
-        wanted = look_alikes(
-            self.bags,
+        drawn = draw_similar(
+            self.caption_vectors,
             self.caption_ids[: len(self.pairs)],
             self.config.batch_size,
             self.config.group,
             rng,
         )
         size = self.ranker.config.image_size
-        found, items = load_or_draw(
+        crops, items = load_or_draw(
             self.pairs,
-            wanted.numpy(),
-            lambda place: step_seed(self.seed, step, 1, place),
+            drawn.numpy(),
+            lambda position: step_seed(self.seed, step, 1, position),
             lambda image, _: center_crop(image, size),
         )
-        kept = items.tolist()
+        item_ids = items.tolist()
         device = self.ranker.log_scale.device
-        images = to_tensor(found).to(device)
+        images = to_tensor(crops).to(device)
         # Pictures of one group stand side by side; taking from elsewhere makes worse mistakes.
         order = torch.randperm(len(images), generator=rng, dtype=torch.int64, device="cpu")[
             : self.config.spliced
@@ -296,72 +301,74 @@ class RankerTask:
                 spliced = patches(images[order], self.ranker.config.grid)
                 spliced = pixels(splice(spliced, rng))
             else:
-                tokens, again = self._through_vae(kept, images)
+                tokens, decoded = self._cached_round_trip(item_ids, images)
                 spliced = self._decode(splice(tokens[order], rng))
-                shown = (
+                replaced = (
                     torch.rand(len(images), generator=rng, dtype=torch.float32, device="cpu")
                     < self.config.reconstructed
                 )
-                images = torch.where(shown.to(device)[:, None, None, None], again, images)
-        return torch.tensor(kept, dtype=torch.int64, device="cpu"), images, spliced
+                images = torch.where(replaced.to(device)[:, None, None, None], decoded, images)
+        return torch.tensor(item_ids, dtype=torch.int64, device="cpu"), images, spliced
 
     def caption_rows(self, items: torch.Tensor, step: int) -> torch.Tensor:
-        """(B,) which row of `text` stands for each item: of several captions one is drawn."""
+        """(B,) row of `text` for each item; of several captions one is drawn."""
         rows = items.clone()
-        for place, item in enumerate(items.tolist()):
-            own = self.rows.get(item)
-            if own:
-                draw = np.random.default_rng(step_seed(self.seed, step, 2, place))
-                rows[place] = own[int(draw.integers(len(own)))]
+        for position, item in enumerate(items.tolist()):
+            choices = self.rows.get(item)
+            if choices:
+                draw = np.random.default_rng(step_seed(self.seed, step, 2, position))
+                rows[position] = choices[int(draw.integers(len(choices)))]
         return rows
 
-    def _through_vae(
+    def _cached_round_trip(
         self, items: list[int], images: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes (B, h, w) and reconstructions (B, 3, H, W) of 8 bits a value.
 
-        Remembered by item, and made in blocks that depend on nothing but the item: the last bits of
-        a code's logits may hang on the size of the batch, and a resumed run has seen other items.
+        Cached by item, and computed in blocks that depend on the item alone: the last bits of
+        logits may depend on the batch size, and a resumed run has computed other items before.
         """
-        if len(self.pairs) > REMEMBERED:
-            codes, back = self._round_trip(images)
-            return codes, back.float() / 255
+        if len(self.pairs) > MAX_CACHED:
+            codes, decoded = self._round_trip(images)
+            return codes, decoded.float() / 255
         size = self.ranker.config.image_size
-        for block in sorted({item // BLOCK for item in items if item not in self.seen}):
-            inside = range(block * BLOCK, min((block + 1) * BLOCK, len(self.pairs)))
-            found, places = load_or_skip(
-                self.pairs, inside, lambda im, _: center_crop(im, size), some=False
+        for block in sorted({item // BLOCK for item in items if item not in self.vae_cache}):
+            members = range(block * BLOCK, min((block + 1) * BLOCK, len(self.pairs)))
+            crops, positions = load_or_skip(
+                self.pairs, members, lambda im, _: center_crop(im, size), some=False
             )
-            if found:
-                made = self._round_trip(to_tensor(found).to(images.device))
-                for place, code, again in zip(places, *made, strict=True):
-                    self.seen[inside[place]] = code, again
+            if crops:
+                results = self._round_trip(to_tensor(crops).to(images.device))
+                for position, code, reconstruction in zip(positions, *results, strict=True):
+                    self.vae_cache[members[position]] = code, reconstruction
         for row, item in enumerate(items):
-            if item not in self.seen:  # its file has gone since `images` was read
-                codes, back = self._round_trip(images[row : row + 1])
-                self.seen[item] = codes[0], back[0]
-        pairs = [self.seen[item] for item in items]
+            if item not in self.vae_cache:  # its file has gone since `images` was read
+                codes, decoded = self._round_trip(images[row : row + 1])
+                self.vae_cache[item] = codes[0], decoded[0]
+        pairs = [self.vae_cache[item] for item in items]
         codes = torch.stack([code for code, _ in pairs])
-        return codes, torch.stack([back for _, back in pairs]).float() / 255
+        return codes, torch.stack([decoded for _, decoded in pairs]).float() / 255
 
     def _round_trip(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes (B, h, w) of pictures, and what the decoder makes of them, (B, 3, H, W) uint8."""
         assert self.vae is not None
         vae = self.vae
 
-        def run(place: slice) -> tuple[torch.Tensor, ...]:
-            codes = vae.encode(images[place])
+        def run(rows: slice) -> tuple[torch.Tensor, ...]:
+            codes = vae.encode(images[rows])
             return codes, (vae.decode(codes).clamp(0, 1) * 255).round().to(torch.uint8)
 
-        found = spread(run, len(images), self.config.parts)
-        codes, back = (torch.cat(each) for each in zip(*found, strict=True))
-        return codes, back
+        outputs = run_parts_no_grad(run, len(images), self.config.parts)
+        codes, decoded = (torch.cat(tensors) for tensors in zip(*outputs, strict=True))
+        return codes, decoded
 
     def _decode(self, codes: torch.Tensor) -> torch.Tensor:
         assert self.vae is not None
         vae = self.vae
-        found = spread(lambda place: (vae.decode(codes[place]),), len(codes), self.config.parts)
-        return torch.cat([images for (images,) in found])
+        outputs = run_parts_no_grad(
+            lambda rows: (vae.decode(codes[rows]),), len(codes), self.config.parts
+        )
+        return torch.cat([images for (images,) in outputs])
 
     def train_step(self, step: int) -> Mapping[str, float | torch.Tensor]:
         items, images, spliced = self.views(step)
@@ -369,35 +376,37 @@ class RankerTask:
         rows, count = self.caption_rows(items, step), len(items)
         text = self.text[rows].to(device)
 
-        def towers(place: slice) -> tuple[torch.Tensor, ...]:
-            start, stop = (end * len(spliced) // count for end in (place.start, place.stop))
-            seen = self.ranker.encode_images(torch.cat([images[place], spliced[start:stop]]))
-            own = place.stop - place.start
-            return self.ranker.encode_text(text[place]), seen[:own], seen[own:]
+        def towers(rows: slice) -> tuple[torch.Tensor, ...]:
+            start, stop = (end * len(spliced) // count for end in (rows.start, rows.stop))
+            features = self.ranker.encode_images(torch.cat([images[rows], spliced[start:stop]]))
+            size = rows.stop - rows.start
+            return self.ranker.encode_text(text[rows]), features[:size], features[size:]
 
-        found = side_by_side(towers, count, self.config.parts, self.ranker)
-        words, own, broken = (torch.cat(each) for each in zip(*found, strict=True))
-        logits = self.ranker.scale * words @ torch.cat([own, broken]).T
+        outputs = run_parts(towers, count, self.config.parts, self.ranker)
+        text_features, image_features, spliced_features = (
+            torch.cat(tensors) for tensors in zip(*outputs, strict=True)
+        )
+        logits = self.ranker.scale * text_features @ torch.cat([image_features, spliced_features]).T
         ids, pictures = self.caption_ids[rows].to(device), items.to(device)
         same = (ids[:, None] == ids[None]) | (pictures[:, None] == pictures[None])
-        wrong = logits[:, count:] if len(spliced) else None
-        loss = contrastive_loss(logits[:, :count], same, wrong)
+        negatives = logits[:, count:] if len(spliced) else None
+        loss = contrastive_loss(logits[:, :count], same, negatives)
         with torch.no_grad():
             best = logits.argmax(1)
-            right = same.gather(1, best.clamp_max(count - 1)[:, None])[:, 0] & (best < count)
+            correct = same.gather(1, best.clamp_max(count - 1)[:, None])[:, 0] & (best < count)
         peak = linear_warmup(step, self.config.learning_rate, self.config.warmup)
         lr = peak * cosine_ramp(step, 1.0, 0.03, self.steps)
         norm = update(self, loss, step, lr=lr, clip_norm=self.config.clip_norm)
         return {
             "loss": loss.detach(),
-            "accuracy": right.float().mean(),
+            "accuracy": correct.float().mean(),
             "scale": self.ranker.scale.detach(),
             "grad_norm": norm,
             "images": float(count),
         }
 
     def pictures(self, step: int) -> dict[str, torch.Tensor]:
-        """Pictures of the step's batch above spliced ones: what it is taught to tell apart."""
+        """Pictures of the step's batch above spliced ones."""
         _, images, spliced = self.views(step)
         rows = [part[:8] for part in (images, spliced) if len(part)]
         width = min(len(row) for row in rows)

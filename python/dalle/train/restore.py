@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides weights and averages, put into a task: all of it, or nothing."""
+"""Restores what a checkpoint holds besides weights and averages: all of it, or nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from dalle.train.seeds import rng_state, set_rng_state
 from dalle.train.task import Task
 from dalle.train.tree import unpack_tree
 
-HOW = ("foreach", "fused", "capturable", "differentiable")  # options of torch's optimizers
+# Options of torch's optimizers that choose how an update is computed, not what it is.
+IMPL_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
 
 
 @contextlib.contextmanager
@@ -42,21 +43,21 @@ def as_written(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undone_if_it_fails(task: Task, always: bool = False) -> Iterator[None]:
-    """An error inside leaves optimizer, task and generators as they were; `always`: so does none.
+def rollback_on_error(task: Task, always: bool = False) -> Iterator[None]:
+    """Undoes changes of optimizer, task and generators after an error, or `always` at the end.
 
-    An optimizer that loads a state makes its dicts anew, so that the old ones are still whole.
+    An optimizer that loads a state makes new dicts, so the old ones are still intact.
     """
-    optimizer, own, generators = task.optimizer, task.state(), rng_state()
+    optimizer, task_state, generators = task.optimizer, task.state(), rng_state()
     before = optimizer.state, optimizer.param_groups
-    taken = False
+    committed = False
     try:
         yield
-        taken = not always
+        committed = not always
     finally:
-        if not taken:
+        if not committed:
             optimizer.__setstate__({"state": before[0], "param_groups": before[1]})
-            task.load_state(own)
+            task.load_state(task_state)
             set_rng_state(generators)
 
 
@@ -70,11 +71,11 @@ def restore(
     """Puts the packed state of optimizer and task in, and returns that of the average, checked.
 
     Raises:
-        CheckpointError: it does not fit; in `undone_if_it_fails` nothing has then changed.
+        CheckpointError: it does not fit; in `rollback_on_error` nothing has then changed.
     """
     where = f"checkpoint {path}"
     groups = task.optimizer.param_groups
-    own = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+    run_options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     with as_written(path):
         packed = unpack_tree(state["optimizer"], tensors)
         try:
@@ -84,10 +85,10 @@ def restore(
             raise CheckpointError(
                 f"{where}: optimizer must fit this run's, got: {reason}"
             ) from problem
-        for group, options in zip(task.optimizer.param_groups, own, strict=True):
-            # How it is computed is this run's; with changes accepted so are all options.
-            group.update((k, v) for k, v in options.items() if accept_changes or k in HOW)
-        _check_optimizer(task.optimizer, own, where)
+        for group, options in zip(task.optimizer.param_groups, run_options, strict=True):
+            # IMPL_OPTIONS stay this run's; with changes accepted all options do.
+            group.update((k, v) for k, v in options.items() if accept_changes or k in IMPL_OPTIONS)
+        _check_optimizer(task.optimizer, run_options, where)
     with as_written(path):
         average: dict[str, Any] = unpack_tree(state["average"], tensors)
         if task.average is not None:
@@ -97,13 +98,13 @@ def restore(
 
 
 def _check_optimizer(
-    optimizer: torch.optim.Optimizer, own: list[dict[str, Any]], where: str
+    optimizer: torch.optim.Optimizer, run_options: list[dict[str, Any]], where: str
 ) -> None:
     """Checks what was loaded (torch takes any): options by kind, tensors by their parameters."""
-    for group, options in zip(optimizer.param_groups, own, strict=True):
+    for group, options in zip(optimizer.param_groups, run_options, strict=True):
         for name, value in options.items():
-            same = name in group and _kind(group[name]) == _kind(value)
-            if not same or (isinstance(value, bool) and group[name] != value):
+            matches = name in group and _kind(group[name]) == _kind(value)
+            if not matches or (isinstance(value, bool) and group[name] != value):
                 got = group.get(name, "none")
                 raise CheckpointError(f"{where}: optimizer's {name} must be {value}, got {got}")
         if isinstance(optimizer, torch.optim.AdamW):  # others check themselves
@@ -118,26 +119,26 @@ def _check_optimizer(
 def _check_moments(
     optimizer: torch.optim.Optimizer, params: list[torch.Tensor], where: str
 ) -> None:
-    held = [(p, optimizer.state[p]) for p in params if p in optimizer.state]
-    if not all(isinstance(state, dict) for _, state in held):
+    entries = [(p, optimizer.state[p]) for p in params if p in optimizer.state]
+    if not all(isinstance(state, dict) for _, state in entries):
         raise CheckpointError(f"{where}: optimizer must hold tensors by name, got something else")
-    kept = [(p, state) for p, state in held if state]
-    for parameter, state in kept:
-        if state.keys() != kept[0][1].keys():
+    filled = [(p, state) for p, state in entries if state]
+    for parameter, state in filled:
+        if state.keys() != filled[0][1].keys():
             raise CheckpointError(f"{where}: optimizer must hold all tensors, got some")
         for name, value in state.items():
-            wanted = () if name == "step" else tuple(parameter.shape)
-            found = tuple(value.shape) if isinstance(value, torch.Tensor) else "no tensor"
-            if found == () and not 0 <= float(value) < 2**63:
+            expected = () if name == "step" else tuple(parameter.shape)
+            shape = tuple(value.shape) if isinstance(value, torch.Tensor) else "no tensor"
+            if shape == () and not 0 <= float(value) < 2**63:
                 raise CheckpointError(f"{where}: optimizer's step must be 0 or more, got {value}")
-            if found != wanted:
+            if shape != expected:
                 raise CheckpointError(
-                    f"{where}: optimizer's {name} must be of shape {wanted}, got {found}"
+                    f"{where}: optimizer's {name} must be of shape {expected}, got {shape}"
                 )
 
 
 def _kind(value: Any) -> object:
-    """What two options must share: both numbers, or as many numbers, or of one type."""
+    """Two options fit each other where this is equal: numbers, equally many numbers, or a type."""
     if isinstance(value, (tuple, list)):
         return [_kind(item) for item in value]
     number = isinstance(value, (numbers.Real, torch.Tensor)) and not isinstance(value, bool)

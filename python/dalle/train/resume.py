@@ -1,4 +1,4 @@
-"""What a training begins with: nothing, or a checkpoint in its folder."""
+"""How a training begins: from nothing, or from a checkpoint in its folder."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def resume(task: Task, config: LoopConfig) -> int:
     with world.agreed():
         if world.rank == 0:
             remove_stale(out)
-    found = world.first(checkpoints(out))
+    saved = world.first(checkpoints(out))
     if config.resume == "none":
-        if found:
+        if saved:
             raise UsageError(
-                f"train: out must hold no checkpoints with resume none, got {found[-1]}; "
+                f"train: out must hold no checkpoints with resume none, got {saved[-1]}; "
                 "choose another folder or remove it"
             )
         return 0
-    if config.resume == "auto" and not found:
+    if config.resume == "auto" and not saved:
         return 0
-    path = found[-1] if config.resume == "auto" else Path(config.resume)
+    path = saved[-1] if config.resume == "auto" else Path(config.resume)
     try:
         step = load_checkpoint(task, path, accept_changes=config.accept_changes)
     except OtherTrainingError as problem:
@@ -51,7 +51,7 @@ def resume(task: Task, config: LoopConfig) -> int:
         older = None
         if config.resume == "auto":
             accept = config.accept_changes
-            fitting = (p for p in found[-2::-1] if can_load(task, p, accept_changes=accept))
+            fitting = (p for p in saved[-2::-1] if can_load(task, p, accept_changes=accept))
             older = next(fitting, None)
         hint = "" if older is None else f"; --resume {older} goes on from an older one"
         raise CheckpointError(f"{problem}{hint}") from problem

@@ -17,11 +17,11 @@ from dalle.train.task import Task
 
 
 class Saver:
-    """Saves checkpoints; an error of the disk is told once and does not stop the training."""
+    """Saves checkpoints; a disk error is reported once and does not stop the training."""
 
     def __init__(self, task: Task, out: Path, keep: int) -> None:
-        self._task, self._out, self._keep, self._told = task, out, keep, False
-        self._lost = False  # is the last one lost?
+        self._task, self._out, self._keep, self._reported = task, out, keep, False
+        self._lost = False  # could the last checkpoint of the run not be written?
         self.saved: int | None = None
 
     def save(self, step: int, *, last: bool) -> None:
@@ -32,16 +32,16 @@ class Saver:
         """
         try:
             save_checkpoint(self._task, self._out, step, keep=self._keep)
-            self._told, self.saved = False, step
+            self._reported, self.saved = False, step
         except (OSError, CheckpointError) as problem:
             reason = getattr(problem, "strerror", None) or str(problem)
             line = f"{self._task.name}: checkpoint after step {step} not saved: {reason}"
             if last:
                 self._lost = True
                 raise EnvironmentProblem(f"{line}; older checkpoints are untouched") from problem
-            if not self._told:
+            if not self._reported:
                 say(f"{line}; training goes on, older checkpoints are untouched")
-            self._told = True
+            self._reported = True
 
     def rescue(self, step: int) -> None:
         """Saves the state after `step` updates before an error ends the training, and says so."""
@@ -91,8 +91,8 @@ class StepWatch:
             return True
         if self._updating or self._versions() != self._before:
             return False
-        own, cuda, numpy, python = self._generators
-        torch.set_rng_state(own)
+        cpu, cuda, numpy, python = self._generators
+        torch.set_rng_state(cpu)
         torch.cuda.set_rng_state_all(cuda)
         np.random.set_state(numpy)
         random.setstate(python)
@@ -109,6 +109,6 @@ def can_be_saved(task: Task, problem: Exception, watch: StepWatch, lock: FolderL
     if isinstance(problem, NumericalError):
         return False
     if task.world.size > 1 and not (isinstance(problem, DalleError) and problem.agreed):
-        return False  # the others are elsewhere
+        return False  # other processes may be elsewhere
     lost = not watch.undo() or (lock is not None and not lock.held)
     return not task.world.any(lost)

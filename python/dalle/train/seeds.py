@@ -16,22 +16,22 @@ from dalle.configs import integer, seed_number
 
 
 def step_seed(seed: int, step: int, stream: int = 0, *place: int) -> int:
-    """A 63-bit seed for step `step`; others for other `stream`s, and places in a batch.
+    """A 63-bit seed for step `step`, different for each `stream` and each place in a batch.
 
     Raises:
         UsageError: a negative number, or a seed above 63 bits.
     """
-    given = [("stream", stream), ("step", step), *(("place", number) for number in place)]
-    key = [integer("step_seed", name, number, 0) for name, number in given]
+    named = [("stream", stream), ("step", step), *(("place", number) for number in place)]
+    key = [integer("step_seed", name, number, 0) for name, number in named]
     sequence = np.random.SeedSequence(seed_number("step_seed", seed), spawn_key=key)
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def start_seed(seed: int, name: str) -> int:
-    """A 63-bit seed for what is drawn once, under a name of its own: first weights, a codebook.
+    """A 63-bit seed for what is drawn once, by its name: first weights, a codebook.
 
-    No two seeds share it, nor do two names. (Torch's generator on the CPU reads 32 bits of a seed,
-    so 0 and 2^32 are the same to it; of this they get different ones.)
+    Different for each seed and each name. (Torch's generator on the CPU reads 32 bits of a seed,
+    so that 0 and 2^32 are the same to it; the seeds returned here differ.)
     """
     return step_seed(seed, 0, 2**32 - 1, zlib.crc32(name.encode()))
 

@@ -26,16 +26,16 @@ def signals() -> Iterator[list[str]]:
 
     def note(number: int, _: FrameType | None) -> None:
         received.append(signal.Signals(number).name)
-        for each in watched:
-            signal.signal(each, signal.SIG_IGN if each is signal.SIGHUP else signal.SIG_DFL)
+        for signum in watched:
+            signal.signal(signum, signal.SIG_IGN if signum is signal.SIGHUP else signal.SIG_DFL)
         say(f"{received[0]}: finishing the step and saving; once more to stop at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {each: signal.signal(each, note) for each in watched}
+    before = {signum: signal.signal(signum, note) for signum in watched}
     try:
         yield received
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -45,8 +45,8 @@ def patches(images: torch.Tensor, grid: int) -> torch.Tensor:
     """(B, 3, H, W) -> (B, grid, grid, 3 * p * p)."""
     patch = images.shape[-1] // integer("patches", "grid", grid, 1)
     cells = F.unfold(images, patch, stride=patch)
-    found: torch.Tensor = cells.transpose(1, 2).unflatten(1, (grid, grid))
-    return found
+    grid_cells: torch.Tensor = cells.transpose(1, 2).unflatten(1, (grid, grid))
+    return grid_cells
 
 
 def pixels(cells: torch.Tensor) -> torch.Tensor:

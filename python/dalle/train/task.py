@@ -1,4 +1,4 @@
-"""What a training is made of: the protocol of a task, and its whole model."""
+"""The protocol of a task, and access to its full model."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def require_one_part(command: str, parts: int, world: World) -> None:
         raise UsageError(f"{command}: parts must be 1 on many processes, got {parts}")
 
 
-def own_batch(world: World, batch: Callable[[], T], empty: Callable[[], T]) -> T:
-    """`batch()`; of several processes one that has no data goes on with `empty()`, until `update`
-    tells the others."""
+def local_batch(world: World, batch: Callable[[], T], empty: Callable[[], T]) -> T:
+    """`batch()`; of several processes one without data goes on with `empty()` until `update` has
+    told the others."""
     try:
         return batch()
     except DataError as problem:
@@ -78,7 +78,7 @@ def own_batch(world: World, batch: Callable[[], T], empty: Callable[[], T]) -> T
 
 @contextmanager
 def averaged_model(task: Task, averaged: bool = True) -> Iterator[nn.Module | None]:
-    """`World.whole_model` of a task, with the averaged weights if it has some, unless told not.
+    """`World.whole_model` of a task, by default with the averaged weights where it has any.
 
     Raises:
         EnvironmentProblem: a GPU's memory does not suffice for what is done inside.
@@ -88,15 +88,17 @@ def averaged_model(task: Task, averaged: bool = True) -> Iterator[nn.Module | No
         try:
             yield model
         except torch.OutOfMemoryError as problem:
-            found = str(problem).splitlines()[0]
-            raise EnvironmentProblem(f"{task.name}: memory must suffice, got: {found}") from problem
+            reason = str(problem).splitlines()[0]
+            raise EnvironmentProblem(
+                f"{task.name}: memory must suffice, got: {reason}"
+            ) from problem
 
 
 @contextmanager
-def whole_model(task: Task) -> Iterator[nn.Module | None]:
-    """The whole model of a task, to be changed inside the block on process 0 (None elsewhere).
+def full_model(task: Task) -> Iterator[nn.Module | None]:
+    """The full model of a task, to be changed inside the block on process 0 (None elsewhere).
 
-    The others then take it over. Collective.
+    Afterwards all processes have its weights. Collective.
     """
     with averaged_model(task, False) as model:
         yield model

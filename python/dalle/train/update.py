@@ -81,22 +81,22 @@ def update(
             cannot fall any more; the weights are then untouched.
         DalleError: the problem of a process of the cluster, on all of them; nothing has changed.
     """
-    shown = task.world.agreed_loss(loss.detach())
-    if task.world.size > 1:  # a forward pass exchanges parameters: none runs it again by itself
+    mean_loss = task.world.agreed_loss(loss.detach())
+    if task.world.size > 1:  # a forward pass is collective: no process repeats it alone
         forward = None
     task.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     for group in task.optimizer.param_groups:
         group["lr"] = lr
     if scaler is None:
-        norm = _plain_step(task, shown, step, clip_norm, forward)
+        norm = _plain_step(task, mean_loss, step, clip_norm, forward)
     else:
-        check_loss(task.name, shown, step, task.model, forward)
+        check_loss(task.name, mean_loss, step, task.model, forward)
         agree = task.world.agree_norm_
-        found = scaler.step(task.optimizer, clip_norm=clip_norm, agree=agree)
-        norm = float(found.norm)
-        if bool(found.skipped):
-            _explain_skip(task, step, scaler, found)
+        result = scaler.step(task.optimizer, clip_norm=clip_norm, agree=agree)
+        norm = float(result.norm)
+        if bool(result.skipped):
+            _explain_skip(task, step, scaler, result)
             return norm
     if task.average is not None:
         task.average.update(step)
@@ -124,9 +124,9 @@ def _plain_step(
     return norm
 
 
-def _explain_skip(task: Task, step: int, scaler: ResblockScaler, found: ScalerStep) -> None:
+def _explain_skip(task: Task, step: int, scaler: ResblockScaler, result: ScalerStep) -> None:
     """Raises NumericalError where a skipped update cannot be mended by a smaller scale."""
-    if int(found.nonfinite[-1]):  # what belongs to no block has no scale
+    if int(result.nonfinite[-1]):  # what belongs to no block has no scale
         with task.world.agreed():  # it may be in another process's part
             check_gradients(task.name, task.model, step)
     stuck = scaler.stuck()
