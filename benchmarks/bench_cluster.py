@@ -55,7 +55,8 @@ def time_steps(folder: Path) -> dict[str, Any]:
                 found = run(box, mode, STEPS, folder)
                 median = statistics.median(found["seconds"])
                 row = {"seconds": median, "bytes_a_step": found["bytes_a_step"]}
-                times.setdefault(rate, {})[mode] = row | {"report": found.get("report")}
+                row |= {key: found.get(key) for key in ("report", "reconstruction_error")}
+                times.setdefault(rate, {})[mode] = row
         for mode in modes:
             ours, rival = times[rate][OURS]["seconds"], times[rate][mode]["seconds"]
             rows.append({

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dalle.distributed import PowerSGD
+from dalle.distributed.buffers import Factors
 from dalle.prior.model import Prior
 
 BATCH, LR, WARMUP = 2, 1e-3, 30
@@ -84,6 +87,27 @@ def wrap(model: Prior, mode: str) -> tuple[Any, PowerSGD | None]:
     return model, psgd
 
 
+def reconstruction_error(psgd: PowerSGD, step: Callable[[], object]) -> float:
+    """Of what this process's error buffers hold in one more `step`, the part that the factors
+    cannot express: a ratio of norms, 0 to 1. To be called on all processes."""
+    buffers: Any = psgd.compressor.buffers
+    whole: list[float] = []
+    inside: list[float] = []
+    project = buffers.project
+
+    def measured(sent: list[Factors], fast: bool) -> None:
+        project(sent, fast)  # Q = E^T P of this process; P's columns are orthonormal
+        whole.extend(float(f.matrix.value().square().sum()) for f in sent)
+        inside.extend(float((f.q * f.unit).square().sum()) for f in sent)
+
+    buffers.project = measured
+    try:
+        step()
+    finally:
+        del buffers.project  # the class has its own
+    return math.sqrt(max(0.0, 1 - sum(inside) / sum(whole)))
+
+
 def sent_bytes() -> int:
     """Bytes out of this machine's interface so far."""
     for line in Path("/proc/net/dev").read_text().splitlines():
@@ -111,13 +135,12 @@ def main() -> None:
     model, psgd = wrap(plain, given.mode)
     optimizer = torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.98), fused=True)
     seconds, losses, bytes_before = [], [], sent_bytes()
-    for step in range(given.steps + 3):
+
+    def train(step: int) -> torch.Tensor:
         text, image = batch(step, process, given.words, given.tables)
         for group in optimizer.param_groups:
             group["lr"] = LR * min(1.0, (step + 1) / WARMUP)
         dist.barrier()
-        if step == 3:  # torch's hook begins to compress in its third step
-            bytes_before = sent_bytes()
         begin = time.perf_counter()
         loss = model(text, image).loss
         loss.backward()
@@ -125,14 +148,21 @@ def main() -> None:
         optimizer.zero_grad()
         dist.barrier()
         seconds.append(time.perf_counter() - begin)
-        shared = loss.detach().clone()
+        return loss
+
+    for step in range(given.steps + 3):
+        if step == 3:  # torch's hook begins to compress in its third step
+            bytes_before = sent_bytes()
+        shared = train(step).detach().clone()
         dist.all_reduce(shared)
         losses.append(shared.item() / dist.get_world_size())
+    found = {"mode": given.mode, "parameters": count, "seconds": seconds[3:], "losses": losses}
+    found["bytes_a_step"] = (sent_bytes() - bytes_before) / given.steps
+    if psgd is not None:
+        found["report"] = psgd.report()
+        more = given.steps + 3
+        found["reconstruction_error"] = reconstruction_error(psgd, lambda: train(more))
     if process == 0:
-        found = {"mode": given.mode, "parameters": count, "seconds": seconds[3:], "losses": losses}
-        found["bytes_a_step"] = (sent_bytes() - bytes_before) / given.steps
-        if psgd is not None:
-            found["report"] = psgd.report()
         given.out.write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 
-import pytest
 import torch
 
-from dalle.distributed.account import SAMPLE_EVERY, Account
+from dalle.distributed.account import Account
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -65,16 +64,3 @@ def test_advice_where_the_link_is_fast():
     account = Account(uncompressed_bytes=100, seconds=1.0, exchange_seconds=0.001)
     account.traffic.sent = 1000
     assert account.report()["advice"].startswith("compression does not pay at 8 Mbit/s: 1000 ms")
-
-
-def test_samples_now_and_then():
-    account, asked = Account(), []
-
-    def squares():
-        asked.append(0)
-        return (0.0, 0.0) if len(asked) < 3 else (4.0, 3.0)
-
-    for _ in range(SAMPLE_EVERY + 1):
-        account.sample(("m",), squares)
-    assert len(asked) == 4  # until there is something, then once in so many calls
-    assert account.report()["reconstruction_error"] == pytest.approx(0.5)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -213,8 +211,6 @@ def test_report(two):
     assert report["bytes_sent"] == once + factors + squares + 4 + 2 * 4  # a flag, a bound of each
     assert report["bytes_uncompressed"] == 2 * 24 * 40 * 4
     assert 0 < report["exchange_seconds"] < report["seconds"]
-    kept = math.sqrt(1 - report["reconstruction_error"] ** 2)  # the part that was handed out
-    assert 0.1 < kept < 0.9
     assert found["advice"].startswith("compression ")
 
 

@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from dalle.distributed import PowerSGD
 from dalle.distributed.buffers import AIM, MOST, leading, new_units, squares
 from dalle.distributed.powersgd import Gradient
 from dalle.errors import CheckpointError, UsageError
-from dalle.precision import ResblockScaler
 from dalle.prior.model import Prior
 from support.engines import model
 from support.machines import copies, machines
@@ -142,6 +142,43 @@ def test_what_leaves_the_buffers_is_what_is_handed_out():
         lost = given - 3 * steps[0][2].double() - after
         size = sum((before.double() + grad).square().sum() for before, grad, *_ in steps).sqrt()
         assert float(lost.norm() / size) <= 2**-9
+
+
+@pytest.mark.parametrize("wire", WITHIN)
+def test_a_matrix_is_reduced_as_if_it_were_alone(wire):
+    """Of three shapes and two blocks, over steps of which one has an Inf: to the last bit."""
+    shapes = {"a": SHAPE, "b": (33, 70), "c": SHAPE, "d": (24, 6, 11)}
+
+    def given(step, rank):
+        draw = torch.Generator().manual_seed(10 * step + rank)
+        grads = [torch.randn(shape, generator=draw) for shape in shapes.values()]
+        if (step, rank) == (2, 1):
+            grads[1][3, 5] = math.inf
+        return [
+            Gradient(name, grad, block)
+            for name, grad, block in zip(shapes, grads, (0, 1, 0, 1), strict=True)
+        ]
+
+    def body(rank, psgd, groups):
+        found = []
+        for step in range(4):
+            gradients = given(step, rank)
+            for names in groups:
+                psgd.compressor.reduce_([g for g in gradients if g.name in names], set())
+            kept = psgd.compressor.matrices
+            found.append({g.name: (g.grad, kept[g.name].value()) for g in gradients})
+        return found
+
+    together, alone = (
+        machines(2, partial(body, groups=groups), rank=4, wire=wire, min_compression=1.0)
+        for groups in (["abcd"], ["a", "c", "bd"])
+    )
+    for one, other in zip(together, alone, strict=True):
+        for step, same in zip(one, other, strict=True):
+            for name in shapes:
+                for x, y in zip(step[name], same[name], strict=True):
+                    assert torch.equal(x.nan_to_num(9.0), y.nan_to_num(9.0)), name
+        assert one[2]["b"][0].isnan().all() and one[2]["a"][0].isfinite().all()
 
 
 def test_no_buffer_outgrows_its_bound():
@@ -295,73 +332,6 @@ def test_a_pickle_before_attach_does_not_lose_what_is_excluded():
     psgd._name(net)
     assert "1.weight" in pickled(psgd)._whole
     pickled(PowerSGD(rank=4))
-
-
-def steps_of(scaler, layers, updates):
-    optimizer = torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=0.1)
-    for step in range(updates):
-        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
-        for name, layer in zip(("a", "b"), layers, strict=True):
-            x, inside = scaler[name].enter(x)
-            x = x + scaler[name].leave(layer(inside))
-        x.square().mean().backward()
-        scaler.step(optimizer)
-        optimizer.zero_grad()
-    return [p.detach().clone() for layer in layers for p in layer.parameters()], scaler.scales
-
-
-@pytest.mark.parametrize("way", [copy.deepcopy, pickled])
-def test_a_copied_scaler_and_model_go_on(way):
-    layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
-    scaler = ResblockScaler({"a": layers[0], "b": layers[1]})
-    steps_of(scaler, layers, 3)
-    others, other = way((layers, scaler))
-    mine, theirs = steps_of(scaler, layers, 3), steps_of(other, others, 3)
-    assert all(torch.equal(a, b) for a, b in zip(mine[0], theirs[0], strict=True))
-    assert torch.equal(mine[1], theirs[1]) and mine[1].data_ptr() != theirs[1].data_ptr()
-
-
-def test_a_scaler_copied_alone_keeps_to_its_model_and_says_so_of_another():
-    layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
-    scaler = ResblockScaler({"a": layers[0], "b": layers[1]})
-    steps_of(copy.deepcopy(scaler), layers, 1)
-    steps_of(copy.copy(scaler), layers, 1)
-    alone = pickled(scaler)
-    with pytest.raises(UsageError, match="optimizer must hold parameters of the blocks"):
-        steps_of(alone, layers, 1)
-    steps_of(scaler, layers, 1)  # gradients that wait here excuse no other model
-    with pytest.raises(UsageError, match="optimizer must hold parameters of the blocks"):
-        other = copy.deepcopy(layers)
-        other[0].weight.grad = torch.ones_like(other[0].weight)
-        scaler.step(torch.optim.SGD(other.parameters(), lr=0.1))
-    head = nn.Linear(3, 3)
-    head.weight.grad = torch.ones(3, 3)
-    layers.requires_grad_(False)
-    assert not bool(scaler.step(torch.optim.SGD(head.parameters(), lr=0.1)).skipped)
-
-
-def test_a_start_scale_that_is_far_too_high_is_said(capfd):
-    """After ten updates, that all were skipped, or whose gradients overflowed on their way."""
-    layer = nn.Linear(3, 3)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    scaler = ResblockScaler({"a": layer})
-    for _ in range(10):
-        assert capfd.readouterr().err == ""
-        layer.weight.grad = torch.full((3, 3), math.inf)
-        assert bool(scaler.step(optimizer).skipped)
-    said = capfd.readouterr().err
-    assert said.startswith("ResblockScaler: all of the first 10 updates were skipped")
-    assert "block a" in said and said.count("\n") == 1
-    for initial, line in ((2.0**120, "most scaled gradients that enter block a overflow"), (1, "")):
-        scaler = ResblockScaler({"a": layer}, initial=initial, low=1, high=2.0**126)
-        for _ in range(12):
-            x, inside = scaler["a"].enter(torch.full((4, 3), 1e4))
-            (x + scaler["a"].leave(layer(inside))).square().sum().backward()
-            scaler.step(optimizer)
-            optimizer.zero_grad()
-            layer.weight.data.zero_()
-        said = capfd.readouterr().err
-        assert line in said if line else said == ""
 
 
 BAD = {

@@ -1,11 +1,11 @@
-"""What compressed exchanges cost, what they saved, and what they left out."""
+"""What compressed exchanges cost and what they saved."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +13,6 @@ from typing import Any
 import torch
 
 from dalle.distributed.wire import Traffic
-
-SAMPLE_EVERY = 100  # calls; the reconstruction error is measured in one of them
 
 
 @dataclass
@@ -34,10 +32,6 @@ class Account:
     seconds: float = 0.0
     exchange_seconds: float = 0.0
     waited_seconds: float = 0.0
-    # By the matrices of a call: calls so far; and squares of what P left out of the buffers, and of
-    # what they held.
-    _seen: dict[tuple[str, ...], int] = field(default_factory=dict)
-    _squares: dict[tuple[str, ...], tuple[float, float]] = field(default_factory=dict)
     _pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,26 +63,11 @@ class Account:
     def _add(self, what: str, seconds: float) -> None:
         setattr(self, what, getattr(self, what) + seconds)
 
-    def sample(self, names: tuple[str, ...], squares: Callable[[], tuple[float, float]]) -> None:
-        """Now and then asks for squares of all that these matrices' buffers hold, and of P's part.
-
-        It waits for the device and reads whole buffers, which is why it is not done each time.
-        """
-        seen = self._seen.get(names, 0)
-        self._seen[names] = seen + 1
-        due = seen % SAMPLE_EVERY == 0
-        if self._squares.get(names, (0.0, 0.0))[1] == 0:  # the first gradients may be zeros
-            due = due or seen.bit_count() == 1
-        if due:
-            whole, inside = squares()
-            self._squares[names] = max(whole - inside, 0.0), whole
-
     def report(self) -> dict[str, Any]:
         """See `PowerSGD.report`."""
         self._collect(wait=True)
         sent, whole = self.traffic.sent, self.uncompressed_bytes
         saturated, flushed = self.traffic.shares()
-        kept, held = (sum(pair[i] for pair in self._squares.values()) for i in range(2))
         return {
             "bytes_sent": sent,
             "bytes_uncompressed": whole,
@@ -96,7 +75,6 @@ class Account:
             "seconds": self.seconds,
             "waited_seconds": self.waited_seconds,
             "exchange_seconds": self.exchange_seconds,
-            "reconstruction_error": math.sqrt(kept / held) if held else math.nan,
             "saturated": saturated,
             "flushed": flushed,
             "advice": self._advice(),

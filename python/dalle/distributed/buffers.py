@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -83,6 +83,40 @@ class Matrix:
     def measure(self) -> None:
         """Finds the bound anew; nothing waits for the device."""
         self.bound = largest([self.value()])[0]
+
+
+@dataclass
+class Factors:
+    """A gradient on its way through one reduction, as P Q^T.
+
+    Attributes:
+        matrix: its error buffer E and what else outlives the reduction.
+        grad: of m n elements, replaced at the end.
+        block: whose scale the gradient carries.
+        scale: 0-d, that scale; None where there is none.
+        skip: 0-d float32; where it is not 0 the gradient is not added to E.
+        bound: 0-d float32; no element of E with the gradient is larger.
+        p: (m, c), the own E Q; then P, (m, r) float32, orthonormal and alike on all processes.
+        q: (n, r) float32, the own E^T P; then its sum over the group.
+        limit: a power of two; no element of the own E^T P is larger than it times the largest of E.
+        unit: 0-d float32; `q` times this is in the units of the gradients.
+    """
+
+    matrix: Matrix
+    grad: Tensor
+    block: int
+    scale: Tensor | None
+    skip: Tensor
+    bound: Tensor
+    p: Tensor = field(init=False)
+    q: Tensor = field(init=False)
+    limit: float = field(init=False)
+    unit: Tensor = field(init=False)
+
+    @property
+    def rows(self) -> Tensor:
+        """The gradient as (m, n)."""
+        return self.grad.reshape(self.grad.shape[0], -1)
 
 
 def largest(tensors: Sequence[Tensor]) -> Tensor:
@@ -182,18 +216,19 @@ class Codes:
                 held = dalle_ext.unpack(matrix.error, FORMAT)
                 matrix.error.copy_(dalle_ext.pack(held * change[i], FORMAT))
 
-    def compress(
-        self, matrices: list[Matrix], grads: list[Tensor], scales: list[Tensor | None],
-        skips: list[Tensor], fast: bool,
-    ) -> list[Tensor]:  # fmt: skip
+    def compress(self, sent: list[Factors], fast: bool) -> None:
         """Adds gradients, divided by their scales, to the buffers; P = E Q in units of its own."""
-        found = []
-        for m, grad, scale, skip in zip(matrices, grads, scales, skips, strict=True):
-            divisor = m.limit / m.unit if scale is None else scale * (m.limit / m.unit)
-            found += dalle_ext.powersgd_compress_(
-                [m.error], [grad], [m.q], scale=divisor, error_scale=m.limit, skip=skip, fast=fast
+        for f in sent:
+            m, by = f.matrix, f.matrix.limit / f.matrix.unit
+            (f.p,) = dalle_ext.powersgd_compress_(
+                [m.error],
+                [f.rows],
+                [m.q],
+                scale=by if f.scale is None else f.scale * by,
+                error_scale=m.limit,
+                skip=f.skip,
+                fast=fast,
             )
-        return found
 
     def sum_(self, exchange: Exchange, factors: list[Tensor]) -> None:
         """Sums of P or of Q over the processes."""
@@ -210,31 +245,29 @@ class Codes:
         """What words of `orthonormal` stand for."""
         return dalle_ext.unpack(words, FORMAT)
 
-    def project(self, matrices: list[Matrix], ps: list[Tensor], fast: bool) -> list[Tensor]:
+    def project(self, sent: list[Factors], fast: bool) -> None:
         """Q = E^T P, in units of its own."""
-        by = _limit_of_q(matrices)
-        errors = [m.error for m in matrices]
-        return dalle_ext.powersgd_project(errors, ps, error_scale=by, fast=fast)
-
-    def scales_of_q(self, matrices: list[Matrix]) -> list[Tensor]:
-        """Times what `project` gives a matrix, it is in the units of the gradients."""
-        by = _limit_of_q(matrices)
-        return [by / m.unit for m in matrices]
+        rows = max(f.matrix.error.shape[0] for f in sent)
+        limit = power_above(1.01 * math.sqrt(rows))  # P's columns have norm 1
+        errors, ps = [f.matrix.error for f in sent], [f.p for f in sent]
+        qs = dalle_ext.powersgd_project(errors, ps, error_scale=limit, fast=fast)
+        for f, q in zip(sent, qs, strict=True):
+            f.q, f.limit, f.unit = q, limit, limit / f.matrix.unit
 
     def decompress(
-        self, matrices: list[Matrix], at: list[int], ps: list[Tensor], qs: list[Tensor],
-        world: int, skip: Tensor, feedback: bool, fast: bool,
-    ) -> list[Tensor]:  # fmt: skip
-        """D = P Q^T of the matrices `at` these places, in units of Q; buffers lose D / world."""
+        self, sent: list[Factors], world: int, skip: Tensor, feedback: bool, fast: bool
+    ) -> list[Tensor]:
+        """D = P Q^T in units of Q; buffers lose D / world where `skip` is 0."""
         return dalle_ext.powersgd_decompress_(
-            [matrices[i].error for i in at], [ps[i] for i in at], [qs[i] for i in at],
-            machines=world, error_scale=_limit_of_q(matrices), skip=skip, feedback=feedback,
-            fast=fast)  # fmt: skip
-
-
-def _limit_of_q(matrices: list[Matrix]) -> float:
-    """No element of E^T P is larger than this times the largest of E: P's columns have norm 1."""
-    return power_above(1.01 * math.sqrt(max(m.error.shape[0] for m in matrices)))
+            [f.matrix.error for f in sent],
+            [f.p for f in sent],
+            [f.q for f in sent],
+            machines=world,
+            error_scale=sent[0].limit,
+            skip=skip,
+            feedback=feedback,
+            fast=fast,
+        )
 
 
 class Floats:
@@ -248,15 +281,12 @@ class Floats:
         for matrix, unit in zip(matrices, after, strict=True):
             matrix.unit = unit
 
-    def compress(
-        self, matrices: list[Matrix], grads: list[Tensor], scales: list[Tensor | None],
-        skips: list[Tensor], fast: bool,
-    ) -> list[Tensor]:  # fmt: skip
+    def compress(self, sent: list[Factors], fast: bool) -> None:
         """Adds gradients, divided by their scales, to the buffers; P = E Q, as of `Codes`."""
-        for m, grad, scale, skip in zip(matrices, grads, scales, skips, strict=True):
-            given = grad.float() if scale is None else grad / scale
-            m.error.add_(torch.where(skip > 0, 0.0, given))
-        return [m.error.double() @ m.q.double() * (m.unit / m.limit) for m in matrices]
+        for f in sent:
+            m, given = f.matrix, f.rows.float() if f.scale is None else f.rows / f.scale
+            m.error.add_(torch.where(f.skip > 0, 0.0, given))
+            f.p = m.error.double() @ m.q.double() * (m.unit / m.limit)
 
     def sum_(self, exchange: Exchange, factors: list[Tensor]) -> None:
         """Sums of P or of Q over the processes."""
@@ -271,24 +301,20 @@ class Floats:
         """See `Codes`."""
         return words
 
-    def project(self, matrices: list[Matrix], ps: list[Tensor], fast: bool) -> list[Tensor]:
+    def project(self, sent: list[Factors], fast: bool) -> None:
         """Q = E^T P."""
-        return [m.error.t() @ p for m, p in zip(matrices, ps, strict=True)]
-
-    def scales_of_q(self, matrices: list[Matrix]) -> list[Tensor]:
-        """See `Codes`."""
-        return [torch.ones_like(m.unit) for m in matrices]
+        for f in sent:
+            f.q, f.limit, f.unit = f.matrix.error.t() @ f.p, 1.0, torch.ones_like(f.matrix.unit)
 
     def decompress(
-        self, matrices: list[Matrix], at: list[int], ps: list[Tensor], qs: list[Tensor],
-        world: int, skip: Tensor, feedback: bool, fast: bool,
-    ) -> list[Tensor]:  # fmt: skip
-        """D = P Q^T of the matrices `at` these places; buffers lose D / world."""
-        found = [(ps[i].double() @ _on_grid(qs[i]).t()).float() for i in at]
-        for i, total in zip(at, found, strict=True):
+        self, sent: list[Factors], world: int, skip: Tensor, feedback: bool, fast: bool
+    ) -> list[Tensor]:
+        """D = P Q^T; buffers lose D / world where `skip` is 0."""
+        totals = [(f.p.double() @ _on_grid(f.q).t()).float() for f in sent]
+        for f, total in zip(sent, totals, strict=True):
             if feedback:
-                matrices[i].error.sub_(torch.where(skip > 0, 0.0, total / world))
-        return found
+                f.matrix.error.sub_(torch.where(skip > 0, 0.0, total / world))
+        return totals
 
 
 def _on_grid(q: Tensor) -> Tensor:

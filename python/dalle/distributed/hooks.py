@@ -335,12 +335,9 @@ class PowerSGD:
         Returns:
             bytes_sent, bytes_uncompressed (all gradients in fp32, ring all-reduce), compression
             (their ratio), seconds (in all, on the device), waited_seconds (of them after the
-            backward pass, on the CPU; the others were hidden behind it),
-            exchange_seconds (of them in collectives), reconstruction_error (the part of what this
-            process's buffers held that the factors cannot express, 0 to 1, by norms, each where it
-            was last sampled),
-            saturated and flushed (shares of the elements of P and Q that were too large for 1-6-9,
-            or vanished in it), advice (one line).
+            backward pass, on the CPU; the others were hidden behind it), exchange_seconds (of them
+            in collectives), saturated and flushed (shares of the elements of P and Q that were too
+            large for 1-6-9, or vanished in it), advice (one line).
         """
         return self.compressor.account.report()
 

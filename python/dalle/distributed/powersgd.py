@@ -6,7 +6,6 @@ import copy
 import math
 import zlib
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from dalle.distributed.buffers import (
     MEASURE_EVERY,
     SPARE,
     Codes,
+    Factors,
     Floats,
     Matrix,
     largest,
@@ -67,10 +67,18 @@ class Compressor:
     """
 
     def __init__(
-        self, rank: int, group: dist.ProcessGroup | None, *, wire: str, error_feedback: bool,
-        average: bool, min_compression: float, seed: int,
-        scaler: ResblockScaler | GradScaler | None, fast: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        rank: int,
+        group: dist.ProcessGroup | None,
+        *,
+        wire: str,
+        error_feedback: bool,
+        average: bool,
+        min_compression: float,
+        seed: int,
+        scaler: ResblockScaler | GradScaler | None,
+        fast: bool = False,
+    ) -> None:
         rank, seed = integer("PowerSGD", "rank", rank), integer("PowerSGD", "seed", seed)
         _check(rank >= 1, "rank", "1 or more", rank)
         member = group is None or isinstance(group, dist.ProcessGroup)
@@ -82,7 +90,7 @@ class Compressor:
         self.rank, self.wire, self.average, self.seed = rank, wire, average, seed
         self.error_feedback, self.min_compression = error_feedback, min_compression
         self.scaler, self.fast = scaler, fast
-        self.buffers = Codes() if wire == "1-6-9" else Floats()
+        self.buffers: Codes | Floats = Codes() if wire == "1-6-9" else Floats()
         self.exchange = Exchange(group)
         self.matrices: dict[str, Matrix] = {}
         self.account = Account(self.exchange.traffic)
@@ -139,93 +147,90 @@ class Compressor:
 
     def _reduce(self, gradients: list[Gradient], whole: set[str]) -> None:
         packed = self.packed(gradients, whole)
-        names = tuple(g.name for g in packed)
+        names = {g.name for g in packed}
         # By name, and not in the order of a bucket: where an element lies decides how it is summed.
         rest = sorted((g for g in gradients if g.name not in names), key=lambda g: g.name)
         self.prepare(packed)
-        matrices = [self.matrices[name] for name in names]
+        every = [*packed, *rest]
+        tops = dict(zip((g.name for g in every), largest([g.grad for g in every]), strict=True))
         blocks = sorted({g.block for g in gradients})
-        tops = largest([g.grad for g in (*packed, *rest)])
-        bad = list(~tops.isfinite())
-        of = [[b for g, b in zip((*packed, *rest), bad, strict=True) if g.block == block]
-              for block in blocks]  # fmt: skip
-        own = torch.stack([torch.stack(found).any() for found in of]).float()
-        bounds = self._bounds(packed, matrices, tops[: len(packed)])
-        flags, totals = own.clone(), bounds.clone()
-        wide = [g.grad.float() for g in rest]
-        with self.account.timed("exchange_seconds", tops.device):
-            self.exchange.sum_fp32_([*wide, flags, totals])
-        nan = _nan_where(flags)
+        own = torch.stack([_any_nonfinite(tops, gradients, block) for block in blocks])
+        skips = dict(zip(blocks, own, strict=True))
+        sent = [self._factors(g, tops[g.name], skips[g.block]) for g in packed]
+        flags, wide = own.clone(), [g.grad.float() for g in rest]
+        bounds = torch.stack([f.bound for f in sent]) if sent else own.new_empty(0)
+        with self.account.timed("exchange_seconds", own.device):
+            self.exchange.sum_fp32_([*wide, flags, bounds])
+        nan = dict(zip(blocks, _nan_where(flags), strict=True))
         for gradient, total in zip(rest, wide, strict=True):
-            by = nan[blocks.index(gradient.block)] + 1.0
-            if self.notes:
-                self._note(gradient, torch.linalg.vector_norm(total) * by / self.world, True)
-            total.div_(by * self.world if self.average else by)
-            if total.data_ptr() != gradient.grad.data_ptr():
-                gradient.grad.copy_(total)
-        if packed:
-            self.buffers.settle(matrices, totals)
-            self._reduce_matrices(packed, matrices, names, blocks, own, flags)
-            for matrix, bound in zip(matrices, bounds, strict=True):
-                self._note_bound(matrix, bound)
+            self._hand_out_sum(gradient, total, nan[gradient.block])
+        if sent:
+            self.buffers.settle([f.matrix for f in sent], bounds)
+            self._exchange(sent)
+            for block, flag in zip(blocks, flags, strict=True):
+                self._decompress([f for f in sent if f.block == block], flag, nan[block])
+            for f in sent:
+                self._note_bound(f.matrix, f.bound)
         self.account.uncompressed_bytes += sum(
             8 * (self.world - 1) * g.grad.numel() // self.world for g in gradients
         )
 
-    def _reduce_matrices(
-        self, packed: list[Gradient], matrices: list[Matrix], names: tuple[str, ...],
-        blocks: list[int], own: Tensor, flags: Tensor,
-    ) -> None:  # fmt: skip
-        buffers, device = self.buffers, own.device
-        scales = [self._scale(g.block) for g in packed]
-        skips = [own[blocks.index(g.block)] for g in packed]
-        ps = buffers.compress(matrices, [_flat(g.grad) for g in packed], scales, skips, self.fast)
+    def _factors(self, gradient: Gradient, top: Tensor, skip: Tensor) -> Factors:
+        """Of a gradient whose largest element is `top`; `skip` where its block is not finite."""
+        matrix, scale = self.matrices[gradient.name], self._scale(gradient.block)
+        top = torch.where(top.isfinite(), top, 0.0)  # what is not finite is not added
+        bound = matrix.bound + (top if scale is None else top / scale)
+        return Factors(matrix, gradient.grad, gradient.block, scale, skip, bound)
+
+    def _exchange(self, sent: list[Factors]) -> None:
+        """P and Q of each gradient, summed over the group."""
+        buffers, device = self.buffers, sent[0].grad.device
+        buffers.compress(sent, self.fast)
+        ps = [f.p for f in sent]
         total = squares(ps, self.rank)
         with self.account.timed("exchange_seconds", device):
             self.exchange.sum_fp32_([total])
         ps = leading(ps, total, self.rank, self.world)
         with self.account.timed("exchange_seconds", device):
             buffers.sum_(self.exchange, ps)
-        ps = self._orthonormal(ps)
-        qs = buffers.project(matrices, ps, self.fast)
-        units = buffers.scales_of_q(matrices)
-        self.account.sample(names, partial(_squares, matrices, qs, units))
+        for f, p in zip(sent, self._orthonormal(ps), strict=True):
+            f.p = p
+        buffers.project(sent, self.fast)
         with self.account.timed("exchange_seconds", device):
-            buffers.sum_(self.exchange, qs)
-        for at, block in enumerate(blocks):
-            chosen = [i for i, g in enumerate(packed) if g.block == block]
-            if not chosen:
-                continue
-            sums = buffers.decompress(
-                matrices, chosen, ps, qs, self.world, flags[at], self.error_feedback, self.fast
-            )
-            nan = _nan_where(flags[at])
-            for i, total in zip(chosen, sums, strict=True):
-                # After the product: see `dalle.distributed.buffers`.
-                unit = units[i] / self.world
-                if self.notes:
-                    norm = torch.linalg.vector_norm(qs[i]) * unit + nan
-                    self._note(packed[i], norm, False)
-                by = nan + (unit if self.average else units[i])
-                scale, grad = scales[i], packed[i].grad
-                total = total.view_as(grad)
-                by = by if scale is None else by * scale
-                if grad.dtype == total.dtype:
-                    torch.mul(total, by, out=grad)
-                else:
-                    grad.copy_(total.mul_(by))
-                rows = [torch.linalg.vector_norm(f, dim=1).amax() for f in (ps[i], qs[i])]
-                matrices[i].added = rows[0] * rows[1] * unit
+            buffers.sum_(self.exchange, [f.q for f in sent])
 
-    def _bounds(
-        self, packed: list[Gradient], matrices: list[Matrix], tops: Tensor
-    ) -> Tensor:  # of what the buffers will hold, once the gradients are added
-        found = []
-        for gradient, matrix, top in zip(packed, matrices, tops, strict=True):
+    def _decompress(self, sent: list[Factors], skip: Tensor, nan: Tensor) -> None:
+        """Takes P Q^T off the buffers and makes it the gradients, those of one block."""
+        if not sent:
+            return
+        totals = self.buffers.decompress(sent, self.world, skip, self.error_feedback, self.fast)
+        for f, total in zip(sent, totals, strict=True):
+            self._hand_out(f, total.view_as(f.grad), nan)
+
+    def _hand_out(self, f: Factors, total: Tensor, nan: Tensor) -> None:
+        """Makes P Q^T, in the units of Q, the gradient; `nan` is that, or 0."""
+        unit = f.unit / self.world  # after the product: see `dalle.distributed.buffers`
+        if self.notes:
+            self._note(f.matrix.name, torch.linalg.vector_norm(f.q) * unit + nan)
+        by = nan + (unit if self.average else f.unit)
+        by = by if f.scale is None else by * f.scale
+        if f.grad.dtype == total.dtype:
+            torch.mul(total, by, out=f.grad)
+        else:
+            f.grad.copy_(total.mul_(by))
+        rows = [torch.linalg.vector_norm(factor, dim=1).amax() for factor in (f.p, f.q)]
+        f.matrix.added = rows[0] * rows[1] * unit
+
+    def _hand_out_sum(self, gradient: Gradient, total: Tensor, nan: Tensor) -> None:
+        """Makes the fp32 sum, changed in place, the gradient; `nan` is that, or 0."""
+        by = nan + 1.0
+        if self.notes:
+            norm = torch.linalg.vector_norm(total) * by / self.world
             scale = self._scale(gradient.block)
-            top = torch.where(top.isfinite(), top, 0.0)  # what is not finite is not added
-            found.append(matrix.bound + (top if scale is None else top / scale))
-        return torch.stack(found) if found else tops
+            self._note(gradient.name, norm if scale is None else norm / scale)
+        total.div_(by * self.world if self.average else by)
+        if total.data_ptr() != gradient.grad.data_ptr():
+            gradient.grad.copy_(total)
 
     def _note_bound(self, matrix: Matrix, bound: Tensor) -> None:
         """`bound`: of the buffer before what was handed out was taken off."""
@@ -245,14 +250,10 @@ class Compressor:
             self.exchange.take_first_(words)
         return [self.buffers.numbers(w) for w in words]
 
-    def _note(self, gradient: Gradient, norm: Tensor, scaled: bool) -> None:
-        """Keeps the squared norm of the mean that is handed out."""
-        scale = self._scale(gradient.block)
-        if scaled and scale is not None:
-            norm = norm / scale
-        if not self.average:
-            norm = norm * self.world
-        self.squared_norms[gradient.name] = norm.double().square()
+    def _note(self, name: str, norm: Tensor) -> None:
+        """Keeps the squared norm of what is handed out, given that of the mean, both unscaled."""
+        norm = norm if self.average else norm * self.world
+        self.squared_norms[name] = norm.double().square()
 
     def _scale(self, block: int) -> Tensor | None:
         """What the gradients of a block were multiplied with."""
@@ -263,10 +264,10 @@ class Compressor:
     def packed(self, gradients: list[Gradient], whole: set[str]) -> list[Gradient]:
         """Those that are sent as factors; arguments as of `reduce_`."""
         return [
-            g for g in gradients
-            if g.name not in whole
-            and self.compresses(g.grad.shape if g.shape is None else g.shape)
-        ]  # fmt: skip
+            g
+            for g in gradients
+            if g.name not in whole and self.compresses(g.grad.shape if g.shape is None else g.shape)
+        ]
 
     def knows(self, packed: list[Gradient]) -> bool:
         """Whether `prepare` was called for these."""
@@ -286,10 +287,14 @@ class Compressor:
     def _agree(self, packed: list[Gradient]) -> None:
         """Once for each set of matrices: all processes must compress the same in the same way."""
         own = {
-            "rank": self.rank, "wire": self.wire, "seed": self.seed, "fast": self.fast,
-            "average": self.average, "error_feedback": self.error_feedback,
+            "rank": self.rank,
+            "wire": self.wire,
+            "seed": self.seed,
+            "fast": self.fast,
+            "average": self.average,
+            "error_feedback": self.error_feedback,
             "matrices": [(g.name, tuple(_flat(g.grad).shape)) for g in packed],
-        }  # fmt: skip
+        }
         self.exchange.require_same(own)
         fresh = [g for g in packed if g.name not in self.matrices]
         if not fresh:
@@ -340,8 +345,13 @@ class Compressor:
         """The error buffers, one copy for all, after `level`."""
         errors = {name: matrix.error.clone() for name, matrix in self.matrices.items()}
         units = {name: float(matrix.unit) for name, matrix in self.matrices.items()}
-        return {"errors": errors, "units": units, "machines": self.world, "rank": self.rank,
-                "seed": self.seed}  # fmt: skip
+        return {
+            "errors": errors,
+            "units": units,
+            "machines": self.world,
+            "rank": self.rank,
+            "seed": self.seed,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes the buffers of `state_dict`, shared out over as many processes as there are now."""
@@ -381,10 +391,10 @@ def _hash(tensor: Tensor) -> int:
     return zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-def _squares(matrices: list[Matrix], qs: list[Tensor], units: list[Tensor]) -> tuple[float, float]:
-    """Of what the buffers hold, and of its part in the span of P: `qs` are the own E^T P."""
-    whole = sum(float(m.value().square().sum()) for m in matrices)
-    return whole, sum(float((q * u).square().sum()) for q, u in zip(qs, units, strict=True))
+def _any_nonfinite(tops: dict[str, Tensor], gradients: list[Gradient], block: int) -> Tensor:
+    """0-d float32: 1 where the largest element of a gradient of a block is Inf or NaN, else 0."""
+    found = [~tops[g.name].isfinite() for g in gradients if g.block == block]
+    return torch.stack(found).any().float()
 
 
 def _nan_where(flags: Tensor) -> Tensor:
@@ -395,6 +405,6 @@ def _flat(grad: Tensor) -> Tensor:
     return grad.reshape(grad.shape[0], -1)
 
 
-def _check(holds: bool, name: str, requirement: str, value: Any) -> None:
+def _check(holds: bool, name: str, requirement: str, value: object) -> None:
     if not holds:
         raise UsageError(f"PowerSGD: {name} must be {requirement}, got {value}")
