@@ -299,7 +299,7 @@ class PowerSGD:
         self.compressor.account.waited_seconds += time.perf_counter() - begin
 
     def gradient_norm(self) -> Tensor:
-        """Norm of the whole gradient, unscaled; 0-d float64, collective over shards and group.
+        """Norm of the whole gradient, unscaled; 0-d float64. Collective over the shards of FSDP2.
 
         That of the gradients the model's parameters hold now: of all exchanges of a step, and as
         FSDP2 left them; with a `GradScaler` before `scaler.update()`. NaN where any element is not
@@ -318,7 +318,6 @@ class PowerSGD:
         else:
             norm, bad = gradient_stats(params, _loss_scale(scaler))
         norm = norm + torch.zeros_like(norm).masked_fill(bad.sum() > 0, torch.nan)
-        self.take_first_norm_(norm)
         return norm
 
     def take_first_norm_(self, norm: Tensor) -> None:
