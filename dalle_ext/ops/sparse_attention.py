@@ -48,8 +48,11 @@ def _offsets(
         return tuple(range(slots))
     if given:  # by kind "offsets" always, by "conv" in place of its own
         return tuple(o for o in given if o < slots)
-    reach = range(min(columns * (half + 1), slots))
-    return tuple(o for o in reach if min(o % columns, -o % columns) <= half)
+    if kind == "conv":
+        reach = range(min(columns * (half + 1), slots))
+        return tuple(o for o in reach if min(o % columns, -o % columns) <= half)
+    wanted = "one that is defined here"
+    raise NotImplementedError(f"AttentionPattern: kind must be {wanted}, got {kind!r}")
 
 
 def _runs(offsets: tuple[int, ...]) -> tuple[int, ...]:

@@ -32,8 +32,11 @@ def sparse_attention_mask(pattern: Any) -> torch.Tensor:
         half = pattern.kernel_size // 2
         across = torch.minimum(distance % columns, -distance % columns)
         image = (distance < columns * (half + 1)) & (across <= half)
-    else:
+    elif pattern.kind == "causal":
         image = torch.ones_like(distance, dtype=torch.bool)
+    else:
+        wanted = "one that is defined here"
+        raise NotImplementedError(f"AttentionPattern: kind must be {wanted}, got {pattern.kind!r}")
     mask = slot.new_zeros(pattern.length, pattern.length, dtype=torch.bool)
     text = pattern.text_len
     mask[:, :text] = mask.new_ones(pattern.length, text).tril()

@@ -60,9 +60,6 @@ def make_task(parts, config=SMALL, seed=0, world=None, **overrides):
     return PriorTask(prior, tokenizer, vae, pairs, config, seed=seed, world=world)
 
 
-KINDS = ("row", "column", "conv", "causal")
-
-
 def make(seed: int = 0, **overrides) -> Prior:
     """A small model whose outputs differ from zero, in evaluation mode."""
     torch.manual_seed(seed)

@@ -11,7 +11,8 @@ from dalle.errors import NumericalError, UsageError
 from dalle.prior.config import PAD
 from dalle.prior.decode import DecodeState, attended_slots, generate
 from dalle.prior.sampling import SamplingConfig, caption_key, draw, uniform_noise
-from support.prior import KINDS, make, sample
+from dalle_ext.ops.sparse_attention import KINDS
+from support.prior import make, sample
 
 MIXED = ("row", "column", "conv")
 

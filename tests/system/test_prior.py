@@ -13,7 +13,8 @@ from dalle.errors import CheckpointError, UsageError
 from dalle.prior.blocks import gelu
 from dalle.prior.config import PAD, layer_kinds
 from dalle.prior.model import Prior
-from support.prior import KINDS, make, sample
+from dalle_ext.ops.sparse_attention import KINDS
+from support.prior import make, sample
 
 
 def test_schedule_is_the_papers():

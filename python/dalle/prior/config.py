@@ -10,6 +10,7 @@ import torch
 import dalle_ext
 from dalle.configs import check_numbers
 from dalle.errors import UsageError
+from dalle_ext.ops.sparse_attention import KINDS
 
 PAD = -1
 MAX_LENGTH = 2**20  # positions
@@ -93,8 +94,8 @@ class PriorConfig:
         self._require(self.image_rank >= 0, "image_rank", "0 or more")
         fits = len(self.attention) in (0, self.num_layers)
         self._require(fits, "attention", "empty or one pattern for each layer")
-        known = set(self.attention) <= {"row", "column", "conv", "causal"}
-        self._require(known, "attention", "made of row, column, conv, causal")
+        known = set(self.attention) <= set(KINDS)
+        self._require(known, "attention", f"made of {', '.join(KINDS)}")
 
     def _require(self, holds: bool, name: str, requirement: str) -> None:
         if not holds:
