@@ -7,9 +7,10 @@
 // - DALLE_DYNAMIC_SHARED(bytes); is unsigned char bytes[] of the launch's size, aligned to 128
 //   bytes, at most one in a kernel.
 // - launch(kernel, grid, block, shared_bytes, stream, arguments...) stands for <<< >>>.
-// - kArchitecture in a kernel is the architecture it is compiled for, 80 for sm_80 and 90 for
-//   sm_90a, so that `if constexpr` can choose instructions; device_architecture() on the host is
-//   that of the current device, so that a launcher can choose a kernel.
+// - kArchitecture in a kernel is the architecture it is compiled for, 80 for sm_80 and 90 for sm_90
+//   and sm_90a, so that `if constexpr` can choose instructions; kArchitectureSpecific is true for
+//   sm_90a and its like, which alone have wgmma. device_architecture() on the host is that of the
+//   current device, so that a launcher can choose a kernel.
 // The instructions that CUDA C++ does not name (mma, ldmatrix, cp.async, ...) are in ptx.cuh.
 #pragma once
 
@@ -47,6 +48,11 @@ cudaError_t launch(void (*kernel)(parameters_t...), dim3 grid, dim3 block, size_
 constexpr int kArchitecture = __CUDA_ARCH__ / 10;
 #else
 constexpr int kArchitecture = 0;  // host code
+#endif
+#if defined(__CUDA_ARCH_SPECIFIC__)
+constexpr bool kArchitectureSpecific = __CUDA_ARCH_SPECIFIC__ != 0;
+#else
+constexpr bool kArchitectureSpecific = false;
 #endif
 
 // 10 * major + minor of the current device; 0 where there is none.

@@ -63,6 +63,7 @@ cudaError_t launch(void (*kernel)(parameters_t...), dim3 grid, dim3 block, size_
 
 inline size_t max_shared_bytes() { return emulator::kMaxShared; }
 constexpr int kArchitecture = emulator::kArchitecture;
+constexpr bool kArchitectureSpecific = false;
 inline int device_architecture() { return kArchitecture; }
 
 }  // namespace dalle

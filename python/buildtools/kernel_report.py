@@ -1,10 +1,10 @@
 """What nvcc makes of every kernel, beside its budget: `python python/buildtools/kernel_report.py`.
 
-Compiles each `csrc/<op>/<op>_cuda.cu` for sm_80 and sm_90a, warnings being errors, and prints one
-row a kernel: registers, shared memory, the opcodes that matter. It fails where a kernel spills,
-uses local memory, exceeds its registers, lacks an opcode that `csrc/<op>/<op>_cuda_budget.txt`
-promises, or has no row there. A row is for one architecture: a kernel that is compiled for another
-needs another row.
+Compiles each `csrc/<op>/<op>_cuda.cu` for every architecture of a build (`torch_dir.py`), warnings
+being errors, and prints one row a kernel: registers, shared memory, the opcodes that matter. It
+fails where a kernel spills, uses local memory, exceeds its registers, lacks an opcode that
+`csrc/<op>/<op>_cuda_budget.txt` promises, or has no row there. A row is for one architecture: a
+kernel that is compiled for another needs another row.
 
 A build that has kept its cubins and its log is not repeated (`.ci/run`):
 `CUDAFLAGS="-Xptxas=-v --keep --keep-dir=DIR" pip wheel -v ... > LOG`, then `--kept DIR --log LOG`.
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch_dir  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-ARCHITECTURES = ("sm_80", "sm_90a")
+ARCHITECTURES = tuple(f"sm_{architecture}" for architecture in torch_dir.ARCHITECTURES)
 LOCAL_MEMORY = ("!LDL", "!STL")
 SHOWN = ("HMMA", "LDSM", "LDGSTS", "MUFU", "FFMA", "DFMA", "BAR", "SHFL", "ATOM", "RED")
 

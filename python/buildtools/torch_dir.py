@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MINIMUM = (2, 11)
+ARCHITECTURES = ("80", "90a")  # of the GPUs that a build holds machine code for
 KNOWN_VARIABLES = {"DALLE_EXT_CUDA", "DALLE_EXT_TORCH_DIR", "DALLE_EXT_CPU_ISA"}
 
 
@@ -106,7 +107,8 @@ def cuda_architectures() -> str:
     """CMake's architecture list from `TORCH_CUDA_ARCH_LIST` ("8.0;9.0a+PTX"), or our default."""
     wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if not wish.strip():
-        return "80-real;90a-real;90-virtual"
+        machine_code = ";".join(f"{architecture}-real" for architecture in ARCHITECTURES)
+        return machine_code + ";90-virtual"  # what later GPUs compile when they load it
     architectures = []
     for item in re.split(r"[;,\s]+", wish.strip()):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", item)
