@@ -174,6 +174,23 @@ def test_every_op_is_one_file(folder):
     assert files == {"__init__", *ROOMS}
 
 
+def exported(init: str, op: str) -> set[str]:
+    """What `dalle_ext/__init__.py` takes from an op's module."""
+    nodes = [node for node in ast.walk(ast.parse(init)) if isinstance(node, ast.ImportFrom)]
+    taken = [node for node in nodes if node.module == f"dalle_ext.ops.{op}"]
+    return {alias.name for node in taken for alias in node.names}
+
+
+@pytest.mark.parametrize("op", ROOMS)
+def test_every_op_is_exported_and_in_the_table_of_operators(op):
+    init = (ROOT / "dalle_ext/__init__.py").read_text()
+    table = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/ops.md").read_text(), re.M)
+    documented = set(re.findall(r"`(\w+)`", " ".join(table)))
+    functions = {name for name in exported(init, op) if name.islower()}
+    assert exported(init, op) & documented and functions <= documented
+    assert exported(init, op) <= set(re.findall(r'^    "(\w+)",$', init, re.M)), "__all__"
+
+
 def test_no_torch_in_kernel_headers_or_host_module():
     headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), *ROOT.glob("csrc/host/*")]
     assert headers

@@ -70,7 +70,7 @@ def test_forward_mode_through_a_backward_is_refused(function):
     out = function(x)
     with forward_ad.dual_level():
         grad = forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
-        with pytest.raises(NotImplementedError, match="_backward: tensors must be without a deriv"):
+        with pytest.raises(NotImplementedError, match="tensors must be without a deriv"):
             torch.autograd.grad(out, x, grad)
 
 

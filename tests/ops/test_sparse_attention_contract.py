@@ -10,7 +10,7 @@ import torch
 
 import dalle_ext
 from dalle_ext import AttentionPattern, sparse_attention
-from dalle_ext.ops.sparse_attention import KINDS
+from dalle_ext.ops.sparse_attention import KINDS, OFFSETS
 from dalle_ext.reference.sparse_attention import sparse_attention as reference
 
 OPS = torch.ops.dalle_ext
@@ -204,7 +204,10 @@ def test_messages(arguments, error, message):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (("ring", 6, 5, 7, []), "kind must be one of row, column, conv, causal, offsets, got ring"),
+        (
+            ("ring", 6, 5, 7, []),
+            f"kind must be one of {', '.join((*KINDS, OFFSETS))}, got ring",
+        ),
         (("row", -1, 5, 7, []), "text_len must be from 0 to 2.24, got -1"),
         (("row", 6, 0, 7, []), "grid must be at least 1 x 1 and .*, got 0 x 7"),
         (("row", 6, 1 << 20, 1 << 20, []), "grid must be .* at most 2.24 positions"),
