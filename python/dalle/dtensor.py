@@ -1,4 +1,4 @@
-"""Tensors of which each process holds a part (`DTensor`, as FSDP2's `fully_shard` makes them)."""
+"""Sharded tensors (`DTensor`, as FSDP2's `fully_shard` makes them)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["fill_", "gather", "gradient_stats", "local_part", "shard_groups", "s
 
 @torch.no_grad()
 def gather(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each process may hold a part. Collective; detached."""
-    whole: Any = getattr(tensor, "full_tensor", None)
-    return tensor.detach() if whole is None else whole()
+    """The full tensor of one that may be sharded, detached. Collective."""
+    full_tensor: Any = getattr(tensor, "full_tensor", None)
+    return tensor.detach() if full_tensor is None else full_tensor()
 
 
 @torch.no_grad()
 def fill_(param: Tensor, value: Tensor) -> None:
-    """Gives a parameter its value; of one that is sharded each process takes its part.
+    """Gives a parameter its value; of a sharded one each process takes its part.
 
     Args:
         param: changed in place.
-        value: all of it, the same on all processes.
+        value: the full value, the same on all processes.
     """
     value = value.to(param.device)
     if hasattr(param, "placements"):
@@ -41,13 +41,13 @@ def fill_(param: Tensor, value: Tensor) -> None:
 
 @contextmanager
 def swapped(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Parameters hold other values inside the block, their own again afterwards.
+    """Parameters hold other values inside the block, and their previous ones afterwards.
 
     Args:
         params: by name.
-        values: for each of them, shared out as it is.
+        values: by the same names, sharded as the parameters are.
     """
-    own = {name: param.detach().clone() for name, param in params.items()}
+    saved = {name: param.detach().clone() for name, param in params.items()}
     try:
         with torch.no_grad():
             for name, param in params.items():
@@ -56,15 +56,17 @@ def swapped(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Itera
     finally:
         with torch.no_grad():
             for name, param in params.items():
-                param.copy_(own[name])
+                param.copy_(saved[name])
 
 
 def shard_groups(tensor: Any) -> tuple[Any, ...]:
     """The groups of processes that hold the other parts of a tensor, one for each sharded axis."""
     if not hasattr(tensor, "placements"):
         return ()
-    parted = [axis for axis, placed in enumerate(tensor.placements) if placed.is_shard()]
-    return tuple(tensor.device_mesh.get_group(axis) for axis in parted)
+    sharded_axes = [
+        axis for axis, placement in enumerate(tensor.placements) if placement.is_shard()
+    ]
+    return tuple(tensor.device_mesh.get_group(axis) for axis in sharded_axes)
 
 
 def gradient_stats(
@@ -74,35 +76,35 @@ def gradient_stats(
     *,
     check_only: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Norm of the whole gradient, unscaled, and how many elements of each group are not finite.
+    """Norm of the full gradient, unscaled, and how many elements of each group are not finite.
 
-    Each process reads its own parts; of parameters that are sharded the parts of all are counted,
-    and of the others one. The same on all processes. Collective where there are sharded ones.
+    Each process reads its own parts; sharded parameters are summed over all processes, replicated
+    ones counted once. The same on all processes. Collective where there are sharded ones.
 
     Args:
         params: parameters; those without a gradient are left out.
         scales: as of `dalle_ext.unscale_gradients_`, on the gradients' device.
-        groups: of each parameter.
+        groups: index of each parameter's group.
         check_only: False unscales the gradients in place.
 
     Returns:
         The norm of all finite elements, 0-d float64, and counts (G,) int64.
     """
-    kinds: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}
+    by_groups: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}
     for i, param in enumerate(params):
         if param.grad is not None:
-            grads, of = kinds.setdefault(shard_groups(param), ([], []))
+            grads, group_ids = by_groups.setdefault(shard_groups(param), ([], []))
             grads.append(local_part(param.grad))
-            of.append(0 if groups is None else groups[i])
+            group_ids.append(0 if groups is None else groups[i])
     count = scales.numel() if isinstance(scales, Tensor) else 1
     device = params[0].device
     squares = torch.zeros((), dtype=torch.float64, device=device)
     nonfinite = torch.zeros(count, dtype=torch.int64, device=device)
-    for shared, (grads, of) in kinds.items():
-        stats = dalle_ext.unscale_gradients_(grads, scales, of, check_only=check_only)
-        both = torch.cat([stats.sum_squares.sum()[None], stats.nonfinite.double()])
-        for group in shared:
-            torch.distributed.all_reduce(both, group=group)
-        squares = squares + both[0]
-        nonfinite = nonfinite + both[1:].long()
+    for process_groups, (grads, group_ids) in by_groups.items():
+        stats = dalle_ext.unscale_gradients_(grads, scales, group_ids, check_only=check_only)
+        sums = torch.cat([stats.sum_squares.sum()[None], stats.nonfinite.double()])
+        for group in process_groups:
+            torch.distributed.all_reduce(sums, group=group)
+        squares = squares + sums[0]
+        nonfinite = nonfinite + sums[1:].long()
     return squares.sqrt(), nonfinite

@@ -228,17 +228,17 @@ def time_apart(rank):
     if rank == 0:
         cluster.heartbeat.stop()
         time.sleep(4.0)
-        cluster.heartbeat.follow()
+        cluster.heartbeat.wait_for_rank0()
     else:
         try:
-            cluster.heartbeat.follow()
+            cluster.heartbeat.wait_for_rank0()
         except dist.DistError as problem:
             lost = str(problem)
     cluster.heartbeat._limit, cluster.heartbeat._verdict = 60.0, "0"
     begin = time.monotonic()
     if rank:  # another process has found that process 0 is gone
         with pytest.raises(dist.DistError):
-            cluster.heartbeat.follow()
+            cluster.heartbeat.wait_for_rank0()
     return {"waited": waited, "said": said, "lost": lost, "judged": time.monotonic() - begin}
 
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from dalle.distributed.replicas import drifted
+from dalle.distributed.replicas import find_drift
 from dalle.errors import UsageError
 from dalle.precision import ResblockScaler
 from support.engines import PowerSGD, model
@@ -161,7 +161,7 @@ def drift(rank):
         return every
 
     net = model()
-    equal = drifted(net, gather, shards=2)
+    equal = find_drift(net, gather, shards=2)
     if rank == 2:
         net[1].weight.data[3, 4] *= 1 + 2.0**-20
-    return {"equal": equal, "apart": drifted(net, gather, shards=2)}
+    return {"equal": equal, "apart": find_drift(net, gather, shards=2)}

@@ -127,7 +127,7 @@ def test_fewer_gpus_than_processes(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     line = "cluster: processes of a machine must be at most its 2 GPUs, got 4"
     with pytest.raises(UsageError, match=line):
-        Cluster._own_device(SimpleNamespace(raise_first=together), torch.device("cuda"), 4)
+        Cluster._pick_device(SimpleNamespace(raise_first=together), torch.device("cuda"), 4)
 
 
 def test_a_shard_that_no_manifest_lists_is_refused(tmp_path, tmp_path_factory):

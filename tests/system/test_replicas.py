@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dalle.distributed import replicas
-from dalle.distributed.replicas import _hash, drifted
+from dalle.distributed.replicas import _hash, find_drift
 
 
 def weights(*shape, seed=0):
@@ -91,7 +91,7 @@ def test_replicas_of_other_signs_or_transposed_are_named(change):
             hashes = {n: int(_hash(p)) for n, p in net.named_parameters()}
             own += [hash(tuple(hashes.values())), hashes]
         said = iter(zip(*words, strict=True))
-        found = drifted(first, lambda value, said=said: next(said), shards=1)
+        found = find_drift(first, lambda value, said=said: next(said), shards=1)
         assert found is None if wanted is None else found.startswith(wanted)
         with torch.no_grad():
             change(other.weight)

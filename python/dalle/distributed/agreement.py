@@ -1,4 +1,4 @@
-"""What all processes of a group must have alike."""
+"""Values that must be equal on all processes of a group."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from dalle.errors import UsageError
 from dalle.version import __version__
 
 
-def require_same(command: str, own: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
+def require_same(command: str, values: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
     """Raises UsageError on every process unless all have the same values and versions. Collective.
 
     Args:
         command: begins the line.
-        own: this process's values by name, of JSON's kinds or tuples; sent as they are.
-        group: which processes; None for all.
+        values: this process's values by name, of JSON's kinds or tuples; sent as they are.
+        group: of the processes; None for all.
     """
-    mine = {**own, "versions": {"dalle": __version__, "torch": torch.__version__}}
+    local = {**values, "versions": {"dalle": __version__, "torch": torch.__version__}}
     processes = dist.get_process_group_ranks(group)
-    every: list[Any] = [None] * len(processes)
-    dist.all_gather_object(every, mine, group=group)
-    for process, other in zip(processes, every, strict=True):
-        found = first_difference(every[0], other)
-        if found is not None:
-            key, first, got = found
+    values_by_rank: list[Any] = [None] * len(processes)
+    dist.all_gather_object(values_by_rank, local, group=group)
+    for process, other in zip(processes, values_by_rank, strict=True):
+        difference = first_difference(values_by_rank[0], other)
+        if difference is not None:
+            key, first, got = difference
             raise UsageError(
                 f"{command}: {key} must be the same on all processes ({first} on process "
                 f"{processes[0]}), got {got} on process {process}"

@@ -1,4 +1,4 @@
-"""A training over the processes of `torchrun`: who they are, and what they tell each other."""
+"""`Cluster`: the world of the processes that `torchrun` starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dalle.distributed.agreement import require_same
 from dalle.distributed.config import ClusterConfig
 from dalle.distributed.heartbeat import Heartbeat
 from dalle.distributed.hooks import PowerSGD
-from dalle.distributed.replicas import drifted
+from dalle.distributed.replicas import find_drift
 from dalle.distributed.shard import gather_model, scatter_model
 from dalle.dtensor import gather
 from dalle.errors import DalleError, EnvironmentProblem, UsageError
@@ -32,15 +32,15 @@ SUMMED = ("images",)  # counts among a step's values; the others are means
 
 
 class Cluster:
-    """The processes of this run: `machines` times as many as share the parameters.
+    """The processes of a `torchrun`: each machine holds the model once, sharded over its processes.
 
     Attributes:
-        rank, size: number of this process, and of all.
+        rank, size: number of this process, number of processes.
         machines: see `ClusterConfig`.
         device: of this process.
         mesh: axes "replicate" (machines) and "shard" (processes of one).
-        control: the group for what is not a gradient: numbers, flags, checkpoints; on the CPU.
-        psgd: what compresses the gradients between machines, or None.
+        control: the group on the CPU for everything but gradients: numbers, flags, checkpoints.
+        psgd: compresses the gradients between machines, or None.
 
     Raises:
         UsageError: machines that do not divide the processes, or have fewer GPUs than processes.
@@ -48,15 +48,15 @@ class Cluster:
     """
 
     def __init__(
-        self, config: ClusterConfig, device: torch.device, asked: Mapping[str, Any] | None = None
+        self, config: ClusterConfig, device: torch.device, options: Mapping[str, Any] | None = None
     ) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self.config = config
         self.psgd: PowerSGD | None = None
         self._postponed: DalleError | None = None
         self._received: Sequence[object] = ()
-        self._stop: bool | None = None  # whether any asked, when the last mean was taken
+        self._stop: bool | None = None  # of the last mean; None once read
         limit = timedelta(seconds=config.timeout)
         try:
             backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -64,15 +64,15 @@ class Cluster:
             self.control = dist.new_group(backend="gloo", timeout=limit)
             run = self.first(secrets.token_hex(4))
             self.heartbeat = Heartbeat(self.rank, self.size, limit, run)
-            # Before anything that other options would make another exchange.
-            own = {"device": device.type, **(asked or {"cluster": to_dict(config)})}
-            require_same("cluster", own, self.control)
-            self.machines = config.machines or self._machines(local)
+            # First of all, since the later collectives depend on the options.
+            shared = {"device": device.type, **(options or {"cluster": to_dict(config)})}
+            require_same("cluster", shared, self.control)
+            self.machines = config.machines or self._machines(local_size)
             if self.size % self.machines:
                 raise UsageError(
                     f"cluster: machines must divide the {self.size} processes, got {self.machines}"
                 )
-            self.device = self._own_device(device, local)
+            self.device = self._pick_device(device, local_size)
             shape = (self.machines, self.size // self.machines)
             self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
         except DalleError:
@@ -82,7 +82,7 @@ class Cluster:
                 f"cluster: processes must reach each other, got on process {self.rank}: "
                 f"{_first_line(problem)}"
             ) from problem
-        for name in ("replicate", "shard"):  # groups of a mesh do not take the limit from the world
+        for name in ("replicate", "shard"):  # groups of a mesh do not inherit the time-out
             c10d._set_pg_timeout(limit, self.mesh[name].get_group())
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if agent and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
@@ -91,28 +91,29 @@ class Cluster:
                 "see docs/operations.md"
             )
 
-    def _machines(self, local: int) -> int:
-        """As torchrun knows them: all with as many processes."""
-        every = self.gather(local)
-        if len(set(every)) > 1 or self.size % local:
+    def _machines(self, local_size: int) -> int:
+        """The number of machines torchrun knows, each with the same number of processes."""
+        local_sizes = self.gather(local_size)
+        if len(set(local_sizes)) > 1 or self.size % local_size:
             raise UsageError(
                 "cluster: processes of a machine must be as many on each, or machines given, got "
-                f"LOCAL_WORLD_SIZE {', '.join(map(str, sorted(set(every))))} of {self.size}"
+                f"LOCAL_WORLD_SIZE {', '.join(map(str, sorted(set(local_sizes))))} of {self.size}"
             )
-        return self.size // local
+        return self.size // local_size
 
-    def _own_device(self, device: torch.device, local: int) -> torch.device:
-        """Of several GPUs the one of this process."""
+    def _pick_device(self, device: torch.device, local_size: int) -> torch.device:
+        """The device of this process: of several GPUs that of its local rank."""
         if device.type != "cuda":
             return device
-        problem, there = None, torch.cuda.device_count()
-        own = int(os.environ.get("LOCAL_RANK", 0))
-        if own >= there:
+        problem, num_gpus = None, torch.cuda.device_count()
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= num_gpus:
             problem = UsageError(
-                f"cluster: processes of a machine must be at most its {there} GPUs, got {local}"
+                f"cluster: processes of a machine must be at most its {num_gpus} GPUs, "
+                f"got {local_size}"
             )
         self.raise_first(problem)
-        device = torch.device("cuda", own)
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
 
@@ -122,10 +123,10 @@ class Cluster:
         return self.size // self.machines
 
     def part(self, count: int) -> slice:
-        """This process's part of `count` things; parts differ by one at most.
+        """This process's part of `count` items; parts differ by one at most.
 
         Raises:
-            UsageError: fewer than there are processes.
+            UsageError: `count` is below the number of processes.
         """
         if count < self.size:
             raise UsageError(
@@ -134,41 +135,41 @@ class Cluster:
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def weight(self, count: int) -> float:
-        """Of a mean over this process's part of `count` things in the mean of all processes."""
+        """Factor on the mean over this process's part of `count` items: size of part / average."""
         part = self.part(count)
         size: int = part.stop - part.start
         return size * self.size / count
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums over all processes, on the CPU, in float64."""
-        found = values.detach().to("cpu", torch.float64, copy=True)
-        dist.all_reduce(found, group=self.control)
-        return found
+        total = values.detach().to("cpu", torch.float64, copy=True)
+        dist.all_reduce(total, group=self.control)
+        return total
 
     def share(self, count: int) -> Callable[[], float]:
         total = torch.tensor(count, dtype=torch.float64, device="cpu")
         work = dist.all_reduce(total, group=self.control, async_op=True)
 
         def wait() -> float:
-            assert work is not None  # of a process that is in the group
+            assert work is not None  # None only outside the group
             work.wait()
             return count * self.size / max(float(total), 1.0)
 
         return wait
 
     def mean(self, values: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
-        """A step's values over all processes, in one exchange: means, of counts the sums."""
-        shaped = {
+        """A step's values over all processes, in one exchange: counts summed, others averaged."""
+        tensors = {
             k: torch.as_tensor(v, dtype=torch.float64, device="cpu").detach()
             for k, v in values.items()
         }
         flag = torch.tensor([bool(self._received)], dtype=torch.float64, device="cpu")
-        total = self.sum(torch.cat([flag, *(v.reshape(-1) for v in shaped.values())]))
+        total = self.sum(torch.cat([flag, *(v.reshape(-1) for v in tensors.values())]))
         self._stop = float(total[0]) > 0
-        parts = total[1:].split([v.numel() for v in shaped.values()])
+        parts = total[1:].split([v.numel() for v in tensors.values()])
         return {
-            key: part.view(shaped[key].shape) / (1 if key in SUMMED else self.size)
-            for key, part in zip(shaped, parts, strict=True)
+            key: part.view(tensors[key].shape) / (1 if key in SUMMED else self.size)
+            for key, part in zip(tensors, parts, strict=True)
         }
 
     def any(self, flag: bool) -> bool:
@@ -179,20 +180,20 @@ class Cluster:
         self._received = received
 
     def stop_requested(self) -> bool:
-        told, self._stop = self._stop, None
-        return self.any(bool(self._received)) if told is None else told
+        requested, self._stop = self._stop, None
+        return self.any(bool(self._received)) if requested is None else requested
 
     def gather(self, value: Any) -> list[Any]:
         """The value of each process, in their order."""
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.control)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def first(self, value: Any) -> Any:
         """Process 0's value."""
-        found = [value]
-        dist.broadcast_object_list(found, src=0, group=self.control)
-        return found[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
 
     def barrier(self) -> None:
         self.raise_first(None)
@@ -202,20 +203,20 @@ class Cluster:
         problem: Exception | None = None
         try:
             yield
-        except (DalleError, OSError, torch.OutOfMemoryError) as found:
-            problem = found
+        except (DalleError, OSError, torch.OutOfMemoryError) as error:
+            problem = error
         self.raise_first(problem)
 
     def raise_first(self, problem: Exception | None) -> None:
-        """Raises on every process if any has a problem: the first, with the process it is of.
+        """Raises the problem of the first process that has one on all of them. Collective.
 
-        However long process 0 takes to come here: the others wait while it lives.
+        The others wait for process 0 as long as it is alive.
         """
-        self.heartbeat.follow()
-        lines = [None if problem is None else (_plain(problem), _first_line(problem))]
-        for process, (found,) in enumerate(self.gather(lines)):
-            if found is not None:
-                kind, text = found
+        self.heartbeat.wait_for_rank0()
+        lines = [None if problem is None else (_dalle_class(problem), _first_line(problem))]
+        for process, (failure,) in enumerate(self.gather(lines)):
+            if failure is not None:
+                kind, text = failure
                 error = kind(text if process == 0 else f"{text} (on process {process})")
                 error.agreed = True
                 raise error from problem
@@ -227,9 +228,9 @@ class Cluster:
         self._postponed = problem
 
     def agreed_loss(self, loss: Tensor) -> Tensor:
-        own = loss if self._postponed is None else torch.full_like(loss, math.nan)
-        mean = self.mean({"loss": own})["loss"]
-        if not math.isfinite(float(mean)):  # on all, so they have time to ask whose fault it is
+        local = loss if self._postponed is None else torch.full_like(loss, math.nan)
+        mean = self.mean({"loss": local})["loss"]
+        if not math.isfinite(float(mean)):  # nonfinite on all: they exchange the reason
             problem, self._postponed = self._postponed, None
             self.raise_first(problem)
         return torch.as_tensor(mean, dtype=torch.float64, device="cpu")
@@ -239,21 +240,21 @@ class Cluster:
         try:
             yield
         except RuntimeError as problem:
-            found = self.explain(problem, None if step is None else step())
-            if found is None:
+            explanation = self.explain(problem, None if step is None else step())
+            if explanation is None:
                 raise
-            raise found from problem
+            raise explanation from problem
 
     def explain(self, problem: Exception, step: int | None = None) -> DalleError | None:
-        """An exchange that failed, in one line that names the processes that did not answer.
+        """The error for a collective that failed, naming the processes that did not answer.
 
-        None where the problem is not an exchange's.
+        None where the problem is another one.
         """
         if not (isinstance(problem, dist.DistError) or "gloo" in str(problem).lower()):
             return None
         kind = "timed out" if "imed out" in str(problem) else "closed"
         when = "outside the training" if step is None else f"in step {step}"
-        who = ", ".join(map(str, self.heartbeat.gone()))
+        who = ", ".join(map(str, self.heartbeat.dead_ranks()))
         who = who or "none (the link failed, or not all are in the same exchange)"
         return EnvironmentProblem(
             f"cluster: every process must answer, got none from process {who} of {self.size}: "
@@ -262,22 +263,22 @@ class Cluster:
         )
 
     @contextmanager
-    def whole_model(
+    def full_model(
         self, model: nn.Module, values: Mapping[str, Tensor] | None = None
     ) -> Iterator[nn.Module | None]:
-        # Of its exchanges none may be left while process 0 works with it.
+        # All collectives end before process 0 works with the copy.
         yield gather_model(model, self.rank, values)
 
-    def take_over(self, model: nn.Module, whole: nn.Module | None) -> None:
-        scatter_model(model, whole, self.control)
+    def load_full_model(self, model: nn.Module, full: nn.Module | None) -> None:
+        scatter_model(model, full, self.control)
 
     def gradient_norm(self, gradients: Sequence[Tensor]) -> float:
         psgd = self.psgd
         norm = gather(nn.utils.get_total_norm(gradients)) if psgd is None else psgd.gradient_norm()
-        self.agree_norm_(norm)
+        self.broadcast_norm_(norm)
         return float(norm)
 
-    def agree_norm_(self, norm: Tensor) -> None:
+    def broadcast_norm_(self, norm: Tensor) -> None:
         # Processors add squares in different orders, and replicas must clip by the same bits.
         dist.broadcast(norm, src=0)
 
@@ -286,7 +287,7 @@ class Cluster:
             self.psgd.compressor.scaler = scaler
 
     def replica_drift(self, model: nn.Module) -> str | None:
-        return drifted(model, self.gather, self.shards)
+        return find_drift(model, self.gather, self.shards)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.psgd is None else {"powersgd": self.psgd.state_dict()}
@@ -301,14 +302,14 @@ class Cluster:
         return [] if self.psgd is None else [f"PowerSGD: {self.psgd.report()['advice']}"]
 
     def close(self) -> None:
-        """Leaves the others, when all are done. Collective."""
+        """Shuts down when all processes are done. Collective."""
         dist.barrier(group=self.control)
         self.heartbeat.stop()
         dist.destroy_process_group()
 
 
-def _plain(problem: Exception) -> type[DalleError]:
-    """Its class of `dalle.errors`, which all are made of a line alone."""
+def _dalle_class(problem: Exception) -> type[DalleError]:
+    """The nearest class of `dalle.errors`; all of those take a message alone."""
     kinds = (c for c in type(problem).__mro__ if c.__module__ == DalleError.__module__)
     return next(kinds, EnvironmentProblem)
 

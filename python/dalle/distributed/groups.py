@@ -1,4 +1,4 @@
-"""Process groups of one's own: the one file that knows how torch makes them.
+"""Process groups that need no process 0: the one file that knows how torch makes groups.
 
 `torch.distributed.new_group` names a group by how many there are in a process, so processes that
 made other numbers of groups wait for ever, and it meets at process 0's store, which may be gone
@@ -20,28 +20,28 @@ from torch.distributed import distributed_c10d as c10d
 
 
 def own_group(parent: dist.ProcessGroup | None, owner: object) -> dist.ProcessGroup:
-    """A new group of the processes of another, with its backends and its patience. Collective.
+    """A new group of the processes of another, with its backends and time-out. Collective.
 
     Args:
         parent: None for all processes.
-        owner: with whose end the group ends, but for NCCL's, whose end may have to wait.
+        owner: the group is destroyed with this object, unless it is NCCL's, where that may block.
     """
     parent = parent or c10d._get_default_group()
     ranks, timeout = dist.get_process_group_ranks(parent), _timeout(parent)
-    places: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(places, _network(), group=parent)
+    hosts: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(hosts, _network(), group=parent)
     backend, store = _backend(parent), c10d._world.pg_map[c10d._get_default_group()][1]
-    leads, port = dist.get_rank() == ranks[0], 0
-    near = 0 not in ranks and len(set(places)) == 1
-    if near and leads:
+    is_leader, port = dist.get_rank() == ranks[0], 0
+    same_host = 0 not in ranks and len(set(hosts)) == 1
+    if same_host and is_leader:
         store = dist.TCPStore("127.0.0.1", 0, None, True, timeout, wait_for_workers=False)
         port = store.port
-    said: list[Any] = [secrets.token_hex(8), port]
-    dist.broadcast_object_list(said, src=ranks[0], group=parent)
-    token, port = said
-    if near and not leads:
+    message: list[Any] = [secrets.token_hex(8), port]
+    dist.broadcast_object_list(message, src=ranks[0], group=parent)
+    token, port = message
+    if same_host and not is_leader:
         store = dist.TCPStore("127.0.0.1", port, None, False, timeout)
-    found, _ = c10d._new_process_group_helper(
+    group, _ = c10d._new_process_group_helper(
         len(ranks),
         ranks.index(dist.get_rank()),
         ranks,
@@ -51,15 +51,15 @@ def own_group(parent: dist.ProcessGroup | None, owner: object) -> dist.ProcessGr
         timeout=timeout,
         group_desc="PowerSGD",
     )
-    assert isinstance(found, dist.ProcessGroup)
-    c10d._world.pg_group_ranks[found] = {rank: i for i, rank in enumerate(ranks)}
+    assert isinstance(group, dist.ProcessGroup)
+    c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(ranks)}
     if "nccl" not in backend:
-        weakref.finalize(owner, _leave, found).atexit = False
-    return found
+        weakref.finalize(owner, _leave, group).atexit = False
+    return group
 
 
 def _backend(group: dist.ProcessGroup) -> dist.Backend:
-    """By device where there are several."""
+    """The group's backend; by device where there are several."""
     config = dist.get_backend_config(group)
     names = {part.rpartition(":")[2] for part in config.split(",")}
     return dist.Backend(names.pop() if len(names) == 1 else config)
@@ -72,12 +72,12 @@ def _leave(group: dist.ProcessGroup) -> None:
 
 
 def _network() -> tuple[str, ...]:
-    """What processes have in common that reach each other at 127.0.0.1."""
+    """Equal on processes that reach each other at 127.0.0.1."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read().strip(), str(os.stat("/proc/self/ns/net").st_ino)
     except OSError:
-        return (f"{socket.gethostname()} {os.getpid()}",)  # nothing: not known to be near
+        return (f"{socket.gethostname()} {os.getpid()}",)  # unknown: equal to no other
 
 
 def _timeout(group: dist.ProcessGroup) -> timedelta:

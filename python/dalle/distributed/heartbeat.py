@@ -1,4 +1,4 @@
-"""Who is still alive: each process leaves a sign in the store that all of them can read."""
+"""Which processes are alive: each one counts up a key in a store that all of them read."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-BEAT = 0.5  # seconds
-GRACE = 3.0  # seconds without a sign from who is gone
-SILENCE = 60.0  # of process 0 at most while it works alone, perhaps too busy for signs
+BEAT = 0.5  # seconds between two signs of life
+GRACE = 3.0  # seconds without a sign after which a process counts as dead
+SILENCE = 60.0  # the same for process 0 while it works alone, perhaps too busy for signs
 
 
 class Heartbeat:
-    """Signs of life of `world` processes, beside their collectives.
+    """Signs of life of `world_size` processes, beside their collectives.
 
-    An exchange fails on whoever talks to the process that is gone, and on the rest only when those
-    have left; so nobody can tell from its own failure whose fault it was.
+    A collective fails first on the processes that talk to the dead one, and on the rest only when
+    those have left. So no process can tell from its own failure which one died.
 
     Args:
-        rank, world: number of this process, and of all.
-        limit: in which the store must answer at first; without a sign for as long, or for
-            `SILENCE` where that is less, process 0 is not waited for any more.
-        run: the same on all, and another after each restart, which the store may outlive.
+        rank, world_size: number of this process, number of processes.
+        limit: time-out of the first connection to the store. Process 0 counts as dead without a
+            sign for as long, or for `SILENCE` where that is shorter.
+        run: a name, equal on all processes and new after a restart, which the store may outlive.
     """
 
-    def __init__(self, rank: int, world: int, limit: timedelta, run: str) -> None:
-        self.rank, self.world, self._limit = rank, world, min(limit.total_seconds(), SILENCE)
+    def __init__(self, rank: int, world_size: int, limit: timedelta, run: str) -> None:
+        self.rank, self.world_size, self._limit = (
+            rank,
+            world_size,
+            min(limit.total_seconds(), SILENCE),
+        )
         self._verdict, self._turn = "", 0
-        # A connection of its own: the collectives' may be waiting for something.
+        # A separate connection, since that of the collectives may be blocked.
         self._store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -57,38 +61,40 @@ class Heartbeat:
                 pass  # the process that keeps the store is busy, or has gone
             self._stopped.wait(BEAT)
 
-    def follow(self) -> None:
-        """Returns when process 0 has called it as often, however long that takes while it lives.
+    def wait_for_rank0(self) -> None:
+        """Waits, as long as process 0 is alive, until it has called this as many times.
 
-        What process 0 does alone may take longer than any exchange is waited for.
+        Work of process 0 alone may take longer than the time-out of a collective.
 
         Raises:
-            DistError: it gave no sign of life for too long, or an exchange of another failed.
+            DistError: no sign of life from it for too long, or a collective of another failed.
         """
         self._turn += 1
         if self.rank == 0:
             self._store.set(f"{self._prefix}/turn", str(self._turn))
             return
-        seen: list[float] = [time.monotonic()]  # when process 0 last gave a sign
-        come = threading.Event()
-        # A dead link lets whoever asks the store wait for minutes, hence the thread.
-        threading.Thread(target=self._watch, args=(self._turn, seen, come), daemon=True).start()
-        while not come.wait(BEAT):
-            if self._verdict or time.monotonic() - seen[0] > self._limit:
+        last_seen: list[float] = [time.monotonic()]  # when process 0 last gave a sign
+        arrived = threading.Event()
+        # Reading the store over a dead link blocks for minutes, hence the thread.
+        threading.Thread(
+            target=self._poll_rank0, args=(self._turn, last_seen, arrived), daemon=True
+        ).start()
+        while not arrived.wait(BEAT):
+            if self._verdict or time.monotonic() - last_seen[0] > self._limit:
                 raise dist.DistError("timed out waiting for process 0")
 
-    def _watch(self, turn: int, seen: list[float], come: threading.Event) -> None:
+    def _poll_rank0(self, turn: int, last_seen: list[float], arrived: threading.Event) -> None:
         key, beats, pause = f"{self._prefix}/turn", -1, 1e-3
-        while not self._verdict and time.monotonic() - seen[0] <= self._limit:
+        while not self._verdict and time.monotonic() - last_seen[0] <= self._limit:
             try:
                 if self._store.check([key]) and int(self._store.get(key)) >= turn:
-                    come.set()
+                    arrived.set()
                     return
                 now = self._store.add(f"{self._prefix}/0", 0)
             except RuntimeError:  # the store is busy, or has gone: no sign
                 now = beats
             if now != beats:
-                beats, seen[0] = now, time.monotonic()
+                beats, last_seen[0] = now, time.monotonic()
             time.sleep(pause)
             pause = min(2 * pause, BEAT)
 
@@ -97,49 +103,52 @@ class Heartbeat:
         self._stopped.set()
         self._thread.join(GRACE)
 
-    def gone(self) -> list[int]:
-        """Called by a process whose exchange failed: the processes that are the reason.
+    def dead_ranks(self) -> list[int]:
+        """The processes that made a collective of this process fail.
 
-        Those that give no sign in `GRACE` seconds; if all do, those whose exchange did not fail.
-        All processes get what the first of them found. Process 0, which may keep the store, where
-        it does not answer: a dead link lets whoever reads it wait for minutes, hence the thread.
+        Those without a sign of life in `GRACE` seconds; if all give one, those whose collective did
+        not fail. All processes get the verdict of the first that asks. Where the store does not
+        answer, process 0, which may host it: reading it over a dead link blocks for minutes, hence
+        the thread.
         """
-        asking = threading.Thread(target=self._ask, daemon=True)
-        asking.start()
-        asking.join(3 * GRACE)
+        thread = threading.Thread(target=self._find_dead, daemon=True)
+        thread.start()
+        thread.join(3 * GRACE)
         verdict = self._verdict or "0"
         return [] if verdict == "none" else [int(r) for r in verdict.split(",")]
 
-    def _ask(self) -> None:
+    def _find_dead(self) -> None:
         try:
             self._store.set(f"{self._prefix}/failed/{self.rank}", "1")
-            if not self._judges():  # one of them looks; the others read what it says
+            if not self._is_judge():  # one process judges; the others read its verdict
                 end = time.monotonic() + 2 * GRACE
                 while not self._store.check([f"{self._prefix}/verdict"]) and time.monotonic() < end:
                     time.sleep(BEAT / 2)
             if not self._store.check([f"{self._prefix}/verdict"]):
-                verdict = ",".join(map(str, self._silent())) or "none"
+                verdict = ",".join(map(str, self._silent_ranks())) or "none"
                 self._store.compare_set(f"{self._prefix}/verdict", "", verdict)
             self._verdict = self._store.get(f"{self._prefix}/verdict").decode()
             if self.rank == 0:
-                time.sleep(2 * BEAT)  # it may keep the store, which the others still read
+                time.sleep(2 * BEAT)  # it may host the store, which the others still read
         except RuntimeError:
             return
 
-    def _judges(self) -> bool:
+    def _is_judge(self) -> bool:
         """Whether this process is the first to ask."""
         first = self._store.compare_set(f"{self._prefix}/judge", "", str(self.rank))
         return first.decode() == str(self.rank)
 
-    def _silent(self) -> list[int]:
-        """The processes without a beat in `GRACE`; if all beat, those whose exchange went well."""
+    def _silent_ranks(self) -> list[int]:
+        """Ranks without a beat in `GRACE`; if all beat, those whose collective did not fail."""
         before = self._beats()
         time.sleep(GRACE)
         beats = zip(before, self._beats(), strict=True)
         silent = [r for r, (then, now) in enumerate(beats) if then == now]
         return silent or [
-            r for r in range(self.world) if not self._store.check([f"{self._prefix}/failed/{r}"])
+            r
+            for r in range(self.world_size)
+            if not self._store.check([f"{self._prefix}/failed/{r}"])
         ]
 
     def _beats(self) -> list[int]:
-        return [self._store.add(f"{self._prefix}/{r}", 0) for r in range(self.world)]
+        return [self._store.add(f"{self._prefix}/{r}", 0) for r in range(self.world_size)]

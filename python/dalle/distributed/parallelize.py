@@ -22,16 +22,16 @@ def parallelize(
 ) -> None:
     """Puts a model where it is trained, before its optimizer is made.
 
-    In a world of one that is the device. Of several processes those of a machine share the
-    parameters (`fully_shard`, FSDP2), and between machines gradients are averaged whole, or with
-    `ClusterConfig.powersgd_rank` as low-rank factors: the matrices of the `units` are, all else is
+    In a world of one that is the device. With several processes, those of a machine shard the
+    parameters (`fully_shard`, FSDP2). Between machines gradients are averaged as they are, or with
+    `ClusterConfig.powersgd_rank` as low-rank factors: those of the matrices in `units`, but not of
     embeddings, unembeddings and tables (paper E.2).
 
     Args:
         model: on the CPU, of equal weights on all processes; changed in place.
-        world: who trains it.
-        units: its modules that run as a whole: resblocks, in their order.
-        owner: of the error's line, e.g. "prior train".
+        world: the processes that train it.
+        units: modules whose parameters are gathered together: resblocks, in their order.
+        owner: begins the line of an error, e.g. "prior train".
         forwards: methods of the model that run it, besides `forward`.
         compressible: whether every parameter gets a gradient at each step, as PowerSGD needs.
 
@@ -41,7 +41,7 @@ def parallelize(
     if world.size == 1:
         model.to(world.device)
         return
-    from dalle.distributed.cluster import Cluster  # half a second of FSDP2, of no use to one
+    from dalle.distributed.cluster import Cluster  # imports FSDP2: half a second
     from dalle.distributed.hooks import PowerSGD
     from dalle.distributed.shard import shard
 
@@ -50,18 +50,18 @@ def parallelize(
     rank = world.config.powersgd_rank
     if rank and not compressible:
         raise UsageError(f"{owner}: powersgd_rank must be 0, got {rank}")
-    alone = world.machines == 1
+    one_machine = world.machines == 1
     # With PowerSGD the gradients are averaged over a machine's processes only.
-    shard(model, units, world.mesh["shard"] if rank or alone else world.mesh, forwards)
-    if rank and alone:
+    shard(model, units, world.mesh["shard"] if rank or one_machine else world.mesh, forwards)
+    if rank and one_machine:
         say("cluster: powersgd_rank has no effect on one machine")
     elif rank:
-        inside = {p for unit in units for p in unit.parameters()}
+        compressed = {p for unit in units for p in unit.parameters()}
         world.psgd = PowerSGD(
             rank,
             world.mesh["replicate"].get_group(),
             wire=world.config.powersgd_wire,
-            exclude=[p for p in model.parameters() if p not in inside],
+            exclude=[p for p in model.parameters() if p not in compressed],
         )
         world.psgd.attach(model)
         sent, matrices = world.psgd.compressed()

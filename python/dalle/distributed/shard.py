@@ -35,20 +35,20 @@ def shard(
 
     Args:
         model: of equal weights on all processes; changed in place.
-        units: modules that run as a whole: resblocks.
+        units: modules whose parameters are gathered together: resblocks.
         mesh: its last axis has the processes of a machine.
         forwards: methods of the model that run it, besides `forward`.
     """
     shards = mesh.size(-1)
 
-    def place(param: nn.Parameter) -> Shard:
+    def placement(param: nn.Parameter) -> Shard:
         wide = param.dim() == 2 and param.shape[1] > param.shape[0]
         return Shard(1 if wide and param.shape[1] % shards == 0 else 0)
 
     # Keys and values that a block returns are views; nothing works on them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for part in (*units, model):
-        fully_shard(part, mesh=mesh, shard_placement_fn=place)
+        fully_shard(part, mesh=mesh, shard_placement_fn=placement)
     for method in forwards:
         register_fsdp_forward_method(model, method)
     for part, following in zip(units, units[1:], strict=False):
@@ -65,14 +65,14 @@ def gather_model(
     Args:
         model: with a `config` from which its class makes another one.
         rank: of this process.
-        values: by name in place of the model's own parameters, as of `IterateAverage.average`.
+        values: by name, weights to copy in place of the model's, as `IterateAverage.average`.
     """
-    given = dict(model.named_parameters()) if values is None else values
+    parameters = dict(model.named_parameters()) if values is None else values
     state = {name: buffer.cpu() for name, buffer in model.named_buffers()}
-    for name, tensor in given.items():
-        found = gather(tensor)  # one at a time: only process 0 keeps them
+    for name, tensor in parameters.items():
+        full = gather(tensor)  # one at a time: only process 0 keeps them
         if rank == 0:
-            state[name] = found.cpu()
+            state[name] = full.cpu()
     if rank:
         return None
     plain_class: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
@@ -90,15 +90,15 @@ def scatter_model(
     model: nn.Module, plain: nn.Module | None, group: dist.ProcessGroup | None
 ) -> None:
     """Gives the model the weights of a plain one of its class, which process 0 has. Collective."""
-    given = {} if plain is None else dict(plain.named_parameters())
+    parameters = {} if plain is None else dict(plain.named_parameters())
     for name, param in model.named_parameters():
-        found = (
+        full = (
             torch.empty(param.shape, dtype=param.dtype, device="cpu")
             if plain is None
-            else given[name].detach().cpu()
+            else parameters[name].detach().cpu()
         )
-        dist.broadcast(found, src=0, group=group)
-        fill_(param, found)
+        dist.broadcast(full, src=0, group=group)
+        fill_(param, full)
 
 
 def _groups(part: FSDPModule) -> list[Any]:
@@ -130,14 +130,14 @@ def parameter_gradients(part: FSDPModule, flat: Tensor) -> list[tuple[Tensor, Te
             f"{flat.numel()} elements of {size} in the module that holds "
             f"{params[0]._param_fqn or 'them'}"
         )
-    found, start = [], 0
+    views, start = [], 0
     for p in params:
         grad = flat.as_strided(p.sharded_size, p.contiguous_sharded_stride, start)
-        found.append((p.sharded_param, grad))
+        views.append((p.sharded_param, grad))
         start += p.padded_sharded_param_size.numel()
     if flat.device.type == "cuda":  # until torch 2.15 nothing else keeps it for this stream
         flat.record_stream(torch.cuda.current_stream())
-    return found
+    return views
 
 
 def check_replicas(parts: Sequence[FSDPModule], ranks: list[int]) -> None:
@@ -154,20 +154,20 @@ def check_replicas(parts: Sequence[FSDPModule], ranks: list[int]) -> None:
 
 def replicas(parts: Sequence[FSDPModule]) -> dist.ProcessGroup:
     """The group of the processes with the same shards: the other axis of the model's mesh."""
-    found = None
+    group = None
     for mesh in {p.device_mesh for part in parts for p in _sharded(part)}:
         root: DeviceMesh = mesh._get_root_mesh()
         others = [n for n in root.mesh_dim_names or () if n not in (mesh.mesh_dim_names or ())]
         if len(others) == 1 and others[0].endswith("replicate"):
-            found = root.get_group(others[0])
+            group = root.get_group(others[0])
             continue
         raise UsageError(
             'PowerSGD: group must be given where the model\'s mesh has no axis "replicate" beside '
             f"its own, got axes {root.mesh_dim_names}"
         )
-    if found is None:
+    if group is None:
         raise UsageError("PowerSGD: model must hold sharded parameters, got none")
-    return found
+    return group
 
 
 def _sharded(part: FSDPModule) -> list[DTensor]:
@@ -177,42 +177,42 @@ def _sharded(part: FSDPModule) -> list[DTensor]:
 def can_follow(part: FSDPModule, flat: Tensor) -> bool:
     """Whether the buffer may be changed until the backward pass ends: gradients will be its views.
 
-    They are copies where FSDP2 casts, adds to gradients that are there, or divides once more (in
-    fp16, and where it is told by what). On a GPU the stream is asynchronous without this.
+    They are copies where FSDP2 casts, adds to existing gradients, or divides once more (in fp16,
+    and with a custom divisor). A GPU's stream is asynchronous anyway.
     """
     if flat.device.type != "cpu" or flat.dtype not in (torch.float32, torch.bfloat16):
         return False
-    told = any(
+    custom_division = any(
         g.gradient_divide_factor is not None or g.force_sum_reduction_for_comms
         for g in _groups(part)
     )
     params = sharded_parameters(part)
-    return not told and all(p.dtype == flat.dtype and p.grad is None for p in params)
+    return not custom_division and all(p.dtype == flat.dtype and p.grad is None for p in params)
 
 
 def smallest_shard(param: Tensor) -> torch.Size:
     """Shape of the smallest part that a process holds of a parameter, the same on all of them."""
     if not isinstance(param, DTensor):
         return param.shape
-    sizes = [{size} for size in param.shape]  # by dimension: of all processes' parts
-    for axis, placed in enumerate(param.placements):
-        if isinstance(placed, Shard):
+    sizes = [{size} for size in param.shape]  # by dimension: lengths of all parts
+    for axis, placement in enumerate(param.placements):
+        if isinstance(placement, Shard):
             count = param.device_mesh.size(axis)
-            sizes[placed.dim] = {
-                part for size in sizes[placed.dim] for part in _part_sizes(size, count)
+            sizes[placement.dim] = {
+                part for size in sizes[placement.dim] for part in _part_sizes(size, count)
             }
-    return torch.Size(min(found) for found in sizes)
+    return torch.Size(min(lengths) for lengths in sizes)
 
 
 @lru_cache(maxsize=4096)
 def _part_sizes(size: int, count: int) -> frozenset[int]:
-    """Of `torch.chunk`, with empty parts where there are fewer than `count`."""
+    """Lengths of `torch.chunk`'s parts, with 0 where there are fewer than `count`."""
     first = -(-size // count)
     return frozenset(max(0, min(first, size - i * first)) for i in range(count))
 
 
 def as_shard(param: Tensor | None, part: Tensor) -> Tensor:
-    """This process's part of something shaped like the parameter, which may be a `DTensor`."""
+    """`part`, this process's part of a tensor, as a `DTensor` where the parameter is one."""
     if not isinstance(param, DTensor):
         return part
     return DTensor.from_local(

@@ -19,49 +19,49 @@ from dalle.precision import ResblockScaler
 
 
 class World(Protocol):
-    """All processes of a training. What is called collective, all of them call in the same order.
+    """The processes of a training. All of them call collective methods, in the same order.
 
-    A batch is shared out over them, and a mean over this process's part of it, times `weight`, has
-    the mean over the whole batch as its mean over the processes.
+    A batch is split over the processes. The mean over this process's part times `weight`, averaged
+    over all processes, is the mean over the batch.
     """
 
     @property
     def rank(self) -> int:
-        """Number of this process. Process 0 writes what is written once."""
+        """Number of this process. Process 0 writes the files of the run."""
 
     @property
     def size(self) -> int:
-        """How many processes there are."""
+        """Number of processes."""
 
     @property
     def device(self) -> torch.device:
-        """Of this process."""
+        """Where this process computes."""
 
     @property
     def control(self) -> dist.ProcessGroup | None:
         """The group for what is not a gradient, on the CPU; None in a world of one."""
 
     def part(self, count: int) -> slice:
-        """This process's part of `count` things; parts differ by one at most.
+        """This process's part of `count` items; parts differ by one at most.
 
         Raises:
-            UsageError: fewer than there are processes.
+            UsageError: `count` is below the number of processes.
         """
 
     def weight(self, count: int) -> float:
-        """Of a mean over this process's part of `count` things in the mean of all processes."""
+        """Factor on the mean over this process's part of `count` items: size of part / average."""
 
     def share(self, count: int) -> Callable[[], float]:
-        """As `weight`, where this process has `count` things, others other numbers.
+        """As `weight`, where this process has `count` items and others have other counts.
 
-        Collective. What is returned waits for the others; work in between hides them.
+        Collective. Starts the exchange; the function returned waits for it and gives the factor.
         """
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums over all processes, on the CPU, in float64. Collective."""
 
     def mean(self, values: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
-        """A step's values over all processes: means, of counts the sums. Collective."""
+        """A step's values over all processes: counts are summed, others averaged. Collective."""
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process. Collective."""
@@ -82,72 +82,72 @@ class World(Protocol):
         """Waits for all processes, however long process 0 takes while it lives. Collective."""
 
     def agreed(self) -> AbstractContextManager[None]:
-        """What fails inside on one process fails on all, in its words. Collective.
+        """An error inside on one process is raised on all, with the same message. Collective.
 
-        Process 0 may take longer inside than an exchange is waited for.
+        Process 0 may take longer inside than the time-out of a collective.
         """
 
     def require_same(self, values: Mapping[str, Any]) -> None:
         """Raises UsageError on all unless they have the same JSON values. Collective."""
 
     def postpone(self, problem: DalleError) -> None:
-        """Keeps what keeps this process from its part of a step until `agreed_loss` tells the
-        others, before anything has changed; with nobody to tell, raises it at once."""
+        """Stores the problem that keeps this process from its part of a step; `agreed_loss` raises
+        it on all, before anything has changed. A world of one raises it at once."""
 
     def agreed_loss(self, loss: Tensor) -> Tensor:
         """The mean loss, the same on all, so that all stop or none. Collective.
 
         Raises:
-            DalleError: what a process has postponed, on all of them.
+            DalleError: the problem that a process has postponed, on all of them.
         """
 
     def explained(self, step: Callable[[], int] | None = None) -> AbstractContextManager[None]:
-        """Turns an exchange that fails inside into the line that names who did not answer."""
+        """Turns a failed collective into an error that names the processes that did not answer."""
 
-    def whole_model(
+    def full_model(
         self, model: nn.Module, values: Mapping[str, Tensor] | None = None
     ) -> AbstractContextManager[nn.Module | None]:
-        """The whole model. Collective, but not what is done with it inside.
+        """The full model. Collective, except for the work inside.
 
-        One process gets the model itself; of several, process 0 a copy on the CPU in evaluation
-        mode, and the others None.
+        In a world of one it is the model itself. Of several processes, process 0 gets a copy on
+        the CPU in evaluation mode, and the others None.
 
         Args:
             model: of this process, which may hold a part of each parameter.
-            values: by name in place of the parameters' own inside the block: averaged weights.
+            values: by name, weights to use in place of the model's, such as averaged ones.
         """
 
-    def take_over(self, model: nn.Module, whole: nn.Module | None) -> None:
-        """Gives the model the weights of what `whole_model` gave. Collective."""
+    def load_full_model(self, model: nn.Module, full: nn.Module | None) -> None:
+        """Gives the model the weights of `full`, which `full_model` gave. Collective."""
 
     def gradient_norm(self, gradients: Sequence[Tensor]) -> float:
-        """Norm of the whole gradient, the same on all; collective.
+        """Norm of the full gradient, the same on all processes. Collective.
 
         Args:
             gradients: those that this process's parameters hold.
         """
 
-    def agree_norm_(self, norm: Tensor) -> None:
-        """Makes a norm (0-d float64) of equal gradients one number on all, in place. Collective."""
+    def broadcast_norm_(self, norm: Tensor) -> None:
+        """Replaces a norm (0-d float64) by process 0's, which may round otherwise. Collective."""
 
     def use_scaler(self, scaler: ResblockScaler) -> None:
-        """Tells what compresses gradients whose scales they carry."""
+        """Tells PowerSGD by which scaler the gradients are scaled."""
 
     def replica_drift(self, model: nn.Module) -> str | None:
-        """In words, the first process whose weights are not those of its replica; collective."""
+        """Names the first process whose weights differ from its replica's, or None. Collective."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the exchanges: PowerSGD's error buffers. Collective."""
+        """PowerSGD's error buffers, for a checkpoint. Collective."""
 
     def load_state_dict(self, state: Mapping[str, Any], where: str) -> None:
-        """Takes `state_dict()` back; says so, after `where`, where it is missing."""
+        """Restores `state_dict()`; if it is missing, prints a line that begins with `where`."""
 
     def summary(self) -> list[str]:
-        """Lines to be said after a training."""
+        """Lines to print after a training."""
 
 
 class Solo:
-    """A world of one process: every question is answered at once.
+    """A world of one process, in which no method waits.
 
     Args:
         device: of this process.
@@ -208,19 +208,19 @@ class Solo:
         return nullcontext()
 
     @contextmanager
-    def whole_model(
+    def full_model(
         self, model: nn.Module, values: Mapping[str, Tensor] | None = None
     ) -> Iterator[nn.Module | None]:
         with nullcontext() if values is None else swapped(dict(model.named_parameters()), values):
             yield model
 
-    def take_over(self, model: nn.Module, whole: nn.Module | None) -> None:
+    def load_full_model(self, model: nn.Module, full: nn.Module | None) -> None:
         pass  # it is the model itself
 
     def gradient_norm(self, gradients: Sequence[Tensor]) -> float:
         return float(nn.utils.get_total_norm(gradients))
 
-    def agree_norm_(self, norm: Tensor) -> None:
+    def broadcast_norm_(self, norm: Tensor) -> None:
         pass
 
     def use_scaler(self, scaler: ResblockScaler) -> None:
@@ -241,18 +241,18 @@ class Solo:
 
 @contextmanager
 def join(
-    config: ClusterConfig, device: torch.device, asked: Mapping[str, Any] | None = None
+    config: ClusterConfig, device: torch.device, options: Mapping[str, Any] | None = None
 ) -> Iterator[World]:
     """The world that `torchrun` started this process in; a `Solo` where it is alone.
 
-    An exchange that fails inside becomes the line that names who did not answer.
+    A collective that fails inside becomes an error that names the processes that did not answer.
 
     Args:
-        config: how they work together.
-        device: of this process; of several GPUs its own is chosen.
-        asked: JSON values that all processes must have alike, the configuration among them.
+        config: how the processes work together.
+        device: of this process; "cuda" becomes the GPU of its local rank.
+        options: JSON values that must be equal on all processes, the configuration among them.
 
-    Raises: as `Cluster`; UsageError where `asked` differs, or the environment is not torchrun's.
+    Raises: as `Cluster`; UsageError where `options` differs, or the environment is not torchrun's.
     """
     if _number("WORLD_SIZE", 1) == 1:
         if _number("RANK", 0):
@@ -271,17 +271,17 @@ def join(
             )
     for name in ("RANK", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         _number(name, 0)
-    from dalle.distributed.cluster import Cluster  # half a second of FSDP2, of no use to one
+    from dalle.distributed.cluster import Cluster  # imports FSDP2: half a second
 
-    cluster = Cluster(config, device, asked)
+    cluster = Cluster(config, device, options)
     with cluster.explained():
         yield cluster
-    with suppress(RuntimeError):  # the work is done: nothing hangs on a clean farewell
+    with suppress(RuntimeError):  # the work is done; a failed shutdown loses nothing
         cluster.close()
 
 
 def _number(name: str, default: int) -> int:
-    """A variable of torchrun's, at least 0."""
+    """An environment variable of torchrun as an integer of at least 0."""
     text = os.environ.get(name, "")
     if not text:
         return default
@@ -291,8 +291,8 @@ def _number(name: str, default: int) -> int:
 
 
 def shared_options(config: Any) -> dict[str, Any]:
-    """What of a command's options all processes must have alike: all but its paths and device."""
+    """The options of a command that must be equal on all processes: not its paths and device."""
     values = to_dict(config)
     values |= values.pop("loop", {})
-    own = ("data", "tokenizer", "vae", "out", "device")
-    return {key: value for key, value in values.items() if key not in own}
+    local = ("data", "tokenizer", "vae", "out", "device")
+    return {key: value for key, value in values.items() if key not in local}

@@ -78,13 +78,13 @@ def local_batch(world: World, batch: Callable[[], T], empty: Callable[[], T]) ->
 
 @contextmanager
 def averaged_model(task: Task, averaged: bool = True) -> Iterator[nn.Module | None]:
-    """`World.whole_model` of a task, by default with the averaged weights where it has any.
+    """`World.full_model` of a task, by default with the averaged weights where it has any.
 
     Raises:
         EnvironmentProblem: a GPU's memory does not suffice for what is done inside.
     """
     values = task.average.average if averaged and task.average is not None else None
-    with task.world.whole_model(task.model, values) as model:
+    with task.world.full_model(task.model, values) as model:
         try:
             yield model
         except torch.OutOfMemoryError as problem:
@@ -102,4 +102,4 @@ def full_model(task: Task) -> Iterator[nn.Module | None]:
     """
     with averaged_model(task, False) as model:
         yield model
-    task.world.take_over(task.model, model)
+    task.world.load_full_model(task.model, model)

@@ -92,7 +92,7 @@ def update(
         norm = _plain_step(task, mean_loss, step, clip_norm, forward)
     else:
         check_loss(task.name, mean_loss, step, task.model, forward)
-        agree = task.world.agree_norm_
+        agree = task.world.broadcast_norm_
         result = scaler.step(task.optimizer, clip_norm=clip_norm, agree=agree)
         norm = float(result.norm)
         if bool(result.skipped):
