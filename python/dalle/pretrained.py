@@ -289,7 +289,7 @@ class Pretrained(nn.Module, Generic[T]):
             CheckpointError: the folder is damaged or holds something else.
         """
         config = load_config(directory, cls.__name__, cls.config_type)
-        _check_size(Path(directory), cls.least_parameters(config))
+        _check_size(Path(directory), cls.min_parameters(config))
         with torch.random.fork_rng(devices=[]):  # loading must not move the caller's generator
             model = cls._with_parts(config, Path(directory))
         load_weights(model, directory)
@@ -302,7 +302,7 @@ class Pretrained(nn.Module, Generic[T]):
         save_pretrained(self, directory, self.config, self.trained_on)
 
     @classmethod
-    def least_parameters(cls, config: T) -> int:
+    def min_parameters(cls, config: T) -> int:
         """A lower bound of the parameters of a model of `config`, without building it."""
         return 0
 

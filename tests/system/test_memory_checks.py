@@ -73,7 +73,7 @@ def test_a_config_of_absurd_sizes_builds_nothing(home, tmp_path, part, capsys):
     assert re.search(r"model.safetensors: must have at least \d+ bytes", capsys.readouterr().err)
 
 
-def test_least_parameters_are_never_more_than_there_are():
+def test_min_parameters_are_never_more_than_there_are():
     tokenizer = Tokenizer.train(["a b"], 260)
     models = [Prior(replace(PRIORS["tiny"], image_rank=rank)) for rank in (0, 16)]
     models += [DiscreteVAE(DVAES[name]) for name in ("tiny", "small")]
@@ -81,7 +81,7 @@ def test_least_parameters_are_never_more_than_there_are():
     models.append(ContrastiveRanker(replace(RANKERS["tiny"], vocab_size=300), tokenizer))
     for model in models:
         count = sum(p.numel() for p in model.parameters())
-        assert count / 4 < type(model).least_parameters(model.config) <= count
+        assert count / 4 < type(model).min_parameters(model.config) <= count
 
 
 def test_training_bytes_are_a_lower_bound_of_what_is_kept():

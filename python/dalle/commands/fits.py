@@ -62,7 +62,7 @@ def dvae_bytes(config: DiscreteVAEConfig, image_size: int, batch: int) -> float:
     else:
         kept = grid * config.n_hid * 6 * config.n_blk_per_group
     pictures = 3 * image_size**2 + 2 * grid * config.vocab_size
-    return TRAINED * DiscreteVAE.least_parameters(config) + 4.0 * batch * (kept + pictures)
+    return TRAINED * DiscreteVAE.min_parameters(config) + 4.0 * batch * (kept + pictures)
 
 
 def require_dvae_fits(

@@ -1,4 +1,4 @@
-"""Codebook health, and a codebook to begin with.
+"""Codebook health, and an initial codebook.
 
 A dVAE trained for minutes from scratch collapses to a few dozen codes. The cure of the toy recipes
 (not in the paper): train a continuous autoencoder first, cluster its codes, and set both 1x1
@@ -18,7 +18,7 @@ from dalle.dvae.likelihood import map_pixels
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import UsageError
 
-LEAST_SPREAD = 1e-4  # of a feature's mean square; logits then stay below 1e5 times the sharpness
+MIN_SPREAD = 1e-4  # of a feature's mean square; logits then stay below 1e5 times the sharpness
 SEED_POINTS = 8  # points a centre that k-means++ draws from; more cost time and give little
 
 
@@ -72,8 +72,8 @@ def kmeans(points: Tensor, num_centers: int, *, iterations: int, seed: int) -> t
         UsageError: fewer points than centres, no centre, a bad seed.
     """
     num_centers, iterations = (
-        integer("kmeans", name, value, least)
-        for name, value, least in (("num_centers", num_centers, 1), ("iterations", iterations, 0))
+        integer("kmeans", name, value, minimum)
+        for name, value, minimum in (("num_centers", num_centers, 1), ("iterations", iterations, 0))
     )
     seed = seed_number("kmeans", seed)
     if len(points) < num_centers:
@@ -133,13 +133,13 @@ def init_codebook(
 
     Afterwards the logits are -sharpness * |feature - centre|^2 / (mean squared distance), up to a
     term equal for all codes, and the decoder's codebook vectors are the centres. Where the images
-    have hardly more different features than there are codes, that distance is close to 0; then the
-    least is taken that keeps the logits exact in fp32.
+    have hardly more different features than there are codes, that distance is close to 0; then a
+    minimum is used instead, which keeps the logits exact in fp32.
 
     Args:
         vae: a model with a patch stem.
         images: (N, 3, H, W) in [0, 1].
-        sharpness: how decided the first logits are.
+        sharpness: how peaked the first logits are.
         iterations: passes of k-means.
         max_points: features clustered at most (a random subset).
         seed: of the subset and the first centres.
@@ -159,11 +159,13 @@ def init_codebook(
                 :max_points
             ]
         ]
-    # Another order than the subset's.
-    own = int(torch.randint(2**31, (), generator=generator, dtype=torch.int64, device="cpu"))
-    centers, spread = kmeans(points, vae.num_tokens, iterations=iterations, seed=own)
-    least = LEAST_SPREAD * float(points.square().sum(1).mean())
-    scale = sharpness / max(spread, least, 1e-12)
+    # Not the seed of the subset.
+    kmeans_seed = int(
+        torch.randint(2**31, (), generator=generator, dtype=torch.int64, device="cpu")
+    )
+    centers, spread = kmeans(points, vae.num_tokens, iterations=iterations, seed=kmeans_seed)
+    min_spread = MIN_SPREAD * float(points.square().sum(1).mean())
+    scale = sharpness / max(spread, min_spread, 1e-12)
     logits_conv, codebook_conv = vae.encoder.logits_conv(), vae.decoder.codebook_conv()
     logits_conv.w.copy_(2 * scale * centers[:, :, None, None])
     logits_conv.b.copy_(-scale * centers.square().sum(1))

@@ -142,7 +142,7 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
         return cls(from_presets(cls.__name__, PRESETS, name, **overrides))
 
     @classmethod
-    def least_parameters(cls, config: DiscreteVAEConfig) -> int:
+    def min_parameters(cls, config: DiscreteVAEConfig) -> int:
         """The 3x3 or per-position matrices of the blocks, and the codebook at both ends."""
         c = config
         blocks: int
@@ -228,7 +228,7 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
             tau: temperature of the relaxation, positive.
             kl_weight: beta in the paper's units (6.6 there).
             seed: of the Gumbel noise; None draws one from torch's generator.
-            first: images of a larger batch before these, whose noise these get as its part.
+            first: number of images before these in a larger batch, whose noise they then get.
         """
         logits = self.logits(images)
         before = first * logits.shape[2] * logits.shape[3]

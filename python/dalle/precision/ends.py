@@ -32,8 +32,8 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, stream: Tensor, branch: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            found = dalle_ext.unscale_gradient(stream, branch, ctx.saved_tensors[0])
-        return *once((found,), stream, branch), None
+            grad = dalle_ext.unscale_gradient(stream, branch, ctx.saved_tensors[0])
+        return *once((grad,), stream, branch), None
 
 
 class _Leave(torch.autograd.Function):
@@ -59,15 +59,15 @@ def exponents(grad: Tensor) -> Tensor:
     """(BINS,) int64 histogram of floor(log2 |g|) over about 4,096 nonzero finite elements."""
     flat = grad.detach().reshape(-1).float()
     stride = max(1, flat.numel() // SAMPLED) | 1  # odd, so that it meets every channel
-    seen = flat[::stride]
-    exponent = torch.frexp(seen).exponent - 1
-    usable = seen.isfinite() & (seen != 0)
-    place = torch.where(usable, (exponent - LOWEST).clamp(0, BINS - 1), -1)
-    return (place[:, None] == torch.arange(BINS, device=grad.device, dtype=torch.int64)).sum(0)
+    sample = flat[::stride]
+    exponent = torch.frexp(sample).exponent - 1
+    usable = sample.isfinite() & (sample != 0)
+    bin_index = torch.where(usable, (exponent - LOWEST).clamp(0, BINS - 1), -1)
+    return (bin_index[:, None] == torch.arange(BINS, device=grad.device, dtype=torch.int64)).sum(0)
 
 
 class BlockEnds:
-    """The ends of one residual block: `x, inside = enter(x)`, then `x + leave(branch(inside))`.
+    """The ends of one residual block: `x, y = enter(x)`, then `x + leave(branch(y))`.
 
     Made by `ResblockScaler`, one for each block.
 
@@ -98,12 +98,12 @@ class BlockEnds:
     def hook(self, first: nn.Module, last: nn.Module) -> list[RemovableHandle]:
         """Puts the ends around a branch that begins with `first` and ends with `last`.
 
-        For blocks whose code is not to be changed: `first` (its norm) is given the branch's input,
-        `last` gives back fp32 whatever it computed. Remove with the handles returned.
+        For blocks whose code must stay unchanged: `first` (its norm) gets the branch's input,
+        `last` returns fp32 whatever it computed. Remove with the handles returned.
         """
 
-        def before(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-            return self.enter(given[0])[1], *given[1:]
+        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return self.enter(args[0])[1], *args[1:]
 
         def after(_: nn.Module, __: tuple[Any, ...], result: Tensor) -> Tensor:
             return self.leave(result)

@@ -30,20 +30,20 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, weight = ctx.saved_tensors
         with torch.no_grad():
-            found = _Linear.gradients(x, weight, grad, ctx.bias_dtype)
-        return once(found, grad, x, weight)
+            gradients = _Linear.gradients(x, weight, grad, ctx.bias_dtype)
+        return once(gradients, grad, x, weight)
 
     @staticmethod
     def gradients(
         x: Tensor, weight: Tensor, grad: Tensor, bias_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype, rows = x.dtype, grad.reshape(-1, grad.shape[-1])
-        by, given, onto = rows, x.reshape(-1, x.shape[-1]), weight.to(dtype)
+        grad_rows, x_rows, w = rows, x.reshape(-1, x.shape[-1]), weight.to(dtype)
         if widened(x):
-            by, given, onto = by.float(), given.float(), onto.float()
-        to_x = (by @ onto).to(dtype).view(x.shape)
-        to_weight = (by.t() @ given).to(dtype).to(weight.dtype)
-        return to_x, to_weight, rows.sum(0, dtype=torch.float32).to(bias_dtype)
+            grad_rows, x_rows, w = grad_rows.float(), x_rows.float(), w.float()
+        grad_x = (grad_rows @ w).to(dtype).view(x.shape)
+        grad_weight = (grad_rows.t() @ x_rows).to(dtype).to(weight.dtype)
+        return grad_x, grad_weight, rows.sum(0, dtype=torch.float32).to(bias_dtype)
 
 
 def widened(x: Tensor) -> bool:

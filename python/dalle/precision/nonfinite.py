@@ -34,26 +34,26 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str | No
         "input of NAME", "parameter NAME" or "output of NAME" (the innermost module), NAME as in
         `model.named_modules()`; None where everything is finite.
     """
-    found: list[str] = []
+    culprits: list[str] = []
 
     def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, given: Any, named: Any) -> None:
-            if found:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if culprits:
                 return
-            if _bad((given, named)):
-                found.append(f"input of {name}")
+            if _bad((args, kwargs)):
+                culprits.append(f"input of {name}")
                 return
             for key, value in module.named_parameters(recurse=False):
                 if _bad(value):
-                    found.append(f"parameter {name}.{key}")
+                    culprits.append(f"parameter {name}.{key}")
                     return
 
         return hook
 
     def after(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, result: Any) -> None:
-            if not found and _bad(result):
-                found.append(f"output of {name}")
+            if not culprits and _bad(result):
+                culprits.append(f"output of {name}")
 
         return hook
 
@@ -67,4 +67,4 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str | No
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    return culprits[0] if culprits else None

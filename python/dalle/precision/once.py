@@ -1,4 +1,4 @@
-"""Gradients that are differentiated once: what comes after is refused, and never 0 in silence."""
+"""First-order gradients: a second derivative raises an error instead of being silently zero."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class _Once(torch.autograd.Function):
 
 
 def once(grads: tuple[Tensor, ...], *sources: Tensor) -> tuple[Tensor, ...]:
-    """Gradients as they are; their own derivative by any of `sources` is refused.
+    """Returns the gradients; differentiating them by any of `sources` raises an error.
 
     Torch's `once_differentiable` lets it be zero where the incoming gradient is a constant.
 
-    Raises, when it is asked for:
+    Raises, when a second derivative is computed:
         NotImplementedError: in one line.
     """
     if not torch.is_grad_enabled():  # no create_graph

@@ -31,9 +31,9 @@ def plot_scales(records: list[dict[str, Any]], path: Path) -> None:
         blocks = len(scaled[-1]["block_scale"])
         scaled = [r for r in scaled if len(r["block_scale"]) == blocks]
     if not scaled:
-        found = "none that is whole" if any("block_scale" in r for r in records) else "none"
+        description = "none that is whole" if any("block_scale" in r for r in records) else "none"
         raise DataError(
-            f"plot scales: metrics must hold block_scale, got {found} (fp16-scaled only)"
+            f"plot scales: metrics must hold block_scale, got {description} (fp16-scaled only)"
         )
     try:
         import matplotlib
@@ -58,22 +58,22 @@ def plot_scales(records: list[dict[str, Any]], path: Path) -> None:
 def _is_complete(record: dict[str, Any]) -> bool:
     """Whether a record has a number for each block, and a row of shares where it has exponents."""
     names = ("block_scale", "block_underflow", "block_subnormal", "block_overflow")
-    found = [_numbers(record.get(name), 1) for name in names]
+    arrays = [_numbers(record.get(name), 1) for name in names]
     rows = record.get("block_exponents")
     if rows:
-        found.append(_numbers(rows, 2))
-    lengths = {None if numbers is None else len(numbers) for numbers in found}
+        arrays.append(_numbers(rows, 2))
+    lengths = {None if numbers is None else len(numbers) for numbers in arrays}
     return len(lengths) == 1 and None not in lengths
 
 
 def _numbers(value: Any, axes: int) -> np.ndarray | None:
     """`value` as an array of `axes` axes, or None where it is none of finite numbers in reason."""
     try:
-        found = np.asarray(value, dtype=np.float64)
+        array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):  # of other values, or ragged
         return None
-    fits = found.ndim == axes and found.size and np.isfinite(found).all()
-    return found if fits and np.abs(found).max() < 1e6 else None
+    fits = array.ndim == axes and array.size and np.isfinite(array).all()
+    return array if fits and np.abs(array).max() < 1e6 else None
 
 
 def _scales(axis: Any, records: list[dict[str, Any]]) -> None:
@@ -112,10 +112,10 @@ def _exponents(axis: Any, records: list[dict[str, Any]]) -> None:
         return
     record = sampled[-1]
     shares = np.array(record["block_exponents"]).T  # exponents x blocks
-    seen = np.flatnonzero(shares.sum(1))
-    if not seen.size:
+    occupied = np.flatnonzero(shares.sum(1))
+    if not occupied.size:
         return
-    low, high = int(seen.min()), int(seen.max()) + 1
+    low, high = int(occupied.min()), int(occupied.max()) + 1
     count = shares.shape[1]
     extent = (-0.5, count - 0.5, low + LOWEST, high + LOWEST)
     axis.imshow(shares[low:high], origin="lower", aspect="auto", extent=extent, cmap="magma")

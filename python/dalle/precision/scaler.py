@@ -18,7 +18,7 @@ from dalle.errors import CheckpointError, UsageError
 from dalle.precision.ends import BINS, COUNTS, BlockEnds
 
 Block = nn.Module | Sequence[nn.Module]
-TELL_EVERY = 10  # updates, of which none succeeded since the beginning
+REPORT_EVERY = 10  # updates between reports, while all of them have been skipped
 
 
 class ScalerStep(NamedTuple):
@@ -43,13 +43,13 @@ class ResblockScaler:
     block alone. Parameter gradients stay scaled in `.grad` until `step`.
 
         scaler = ResblockScaler({"0": layer0, "1": layer1})
-        x, inside = scaler["0"].enter(x)              # in the model: fp32 -> fp32, fp32
-        x = x + scaler["0"].leave(f(norm(inside).half()))
+        x, y = scaler["0"].enter(x)                   # in the model: fp32 -> fp32, fp32
+        x = x + scaler["0"].leave(f(norm(y).half()))
         loss.backward()
         scaler.step(optimizer, clip_norm=4.0)         # instead of optimizer.step()
 
-    Works with activation checkpointing, gradient accumulation and `torch.compile`. A model whose
-    code is not to be changed: `scaler["0"].hook(first_module, last_module)`.
+    Works with activation checkpointing, gradient accumulation and `torch.compile`. For a model
+    whose code must stay unchanged: `scaler["0"].hook(first_module, last_module)`.
 
     Args:
         blocks: name -> module or modules of one residual block (norm and branch), in order. What
@@ -59,7 +59,7 @@ class ResblockScaler:
         growth: factor after a clean update.
         backoff: factor after nonfinite parameter gradients of the block; then the update is
             skipped, and the scale falls at most once in `window` updates.
-        window: see there.
+        window: least number of updates between two falls of a scale.
         grow_on_skip: whether clean blocks' scales grow also on a skipped update.
         shared: one scale for all blocks: a global loss scale, to compare with.
         sample_every: at every so many updates, count the gradients' exponents; 0 for never.
@@ -103,7 +103,7 @@ class ResblockScaler:
         self._growth, self._backoff = growth, backoff
         self._grow_on_skip = grow_on_skip
         count = len(self.names)
-        # One more for what belongs to no block: its scale is 1 for ever.
+        # One more entry for the parameters of no block; its scale stays 1.
         start = float(initial * replicas)
         self.scales = torch.full((count + 1,), start, dtype=torch.float32, device=device)
         self.scales[count] = 1
@@ -111,8 +111,8 @@ class ResblockScaler:
         # Skipped updates in a row that a block caused at its lowest scale.
         self._stuck = torch.zeros(count, dtype=torch.int64, device=device)
         self._skips = torch.zeros(2, dtype=torch.float64, device=device)  # skipped, updates
-        # Updates that all were skipped since the beginning; None once one was not.
-        self._in_vain: Tensor | None = torch.zeros((), dtype=torch.int64, device=device)
+        # Number of updates as long as all have been skipped; None after the first that was not.
+        self._all_skipped: Tensor | None = torch.zeros((), dtype=torch.int64, device=device)
         self._ends = {name: BlockEnds(self.scales[i]) for i, name in enumerate(self.names)}
         self._sample()
 
@@ -125,15 +125,15 @@ class ResblockScaler:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for ends, scale in zip(self._ends.values(), self.scales, strict=False):
-            ends.scale = scale  # views, which a pickle makes tensors of their own
+            ends.scale = scale  # views again, of which pickling makes separate tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ResblockScaler:
-        """Of the same parameters, or of their copies where those were made in the same call."""
-        found = memo[id(self)] = object.__new__(ResblockScaler)
-        own = {key: value for key, value in self.__dict__.items() if key != "groups"}
+        """For the same parameters, or for their copies where the same call makes them."""
+        new = memo[id(self)] = object.__new__(ResblockScaler)
+        attributes = {key: value for key, value in self.__dict__.items() if key != "groups"}
         groups = {memo.get(id(param), param): group for param, group in self.groups.items()}
-        found.__setstate__({**copy.deepcopy(own, memo), "groups": groups})
-        return found
+        new.__setstate__({**copy.deepcopy(attributes, memo), "groups": groups})
+        return new
 
     @torch.no_grad()
     def step(
@@ -164,10 +164,10 @@ class ResblockScaler:
         if not params:
             raise UsageError("ResblockScaler: optimizer must hold gradients, got none")
         fused = isinstance(optimizer, dalle_ext.AdamW16)
-        rest = len(self)
-        groups = [self.groups.get(p, rest) for p in params]
-        # Gradients of nothing but others are those of another model, unless all blocks are frozen.
-        if min(groups) == rest and any(p.requires_grad for p in self.groups):
+        no_block = len(self)
+        groups = [self.groups.get(p, no_block) for p in params]
+        # With no parameter of a block it is another model's, unless all blocks are frozen.
+        if min(groups) == no_block and any(p.requires_grad for p in self.groups):
             raise UsageError(
                 "ResblockScaler: optimizer must hold parameters of the blocks, got gradients of "
                 f"{len(params)} others"
@@ -182,9 +182,9 @@ class ResblockScaler:
         if clip_norm is not None:
             factor = (clip_norm / norm.clamp_min(clip_norm)).float()
         if isinstance(optimizer, dalle_ext.AdamW16):
-            where = dict(zip(params, groups, strict=True))
+            group_of = dict(zip(params, groups, strict=True))
             optimizer.step(
-                clip_factor=factor, found_nonfinite=skipped, scales=self.scales, groups=where
+                clip_factor=factor, found_nonfinite=skipped, scales=self.scales, groups=group_of
             )
         elif not bool(skipped):
             if factor is not None:
@@ -192,25 +192,25 @@ class ResblockScaler:
             optimizer.step()
         self._update_scales(nonfinite)
         self._skips += torch.stack([skipped.double(), torch.ones_like(norm)])
-        if self._in_vain is not None:
-            self._in_vain += skipped
-            if self.updates % TELL_EVERY == 0:  # the host waits, but only at the beginning
-                self._tell(nonfinite)
+        if self._all_skipped is not None:
+            self._all_skipped += skipped
+            if self.updates % REPORT_EVERY == 0:  # the host waits, but only at the beginning
+                self._report_start(nonfinite)
         return ScalerStep(norm, nonfinite, skipped)
 
     def _update_scales(self, nonfinite: Tensor) -> None:
         count = len(self)
-        scales, found = self.scales[:count], nonfinite[:count]
+        scales, counts = self.scales[:count], nonfinite[:count]
         dirty_elsewhere = nonfinite[count] > 0
         if self.shared:
-            found = nonfinite.sum().expand(count)
-        at_floor = (scales <= self.low) & (found > 0)
+            counts = nonfinite.sum().expand(count)
+        at_floor = (scales <= self.low) & (counts > 0)
         self._stuck = torch.where(at_floor, self._stuck + 1, 0)
         before = scales.clone() if not self._grow_on_skip else None
         dalle_ext.update_scales_(
             scales,
             self.since_drop,
-            found,
+            counts,
             growth=self._growth,
             backoff=self._backoff,
             window=self.window,
@@ -218,28 +218,30 @@ class ResblockScaler:
             high=self.high,
             grow_on_skip=self._grow_on_skip,
         )
-        if before is not None:  # the op knows of the blocks only
+        if before is not None:  # the op sees the blocks alone
             scales.copy_(torch.where(dirty_elsewhere, torch.minimum(scales, before), scales))
         self.updates += 1
         self._sample()
 
-    def _tell(self, nonfinite: Tensor) -> None:
-        """Says that a training begins with skipped updates alone, or with overflow alone."""
-        seen = [self._ends[name].probe.grad for name in self.names]
-        if self.updates == TELL_EVERY:
-            lost = [i for i, c in enumerate(seen) if c is not None and 2 * c[0] > c[len(COUNTS)]]
-            self._say_too_high("most scaled gradients that enter block {} overflow", lost)
-        if self._in_vain is None or int(self._in_vain) < self.updates:
-            self._in_vain = None
+    def _report_start(self, nonfinite: Tensor) -> None:
+        """Reports a training that begins with nothing but skipped updates or overflow."""
+        probe_counts = [self._ends[name].probe.grad for name in self.names]
+        if self.updates == REPORT_EVERY:
+            overflowing = [
+                i for i, c in enumerate(probe_counts) if c is not None and 2 * c[0] > c[len(COUNTS)]
+            ]
+            self._report_too_high("most scaled gradients that enter block {} overflow", overflowing)
+        if self._all_skipped is None or int(self._all_skipped) < self.updates:
+            self._all_skipped = None
             return
         bad = [i for i, count in enumerate(nonfinite[:-1].tolist()) if count]
-        self._say_too_high(
+        self._report_too_high(
             f"all of the first {self.updates} updates were skipped, as scaled gradients of block "
             "{} were not finite",
             bad,
         )
 
-    def _say_too_high(self, text: str, blocks: list[int]) -> None:
+    def _report_too_high(self, text: str, blocks: list[int]) -> None:
         if blocks:
             names = self.names[blocks[0]]
             names += f" and {len(blocks) - 1} others" if len(blocks) > 1 else ""
@@ -255,14 +257,14 @@ class ResblockScaler:
         ]
 
     def _sample(self) -> None:
-        every = self.sample_every
-        due = every > 0 and self.updates % every == every - 1
+        interval = self.sample_every
+        due = interval > 0 and self.updates % interval == interval - 1
         for ends in self._ends.values():
             ends.sampling = due
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
-        """What the blocks' gradients were since the last call, (blocks,) each.
+        """Statistics of the blocks' gradients since the last call, (blocks,) each.
 
         "block_scale" is log2 of it now; "block_overflow", "block_underflow" (not zero, but zero in
         16 bits), "block_subnormal" and "block_nonfinite" are shares of the elements that entered
@@ -271,18 +273,18 @@ class ResblockScaler:
         updates, one number.
         """
         probes = [self._ends[name].probe for name in self.names]
-        seen = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in probes])
+        totals = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in probes])
         for probe in probes:
             probe.grad = None
-        found = {"block_scale": self.scales[: len(self)].log2()}
-        found["skipped"] = self._skips[0] / self._skips[1].clamp_min(1)
+        values = {"block_scale": self.scales[: len(self)].log2()}
+        values["skipped"] = self._skips[0] / self._skips[1].clamp_min(1)
         self._skips.zero_()
-        counts, size, bins = seen.split([len(COUNTS), 1, BINS], 1)
+        counts, size, bins = totals.split([len(COUNTS), 1, BINS], 1)
         shares = counts / size.clamp_min(1)
-        found |= {f"block_{name}": shares[:, i] for i, name in enumerate(COUNTS)}
+        values |= {f"block_{name}": shares[:, i] for i, name in enumerate(COUNTS)}
         if bool(bins.any()):
-            found["block_exponents"] = bins / bins.sum(1, keepdim=True).clamp_min(1)
-        return found
+            values["block_exponents"] = bins / bins.sum(1, keepdim=True).clamp_min(1)
+        return values
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values: scales and updates since they fell, by block, and the updates done."""
@@ -306,21 +308,21 @@ class ResblockScaler:
             raise CheckpointError(f"ResblockScaler: blocks must be {self.names}, got {got}")
         scales = torch.tensor(state["scales"], dtype=torch.float32, device="cpu")
         counts = {"since_drop": self.since_drop, "stuck": self._stuck}
-        given = {
+        loaded = {
             name: torch.tensor(state[name], dtype=torch.int64, device="cpu") for name in counts
         }
-        sizes = [scales.shape, *(found.shape for found in given.values())]
-        if sizes != [(len(self),), *(own.shape for own in counts.values())]:
+        sizes = [scales.shape, *(tensor.shape for tensor in loaded.values())]
+        if sizes != [(len(self),), *(tensor.shape for tensor in counts.values())]:
             raise CheckpointError("ResblockScaler: state must have numbers for all blocks")
         if not bool(((scales >= self.low) & (scales <= self.high)).all()):
             within, got = f"[{self.low:g}, {self.high:g}]", state["scales"]
             raise CheckpointError(f"ResblockScaler: scales must be in {within}, got {got}")
         updates = integer("ResblockScaler", "updates", state["updates"], 0)
         self.scales[: len(self)] = scales.to(self.scales.device)
-        for name, own in counts.items():
-            own.copy_(given[name])
+        for name, tensor in counts.items():
+            tensor.copy_(loaded[name])
         self.updates = updates
-        self._in_vain = None
+        self._all_skipped = None
         self._sample()
 
 

@@ -88,8 +88,8 @@ class AttentionBlock(Resblock):
 
     def forward(self, x: Tensor, pattern: dalle_ext.AttentionPattern) -> tuple[Tensor, KeysValues]:
         """(B, T, d) -> (B, T, d), and the keys and values for a cache."""
-        x, inside = self.enter(x)
-        queries, keys, values = self.project(inside)
+        x, branch = self.enter(x)
+        queries, keys, values = self.project(branch)
         attended = dalle_ext.sparse_attention(queries, keys, values, pattern)
         return self.merge(x, attended), KeysValues(keys, values)
 
@@ -103,8 +103,8 @@ class MlpBlock(Resblock):
         self.wide_out = make_linear(4 * c.d_model, c.d_model, c.weight_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, inside = self.enter(x)
-        hidden = gelu(linear(self.norm(inside).to(self.dtype), self.wide_in))
+        x, branch = self.enter(x)
+        hidden = gelu(linear(self.norm(branch).to(self.dtype), self.wide_in))
         return self.leave(x, linear(hidden, self.wide_out))
 
 

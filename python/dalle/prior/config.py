@@ -75,8 +75,8 @@ class PriorConfig:
         object.__setattr__(self, "attention", tuple(self.attention))
         check_numbers("Prior", self)
         for name in ("text_vocab", "image_vocab", "text_len", "d_model", "num_heads", "num_layers"):
-            least = 2 if name == "text_len" else 1
-            self._require(getattr(self, name) >= least, name, f"at least {least}")
+            minimum = 2 if name == "text_len" else 1
+            self._require(getattr(self, name) >= minimum, name, f"at least {minimum}")
         fits = len(self.grid) == 2 and min(self.grid) >= 1
         self._require(fits, "grid", "(rows, columns) of at least 1")
         fits = self.length <= MAX_LENGTH
@@ -86,8 +86,8 @@ class PriorConfig:
         odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
         self._require(odd, "kernel_size", "odd and at least 1")
         self._require(self.precision in DTYPES, "precision", f"one of {', '.join(DTYPES)}")
-        sixteen = self.precision != "fp32" or not self.half_weights
-        self._require(sixteen, "half_weights", "False where precision is fp32")
+        fits = self.precision != "fp32" or not self.half_weights
+        self._require(fits, "half_weights", "False where precision is fp32")
         known = self.text_targets in TEXT_TARGETS
         self._require(known, "text_targets", f"one of {', '.join(TEXT_TARGETS)}")
         self._require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
@@ -103,12 +103,12 @@ class PriorConfig:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of what stands inside the resblocks."""
+        """Dtype of the computation inside the resblocks."""
         return DTYPES[self.precision]
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Of the matrices of the resblocks as stored."""
+        """Dtype in which the matrices of the resblocks are stored."""
         return self.compute_dtype if self.half_weights else torch.float32
 
     @property
@@ -126,11 +126,11 @@ class PriorConfig:
         kinds = self.attention or layer_kinds(self.num_layers)
         sizes: dict[str, Any] = {"text_len": self.text_len, "grid": self.grid}
         sizes["kernel_size"] = self.kernel_size
-        made = {kind: dalle_ext.AttentionPattern(kind, **sizes) for kind in set(kinds)}
-        return tuple(made[kind] for kind in kinds)
+        by_kind = {kind: dalle_ext.AttentionPattern(kind, **sizes) for kind in set(kinds)}
+        return tuple(by_kind[kind] for kind in kinds)
 
 
-def _sizes(width: int, heads: int, layers: int, text_len: int, side: int, **rest: Any) -> Any:
+def _sizes(width: int, heads: int, layers: int, text_len: int, side: int, **others: Any) -> Any:
     """A preset: d_model, num_heads, num_layers, text_len and the side of a square grid."""
     sizes: dict[str, Any] = {
         "d_model": width,
@@ -138,7 +138,7 @@ def _sizes(width: int, heads: int, layers: int, text_len: int, side: int, **rest
         "num_layers": layers,
         "text_len": text_len,
     }
-    return PriorConfig(**sizes, grid=(side, side), **rest)
+    return PriorConfig(**sizes, grid=(side, side), **others)
 
 
 PRESETS: dict[str, PriorConfig] = {

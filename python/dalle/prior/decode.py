@@ -97,26 +97,26 @@ class DecodeState:
     ) -> None:
         self.prior, self.num_samples = prior, num_samples
         c = prior.config
-        batch, given = prime.shape
+        batch, primed = prime.shape
         x = prior.embed_text(text)
-        if given:  # no slot sees a later one, so what stands after the prime does not matter
-            filler = prime.new_zeros(batch, c.num_image_tokens - given)
+        if primed:  # attention is causal: the filler after the prime has no effect
+            filler = prime.new_zeros(batch, c.num_image_tokens - primed)
             x = torch.cat([x, prior.embed_image(torch.cat([prime, filler], 1))], 1)
-            _, found = prior.run_layers(x, prior.patterns)
+            _, keys_values = prior.run_layers(x, prior.patterns)
         else:
             text_only = dalle_ext.AttentionPattern("causal", text_len=c.text_len - 1, grid=(1, 1))
-            _, found = prior.run_layers(x, (text_only,) * c.num_layers)
+            _, keys_values = prior.run_layers(x, (text_only,) * c.num_layers)
         self.positions = prior.image_positions()
         self.text: list[tuple[Tensor, Tensor]] = []
         self.image: list[tuple[Tensor, Tensor]] = []
-        for pair in found:
+        for pair in keys_values:
             self.text.append((pair.keys[:, :, : c.text_len], pair.values[:, :, : c.text_len]))
             heads, size = pair.keys.shape[1], pair.keys.shape[3]
             cache = []
             for states in pair:
-                room = states.new_empty(batch, num_samples, heads, c.num_image_tokens, size)
-                room[:, :, :, :given] = states[:, None, :, c.text_len : c.text_len + given]
-                cache.append(room)
+                slots = states.new_empty(batch, num_samples, heads, c.num_image_tokens, size)
+                slots[:, :, :, :primed] = states[:, None, :, c.text_len : c.text_len + primed]
+                cache.append(slots)
             self.image.append((cache[0], cache[1]))
 
     def step(self, slot: int, previous: Tensor | None) -> Tensor:
@@ -150,18 +150,18 @@ class DecodeState:
         batch, samples, heads, _, size = image_keys.shape
         image_keys[:, :, :, slot] = key.view(batch, samples, heads, size)
         image_values[:, :, :, slot] = value.view(batch, samples, heads, size)
-        seen = attended_slots(self.prior.patterns[index], slot)
-        own = query.view(batch, samples, heads, 1, size)
-        shared = own[:, :, :, 0].transpose(1, 2)  # (B, H, S, D): all samples against one text
+        visible = attended_slots(self.prior.patterns[index], slot)
+        queries = query.view(batch, samples, heads, 1, size)
+        shared = queries[:, :, :, 0].transpose(1, 2)  # (B, H, S, D): all samples against one text
         text_scores = (shared @ text_keys.transpose(-2, -1)).transpose(1, 2)  # (B, S, H, text)
-        image_scores = (own @ image_keys[:, :, :, seen].transpose(-2, -1))[:, :, :, 0]
+        image_scores = (queries @ image_keys[:, :, :, visible].transpose(-2, -1))[:, :, :, 0]
         scores = torch.cat([text_scores, image_scores], -1).float() / math.sqrt(size)
         weights = scores.softmax(-1).to(query.dtype)
         text_weights, image_weights = weights.split(
             [text_keys.shape[2], scores.shape[-1] - text_keys.shape[2]], -1
         )
         mixed = (text_weights.transpose(1, 2) @ text_values).transpose(1, 2)
-        mixed = mixed + (image_weights[:, :, :, None] @ image_values[:, :, :, seen])[:, :, :, 0]
+        mixed = mixed + (image_weights[:, :, :, None] @ image_values[:, :, :, visible])[:, :, :, 0]
         return block.merge(x, mixed.reshape(batch * samples, heads, 1, size))
 
 
@@ -190,8 +190,8 @@ def generate(
         prime: (B, n) int64, the first n tokens of each image in raster order, kept as they are.
         seed: the noise is a function of (seed, caption, number of the sample, step) alone, so an
             image does not depend on what else is drawn, nor on `max_batch` (but logits of batches
-            of other sizes may differ in their last bits). A caption given twice is drawn twice the
-            same. With `cond_scale` 0 all captions are the empty one.
+            of other sizes may differ in their last bits). A caption that comes twice gets the same
+            images twice. With `cond_scale` 0 all captions are the empty one.
         first_sample: number of the first sample, to continue an earlier call; or one number for
             each caption.
         max_batch: images drawn at a time.
@@ -218,12 +218,12 @@ def generate(
     keys = [caption_key(row) for row in text.cpu()]
     device = prior.start_of_text.device
     text, prime = (x.to(device) for x in (text, prime))
-    slots, wide = c.num_image_tokens, min(num_samples, max_batch)
-    tall = max(1, max_batch // wide)
+    slots, max_samples = c.num_image_tokens, min(num_samples, max_batch)
+    max_captions = max(1, max_batch // max_samples)
     parts = [
         (rows, columns)
-        for rows in torch.arange(len(text), dtype=torch.int64, device="cpu").split(tall)
-        for columns in torch.arange(num_samples, dtype=torch.int64, device="cpu").split(wide)
+        for rows in torch.arange(len(text), dtype=torch.int64, device="cpu").split(max_captions)
+        for columns in torch.arange(num_samples, dtype=torch.int64, device="cpu").split(max_samples)
         if len(rows)
     ]
     out = torch.empty(len(text), num_samples, slots, dtype=torch.int64, device="cpu")
@@ -232,7 +232,7 @@ def generate(
     try:
         for index, (rows, columns) in enumerate(parts):
 
-            def tell(done: int, before: int = index) -> None:
+            def report(done: int, before: int = index) -> None:
                 if progress is not None:
                     progress(before * slots + done, len(parts) * slots)
 
@@ -247,7 +247,7 @@ def generate(
                 prime[rows],
                 torch.stack(noise).to(device),
                 sampling,
-                tell,
+                report,
             )
     finally:
         prior.train(training)
@@ -260,29 +260,29 @@ def _generate(
     prime: Tensor,
     noise: Tensor,
     sampling: SamplingConfig,
-    tell: Callable[[int], None],
+    report: Callable[[int], None],
 ) -> Tensor:
     """(B, S, N) tokens on the CPU for B captions; `noise` is (B, S, N) on the prior's device."""
     batch, samples, slots = noise.shape
     state = DecodeState(prior, text, samples, prime)
-    second, cond_scale = None, sampling.cond_scale
+    uncond, cond_scale = None, sampling.cond_scale
     if cond_scale not in (0, 1):
-        second = DecodeState(prior, torch.full_like(text, PAD), samples, prime)
+        uncond = DecodeState(prior, torch.full_like(text, PAD), samples, prime)
     tokens = prime.new_empty(batch, samples, slots)
     tokens[:, :, : prime.shape[1]] = prime[:, None]
-    finite = torch.ones((), dtype=torch.bool, device=tokens.device)  # looked at once, at the end
+    finite = torch.ones((), dtype=torch.bool, device=tokens.device)  # read once, at the end
     for slot in range(prime.shape[1], slots):
         previous = tokens[:, :, slot - 1] if slot else None
         logits = state.step(slot, previous)
-        if second is not None:
-            base = second.step(slot, previous)
+        if uncond is not None:
+            base = uncond.step(slot, previous)
             logits = base + cond_scale * (logits - base)
         finite &= logits.isfinite().all()
         drawn = draw(logits.flatten(0, 1), noise[:, :, slot].flatten(), sampling)
         tokens[:, :, slot] = drawn.view(batch, samples)
-        tell(slot + 1)
+        report(slot + 1)
     if not finite:
-        hint = "" if second is None else f"; cond_scale {cond_scale} may be too large"
+        hint = "" if uncond is None else f"; cond_scale {cond_scale} may be too large"
         raise NumericalError(f"generate: logits must be finite, got NaN or infinity{hint}")
     return tokens.cpu()
 

@@ -102,7 +102,7 @@ class Prior(Pretrained[PriorConfig]):
 
     @property
     def embedding_tables(self) -> list[nn.Parameter]:
-        """Parameters that are tables as `nn.Embedding`'s are: no compression of their gradients."""
+        """Tables like those of `nn.Embedding`, whose gradients are not compressed either."""
         return [self.text_position, self.text_padding, self.image_row, self.image_column]
 
     @classmethod
@@ -115,17 +115,17 @@ class Prior(Pretrained[PriorConfig]):
         return cls(from_presets(cls.__name__, PRESETS, name, **overrides))
 
     @classmethod
-    def least_parameters(cls, config: PriorConfig) -> int:
-        """Exact, but for the image tables where `image_rank` makes them narrow."""
+    def min_parameters(cls, config: PriorConfig) -> int:
+        """Exact, except that narrow image tables (`image_rank`) are not counted."""
         count = parameters(config)["total"]
         return count - 2 * (config.d_model + 1) * config.image_vocab if config.image_rank else count
 
     def embed_text(self, text: Tensor) -> Tensor:
         """(B, text_len - 1) tokens, PAD where there is none -> (B, text_len, d) fp32."""
-        found = self.text_embedding(text.clamp_min(0)) + self.text_position[1:]
-        found = torch.where((text == PAD)[:, :, None], self.text_padding[1:], found)
+        embedded = self.text_embedding(text.clamp_min(0)) + self.text_position[1:]
+        embedded = torch.where((text == PAD)[:, :, None], self.text_padding[1:], embedded)
         start = (self.start_of_text + self.text_position[0]).expand(len(text), 1, -1)
-        return torch.cat([start, found], 1)
+        return torch.cat([start, embedded], 1)
 
     def image_positions(self) -> Tensor:
         """(N, d): row plus column embedding of each slot in raster order."""
@@ -136,16 +136,16 @@ class Prior(Pretrained[PriorConfig]):
 
         `keep`, (B, N) bool, drops the embedding of tokens where it is False.
         """
-        found = self.image_widen(self.image_embedding(image_tokens[:, :-1]))
+        embedded = self.image_widen(self.image_embedding(image_tokens[:, :-1]))
         if keep is not None:
-            found = found * keep[:, :-1, None]
+            embedded = embedded * keep[:, :-1, None]
         start = self.start_of_image.expand(len(image_tokens), 1, -1)
-        return torch.cat([start, found], 1) + self.image_positions()
+        return torch.cat([start, embedded], 1) + self.image_positions()
 
     def run_layers(
         self, x: Tensor, patterns: tuple[dalle_ext.AttentionPattern, ...]
     ) -> tuple[Tensor, list[KeysValues]]:
-        """(B, T, d) -> the same after all layers and the last norm; and what a cache keeps."""
+        """(B, T, d) -> the same after all layers and the last norm; keys and values for a cache."""
         cached = []
         recompute = self.config.checkpointing and self.training and torch.is_grad_enabled()
         for layer, pattern in zip(self.layers, patterns, strict=True):
@@ -153,8 +153,8 @@ class Prior(Pretrained[PriorConfig]):
                 x, _ = checkpoint(layer.attention, x, pattern, use_reentrant=False)
                 x = checkpoint(layer.mlp, x, use_reentrant=False)
             else:
-                x, found = layer(x, pattern)
-                cached.append(found)
+                x, keys_values = layer(x, pattern)
+                cached.append(keys_values)
         return self.norm(x), cached
 
     def forward(
@@ -238,7 +238,7 @@ class Prior(Pretrained[PriorConfig]):
 def _check_range(name: str, tokens: Tensor, low: int, high: int) -> None:
     if tokens.numel() == 0 or tokens.device.type != "cpu":
         return  # a device read would stall the stream; the embedding look-up checks there
-    least, most = (int(v) for v in torch.aminmax(tokens))
-    if least < low or most >= high:
-        got = least if least < low else most
+    lowest, highest = (int(v) for v in torch.aminmax(tokens))
+    if lowest < low or highest >= high:
+        got = lowest if lowest < low else highest
         raise UsageError(f"Prior: {name} must lie in {low} .. {high - 1}, got {got}")

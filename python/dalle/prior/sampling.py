@@ -17,7 +17,7 @@ from dalle_ext import _checks
 from dalle_ext._checks import real
 
 MAX_SEED = 2**63 - 1  # as in training
-LEAST_TEMPERATURE = 1e-37  # of float32; no two logits are so near that a lower one changes a draw
+MIN_TEMPERATURE = 1e-37  # of float32; no two logits are so near that a lower one changes a draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +70,15 @@ def filter_logits(
             least; of equal ones those of smaller index.
 
     Returns:
-        (..., K), a new tensor unless nothing is asked for.
+        (..., K), a new tensor unless neither option has an effect.
     """
     if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
+        threshold = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, -math.inf)
     if top_p is not None and top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-        chances = ordered.softmax(-1)
-        before = chances.cumsum(-1) - chances
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
         drop = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, index, before >= top_p)
         logits = logits.masked_fill(drop, -math.inf)
     return logits
@@ -100,24 +100,25 @@ def draw(logits: Tensor, noise: Tensor, sampling: SamplingConfig = PAPER) -> Ten
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    # Against the largest, and by a normal number: no temperature makes infinities of two logits.
-    ahead = logits.float() - logits.amax(-1, keepdim=True).float()
-    scaled = ahead / max(float(sampling.temperature), LEAST_TEMPERATURE)
-    kept = filter_logits(scaled, top_k=sampling.top_k, top_p=sampling.top_p)
-    reach = kept.softmax(-1).cumsum(-1, dtype=torch.float64)
-    wanted = noise[:, None].to(reach.device) * reach[:, -1:]
-    found = torch.searchsorted(reach, wanted, right=True)[:, 0]
-    last = kept.shape[-1] - 1 - torch.isfinite(kept).flip(-1).int().argmax(-1)  # rounding's guard
-    return torch.minimum(found, last)
+    # Relative to the maximum, divided by a normal number: no temperature makes them infinite.
+    relative = logits.float() - logits.amax(-1, keepdim=True).float()
+    scaled = relative / max(float(sampling.temperature), MIN_TEMPERATURE)
+    filtered = filter_logits(scaled, top_k=sampling.top_k, top_p=sampling.top_p)
+    cumulative = filtered.softmax(-1).cumsum(-1, dtype=torch.float64)
+    target = noise[:, None].to(cumulative.device) * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # Rounding must not reach a token behind the last one that may be drawn.
+    last = filtered.shape[-1] - 1 - torch.isfinite(filtered).flip(-1).int().argmax(-1)
+    return torch.minimum(index, last)
 
 
-def first_numbers(owner: str, name: str, given: Any, batch: int) -> list[int]:
-    """The number of each caption's first sample: `given` for all, or one for each of `batch`.
+def first_numbers(owner: str, name: str, first: Any, batch: int) -> list[int]:
+    """The number of each caption's first sample: `first` for all, or one for each of `batch`.
 
     Raises:
         UsageError: another count of them, no whole number, or not in 0 .. 2^63 - 1.
     """
-    numbers = list(given) if np.ndim(given) else [given] * batch
+    numbers = list(first) if np.ndim(first) else [first] * batch
     if len(numbers) != batch:
         raise UsageError(
             f"{owner}: {name} must be one number or one for each of {batch} captions, "

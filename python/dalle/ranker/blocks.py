@@ -74,10 +74,10 @@ class ResidualBlock(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Patches, residual blocks at two resolutions, then a small net over all places.
+    """Patches, residual blocks at two resolutions, then a small net over all positions.
 
-    (B, 3, H, W) in [0, 1] -> (B, E). The last net keeps places apart (no averaging), since captions
-    speak of "left of" and "above".
+    (B, 3, H, W) in [0, 1] -> (B, E). The last net sees each position by itself (no averaging),
+    since captions speak of "left of" and "above".
     """
 
     def __init__(self, config: RankerConfig) -> None:

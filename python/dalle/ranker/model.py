@@ -83,12 +83,12 @@ class ContrastiveRanker(Pretrained[RankerConfig]):
         return cls(from_presets("ranker", PRESETS, name, **sizes), tokenizer)
 
     @classmethod
-    def least_parameters(cls, config: RankerConfig) -> int:
-        """The token table, the largest matrices of both towers, and the net over all places."""
+    def min_parameters(cls, config: RankerConfig) -> int:
+        """The token table, the largest matrices of both towers, and the net over all positions."""
         c = config
         blocks = c.depth * (10 + 8) * c.width**2
-        places = c.width // 2 * (c.grid // 2) ** 2 * c.embed_dim
-        return c.vocab_size * c.width + blocks + places + c.text_len * c.width
+        head = c.width // 2 * (c.grid // 2) ** 2 * c.embed_dim
+        return c.vocab_size * c.width + blocks + head + c.text_len * c.width
 
     @property
     def scale(self) -> torch.Tensor:
@@ -117,7 +117,7 @@ class ContrastiveRanker(Pretrained[RankerConfig]):
         """Cosine of each caption with its picture; see `ImageTextRanker`."""
         _check_pairs(captions, images)
         device = self.log_scale.device
-        found = []
+        cosines = []
         for start in range(0, len(captions), 256):
             part = captions[start : start + 256]
             unique = sorted(set(part))
@@ -126,12 +126,12 @@ class ContrastiveRanker(Pretrained[RankerConfig]):
                 [unique.index(caption) for caption in part], device=device, dtype=torch.int64
             )
             vectors = self.encode_text(text.to(device))[rows]
-            found.append(
+            cosines.append(
                 (vectors * self.encode_images(images[start : start + 256].to(device))).sum(1)
             )
         return (
-            torch.cat(found).float().cpu()
-            if found
+            torch.cat(cosines).float().cpu()
+            if cosines
             else torch.zeros(0, dtype=torch.float32, device="cpu")
         )
 
@@ -195,7 +195,7 @@ class TransformersCLIP:
     def scores(self, captions: Sequence[str], images: torch.Tensor) -> torch.Tensor:
         """Cosine of each caption with its picture; see `ImageTextRanker`."""
         _check_pairs(captions, images)
-        found = []
+        cosines = []
         for start in range(0, len(captions), 64):
             inputs: Any = self.processor(
                 text=[clean(caption) for caption in captions[start : start + 64]],
@@ -206,9 +206,9 @@ class TransformersCLIP:
                 do_rescale=False,
             )
             out = self.model(**inputs.to(self.device))
-            cosines = F.cosine_similarity(out.text_embeds, out.image_embeds, dim=-1)
-            found.append(cosines.float().cpu())
-        return torch.cat(found) if found else torch.zeros(0, dtype=torch.float32, device="cpu")
+            similarity = F.cosine_similarity(out.text_embeds, out.image_embeds, dim=-1)
+            cosines.append(similarity.float().cpu())
+        return torch.cat(cosines) if cosines else torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
 def load_ranker(directory: Path | str) -> ImageTextRanker:
