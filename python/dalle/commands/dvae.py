@@ -18,7 +18,7 @@ from dalle.console import leads, printable
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.folder import find_pictures
 from dalle.data.images import decode, read_bytes
-from dalle.data.pairs import NAMED, counted, left_out, load_or_skip
+from dalle.data.pairs import MAX_NAMED, counted, left_out, load_or_skip
 from dalle.data.sources import BUILT_IN, is_picture_folder, load_pairs
 from dalle.devices import pick_device
 from dalle.distributed.config import ClusterConfig
@@ -149,7 +149,7 @@ def load_pictures(config: ReconstructConfig, size: int) -> torch.Tensor:
             found.append(center_crop(decode(read_bytes(path), path), size))
         except DataError as error:
             skipped[getattr(error, "reason", "does not decode")] += 1
-            if skipped.total() <= NAMED:
+            if skipped.total() <= MAX_NAMED:
                 print(printable(f"dvae reconstruct: left out: {error}"))
     if skipped:
         print(f"dvae reconstruct: left out {skipped.total()}: {counted(skipped)}")

@@ -1,7 +1,7 @@
-"""The paper's two augmentations, and pictures to tensors.
+"""The paper's two augmentations, and the conversion of pictures to tensors.
 
-Both listings are written for pictures whose shorter side is at least the target; a smaller picture
-is refused, and `center_crop` is there for sets whose pictures must not be cut or mirrored.
+Both listings assume pictures whose shorter side is at least the target; a smaller picture is
+refused. `center_crop` is for data sets whose pictures must not be cut or mirrored at random.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dalle.errors import DataError, UsageError
 
 
 class TooSmall(DataError):
-    """A picture smaller than what is to be cut out of it."""
+    """A picture smaller than the crop."""
 
     reason = "smaller than the crop"
 

@@ -1,9 +1,9 @@
-"""What a picture's file holds beside its pixels, read here and kept from the decoder.
+"""Metadata of picture files, which is read here and removed before decoding.
 
-A decoder that meets a mistyped tag, a profile beyond its limits or a comment of two megabytes
-refuses a picture whose pixels are sound. So of a JPEG and a PNG only what the pixels need goes to
-the decoder, and the two facts that change how they look are read by themselves: the orientation
-(of EXIF, else of XMP) and a PNG's transparent colour.
+A decoder refuses a picture with intact pixels for a mistyped tag, a profile beyond its limits or a
+comment of two megabytes. So the decoder gets only those parts of a JPEG or PNG that the pixels
+need. The two values that change how they look are read here: the orientation (from EXIF, else from
+XMP) and a PNG's transparent colour.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 JPEG, PNG, WEBP = "JPEG", "PNG", "WEBP"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-OTHERS = (  # (where, bytes, name): pictures that are not read, told apart to say so
+OTHERS = (  # (offset, bytes, name) of formats that are refused by name
     (0, b"GIF8", "GIF"),
     (0, b"BM", "BMP"),
     (0, b"II*\0", "TIFF"),
@@ -41,7 +41,7 @@ INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # TIFF type -> stru
 XMP_HEAD = b"http://ns.adobe.com/xap/1.0/\0"
 XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:\s*=\s*[\"']|\s*>\s*)([1-8])\b")
 MAX_PIECES = 100_000  # segments or chunks of a file; a PNG of 64 MiB has about 8,000
-MAX_PROFILE = 1 << 20  # bytes of a compressed EXIF profile that are looked at
+MAX_PROFILE = 1 << 20  # bytes read of a compressed EXIF profile
 
 
 class TooManyPieces(ValueError):
@@ -49,12 +49,12 @@ class TooManyPieces(ValueError):
 
 
 class Parts(NamedTuple):
-    """A picture's file taken apart.
+    """The parts of a picture's file.
 
     Attributes:
-        content: what the decoder needs of it.
+        content: the bytes for the decoder.
         orientation: 1 to 8, as EXIF counts them; 1 is upright.
-        size: width and height that a JPEG's or PNG's header says; None where that was not found.
+        size: width and height in the header of a JPEG or PNG; None where there is no such header.
         key: the sample values of a PNG's transparent colour (one of grey, three of RGB), or ().
         depth: bits a sample of a PNG has; 8 elsewhere.
     """
@@ -67,18 +67,18 @@ class Parts(NamedTuple):
 
 
 def picture_format(content: bytes) -> str | None:
-    """The name of the format that the first bytes promise; None where they promise no picture."""
+    """The name of the format by its first bytes; None where they are not a picture's."""
     if content.startswith(b"\xff\xd8\xff"):
         return JPEG
     if content.startswith(PNG_SIGNATURE):
         return PNG
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return WEBP
-    return next((name for at, magic, name in OTHERS if content.startswith(magic, at)), None)
+    return next((name for offset, magic, name in OTHERS if content.startswith(magic, offset)), None)
 
 
 def take_apart(content: bytes) -> Parts:
-    """Takes a JPEG, PNG or WebP apart; where its structure is damaged, the rest stays as it is.
+    """Takes a JPEG, PNG or WebP apart; from damage in its structure on, bytes are kept as they are.
 
     Raises:
         TooManyPieces: the file has more than 100,000 segments or chunks.
@@ -90,45 +90,48 @@ def take_apart(content: bytes) -> Parts:
 
 
 def _jpeg(content: bytes) -> Parts:
-    """Drops the application segments but those that say how colours are stored (JFIF, Adobe)."""
-    kept, exif, xmp = [content[:2]], [], []
+    """Drops all application segments except those that say how colours are stored (JFIF, Adobe)."""
+    segments, exif, xmp = [content[:2]], [], []
     size = None
-    at = begin = 2
+    offset = begin = 2
     pieces = count()
-    while at + 4 <= len(content):
+    while offset + 4 <= len(content):
         _check_pieces(next(pieces))
-        marker = content[at + 1]
-        if content[at] != 0xFF or marker == 0:  # no segment begins here: to the next one
-            kept.append(content[begin:at])
-            following = content.find(b"\xff", at + 1)
-            begin = at = following if following >= 0 else len(content)
+        marker = content[offset + 1]
+        if content[offset] != 0xFF or marker == 0:  # no segment begins here: skip to the next one
+            segments.append(content[begin:offset])
+            following = content.find(b"\xff", offset + 1)
+            begin = offset = following if following >= 0 else len(content)
             continue
         if marker == 0xFF or 0xD0 <= marker <= 0xD9:  # padding, no body
-            at += 1 if marker == 0xFF else 2
+            offset += 1 if marker == 0xFF else 2
             continue
-        end = at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-        if marker < 0xC0 or marker == 0xDA or end < at + 4 or end > len(content):
-            break  # the scan, or damage: the decoder's
-        body = content[at + 4 : end]
+        end = offset + 2 + int.from_bytes(content[offset + 2 : offset + 4], "big")
+        if marker < 0xC0 or marker == 0xDA or end < offset + 4 or end > len(content):
+            break  # the scan, or damage: left to the decoder
+        body = content[offset + 4 : end]
         if marker == 0xE1 and body.startswith(b"Exif\0"):
             exif.append(body[6:])
         elif marker == 0xE1 and body.startswith(XMP_HEAD):
             xmp.append(body)
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and len(body) >= 5:
             size = int.from_bytes(body[3:5], "big"), int.from_bytes(body[1:3], "big")
-        whole = {0xE0: 14, 0xEE: 12}.get(marker)  # bytes without which libjpeg passes them over
-        if marker == 0xFE or (0xE0 <= marker <= 0xEF and (whole is None or len(body) < whole)):
-            kept.append(content[begin:at])
+        # Shorter JFIF and Adobe segments are ignored by libjpeg.
+        min_bytes = {0xE0: 14, 0xEE: 12}.get(marker)
+        if marker == 0xFE or (
+            0xE0 <= marker <= 0xEF and (min_bytes is None or len(body) < min_bytes)
+        ):
+            segments.append(content[begin:offset])
             begin = end
-        at = end
-    kept.append(content[begin:])
-    # A block above 64 KiB goes on in the next segment; else the first that says it counts.
-    return Parts(b"".join(kept), _orientation([b"".join(exif), *exif[1:]], xmp), size)
+        offset = end
+    segments.append(content[begin:])
+    # An EXIF block above 64 KiB continues in the next segment; else the first valid one counts.
+    return Parts(b"".join(segments), _orientation([b"".join(exif), *exif[1:]], xmp), size)
 
 
 def _png(content: bytes) -> Parts:
-    """Drops all but the critical chunks and a palette's transparency; so the first frame stays."""
-    kept, exif, xmp = [PNG_SIGNATURE], [], []
+    """Keeps the critical chunks and a palette's transparency, hence the first frame alone."""
+    chunks, exif, xmp = [PNG_SIGNATURE], [], []
     size, depth, colour, key = None, 8, -1, b""
     for kind, begin, end in _png_chunks(content):
         body = content[begin + 8 : end - 4]
@@ -145,40 +148,43 @@ def _png(content: bytes) -> Parts:
             xmp.append(body)
         critical = not kind or kind[:1].isupper()
         if critical or (kind == b"tRNS" and colour == 3):
-            kept.append(content[begin:end])
+            chunks.append(content[begin:end])
     samples = {0: 1, 2: 3}.get(colour, 0)
-    mask = (1 << depth) - 1  # bits above the sample's own are to be passed over
+    mask = (1 << depth) - 1  # bits above the sample's depth are ignored
     values = [int.from_bytes(key[2 * i : 2 * i + 2], "big") & mask for i in range(samples)]
-    whole = tuple(values) if len(key) >= 2 * samples else ()
-    return Parts(b"".join(kept), _orientation(exif, xmp), size, whole, depth)
+    transparent = tuple(values) if len(key) >= 2 * samples else ()
+    return Parts(b"".join(chunks), _orientation(exif, xmp), size, transparent, depth)
 
 
 def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
     """(kind, begin, end) of each chunk; from the first that is damaged on, b"" for the rest."""
-    at = len(PNG_SIGNATURE)
+    offset = len(PNG_SIGNATURE)
     pieces = count()
-    while at < len(content):
+    while offset < len(content):
         _check_pieces(next(pieces))
-        size, kind = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
-        end = at + 12 + size
+        size, kind = (
+            int.from_bytes(content[offset : offset + 4], "big"),
+            content[offset + 4 : offset + 8],
+        )
+        end = offset + 12 + size
         if not kind.isalpha() or len(kind) < 4 or end > len(content):
-            yield b"", at, len(content)
+            yield b"", offset, len(content)
             return
-        yield kind, at, end
+        yield kind, offset, end
         if kind == b"IEND":
             return
-        at = end
+        offset = end
 
 
 def _text_profile(kind: bytes, body: bytes) -> bytes:
     """The EXIF block that ImageMagick and ExifTool wrote as text before PNG had a chunk for it."""
-    name, _, rest = body.partition(b"\0")
+    name, _, value = body.partition(b"\0")
     if name not in (b"Raw profile type exif", b"Raw profile type APP1"):
         return b""
     try:
-        text = rest
+        text = value
         if kind == b"zTXt":
-            text = zlib.decompressobj().decompress(rest[1:], 2 * MAX_PROFILE)
+            text = zlib.decompressobj().decompress(value[1:], 2 * MAX_PROFILE)
         digits = b"".join(text[: 2 * MAX_PROFILE].split(b"\n")[3:])  # after name and length
         return bytes.fromhex(digits.decode("ascii"))
     except (zlib.error, ValueError):
@@ -186,16 +192,19 @@ def _text_profile(kind: bytes, body: bytes) -> bytes:
 
 
 def _webp(content: bytes) -> Parts:
-    found: dict[bytes, list[bytes]] = {b"EXIF": [], b"XMP ": []}
-    at = 12
+    blocks: dict[bytes, list[bytes]] = {b"EXIF": [], b"XMP ": []}
+    offset = 12
     pieces = count()
-    while at + 8 <= len(content):
+    while offset + 8 <= len(content):
         _check_pieces(next(pieces))
-        kind, size = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")
-        if kind in found:
-            found[kind].append(content[at + 8 : at + 8 + size])
-        at += 8 + size + size % 2
-    return Parts(content, _orientation(found[b"EXIF"], found[b"XMP "]))
+        kind, size = (
+            content[offset : offset + 4],
+            int.from_bytes(content[offset + 4 : offset + 8], "little"),
+        )
+        if kind in blocks:
+            blocks[kind].append(content[offset + 8 : offset + 8 + size])
+        offset += 8 + size + size % 2
+    return Parts(content, _orientation(blocks[b"EXIF"], blocks[b"XMP "]))
 
 
 def _check_pieces(number: int) -> None:
@@ -204,7 +213,7 @@ def _check_pieces(number: int) -> None:
 
 
 def _orientation(exif: list[bytes], xmp: list[bytes]) -> int:
-    """What the first block that says it says; 1 where none does."""
+    """The orientation of the first block that has one; 1 where none has."""
     for block in exif:
         value = tiff_orientation(block)
         if value is not None:
@@ -217,13 +226,13 @@ def _orientation(exif: list[bytes], xmp: list[bytes]) -> int:
 
 
 def tiff_orientation(block: bytes) -> int | None:
-    """The orientation in an EXIF block's first directory, whatever else that holds.
+    """The orientation in an EXIF block's first directory; other entries are ignored.
 
     Args:
-        block: a TIFF header and what follows, "Exif" and two bytes before it or not.
+        block: from the TIFF header on, with or without "Exif" and two bytes before it.
 
     Returns:
-        1 to 8, or None where there is none: one integer, or it does not count.
+        1 to 8, or None where the directory has no such entry of one integer.
     """
     if block.startswith(b"Exif\0"):
         block = block[6:]
@@ -234,10 +243,10 @@ def tiff_orientation(block: bytes) -> int | None:
     if start + 2 > len(block):
         return None
     (entries,) = struct.unpack_from(order + "H", block, start)
-    for at in range(start + 2, min(start + 2 + 12 * entries, len(block) - 11), 12):
-        tag, kind, number = struct.unpack_from(order + "HHI", block, at)
+    for offset in range(start + 2, min(start + 2 + 12 * entries, len(block) - 11), 12):
+        tag, kind, number = struct.unpack_from(order + "HHI", block, offset)
         if tag == ORIENTATION and number == 1 and kind in INTEGERS:
-            (value,) = struct.unpack_from(order + INTEGERS[kind], block, at + 8)
+            (value,) = struct.unpack_from(order + INTEGERS[kind], block, offset + 8)
             if 1 <= value <= 8:
                 return int(value)
     return None

@@ -67,7 +67,7 @@ def file_stem(symbol: str, stems: frozenset[str] | set[str]) -> str | None:
 
 
 def over_white(picture: Image.Image) -> Image.Image:
-    """The picture in RGB, what is transparent shown over white."""
+    """The picture in RGB, its transparent parts over white."""
     rgba = picture.convert("RGBA")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     white.alpha_composite(rgba)
@@ -76,7 +76,7 @@ def over_white(picture: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=2)
 def _load(image_size: int) -> tuple[np.ndarray, tuple[str, ...], np.ndarray, Counter[str]]:
-    """All pictures in one size: images, captions, is the artwork unique, what was left out."""
+    """All pictures in one size: images, captions, whether each is unique, counts of skipped."""
     folder = artwork_folder()
     stems = {path.stem for path in folder.glob("*.png")}
     images, captions, digests = [], [], []
@@ -107,45 +107,45 @@ def _load(image_size: int) -> tuple[np.ndarray, tuple[str, ...], np.ndarray, Cou
 
 
 def template(caption: str) -> str:
-    """The caption without its skin tones: who, of which gender, doing what."""
+    """The caption without its skin tones: person, gender and activity."""
     return SKIN_TONE.sub("*", caption)
 
 
 def held_out(captions: tuple[str, ...], unique: np.ndarray | None = None) -> list[int]:
-    """Which captions no training pair may contain: 6 % of those that name a skin tone.
+    """Captions held out of training: 6 % of those that name a skin tone.
 
     Taken in the order of a stable hash, as long as the same person (the caption without its tones)
-    stays in training with at least two other choices of tone, so that only the combination is new:
+    stays in training with at least two other choices of tone. So only the combination is new:
     every word, every person with gender and every tone of a held-out caption occurs in training.
 
     Args:
-        captions: all of them.
+        captions: of the full set.
         unique: (N,) bool, False where another caption has the very same picture (never held out).
 
     Returns:
         Sorted indices.
     """
     toned = [i for i, caption in enumerate(captions) if SKIN_TONE.search(caption)]
-    left = Counter(template(captions[i]) for i in toned)
+    remaining = Counter(template(captions[i]) for i in toned)
     words: dict[str, int] = defaultdict(int)
     for caption in captions:
         for word in set(caption.split()):
             words[word] += 1
-    wanted = round(HELD_OUT_SHARE * len(toned))
-    chosen: list[int] = []
+    target = round(HELD_OUT_SHARE * len(toned))
+    indices: list[int] = []
     for i in sorted(toned, key=lambda i: (zlib.crc32(captions[i].encode()), i)):
-        if len(chosen) == wanted:
+        if len(indices) == target:
             break
-        person, own = template(captions[i]), set(captions[i].split())
-        if left[person] < 3 or any(words[word] < 2 for word in own):
+        person, caption_words = template(captions[i]), set(captions[i].split())
+        if remaining[person] < 3 or any(words[word] < 2 for word in caption_words):
             continue
         if unique is not None and not unique[i]:
             continue
-        left[person] -= 1
-        for word in own:
+        remaining[person] -= 1
+        for word in caption_words:
             words[word] -= 1
-        chosen.append(i)
-    return sorted(chosen)
+        indices.append(i)
+    return sorted(indices)
 
 
 def load_emoji(image_size: int = 48, split: str = "train") -> ArrayPairs:

@@ -44,8 +44,8 @@ def read_captions(path: Path) -> list[str]:
 
     try:
         if not path.is_file():
-            nothing = path.is_symlink()
-            reason = "caption is a link to nothing" if nothing else "caption is not a file"
+            dangling = path.is_symlink()
+            reason = "caption is a link to nothing" if dangling else "caption is not a file"
             raise bad(reason, "be a plain file")
         content = limited.read_bytes(path, MAX_CAPTION_BYTES)
     except OSError as error:
@@ -70,33 +70,33 @@ def _digest(content: bytes) -> bytes:
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str]] | str]:
-    """Every folder from this one down, links followed, with the names of its files.
+    """Every folder from this one down, with the names of its files; links are followed.
 
-    A folder that several ways lead to is met once, by its own name where it has one below `folder`;
-    so cycles of links come to an end. Hidden files and folders are passed over.
+    A folder that several paths lead to is visited once, by a path without links where it has one
+    below `folder`; so cycles of links end. Hidden files and folders are skipped.
 
     Yields:
-        (folder, sorted names), or why one was not looked at.
+        (folder, sorted names), or the reason why one was skipped.
     """
-    met: set[tuple[int, int]] = set()
+    visited: set[tuple[int, int]] = set()
     links = [folder]
     while links:
-        way, links = sorted(links), []
-        for start in way:
-            waiting = [start]
-            while waiting:
-                parent = waiting.pop()
+        level, links = sorted(links), []
+        for start in level:
+            stack = [start]
+            while stack:
+                parent = stack.pop()
                 try:
-                    facts = parent.stat()
+                    status = parent.stat()
                     entries = sorted(os.scandir(parent), key=lambda entry: entry.name)
                 except OSError:
                     yield "folder is not readable"
                     continue
-                if (facts.st_dev, facts.st_ino) in met:
+                if (status.st_dev, status.st_ino) in visited:
                     yield "link to a folder that is there already"
                     continue
-                met.add((facts.st_dev, facts.st_ino))
-                names, below = [], []
+                visited.add((status.st_dev, status.st_ino))
+                names, subfolders = [], []
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
@@ -105,8 +105,8 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str]] | str]:
                     elif entry.is_symlink():
                         links.append(parent / entry.name)
                     else:
-                        below.append(parent / entry.name)
-                waiting += reversed(below)
+                        subfolders.append(parent / entry.name)
+                stack += reversed(subfolders)
                 yield parent, names
 
 
@@ -118,18 +118,18 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def find_files(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Path], Counter[str]]:
-    """Pictures and captions below a folder by stem (path without suffix), and what was passed over.
+    """Pictures and captions below a folder by stem (path without suffix), and counts of the rest.
 
     Stems are compared in Unicode's composed form, in which file systems and archives differ.
     """
     pictures: dict[str, list[Path]] = {}
     texts: dict[str, Path] = {}
     skipped: Counter[str] = Counter()
-    for found in walk(folder):
-        if isinstance(found, str):
-            skipped[found] += 1
+    for entry in walk(folder):
+        if isinstance(entry, str):
+            skipped[entry] += 1
             continue
-        parent, names = found
+        parent, names = entry
         for name in sorted(names, key=lambda name: (not name.endswith(".txt"), name)):
             path = parent / name
             stem, suffix = os.path.splitext(name)
@@ -142,7 +142,7 @@ def find_files(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Path], Co
                 texts.setdefault(stem, path)
             elif suffix in OTHER_SUFFIXES:
                 skipped["picture of another format"] += 1
-            elif path.is_symlink() and not os.path.exists(path):  # which raises nothing
+            elif path.is_symlink() and not os.path.exists(path):  # where exists() raises nothing
                 skipped["link to nothing"] += 1
             else:
                 skipped["neither picture nor caption"] += 1
@@ -150,9 +150,9 @@ def find_files(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Path], Co
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """The files below a folder whose suffix is a picture's, captions or not, in their order."""
-    found = [part for part in walk(folder) if not isinstance(part, str)]
-    paths = (parent / name for parent, names in found for name in names)
+    """The files below a folder with a picture's suffix, with or without captions, sorted."""
+    folders = [part for part in walk(folder) if not isinstance(part, str)]
+    paths = (parent / name for parent, names in folders for name in names)
     return sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
 
 
@@ -168,8 +168,8 @@ class FolderPairs:
         paths: the pictures.
         captions: the first caption of each.
         several: item -> all its captions, where it has more than one; training draws one of them.
-        image_size: 0, pictures have sizes of their own.
-        skipped: reason -> count of what was left out.
+        image_size: 0, as sizes differ.
+        skipped: reason -> number of files left out.
 
     Raises:
         UsageError: unknown verify.
@@ -183,16 +183,16 @@ class FolderPairs:
         if verify not in ("none", "header", "full"):
             raise UsageError(f"data: verify must be none, header or full, got {verify!r}")
         if not folder.is_dir():
-            found = "a file" if folder.exists() else "no such folder"
-            raise DataError(f"data: {folder} must be a folder, got {found}")
+            kind = "a file" if folder.exists() else "no such folder"
+            raise DataError(f"data: {folder} must be a folder, got {kind}")
         self.name = folder.name or str(folder)
         pictures, texts, self.skipped = find_files(folder)
         self.skipped["caption without picture"] += len(texts.keys() - pictures.keys())
         self.paths: list[Path] = []
         captions: list[str] = []
         several: dict[int, Sequence[str]] = {}
-        self._digests: list[bytes] = []  # of the files as they were verified
-        self.problems: list[str] = []  # the first hundred, in words
+        self._digests: list[bytes] = []  # hashes of the verified files
+        self.problems: list[str] = []  # messages of the first hundred files left out
         stems = tqdm(sorted(pictures), "verify", disable=None if verify == "full" else True)
         for stem in stems:
             first = pictures[stem][0]
@@ -200,16 +200,16 @@ class FolderPairs:
                 self._skip(BadPicture(first, "picture without caption", "have a caption"))
                 continue
             try:
-                own = read_captions(texts[stem])
+                lines = read_captions(texts[stem])
                 path, digest = self._first_good(pictures[stem], verify)
             except BadPicture as problem:
                 self._skip(problem)
                 continue
-            if len(own) > 1:
-                several[len(captions)] = tuple(own)
+            if len(lines) > 1:
+                several[len(captions)] = tuple(lines)
             self.paths.append(path)
             self._digests.append(digest)
-            captions.append(own[0])
+            captions.append(lines[0])
         self.captions: Sequence[str] = captions
         self.several: Mapping[int, Sequence[str]] = several
         self.skipped = +self.skipped  # without the zeros
@@ -221,9 +221,9 @@ class FolderPairs:
             )
 
     def _first_good(self, paths: list[Path], verify: str) -> tuple[Path, bytes]:
-        """The first of the pictures of one caption that passes, and the hash of its file."""
+        """The first valid picture of one caption, and the hash of its file."""
         refused: BadPicture | None = None
-        for place, path in enumerate(paths):
+        for index, path in enumerate(paths):
             try:
                 content = b"" if verify == "none" else read_bytes(path)
                 if content:
@@ -235,7 +235,7 @@ class FolderPairs:
                 continue
             if refused is not None:
                 self._skip(refused)
-            self.skipped["second picture of a caption"] += len(paths) - place - 1
+            self.skipped["second picture of a caption"] += len(paths) - index - 1
             return path, _digest(content) if content else b""
         assert refused is not None
         raise refused
@@ -249,7 +249,7 @@ class FolderPairs:
         return len(self.paths)
 
     def digests(self) -> Iterator[bytes]:
-        """A hash of each picture's file as it was verified; b"" of one that has gone since."""
+        """Hash of each picture's file when it was verified; b"" of one that has gone since."""
         for path, digest in zip(self.paths, self._digests, strict=True):
             try:
                 yield digest or _digest(read_bytes(path))

@@ -23,7 +23,7 @@ FORMATS = tuple(DECODERS)
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 16_384
 MAX_FILE_BYTES = 64 << 20
-TRUNCATED = "image file is truncated"  # as Pillow says it of pixels
+TRUNCATED = "image file is truncated"  # Pillow's message
 ENDS_EARLY = (struct.error, IndexError, EOFError)  # which Pillow hides in a SyntaxError
 TURNS = {  # EXIF orientation -> what shows the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,8 +42,8 @@ class BadPicture(DataError):
     Args:
         path: the file.
         reason: the short form that reports count by.
-        requirement: what the file must do, in words.
-        detail: what was found, where there is more to say than the reason.
+        requirement: completes "the file must ...".
+        detail: added to the reason, where known.
         what: "image" or "caption".
     """
 
@@ -51,8 +51,8 @@ class BadPicture(DataError):
         self, path: Path | str, reason: str, requirement: str, detail: str = "", what: str = "image"
     ) -> None:
         detail = " ".join(detail.split())
-        found = f"{reason} ({detail})" if detail else reason
-        super().__init__(f"{path}: {what} must {requirement}, got: {found}")
+        description = f"{reason} ({detail})" if detail else reason
+        super().__init__(f"{path}: {what} must {requirement}, got: {description}")
         self.reason = reason
 
 
@@ -89,12 +89,12 @@ def open_checked(content: bytes, path: Path | str) -> Image.Image:
 
 
 def _open(content: bytes, path: Path | str) -> tuple[Image.Image, Parts]:
-    kind, known = picture_format(content), f"be one of {', '.join(FORMATS)}"
+    kind, requirement = picture_format(content), f"be one of {', '.join(FORMATS)}"
     if kind is None:
         begin = ascii(content[:16].decode("latin-1"))
-        raise BadPicture(path, "not a picture", known, f"it begins with {begin}")
+        raise BadPicture(path, "not a picture", requirement, f"it begins with {begin}")
     if kind not in DECODERS:
-        raise BadPicture(path, "picture of another format", known, kind)
+        raise BadPicture(path, "picture of another format", requirement, kind)
     try:
         parts = take_apart(content)
     except TooManyPieces as error:
@@ -125,20 +125,20 @@ def _check_size(size: tuple[int, int], path: Path | str) -> None:
         raise _too_many_pixels(path, f"{width} x {height}")
 
 
-def _too_many_pixels(path: Path | str, found: str) -> BadPicture:
+def _too_many_pixels(path: Path | str, detail: str) -> BadPicture:
     limits = f"have at most {MAX_PIXELS} pixels and sides of {MAX_SIDE}"
-    return BadPicture(path, "too many pixels", limits, found)
+    return BadPicture(path, "too many pixels", limits, detail)
 
 
 def to_rgb(picture: Image.Image, key: tuple[int, ...] = (), depth: int = 8) -> Image.Image:
-    """RGB by rule: 16-bit grey scaled to 8, transparency over white, all else converted.
+    """Converts to RGB; 16-bit grey is scaled to 8 bits, transparency put over white.
 
     Args:
-        picture: a decoded one.
+        picture: decoded.
         key: sample values of the one transparent colour, or ().
         depth: bits a sample of `key` has.
     """
-    where = _has_colour(np.asarray(picture), key, depth) if key else None
+    transparent = _has_colour(np.asarray(picture), key, depth) if key else None
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         wide = np.asarray(picture).clip(0, 65535).astype(np.uint32)
         picture = Image.fromarray(((wide + 128) // 257).astype(np.uint8))  # to nearest
@@ -148,19 +148,19 @@ def to_rgb(picture: Image.Image, key: tuple[int, ...] = (), depth: int = 8) -> I
         white.alpha_composite(rgba)
         picture = white
     picture = picture.convert("RGB")
-    if where is not None and where.any():
-        picture.paste((255, 255, 255), mask=Image.fromarray(where))
+    if transparent is not None and transparent.any():
+        picture.paste((255, 255, 255), mask=Image.fromarray(transparent))
     return picture
 
 
 def _has_colour(samples: np.ndarray, key: tuple[int, ...], depth: int) -> np.ndarray:
     """(H, W) bool, True where `samples`, as decoded, are the colour of `key` in the file."""
-    wanted = np.array(key)
+    colour = np.array(key)
     if depth < 8 and samples.dtype == np.uint8:  # greys of 2 and 4 bits are decoded to 0 .. 255
-        wanted = wanted * 255 // ((1 << depth) - 1)
+        colour = colour * 255 // ((1 << depth) - 1)
     elif depth == 16 and samples.dtype == np.uint8:  # colours of 16 bits lose their lower half
-        wanted = wanted >> 8
-    equal = np.asarray(samples == wanted)
+        colour = colour >> 8
+    equal = np.asarray(samples == colour)
     return np.asarray(equal.all(-1)) if equal.ndim == 3 else equal
 
 

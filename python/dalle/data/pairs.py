@@ -16,9 +16,9 @@ from dalle.configs import integer, integers, seed_number
 from dalle.console import printable
 from dalle.errors import DataError, UsageError
 
-NAMED = 10  # files that are named as left out; of further ones only the number grows
-SAMPLES = 64  # pictures hashed of a set whose kind is not known
-DRAWS = 1000  # pictures tried in the place of one that cannot be used
+MAX_NAMED = 10  # files named as left out; further ones are only counted
+SAMPLES = 64  # pictures hashed of a data set of unknown type
+DRAWS = 1000  # pictures tried in place of one that cannot be used
 
 
 @runtime_checkable
@@ -30,7 +30,7 @@ class Pairs(Protocol):
     of each picture's bytes, by which a resumed run notices that pictures have changed.
 
     Attributes:
-        name: what the set is called in reports.
+        name: of the set, in reports.
         image_size: side in pixels of every picture, or 0 where pictures differ (a folder).
         captions: caption i belongs to picture i.
         skipped: reason -> number of items that were left out.
@@ -52,7 +52,7 @@ class ArrayPairs:
     """Pairs held in memory.
 
     Args:
-        name: what the set is called in reports.
+        name: of the set, in reports.
         images: (N, H, W, 3) uint8 with H = W.
         captions: N strings.
         skipped: reason -> number of items left out while building the set.
@@ -94,47 +94,49 @@ class ArrayPairs:
 
 
 def captions_of(pairs: Pairs, item: int) -> Sequence[str]:
-    """All captions of an item, one at least."""
-    own: Sequence[str] | None = getattr(pairs, "several", {}).get(item)
-    return own or (pairs.captions[item],)
+    """All captions of an item, at least one."""
+    captions: Sequence[str] | None = getattr(pairs, "several", {}).get(item)
+    return captions or (pairs.captions[item],)
 
 
 def draw_caption(pairs: Pairs, item: int, seed: Callable[[], int]) -> str:
-    """One of an item's captions, each as likely; which, the seed decides (asked for if needed)."""
-    own = captions_of(pairs, item)
-    return own[0] if len(own) == 1 else own[int(np.random.default_rng(seed()).integers(len(own)))]
+    """One of an item's captions, uniformly by `seed()`, which is called if there are several."""
+    captions = captions_of(pairs, item)
+    if len(captions) == 1:
+        return captions[0]
+    return captions[int(np.random.default_rng(seed()).integers(len(captions)))]
 
 
 def every_caption(pairs: Pairs) -> list[str]:
-    """The captions of all items, of those with several each."""
+    """The captions of all items; of items with several, all of them."""
     return [caption for item in range(len(pairs)) for caption in captions_of(pairs, item)]
 
 
 def leave_out(pairs: Pairs, item: int, error: DataError) -> None:
-    """Counts a picture that cannot be used, once, in `pairs.skipped`, and says which and why."""
-    met: dict[int, str] | None = getattr(pairs, "left_out", None)
-    if met is None:
-        met = {}
-        with suppress(AttributeError):  # a set with slots counts anew each time
-            object.__setattr__(pairs, "left_out", met)  # a frozen one remembers too
-    if item in met:
+    """Counts a picture that cannot be used in `pairs.skipped`, once, and reports the reason."""
+    reasons: dict[int, str] | None = getattr(pairs, "left_out", None)
+    if reasons is None:
+        reasons = {}
+        with suppress(AttributeError):  # a class with __slots__ counts anew each time
+            object.__setattr__(pairs, "left_out", reasons)  # works for frozen dataclasses too
+    if item in reasons:
         return
-    met[item] = getattr(error, "reason", "does not decode")
-    pairs.skipped[met[item]] += 1
-    if len(met) <= NAMED:
-        line = _named(pairs, item, error)
-        more = "; further ones are counted, not named" if len(met) == NAMED else ""
-        tqdm.write(printable(f"{pairs.name}: left out: {line}{more}"), file=sys.stderr)
+    reasons[item] = getattr(error, "reason", "does not decode")
+    pairs.skipped[reasons[item]] += 1
+    if len(reasons) <= MAX_NAMED:
+        line = _describe(pairs, item, error)
+        suffix = "; further ones are counted, not named" if len(reasons) == MAX_NAMED else ""
+        tqdm.write(printable(f"{pairs.name}: left out: {line}{suffix}"), file=sys.stderr)
 
 
-def _named(pairs: Pairs, item: int, error: DataError) -> str:
+def _describe(pairs: Pairs, item: int, error: DataError) -> str:
     paths = getattr(pairs, "paths", None)
     where = f"picture {item}" if paths is None else str(paths[item])
     return str(error) if where in str(error) else f"{where}: {error}"
 
 
 def left_out(pairs: Pairs) -> str:
-    """What this process could not use, as the end of a line: "; left out: 2 x REASON", or ""."""
+    """End of a line on what this process could not use: "; left out: 2 x REASON", or ""."""
     reasons = Counter(getattr(pairs, "left_out", {}).values())
     return f"; left out: {counted(reasons)}" if reasons else ""
 
@@ -154,39 +156,39 @@ def load_or_skip(
 ) -> tuple[list[np.ndarray], list[int]]:
     """Loads pictures; one that cannot be used is left out and counted in `pairs.skipped`.
 
-    Cannot be used: it does not decode, or the transform refuses it.
+    A picture cannot be used if it does not decode, or if the transform refuses it.
 
     Args:
-        pairs: where from.
-        indices: which.
-        transform: applied to each picture and its place in `indices`, in that order.
-        some: whether there must be one at least.
-        most: how many are enough; those after them are not looked at.
+        pairs: the data set.
+        indices: items to load.
+        transform: applied to each picture and its position in `indices`, in that order.
+        some: whether at least one must be usable.
+        most: number of pictures after which loading stops; None loads all.
 
     Returns:
-        The pictures, and their places in `indices`. Both may be shorter than `indices`.
+        The pictures, and their positions in `indices`. Both may be shorter than `indices`.
 
     Raises:
-        DataError: not one of them can be used, where some must.
+        DataError: none can be used, with `some`.
     """
     images: list[np.ndarray] = []
-    places: list[int] = []
+    positions: list[int] = []
     reason = ""
     if most is not None:
         most = integer(pairs.name, "most", most, 0)
-    for place, item in enumerate(indices):
+    for position, item in enumerate(indices):
         if most is not None and len(images) >= most:
             break
         try:
             image = pairs.load(item := integer(pairs.name, "indices", item))
-            images.append(image if transform is None else transform(image, place))
-            places.append(place)
+            images.append(image if transform is None else transform(image, position))
+            positions.append(position)
         except DataError as error:
-            reason = _named(pairs, item, error)
+            reason = _describe(pairs, item, error)
             leave_out(pairs, item, error)
     if some and reason and not images:
         raise DataError(f"{pairs.name}: a batch must hold a picture that can be used, got {reason}")
-    return images, places
+    return images, positions
 
 
 def load_or_draw(
@@ -195,35 +197,35 @@ def load_or_draw(
     seed: Callable[[int], int],
     transform: Callable[[np.ndarray, int], np.ndarray],
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Loads as many pictures as are asked for: where one cannot be used, another is drawn.
+    """Loads a picture for each index; another is drawn in place of one that cannot be used.
 
-    So a batch keeps its size, and what stands at a place of it depends on nothing but the place,
-    however many processes share the batch out. Each that does not decode or that the transform
+    So a batch keeps its size, and the picture at a position depends on that position alone,
+    however many processes split the batch. Each that does not decode or that the transform
     refuses is counted in `pairs.skipped`.
 
     Args:
-        pairs: where from.
-        indices: which.
-        seed: of the draws at a place in `indices`.
-        transform: applied to each picture and its place.
+        pairs: the data set.
+        indices: items to load.
+        seed: gives the seed of the draws at a position in `indices`.
+        transform: applied to each picture and its position.
 
     Returns:
-        The pictures, and which they are, int64.
+        The pictures, and their items, int64.
 
     Raises:
-        DataError: none of those drawn for a place can be used.
+        DataError: none of those drawn for a position can be used.
     """
     images, items = [], []
-    for place, item in enumerate(integers(pairs.name, "indices", indices)):
+    for position, item in enumerate(integers(pairs.name, "indices", indices)):
         draws, reason = None, ""
         for _ in range(DRAWS):
             try:
-                images.append(transform(pairs.load(item), place))
+                images.append(transform(pairs.load(item), position))
                 break
             except DataError as error:
-                reason = _named(pairs, item, error)
+                reason = _describe(pairs, item, error)
                 leave_out(pairs, item, error)
-            draws = draws or np.random.default_rng(seed(place))
+            draws = draws or np.random.default_rng(seed(position))
             item = int(draws.integers(len(pairs)))
         else:
             raise DataError(
@@ -234,14 +236,14 @@ def load_or_draw(
 
 
 def fingerprints(pairs: Pairs) -> dict[str, str]:
-    """Hashes of "captions" (of each item all it has) and "pictures", in their order.
+    """Hashes of "captions" (all captions of each item) and "pictures", in their order.
 
-    Of a folder's pictures all bytes count, of those of a kind that is not from here some samples.
+    A folder's pictures are hashed in full; of an unknown type of data set, some samples are.
     """
     captions, pictures = hashlib.sha256(), hashlib.sha256()
     for item in range(len(pairs)):
-        own = [caption.encode("utf-8", "surrogatepass") for caption in captions_of(pairs, item)]
-        captions.update(b"%d " % len(own) + b"".join(b"%d %s" % (len(c), c) for c in own))
+        encoded = [caption.encode("utf-8", "surrogatepass") for caption in captions_of(pairs, item)]
+        captions.update(b"%d " % len(encoded) + b"".join(b"%d %s" % (len(c), c) for c in encoded))
     if isinstance(pairs, ArrayPairs):
         pictures.update(np.ascontiguousarray(pairs.images).data)
     elif hasattr(pairs, "digests"):
@@ -251,8 +253,8 @@ def fingerprints(pairs: Pairs) -> dict[str, str]:
         for i in np.linspace(0, len(pairs) - 1, min(SAMPLES, len(pairs))).astype(int):
             with suppress(DataError):
                 pictures.update(np.ascontiguousarray(pairs.load(int(i))).data)
-    found = {"captions": captions, "pictures": pictures}
-    return {name: f"SHA-256 {digest.hexdigest()[:16]}" for name, digest in found.items()}
+    digests = {"captions": captions, "pictures": pictures}
+    return {name: f"SHA-256 {digest.hexdigest()[:16]}" for name, digest in digests.items()}
 
 
 class BatchSampler:
@@ -276,7 +278,7 @@ class BatchSampler:
                 raise UsageError(f"BatchSampler: {label} must be at least 1, got {value}")
         self.num_items, self.batch_size = int(num_items), int(batch_size)
         self.seed = seed_number("BatchSampler", seed)
-        self._orders: dict[int, np.ndarray] = {}  # the epochs in use; at most a few
+        self._orders: dict[int, np.ndarray] = {}  # of the epochs in use; at most a few
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:

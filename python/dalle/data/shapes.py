@@ -3,8 +3,8 @@
 Captions are "a red circle on a white background", "a red circle at the top left on a white
 background" and "a red circle left of a blue square on a white background". A `Scene` holds the
 facts of a caption; `shapes_pairs` draws them and `shapes_check` reads them back from a picture. A
-caption says all that a picture shows but for a little jitter: what has no place stands in the
-middle, and two objects stand in one row or one column through it.
+caption says all that a picture shows, except a little jitter: an object without a place is in the
+middle, and two objects are in one row or one column through it.
 
 Splits, by the facts and not by the wording (a caption and its mirror image "a blue square right of
 a red circle" describe the same pictures, so they fall on the same side):
@@ -137,7 +137,7 @@ class Scene:
 
     @property
     def canonical(self) -> Scene:
-        """The same facts in one fixed order: "right of" and "below" turned around."""
+        """The same facts in one fixed order: "right of" and "below" are mirrored."""
         if self.relation not in ("right of", "below"):
             return self
         return Scene(
@@ -173,30 +173,30 @@ def parse(caption: str) -> Scene:
 @lru_cache
 def zero_pairs(num_pairs: int = 4) -> frozenset[Thing]:
     """Colour-shape pairs in no training caption; no colour and no shape twice among them."""
-    every = [Thing(colour, shape) for colour, shape in product(COLOURS, SHAPES)]
-    chosen: list[Thing] = []
+    candidates = [Thing(colour, shape) for colour, shape in product(COLOURS, SHAPES)]
+    held_out: list[Thing] = []
     num_pairs = integer("shapes", "num_pairs", num_pairs, 0)
-    for thing in sorted(every, key=lambda t: zlib.crc32(f"{t.colour} {t.shape}".encode())):
-        clash = any(thing.colour == t.colour or thing.shape == t.shape for t in chosen)
-        if not clash and len(chosen) < num_pairs:
-            chosen.append(thing)
-    return frozenset(chosen)
+    for thing in sorted(candidates, key=lambda t: zlib.crc32(f"{t.colour} {t.shape}".encode())):
+        clash = any(thing.colour == t.colour or thing.shape == t.shape for t in held_out)
+        if not clash and len(held_out) < num_pairs:
+            held_out.append(thing)
+    return frozenset(held_out)
 
 
 def scenes() -> list[Scene]:
     """Every scene of the grammar: 60 of one object, 240 placed, 6,000 with a relation."""
-    every = [Thing(colour, shape) for colour, shape in product(COLOURS, SHAPES)]
-    found = []
+    things = [Thing(colour, shape) for colour, shape in product(COLOURS, SHAPES)]
+    result = []
     for background in BACKGROUNDS:
-        for thing in every:
-            found.append(Scene(background=background, things=(thing,)))
-            found += [Scene(background=background, things=(thing,), place=p) for p in PLACES]
-        for first, relation, second in product(every, RELATIONS, every):
+        for thing in things:
+            result.append(Scene(background=background, things=(thing,)))
+            result += [Scene(background=background, things=(thing,), place=p) for p in PLACES]
+        for first, relation, second in product(things, RELATIONS, things):
             if first.colour != second.colour:
-                found.append(
+                result.append(
                     Scene(background=background, things=(first, second), relation=relation)
                 )
-    return found
+    return result
 
 
 def split_of(scene: Scene, config: ShapesConfig | None = None) -> str:

@@ -1,8 +1,9 @@
-"""Reads a picture of `shapes` back into facts and holds them against a caption.
+"""Reads a picture of `shapes` back into facts and compares them with a caption.
 
-The reader knows the palette and the outlines but not the caption: background by the border,
-the colours present by solid areas, one mask per colour, connected pieces counted, each outline by
-the nearest of a bank of drawn templates, places and relations by centres. It works on batches.
+The reader knows the palette and the outlines, but not the caption. It finds the background by the
+border and the colours by solid areas. Each colour gets a mask, whose connected pieces are counted.
+An outline is that of the nearest template; places and relations follow from centres. It works on
+batches.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def read(images: np.ndarray) -> list[Reading]:
     frame = np.concatenate(
         [pixels[:, 0], pixels[:, -1], pixels[:, 1:-1, 0], pixels[:, 1:-1, -1]], 1
     )
-    ground, off = _nearest(np.median(frame, 1), palette[len(names) :])
+    ground, border_distance = _nearest(np.median(frame, 1), palette[len(names) :])
     ground_colour = palette[len(names) :][ground]
     nearest, distance = _nearest(pixels, palette)
     solid = np.where(distance < SOLID_DISTANCE, nearest, -1)
@@ -174,10 +175,10 @@ def read(images: np.ndarray) -> list[Reading]:
     relative = pixels[picture] - ground_colour[picture][:, None, None]
     share = np.einsum("mhwc,mc->mhw", relative, towards) / (towards**2).sum(1)[:, None, None]
     share = share.clip(0, 1)
-    miss = np.linalg.norm(relative - share[..., None] * towards[:, None, None], axis=-1)
+    residual = np.linalg.norm(relative - share[..., None] * towards[:, None, None], axis=-1)
     best = np.full((len(pixels), BASE, BASE), np.inf, np.float32)
-    np.minimum.at(best, picture, miss)
-    masks = np.where(miss <= best[picture], share, 0.0)
+    np.minimum.at(best, picture, residual)
+    masks = np.where(residual <= best[picture], share, 0.0)
     pieces = np.zeros(len(pixels), int)
     windows = np.zeros((len(masks), (2 * WINDOW) ** 2), np.float32)
     centres = []
@@ -193,7 +194,7 @@ def read(images: np.ndarray) -> list[Reading]:
     choice = misfit.argmin(1)
     readings = [
         Reading(grounds[g] if d < BORDER_DISTANCE else "", int(p), {}, {})
-        for g, d, p in zip(ground, off, pieces, strict=True)
+        for g, d, p in zip(ground, border_distance, pieces, strict=True)
     ]
     for m, (i, c) in enumerate(zip(picture, colour, strict=True)):
         fits = misfit[m, choice[m]] < MISFIT
@@ -202,22 +203,22 @@ def read(images: np.ndarray) -> list[Reading]:
     return readings
 
 
-def _place(x: float, y: float) -> tuple[int, int]:
+def _lattice_point(x: float, y: float) -> tuple[int, int]:
     lattice = np.array(LATTICE)
     return int(np.abs(lattice - x).argmin()), int(np.abs(lattice - y).argmin())
 
 
 def _compare(reading: Reading, scene: Scene) -> ShapesReport:
     stated = {thing.colour: thing.shape for thing in scene.things}
-    where = [reading.centres.get(colour) for colour in stated]
+    centres = [reading.centres.get(colour) for colour in stated]
     place = relation = None
     if scene.place:
-        place = where[0] is not None and _place(*where[0]) == PLACES[scene.place]
+        place = centres[0] is not None and _lattice_point(*centres[0]) == PLACES[scene.place]
     if scene.relation:
         relation = False
-        if len(where) == 2 and where[0] is not None and where[1] is not None:
+        if len(centres) == 2 and centres[0] is not None and centres[1] is not None:
             along = np.array(RELATIONS[scene.relation])
-            gap = np.array(where[0]) - np.array(where[1])
+            gap = np.array(centres[0]) - np.array(centres[1])
             ahead = float(gap @ along)
             across = float(np.abs(gap @ along[::-1]))
             relation = ahead > 4 and ahead > across
@@ -260,7 +261,7 @@ def summary(reports: Sequence[ShapesReport]) -> dict[str, float]:
     """Share of right answers per fact among the captions that state it, and `all_right`."""
     shares = {}
     for fact in (*FACTS, "all_right"):
-        known = [getattr(r, fact) for r in reports if getattr(r, fact) is not None]
-        if known:
-            shares[fact] = float(np.mean(known))
+        values = [getattr(r, fact) for r in reports if getattr(r, fact) is not None]
+        if values:
+            shares[fact] = float(np.mean(values))
     return shares

@@ -78,7 +78,7 @@ def lattice_points(scene: Scene) -> list[tuple[int, int]]:
 def render(
     scene: Scene, rng: np.random.Generator, config: ShapesConfig | None = None
 ) -> np.ndarray:
-    """Draws one picture of a scene; which one, `rng` decides.
+    """Draws one picture of a scene, with jitter from `rng`.
 
     Args:
         scene: the facts.
@@ -97,15 +97,15 @@ def render(
         offset = rng.uniform(-1, 1, 2) * config.place_jitter
         centre = [(LATTICE[p] + o) * scale for p, o in zip(point, offset, strict=True)]
         extent = round(size * scale * STEPS)
-        whole = [round(c) for c in centre]
-        dx, dy = (round((c - w) * STEPS) for c, w in zip(centre, whole, strict=True))
+        pixel = [round(c) for c in centre]
+        dx, dy = (round((c - w) * STEPS) for c, w in zip(centre, pixel, strict=True))
         alpha = coverage(thing.shape, extent, dx, dy)
         half = len(alpha) // 2
-        low = [max(w - half, 0) for w in whole]
-        high = [min(w + half, config.canvas) for w in whole]
+        low = [max(w - half, 0) for w in pixel]
+        high = [min(w + half, config.canvas) for w in pixel]
         piece = alpha[
-            low[1] - whole[1] + half : high[1] - whole[1] + half,
-            low[0] - whole[0] + half : high[0] - whole[0] + half,
+            low[1] - pixel[1] + half : high[1] - pixel[1] + half,
+            low[0] - pixel[0] + half : high[0] - pixel[0] + half,
             None,
         ]
         view = canvas[low[1] : high[1], low[0] : high[0]]

@@ -46,14 +46,14 @@ def load_pairs(spec: str, *, image_size: int, split: str = "train", seed: int = 
         return BUILT_IN[spec](image_size, split, seed)
     opens = _opener(Path(spec))
     if opens is None:
-        found = "a file" if Path(spec).exists() else "no such folder"
+        kind = "a file" if Path(spec).exists() else "no such folder"
         raise DataError(
-            f"data: spec must be one of {', '.join(BUILT_IN)} or a folder, got {spec!r} ({found})"
+            f"data: spec must be one of {', '.join(BUILT_IN)} or a folder, got {spec!r} ({kind})"
         )
     if split != "train":
         raise UsageError(f"data: split of a folder must be 'train', got {split!r}")
     pairs = opens(Path(spec))
-    _say_what_is_there(pairs)
+    _report_skipped(pairs)
     return pairs
 
 
@@ -69,14 +69,14 @@ def is_picture_folder(spec: str) -> bool:
     return spec not in BUILT_IN and _opener(Path(spec)) in (FolderPairs, None)
 
 
-def _say_what_is_there(pairs: Pairs) -> None:
-    """What a training does not see of a folder, or sees in parts."""
+def _report_skipped(pairs: Pairs) -> None:
+    """Reports files that a training leaves out, and captions of which it draws one each time."""
     if pairs.skipped:
         total = pairs.skipped.total()
-        named = " (`dalle data check` names them)" if isinstance(pairs, FolderPairs) else ""
+        hint = " (`dalle data check` names them)" if isinstance(pairs, FolderPairs) else ""
         say(
             f"data: {len(pairs)} pairs in {pairs.name}, left out {total}: "
-            f"{counted(pairs.skipped)}{named}"
+            f"{counted(pairs.skipped)}{hint}"
         )
     several = getattr(pairs, "several", {})
     if several:
