@@ -71,11 +71,11 @@ class CheckConfig:
 
 def contact_sheet(pairs: Pairs, count: int, side: int) -> Image.Image:
     """The first pictures with their captions, centre-cropped to `side`, at least 64 pixels each."""
-    images, kept = load_or_skip(
+    images, positions = load_or_skip(
         pairs, range(len(pairs)), lambda image, _: center_crop(image, side), most=count
     )
     scale = max(1, -(-96 // side))
-    labels = [pairs.captions[i] for i in kept]
+    labels = [pairs.captions[i] for i in positions]
     return grid(to_tensor(images), columns=8, scale=scale, labels=labels)
 
 
@@ -112,7 +112,7 @@ def make_shapes(config: MakeShapesConfig) -> None:
     print(f"facts in {config.out / 'facts.json'}, contact sheet {config.out / 'contact.png'}")
 
 
-def _spread(label: str, values: list[int]) -> str:
+def _range_text(label: str, values: list[int]) -> str:
     low, middle, high = (int(v) for v in np.quantile(values, [0, 0.5, 1]))
     return f"{label}: {low} to {high}, median {middle}"
 
@@ -145,9 +145,9 @@ def check(config: CheckConfig) -> None:
     print(f"{config.folder}: {len(pairs)} pairs")
     print("formats: " + ", ".join(f"{name} {n}" for name, n in formats.most_common()))
     if sizes:
-        print(_spread("width", [width for width, _ in sizes.values()]) + " pixels")
-        print(_spread("height", [height for _, height in sizes.values()]) + " pixels")
-    print(_spread("caption", [len(caption.split()) for caption in captions]) + " words")
+        print(_range_text("width", [width for width, _ in sizes.values()]) + " pixels")
+        print(_range_text("height", [height for _, height in sizes.values()]) + " pixels")
+    print(_range_text("caption", [len(caption.split()) for caption in captions]) + " words")
     print(f"different captions: {len(set(captions))}")
     if pairs.several:
         print(
@@ -159,58 +159,58 @@ def check(config: CheckConfig) -> None:
         print(f"  {count} x {reason}")
     _show(pairs.problems, config.show)
     if config.image_size:
-        _say_too_small(pairs, sizes, config)
+        _report_too_small(pairs, sizes, config)
     if tokenizer is not None:
-        _say_too_long(captions, tokenizer, config.text_len)
+        _report_too_long(captions, tokenizer, config.text_len)
     if config.contact is not None:
         print(f"contact sheet: {save_png(config.contact, contact_sheet(pairs, 64, 96))}")
 
 
-def _show(lines: Sequence[str], most: int) -> None:
-    for line in lines[:most]:
+def _show(lines: Sequence[str], limit: int) -> None:
+    for line in lines[:limit]:
         print(f"  {printable(line)}")
-    if 0 < most < len(lines):
-        print(f"  ... and {len(lines) - most} more")
+    if 0 < limit < len(lines):
+        print(f"  ... and {len(lines) - limit} more")
 
 
-def _say_too_small(
+def _report_too_small(
     pairs: FolderPairs, sizes: dict[int, tuple[int, int]], config: CheckConfig
 ) -> None:
     """Which pictures the paper's crops refuse."""
     side = config.image_size
     small = [(item, size) for item, size in sizes.items() if min(size) < side]
-    then = "`dalle dvae train` and `prior train` leave them out; the ranker and augment none do not"
+    note = "`dalle dvae train` and `prior train` leave them out; the ranker and augment none do not"
     print(
         f"smaller than {side} pixels: {len(small)} of {len(sizes)} pictures"
-        + (f" ({then})" if small else "")
+        + (f" ({note})" if small else "")
     )
     _show([f"{pairs.paths[item]}: {w} x {h}" for item, (w, h) in small], config.show)
 
 
-def _say_too_long(captions: list[str], tokenizer: Tokenizer, text_len: int) -> None:
+def _report_too_long(captions: list[str], tokenizer: Tokenizer, text_len: int) -> None:
     """How many captions lose their end, encoded whole and with the dropout of training."""
-    found: dict[int, list[str]] = {}
+    presets_by_len: dict[int, list[str]] = {}
     for name, preset in PRESETS.items():
-        found.setdefault(text_len or preset.text_len, []).append(name)
+        presets_by_len.setdefault(text_len or preset.text_len, []).append(name)
     lengths = [_lengths(captions, tokenizer, p) for p in (0.0, PriorTrainConfig().bpe_dropout)]
-    print(_spread("tokens", lengths[0]) + " a caption")
-    for slots, names in found.items():
-        whole, dropped = (sum(length > slots - 1 for length in part) for part in lengths)
-        who = "this prior" if text_len else f"presets {', '.join(names)}"
+    print(_range_text("tokens", lengths[0]) + " a caption")
+    for slots, names in presets_by_len.items():
+        cut, cut_with_dropout = (sum(length > slots - 1 for length in part) for part in lengths)
+        label = "this prior" if text_len else f"presets {', '.join(names)}"
         print(
-            f"cut at {slots - 1} tokens ({who}): {whole} of {len(captions)} captions, "
-            f"{dropped} with the BPE dropout of training"
+            f"cut at {slots - 1} tokens ({label}): {cut} of {len(captions)} captions, "
+            f"{cut_with_dropout} with the BPE dropout of training"
         )
 
 
 def _lengths(captions: list[str], tokenizer: Tokenizer, dropout: float) -> list[int]:
     """Tokens of each caption, however many; in parts, since each takes its longest's width."""
-    found: list[int] = []
+    lengths: list[int] = []
     for begin in range(0, len(captions), 64):
         part = captions[begin : begin + 64]
-        most = max(len(lower(caption).encode()) for caption in part)  # a byte is a token at most
+        width = max(len(lower(caption).encode()) for caption in part)  # a byte is a token at most
         ids = tokenizer.encode(
-            part, max(most, 1), dropout=dropout, places=range(begin, begin + len(part))
+            part, max(width, 1), dropout=dropout, places=range(begin, begin + len(part))
         )
-        found += (ids != Tokenizer.PAD).sum(1).tolist()
-    return found
+        lengths += (ids != Tokenizer.PAD).sum(1).tolist()
+    return lengths

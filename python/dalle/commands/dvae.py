@@ -89,9 +89,9 @@ class ReconstructConfig:
 
 def train(config: DvaeCommandConfig) -> None:
     """Trains, saves the averaged weights, and says where they are."""
-    known = [*PRESETS, *DVAE_RECIPES]
-    if config.preset not in known:
-        names, hint = ", ".join(known), did_you_mean(config.preset, known)
+    choices = [*PRESETS, *DVAE_RECIPES]
+    if config.preset not in choices:
+        names, hint = ", ".join(choices), did_you_mean(config.preset, choices)
         raise UsageError(f"dvae train: preset must be one of {names}, got {config.preset!r}{hint}")
     if config.preset in DVAE_RECIPES:
         recipe = DVAE_RECIPES[config.preset]
@@ -140,25 +140,25 @@ def load_pictures(config: ReconstructConfig, size: int) -> torch.Tensor:
         return to_tensor(loaded)
     folder = Path(config.data)
     files = find_pictures(folder)
-    found: list[np.ndarray] = []
+    crops: list[np.ndarray] = []
     skipped: Counter[str] = Counter()
     for path in files:
-        if len(found) == config.limit:
+        if len(crops) == config.limit:
             break
         try:
-            found.append(center_crop(decode(read_bytes(path), path), size))
+            crops.append(center_crop(decode(read_bytes(path), path), size))
         except DataError as error:
             skipped[getattr(error, "reason", "does not decode")] += 1
             if skipped.total() <= MAX_NAMED:
                 print(printable(f"dvae reconstruct: left out: {error}"))
     if skipped:
         print(f"dvae reconstruct: left out {skipped.total()}: {counted(skipped)}")
-    if not found:
+    if not crops:
         raise DataError(
             f"dvae reconstruct: data must be {', '.join(BUILT_IN)} or a folder with pictures, got "
             f"{folder}" + (f" ({counted(skipped)})" if skipped else "")
         )
-    return to_tensor(found)
+    return to_tensor(crops)
 
 
 @torch.no_grad()
@@ -172,8 +172,8 @@ def reconstruct(config: ReconstructConfig) -> None:
     vae = DiscreteVAE.from_pretrained(config.model).to(pick_device(config.device))
     size = config.image_size
     if not size:
-        own = DVAE_RECIPES[config.data].image_size if config.data in DVAE_RECIPES else 256
-        size = max(1, round(own / vae.factor)) * vae.factor
+        default_size = DVAE_RECIPES[config.data].image_size if config.data in DVAE_RECIPES else 256
+        size = max(1, round(default_size / vae.factor)) * vae.factor
     vae.grid(size)
     needed = 4 * 3 * 3 * size**2 * config.limit  # read, given back, side by side
     require_memory(
@@ -188,12 +188,14 @@ def reconstruct(config: ReconstructConfig) -> None:
     images = load_pictures(config, size)
     device = next(vae.parameters()).device
     tokens = torch.cat([vae.encode(part.to(device)) for part in images.split(64)])
-    back = torch.cat([vae.decode(part).cpu() for part in tokens.split(64)])
+    reconstructions = torch.cat([vae.decode(part).cpu() for part in tokens.split(64)])
     sheet = pictures.grid(
-        pictures.beside([images, back]), columns=2 * config.columns, scale=max(1, 96 // size)
+        pictures.beside([images, reconstructions]),
+        columns=2 * config.columns,
+        scale=max(1, 96 // size),
     )
     pictures.save_png(config.out, sheet)
-    values = psnr(images, back)
+    values = psnr(images, reconstructions)
     health = codebook_health(torch.bincount(tokens.flatten().cpu(), minlength=vae.num_tokens))
     print(
         f"{len(images)} pictures: PSNR {float(values.mean()):.2f} dB "

@@ -16,11 +16,11 @@ from dalle.pipeline import SEQUENCES, Pipeline
 from dalle.plan import memory
 from dalle.prior.config import PRESETS, PriorConfig
 
-TRAINED = 20  # bytes a parameter: fp32 weight, gradient, two moments, average
+TRAIN_BYTES = 20  # bytes a parameter: fp32 weight, gradient, two moments, average
 
 
 def prior_bytes(shape: PriorConfig, batch: int) -> float:
-    """Of training `shape` on one device, at least: `plan.memory` for the precision it has."""
+    """Least bytes for training `shape` on one device, by `plan.memory` at its precision."""
     kind = "paper" if shape.half_weights else "fp32" if shape.precision == "fp32" else "bf16"
     parts = memory(shape, batch, kind)
     if shape.image_rank:  # the plan counts image tables of full width
@@ -55,14 +55,14 @@ def require_prior_fits(owner: str, shape: PriorConfig, batch: int, device: torch
 
 
 def dvae_bytes(config: DiscreteVAEConfig, image_size: int, batch: int) -> float:
-    """Of training on one device, at least: parameters, and what backward needs of each block."""
+    """Least bytes for training on one device: parameters, and activations for backward."""
     grid = (image_size // config.factor) ** 2
-    if config.stem == "released":  # at full resolution a block keeps 2.5 widths, here and there
-        kept = image_size**2 * config.n_hid * 5 * config.n_blk_per_group
+    if config.stem == "released":  # at full resolution, 2.5 widths a block, encoder and decoder
+        activations = image_size**2 * config.n_hid * 5 * config.n_blk_per_group
     else:
-        kept = grid * config.n_hid * 6 * config.n_blk_per_group
+        activations = grid * config.n_hid * 6 * config.n_blk_per_group
     pictures = 3 * image_size**2 + 2 * grid * config.vocab_size
-    return TRAINED * DiscreteVAE.min_parameters(config) + 4.0 * batch * (kept + pictures)
+    return TRAIN_BYTES * DiscreteVAE.min_parameters(config) + 4.0 * batch * (activations + pictures)
 
 
 def require_dvae_fits(
@@ -74,9 +74,9 @@ def require_dvae_fits(
         return
     advice = _batch(batch, lambda size: dvae_bytes(config, image_size, size) <= free)
     needed = dvae_bytes(config, image_size, batch)
-    what = f"a batch of {batch} pictures of {image_size} pixels"
+    description = f"a batch of {batch} pictures of {image_size} pixels"
     require_memory(
-        owner, needed, what, advice or "take smaller pictures or a smaller model", device
+        owner, needed, description, advice or "take smaller pictures or a smaller model", device
     )
 
 
@@ -94,8 +94,8 @@ def require_samples_fit(owner: str, pipeline: Pipeline, candidates: int, guided:
     if free is not None and needed(candidates) > free:
         fits = _largest(candidates, lambda count: needed(count) <= free)
         advice = f"--num-candidates {fits} would fit" if fits else "take a smaller model"
-        what = f"{candidates} candidates of {side} pixels"
-        require_memory(owner, needed(candidates), what, advice, pipeline.device)
+        description = f"{candidates} candidates of {side} pixels"
+        require_memory(owner, needed(candidates), description, advice, pipeline.device)
 
 
 def _batch(batch: int, fits: Callable[[int], bool]) -> str | None:
@@ -103,7 +103,7 @@ def _batch(batch: int, fits: Callable[[int], bool]) -> str | None:
     return f"--batch-size {size} would fit" if size else None
 
 
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from 1 to `most` that fits, to a power of two; 0 where 1 does not."""
-    sizes: Iterable[int] = (1 << power for power in range(most.bit_length()))
+def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to `limit` that fits, to a power of two; 0 where 1 does not."""
+    sizes: Iterable[int] = (1 << power for power in range(limit.bit_length()))
     return max((size for size in sizes if fits(size)), default=0)

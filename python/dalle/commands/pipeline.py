@@ -50,7 +50,7 @@ def make(config: PipelineMakeConfig) -> None:
     )
     with saving("pipeline make", config.out), whole_folder(out) as folder:
         pipeline.save_pretrained(folder)
-    size, kept = pipeline.image_size, "without" if config.ranker is None else "with"
-    print(f"pipeline make: pictures of {size} x {size} pixels, {kept} a ranker, in {config.out}")
-    again = shlex.quote(str(config.out))
-    print(f'pipeline make: now: dalle sample "A CAPTION" --model {again}')
+    size, how = pipeline.image_size, "without" if config.ranker is None else "with"
+    print(f"pipeline make: pictures of {size} x {size} pixels, {how} a ranker, in {config.out}")
+    model = shlex.quote(str(config.out))
+    print(f'pipeline make: now: dalle sample "A CAPTION" --model {model}')

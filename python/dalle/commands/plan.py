@@ -39,11 +39,11 @@ class PlanConfig:
     peer_gbyte: float = 100.0
 
     def __post_init__(self) -> None:
-        known = [*PRESETS, "all"]
-        if self.preset not in known:
-            hint = did_you_mean(self.preset, known)
+        choices = [*PRESETS, "all"]
+        if self.preset not in choices:
+            hint = did_you_mean(self.preset, choices)
             raise UsageError(
-                f"plan: preset must be one of {', '.join(known)}, got {self.preset}{hint}"
+                f"plan: preset must be one of {', '.join(choices)}, got {self.preset}{hint}"
             )
 
 
@@ -51,7 +51,7 @@ def plan(config: PlanConfig) -> None:
     """Prints the plan of one preset, or of all."""
     names = list(PRESETS) if config.preset == "all" else [config.preset]
     plans = [make_plan(name, PRESETS[name], config.batch) for name in names]
-    texts = [plan_text(found) for found in plans]
+    texts = [plan_text(values) for values in plans]
     if config.gpus is not None:
         for i, name in enumerate(names):
             cluster = cluster_plan(

@@ -68,9 +68,9 @@ class PriorCommandConfig:
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
-            known, hint = ", ".join(PRESETS), did_you_mean(self.preset, PRESETS)
+            choices, hint = ", ".join(PRESETS), did_you_mean(self.preset, PRESETS)
             raise UsageError(
-                f"prior train: preset must be one of {known}, got {self.preset!r}{hint}"
+                f"prior train: preset must be one of {choices}, got {self.preset!r}{hint}"
             )
 
 
@@ -83,7 +83,7 @@ def train_command(config: PriorCommandConfig) -> None:
 def _new_prior(
     config: PriorCommandConfig, tokenizer: Tokenizer, vae: DiscreteVAE, world: World
 ) -> Prior:
-    """On the CPU, of the sizes that tokenizer and dVAE ask for."""
+    """A new prior on the CPU, with the sizes that tokenizer and dVAE ask for."""
     sizes: dict[str, Any] = {
         "text_vocab": tokenizer.vocab_size,
         "image_vocab": vae.num_tokens,

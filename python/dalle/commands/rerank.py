@@ -69,31 +69,31 @@ def rerank(config: RerankConfig) -> None:
         size = ranker.config.image_size
     elif isinstance(ranker, TransformersCLIP):
         ranker.to(device)
-    what = f"{len(files)} pictures of {size} pixels"
-    require_memory("rerank", 4 * 3 * size**2 * len(files), what, "take a smaller folder")
+    description = f"{len(files)} pictures of {size} pixels"
+    require_memory("rerank", 4 * 3 * size**2 * len(files), description, "take a smaller folder")
     skipped: Counter[str] = Counter()
-    kept, loaded = [], []
+    paths, loaded = [], []
     for path in files:
         try:
             loaded.append(read_image(path, size))
-            kept.append(path)
+            paths.append(path)
         except DataError as error:
             skipped[getattr(error, "reason", "does not decode")] += 1
             print(printable(f"rerank: skipped: {error}"))
-    if not kept:
+    if not paths:
         raise DataError(
             f"rerank: images must hold a picture that decodes, got none of {len(files)}"
         )
     stack = torch.stack(loaded)
-    scores = ranker.scores([caption] * len(kept), stack)
+    scores = ranker.scores([caption] * len(paths), stack)
     if not bool(scores.isfinite().all()):
         bad = int(scores.isfinite().logical_not().sum())
         raise NumericalError(
-            f"rerank: scores must be finite, got {bad} of {len(kept)} that are not"
+            f"rerank: scores must be finite, got {bad} of {len(paths)} that are not"
         )
     order = scores.argsort(descending=True, stable=True).tolist()
     ranking = [
-        {"file": str(kept[i].relative_to(config.images)), "score": round(float(scores[i]), 5)}
+        {"file": str(paths[i].relative_to(config.images)), "score": round(float(scores[i]), 5)}
         for i in order
     ]
     report = {"caption": caption, "ranking": ranking, "skipped": dict(skipped)}
@@ -104,6 +104,6 @@ def rerank(config: RerankConfig) -> None:
     )
     pictures.save_png(config.out / "sorted.png", sheet)
     print(
-        f"rerank: best of {len(kept)}: {ranking[0]['file']}; "
+        f"rerank: best of {len(paths)}: {ranking[0]['file']}; "
         f"scores.json and sorted.png in {config.out}"
     )

@@ -74,8 +74,8 @@ def read_captions(config: SampleConfig) -> list[str]:
         UsageError: none at all.
         DataError: the file cannot be read.
     """
-    given = (clean(argument_text(word), keep_bytes=True) for word in config.captions)
-    captions = [caption for caption in given if caption]
+    cleaned = (clean(argument_text(word), keep_bytes=True) for word in config.captions)
+    captions = [caption for caption in cleaned if caption]
     if config.file is not None:
         try:
             captions += caption_lines(files.read_bytes(config.file).decode())
@@ -99,14 +99,14 @@ def slug(caption: str, number: int) -> str:
     return f"{number:02d}-{words[:48].strip('-') or 'caption'}"
 
 
-def record(caption: str, seed: int, found: Generation, names: list[str]) -> dict[str, object]:
-    """What samples.json says of one caption; a missing score is null."""
-    scores = [None if math.isnan(s) else round(s, 5) for s in found.scores.tolist()]
+def record(caption: str, seed: int, generation: Generation, names: list[str]) -> dict[str, object]:
+    """The entry of one caption in samples.json; a missing score is null."""
+    scores = [None if math.isnan(s) else round(s, 5) for s in generation.scores.tolist()]
     return {
         "caption": caption,
         "seed": seed,
         "scores": scores,
-        "candidates": found.order.tolist(),
+        "candidates": generation.order.tolist(),
         "files": names,
     }
 
@@ -134,7 +134,7 @@ def sample(config: SampleConfig) -> None:
     records = []
     for number, caption in enumerate(captions):
         cut = pipeline.tokenizer.truncated
-        found = pipeline.generate(
+        generation = pipeline.generate(
             caption,
             num_candidates=config.num_candidates,
             top=config.top,
@@ -147,16 +147,16 @@ def sample(config: SampleConfig) -> None:
             slots = pipeline.prior.config.text_len - 1
             print(f"sample: caption {number + 1} has more than {slots} tokens, the rest is cut off")
         name = names[number]
-        labels = ["" if math.isnan(s) else f"{s:.3f}" for s in found.scores.tolist()]
+        labels = ["" if math.isnan(s) else f"{s:.3f}" for s in generation.scores.tolist()]
         sheet = pictures.grid(
-            found.images, columns=min(8, config.top), scale=config.scale, labels=labels
+            generation.images, columns=min(8, config.top), scale=config.scale, labels=labels
         )
         pictures.save_png(config.out / f"{name}.png", sheet)
         singles = []
-        for place, image in enumerate(pictures.to_uint8(found.images)):
-            singles.append(f"{name}/{place}.png")
+        for index, image in enumerate(pictures.to_uint8(generation.images)):
+            singles.append(f"{name}/{index}.png")
             pictures.save_png(config.out / singles[-1], Image.fromarray(image))
-        records.append(record(caption, config.seed, found, singles))
+        records.append(record(caption, config.seed, generation, singles))
         say(f"sample: {number + 1}/{len(captions)} {caption}")
         pictures.save_bytes(config.out / "samples.json", to_json(records))
     print(f"sample: {len(captions)} captions, grids and samples.json in {config.out}")

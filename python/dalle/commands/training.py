@@ -34,12 +34,12 @@ def check_not_taken(owner: str, folder: Path, kind: type | None = None) -> None:
     """
     if not leads() or not os.path.isfile(folder / CONFIG_FILE):
         return
-    found = None
+    class_name = None
     with suppress(CheckpointError):
-        found = read_object(folder / CONFIG_FILE, CheckpointError).get("class")
-    if kind is None or found != kind.__name__:
-        what = f"a {found}" if isinstance(found, str) else f"another {CONFIG_FILE}"
-        raise UsageError(f"{owner}: out must be a folder of its own, got {folder} with {what}")
+        class_name = read_object(folder / CONFIG_FILE, CheckpointError).get("class")
+    if kind is None or class_name != kind.__name__:
+        content = f"a {class_name}" if isinstance(class_name, str) else f"another {CONFIG_FILE}"
+        raise UsageError(f"{owner}: out must be a folder of its own, got {folder} with {content}")
 
 
 def save_model(owner: str, task: Task, folder: Path) -> None:

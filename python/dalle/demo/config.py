@@ -1,4 +1,4 @@
-"""What `dalle demo` takes, and the folder it works in."""
+"""Options of `dalle demo`, and the folder it works in."""
 
 from __future__ import annotations
 
@@ -77,16 +77,16 @@ class Workspace:
         }
         path = self.work / "demo.json"
         if path.exists():
-            found = self._read(path)
-            if found is None:
+            saved = self._read(path)
+            if saved is None:
                 raise DataError(
                     f"demo: {path} must be as dalle demo wrote it, got other bytes; "
                     "choose another --out, or remove it to go on with these options"
                 )
             for key, value in identity.items():
-                if found.get(key) != value:
+                if saved.get(key) != value:
                     raise UsageError(
-                        f"demo: {key} must be {found.get(key)} as in {self.out}, got {value}; "
+                        f"demo: {key} must be {saved.get(key)} as in {self.out}, got {value}; "
                         "choose another --out"
                     )
         else:
@@ -97,28 +97,28 @@ class Workspace:
         save_bytes(path, to_json({**values, "sha256": _digest(values)}))
 
     def read(self, path: Path) -> dict[str, Any]:
-        """What `write` wrote; empty where nothing has, or where it is damaged, which is said.
+        """What `write` wrote; empty without a file, or where it is damaged, which is reported.
 
         A damaged file is set aside, so that the demo goes on and makes it anew.
         """
         if not path.exists():
             return {}
-        found = self._read(path)
-        if found is None:
+        values = self._read(path)
+        if values is None:
             nonce = temporary_name(path).name.rpartition("-")[2]
             aside = path.with_name(f"damaged-{path.name}-{nonce}")
             with saving("demo", path):
                 path.rename(aside)
             say(f"demo: {path} was not as dalle demo wrote it; set aside as {aside.name}")
-        return found or {}
+        return values or {}
 
     def _read(self, path: Path) -> dict[str, Any] | None:
         """The values in a work file, or None where they do not match its SHA-256."""
         try:
-            found = read_object(path, DataError)
+            values = read_object(path, DataError)
         except DataError:
             return None
-        return None if found.pop("sha256", "") != _digest(found) else found
+        return None if values.pop("sha256", "") != _digest(values) else values
 
     def targets(self) -> list[Path]:
         """The files that the end of a stage writes."""
@@ -128,8 +128,12 @@ class Workspace:
             for part, data in {"tokenizer": "tokenizer.json", **parts}.items()
             for name in (data, "config.json")
         ]
-        whole = [self.out / "index.html", self.out / "summary.json", self.pipeline / "config.json"]
-        return [*models, self.pipeline / "ranker" / "tokenizer" / "config.json", *whole]
+        reports = [
+            self.out / "index.html",
+            self.out / "summary.json",
+            self.pipeline / "config.json",
+        ]
+        return [*models, self.pipeline / "ranker" / "tokenizer" / "config.json", *reports]
 
     def folder(self, stage: str) -> Path:
         """Where a training stage keeps checkpoints, metrics and pictures."""
@@ -153,11 +157,11 @@ class Workspace:
         self.write(self.work / "timings.json", timings)
 
     def read_scores(self) -> dict[str, Any]:
-        """What scoring has found so far."""
+        """All scores so far."""
         return self.read(self.scores)
 
     def add_scores(self, values: dict[str, Any]) -> None:
-        """Adds to what scoring has found."""
+        """Adds to the scores."""
         self.write(self.scores, {**self.read_scores(), **values})
 
 

@@ -41,7 +41,7 @@ class Demo:
 
     @cached_property
     def train_pairs(self) -> Pairs:
-        """What everything is trained on."""
+        """The training pairs of all stages."""
         size = self.recipe.image_size
         if self.data == "shapes":
             return ShapesPairs("train", image_size=size, seed=self.seed, size=self.recipe.items)
@@ -109,7 +109,7 @@ class Demo:
 
 
 def captions_to_draw(demo: Demo) -> dict[str, list[Any]]:
-    """What is sampled: columns "caption", "split", and "own" (emoji: index of the true picture)."""
+    """Captions to sample: "caption", "split" and "own" (emoji: index of the true picture)."""
     if demo.data == "emoji":
         captions = list(demo.unseen[0].captions)[: demo.recipe.num_captions]
         count = len(captions)
@@ -120,8 +120,8 @@ def captions_to_draw(demo: Demo) -> dict[str, list[Any]]:
         scenes = split_scenes(split)
         for related in (False, True):
             group = [scene.caption for scene in scenes if bool(scene.relation) == related]
-            wanted = demo.recipe.num_captions // (2 if split == "train" else 1)
+            quota = demo.recipe.num_captions // (2 if split == "train" else 1)
             rounds = [group[i] for _ in range(4) for i in rng.permutation(len(group))]
-            captions += rounds[:wanted]
-            splits += [split] * len(rounds[:wanted])
+            captions += rounds[:quota]
+            splits += [split] * len(rounds[:quota])
     return {"caption": captions, "split": splits, "own": [-1] * len(captions)}

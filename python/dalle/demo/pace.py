@@ -1,4 +1,4 @@
-"""How fast this machine trains, measured before the demo begins, so that its forecast is true."""
+"""How fast this machine trains, measured before the demo begins for its forecast."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ROUNDS = 15
 
 
 def measure() -> dict[str, float]:
-    """Stage -> how many times longer than on the recipes' machine it takes here; about 3 seconds.
+    """Stage -> its time here relative to the recipes' machine. Takes about 3 seconds.
 
-    Transformer and convolutions apart, since AVX-512 gains nothing in the one and 1.7 times in the
-    other; `SHARES` says how much of a stage are convolutions.
+    Transformer and convolutions are measured apart, since AVX-512 gains nothing in the one and 1.7
+    times in the other; `SHARES` says how much of a stage are convolutions.
     """
     transformer = _median(transformer_step()) / TRANSFORMER
     convolution = _median(convolution_step()) / CONVOLUTION
@@ -49,7 +49,7 @@ def transformer_step() -> Callable[[], None]:
     )
     text = torch.arange(16 * 15, dtype=torch.int64, device="cpu").view(16, 15) % 4096
     tokens = torch.arange(16 * 64, dtype=torch.int64, device="cpu").view(16, 64) % 2048
-    return _step(prior, lambda place: prior(text[place], tokens[place]).loss, 16)
+    return _step(prior, lambda rows: prior(text[rows], tokens[rows]).loss, 16)
 
 
 def convolution_step() -> Callable[[], None]:
@@ -58,7 +58,7 @@ def convolution_step() -> Callable[[], None]:
     images = torch.linspace(0, 1, 144 * 3 * 40 * 40, dtype=torch.float32, device="cpu").view(
         144, 3, 40, 40
     )
-    return _step(tower, lambda place: tower(images[place]).square().mean(), 144)
+    return _step(tower, lambda rows: tower(images[rows]).square().mean(), 144)
 
 
 def _step(
@@ -66,7 +66,7 @@ def _step(
 ) -> Callable[[], None]:
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        (total,) = sum_parts(run_parts(lambda place: (loss(place),), size, PARTS, model))
+        (total,) = sum_parts(run_parts(lambda rows: (loss(rows),), size, PARTS, model))
         total.backward()
 
     return step

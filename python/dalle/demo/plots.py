@@ -69,13 +69,13 @@ def _losses(space: Workspace, metrics: dict[str, list[dict[str, Any]]]) -> str:
     figure.subplots_adjust(left=edge, right=1 - edge, bottom=0.17, top=0.9, wspace=0.36)
     for axis, (stage, records) in zip(axes[0], metrics.items(), strict=True):
         _line(axis, records, "loss")
-        beside = axis.twinx() if stage != "prior" else axis
+        right_axis = axis.twinx() if stage != "prior" else axis
         for number, name in enumerate(SERIES[stage]):
             if name != "codes_used":
-                _line(beside, records, name, color=f"C{number + 1}")
+                _line(right_axis, records, name, color=f"C{number + 1}")
         axis.set_title(stage)
         axis.set_xlabel("updates")
-        lines = {line.get_label(): line for ax in {axis, beside} for line in ax.get_lines()}
+        lines = {line.get_label(): line for ax in {axis, right_axis} for line in ax.get_lines()}
         axis.legend(lines.values(), lines.keys(), fontsize=8)
     return _save(space, figure, "losses.png")
 

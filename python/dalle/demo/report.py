@@ -141,7 +141,7 @@ def _contact(
         return ""
     true = int(strips[0]["below"][0] == "true")
     groups = [
-        group([tile(sheet, row, x, _words(strip, x)) for x in range(true + 1)], strip["caption"])
+        group([tile(sheet, row, x, _alt_text(strip, x)) for x in range(true + 1)], strip["caption"])
         for row, strip in enumerate(strips)
     ]
     first = "Left the true picture, right what" if true else "What"
@@ -160,7 +160,7 @@ def _strips(space: Workspace, strips: list[dict[str, Any]], size: int) -> str:
     groups = [
         group(
             [
-                tile(sheet, row, x, _words(strip, x), below)
+                tile(sheet, row, x, _alt_text(strip, x), below)
                 for x, below in enumerate(strip["below"])
             ],
             f"{strip['caption']} ({strip['split']})",
@@ -175,9 +175,9 @@ def _strips(space: Workspace, strips: list[dict[str, Any]], size: int) -> str:
     return head + contact(groups, 4)
 
 
-def _words(strip: dict[str, Any], column: int) -> str:
-    which = strip["below"][column]
-    return f"{strip['caption']}: {'true picture' if which == 'true' else 'drawn, ' + which}"
+def _alt_text(strip: dict[str, Any], column: int) -> str:
+    label = strip["below"][column]
+    return f"{strip['caption']}: {'true picture' if label == 'true' else 'drawn, ' + label}"
 
 
 def _reconstructions(space: Workspace, size: int) -> str:
@@ -217,11 +217,11 @@ def _figure(space: Workspace, name: str, caption: str, *, plot: bool = False) ->
 
 def _latest(space: Workspace) -> list[str]:
     """The newest picture of each training stage, relative to the page."""
-    found = []
+    latest = []
     for stage in ("dvae", "ranker", "prior"):
         drawn = sorted((space.folder(stage) / "pictures").glob("*.png"), key=_age)
-        found += [path.relative_to(space.out).as_posix() for path in drawn[-1:]]
-    return found
+        latest += [path.relative_to(space.out).as_posix() for path in drawn[-1:]]
+    return latest
 
 
 def _age(path: Path) -> float:
@@ -232,16 +232,16 @@ def _fact_tables(summary: dict[str, Any]) -> str:
     table = summary.get("table")
     if not table:
         return ""
-    facts = list(dict.fromkeys(fact for found in table.values() for fact in found["single"]))
+    facts = list(dict.fromkeys(fact for shares in table.values() for fact in shares["single"]))
     head = "".join(f"<th>{escape(fact)}" for fact in facts)
     rows = []
-    for name, found in table.items():
+    for name, shares in table.items():
         for which, text in (("single", "one sample"), ("best", "best by the ranker")):
             cells = "".join(
-                f"<td class=number>{found[which][fact]:.2f}" if fact in found[which] else "<td>"
+                f"<td class=number>{shares[which][fact]:.2f}" if fact in shares[which] else "<td>"
                 for fact in facts
             )
-            count = found["captions"]
+            count = shares["captions"]
             rows.append(f"<tr><td>{escape(name)}<td>{text}<td class=number>{count}{cells}")
     return (
         "<h2>Facts, as the checker reads them</h2><div class=scroll><table>"

@@ -61,15 +61,15 @@ def clocked(space: Workspace, stage: str) -> Iterator[None]:
 
 
 def pace_of(space: Workspace, device: torch.device) -> dict[str, float]:
-    """What `pace.measure` has found where the demo began; a demo that goes on keeps it."""
+    """Result of `pace.measure` at the start of the demo; a resumed demo keeps it."""
     if space.config.preset == "smoke" or device.type != "cpu":
         return {}
     path = space.work / "pace.json"
-    found: dict[str, float] = space.read(path)
-    if not found:
-        found = {stage: round(times, 3) for stage, times in measure().items()}
-        space.write(path, found)
-    return found
+    pace: dict[str, float] = space.read(path)
+    if not pace:
+        pace = {stage: round(times, 3) for stage, times in measure().items()}
+        space.write(path, pace)
+    return pace
 
 
 def seconds_left(space: Workspace, recipe: DemoRecipe, stage: str) -> float:
@@ -78,12 +78,12 @@ def seconds_left(space: Workspace, recipe: DemoRecipe, stage: str) -> float:
     The recipe knows each stage's seconds at the pace measured before it began; the stages already
     done say how much slower this machine has become.
     """
-    known = recipe.seconds
-    done = [s for s in STAGES[: STAGES.index(stage)] if known.get(s, 0) >= 5]
-    taken = sum(space.timings().get(s, {}).get("seconds", 0.0) for s in done)
-    expected = sum(known[s] for s in done)
-    pace = taken / expected if expected and taken else 1.0
-    left = sum(known.get(s, 0.0) for s in STAGES[STAGES.index(stage) :])
+    predicted = recipe.seconds
+    finished = [s for s in STAGES[: STAGES.index(stage)] if predicted.get(s, 0) >= 5]
+    measured = sum(space.timings().get(s, {}).get("seconds", 0.0) for s in finished)
+    expected = sum(predicted[s] for s in finished)
+    pace = measured / expected if expected and measured else 1.0
+    left = sum(predicted.get(s, 0.0) for s in STAGES[STAGES.index(stage) :])
     begun = space.timings().get(stage, {}).get("seconds", 0.0)
     return max(1.0, left * max(pace, 0.1) - begun)
 

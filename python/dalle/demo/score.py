@@ -1,4 +1,4 @@
-"""What the trained models make of unseen captions and pictures, in numbers and samples.
+"""Scores of the trained models on unseen captions and pictures, and their samples.
 
 Shape letters: B captions, N samples of each, P true pictures, H = W side of a picture in pixels.
 """
@@ -35,19 +35,19 @@ ROW = 8  # pictures shown of a caption, the true one among them
 BEST_OF = (1, 2, 4, 8)
 
 
-def nearest_rank(samples: torch.Tensor, own: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+def nearest_rank(samples: torch.Tensor, target: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
     """How many true pictures are nearer to each sample than its own true picture is.
 
     Args:
         samples: (M, 3, H, W).
-        own: (M,) int64, which of the pool is the sample's own.
+        target: (M,) int64, index in the pool of the sample's own true picture.
         pool: (P, 3, H, W) true pictures.
 
     Returns:
         (M,) int64: 0 where the sample's own is the nearest by pixel L2 distance.
     """
     distance = torch.cdist(samples.flatten(1).double(), pool.flatten(1).double())
-    return (distance < distance.gather(1, own[:, None])).sum(1)
+    return (distance < distance.gather(1, target[:, None])).sum(1)
 
 
 def best_of(right: np.ndarray, scores: np.ndarray, count: int) -> float:
@@ -92,14 +92,14 @@ def emoji_scores(ranks: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
         scores: (B, N) of the ranker.
     """
     count = ranks.shape[1]
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for top in (1, 5):
         right = ranks < top
-        found[f"held_out_at_{top}"] = best_of(right, scores, count)
-        found[f"held_out_at_{top}_single"] = float(right.mean())
-        found[f"held_out_at_{top}_oracle"] = oracle_of(right, count)
-        found[f"curve_at_{top}"] = curve(right, scores)
-    return found
+        result[f"held_out_at_{top}"] = best_of(right, scores, count)
+        result[f"held_out_at_{top}_single"] = float(right.mean())
+        result[f"held_out_at_{top}_oracle"] = oracle_of(right, count)
+        result[f"curve_at_{top}"] = curve(right, scores)
+    return result
 
 
 def check_samples(images: torch.Tensor, scenes: Sequence[Scene]) -> list[list[ShapesReport]]:
@@ -142,25 +142,25 @@ def shapes_scores(
     reports = check_samples(images, scenes)
     right = right_table(reports)
     kinds = np.array(["two_objects" if s.relation else "one_object" for s in scenes])
-    found: dict[str, Any] = {"table": {}, "curves": {}}
+    result: dict[str, Any] = {"table": {}, "curves": {}}
     for split in ("train", "test", "zero"):
         for kind in ("one_object", "two_objects"):
             rows = np.flatnonzero((np.array(splits) == split) & (kinds == kind))
             if not len(rows):
                 continue
             group = [reports[i] for i in rows]
-            found["table"][f"{split}/{kind}"] = fact_table(group, scores[rows])
-            found["curves"][f"{split}/{kind}"] = curve(right[rows], scores[rows])
+            result["table"][f"{split}/{kind}"] = fact_table(group, scores[rows])
+            result["curves"][f"{split}/{kind}"] = curve(right[rows], scores[rows])
     for key, group_name in (("one_object", "zero/one_object"), ("relation", "test/two_objects")):
-        table = found["table"].get(group_name)
+        table = result["table"].get(group_name)
         if table:
-            found[f"{key}_single"] = table["single"]["all_right"]
-            found[f"{key}_best_of_{images.shape[1]}"] = table["best"]["all_right"]
-    zero = found["table"].get("zero/two_objects")
+            result[f"{key}_single"] = table["single"]["all_right"]
+            result[f"{key}_best_of_{images.shape[1]}"] = table["best"]["all_right"]
+    zero = result["table"].get("zero/two_objects")
     if zero:
-        found["relation_zero_single"] = zero["single"]["all_right"]
-        found[f"relation_zero_best_of_{images.shape[1]}"] = zero["best"]["all_right"]
-    return found
+        result["relation_zero_single"] = zero["single"]["all_right"]
+        result[f"relation_zero_best_of_{images.shape[1]}"] = zero["best"]["all_right"]
+    return result
 
 
 def reconstruction_right(images: torch.Tensor, scenes: Sequence[Scene]) -> float:
@@ -184,8 +184,8 @@ def all_images(pairs: Pairs) -> torch.Tensor:
 def round_trip(demo: Demo, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Reconstructions (N, 3, H, W) in [0, 1] and codes (N, h, w), both on the CPU."""
     tokens = [demo.vae.encode(part.to(demo.device)) for part in images.split(256)]
-    back = [demo.vae.decode(part).float().cpu() for part in tokens]
-    return torch.cat(back).clamp(0, 1), torch.cat(tokens).cpu()
+    decoded = [demo.vae.decode(part).float().cpu() for part in tokens]
+    return torch.cat(decoded).clamp(0, 1), torch.cat(tokens).cpu()
 
 
 def code_use(tokens: torch.Tensor, num_tokens: int) -> dict[str, Any]:
@@ -205,34 +205,34 @@ def code_use(tokens: torch.Tensor, num_tokens: int) -> dict[str, Any]:
 
 def score_reconstructions(demo: Demo) -> None:
     """PSNR of unseen pictures, for shapes also the share whose facts all survive; code use."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     sets = [(pairs, all_images(pairs)) for pairs in demo.unseen]
-    back = [round_trip(demo, images)[0] for _, images in sets]
-    unseen, again = torch.cat([images for _, images in sets]), torch.cat(back)
+    reconstructions = [round_trip(demo, images)[0] for _, images in sets]
+    unseen, reconstructed = torch.cat([images for _, images in sets]), torch.cat(reconstructions)
     if demo.data == "shapes":
-        for (pairs, _), images in zip(sets, back, strict=True):
+        for (pairs, _), images in zip(sets, reconstructions, strict=True):
             split = "zero" if "zero" in pairs.name else "test"
             scenes = [parse(caption) for caption in pairs.captions]
-            found[f"reconstruction_{split}"] = reconstruction_right(images, scenes)
+            result[f"reconstruction_{split}"] = reconstruction_right(images, scenes)
         scenes = [parse(caption) for pairs, _ in sets for caption in pairs.captions]
-        found["reconstruction"] = reconstruction_right(again, scenes)
-        found["reconstruction_of_true_pictures"] = reconstruction_right(unseen, scenes)
+        result["reconstruction"] = reconstruction_right(reconstructed, scenes)
+        result["reconstruction_of_true_pictures"] = reconstruction_right(unseen, scenes)
     pairs = demo.train_pairs
-    chosen = np.random.default_rng(demo.seed).permutation(len(pairs))[:2048]
-    known = to_tensor([pairs.load(int(i)) for i in chosen])
-    known_again, tokens = round_trip(demo, known)
-    found["psnr_train"] = set_psnr(known, known_again)
-    found["code_use"] = code_use(tokens, demo.vae.num_tokens)
+    indices = np.random.default_rng(demo.seed).permutation(len(pairs))[:2048]
+    train_images = to_tensor([pairs.load(int(i)) for i in indices])
+    train_reconstructed, tokens = round_trip(demo, train_images)
+    result["psnr_train"] = set_psnr(train_images, train_reconstructed)
+    result["code_use"] = code_use(tokens, demo.vae.num_tokens)
     shown = torch.linspace(0, len(unseen) - 1, SHOWN, dtype=torch.float32, device="cpu").long()
-    both = torch.stack([unseen[shown], again[shown]], 1)
-    tiles.save_sheet(demo.space.out / "pictures" / "reconstructions.png", both)
-    demo.space.add_scores({**found, "psnr": set_psnr(unseen, again)})
+    columns = torch.stack([unseen[shown], reconstructed[shown]], 1)
+    tiles.save_sheet(demo.space.out / "pictures" / "reconstructions.png", columns)
+    demo.space.add_scores({**result, "psnr": set_psnr(unseen, reconstructed)})
 
 
 def samples_stage(demo: Demo) -> None:
-    """Draws, scores with the ranker, holds against truth, and lays out the pictures."""
-    wanted = captions_to_draw(demo)
-    captions, splits = wanted["caption"], wanted["split"]
+    """Draws, scores with the ranker, compares with the true pictures, and lays out a page."""
+    columns = captions_to_draw(demo)
+    captions, splits = columns["caption"], columns["split"]
     recipe, space = demo.recipe, demo.space
     shape = (len(captions), recipe.num_samples, *demo.pipeline.grid)
     tokens = stored_tokens(space, shape, demo.vae.num_tokens)
@@ -246,60 +246,62 @@ def samples_stage(demo: Demo) -> None:
     ranked = ranker.scores(repeated, images.flatten(0, 1)).view(len(captions), -1).numpy()
     if demo.data == "emoji":
         truth = all_images(demo.unseen[0])
-        own = torch.tensor(wanted["own"], dtype=torch.int64, device="cpu")
-        ranks = nearest_rank(images.flatten(0, 1), own.repeat_interleave(recipe.num_samples), truth)
-        found = emoji_scores(ranks.view(len(captions), -1).numpy(), ranked)
-        beside: torch.Tensor | None = truth[own]
+        target = torch.tensor(columns["own"], dtype=torch.int64, device="cpu")
+        ranks = nearest_rank(
+            images.flatten(0, 1), target.repeat_interleave(recipe.num_samples), truth
+        )
+        result = emoji_scores(ranks.view(len(captions), -1).numpy(), ranked)
+        originals: torch.Tensor | None = truth[target]
     else:
         scenes = [parse(caption) for caption in captions]
-        found = shapes_scores(images, scenes, splits, ranked)
-        beside = None
-    draw_strips(demo, captions, splits, images, ranked, beside)
-    space.add_scores({**found, "captions_drawn": len(captions), "samples": int(ranked.size)})
+        result = shapes_scores(images, scenes, splits, ranked)
+        originals = None
+    draw_strips(demo, captions, splits, images, ranked, originals)
+    space.add_scores({**result, "captions_drawn": len(captions), "samples": int(ranked.size)})
 
 
 def draw_samples(demo: Demo, captions: list[str]) -> torch.Tensor:
     """(B, N, h, w) codes on the CPU; a caption that comes again gets other candidates."""
     count = demo.recipe.num_samples
     first = [captions[:i].count(caption) * count for i, caption in enumerate(captions)]
-    begin = told = time.monotonic()
-    done: dict[int, int] = {}
+    begin = reported = time.monotonic()
+    counts: dict[int, int] = {}
     lock, stop = Lock(), Event()
 
-    def part(place: slice) -> tuple[torch.Tensor]:
+    def part(rows: slice) -> tuple[torch.Tensor]:
         def progress(number: int, _: int) -> None:
-            nonlocal told
+            nonlocal reported
             if stop.is_set():  # after Ctrl-C the process would wait for its threads
                 raise Interrupted("samples: stopped")
             with lock:
-                done[place.start] = number
-                now, drawn, total = time.monotonic(), sum(done.values()), len(captions) * count
-                if now - told > 5 or drawn == total:
-                    told = now
+                counts[rows.start] = number
+                now, drawn, total = time.monotonic(), sum(counts.values()), len(captions) * count
+                if now - reported > 5 or drawn == total:
+                    reported = now
                     left = duration((now - begin) / drawn * (total - drawn))
                     say(f"samples {drawn}/{total} | ETA {left}")
 
         tokens = demo.pipeline.sample(
-            captions[place],
+            captions[rows],
             count,
             demo.recipe.sampling,
             seed=demo.seed,
-            first_candidate=first[place],
+            first_candidate=first[rows],
             progress=progress,
         )
         return (tokens.cpu(),)
 
     try:
-        found = run_parts_no_grad(part, len(captions), PARTS)
+        outputs = run_parts_no_grad(part, len(captions), PARTS)
     finally:
         stop.set()
-    return torch.cat([tokens for (tokens,) in found])
+    return torch.cat([tokens for (tokens,) in outputs])
 
 
 def stored_tokens(space: Workspace, shape: tuple[int, ...], codes: int) -> torch.Tensor | None:
     """The codes an earlier run has drawn, int64 of `shape`; None where there are none.
 
-    What is damaged, or of another demo, is said and drawn anew.
+    A damaged file, or one of another demo, is reported and drawn anew.
     """
     if not space.samples.exists():
         return None
@@ -332,11 +334,13 @@ def draw_strips(
     """
     order = np.argsort(-scores, axis=1, kind="stable")[:, : ROW - (truth is not None)]
     if truth is None:
-        chosen = [i for split in ("zero", "test") for i in _some(splits, split, SHOWN // 2)]
+        indices = [
+            i for split in ("zero", "test") for i in _evenly_spaced(splits, split, SHOWN // 2)
+        ]
     else:
-        chosen = _some(splits, "heldout", SHOWN)
-    drawn = torch.stack([images[i][torch.from_numpy(order[i])] for i in chosen])
-    rows = drawn if truth is None else torch.cat([truth[chosen][:, None], drawn], 1)
+        indices = _evenly_spaced(splits, "heldout", SHOWN)
+    drawn = torch.stack([images[i][torch.from_numpy(order[i])] for i in indices])
+    rows = drawn if truth is None else torch.cat([truth[indices][:, None], drawn], 1)
     tiles.save_sheet(demo.space.out / "pictures" / "strips.png", rows)
     strips = [
         {
@@ -344,19 +348,19 @@ def draw_strips(
             "split": splits[i],
             "below": ["true"] * (truth is not None) + [f"{scores[i, j]:.2f}" for j in order[i]],
         }
-        for i in chosen
+        for i in indices
     ]
-    shown = rows[:, : 1 + (truth is not None)]
-    labels = [words for i in chosen for words in (captions[i], "drawn")[: shown.shape[1]]]
+    columns = rows[:, : 1 + (truth is not None)]
+    labels = [words for i in indices for words in (captions[i], "drawn")[: columns.shape[1]]]
     scale = tiles.scale_for(demo.recipe.image_size)
-    sheet = pictures.grid(shown.flatten(0, 1), columns=8, scale=scale, labels=labels)
+    sheet = pictures.grid(columns.flatten(0, 1), columns=8, scale=scale, labels=labels)
     pictures.save_png(demo.space.out / "pictures" / "samples.png", sheet)
     demo.space.write(demo.space.work / "strips.json", {"strips": strips})
 
 
-def _some(splits: list[str], split: str, count: int) -> list[int]:
+def _evenly_spaced(splits: list[str], split: str, count: int) -> list[int]:
     """Indices of up to `count` captions of a split, spread over all of them."""
-    rows = [i for i, found in enumerate(splits) if found == split]
+    rows = [i for i, name in enumerate(splits) if name == split]
     if len(rows) <= count:
         return rows
     return [rows[int(i)] for i in np.linspace(0, len(rows) - 1, count)]

@@ -25,10 +25,10 @@ from dalle.train.seeds import start_seed
 def data_stage(demo: Demo) -> None:
     """Loads or draws the pairs, counts them, and shows some."""
     pairs = demo.train_pairs
-    chosen = random.Random(demo.seed).sample(range(len(pairs)), min(SHOWN, len(pairs)))
-    images = to_tensor([pairs.load(i) for i in chosen])
+    indices = random.Random(demo.seed).sample(range(len(pairs)), min(SHOWN, len(pairs)))
+    images = to_tensor([pairs.load(i) for i in indices])
     tiles.save_sheet(demo.space.out / "pictures" / "training.png", images[:, None])
-    captions = {"captions": [pairs.captions[i] for i in chosen]}
+    captions = {"captions": [pairs.captions[i] for i in indices]}
     demo.space.write(demo.space.work / "training.json", captions)
     demo.space.add_scores(
         {
@@ -53,7 +53,7 @@ def tokenizer_stage(demo: Demo) -> None:
 
 
 def dvae_stage(demo: Demo) -> None:
-    """Trains the discrete VAE and looks at what it gives back of unseen pictures."""
+    """Trains the discrete VAE and scores its reconstructions of unseen pictures."""
     if not demo.space.trained("vae"):
         torch.manual_seed(start_seed(demo.seed, "dvae"))
         vae = DiscreteVAE(demo.recipe.vae).to(demo.device)
@@ -87,7 +87,7 @@ def prior_stage(demo: Demo) -> None:
     """Trains the transformer on captions and codes."""
     if not demo.space.trained("prior"):
         sizes = demo.recipe.prior_config(demo.tokenizer, demo.vae)
-        torch.manual_seed(start_seed(demo.seed, "prior"))  # after what is loaded on the way
+        torch.manual_seed(start_seed(demo.seed, "prior"))  # after the loads, which draw numbers
         prior = Prior(sizes).to(demo.device)
         task = PriorTask(
             prior,

@@ -50,8 +50,8 @@ def scale_for(image_size: int) -> int:
 def save_sheet(path: Path, images: torch.Tensor) -> None:
     """(M, N, 3, H, W) in [0, 1] -> a PNG of M rows of N tiles without margins."""
     scale = scale_for(images.shape[-1])
-    whole = images.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
-    picture = Image.fromarray(to_uint8(whole))
+    sheet = images.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    picture = Image.fromarray(to_uint8(sheet))
     size = (picture.width * scale, picture.height * scale)
     save_png(path, picture.resize(size, Image.Resampling.NEAREST))
 
@@ -65,12 +65,12 @@ def load_sheet(out: Path, name: str, image_size: int) -> Sheet | None:
         return Sheet(name, picture.height // side, picture.width // side)
 
 
-def tile(sheet: Sheet, row: int, column: int, words: str, below: str = "") -> str:
-    """HTML of one tile; `words` are for those who do not see it."""
-    place = f"--n:{sheet.columns};--m:{sheet.rows};--x:{column};--y:{row}"
+def tile(sheet: Sheet, row: int, column: int, alt: str, below: str = "") -> str:
+    """HTML of one tile; `alt` describes it for screen readers."""
+    position = f"--n:{sheet.columns};--m:{sheet.rows};--x:{column};--y:{row}"
     return (
-        f'<figure class=tile><i role=img aria-label="{escape(words)}" '
-        f'style="{place};background-image:url({escape(sheet.name)})"></i>'
+        f'<figure class=tile><i role=img aria-label="{escape(alt)}" '
+        f'style="{position};background-image:url({escape(sheet.name)})"></i>'
         f"<figcaption>{escape(below)}</figcaption></figure>"
     )
 
