@@ -38,6 +38,7 @@ LONGER = {  # files that are one topic and longer than their kind: lines, and wh
     "dalle_ext/ops/grad_scale.py": 300,  # five public functions and their two results
     "dalle_ext/ops/powersgd.py": 280,  # four public functions that share their checks
     "dalle_ext/ops/sparse_attention.py": 400,  # the pattern with its masks and costs, the op
+    "python/dalle/distributed/hooks.py": 420,  # one class, on FSDP2 and on DDP
     "python/dalle/distributed/powersgd.py": 420,  # one algorithm, its agreement and its state
     "dalle_ext/reference/adam16.py": 110,  # one rule with its random words and roundings
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import UsageError
@@ -19,6 +19,9 @@ from dalle.train.dvae import DvaeTrainConfig
 from dalle.train.parts import PARTS
 from dalle.train.prior_recipe import PriorTrainConfig
 from dalle.train.ranker import RankerTrainConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +215,7 @@ RANKER_RECIPES: dict[tuple[str, str], RankerRecipe] = {
 
 
 LEAST = 0.01  # of the default numbers of updates
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,11 +270,11 @@ def scaled(config: T, factor: float) -> T:
     """A training config whose numbers of updates (`steps`, `..._steps`, `warmup`) are scaled."""
     changes = {
         f.name: max(1, round(getattr(config, f.name) * factor))
-        for f in fields(config)  # type: ignore[arg-type]
+        for f in fields(config)
         if (f.name == "steps" or f.name.endswith("_steps") or f.name == "warmup")
         and getattr(config, f.name)
     }
-    return replace(config, **changes)  # type: ignore[type-var]
+    return replace(config, **changes)
 
 
 def smoke_recipe(data: str) -> DemoRecipe:

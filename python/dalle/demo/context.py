@@ -17,6 +17,7 @@ from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError
 from dalle.files import saving
 from dalle.pipeline import Pipeline
+from dalle.pretrained import Pretrained
 from dalle.recipes import DemoRecipe
 from dalle.tokenizer import Tokenizer
 from dalle.train.config import LoopConfig
@@ -105,7 +106,8 @@ class Demo:
     def save(self, task: Task) -> None:
         part = "vae" if task.name == "dvae" else task.name
         with saving("demo", self.space.pipeline / part):
-            task.model.save_pretrained(self.space.pipeline / part)  # type: ignore[operator]
+            assert isinstance(task.model, Pretrained)
+            task.model.save_pretrained(self.space.pipeline / part)
 
 
 def captions_to_draw(demo: Demo) -> dict[str, list[Any]]:

@@ -84,5 +84,6 @@ def _timeout(group: dist.ProcessGroup) -> timedelta:
     for device in group._device_types:
         options = getattr(group._get_backend(device), "options", None)
         if options is not None:
-            return options._timeout  # type: ignore[no-any-return]
+            timeout: timedelta = options._timeout
+            return timeout
     return c10d._get_default_timeout(dist.Backend(dist.get_backend(group)))

@@ -76,14 +76,30 @@ class PowerSGD:
     """
 
     def __init__(
-        self, rank: int = 32, group: dist.ProcessGroup | None = None, *, wire: str = "1-6-9",
-        error_feedback: bool = True, average: bool = True, exclude: Iterable[nn.Parameter] = (),
-        min_compression: float = 2.0, seed: int = 0,
-        scaler: ResblockScaler | GradScaler | None = None, fast: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        rank: int = 32,
+        group: dist.ProcessGroup | None = None,
+        *,
+        wire: str = "1-6-9",
+        error_feedback: bool = True,
+        average: bool = True,
+        exclude: Iterable[nn.Parameter] = (),
+        min_compression: float = 2.0,
+        seed: int = 0,
+        scaler: ResblockScaler | GradScaler | None = None,
+        fast: bool = False,
+    ) -> None:
         self.compressor = Compressor(
-            rank, group, wire=wire, error_feedback=error_feedback, average=average,
-            min_compression=min_compression, seed=seed, scaler=scaler, fast=fast)  # fmt: skip
+            rank,
+            group,
+            wire=wire,
+            error_feedback=error_feedback,
+            average=average,
+            min_compression=min_compression,
+            seed=seed,
+            scaler=scaler,
+            fast=fast,
+        )
         self._exclude = list(exclude)
         self._model: weakref.ref[nn.Module] | None = None
         self._params: dict[str, Tensor] = {}
@@ -97,8 +113,16 @@ class PowerSGD:
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle belongs to no model until it is attached; exclusions are kept by name.
-        return {**self.__dict__, "_model": None, "_params": {}, "_names": {}, "_exclude": [],
-                "_thread": None, "_stream": None, "_following": []}  # fmt: skip
+        return {
+            **self.__dict__,
+            "_model": None,
+            "_params": {},
+            "_names": {},
+            "_exclude": [],
+            "_thread": None,
+            "_stream": None,
+            "_following": [],
+        }
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # of pickle alone: copies have their own ways
         unnamed = [p for p in self._exclude if self._names.get(id(p)) not in self._whole]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import dalle_ext
 from dalle.configs import integer
 from dalle.errors import NumericalError, UsageError
-from dalle.prior.blocks import AttentionBlock, KeysValues
+from dalle.prior.blocks import AttentionBlock, KeysValues, Layer
 from dalle.prior.config import PAD, PriorConfig
 from dalle.prior.sampling import (
     MAX_SEED,
@@ -137,8 +137,9 @@ class DecodeState:
             x = prior.image_widen(prior.image_embedding(previous.reshape(-1, 1)))
         x = x + self.positions[slot]
         for index, layer in enumerate(prior.layers):
-            x = self._attend(index, layer.attention, slot, x)  # type: ignore[arg-type]
-            x = layer.mlp(x)  # type: ignore[operator]
+            assert isinstance(layer, Layer)
+            x = self._attend(index, layer.attention, slot, x)
+            x = layer.mlp(x)
         logits: Tensor = prior.image_head(prior.image_narrow(prior.norm(x)))
         return logits.view(batch, self.num_samples, -1)
 

@@ -94,7 +94,8 @@ class Prior(Pretrained[PriorConfig]):
             if isinstance(part, nn.Linear):
                 nn.init.orthogonal_(part.weight)
         for layer in self.layers:
-            layer.init_weights(c.num_layers, c.init_gain)  # type: ignore[operator]
+            assert isinstance(layer, Layer)
+            layer.init_weights(c.num_layers, c.init_gain)
 
     def resblocks(self) -> dict[str, Resblock]:
         """Name -> residual block, two for each layer, in the order in which they run."""

@@ -78,7 +78,7 @@ class MuonAdamW(torch.optim.AdamW):
         return {**super().__getstate__(), "parts": self.parts}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # of overloads
         """One update of every parameter that has a gradient."""
         groups = self.param_groups
         loss = None if closure is None else torch.enable_grad()(closure)()

@@ -212,7 +212,8 @@ class PriorTask:
         def forward() -> PriorOutput:
             # Seeds the model's own dropout.
             torch.manual_seed(step_seed(self.seed, step, 4, self.world.rank))
-            return self.model(text, tokens, keep=keep)  # type: ignore[no-any-return]
+            output: PriorOutput = self.model(text, tokens, keep=keep)
+            return output
 
         text_loss, image_loss = self._losses(forward, Batch(text, tokens, keep))
         loss = TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss
