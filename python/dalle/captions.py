@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 LINE_ENDS = re.compile(r"\r\n|\n|\r")  # U+2028, form feeds and the like are white space in a line
-UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")  # categories of what takes no ink
+UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")  # categories of invisible characters
 _SPACES = {code: " " for code in [*range(0x20), *range(0x7F, 0xA0), 0x200B]}
 _MARKS = {0xFEFF: None, 0x2060: None}  # byte order mark, word joiner: no width, no meaning here
 _PLAIN = _SPACES | _MARKS
@@ -17,7 +17,7 @@ def clean(caption: str, *, keep_bytes: bool = False) -> str:
 
     Unicode's composed form (NFC); white space of any kind, control characters and zero width spaces
     are one space between words and none at the ends; byte order marks and word joiners are dropped;
-    lone surrogates (bytes that are not UTF-8) become U+FFFD. What takes no ink at all is "".
+    lone surrogates (bytes that are not UTF-8) become U+FFFD. Invisible captions are "".
     Letters keep their case, and what is clean stays as it is.
 
     Args:
@@ -27,8 +27,8 @@ def clean(caption: str, *, keep_bytes: bool = False) -> str:
     if caption.isascii() and caption.isprintable():
         return " ".join(caption.split())
     units = caption.encode("utf-16-le", "surrogatepass")
-    whole = units.decode("utf-16-le", "surrogatepass" if keep_bytes else "replace")
-    text = " ".join(unicodedata.normalize("NFC", whole.translate(_PLAIN)).split())
+    decoded = units.decode("utf-16-le", "surrogatepass" if keep_bytes else "replace")
+    text = " ".join(unicodedata.normalize("NFC", decoded.translate(_PLAIN)).split())
     return text if any(unicodedata.category(char) not in UNSEEN for char in text) else ""
 
 

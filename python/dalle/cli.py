@@ -101,7 +101,7 @@ def run(words: list[str]) -> None:
     """Runs one command line (without `--debug`).
 
     Raises:
-        DalleError: for everything a user can mend.
+        DalleError: for everything that a user can fix.
     """
     if not words or words[0] in ("-h", "--help", "help"):
         print(help_text())
@@ -114,7 +114,7 @@ def run(words: list[str]) -> None:
         if any(verb[0] == words[0] for verb in COMMANDS):
             print(help_text((words[0],)))
             return
-    verb, rest = find_command(words)
+    verb, arguments = find_command(words)
     try:
         os.getcwd()
     except FileNotFoundError as problem:
@@ -124,7 +124,7 @@ def run(words: list[str]) -> None:
     function, config_type = load_target(verb)
     from dalle.options import parse_options
 
-    function(parse_options(config_type, rest, prog=" ".join(["dalle", *verb])))
+    function(parse_options(config_type, arguments, prog=" ".join(["dalle", *verb])))
 
 
 def describe_error(error: BaseException) -> tuple[str, int]:
@@ -152,17 +152,17 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         reason = error.strerror or text
         code = 3 if isinstance(error, FileNotFoundError) else 4
         return f"dalle: {error.filename}: {reason}" if error.filename else f"dalle: {reason}", code
-    return f"dalle: a fault of dalle itself{_place(error)}: {text} (--debug shows where)", 1
+    return f"dalle: a fault of dalle itself{_location(error)}: {text} (--debug shows where)", 1
 
 
-def _place(error: BaseException) -> str:
+def _location(error: BaseException) -> str:
     """Where in this package an unforeseen error came from, e.g. " (pipeline.py, line 3)"."""
-    own = [
+    frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if f"{os.sep}dalle{os.sep}" in frame.filename
     ]
-    return f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""
+    return f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(printable(" ".join(line.split("\n"))), file=sys.stderr)
         out.flush()
         if code == 0 and out.problem and not isinstance(out.problem, BrokenPipeError):
-            # Not of `dalle plan | head`: who closes a pipe has read enough.
+            # A closed pipe is no error: in `dalle plan | head`, head has read enough.
             reason = out.problem.strerror or out.problem
             print(f"dalle: stdout must be writable, got {reason}", file=sys.stderr)
             code = 4

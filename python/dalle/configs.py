@@ -17,10 +17,10 @@ from dalle.errors import DalleError, UsageError
 T = TypeVar("T")
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The words " (did you mean x?)" for the nearest of `known`, or "" where none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]}?)" if near else ""
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """The words " (did you mean x?)" for the nearest of `choices`, or "" where none is near."""
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def require(
@@ -49,8 +49,8 @@ def require_adamw(owner: str, config: object) -> None:
     require(owner, config, "0 or more", lambda x: x >= 0, "weight_decay")
 
 
-# The largest value of an option by its name, where a larger one is no size but a slip of the hand:
-# it would run for days, or ask for more memory than machines have, before anything is said.
+# The largest value of an option by its name. A larger one is a typing error: it would run for days,
+# or ask for more memory than machines have, before any message.
 LARGEST: dict[str, float] = {
     "batch_size": 2**20,
     "batch": 2**20,
@@ -119,18 +119,18 @@ LARGEST: dict[str, float] = {
 
 
 def check_numbers(owner: str, config: Any, largest: Mapping[str, float] = LARGEST) -> None:
-    """Checks every number in a config and the configs inside it: finite, and of a size in reason.
+    """Checks every number in a config and its nested configs: finite, and at most `largest`.
 
     Fields that are annotated as integers must hold integers, of any kind, those annotated as floats
     numbers; they, and numbers of numpy, become Python's (which JSON can hold).
 
     Raises:
-        UsageError: naming the first that is not, and the largest value there is.
+        UsageError: naming the first that is not, and its largest value.
     """
     for field in dataclasses.fields(config):
-        given = getattr(config, field.name)
-        value = _plain_numbers(owner, field, given)
-        if value is not given:
+        original = getattr(config, field.name)
+        value = _plain_numbers(owner, field, original)
+        if value is not original:
             object.__setattr__(config, field.name, value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             check_numbers(owner, value, largest)
@@ -140,10 +140,10 @@ def check_numbers(owner: str, config: Any, largest: Mapping[str, float] = LARGES
                 raise UsageError(f"{owner}: {field.name} must be a finite number, got {number}")
             if field.name == "seed" and isinstance(number, int) and number >= 2**63:
                 raise UsageError(f"{owner}: seed must be 0 .. 2^63 - 1, got {number}")
-            most = largest.get(field.name, 2**63 - 1 if counts else None)
-            if most is not None and isinstance(number, (int, float)) and abs(number) > most:
+            limit = largest.get(field.name, 2**63 - 1 if counts else None)
+            if limit is not None and isinstance(number, (int, float)) and abs(number) > limit:
                 raise UsageError(
-                    f"{owner}: {field.name} must be at most {most} in size, got {number}"
+                    f"{owner}: {field.name} must be at most {limit} in size, got {number}"
                 )
 
 
@@ -165,40 +165,40 @@ def _plain_numbers(owner: str, field: dataclasses.Field[Any], value: Any) -> Any
 
 
 def integer(
-    owner: str, name: str, value: Any, least: int | None = None, most: int | None = None
+    owner: str, name: str, value: Any, minimum: int | None = None, maximum: int | None = None
 ) -> int:
-    """`value` as an int, where it is an integer of any kind, and in least .. most.
+    """`value` as an int, if it is an integer of any kind in minimum .. maximum.
 
     Raises:
         UsageError: it is not.
     """
     if type(value) is int:  # what the command line gives, whose help needs no torch
-        found = value
+        result = value
     else:
         from dalle_ext import _checks
 
-        found = _checks.integer(owner, name, value, requirement="a whole number", error=UsageError)
-    if least is not None and found < least:
-        raise UsageError(f"{owner}: {name} must be {least} or more, got {value}")
-    if most is not None and found > most:
-        raise UsageError(f"{owner}: {name} must be at most {most}, got {value}")
-    return found
+        result = _checks.integer(owner, name, value, requirement="a whole number", error=UsageError)
+    if minimum is not None and result < minimum:
+        raise UsageError(f"{owner}: {name} must be {minimum} or more, got {value}")
+    if maximum is not None and result > maximum:
+        raise UsageError(f"{owner}: {name} must be at most {maximum}, got {value}")
+    return result
 
 
-def integers(owner: str, name: str, values: Any, least: int | None = None) -> list[int]:
+def integers(owner: str, name: str, values: Any, minimum: int | None = None) -> list[int]:
     """A list, tuple, array or tensor of integers of any kind as ints. Raises as `integer`."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise UsageError(f"{owner}: {name} must be a list of whole numbers, got {values!r}")
     values = values.tolist() if hasattr(values, "tolist") else values
-    return [integer(owner, name, value, least) for value in values]
+    return [integer(owner, name, value, minimum) for value in values]
 
 
 def seed_number(owner: str, seed: Any) -> int:
     """A seed as an int of 0 to 2^63 - 1. Raises UsageError."""
-    found = integer(owner, "seed", seed)
-    if not 0 <= found < 2**63:
-        raise UsageError(f"{owner}: seed must be 0 .. 2^63 - 1, got {found}")
-    return found
+    number = integer(owner, "seed", seed)
+    if not 0 <= number < 2**63:
+        raise UsageError(f"{owner}: seed must be 0 .. 2^63 - 1, got {number}")
+    return number
 
 
 def field_types(config_type: type) -> dict[str, Any]:
@@ -258,18 +258,18 @@ def from_dict(
     """
     if not isinstance(values, dict):
         raise error(f"{where}: config must be a mapping, got {type(values).__name__}")
-    known = field_types(config_type)
+    fields = field_types(config_type)
     for key in values:
-        if key not in known:
-            hint = did_you_mean(str(key), known)
+        if key not in fields:
+            hint = did_you_mean(str(key), fields)
             raise error(f"{where}: {config_type.__name__} has no option {key!r}{hint}")
     filled = {
-        key: _rebuild(known[key], value, f"{where}: {key}", error) for key, value in values.items()
+        key: _rebuild(fields[key], value, f"{where}: {key}", error) for key, value in values.items()
     }
     try:
-        made = config_type(**filled)
-        check_numbers(config_type.__name__, made, {**LARGEST, "vocab_size": 2**24})
-        return made
+        config = config_type(**filled)
+        check_numbers(config_type.__name__, config, {**LARGEST, "vocab_size": 2**24})
+        return config
     except DalleError as refused:
         raise error(f"{where}: {refused}") from refused
     except (TypeError, ValueError, AttributeError) as refused:
@@ -281,43 +281,43 @@ def from_dict(
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
-def _rebuild(wanted: Any, value: Any, where: str, error: type[DalleError]) -> Any:
-    """`value` as the annotation `wanted` has it; JSON has no tuples, paths and dataclasses.
+def _rebuild(annotation: Any, value: Any, where: str, error: type[DalleError]) -> Any:
+    """`value` converted to the annotated type; JSON has no tuples, paths and dataclasses.
 
     Raises:
         DalleError: (of class `error`) it is of another type.
     """
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _rebuild(arguments[0], value, where, error)
     if origin in (typing.Union, types.UnionType):
         return _rebuild_one_of(arguments, value, where, error)
-    if dataclasses.is_dataclass(wanted):
-        return from_dict(typing.cast(type, wanted), value, where=where, error=error)
-    if (origin or wanted) is tuple:
+    if dataclasses.is_dataclass(annotation):
+        return from_dict(typing.cast(type, annotation), value, where=where, error=error)
+    if (origin or annotation) is tuple:
         return _rebuild_tuple(arguments, value, where, error)
-    if wanted is Path and isinstance(value, str):
+    if annotation is Path and isinstance(value, str):
         return Path(value)
     if origin is typing.Literal:
         fits, name = value in arguments, f"one of {', '.join(map(str, arguments))}"
-    elif wanted in (int, float):
-        number = numbers.Integral if wanted is int else numbers.Real
-        fits, name = isinstance(value, number) and not isinstance(value, bool), _NAMES[wanted]
-    elif wanted in (bool, str, Path):
-        fits, name = isinstance(value, wanted), _NAMES.get(wanted, "a path")
+    elif annotation in (int, float):
+        number = numbers.Integral if annotation is int else numbers.Real
+        fits, name = isinstance(value, number) and not isinstance(value, bool), _NAMES[annotation]
+    elif annotation in (bool, str, Path):
+        fits, name = isinstance(value, annotation), _NAMES.get(annotation, "a path")
     else:
-        fits, name = wanted is not types.NoneType or value is None, "null"
+        fits, name = annotation is not types.NoneType or value is None, "null"
     if not fits:
         raise error(f"{where} must be {name}, got {value!r}")
     return value
 
 
 def _rebuild_one_of(
-    wanted: tuple[Any, ...], value: Any, where: str, error: type[DalleError]
+    annotations: tuple[Any, ...], value: Any, where: str, error: type[DalleError]
 ) -> Any:
     """As `_rebuild` for a union: the first of its types that takes `value`."""
     refused: DalleError | None = None
-    for candidate in wanted:
+    for candidate in annotations:
         if (value is None) != (candidate is types.NoneType):
             continue
         try:

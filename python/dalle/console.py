@@ -1,4 +1,4 @@
-"""What people read on a terminal: any text in characters it can show, on streams that may fail."""
+"""Text for terminals, in characters that they can show, on streams that may fail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TextIO, cast
 
 from tqdm import tqdm
 
-LONGEST = 2000  # characters of a message
+MAX_LENGTH = 2000  # characters of a message
 _JOINERS = "\u200c\u200d"  # of scripts and emoji: they change the look of letters, not their order
 # What frames and messages are drawn with, for terminals that have ASCII only.
 _PLAIN = str.maketrans("─│╭╮╰╯┌┐└┘├┤•…’‘“”–—→×", "-|++++++++||*.''\"\"-->x")
@@ -21,14 +21,14 @@ def printable(text: str) -> str:
     """`text` as one line that moves no cursor: control characters, line ends, lone surrogates and
     marks that reverse the direction of writing become escapes; a very long text loses its middle.
     """
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    if len(text) > MAX_LENGTH:
+        text = f"{text[: MAX_LENGTH // 2]} ... {text[-MAX_LENGTH // 2 :]}"
     if text.isprintable():
         return text
-    return "".join(_escaped(char) if _acts(char) else char for char in text)
+    return "".join(_escaped(char) if _is_control(char) else char for char in text)
 
 
-def _acts(char: str) -> bool:
+def _is_control(char: str) -> bool:
     kind = unicodedata.category(char)
     return kind in ("Cc", "Cs", "Zl", "Zp") or (kind == "Cf" and char not in _JOINERS)
 
@@ -38,28 +38,28 @@ def _escaped(char: str) -> str:
 
 
 def say(text: str) -> None:
-    """One line on stderr, above a progress bar if there is one; of many processes the first's.
+    """Prints a line to stderr, above a progress bar if there is one; only on the main process.
 
-    Control characters, which file names and captions may hold, become escapes. Where nobody takes
+    Control characters, which file names and captions may hold, become escapes. Where nobody reads
     the line any more (`... 2>&1 | head`, a terminal that was closed) the work goes on without it.
     """
-    if leads() and sys.stderr is not None:
+    if is_main_process() and sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
             tqdm.write(printable(text), file=sys.stderr)
             sys.stderr.flush()
 
 
-def leads() -> bool:
-    """Whether this process speaks and writes: the only one, or number 0 of `torchrun`'s."""
-    alone = os.environ.get("WORLD_SIZE", "") in ("", "1")
-    return alone or os.environ.get("RANK", "0") == "0"
+def is_main_process() -> bool:
+    """Whether this process prints and writes files: the only one, or rank 0 of `torchrun`'s."""
+    single = os.environ.get("WORLD_SIZE", "") in ("", "1")
+    return single or os.environ.get("RANK", "0") == "0"
 
 
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss or m:ss."""
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remainder = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{hours}:{minutes:02d}:{remainder:02d}" if hours else f"{minutes}:{remainder:02d}"
 
 
 def number(value: float) -> str:
@@ -68,11 +68,11 @@ def number(value: float) -> str:
 
 
 class Stream:
-    """A text stream that any text can be written to, and whose failures end nothing.
+    """A text stream that any text can be written to, and whose failures raise nothing.
 
-    What its encoding lacks is written as escapes; so are control characters where it takes `lines`
-    only (a progress bar needs some). From the first failure on (a full disk, a closed
-    pipe) everything is dropped, so that work whose words nobody takes still reaches its end.
+    Characters that its encoding lacks are written as escapes; so are control characters where it
+    takes `lines` only (a progress bar needs some). From the first failure on (a full disk, a closed
+    pipe) everything is dropped, so that the work still reaches its end.
 
     Attributes:
         problem: the first failure, or None.
@@ -87,13 +87,13 @@ class Stream:
         if self.inner is not None and self.problem is None:
             if self.lines and not text.isprintable():
                 text = "".join(char if char in "\n\t" else printable(char) for char in text)
-            with self._noting():
+            with self._record_failure():
                 self.inner.write(fitted(text, self.inner.encoding))
         return size
 
     def flush(self) -> None:
         if self.inner is not None and self.problem is None:
-            with self._noting():
+            with self._record_failure():
                 self.inner.flush()
 
     def isatty(self) -> bool:
@@ -103,7 +103,7 @@ class Stream:
             return False
 
     @contextlib.contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _record_failure(self) -> Iterator[None]:
         try:
             yield
         except OSError as problem:
@@ -112,7 +112,7 @@ class Stream:
             self.problem = OSError(str(problem))
 
     def drop(self) -> None:
-        """Sends what is still in the stream's buffer nowhere: Python would fail on it at exit."""
+        """Discards the stream's buffer, on which Python would fail at exit."""
         if self.problem is None or self.inner is None:
             return
         with contextlib.suppress(OSError, ValueError):
@@ -125,7 +125,7 @@ class Stream:
 
 
 def argument_text(word: str) -> str:
-    """An argument as text: UTF-8 whatever the locale says; bytes that are not stay surrogates.
+    """An argument as text: UTF-8 whatever the locale says; other bytes stay surrogates.
 
     File names keep the locale's form, which is the one that opens them.
     """

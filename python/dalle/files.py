@@ -1,7 +1,7 @@
-"""Files that are read within limits, and written whole or not at all.
+"""Files: read within limits, written atomically.
 
-Reading never waits and always ends: only regular files are opened, and none is read beyond a limit.
-Writing goes aside, is synced to the disk, gets its name by a rename, and the folder is synced.
+Reading never blocks and always ends: only regular files are opened, none is read beyond a limit.
+Writing makes a temporary file, syncs it to the disk, renames it, and syncs the folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-_NOW = getattr(os, "O_NONBLOCK", 0)  # a pipe is not waited for
+_NOW = getattr(os, "O_NONBLOCK", 0)  # opening a pipe does not block
 
 
 def check_regular(path: Path | str, *, missing_ok: bool = False) -> None:
@@ -58,7 +58,7 @@ def _check_mode(mode: int, path: Path | str) -> None:
 
 
 def regular_opener(path: str, flags: int) -> int:
-    """`open(..., opener=regular_opener)` opens regular files only, and waits for nobody.
+    """`open(..., opener=regular_opener)` opens regular files only, and never blocks.
 
     Raises:
         OSError: as `check_regular`, or what is asked for is not permitted.
@@ -165,7 +165,7 @@ def saving(owner: str, path: Path | str) -> Iterator[None]:
 
 
 def check_targets(owner: str, *paths: Path) -> None:
-    """Refuses, before the work, paths where no file can be put at its end.
+    """Refuses, before the work, paths to which its results cannot be written.
 
     Raises:
         EnvironmentProblem: something else than a file lies there, or a file in the place of its
@@ -212,7 +212,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A free name beside `path`: NAME.tmp-NONCE."""
+    """A free name in the folder of `path`: NAME.tmp-NONCE."""
     return path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
 
 
@@ -235,8 +235,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which gets the name `path` (new, or of an empty folder) when it is full.
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which is renamed to `path` (new, or an empty folder) once complete.
 
     Raises:
         OSError: it cannot be made, or `path` holds something; what was written is removed.

@@ -29,9 +29,9 @@ _REFUSED = re.compile(
 LESS = "ask for less: a smaller batch, preset or image size, or fewer candidates"
 
 
-def in_words(size: float) -> str:
+def format_bytes(size: float) -> str:
     """A number of bytes, e.g. "1.5 GiB"."""
-    fitting = [unit for unit, least in UNITS.items() if size >= least]
+    fitting = [unit for unit, factor in UNITS.items() if size >= factor]
     unit = fitting[-1] if fitting else "bytes"
     return f"{size / UNITS[unit]:.1f} {unit}" if unit != "bytes" else f"{size:.0f} bytes"
 
@@ -47,30 +47,33 @@ def is_refusal(error: BaseException) -> bool:
 
 def refusal_line(error: BaseException) -> str:
     """What was asked for and what there is, after `is_refusal`."""
-    asked = _ASKED.search(str(error))
-    wanted = (
-        f"another {in_words(float(asked[1]) * UNITS[asked[2]])}" if asked else "what this takes"
+    request = _ASKED.search(str(error))
+    amount = (
+        f"another {format_bytes(float(request[1]) * UNITS[request[2]])}"
+        if request
+        else "what this takes"
     )
     on_gpu = "CUDA" in str(error) or "GPU" in str(error)
-    left = None if on_gpu else free_memory()
-    found = re.search(r"([\d.]+ [KMGT]iB) is free", str(error))
-    free = found[1] if found else in_words(left) if left is not None else "too little"
+    available = None if on_gpu else free_memory()
+    reported = re.search(r"([\d.]+ [KMGT]iB) is free", str(error))
+    free = "too little" if available is None else format_bytes(available)
+    free = reported[1] if reported else free
     where = "the GPU's memory" if on_gpu else "memory"
-    return f"{where} must hold {wanted}, got {free} free; {LESS}"
+    return f"{where} must hold {amount}, got {free} free; {LESS}"
 
 
 def free_memory(device: torch.device | None = None) -> int | None:
     """Bytes that this process can still get on `device` (None and the CPU: of the machine).
 
-    The least of what the machine, the process's own limits and its control group leave; None where
-    nothing says.
+    The minimum over the machine, the limits of the process and its control group; None where it is
+    not known.
     """
     if device is not None and device.type == "cuda":
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
-    found = [_of_machine(), _of_limits(), _of_group()]
-    return min((size for size in found if size is not None), default=None)
+    sizes = [_of_machine(), _of_limits(), _of_group()]
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def require_memory(
@@ -80,10 +83,10 @@ def require_memory(
 
     Args:
         owner: begins the line.
-        needed: bytes, at least.
-        what: needs them.
-        advice: what would fit.
-        device: where; the machine's memory if left out.
+        needed: lower bound in bytes.
+        what: the work, in words.
+        advice: how to need less.
+        device: whose memory; the machine's if left out.
 
     Raises:
         EnvironmentProblem: `needed` is more than there is.
@@ -92,7 +95,8 @@ def require_memory(
     if free is not None and needed > free:
         where = "memory" if device is None or device.type == "cpu" else f"memory of {device}"
         raise EnvironmentProblem(
-            f"{owner}: {where} must hold {in_words(needed)} for {what}, got {in_words(free)} free; "
+            f"{owner}: {where} must hold {format_bytes(needed)} for {what}, "
+            f"got {format_bytes(free)} free; "
             f"{advice}"
         )
 
@@ -123,7 +127,7 @@ def _of_limits() -> int | None:
 
 
 def _of_group() -> int | None:
-    """Of a control group (containers); what it caches of files can be given back."""
+    """Bytes left in the control group (of a container); its file cache counts as free."""
     group = "/sys/fs/cgroup"
     limit = _number(f"{group}/memory.max", r"^(\d+)")
     used = _number(f"{group}/memory.current", r"^(\d+)")

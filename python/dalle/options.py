@@ -1,4 +1,4 @@
-"""Command-line words and YAML files into a config dataclass, by way of tyro."""
+"""Fills a config dataclass from command-line words and YAML files, with tyro."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from dalle.configs import check_numbers, did_you_mean, field_types
 from dalle.errors import UsageError
 from dalle.files import read_bytes
 
-MAX_FILE_BYTES = 1 << 20  # of options
+MAX_FILE_BYTES = 1 << 20  # of a file of options
 WIDE = 40_000  # columns
 T = TypeVar("T")
-_WORDS = [  # Python's own and tyro's -> ours
+_REWRITES = [  # Python's own and tyro's -> ours
     (r"invalid literal for int\(\) with base 10: ", "must be an integer, got "),
     (r"could not convert string to float: ", "must be a number, got "),
     (r"Exceeds the limit \((\d+) digits\).*", r"must be an integer of at most \1 digits"),
@@ -48,11 +48,11 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
         SystemExit: code 0, after `--help`.
     """
     words, file = _take_config(words, prog)
-    known = option_names(config_type)
+    names = option_names(config_type)
     for word in words:
         name = word.split("=", 1)[0]
-        if name.startswith("--") and name[2:].replace("_", "-") not in known | {"help", ""}:
-            hint = did_you_mean(name, {f"--{k}" for k in known})
+        if name.startswith("--") and name[2:].replace("_", "-") not in names | {"help", ""}:
+            hint = did_you_mean(name, {f"--{k}" for k in names})
             raise UsageError(f"{prog}: {name} is not an option{hint}")
     if file is not None:
         words = _file_words(config_type, file) + words
@@ -63,77 +63,81 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
             raise UsageError(f"{prog}: {word[:-1]} must have a value, got an empty one")
         if "\0" in word:
             raise UsageError(f"{prog}: options must hold no NUL character, got {word!r}")
-    heard = io.StringIO()
+    output = io.StringIO()
     try:
-        config = _parse(config_type, words, prog, heard)
+        config = _parse(config_type, words, prog, output)
         check_numbers(prog.removeprefix("dalle "), config)
         return config
     except SystemExit as stop:
         if stop.code in (0, None):
-            sys.stdout.write(re.sub(r"\x1b\[[\d;]*m", "", heard.getvalue()))  # FORCE_COLOR
+            sys.stdout.write(re.sub(r"\x1b\[[\d;]*m", "", output.getvalue()))  # FORCE_COLOR
             raise
         lines = [line.strip(_FRAME) for line in _message(config_type, words, prog)]
         missing = _missing(lines)
         if missing:
             raise UsageError(f"{prog}: {', '.join(missing)} must be given, got nothing") from None
         message = _condense(lines)
-        refused = re.match(r"Error parsing (?!-)\S+: (.*)", message)  # by a dataclass as a whole
+        refused = re.match(r"Error parsing (?!-)\S+: (.*)", message)  # by the dataclass itself
         raise UsageError(refused[1] if refused else f"{prog}: {message}") from None
 
 
-def _parse(config_type: type[T], words: list[str], prog: str, heard: io.StringIO) -> T:
-    with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(heard):
+def _parse(config_type: type[T], words: list[str], prog: str, output: io.StringIO) -> T:
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         return tyro.cli(config_type, args=words, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def _message(config_type: type, words: list[str], prog: str) -> list[str]:
     """The lines in which tyro refuses `words`, on a screen so wide that no value is broken."""
-    heard, before = io.StringIO(), os.environ.get("COLUMNS")
+    output, before = io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(WIDE)
     try:
         with contextlib.suppress(SystemExit):
-            _parse(config_type, words, prog, heard)
+            _parse(config_type, words, prog, output)
     finally:
         if before is None:
             del os.environ["COLUMNS"]
         else:
             os.environ["COLUMNS"] = before
-    return heard.getvalue().splitlines()
+    return output.getvalue().splitlines()
 
 
 def option_names(config_type: type) -> set[str]:
     """Names of all options, without the dashes in front; a switch also has its `no-` form."""
     names: set[str] = set()
-    for name, wanted in field_types(config_type).items():
-        inner = _nested(wanted)
+    for name, annotation in field_types(config_type).items():
+        inner = _nested(annotation)
         if inner is not None:
             names |= option_names(inner)
             continue
         option = name.replace("_", "-")
-        names |= {option, f"no-{option}"} if _plain(wanted) is bool else {option}
+        names |= {option, f"no-{option}"} if _plain(annotation) is bool else {option}
     return names
 
 
-def _plain(wanted: Any) -> Any:
+def _plain(annotation: Any) -> Any:
     """An annotation without `Annotated`."""
-    return typing.get_args(wanted)[0] if typing.get_origin(wanted) is typing.Annotated else wanted
+    return (
+        typing.get_args(annotation)[0]
+        if typing.get_origin(annotation) is typing.Annotated
+        else annotation
+    )
 
 
-def _takes_list(wanted: Any) -> bool:
+def _takes_list(annotation: Any) -> bool:
     """Whether an annotation is of a list or a tuple, or may be."""
-    plain = _plain(wanted)
+    plain = _plain(annotation)
     kinds = [plain, *typing.get_args(plain)]
     return any((typing.get_origin(kind) or kind) in (list, tuple) for kind in kinds)
 
 
-def _positional(wanted: Any) -> bool:
+def _positional(annotation: Any) -> bool:
     """Whether an annotation makes its field an argument without a name."""
-    return tyro.conf.Positional in getattr(wanted, "__metadata__", ())
+    return tyro.conf.Positional in getattr(annotation, "__metadata__", ())
 
 
-def _nested(wanted: Any) -> type | None:
+def _nested(annotation: Any) -> type | None:
     """The dataclass in an annotation, if it is one."""
-    plain = _plain(wanted)
+    plain = _plain(annotation)
     if typing.get_origin(plain) in (typing.Union, types.UnionType):
         plain = next((a for a in typing.get_args(plain) if dataclasses.is_dataclass(a)), None)
     return plain if isinstance(plain, type) and dataclasses.is_dataclass(plain) else None
@@ -167,11 +171,11 @@ def _file_words(config_type: type, path: Path) -> list[str]:
         reason = getattr(problem, "problem", None) or getattr(problem, "reason", None)
         reason = str(reason or "no text").split("\n")[0]
         mark = getattr(problem, "problem_mark", None)
-        place = f" in line {mark.line + 1}" if mark is not None else ""
+        location = f" in line {mark.line + 1}" if mark is not None else ""
         if "unhashable" in reason:
             reason = "found a key that is no plain value"
-        raise UsageError(f"{path}: must be plain YAML, got: {reason[:200]}{place}") from problem
-    except Exception as problem:  # its constructors of numbers and dates raise what they happen to
+        raise UsageError(f"{path}: must be plain YAML, got: {reason[:200]}{location}") from problem
+    except Exception as problem:  # yaml's numbers and dates raise any class
         raise UsageError(f"{path}: must be plain YAML, got a damaged number or date") from problem
     return [] if values is None else _mapping_words(config_type, values, str(path))
 
@@ -179,26 +183,26 @@ def _file_words(config_type: type, path: Path) -> list[str]:
 def _mapping_words(config_type: type, values: Any, where: str) -> list[str]:
     if not isinstance(values, dict):
         raise UsageError(f"{where}: must be a mapping of options, got {type(values).__name__}")
-    known = _names_of_file(config_type)
+    fields = _file_fields(config_type)
     words: list[str] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name not in known:
-            raise UsageError(f"{where}: {key} is not an option{did_you_mean(name, known)}")
-        inner, option = _nested(known[name]), name.replace("_", "-")
-        if _positional(known[name]):
+        if name not in fields:
+            raise UsageError(f"{where}: {key} is not an option{did_you_mean(name, fields)}")
+        inner, option = _nested(fields[name]), name.replace("_", "-")
+        if _positional(fields[name]):
             raise UsageError(f"{where}: {key} must be given on the command line, not in a file")
         if inner is not None:
             if not isinstance(value, dict):
-                found = "nothing" if value is None else type(value).__name__
-                raise UsageError(f"{where}: {key} must be a mapping of options, got {found}")
+                kind = "nothing" if value is None else type(value).__name__
+                raise UsageError(f"{where}: {key} must be a mapping of options, got {kind}")
             words += _mapping_words(inner, value, f"{where}: {key}")
-        elif _plain(known[name]) is bool:
+        elif _plain(fields[name]) is bool:
             if not isinstance(value, bool):
                 raise UsageError(f"{where}: {key} must be true or false, got {value!r}")
             words.append(f"--{option}" if value else f"--no-{option}")
         elif isinstance(value, (list, tuple)):
-            if not _takes_list(known[name]):
+            if not _takes_list(fields[name]):
                 raise UsageError(f"{where}: {key} must be one value, got a list")
             items = [_plain_value(item, f"{where}: {key}") for item in value]
             if any(item.startswith("--") for item in items):
@@ -209,22 +213,22 @@ def _mapping_words(config_type: type, values: Any, where: str) -> list[str]:
     return words
 
 
-def _names_of_file(config_type: type) -> dict[str, Any]:
+def _file_fields(config_type: type) -> dict[str, Any]:
     """Field name -> annotation; options of nested dataclasses may stand beside the others."""
-    found: dict[str, Any] = {}
-    own = typing.get_type_hints(config_type, include_extras=True)
+    fields: dict[str, Any] = {}
+    annotations = typing.get_type_hints(config_type, include_extras=True)
     for name in field_types(config_type):
-        inner = _nested(own[name])
+        inner = _nested(annotations[name])
         if inner is not None:
-            found = {**_names_of_file(inner), **found}
-    return {**found, **{name: own[name] for name in field_types(config_type)}}
+            fields = {**_file_fields(inner), **fields}
+    return {**fields, **{name: annotations[name] for name in field_types(config_type)}}
 
 
 def _plain_value(value: Any, where: str) -> str:
-    """A value of a file as a word; a list in a list may hold itself many times over, by aliases."""
+    """A value of a file as a word. Nested lists are refused: aliases could make them huge."""
     if isinstance(value, (dict, list, tuple, set, bytes)):
-        found = type(value).__name__
-        raise UsageError(f"{where} must be a plain value or a list of them, got {found}")
+        kind = type(value).__name__
+        raise UsageError(f"{where} must be a plain value or a list of them, got {kind}")
     return str(value)
 
 
@@ -232,23 +236,23 @@ def _missing(lines: list[str]) -> list[str]:
     """Names in tyro's list of required options; empty where the message is about others."""
     if not any(line.startswith("Missing from") for line in lines):
         return []
-    found = (re.fullmatch(r"(--[a-z][\w-]*|[A-Z]+)( [A-Z].*)?", line) for line in lines)
-    return [match[1] for match in found if match]
+    matches = (re.fullmatch(r"(--[a-z][\w-]*|[A-Z]+)( [A-Z].*)?", line) for line in lines)
+    return [match[1] for match in matches if match]
 
 
 def _condense(lines: list[str]) -> str:
     """The substance of tyro's message, as one line."""
-    kept = []
+    content = []
     for line in lines:
         if line.startswith(("Argument helptext", "For full helptext", "Similar")):
             break
         if line and set(line) - set("-─ "):
-            kept.append(line)
-    message = " ".join(kept[1:] or kept) or "options must be complete"
-    # Of an option that may also be none, tyro tells what each of the two types has to say.
-    either = re.match(r"(.*): no type matching .*?could be instantiated from \['(.*?)'\]", message)
-    if either:
-        return f"{either[1]}: must be of its type or None, got {either[2][:200]!r}"
-    for theirs, ours in _WORDS:
-        message = re.sub(theirs, ours, message)
+            content.append(line)
+    message = " ".join(content[1:] or content) or "options must be complete"
+    # For an optional value tyro prints the message of each of its two types.
+    union = re.match(r"(.*): no type matching .*?could be instantiated from \['(.*?)'\]", message)
+    if union:
+        return f"{union[1]}: must be of its type or None, got {union[2][:200]!r}"
+    for pattern, replacement in _REWRITES:
+        message = re.sub(pattern, replacement, message)
     return re.sub(r"'([^']{200})[^']*'", r"'\1...'", message)

@@ -26,7 +26,7 @@ from dalle.tokenizer import Tokenizer
 from dalle.version import __version__
 
 FORMAT_VERSION = 1
-MOST = int(LARGEST["num_candidates"])
+MAX_CANDIDATES = int(LARGEST["num_candidates"])
 SEQUENCES = 256  # sampled or decoded at once
 
 
@@ -77,12 +77,12 @@ class Pipeline:
                 f"pipeline: the tokenizer must have at most the prior's {prior.config.text_vocab} "
                 f"ids, got {tokenizer.vocab_size}"
             )
-        for name, found in _origins(tokenizer, vae).items():
-            wanted = prior.trained_on.get(name, found)
-            if found != wanted:
+        for name, actual in _part_fingerprints(tokenizer, vae).items():
+            expected = prior.trained_on.get(name, actual)
+            if actual != expected:
                 raise UsageError(
-                    f"pipeline: {name} must be the one that the prior was trained with ({wanted}), "
-                    f"got {found}"
+                    f"pipeline: {name} must be the one that the prior was trained with "
+                    f"({expected}), got {actual}"
                 )
         self.tokenizer, self.vae, self.prior, self.ranker = tokenizer, vae, prior, ranker
         rows, columns = prior.config.grid
@@ -109,8 +109,8 @@ class Pipeline:
         directory = Path(directory)
         head = read_object(directory / "config.json", CheckpointError)
         if head.get("class") != "Pipeline":
-            found = head.get("class") or "none"
-            raise CheckpointError(f"{directory}: class must be Pipeline, got {found}")
+            class_name = head.get("class") or "none"
+            raise CheckpointError(f"{directory}: class must be Pipeline, got {class_name}")
         if head.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
                 f"{directory}: format_version must be {FORMAT_VERSION}, "
@@ -130,18 +130,18 @@ class Pipeline:
     def save_pretrained(self, directory: Path | str) -> None:
         """Writes the parts into subfolders tokenizer, vae, prior, ranker, and config.json last.
 
-        A ranker of another class is not ours to copy: it must be given again after loading. Of a
-        pipeline that was there, nothing is loaded until all of the new one is written.
+        A ranker of another class is not saved; set it again after loading. An older config.json is
+        removed first, so that no mixture of two pipelines can be loaded.
         """
         directory = Path(directory)
         (directory / "config.json").unlink(missing_ok=True)
         self.tokenizer.save_pretrained(directory / "tokenizer")
         self.vae.save_pretrained(directory / "vae")
         self.prior.save_pretrained(directory / "prior")
-        own = isinstance(self.ranker, ContrastiveRanker)
+        has_ranker = isinstance(self.ranker, ContrastiveRanker)
         if isinstance(self.ranker, ContrastiveRanker):
             self.ranker.save_pretrained(directory / "ranker")
-        write_config(directory, ranker=own)
+        write_config(directory, ranker=has_ranker)
 
     def prime_tokens(self, image: torch.Tensor, rows: int) -> torch.Tensor:
         """Codes of the top `rows` rows of a picture, in raster order: (rows * w,) int64.
@@ -195,13 +195,13 @@ class Pipeline:
             prime: (n,) codes every sample begins with.
             progress: called with (sequences done, sequences in all) after each chunk.
         """
-        num_candidates = integer("pipeline", "num_candidates", num_candidates, 1, MOST)
+        num_candidates = integer("pipeline", "num_candidates", num_candidates, 1, MAX_CANDIDATES)
         if isinstance(captions, str):
             raise UsageError(f"pipeline: captions must be a list of strings, got {captions!r}")
         text = self.tokenizer.encode(list(captions), self.prior.config.text_len - 1)
         text = text.to(self.device)
         first = first_numbers("pipeline", "first_candidate", first_candidate, len(text))
-        total, done, found = len(text) * num_candidates, 0, []
+        total, done, codes = len(text) * num_candidates, 0, []
         width = min(num_candidates, SEQUENCES)
         height = max(1, SEQUENCES // width)
         for top in range(0, len(text), height):
@@ -224,9 +224,9 @@ class Pipeline:
                 done += len(rows) * count
                 if progress is not None:
                     progress(done, total)
-            found.append(torch.cat(parts, 1))
-        none = torch.empty(0, num_candidates, *self.grid, dtype=torch.int64, device="cpu")
-        return torch.cat(found) if found else none
+            codes.append(torch.cat(parts, 1))
+        empty = torch.empty(0, num_candidates, *self.grid, dtype=torch.int64, device="cpu")
+        return torch.cat(codes) if codes else empty
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -268,7 +268,7 @@ class Pipeline:
         Raises:
             UsageError: an argument is out of range.
         """
-        num_candidates = integer("pipeline", "num_candidates", num_candidates, 1, MOST)
+        num_candidates = integer("pipeline", "num_candidates", num_candidates, 1, MAX_CANDIDATES)
         top = integer("pipeline", "top", top, 1)
         prime_rows = integer("pipeline", "prime_rows", prime_rows, 0)
         if top > num_candidates:
@@ -303,12 +303,12 @@ class Pipeline:
         return Generation(images[best], scores[best], tokens.cpu()[best], best)
 
 
-def _origins(tokenizer: Tokenizer, vae: DiscreteVAE) -> dict[str, str]:
-    """What a prior's `trained_on` says of these, as far as it can be known."""
-    found = {"tokenizer": tokenizer.fingerprint()}
+def _part_fingerprints(tokenizer: Tokenizer, vae: DiscreteVAE) -> dict[str, str]:
+    """Fingerprints to compare with a prior's `trained_on`, as far as they can be known."""
+    hashes = {"tokenizer": tokenizer.fingerprint()}
     if all(p.dtype == torch.float32 for p in vae.parameters()):  # a rounded copy has other bits
-        found["vae"] = fingerprint(vae)
-    return found
+        hashes["vae"] = fingerprint(vae)
+    return hashes
 
 
 def write_config(directory: Path, *, ranker: bool) -> None:

@@ -125,7 +125,7 @@ def memory(shape: PriorConfig, batch: int, precision: str) -> dict[str, float]:
     count, d = parameters(shape)["total"], shape.d_model
     tokens = batch * shape.length
     stream = shape.num_layers * STREAM_PER_LAYER * tokens * d * size["stream"]
-    inside = tokens * (INSIDE_PER_LAYER * d * size["inside"] + 4 * shape.num_heads)
+    block = tokens * (INSIDE_PER_LAYER * d * size["inside"] + 4 * shape.num_heads)
     parts: dict[str, float] = {
         "weights": count * (size["weights"] + size["copies"]),
         "gradients": count * size["gradients"],
@@ -134,7 +134,7 @@ def memory(shape: PriorConfig, batch: int, precision: str) -> dict[str, float]:
         "logits": 2 * 4 * batch * num_logits(shape),
     }
     fixed = sum(parts.values())
-    parts["activations"] = stream + shape.num_layers * inside
+    parts["activations"] = stream + shape.num_layers * block
     widest = tokens * INSIDE_WIDEST_RESBLOCK * d * size["inside"]
     parts["activations_checkpointed"] = stream + widest
     parts["total"] = fixed + parts["activations"]
@@ -201,15 +201,15 @@ def shards(width: int, gpus: int) -> list[tuple[int, int]]:
 
 def factor_elements(width: int, gpus: int, rank: int) -> tuple[int, int]:
     """Elements of P and of Q for one layer's shards, the rank shared out over the GPUs."""
-    own = rank // gpus
-    found = shards(width, gpus)
-    return sum(rows * own for rows, _ in found), sum(columns * own for _, columns in found)
+    local = rank // gpus
+    shapes = shards(width, gpus)
+    return sum(rows * local for rows, _ in shapes), sum(columns * local for _, columns in shapes)
 
 
 def compression(width: int, gpus: int, rank: int) -> float:
     """Share of the gradient that is not sent: 1 - (P + Q) / shards."""
-    whole = sum(rows * columns for rows, columns in shards(width, gpus))
-    return 1 - sum(factor_elements(width, gpus, rank)) / whole
+    total = sum(rows * columns for rows, columns in shards(width, gpus))
+    return 1 - sum(factor_elements(width, gpus, rank)) / total
 
 
 def default_rank(width: int, gpus: int) -> int:
@@ -226,34 +226,34 @@ def traffic(shape: PriorConfig, machines: int, gpus: int, rank: int) -> dict[str
     """
     count, d = parameters(shape), shape.d_model
     ring = 2 * (machines - 1) / machines
-    inside = (gpus - 1) / gpus
+    share = (gpus - 1) / gpus
     matrices = 12 * d * d * shape.num_layers
     factors = sum(factor_elements(d, gpus, rank)) * shape.num_layers
-    rest = (count["total"] - matrices) / gpus
+    others = (count["total"] - matrices) / gpus
     return {
-        "gather": 2 * inside * matrices * WORD,
-        "scatter": inside * matrices * WORD,
+        "gather": 2 * share * matrices * WORD,
+        "scatter": share * matrices * WORD,
         "factors": ring * factors * WORD,
-        "rest": ring * rest * WIDE,
-        "uncompressed": ring * (matrices / gpus * WORD + rest * WIDE),
+        "rest": ring * others * WIDE,
+        "uncompressed": ring * (matrices / gpus * WORD + others * WIDE),
     }
 
 
 def memory_of_gpu(shape: PriorConfig, batch: int, gpus: int, compressed: bool) -> dict[str, float]:
     """Bytes on one GPU with everything in the paper's formats and activation checkpointing."""
-    whole = memory(shape, batch, "paper")
+    full = memory(shape, batch, "paper")
     matrices = 12 * shape.d_model**2 * shape.num_layers
     layer = matrices / shape.num_layers
-    rest = parameters(shape)["total"] - matrices
+    others = parameters(shape)["total"] - matrices
     parts = {
-        "weights": whole["weights"] / gpus,
+        "weights": full["weights"] / gpus,
         "gathered_layers": 2 * layer * WORD,  # this one, and the next on its way
         # Compressed ones are added into the buffers as they come.
-        "gradients": (rest * WIDE if compressed else whole["gradients"]) / gpus,
+        "gradients": (others * WIDE if compressed else full["gradients"]) / gpus,
         "error_buffers": matrices / gpus * WORD if compressed else 0.0,
-        "moments": whole["moments"] / gpus,
-        "logits": whole["logits"],
-        "activations": whole["activations_checkpointed"],
+        "moments": full["moments"] / gpus,
+        "logits": full["logits"],
+        "activations": full["activations_checkpointed"],
     }
     return {**parts, "total": sum(parts.values())}
 
@@ -289,7 +289,7 @@ def cluster_plan(
     gpus, batch = integer("plan", "gpus", gpus), integer("plan", "batch", batch)
     per_machine = integer("plan", "per_machine", per_machine)
     rank = None if rank is None else integer("plan", "rank", rank)
-    given = {
+    options = {
         "gpus": gpus,
         "per_machine": per_machine,
         "batch": batch,
@@ -297,7 +297,7 @@ def cluster_plan(
         "link_gbit": link_gbit,
         "peer_gbyte": peer_gbyte,
     }
-    for name, value in given.items():
+    for name, value in options.items():
         _check(0 < value < math.inf, name, "above 0 and finite", value)
         _check(value >= 1e-3, name, "at least 0.001", value)
     _check(gpus % per_machine == 0, "gpus", f"a multiple of {per_machine} a machine", gpus)
@@ -310,24 +310,24 @@ def cluster_plan(
     columns: dict[str, Any] = {}
     for machines in sorted({*MACHINES, gpus // per_machine}):
         sent = traffic(shape, machines, per_machine, rank)
-        inside = (sent["gather"] + sent["scatter"]) / (peer_gbyte * 1e9)
+        within = (sent["gather"] + sent["scatter"]) / (peer_gbyte * 1e9)
         link = link_gbit * 1e9 / 8 / per_machine
-        own = (sent["factors"] + sent["rest"]) / link
+        between = (sent["factors"] + sent["rest"]) / link
         columns[str(machines)] = {
             "traffic": sent,
             "seconds": {
                 "compute": compute,
-                "inside_machine": inside,
-                "between_machines": own,
-                "step": max(compute, inside) + max(0.0, own - compute / 2),
-                "step_uncompressed": max(compute, inside)
+                "inside_machine": within,
+                "between_machines": between,
+                "step": max(compute, within) + max(0.0, between - compute / 2),
+                "step_uncompressed": max(compute, within)
                 + max(0.0, sent["uncompressed"] / link - compute / 2),
             },
             "memory_bytes": memory_of_gpu(shape, batch, per_machine, machines > 1),
         }
     table1 = {w: {"rank": r, "compression": compression(w, 8, r)} for w, r in PAPER_RANKS.items()}
     return {
-        **given,
+        **options,
         "rank": rank,
         "compression": compression(d, per_machine, rank),
         "table1": table1,

@@ -1,4 +1,4 @@
-"""Model folders: `config.json` and `model.safetensors`, read only if whole and of the class."""
+"""Model folders: `config.json` and `model.safetensors`, read only if intact and of the class."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def from_presets(owner: str, presets: Mapping[str, T], name: str, **overrides: A
         UsageError: unknown preset or field, or a value out of range.
     """
     if name not in presets:
-        known, hint = ", ".join(presets), did_you_mean(name, presets)
-        raise UsageError(f"{owner}: preset must be one of {known}, got {name!r}{hint}")
+        choices, hint = ", ".join(presets), did_you_mean(name, presets)
+        raise UsageError(f"{owner}: preset must be one of {choices}, got {name!r}{hint}")
     preset: Any = presets[name]
     fields = field_types(type(preset))
     for key in overrides:
@@ -54,24 +54,24 @@ def from_presets(owner: str, presets: Mapping[str, T], name: str, **overrides: A
 
 def tensors_to_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
     """A safetensors file of `tensors`; tensors that share memory are written once each."""
-    seen: set[int] = set()
-    plain = {}
+    pointers: set[int] = set()
+    result = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in seen:
+        if tensor.untyped_storage().data_ptr() in pointers:
             tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        plain[name] = tensor
-    return save(plain)
+        pointers.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor
+    return save(result)
 
 
 def fingerprint(module: nn.Module) -> str:
     """A hash of a module's weights and buffers: of their names, dtypes, shapes and bits."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return f"SHA-256 {found.hexdigest()[:16]}"
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return f"SHA-256 {digest.hexdigest()[:16]}"
 
 
 def read_tensors(path: Path, expected: int) -> bytes:
@@ -147,9 +147,9 @@ def load_config(directory: Path | str, cls_name: str, config_type: type[T]) -> T
     """
     path = Path(directory) / CONFIG_FILE
     head = read_json(path, CheckpointError)
-    found = head.get("class", cls_name) if isinstance(head, dict) else cls_name
-    if found != cls_name:  # before the other keys: folders of other classes have others
-        raise CheckpointError(f"{path}: class must be {cls_name}, got {found}")
+    class_name = head.get("class", cls_name) if isinstance(head, dict) else cls_name
+    if class_name != cls_name:  # before the other keys: folders of other classes have others
+        raise CheckpointError(f"{path}: class must be {cls_name}, got {class_name}")
     head = _checked(head, path)
     return from_dict(config_type, head["config"], where=str(path), error=CheckpointError)
 
@@ -165,11 +165,11 @@ def load_weights(module: nn.Module, directory: Path | str) -> None:
     path = directory / WEIGHTS_FILE
     head = _checked(read_json(directory / CONFIG_FILE, CheckpointError), directory / CONFIG_FILE)
     data = read_tensors(path, sum(t.nbytes for t in module.state_dict().values()))
-    tensors, found_hash = tensors_from_bytes(data, path), hashlib.sha256(data).hexdigest()
-    if found_hash != head["weights_sha256"]:
+    tensors, digest = tensors_from_bytes(data, path), hashlib.sha256(data).hexdigest()
+    if digest != head["weights_sha256"]:
         raise CheckpointError(
             f"{path}: SHA-256 must be {head['weights_sha256'][:12]}... as {CONFIG_FILE} says, "
-            f"got {found_hash[:12]}..."
+            f"got {digest[:12]}..."
         )
     load_tensors(module, tensors, str(path))
 
@@ -188,37 +188,37 @@ def check_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], where: st
     Raises:
         CheckpointError: naming the first that does not.
     """
-    own = module.state_dict()
-    for name in [*own, *tensors]:
+    state = module.state_dict()
+    for name in [*state, *tensors]:
         if name not in tensors:
             raise CheckpointError(f"{where}: {name} must be there, got no such tensor")
-        if name not in own:
+        if name not in state:
             raise CheckpointError(f"{where}: {name} is unknown to {type(module).__name__}")
-        wanted, found = own[name], tensors[name]
-        if (wanted.shape, wanted.dtype) != (found.shape, found.dtype):
+        expected, actual = state[name], tensors[name]
+        if (expected.shape, expected.dtype) != (actual.shape, actual.dtype):
             raise CheckpointError(
-                f"{where}: {name} must be {tuple(wanted.shape)} {wanted.dtype}, "
-                f"got {tuple(found.shape)} {found.dtype}"
+                f"{where}: {name} must be {tuple(expected.shape)} {expected.dtype}, "
+                f"got {tuple(actual.shape)} {actual.dtype}"
             )
 
 
 def load_trained_on(directory: Path | str) -> dict[str, str]:
-    """What the model in a folder was trained on; empty where nobody wrote it down.
+    """`trained_on` of the model in a folder; empty where it was not saved.
 
     Raises:
         CheckpointError: config.json is damaged.
     """
     path = Path(directory) / CONFIG_FILE
-    found = _checked(read_json(path, CheckpointError), path).get("trained_on", {})
-    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+    hashes = _checked(read_json(path, CheckpointError), path).get("trained_on", {})
+    if not isinstance(hashes, dict) or not all(isinstance(v, str) for v in hashes.values()):
         raise CheckpointError(f"{path}: trained_on must be hashes by name, got something else")
-    return found
+    return hashes
 
 
 def _checked(head: Any, path: Path) -> dict[str, Any]:
     """The content of config.json if it has the keys that this version writes."""
-    wanted = {"format_version", "class", "config", "weights_sha256"}
-    if not isinstance(head, dict) or not wanted <= set(head):
+    keys = {"format_version", "class", "config", "weights_sha256"}
+    if not isinstance(head, dict) or not keys <= set(head):
         raise CheckpointError(f"{path}: must be written by dalle, got keys of something else")
     if head["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
@@ -229,8 +229,8 @@ def _checked(head: Any, path: Path) -> dict[str, Any]:
     return head
 
 
-def _check_size(directory: Path, least: int) -> None:
-    """Refuses a model before it is built: weights that are too few for it, or too many for here.
+def _check_size(directory: Path, num_parameters: int) -> None:
+    """Refuses a model before it is built if its file is too small, or the memory.
 
     Raises:
         CheckpointError: there is no file of weights, or it cannot be this model's.
@@ -244,13 +244,14 @@ def _check_size(directory: Path, least: int) -> None:
         raise CheckpointError(
             f"{path}: must be a readable file, got: {problem.strerror}"
         ) from problem
-    if size < 2 * least:  # no weight has less than 16 bits
+    if size < 2 * num_parameters:  # no weight has less than 16 bits
         raise CheckpointError(
-            f"{path}: must have at least {2 * least} bytes for the sizes in {CONFIG_FILE}, "
+            f"{path}: must have at least {2 * num_parameters} bytes for the sizes in "
+            f"{CONFIG_FILE}, "
             f"got {size}"
         )
-    if least:  # its bytes and the model made of them
-        require_memory(str(directory), 4 * least, "its weights", "take a smaller model")
+    if num_parameters:  # the bytes of the file, and the model
+        require_memory(str(directory), 4 * num_parameters, "its weights", "take a smaller model")
 
 
 def _check_finite(model: nn.Module, path: Path) -> None:
@@ -270,8 +271,8 @@ class Pretrained(nn.Module, Generic[T]):
     Attributes:
         config_type: class of the config, to read config.json with.
         config: the sizes this model has.
-        trained_on: name -> `fingerprint` of what its training took as given and its users need
-            too, e.g. "vae" and "tokenizer" of a prior; empty where it is not known.
+        trained_on: name -> `fingerprint` of the fixed parts that it was trained with and is used
+            with, e.g. "vae" and "tokenizer" of a prior; empty where they are not known.
     """
 
     config_type: type[T]

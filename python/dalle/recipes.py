@@ -346,8 +346,8 @@ def load_recipe(
     rest = sum(fixed.values())
     factor = (60 * minutes - rest) / max(sum(seconds.values()) - rest, 1.0)
     if factor < LEAST:
-        least = (rest + LEAST * (sum(seconds.values()) - rest)) / 60
-        raise UsageError(f"demo: minutes must be {least:.2g} or more here, got {minutes}")
+        minimum = (rest + LEAST * (sum(seconds.values()) - rest)) / 60
+        raise UsageError(f"demo: minutes must be {minimum:.2g} or more here, got {minutes}")
     return replace(
         recipe,
         vae_train=scaled(recipe.vae_train, factor),

@@ -39,9 +39,9 @@ CONFIG_FILE = "config.json"
 MAX_FILE_BYTES = 64 << 20
 NUM_BYTES = 256
 LONG_WORD = re.compile(r"\S{256}(?=\S)")
-GONE = -2  # in the place of a symbol that was merged into the one before it
-LARGE = 1 << 30  # bytes of ids, for which memory is looked up first
-MAX_VOCAB = 1 << 20  # the trainer takes memory for as many as are asked for
+MERGED = -2  # replaces a symbol that was merged into the one before it
+LARGE = 1 << 30  # bytes of ids above which free memory is checked first
+MAX_VOCAB = 1 << 20  # the trainer allocates memory for all of them
 
 
 def lower(caption: str) -> str:
@@ -74,7 +74,7 @@ class Tokenizer:
             for rank, (left, right) in enumerate(merges)
         }
         self._symbols = {token: i for token, i in vocab.items() if len(token) == 1}
-        self._spelled: dict[str, tuple[int, ...]] = {}  # word -> ids of its bytes
+        self._byte_ids: dict[str, tuple[int, ...]] = {}  # word -> ids of its bytes
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int = 16384) -> Tokenizer:
@@ -95,7 +95,7 @@ class Tokenizer:
         texts = [lower(caption) for caption in _strings(captions)]
         if not any(texts):
             raise DataError(f"tokenizer: captions must hold text, got {len(texts)} empty captions")
-        # The library looks through the whole of a word at each merge that it has anywhere.
+        # The library scans a full word for each of its merges.
         texts = [piece for text in texts for piece in _cut_long_words(text)]
         bpe = _byte_level({}, [])
         trainer = trainers.BpeTrainer(
@@ -121,7 +121,7 @@ class Tokenizer:
             captions: B strings; cleaned and lower-cased here.
             length: slots a caption, at least 1; longer captions lose their end and are counted in
                 `truncated`.
-            dropout: probability in [0, 1] that a possible merge is passed over, drawn anew at each
+            dropout: probability in [0, 1] that a possible merge is skipped, drawn anew at each
                 merge; 0.1 in the paper's training, 0 for sampling.
             seed: decides a caption's dropout together with its place; unused without dropout.
             places: B numbers of 0 or more, of the captions in their batch; 0, 1, ... if left out.
@@ -161,7 +161,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
-        """The text of one caption's ids; PAD is passed over, broken UTF-8 becomes U+FFFD.
+        """The text of one caption's ids; PAD is skipped, broken UTF-8 becomes U+FFFD.
 
         Raises:
             UsageError: not one axis, not whole numbers, or an id outside the vocabulary.
@@ -170,13 +170,13 @@ class Tokenizer:
         if not isinstance(values, Iterable) or any(isinstance(v, list) for v in values):
             raise UsageError("tokenizer: ids must have one axis, got another number of axes")
         values = [integer("tokenizer", "ids", value) for value in values]
-        kept = [value for value in values if value != self.PAD]
-        for value in kept:
+        tokens = [value for value in values if value != self.PAD]
+        for value in tokens:
             if not 0 <= value < self.vocab_size:
                 raise UsageError(
                     f"tokenizer: ids must be below {self.vocab_size} or PAD = -1, got {value}"
                 )
-        return str(self._bpe.decode(kept, skip_special_tokens=False))
+        return str(self._bpe.decode(tokens, skip_special_tokens=False))
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Writes tokenizer.json (readable by the library `tokenizers`) and config.json.
@@ -213,8 +213,8 @@ class Tokenizer:
         path = directory / TOKENIZER_FILE
         head = read_object(directory / CONFIG_FILE, CheckpointError)
         if head.get("class") != "Tokenizer":
-            found = head.get("class") or "none"
-            raise CheckpointError(f"{directory}: class must be Tokenizer, got {found}")
+            class_name = head.get("class") or "none"
+            raise CheckpointError(f"{directory}: class must be Tokenizer, got {class_name}")
         if head.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
                 f"{directory}: format_version must be {FORMAT_VERSION}, "
@@ -240,11 +240,11 @@ class Tokenizer:
     def _encode_with_dropout(self, text: str, dropout: float, rng: random.Random) -> list[int]:
         ids: list[int] = []
         for word, _ in self._bpe.pre_tokenizer.pre_tokenize_str(text):
-            symbols = self._spelled.get(word)
+            symbols = self._byte_ids.get(word)
             if symbols is None:
                 symbols = tuple(self._symbols[char] for char in word)
-                if len(word) <= 64 and len(self._spelled) < 100_000:
-                    self._spelled[word] = symbols
+                if len(word) <= 64 and len(self._byte_ids) < 100_000:
+                    self._byte_ids[word] = symbols
             ids += self._merge(list(symbols), dropout, rng)
         return ids
 
@@ -257,48 +257,48 @@ class Tokenizer:
         """
         size = len(symbols)
         after, before = list(range(1, size + 1)), list(range(-1, size - 1))
-        # (rank, position of the left symbol, left id, right id, merged id); one whose symbols have
-        # been merged otherwise in the meantime is known by its ids.
-        waiting: list[tuple[int, int, int, int, int]] = []
+        # (rank, position of the left symbol, left id, right id, merged id); an entry is stale if
+        # the symbols at its position have other ids by now.
+        heap: list[tuple[int, int, int, int, int]] = []
 
         def consider(left: int, right: int) -> None:
             if left >= 0 and right < size:
                 pair = symbols[left], symbols[right]
                 merge = self._merges.get(pair)
                 if merge is not None:
-                    heapq.heappush(waiting, (merge[0], left, *pair, merge[1]))
+                    heapq.heappush(heap, (merge[0], left, *pair, merge[1]))
 
         for position in range(size - 1):
             consider(position, position + 1)
-        while waiting:
+        while heap:
             dropped = []
-            while waiting:
-                found = heapq.heappop(waiting)
-                _, left, left_id, right_id, merged = found
+            while heap:
+                entry = heapq.heappop(heap)
+                _, left, left_id, right_id, merged = entry
                 right = after[left]
                 if symbols[left] != left_id or right >= size or symbols[right] != right_id:
                     continue
                 if not dropout or rng.random() >= dropout:
-                    symbols[left], symbols[right] = merged, GONE
+                    symbols[left], symbols[right] = merged, MERGED
                     after[left] = after[right]
                     if after[left] < size:
                         before[after[left]] = left
                     consider(before[left], left)
                     consider(left, after[left])
                     break
-                dropped.append(found)
-            else:  # none is left that was not dropped
+                dropped.append(entry)
+            else:  # all were dropped
                 break
-            for found in dropped:
-                heapq.heappush(waiting, found)
-        return [symbol for symbol in symbols if symbol != GONE]
+            for entry in dropped:
+                heapq.heappush(heap, entry)
+        return [symbol for symbol in symbols if symbol != MERGED]
 
 
 def _strings(captions: Any) -> Iterable[str]:
     """`captions`, where they are strings and not one string. Raises UsageError."""
     if isinstance(captions, (str, bytes)) or not isinstance(captions, Iterable):
-        found = "one string" if isinstance(captions, str) else type(captions).__name__
-        raise UsageError(f"tokenizer: captions must be a sequence of strings, got {found}")
+        kind = "one string" if isinstance(captions, str) else type(captions).__name__
+        raise UsageError(f"tokenizer: captions must be a sequence of strings, got {kind}")
     for caption in captions:
         if not isinstance(caption, str):
             raise UsageError(f"tokenizer: captions must be strings, got {caption!r}")
@@ -307,7 +307,7 @@ def _strings(captions: Any) -> Iterable[str]:
 
 def _cut_long_words(text: str) -> list[str]:
     """The text in pieces, cut inside words of more than 256 characters, else whole."""
-    ends = [0, *(found.end() for found in LONG_WORD.finditer(text)), len(text)]
+    ends = [0, *(match.end() for match in LONG_WORD.finditer(text)), len(text)]
     return [text[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
 
 
@@ -342,16 +342,16 @@ def _from_json(data: bytes) -> tokenizers.Tokenizer:
         raise ValueError(f"its parts are {kinds!r:.200}, not BPE, ByteLevel and ByteLevel")
     model = parts["model"]
     bpe = _byte_level(*_checked(model.get("vocab"), model.get("merges")))
-    made = json.loads(bpe.to_str())
-    # What other versions of the library write beside is nothing, or off.
-    for name, mine, given in (
-        ("the file", made, parts),
-        *((name, made[name], parts[name]) for name in ("model", "pre_tokenizer", "decoder")),
+    rebuilt = json.loads(bpe.to_str())
+    # Further keys that other versions of the library write must be empty or off.
+    for name, ours, theirs in (
+        ("the file", rebuilt, parts),
+        *((name, rebuilt[name], parts[name]) for name in ("model", "pre_tokenizer", "decoder")),
     ):
-        for key, value in given.items():
-            if isinstance(mine.get(key), (dict, str)) or (name, key) == ("model", "merges"):
+        for key, value in theirs.items():
+            if isinstance(ours.get(key), (dict, str)) or (name, key) == ("model", "merges"):
                 continue
-            if (value or None) != (mine.get(key) or None):
+            if (value or None) != (ours.get(key) or None):
                 raise ValueError(f"{key} of {name} is {json.dumps(value)[:80]}")
     return bpe
 

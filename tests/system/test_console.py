@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from dalle.cli import main
-from dalle.console import LONGEST, Stream, fitted, guarded_streams, printable
+from dalle.console import MAX_LENGTH, Stream, fitted, guarded_streams, printable
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_printable(text, shown):
 
 def test_a_very_long_text_loses_its_middle():
     shown = printable("a" * 10**6 + "end")
-    assert len(shown) < LONGEST + 10 and shown.startswith("aaa") and shown.endswith("end")
+    assert len(shown) < MAX_LENGTH + 10 and shown.startswith("aaa") and shown.endswith("end")
 
 
 def test_encodings_that_lack_letters():

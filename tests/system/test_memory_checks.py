@@ -17,7 +17,7 @@ from dalle.commands import fits
 from dalle.dvae.model import PRESETS as DVAES
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import EnvironmentProblem
-from dalle.memory import free_memory, in_words, is_refusal, require_memory
+from dalle.memory import format_bytes, free_memory, is_refusal, require_memory
 from dalle.prior.config import PRESETS as PRIORS
 from dalle.prior.model import Prior
 from dalle.ranker.blocks import PRESETS as RANKERS
@@ -146,6 +146,6 @@ def test_free_memory_is_the_least_of_machine_limits_and_group(monkeypatch):
 
 
 def test_sizes_in_words():
-    assert [in_words(size) for size in (0, 1023, 1536, GIB)] == [
+    assert [format_bytes(size) for size in (0, 1023, 1536, GIB)] == [
         "0 bytes", "1023 bytes", "1.5 KiB", "1.0 GiB",
     ]  # fmt: skip

@@ -14,7 +14,7 @@ from dalle import pictures
 from dalle.commands.fits import require_dvae_fits
 from dalle.commands.training import check_model_target, save_model
 from dalle.configs import did_you_mean
-from dalle.console import leads, printable
+from dalle.console import is_main_process, printable
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.folder import find_pictures
 from dalle.data.images import decode, read_bytes
@@ -123,7 +123,7 @@ def train(config: DvaeCommandConfig) -> None:
         task = DvaeTask(vae, pairs, train_config, seed=loop.seed, world=world)
         result = run_loop(task, loop)
         save_model("dvae train", task, folder)
-    if leads():
+    if is_main_process():
         print(f"dvae train: {result.step} updates, model in {folder}{left_out(pairs)}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import UsageError
-from dalle.files import make_folder, saving, whole_folder
+from dalle.files import atomic_folder, make_folder, saving
 from dalle.pipeline import Pipeline
 from dalle.prior.model import Prior
 from dalle.ranker.model import ContrastiveRanker
@@ -48,7 +48,7 @@ def make(config: PipelineMakeConfig) -> None:
         Prior.from_pretrained(config.prior),
         None if config.ranker is None else ContrastiveRanker.from_pretrained(config.ranker),
     )
-    with saving("pipeline make", config.out), whole_folder(out) as folder:
+    with saving("pipeline make", config.out), atomic_folder(out) as folder:
         pipeline.save_pretrained(folder)
     size, how = pipeline.image_size, "without" if config.ranker is None else "with"
     print(f"pipeline make: pictures of {size} x {size} pixels, {how} a ranker, in {config.out}")

@@ -11,7 +11,7 @@ import torch
 from dalle.commands.fits import require_prior_fits
 from dalle.commands.training import check_model_target, save_model
 from dalle.configs import did_you_mean
-from dalle.console import leads, say
+from dalle.console import is_main_process, say
 from dalle.data.pairs import left_out
 from dalle.data.sources import load_pairs
 from dalle.devices import pick_device
@@ -119,5 +119,5 @@ def _train(config: PriorCommandConfig, world: World) -> None:
     save_model("prior train", task, folder)
     for line in world.summary():
         say(f"prior train: {line}")
-    if leads():
+    if is_main_process():
         print(f"prior train: {result.step} updates, model in {folder}{left_out(pairs)}")

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from dalle.console import leads
+from dalle.console import is_main_process
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import check_targets, read_object, saving
 from dalle.pretrained import CONFIG_FILE, WEIGHTS_FILE, Pretrained
@@ -22,7 +22,7 @@ def check_model_target(owner: str, folder: Path, kind: type) -> None:
     """
     check_not_taken(owner, folder.parent)
     check_not_taken(owner, folder, kind)
-    if leads() and folder.parent.is_dir():  # if not, the loop makes it or says why not
+    if is_main_process() and folder.parent.is_dir():  # if not, the loop makes it or says why not
         check_targets(owner, folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
@@ -32,7 +32,7 @@ def check_not_taken(owner: str, folder: Path, kind: type | None = None) -> None:
     Raises:
         UsageError: in one line that begins with `owner`.
     """
-    if not leads() or not os.path.isfile(folder / CONFIG_FILE):
+    if not is_main_process() or not os.path.isfile(folder / CONFIG_FILE):
         return
     class_name = None
     with suppress(CheckpointError):

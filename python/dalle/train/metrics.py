@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dalle.console import duration, leads, number, say
+from dalle.console import duration, is_main_process, number, say
 from dalle.files import parse_json, read_lines, regular_opener, saving, write_atomic
 
 METRICS_FILE = "metrics.jsonl"
@@ -106,7 +106,7 @@ class Metrics:
         self._file: io.FileIO | None = None
         self._opened_id: tuple[int, int] | None = None
         self._torn = False  # does the file end in the middle of a record?
-        if leads() and self.path.exists():
+        if is_main_process() and self.path.exists():
             damaged: list[int] = []
             with saving(name, self.path):
                 records = [r for r in read_metrics(self.path, damaged) if r["step"] <= start]
@@ -119,7 +119,7 @@ class Metrics:
                 say(f"{name}: {self.path}: left out {lines} that no training wrote whole")
         terminal = False
         with contextlib.suppress(AttributeError, ValueError):  # stderr is None or closed
-            terminal = leads() and sys.stderr.isatty()
+            terminal = is_main_process() and sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, desc=name, disable=not terminal)
 
     @property
@@ -158,7 +158,7 @@ class Metrics:
         return record
 
     def _append(self, record: dict[str, Any]) -> None:
-        if not leads():
+        if not is_main_process():
             return
         try:
             if self._file is not None and self._opened_id != self._path_id():
