@@ -154,7 +154,7 @@ def squares(ps: list[Tensor], rank: int) -> Tensor:
     found = ps[0].new_zeros(len(ps), size, size)
     for one, p in zip(found, ps, strict=True):
         one[: p.shape[1], : p.shape[1]] = p.t() @ p
-    row, column = torch.triu_indices(size, size, device=found.device)
+    row, column = torch.triu_indices(size, size, device=found.device, dtype=torch.int64)
     return found[:, row, column].float()
 
 
@@ -171,7 +171,7 @@ def leading(ps: list[Tensor], total: Tensor, rank: int, world: int) -> list[Tens
         total: the sum of their `squares`.
     """
     size = rank + SPARE
-    row, column = torch.triu_indices(size, size, device=total.device)
+    row, column = torch.triu_indices(size, size, device=total.device, dtype=torch.int64)
     c = total.new_zeros(len(ps), size, size, dtype=torch.float64)
     c[:, row, column] = c[:, column, row] = total.double()
     power = c[:, :, :rank] / _trace(c)
