@@ -148,16 +148,17 @@ def test_every_budget_can_be_read():
         )
 
 
-def test_a_row_is_for_one_architecture(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernel_report, "ARCHITECTURES", ("sm_80", "sm_90a"))
+def test_a_row_is_for_one_architecture(tmp_path):
     table = tmp_path / "op_cuda_budget.txt"
     table.write_text("# kernel | architecture | registers | opcodes\nf | sm_80 | 64 | HMMA !RED\n")
     assert kernel_report.read_budgets(table, "sm_80") == [Budget("f", 64, ("HMMA", "!RED"))]
     source = tmp_path / "op_cuda.cu"
     kernel = Kernel(registers=64, opcodes=Counter({"HMMA": 1}))
-    assert kernel_report.report([source], lambda *_: {"f": kernel}) == [
+    read = lambda *_: {"f": kernel}  # noqa: E731
+    assert kernel_report.report([source], read, ("sm_80", "sm_90a")) == [
         "sm_90a: f: budget must have a row for it, got none"
     ]
+    assert kernel_report.report([source], read, ("sm_80",)) == []
 
 
 def test_real_spills_and_opcodes(tmp_path):

@@ -21,7 +21,7 @@ import sys
 import sysconfig
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,10 +202,14 @@ def kept_kernels(
     return kernels_of(cubin, parse_ptxas(log, architecture), disassembler)
 
 
-def report(sources: list[Path], read: Callable[[Path, str], dict[str, Kernel]]) -> list[str]:
+def report(
+    sources: list[Path],
+    read: Callable[[Path, str], dict[str, Kernel]],
+    architectures: Sequence[str] = ARCHITECTURES,
+) -> list[str]:
     """Prints the table of what `read` finds for a source and an architecture; returns problems."""
     found = []
-    pairs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
+    pairs = [(source, architecture) for source in sources for architecture in architectures]
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
         everything = pool.map(lambda pair: read(*pair), pairs)
@@ -227,6 +231,7 @@ def report(sources: list[Path], read: Callable[[Path, str], dict[str, Kernel]]) 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ops", nargs="*", help="rooms of csrc/; all of them if left out")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, help="that one alone")
     parser.add_argument("--kept", type=Path, help="cubins that a build kept, with --log")
     parser.add_argument("--log", type=Path, help="output of that build, ptxas -v in it")
     wish = parser.parse_args()
@@ -238,11 +243,13 @@ def main() -> int:
         print("no opcodes: nvdisasm is missing; type: pip install nvidia-cuda-nvdisasm")
     sources = sorted(ROOT.glob("csrc/*/*_cuda.cu"))
     sources = [s for s in sources if not wish.ops or s.parent.name in wish.ops]
+    wanted = (wish.architecture,) if wish.architecture else ARCHITECTURES
     if wish.kept:
         log = wish.log.read_text()
-        found = report(sources, lambda s, a: kept_kernels(s, a, wish.kept, log, disassembler))
+        kept = lambda s, a: kept_kernels(s, a, wish.kept, log, disassembler)  # noqa: E731
+        found = report(sources, kept, wanted)
     else:
-        found = report(sources, lambda s, a: compile_kernels(s, a, nvcc, disassembler))
+        found = report(sources, lambda s, a: compile_kernels(s, a, nvcc, disassembler), wanted)
     print("\n".join(found) if found else "every kernel is within its budget")
     return 1 if found else 0
 
