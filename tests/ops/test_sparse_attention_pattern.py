@@ -302,6 +302,11 @@ def test_a_kind_that_python_does_not_answer_for_is_refused():
             answer()
 
 
+def test_the_page_of_operators_has_a_row_for_each_kind():
+    page = (ROOT / "docs/ops.md").read_text()
+    assert re.findall(r'^\| `"(\w+)"` \|', page, re.M) == [*KINDS, OFFSETS]
+
+
 def test_native_names_of_the_kinds():
     """The library knows the kinds that Python knows, and no other."""
     with pytest.raises(RuntimeError, match="kind must be one of") as error:
