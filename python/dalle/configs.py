@@ -223,7 +223,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def differences(mine: Any, theirs: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The places (dotted key, my value, their value) where two JSON values differ."""
+    """The differences (dotted key, my value, their value) of two JSON values."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for name in [*mine, *(k for k in theirs if k not in mine)]:
             inner = f"{key}.{name}" if key else name

@@ -1,4 +1,4 @@
-"""What this machine and installation have, for bug reports and for choosing a preset."""
+"""Report on this machine and installation, for bug reports and for choosing a preset."""
 
 from __future__ import annotations
 

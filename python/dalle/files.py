@@ -61,7 +61,7 @@ def regular_opener(path: str, flags: int) -> int:
     """`open(..., opener=regular_opener)` opens regular files only, and never blocks.
 
     Raises:
-        OSError: as `check_regular`, or what is asked for is not permitted.
+        OSError: as `check_regular`, or it is not permitted.
     """
     check_regular(path, missing_ok=bool(flags & os.O_CREAT))
     handle = os.open(path, flags | _NOW, 0o666)
@@ -124,7 +124,7 @@ def make_folder(path: Path | str, owner: str) -> Path:
 
 
 def read_lines(path: Path, longest: int, limit: int) -> Iterator[bytes | None]:
-    """Lines of a regular file one by one, None in the place of one with more than `longest` bytes.
+    """Lines of a regular file one by one, None for a line of more than `longest` bytes.
 
     Raises:
         OSError: it has more than `limit` bytes, is not a regular file, missing or not readable.
@@ -143,7 +143,7 @@ def read_lines(path: Path, longest: int, limit: int) -> Iterator[bytes | None]:
 
 @contextmanager
 def saving(owner: str, path: Path | str) -> Iterator[None]:
-    """Around the writing of `path`.
+    """Guards the writing of `path`.
 
     Raises:
         EnvironmentProblem: for an OSError inside (full disk, no permission), in one line.
@@ -168,8 +168,8 @@ def check_targets(owner: str, *paths: Path) -> None:
     """Refuses, before the work, paths to which its results cannot be written.
 
     Raises:
-        EnvironmentProblem: something else than a file lies there, or a file in the place of its
-            folder, in one line that begins with `owner`.
+        EnvironmentProblem: the path is something else than a file, or its folder is a file; in one
+            line that begins with `owner`.
     """
     for path in paths:
         with saving(owner, path):
@@ -177,7 +177,7 @@ def check_targets(owner: str, *paths: Path) -> None:
 
 
 def check_not_input(owner: str, target: Path, inputs: Iterable[Path]) -> None:
-    """Refuses, before the work, a result in the place of one of the files it is made of.
+    """Refuses, before the work, a result that would overwrite one of its input files.
 
     Raises:
         UsageError: in one line that begins with `owner`.
@@ -223,7 +223,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         OSError: as `write_synced`, or something that is no regular file has the name; the temporary
             file is removed.
     """
-    check_regular(path, missing_ok=True)  # a rename would put a file in the place of /dev/null
+    check_regular(path, missing_ok=True)  # a rename would replace /dev/null
     temporary = temporary_name(path)
     try:
         write_synced(temporary, data)
@@ -314,6 +314,6 @@ def read_object(path: Path, error: type[DalleError]) -> dict[str, Any]:
 
 
 def json_kind(value: Any) -> str:
-    """What JSON calls a value of this type."""
+    """The name of a value's type in JSON."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value"}
     return names.get(type(value), "null" if value is None else "a number")

@@ -1,4 +1,4 @@
-"""How much memory there is, how much a failed request asked for, and the line that says so."""
+"""Free memory, the size of a failed request, and the message about both."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def refusal_line(error: BaseException) -> str:
-    """What was asked for and what there is, after `is_refusal`."""
+    """The message about a refusal (`is_refusal`): memory requested and memory free."""
     request = _ASKED.search(str(error))
     amount = (
         f"another {format_bytes(float(request[1]) * UNITS[request[2]])}"

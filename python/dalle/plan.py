@@ -27,7 +27,7 @@ GIB = 2**30
 # The operator keeps no matrix of scores, only one fp32 number per head and position.
 STREAM_PER_LAYER = 2
 INSIDE_PER_LAYER = 14
-INSIDE_WIDEST_RESBLOCK = 9  # of the MLP; all that is alive at once under checkpointing
+INSIDE_WIDEST_RESBLOCK = 9  # the MLP's, all that is stored under checkpointing
 
 PRECISIONS: dict[str, dict[str, int]] = {
     # bytes a value; "copies" are the bf16 weights that backward needs, "stream" the identity path
@@ -144,7 +144,7 @@ def memory(shape: PriorConfig, batch: int, precision: str) -> dict[str, float]:
 
 
 def make_plan(name: str, shape: PriorConfig, batch: int) -> dict[str, Any]:
-    """Everything above for one configuration, as JSON values.
+    """Parameters, FLOPs and memory of one configuration, as JSON values.
 
     Raises:
         UsageError: for a batch below 1.
@@ -200,7 +200,7 @@ def shards(width: int, gpus: int) -> list[tuple[int, int]]:
 
 
 def factor_elements(width: int, gpus: int, rank: int) -> tuple[int, int]:
-    """Elements of P and of Q for one layer's shards, the rank shared out over the GPUs."""
+    """Elements of P and of Q for one layer's shards; each GPU has an equal part of the rank."""
     local = rank // gpus
     shapes = shards(width, gpus)
     return sum(rows * local for rows, _ in shapes), sum(columns * local for _, columns in shapes)
@@ -213,12 +213,12 @@ def compression(width: int, gpus: int, rank: int) -> float:
 
 
 def default_rank(width: int, gpus: int) -> int:
-    """The paper's where it has one, else the same part of the width as in its largest model."""
+    """The paper's rank for this width, or the same share of the width as in its largest model."""
     return PAPER_RANKS.get(width) or max(1, round(896 / 3968 * width / gpus)) * gpus
 
 
 def traffic(shape: PriorConfig, machines: int, gpus: int, rank: int) -> dict[str, float]:
-    """Bytes that one GPU sends in one step (and receives), by what they are.
+    """Bytes that one GPU sends in one step (and receives), by kind.
 
     "gather" (twice) and "scatter" stay inside the machine, in fp16. Between machines, as ring
     all-reduces: "factors" in 1-6-9, "rest" (embeddings, heads, gains, biases) in fp32, and, in
@@ -247,8 +247,8 @@ def memory_of_gpu(shape: PriorConfig, batch: int, gpus: int, compressed: bool) -
     others = parameters(shape)["total"] - matrices
     parts = {
         "weights": full["weights"] / gpus,
-        "gathered_layers": 2 * layer * WORD,  # this one, and the next on its way
-        # Compressed ones are added into the buffers as they come.
+        "gathered_layers": 2 * layer * WORD,  # this one and the prefetched next
+        # Compressed gradients are added to the error buffers at once.
         "gradients": (others * WIDE if compressed else full["gradients"]) / gpus,
         "error_buffers": matrices / gpus * WORD if compressed else 0.0,
         "moments": full["moments"] / gpus,

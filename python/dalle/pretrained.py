@@ -112,7 +112,7 @@ def save_pretrained(
     Args:
         module: its `state_dict()` is written, in the dtypes it has.
         directory: the model folder; other files in it stay.
-        config: the dataclass that `load_config` gives back.
+        config: the dataclass that `load_config` returns.
         trained_on: see `Pretrained`.
 
     Raises:

@@ -48,7 +48,7 @@ def _recipe(
     fixed: float,
     **changes: Any,
 ) -> DvaeRecipe:
-    """What runs of two minutes have in common.
+    """The recipe that runs of two minutes share.
 
     From scratch they collapse to a few dozen codes, so a continuous autoencoder comes first; mean
     squared error sharpens the picture faster than the likelihood does; and the KL term, which the
@@ -128,7 +128,7 @@ class PriorRecipe:
 
 
 def _short(steps: int, **changes: Any) -> PriorTrainConfig:
-    """What every run of minutes has in common: a cosine to zero, one code per image, a warm start.
+    """The recipe that all short runs share: a cosine to zero, one code per image, a warm start.
 
     The paper's augmentation and BPE dropout blur what a few epochs have to learn by heart; its
     warm-up alone would outlast the run; and Muon needs half of AdamW's updates.
@@ -220,7 +220,7 @@ T = TypeVar("T", bound="DataclassInstance")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoRecipe:
-    """Everything the demo's stages need to know.
+    """Sizes and numbers of updates of all stages of the demo.
 
     Attributes:
         image_size: side of a picture in pixels.

@@ -21,7 +21,7 @@ from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError
 from dalle.train.checkpoint import save_checkpoint
 from dalle.train.config import LoopConfig
-from dalle.train.lock import FolderLock, alone_in
+from dalle.train.lock import FolderLock, training_lock
 from dalle.train.loop import train, write_pictures
 from dalle.train.manifest import checkpoints
 from support.cluster import cluster_of, dvae_task, said_of
@@ -144,10 +144,10 @@ def locked(rank):
     other = None if rank else FolderLock(folder, "other")
     task = SimpleNamespace(name="prior", world=cluster)
     cluster.any(False)
-    said = said_of(lambda: alone_in(folder, task).__enter__())
+    said = said_of(lambda: training_lock(folder, task).__enter__())
     if other is not None:
         other.release()
-    with alone_in(folder, task) as lock:
+    with training_lock(folder, task) as lock:
         cluster.any(False)
         files = [path.name for path in folder.iterdir()]
         cluster.any(False)

@@ -8,7 +8,7 @@ from functools import partial
 
 from dalle.data import folder as folder_module
 from dalle.data.folder import FolderPairs, find_pictures
-from dalle.data.pairs import draw_caption, every_caption, fingerprints
+from dalle.data.pairs import all_captions, draw_caption, fingerprints
 from dalle.data.sources import load_pairs
 from support.pictures import PNG
 
@@ -28,7 +28,7 @@ def test_each_line_is_a_caption(tmp_path, capsys):
     pairs = load_pairs(str(tmp_path), image_size=8)
     assert list(pairs.captions) == ["two words \u00e9", "alone"]
     assert pairs.several == {0: ("two words \u00e9", "third", "fourth")}
-    assert every_caption(pairs) == ["two words \u00e9", "third", "fourth", "alone"]
+    assert all_captions(pairs) == ["two words \u00e9", "third", "fourth", "alone"]
     line = (
         "data: 1 caption files hold several lines, 4 captions in all; one of a picture's is drawn"
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from dalle.data.containers import take_apart, tiff_orientation
+from dalle.data.containers import parse_picture, tiff_orientation
 from dalle.data.images import BadPicture, decode
 
 WIDE = np.kron(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40, np.ones((8, 8), np.uint8))
@@ -151,7 +151,7 @@ def test_orientation_of_other_places():
         plain_png[:-12] + chunk(b"eXIf", tiff) + plain_png[-12:]: 6,  # behind the pixels
         with_exif("WEBP", exif): 6,
     }.items():
-        assert take_apart(content).orientation == wanted
+        assert parse_picture(content).orientation == wanted
         plain = decode(FILES["PNG" if content[:4] == b"\x89PNG" else "JPEG"], "plain")
         if content[:4] != b"RIFF":
             assert np.array_equal(decode(content, "x"), turned(plain, wanted))

@@ -25,7 +25,7 @@ from dalle.prior.sampling import SamplingConfig
 from dalle.recipes import load_recipe, scaled
 from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTrainConfig
-from dalle.train.lock import claimed
+from dalle.train.lock import locked_folder
 from dalle.train.loop import train
 from dalle.train.prior import PriorTask
 from dalle.train.ranker import RankerTask
@@ -164,7 +164,10 @@ def test_a_checkpoint_of_another_demo_says_what_to_remove(tmp_path):
 
 def test_two_demos_in_one_folder_are_refused(tmp_path):
     space = Workspace(smoke(tmp_path))
-    with claimed(space.work, "other"), pytest.raises(UsageError, match="one training at a time"):
+    with (
+        locked_folder(space.work, "other"),
+        pytest.raises(UsageError, match="one training at a time"),
+    ):
         run.run_demo(smoke(tmp_path))
 
 

@@ -16,7 +16,7 @@ from dalle.console import printable
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.folder import FolderPairs
 from dalle.data.images import BadPicture, open_checked, read_bytes
-from dalle.data.pairs import Pairs, every_caption, load_or_skip
+from dalle.data.pairs import Pairs, all_captions, load_or_skip
 from dalle.data.shapes import Scene
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.errors import UsageError
@@ -102,7 +102,7 @@ def make_shapes(config: MakeShapesConfig) -> None:
         for i, scene in enumerate(pairs.scenes):
             buffer = io.BytesIO()
             Image.fromarray(pairs.load(i)).save(buffer, "PNG")
-            # No fsync for each: a folder half written is refused above and drawn anew.
+            # No fsync for each file: a half-written folder is refused above and drawn again.
             (folder / f"{i:06d}.png").write_bytes(buffer.getvalue())
             (folder / f"{i:06d}.txt").write_text(scene.caption + "\n", encoding="utf-8")
             facts[f"{i:06d}"] = _facts(scene)
@@ -141,7 +141,7 @@ def check(config: CheckConfig) -> None:
             continue
         sizes[item] = picture.size
         formats[str(picture.format)] += 1
-    captions = every_caption(pairs)
+    captions = all_captions(pairs)
     print(f"{config.folder}: {len(pairs)} pairs")
     print("formats: " + ", ".join(f"{name} {n}" for name, n in formats.most_common()))
     if sizes:
@@ -176,7 +176,7 @@ def _show(lines: Sequence[str], limit: int) -> None:
 def _report_too_small(
     pairs: FolderPairs, sizes: dict[int, tuple[int, int]], config: CheckConfig
 ) -> None:
-    """Which pictures the paper's crops refuse."""
+    """Reports the pictures that the paper's crops refuse."""
     side = config.image_size
     small = [(item, size) for item, size in sizes.items() if min(size) < side]
     note = "`dalle dvae train` and `prior train` leave them out; the ranker and augment none do not"
@@ -188,7 +188,7 @@ def _report_too_small(
 
 
 def _report_too_long(captions: list[str], tokenizer: Tokenizer, text_len: int) -> None:
-    """How many captions lose their end, encoded whole and with the dropout of training."""
+    """Reports how many captions are cut, without and with the BPE dropout of training."""
     presets_by_len: dict[int, list[str]] = {}
     for name, preset in PRESETS.items():
         presets_by_len.setdefault(text_len or preset.text_len, []).append(name)
@@ -204,7 +204,7 @@ def _report_too_long(captions: list[str], tokenizer: Tokenizer, text_len: int) -
 
 
 def _lengths(captions: list[str], tokenizer: Tokenizer, dropout: float) -> list[int]:
-    """Tokens of each caption, however many; in parts, since each takes its longest's width."""
+    """Tokens of each caption, uncut. In parts, since each is padded to its longest caption."""
     lengths: list[int] = []
     for begin in range(0, len(captions), 64):
         part = captions[begin : begin + 64]

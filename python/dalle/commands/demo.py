@@ -7,8 +7,8 @@ from dalle.demo.config import DemoConfig
 
 def demo(config: DemoConfig) -> None:
     """Runs the demo and prints where its page is."""
-    from dalle.commands.training import alone
+    from dalle.commands.training import require_one_process
     from dalle.demo.run import closing_lines, run_demo
 
-    alone("demo")
+    require_one_process("demo")
     print(closing_lines(config, run_demo(config)))

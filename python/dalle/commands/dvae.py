@@ -18,7 +18,7 @@ from dalle.console import is_main_process, printable
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.folder import find_pictures
 from dalle.data.images import decode, read_bytes
-from dalle.data.pairs import MAX_NAMED, counted, left_out, load_or_skip
+from dalle.data.pairs import MAX_NAMED, format_counts, left_out, load_or_skip
 from dalle.data.sources import BUILT_IN, is_picture_folder, load_pairs
 from dalle.devices import pick_device
 from dalle.distributed.config import ClusterConfig
@@ -128,7 +128,7 @@ def train(config: DvaeCommandConfig) -> None:
 
 
 def load_pictures(config: ReconstructConfig, size: int) -> torch.Tensor:
-    """(N, 3, size, size) in [0, 1]; of a folder, captions are not asked for.
+    """(N, 3, size, size) in [0, 1]; a folder needs no captions.
 
     Raises:
         DataError: nothing there that decodes.
@@ -152,11 +152,11 @@ def load_pictures(config: ReconstructConfig, size: int) -> torch.Tensor:
             if skipped.total() <= MAX_NAMED:
                 print(printable(f"dvae reconstruct: left out: {error}"))
     if skipped:
-        print(f"dvae reconstruct: left out {skipped.total()}: {counted(skipped)}")
+        print(f"dvae reconstruct: left out {skipped.total()}: {format_counts(skipped)}")
     if not crops:
         raise DataError(
             f"dvae reconstruct: data must be {', '.join(BUILT_IN)} or a folder with pictures, got "
-            f"{folder}" + (f" ({counted(skipped)})" if skipped else "")
+            f"{folder}" + (f" ({format_counts(skipped)})" if skipped else "")
         )
     return to_tensor(crops)
 
@@ -175,7 +175,7 @@ def reconstruct(config: ReconstructConfig) -> None:
         default_size = DVAE_RECIPES[config.data].image_size if config.data in DVAE_RECIPES else 256
         size = max(1, round(default_size / vae.factor)) * vae.factor
     vae.grid(size)
-    needed = 4 * 3 * 3 * size**2 * config.limit  # read, given back, side by side
+    needed = 4 * 3 * 3 * size**2 * config.limit  # pictures, reconstructions, sheet
     require_memory(
         "dvae reconstruct",
         needed,

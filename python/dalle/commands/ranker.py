@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dalle.commands.training import alone, check_model_target, save_model
+from dalle.commands.training import check_model_target, require_one_process, save_model
 from dalle.console import say
 from dalle.data.pairs import left_out
 from dalle.data.sources import load_pairs
@@ -52,7 +52,7 @@ class RankerCommandConfig:
 
 def train_command(config: RankerCommandConfig) -> None:
     """Trains, saves, and says where."""
-    alone("ranker train")
+    require_one_process("ranker train")
     device = pick_device(config.device)
     loop = replace(config.loop, steps=config.loop.steps or STEPS)
     folder = loop.out / "model"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dalle.commands.training import check_not_taken
-from dalle.data.pairs import every_caption
+from dalle.data.pairs import all_captions
 from dalle.data.sources import load_pairs
 from dalle.files import make_folder, saving
 from dalle.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ class TokenizerTrainConfig:
 def train(config: TokenizerTrainConfig) -> None:
     """Trains, saves, and prints what came out."""
     pairs = load_pairs(config.data, image_size=32)
-    captions = list(dict.fromkeys(every_caption(pairs)))
+    captions = list(dict.fromkeys(all_captions(pairs)))
     make_folder(config.out, "tokenizer train")
     check_not_taken("tokenizer train", config.out, Tokenizer)
     tokenizer = Tokenizer.train(captions, config.vocab_size)

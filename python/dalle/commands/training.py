@@ -1,4 +1,4 @@
-"""What the training commands share."""
+"""Functions that the training commands share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_model_target(owner: str, folder: Path, kind: type) -> None:
 
     Raises:
         EnvironmentProblem: in one line that begins with `owner`.
-        UsageError: a model lies in the place of the training, or one of another `kind` in `folder`.
+        UsageError: the training's folder holds a model, or `folder` one of another `kind`.
     """
     check_not_taken(owner, folder.parent)
     check_not_taken(owner, folder, kind)
@@ -54,7 +54,7 @@ def save_model(owner: str, task: Task, folder: Path) -> None:
             model.save_pretrained(folder)
 
 
-def alone(owner: str) -> None:
+def require_one_process(owner: str) -> None:
     """Raises UsageError where torchrun started several processes."""
     world = os.environ.get("WORLD_SIZE", "1")
     if world != "1":

@@ -48,7 +48,7 @@ class TooManyPieces(ValueError):
     """A file of so many segments or chunks that walking through them takes longer than decoding."""
 
 
-class Parts(NamedTuple):
+class PictureFile(NamedTuple):
     """The parts of a picture's file.
 
     Attributes:
@@ -77,8 +77,8 @@ def picture_format(content: bytes) -> str | None:
     return next((name for offset, magic, name in OTHERS if content.startswith(magic, offset)), None)
 
 
-def take_apart(content: bytes) -> Parts:
-    """Takes a JPEG, PNG or WebP apart; from damage in its structure on, bytes are kept as they are.
+def parse_picture(content: bytes) -> PictureFile:
+    """Parses a JPEG, PNG or WebP; from damage in its structure on, bytes are kept as they are.
 
     Raises:
         TooManyPieces: the file has more than 100,000 segments or chunks.
@@ -89,7 +89,7 @@ def take_apart(content: bytes) -> Parts:
     return _png(content) if kind == PNG else _webp(content)
 
 
-def _jpeg(content: bytes) -> Parts:
+def _jpeg(content: bytes) -> PictureFile:
     """Drops all application segments except those that say how colours are stored (JFIF, Adobe)."""
     segments, exif, xmp = [content[:2]], [], []
     size = None
@@ -126,10 +126,10 @@ def _jpeg(content: bytes) -> Parts:
         offset = end
     segments.append(content[begin:])
     # An EXIF block above 64 KiB continues in the next segment; else the first valid one counts.
-    return Parts(b"".join(segments), _orientation([b"".join(exif), *exif[1:]], xmp), size)
+    return PictureFile(b"".join(segments), _orientation([b"".join(exif), *exif[1:]], xmp), size)
 
 
-def _png(content: bytes) -> Parts:
+def _png(content: bytes) -> PictureFile:
     """Keeps the critical chunks and a palette's transparency, hence the first frame alone."""
     chunks, exif, xmp = [PNG_SIGNATURE], [], []
     size, depth, colour, key = None, 8, -1, b""
@@ -153,7 +153,7 @@ def _png(content: bytes) -> Parts:
     mask = (1 << depth) - 1  # bits above the sample's depth are ignored
     values = [int.from_bytes(key[2 * i : 2 * i + 2], "big") & mask for i in range(samples)]
     transparent = tuple(values) if len(key) >= 2 * samples else ()
-    return Parts(b"".join(chunks), _orientation(exif, xmp), size, transparent, depth)
+    return PictureFile(b"".join(chunks), _orientation(exif, xmp), size, transparent, depth)
 
 
 def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -191,7 +191,7 @@ def _text_profile(kind: bytes, body: bytes) -> bytes:
         return b""
 
 
-def _webp(content: bytes) -> Parts:
+def _webp(content: bytes) -> PictureFile:
     blocks: dict[bytes, list[bytes]] = {b"EXIF": [], b"XMP ": []}
     offset = 12
     pieces = count()
@@ -204,7 +204,7 @@ def _webp(content: bytes) -> Parts:
         if kind in blocks:
             blocks[kind].append(content[offset + 8 : offset + 8 + size])
         offset += 8 + size + size % 2
-    return Parts(content, _orientation(blocks[b"EXIF"], blocks[b"XMP "]))
+    return PictureFile(content, _orientation(blocks[b"EXIF"], blocks[b"XMP "]))
 
 
 def _check_pieces(number: int) -> None:

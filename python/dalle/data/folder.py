@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dalle import files as limited
 from dalle.captions import caption_lines
 from dalle.data.images import BadPicture, decode, open_checked, read_bytes
-from dalle.data.pairs import counted
+from dalle.data.pairs import format_counts
 from dalle.errors import DataError, UsageError
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
@@ -214,7 +214,7 @@ class FolderPairs:
         self.several: Mapping[int, Sequence[str]] = several
         self.skipped = +self.skipped  # without the zeros
         if not self.paths:
-            why = counted(self.skipped)
+            why = format_counts(self.skipped)
             raise DataError(
                 f"data: {folder} must hold pictures with .txt captions of the same name, "
                 f"got no usable pair ({why or 'the folder is empty'})"

@@ -11,7 +11,13 @@ import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from dalle import files
-from dalle.data.containers import MAX_PIECES, Parts, TooManyPieces, picture_format, take_apart
+from dalle.data.containers import (
+    MAX_PIECES,
+    PictureFile,
+    TooManyPieces,
+    parse_picture,
+    picture_format,
+)
 from dalle.errors import DataError
 
 DECODERS: dict[str, type[ImageFile.ImageFile]] = {
@@ -88,7 +94,7 @@ def open_checked(content: bytes, path: Path | str) -> Image.Image:
     return _open(content, path)[0]
 
 
-def _open(content: bytes, path: Path | str) -> tuple[Image.Image, Parts]:
+def _open(content: bytes, path: Path | str) -> tuple[Image.Image, PictureFile]:
     kind, requirement = picture_format(content), f"be one of {', '.join(FORMATS)}"
     if kind is None:
         begin = ascii(content[:16].decode("latin-1"))
@@ -96,14 +102,14 @@ def _open(content: bytes, path: Path | str) -> tuple[Image.Image, Parts]:
     if kind not in DECODERS:
         raise BadPicture(path, "picture of another format", requirement, kind)
     try:
-        parts = take_apart(content)
+        file = parse_picture(content)
     except TooManyPieces as error:
         limit = f"have at most {MAX_PIECES} segments or chunks"
         raise BadPicture(path, "too many pieces", limit) from error
-    if parts.size is not None:
-        _check_size(parts.size, path)
+    if file.size is not None:
+        _check_size(file.size, path)
     try:
-        picture = DECODERS[kind](io.BytesIO(parts.content))
+        picture = DECODERS[kind](io.BytesIO(file.content))
     except MemoryError:
         raise
     except Image.DecompressionBombError as error:
@@ -114,7 +120,7 @@ def _open(content: bytes, path: Path | str) -> tuple[Image.Image, Parts]:
         detail = TRUNCATED if isinstance(error.__cause__, ENDS_EARLY) else str(error)
         raise BadPicture(path, "unreadable header", "have a readable header", detail) from error
     _check_size(picture.size, path)
-    return picture, parts
+    return picture, file
 
 
 def _check_size(size: tuple[int, int], path: Path | str) -> None:
@@ -177,17 +183,17 @@ def decode(content: bytes, path: Path | str) -> np.ndarray:
     Raises:
         BadPicture: refused by `open_checked`, truncated or damaged.
     """
-    picture, parts = _open(content, path)
+    picture, file = _open(content, path)
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise BadPicture(path, "LOAD_TRUNCATED_IMAGES is set", "be decoded whole")
     try:
         picture.seek(0)
         picture.load()
-        picture = to_rgb(picture, parts.key, parts.depth)
+        picture = to_rgb(picture, file.key, file.depth)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise many classes on damaged bytes
         raise BadPicture(path, "does not decode", "decode whole", str(error)) from error
-    if parts.orientation in TURNS:
-        picture = picture.transpose(TURNS[parts.orientation])
+    if file.orientation in TURNS:
+        picture = picture.transpose(TURNS[file.orientation])
     return np.array(picture)

@@ -107,7 +107,7 @@ def draw_caption(pairs: Pairs, item: int, seed: Callable[[], int]) -> str:
     return captions[int(np.random.default_rng(seed()).integers(len(captions)))]
 
 
-def every_caption(pairs: Pairs) -> list[str]:
+def all_captions(pairs: Pairs) -> list[str]:
     """The captions of all items; of items with several, all of them."""
     return [caption for item in range(len(pairs)) for caption in captions_of(pairs, item)]
 
@@ -117,7 +117,7 @@ def leave_out(pairs: Pairs, item: int, error: DataError) -> None:
     reasons: dict[int, str] | None = getattr(pairs, "left_out", None)
     if reasons is None:
         reasons = {}
-        with suppress(AttributeError):  # a class with __slots__ counts anew each time
+        with suppress(AttributeError):  # a class with __slots__ counts again each time
             object.__setattr__(pairs, "left_out", reasons)  # works for frozen dataclasses too
     if item in reasons:
         return
@@ -138,10 +138,10 @@ def _describe(pairs: Pairs, item: int, error: DataError) -> str:
 def left_out(pairs: Pairs) -> str:
     """End of a line on what this process could not use: "; left out: 2 x REASON", or ""."""
     reasons = Counter(getattr(pairs, "left_out", {}).values())
-    return f"; left out: {counted(reasons)}" if reasons else ""
+    return f"; left out: {format_counts(reasons)}" if reasons else ""
 
 
-def counted(reasons: Counter[str]) -> str:
+def format_counts(reasons: Counter[str]) -> str:
     """ "2 x REASON, 1 x REASON", the most frequent first."""
     return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from dalle.console import say
 from dalle.data.emoji import load_emoji
 from dalle.data.folder import FolderPairs
-from dalle.data.pairs import Pairs, counted, every_caption
+from dalle.data.pairs import Pairs, all_captions, format_counts
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.errors import DataError, UsageError
 
@@ -64,7 +64,7 @@ def _opener(path: Path) -> Callable[[Path], Pairs] | None:
 def is_picture_folder(spec: str) -> bool:
     """Whether `spec` stands for plain picture files, which can be read without captions too.
 
-    True also where there is nothing: reading it says so.
+    True also where nothing exists: reading it then fails with a clear message.
     """
     return spec not in BUILT_IN and _opener(Path(spec)) in (FolderPairs, None)
 
@@ -76,11 +76,11 @@ def _report_skipped(pairs: Pairs) -> None:
         hint = " (`dalle data check` names them)" if isinstance(pairs, FolderPairs) else ""
         say(
             f"data: {len(pairs)} pairs in {pairs.name}, left out {total}: "
-            f"{counted(pairs.skipped)}{hint}"
+            f"{format_counts(pairs.skipped)}{hint}"
         )
     several = getattr(pairs, "several", {})
     if several:
         say(
             f"data: {len(several)} caption files hold several lines, "
-            f"{len(every_caption(pairs))} captions in all; one of a picture's is drawn each time"
+            f"{len(all_captions(pairs))} captions in all; one of a picture's is drawn each time"
         )

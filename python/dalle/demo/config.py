@@ -99,7 +99,7 @@ class Workspace:
     def read(self, path: Path) -> dict[str, Any]:
         """What `write` wrote; empty without a file, or where it is damaged, which is reported.
 
-        A damaged file is set aside, so that the demo goes on and makes it anew.
+        A damaged file is set aside, so that the demo goes on and writes it again.
         """
         if not path.exists():
             return {}

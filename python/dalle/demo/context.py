@@ -1,4 +1,4 @@
-"""What the demo's stages share: the folder, the recipe, the data and the models loaded so far."""
+"""State that the demo's stages share: the folder, the recipe, data and models loaded so far."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN = 24  # captions, or pictures, in each part of the report
 
 
 class Demo:
-    """What the stages share: options, recipe, folder, and the data and models loaded so far.
+    """State that the stages share: options, recipe, folder, data and models loaded so far.
 
     Args:
         space: the folder.

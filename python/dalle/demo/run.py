@@ -22,7 +22,7 @@ from dalle.devices import pick_device
 from dalle.errors import EnvironmentProblem, Interrupted
 from dalle.files import check_targets
 from dalle.recipes import DemoRecipe, load_recipe
-from dalle.train.lock import claimed
+from dalle.train.lock import locked_folder
 from dalle.train.parts import threads_for_parts
 
 STAGE_FUNCTIONS: dict[str, Callable[[Demo], None]] = {
@@ -51,7 +51,7 @@ def check_extras(data: str) -> None:
 
 
 @contextmanager
-def clocked(space: Workspace, stage: str) -> Iterator[None]:
+def timed(space: Workspace, stage: str) -> Iterator[None]:
     """Adds the time inside to the stage's, also when it is interrupted."""
     wall, cpu = time.monotonic(), time.process_time()
     try:
@@ -100,7 +100,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     space = Workspace(config)
     check_targets("demo", *space.targets())
-    with claimed(space.work, "demo"):
+    with locked_folder(space.work, "demo"):
         return _run_stages(config, space, device)
 
 
@@ -112,7 +112,7 @@ def _run_stages(config: DemoConfig, space: Workspace, device: torch.device) -> d
         left = duration(seconds_left(space, recipe, stage))
         say(f"demo: stage {number} of {len(STAGES)}: {stage} (about {left} to the end)")
         try:
-            with threads_for_parts(), clocked(space, stage):
+            with threads_for_parts(), timed(space, stage):
                 STAGE_FUNCTIONS[stage](demo)
         except (KeyboardInterrupt, Interrupted) as stop:
             draw_plots(space)
@@ -121,7 +121,7 @@ def _run_stages(config: DemoConfig, space: Workspace, device: torch.device) -> d
                 f"demo: stopped in stage {stage}; what there is: {space.out / 'index.html'}; "
                 "the same command goes on"
             ) from stop
-    with clocked(space, "report"):
+    with timed(space, "report"):
         draw_plots(space)
     return write_report(space, recipe, complete=True)
 

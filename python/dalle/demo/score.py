@@ -301,7 +301,7 @@ def draw_samples(demo: Demo, captions: list[str]) -> torch.Tensor:
 def stored_tokens(space: Workspace, shape: tuple[int, ...], codes: int) -> torch.Tensor | None:
     """The codes an earlier run has drawn, int64 of `shape`; None where there are none.
 
-    A damaged file, or one of another demo, is reported and drawn anew.
+    A damaged file, or one of another demo, is reported and drawn again.
     """
     if not space.samples.exists():
         return None

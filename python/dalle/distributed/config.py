@@ -13,8 +13,8 @@ class ClusterConfig:
     """How the processes of `torchrun` work together; of no effect on one process.
 
     Attributes:
-        machines: groups of processes; the parameters are shared out inside each, and gradients are
-            summed between them. 0: the machines torchrun knows of.
+        machines: groups of processes; parameters are sharded inside each, and gradients are
+            averaged between them. 0: the machines torchrun knows of.
         powersgd_rank: columns of the factors in which gradients travel between machines (paper
             2.5); 0 sends them whole.
         powersgd_wire: words of the factors.

@@ -1,8 +1,8 @@
 """Process groups that need no process 0: the one file that knows how torch makes groups.
 
 `torch.distributed.new_group` names a group by how many there are in a process, so processes that
-made other numbers of groups wait for ever, and it meets at process 0's store, which may be gone
-where process 0 is not of the group and has done its work. Names are those of torch 2.11 to 2.13.
+made different numbers of groups hang. And it uses process 0's store, which may be gone where
+process 0 is not in the group and has finished. Names are those of torch 2.11 to 2.13.
 """
 
 from __future__ import annotations

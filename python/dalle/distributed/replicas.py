@@ -19,7 +19,7 @@ def find_drift(model: nn.Module, gather: Callable[[Any], list[Any]], shards: int
     kind of processor or a memory fault.
 
     Args:
-        model: of equal weights on all machines, each shared out over its processes.
+        model: of equal weights on all machines, sharded over the processes of each.
         gather: a value of each process, in their order; collective.
         shards: processes of one machine.
     """

@@ -1,4 +1,4 @@
-"""The parameters of a model shared out over the processes of a machine, and gathered again.
+"""Shards the parameters of a model over the processes of a machine, and gathers them again.
 
 Also the one place that knows the private layout of FSDP2's reduce-scattered gradients:
 `FSDPModule.set_all_reduce_hook` hands over one flat buffer for each group of parameters, their
@@ -30,7 +30,7 @@ def shard(
     """`fully_shard` over a mesh, one unit after the other; the root takes what is left.
 
     A process gathers the parameters of a unit before the unit runs, and of the next one meanwhile.
-    A matrix wider than tall is shared out along its columns (paper E.1: the second matrix of the
+    A matrix wider than tall is sharded along its columns (paper E.1: the second matrix of the
     MLP), so that the factors of its part stay small.
 
     Args:
@@ -141,7 +141,7 @@ def parameter_gradients(part: FSDPModule, flat: Tensor) -> list[tuple[Tensor, Te
 
 
 def check_replicas(parts: Sequence[FSDPModule], ranks: list[int]) -> None:
-    """Raises where processes to be averaged over hold other shards, or FSDP2 averages over them."""
+    """Raises unless `ranks` and the mesh of the shards have this process alone in common."""
     for mesh in {p.device_mesh for part in parts for p in _sharded(part)}:
         shared = set(ranks) & set(mesh.mesh.flatten().tolist())
         if shared != {dist.get_rank()}:

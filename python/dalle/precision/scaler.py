@@ -298,7 +298,7 @@ class ResblockScaler:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes `state_dict()` back, bit for bit.
+        """Restores `state_dict()`, bit for bit.
 
         Raises:
             CheckpointError: a state of other blocks, or scales out of range.

@@ -47,7 +47,7 @@ from dalle.train.manifest import (
     read_manifest,
     write_manifest,
 )
-from dalle.train.restore import as_written, restore, rollback_on_error
+from dalle.train.restore import checked_form, restore, rollback_on_error
 from dalle.train.seeds import rng_state, set_rng_state
 from dalle.train.task import Task
 from dalle.train.tree import pack_tree, unpack_names, unpack_tree
@@ -180,7 +180,7 @@ def load_checkpoint(task: Task, path: Path, *, accept_changes: bool = False) -> 
         task: of the same kind as the one that was saved.
         path: folder of the checkpoint.
         accept_changes: whether it may be of another description, as of other data or another step
-            size; what differs is said. The optimizer then keeps the options that `task` gave it.
+            size; differences are reported. The optimizer then keeps the options of `task`.
 
     Raises:
         OtherTrainingError: if it is of another description (the line names what differs, and both
@@ -220,7 +220,7 @@ def _restore_all_but_weights(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
     """Restores what `rollback_on_error` undoes; returns manifest, weights and average, checked."""
     manifest = read_manifest(path)
-    with as_written(path):
+    with checked_form(path):
         integer("checkpoint", "step", manifest["step"], 0)
         state = check_fits(task, manifest, path, accept_changes=accept_changes)
         groups = {}
@@ -230,7 +230,7 @@ def _restore_all_but_weights(
             groups[name] = tensors_from_bytes(read_bytes(file, size), file)
     check_tensors(task.model, groups["model"], f"checkpoint {path}: model.safetensors")
     average = restore(task, state, groups["optimizer"] | groups["average"], path, accept_changes)
-    with as_written(path):
+    with checked_form(path):
         set_rng_state(unpack_tree(state["rng"], groups["rng"]))
     return manifest, groups["model"], average
 
@@ -257,7 +257,7 @@ def _load_shards(task: Task, path: Path, *, accept_changes: bool) -> int:
     with rollback_on_error(task):
         check_tensors(task.model, weights, f"checkpoint {path}: weights")
         average = restore(task, state, tensors, path, accept_changes)
-        with as_written(path):
+        with checked_form(path):
             step = integer("checkpoint", "step", manifest["step"], 0)
             if sharded and (path / f"rng-{rank:05d}.json").exists():
                 file = path / f"rng-{rank:05d}.safetensors"
@@ -308,7 +308,7 @@ def check_fits(
             line += "; " + ", ".join(f"{k} {_short(a)}, got {_short(b)}" for k, a, b in more)
         raise OtherTrainingError(line, [key for key, _, _ in changes])
     state: dict[str, Any] = read_json(path / STATE, CheckpointError)
-    with as_written(path):
+    with checked_form(path):
         averaged = state["average"] is not None
         for name in ("optimizer", "task", *["average"] * averaged):
             if not isinstance(unpack_names(state[name]), dict):
@@ -321,7 +321,7 @@ def check_fits(
 
 
 def say_changes(task: Task, manifest: dict[str, Any], path: Path) -> None:
-    """What differs between this run and the checkpoint that it goes on from, if anything."""
+    """Reports the differences between this run and the checkpoint it resumes from, if any."""
     changes = differences(json.loads(to_json(task.describe())), manifest["description"])
     changed = ", ".join(f"{key} from {_short(b)} to {_short(a)}" for key, a, b in changes)
     if changed:

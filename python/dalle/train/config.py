@@ -25,7 +25,7 @@ class LoopConfig:
         resume: "auto" (the newest checkpoint in `out`, if any), "none" (a fresh start, refused if
             `out` holds checkpoints) or the path of a checkpoint.
         accept_changes: whether the checkpoint may be of other options, data or models, as far as
-            its tensors fit; what differs is said.
+            its tensors fit; differences are reported.
         seed: for everything random.
         deterministic: same bits on every run, at the price of slower kernels on a GPU.
     """

@@ -223,7 +223,7 @@ class DvaeTask:
         )
 
     def part(self) -> slice:
-        """Where in a batch this process's pictures are."""
+        """The slice of a batch that is this process's."""
         return self.world.part(self.config.batch_size)
 
     def train_step(self, step: int) -> dict[str, float | Tensor]:
@@ -300,7 +300,7 @@ class DvaeTask:
         return {**counted, "health": self.health}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes `state()` back. Raises UsageError where it holds other numbers."""
+        """Restores `state()`. Raises UsageError where it holds other numbers."""
         counts = integers("dvae", "counts", state["counts"], 0)
         if len(counts) != self.model.num_tokens:
             want = f"one for each of {self.model.num_tokens} codes"

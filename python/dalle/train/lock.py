@@ -182,7 +182,7 @@ def _may_live(owner: dict[str, object]) -> bool:
 
 
 @contextmanager
-def claimed(folder: Path, owner: str) -> Iterator[FolderLock]:
+def locked_folder(folder: Path, owner: str) -> Iterator[FolderLock]:
     """Inside, the folder is this process's; raises as `FolderLock`."""
     lock = FolderLock(folder, owner)
     try:
@@ -192,7 +192,7 @@ def claimed(folder: Path, owner: str) -> Iterator[FolderLock]:
 
 
 @contextmanager
-def alone_in(out: Path, task: Task) -> Iterator[FolderLock | None]:
+def training_lock(out: Path, task: Task) -> Iterator[FolderLock | None]:
     """Inside, no other training writes into `out`; process 0 has the lock. Collective."""
     lock = None
     with task.world.agreed():

@@ -47,7 +47,7 @@ from dalle.errors import DataError, EnvironmentProblem, Interrupted, NumericalEr
 from dalle.files import make_folder
 from dalle.pictures import save_png, to_uint8
 from dalle.train.config import LoopConfig
-from dalle.train.lock import alone_in
+from dalle.train.lock import training_lock
 from dalle.train.metrics import Metrics
 from dalle.train.resume import resume
 from dalle.train.saver import Saver, StepWatch, can_be_saved
@@ -96,7 +96,7 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
     with world.agreed():
         out = make_folder(config.out, "train")
     with (
-        alone_in(out, task) as lock,
+        training_lock(out, task) as lock,
         settings(start_seed(config.seed, "global"), config.deterministic),
         signals() as received,
         world.explained(lambda: step),

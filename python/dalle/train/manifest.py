@@ -83,7 +83,7 @@ def publish(temporary: Path, final: Path, keep: int, part: slice = ALL) -> None:
 
 
 def hashes(folder: Path, paths: Iterable[Path]) -> dict[str, Any]:
-    """What the manifest says of files in `folder`."""
+    """The manifest's entries for files in `folder`."""
     return {
         path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(paths)

@@ -127,7 +127,7 @@ def run_parts_no_grad(run: Run, size: int, parts: int) -> list[tuple[Tensor, ...
 
 
 def sum_parts(outputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """What the parts returned, added up in their order."""
+    """Sums of the parts' outputs, added in the order of the parts."""
     return [
         torch.stack(list(values)).sum(0) if len(values) > 1 else values[0]
         for values in zip(*outputs, strict=True)
@@ -139,7 +139,7 @@ PARTS = 2  # fixed, so that the numbers do not depend on the number of cores
 
 @contextmanager
 def threads_for_parts() -> Iterator[None]:
-    """torch's threads shared out among the parts, which run at the same time."""
+    """Inside, torch's threads are divided among the parts, which run at the same time."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // PARTS))
     try:

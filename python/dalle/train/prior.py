@@ -40,7 +40,7 @@ from dalle.train.update import update
 
 
 class Batch(NamedTuple):
-    """What one process learns from in one update.
+    """One process's part of a batch.
 
     Attributes:
         text: (B, text_len - 1) int64.
@@ -264,7 +264,7 @@ class PriorTask:
         return {"plateau": self.plateau.state_dict(), "scaler": scaler}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes `state()` back."""
+        """Restores `state()`."""
         self.plateau.load_state_dict(state["plateau"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])

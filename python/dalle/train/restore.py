@@ -21,7 +21,7 @@ IMPL_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
 
 
 @contextlib.contextmanager
-def as_written(path: Path) -> Iterator[None]:
+def checked_form(path: Path) -> Iterator[None]:
     """Inside, state that has another form than `task_state` gives is a CheckpointError."""
     try:
         yield
@@ -76,7 +76,7 @@ def restore(
     where = f"checkpoint {path}"
     groups = task.optimizer.param_groups
     run_options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-    with as_written(path):
+    with checked_form(path):
         packed = unpack_tree(state["optimizer"], tensors)
         try:
             task.optimizer.load_state_dict(packed)
@@ -89,7 +89,7 @@ def restore(
             # IMPL_OPTIONS stay this run's; with changes accepted all options do.
             group.update((k, v) for k, v in options.items() if accept_changes or k in IMPL_OPTIONS)
         _check_optimizer(task.optimizer, run_options, where)
-    with as_written(path):
+    with checked_form(path):
         average: dict[str, Any] = unpack_tree(state["average"], tensors)
         if task.average is not None:
             task.average.check_state_dict(average)

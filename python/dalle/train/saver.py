@@ -44,7 +44,7 @@ class Saver:
             self._reported = True
 
     def rescue(self, step: int) -> None:
-        """Saves the state after `step` updates before an error ends the training, and says so."""
+        """Saves the state after `step` updates before an error ends the training; reports it."""
         task = self._task
         if self._lost:
             return

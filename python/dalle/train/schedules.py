@@ -116,7 +116,7 @@ class PlateauHalving:
         return self.factor
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs, in JSON values; belongs into the task's state."""
+        """The state for `load_state_dict`, in JSON values; part of the task's state."""
         return {
             "halvings": self.halvings,
             "sum": self._sum,

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Task(Protocol):
-    """What is trained; plain attributes will do for the properties."""
+    """The protocol of what is trained. Plain attributes may stand for the properties."""
 
     @property
     def name(self) -> str:
@@ -57,7 +57,7 @@ class Task(Protocol):
         """JSON values needed to go on besides model, optimizer, average and global generators."""
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes `state()` back."""
+        """Restores `state()`."""
 
 
 def require_one_part(command: str, parts: int, world: World) -> None:

@@ -125,7 +125,7 @@ def _plain_step(
 
 
 def _explain_skip(task: Task, step: int, scaler: ResblockScaler, result: ScalerStep) -> None:
-    """Raises NumericalError where a skipped update cannot be mended by a smaller scale."""
+    """Raises NumericalError if no smaller scale can repair a skipped update."""
     if int(result.nonfinite[-1]):  # what belongs to no block has no scale
         with task.world.agreed():  # it may be in another process's part
             check_gradients(task.name, task.model, step)
