@@ -26,7 +26,7 @@ _REFUSED = re.compile(
     r"alloc_cpu|can't allocate memory|not enough memory|bad_alloc|out of memory|"
     r"Cannot allocate memory|Storage size calculation overflowed|failed to map segment",
 )
-LESS = "ask for less: a smaller batch, preset or image size, or fewer candidates"
+ADVICE = "ask for less: a smaller batch, preset or image size, or fewer candidates"
 
 
 def format_bytes(size: float) -> str:
@@ -59,7 +59,7 @@ def refusal_line(error: BaseException) -> str:
     free = "too little" if available is None else format_bytes(available)
     free = reported[1] if reported else free
     where = "the GPU's memory" if on_gpu else "memory"
-    return f"{where} must hold {amount}, got {free} free; {LESS}"
+    return f"{where} must hold {amount}, got {free} free; {ADVICE}"
 
 
 def free_memory(device: torch.device | None = None) -> int | None:

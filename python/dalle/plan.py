@@ -26,8 +26,8 @@ GIB = 2**30
 # the attention's output (1), and the MLP's hidden layer before and after its nonlinearity (8).
 # The operator keeps no matrix of scores, only one fp32 number per head and position.
 STREAM_PER_LAYER = 2
-INSIDE_PER_LAYER = 14
-INSIDE_WIDEST_RESBLOCK = 9  # the MLP's, all that is stored under checkpointing
+BRANCH_PER_LAYER = 14
+WIDEST_BRANCH = 9  # the MLP's; under checkpointing one branch is alive at a time
 
 PRECISIONS: dict[str, dict[str, int]] = {
     # bytes a value; "copies" are the bf16 weights that backward needs, "stream" the identity path
@@ -38,7 +38,7 @@ PRECISIONS: dict[str, dict[str, int]] = {
         "moments": 8,
         "average": 4,
         "stream": 4,
-        "inside": 4,
+        "branch": 4,
     },
     "bf16": {
         "weights": 4,
@@ -47,7 +47,7 @@ PRECISIONS: dict[str, dict[str, int]] = {
         "moments": 8,
         "average": 4,
         "stream": 4,
-        "inside": 2,
+        "branch": 2,
     },
     # all in 16 bits, the moments in 1-6-9 and 0-6-10, the average in host memory
     "paper": {
@@ -57,7 +57,7 @@ PRECISIONS: dict[str, dict[str, int]] = {
         "moments": 4,
         "average": 0,
         "stream": 2,
-        "inside": 2,
+        "branch": 2,
     },
 }
 
@@ -125,7 +125,7 @@ def memory(shape: PriorConfig, batch: int, precision: str) -> dict[str, float]:
     count, d = parameters(shape)["total"], shape.d_model
     tokens = batch * shape.length
     stream = shape.num_layers * STREAM_PER_LAYER * tokens * d * size["stream"]
-    block = tokens * (INSIDE_PER_LAYER * d * size["inside"] + 4 * shape.num_heads)
+    block = tokens * (BRANCH_PER_LAYER * d * size["branch"] + 4 * shape.num_heads)
     parts: dict[str, float] = {
         "weights": count * (size["weights"] + size["copies"]),
         "gradients": count * size["gradients"],
@@ -135,11 +135,11 @@ def memory(shape: PriorConfig, batch: int, precision: str) -> dict[str, float]:
     }
     fixed = sum(parts.values())
     parts["activations"] = stream + shape.num_layers * block
-    widest = tokens * INSIDE_WIDEST_RESBLOCK * d * size["inside"]
+    widest = tokens * WIDEST_BRANCH * d * size["branch"]
     parts["activations_checkpointed"] = stream + widest
     parts["total"] = fixed + parts["activations"]
     parts["total_checkpointed"] = fixed + parts["activations_checkpointed"]
-    parts["cache_per_image"] = 2 * shape.num_layers * shape.length * d * size["inside"]
+    parts["cache_per_image"] = 2 * shape.num_layers * shape.length * d * size["branch"]
     return parts
 
 

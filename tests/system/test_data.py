@@ -171,7 +171,7 @@ def test_bad_pictures_are_skipped_counted_and_named(capsys):
     assert said == [f"toy: left out: picture {i}: {i}: image must decode" for i in (1, 3)]
     with pytest.raises(DataError, match="hold a picture that can be used, got picture 3: "):
         load_or_skip(pairs, [1, 3])
-    assert load_or_skip(pairs, [1, 3], some=False) == ([], [])
+    assert load_or_skip(pairs, [1, 3], require_any=False) == ([], [])
     assert load_or_skip(pairs, range(6), most=2)[1] == [0, 2]
 
 

@@ -30,8 +30,8 @@ MAX_PIXELS = 64_000_000
 MAX_SIDE = 16_384
 MAX_FILE_BYTES = 64 << 20
 TRUNCATED = "image file is truncated"  # Pillow's message
-ENDS_EARLY = (struct.error, IndexError, EOFError)  # which Pillow hides in a SyntaxError
-TURNS = {  # EXIF orientation -> what shows the picture upright
+TRUNCATION_ERRORS = (struct.error, IndexError, EOFError)  # causes of a SyntaxError of Pillow
+TRANSPOSES = {  # EXIF orientation -> transposition that makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -117,7 +117,7 @@ def _open(content: bytes, path: Path | str) -> tuple[Image.Image, PictureFile]:
     except Exception as error:  # decoders raise many classes on damaged bytes
         if kind == "WEBP" and int.from_bytes(content[4:8], "little") + 8 > len(content):
             raise BadPicture(path, "does not decode", "decode whole", TRUNCATED) from error
-        detail = TRUNCATED if isinstance(error.__cause__, ENDS_EARLY) else str(error)
+        detail = TRUNCATED if isinstance(error.__cause__, TRUNCATION_ERRORS) else str(error)
         raise BadPicture(path, "unreadable header", "have a readable header", detail) from error
     _check_size(picture.size, path)
     return picture, file
@@ -194,6 +194,6 @@ def decode(content: bytes, path: Path | str) -> np.ndarray:
         raise
     except Exception as error:  # decoders raise many classes on damaged bytes
         raise BadPicture(path, "does not decode", "decode whole", str(error)) from error
-    if file.orientation in TURNS:
-        picture = picture.transpose(TURNS[file.orientation])
+    if file.orientation in TRANSPOSES:
+        picture = picture.transpose(TRANSPOSES[file.orientation])
     return np.array(picture)

@@ -151,7 +151,7 @@ def load_or_skip(
     indices: Iterable[int] | np.ndarray,
     transform: Callable[[np.ndarray, int], np.ndarray] | None = None,
     *,
-    some: bool = True,
+    require_any: bool = True,
     most: int | None = None,
 ) -> tuple[list[np.ndarray], list[int]]:
     """Loads pictures; one that cannot be used is left out and counted in `pairs.skipped`.
@@ -162,14 +162,14 @@ def load_or_skip(
         pairs: the data set.
         indices: items to load.
         transform: applied to each picture and its position in `indices`, in that order.
-        some: whether at least one must be usable.
+        require_any: whether at least one must be usable.
         most: number of pictures after which loading stops; None loads all.
 
     Returns:
         The pictures, and their positions in `indices`. Both may be shorter than `indices`.
 
     Raises:
-        DataError: none can be used, with `some`.
+        DataError: none can be used, with `require_any`.
     """
     images: list[np.ndarray] = []
     positions: list[int] = []
@@ -186,7 +186,7 @@ def load_or_skip(
         except DataError as error:
             reason = _describe(pairs, item, error)
             leave_out(pairs, item, error)
-    if some and reason and not images:
+    if require_any and reason and not images:
         raise DataError(f"{pairs.name}: a batch must hold a picture that can be used, got {reason}")
     return images, positions
 

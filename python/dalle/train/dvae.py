@@ -189,7 +189,7 @@ class DvaeTask:
             self.pairs,
             range(len(self.pairs)),
             lambda image, _: center_crop(image, c.image_size),
-            some=False,
+            require_any=False,
             most=num_images,
         )
         if len(crops) < num_images:

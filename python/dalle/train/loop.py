@@ -51,7 +51,7 @@ from dalle.train.lock import training_lock
 from dalle.train.metrics import Metrics
 from dalle.train.resume import resume
 from dalle.train.saver import Saver, StepWatch, can_be_saved
-from dalle.train.seeds import settings, start_seed
+from dalle.train.seeds import reproducible, start_seed
 from dalle.train.signals import signals
 from dalle.train.task import Task
 from dalle.train.update import check_loss
@@ -97,7 +97,7 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
         out = make_folder(config.out, "train")
     with (
         training_lock(out, task) as lock,
-        settings(start_seed(config.seed, "global"), config.deterministic),
+        reproducible(start_seed(config.seed, "global"), config.deterministic),
         signals() as received,
         world.explained(lambda: step),
     ):
@@ -137,7 +137,7 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
                     break
         except Exception as problem:
             if step > start and can_be_saved(task, problem, watch, lock):
-                saver.rescue(step)
+                saver.save_on_error(step)
             raise
         finally:
             watch.close()

@@ -183,11 +183,11 @@ class PriorTask:
         draw = torch.Generator().manual_seed(step_seed(self.seed, step, 3))
         rows, keep = torch.from_numpy(positions), None
         if c.caption_dropout:
-            without = (
+            dropped = (
                 torch.rand(len(indices), 1, generator=draw, dtype=torch.float32, device="cpu")[rows]
                 < c.caption_dropout
             )
-            text = text.masked_fill(without, PAD)
+            text = text.masked_fill(dropped, PAD)
         if c.token_dropout:
             mask = (
                 torch.rand(
@@ -316,7 +316,7 @@ class PriorTask:
         size, encoded, usable = self.image_size, [], []
         for part in np.array_split(local_items, math.ceil(len(local_items) / 128) or 1):
             images, positions = load_or_skip(
-                self.pairs, part, lambda x, _: center_crop(x, size), some=False
+                self.pairs, part, lambda x, _: center_crop(x, size), require_any=False
             )
             if positions:
                 encoded.append(self._encode(images).cpu())

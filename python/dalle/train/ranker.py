@@ -335,7 +335,7 @@ class RankerTask:
         for block in sorted({item // BLOCK for item in items if item not in self.vae_cache}):
             members = range(block * BLOCK, min((block + 1) * BLOCK, len(self.pairs)))
             crops, positions = load_or_skip(
-                self.pairs, members, lambda im, _: center_crop(im, size), some=False
+                self.pairs, members, lambda im, _: center_crop(im, size), require_any=False
             )
             if crops:
                 results = self._round_trip(to_tensor(crops).to(images.device))

@@ -14,7 +14,7 @@ from dalle.train.manifest import checkpoints, remove_stale, step_of
 from dalle.train.task import Task
 
 FIXED_KEYS = ("model.", "ranker.", "train.optimizer")
-HINT_TO_ACCEPT = "--accept-changes goes on with this run's"
+ACCEPT_HINT = "--accept-changes goes on with this run's"
 
 
 def resume(task: Task, config: LoopConfig) -> int:
@@ -45,7 +45,7 @@ def resume(task: Task, config: LoopConfig) -> int:
     except OtherTrainingError as problem:
         # Tensors of another size fit no run, nor does the state of another optimizer.
         fixed = [key for key in problem.keys if key.startswith(FIXED_KEYS)]
-        hint = f"choose another out for another {fixed[0]}" if fixed else HINT_TO_ACCEPT
+        hint = f"choose another out for another {fixed[0]}" if fixed else ACCEPT_HINT
         raise OtherTrainingError(f"{problem}; {hint}", problem.keys) from problem
     except CheckpointError as problem:
         older = None

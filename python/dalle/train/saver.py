@@ -43,7 +43,7 @@ class Saver:
                 say(f"{line}; training goes on, older checkpoints are untouched")
             self._reported = True
 
-    def rescue(self, step: int) -> None:
+    def save_on_error(self, step: int) -> None:
         """Saves the state after `step` updates before an error ends the training; reports it."""
         task = self._task
         if self._lost:

@@ -37,7 +37,7 @@ def start_seed(seed: int, name: str) -> int:
 
 
 @contextmanager
-def settings(seed: int, deterministic: bool) -> Iterator[None]:
+def reproducible(seed: int, deterministic: bool) -> Iterator[None]:
     """Seeds the global generators; with `deterministic`, no kernel that varies from run to run."""
     before = torch.are_deterministic_algorithms_enabled()
     benchmark = torch.backends.cudnn.benchmark
