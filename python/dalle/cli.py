@@ -170,8 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     # OpenMP threads that spin while they wait starve each other on a machine with other work: two
-    # of them trained several times slower than two that sleep (docs/log.md). Torch reads it when it
-    # loads, so it is set here.
+    # of them trained several times slower than two that sleep (docs/log.md). Torch reads the
+    # variable when it loads, so it is set here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = [word for word in words if word != "--debug"]
     code = 0

@@ -35,7 +35,7 @@ def require(
         value = getattr(config, name)
         try:
             fits = holds(value)
-        except TypeError:  # of a comparison with what is no number
+        except TypeError:  # compared a value that is no number
             fits = False
         if not fits:
             raise UsageError(f"{owner}: {name} must be {requirement}, got {value!r}")
@@ -45,7 +45,9 @@ def require_adamw(owner: str, config: object) -> None:
     """Checks the fields beta1, beta2, eps and weight_decay of a recipe. Raises UsageError."""
     require(owner, config, "in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2")
     require(owner, config, "positive", lambda x: x > 0, "eps")
-    require(owner, config, "at least 1e-30", lambda x: x >= 1e-30, "eps")  # float32 has no less
+    require(
+        owner, config, "at least 1e-30", lambda x: x >= 1e-30, "eps"
+    )  # below: 0 in float32
     require(owner, config, "0 or more", lambda x: x >= 0, "weight_decay")
 
 
@@ -172,7 +174,7 @@ def integer(
     Raises:
         UsageError: it is not.
     """
-    if type(value) is int:  # what the command line gives, whose help needs no torch
+    if type(value) is int:  # the command line's case, without importing torch
         result = value
     else:
         from dalle_ext import _checks

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 MAX_LENGTH = 2000  # characters of a message
 _JOINERS = "\u200c\u200d"  # of scripts and emoji: they change the look of letters, not their order
-# What frames and messages are drawn with, for terminals that have ASCII only.
+# ASCII in place of the characters of frames and messages, for terminals with no others.
 _PLAIN = str.maketrans("─│╭╮╰╯┌┐└┘├┤•…’‘“”–—→×", "-|++++++++||*.''\"\"-->x")
 
 

@@ -17,7 +17,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        # Refuses meta, which holds no numbers.
+        # The device "meta" fails here: it holds no numbers.
         torch.empty(1, device=device, dtype=torch.float32).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0][:200]

@@ -44,7 +44,7 @@ def check_regular(path: Path | str, *, missing_ok: bool = False) -> None:
         if missing_ok:
             return
         raise
-    except ValueError as problem:  # a NUL in it, or letters that this locale's names cannot have
+    except ValueError as problem:  # a NUL character, or letters that the locale cannot encode
         reason = "no file can have this name here"
         raise FileNotFoundError(errno.ENOENT, reason, str(path)) from problem
     _check_mode(mode, path)
@@ -91,7 +91,7 @@ def read_bytes(path: Path | str, limit: int = MAX_TEXT_BYTES) -> bytes:
     with open(path, "rb", opener=regular_opener) as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(size + 1) if size <= limit else b""
-        if size < len(data) <= limit:  # it grows, or is of /proc, where sizes are 0
+        if size < len(data) <= limit:  # it grows, or lies in /proc, where sizes are 0
             data += file.read(limit + 1 - len(data))
     if max(size, len(data)) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))

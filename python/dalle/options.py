@@ -57,7 +57,7 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
     if file is not None:
         words = _file_words(config_type, file) + words
     for word, before in zip(words, ["", *words], strict=False):
-        if not word and before.startswith("--"):  # e.g. of a variable that is not set
+        if not word and before.startswith("--"):  # e.g. from an unset variable
             raise UsageError(f"{prog}: {before} must have a value, got an empty one")
         if word.startswith("--") and word.find("=") == len(word) - 1:
             raise UsageError(f"{prog}: {word[:-1]} must have a value, got an empty one")

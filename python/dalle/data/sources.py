@@ -15,7 +15,7 @@ from dalle.data.pairs import Pairs, all_captions, format_counts
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.errors import DataError, UsageError
 
-# name -> what opens it, of (image_size, split, seed); it refuses a split that it does not have.
+# name -> function of (image_size, split, seed) that opens the set, and refuses an unknown split.
 BUILT_IN: Mapping[str, Callable[[int, str, int], Pairs]] = {
     "shapes": lambda size, split, seed: ShapesPairs(split, image_size=size, seed=seed),
     "emoji": lambda size, split, seed: load_emoji(size, split),

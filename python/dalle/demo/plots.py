@@ -10,7 +10,7 @@ from dalle.demo.config import Workspace
 from dalle.pictures import save_bytes
 from dalle.train.metrics import read_metrics
 
-SERIES = {  # stage -> the values drawn, beside "loss"
+SERIES = {  # stage -> the values drawn besides "loss"
     "dvae": ("psnr", "codes_used"),
     "ranker": ("accuracy",),
     "prior": ("image_loss", "text_loss"),
@@ -65,7 +65,7 @@ def _losses(space: Workspace, metrics: dict[str, list[dict[str, Any]]]) -> str:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(metrics), figsize=(4.4 * len(metrics), 3), squeeze=False)
-    edge = 0.55 / (4.4 * len(metrics))  # fixed margins: looking for tight ones draws all twice
+    edge = 0.55 / (4.4 * len(metrics))  # fixed margins: a tight layout would draw twice
     figure.subplots_adjust(left=edge, right=1 - edge, bottom=0.17, top=0.9, wspace=0.36)
     for axis, (stage, records) in zip(axes[0], metrics.items(), strict=True):
         _line(axis, records, "loss")

@@ -315,7 +315,7 @@ def stored_tokens(space: Workspace, shape: tuple[int, ...], codes: int) -> torch
             return tokens
     say(f"demo: {space.samples} must hold this demo's samples, got others; drawing them anew")
     if not space.samples.is_file():
-        space.samples.unlink()  # a device or a pipe, which nothing is written over
+        space.samples.unlink()  # a device or a pipe cannot be replaced by a file
     return None
 
 

@@ -87,7 +87,7 @@ def prior_stage(demo: Demo) -> None:
     """Trains the transformer on captions and codes."""
     if not demo.space.trained("prior"):
         sizes = demo.recipe.prior_config(demo.tokenizer, demo.vae)
-        torch.manual_seed(start_seed(demo.seed, "prior"))  # after the loads, which draw numbers
+        torch.manual_seed(start_seed(demo.seed, "prior"))  # loading models may draw numbers
         prior = Prior(sizes).to(demo.device)
         task = PriorTask(
             prior,

@@ -5,7 +5,7 @@ from typing import Any
 __all__ = ["PowerSGD"]
 
 
-def __getattr__(name: str) -> Any:  # what has no use for it does not import FSDP2
+def __getattr__(name: str) -> Any:  # imports FSDP2 on first use only
     if name == "PowerSGD":
         from dalle.distributed.hooks import PowerSGD
 

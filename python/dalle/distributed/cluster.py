@@ -279,7 +279,7 @@ class Cluster:
         return float(norm)
 
     def broadcast_norm_(self, norm: Tensor) -> None:
-        # Processors add squares in different orders, and replicas must clip by the same bits.
+        # The order of a sum depends on the processor, but replicas must clip by the same bits.
         dist.broadcast(norm, src=0)
 
     def use_scaler(self, scaler: ResblockScaler) -> None:

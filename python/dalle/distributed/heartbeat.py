@@ -48,7 +48,7 @@ class Heartbeat:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="Heartbeat")
         self._thread.start()
-        # A thread that comes back from C++ while the interpreter ends takes the process down.
+        # A thread that returns from C++ while the interpreter exits crashes the process.
         atexit.register(self.stop)
 
     def _run(self) -> None:
@@ -58,7 +58,7 @@ class Heartbeat:
                 if self._store.check([f"{self._prefix}/verdict"]):
                     self._verdict = self._store.get(f"{self._prefix}/verdict").decode()
             except RuntimeError:
-                pass  # the process that keeps the store is busy, or has gone
+                pass  # the process that hosts the store is busy or dead
             self._stopped.wait(BEAT)
 
     def wait_for_rank0(self) -> None:
@@ -91,7 +91,7 @@ class Heartbeat:
                     arrived.set()
                     return
                 now = self._store.add(f"{self._prefix}/0", 0)
-            except RuntimeError:  # the store is busy, or has gone: no sign
+            except RuntimeError:  # the process that hosts the store is busy or dead: no sign
                 now = beats
             if now != beats:
                 beats, last_seen[0] = now, time.monotonic()

@@ -70,7 +70,7 @@ def gather_model(
     parameters = dict(model.named_parameters()) if values is None else values
     state = {name: buffer.cpu() for name, buffer in model.named_buffers()}
     for name, tensor in parameters.items():
-        full = gather(tensor)  # one at a time: only process 0 keeps them
+        full = gather(tensor)  # one at a time: the other processes drop it
         if rank == 0:
             state[name] = full.cpu()
     if rank:

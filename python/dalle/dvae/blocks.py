@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ENCODER_KERNELS = (3, 3, 3, 1)
-DECODER_KERNELS = (1, 3, 3, 3)  # the 1x1 stands at the other end
+DECODER_KERNELS = (1, 3, 3, 3)  # mirrored: the 1x1 comes first
 
 
 class Conv2d(nn.Module):

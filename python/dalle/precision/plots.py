@@ -12,7 +12,7 @@ from dalle.errors import DataError, EnvironmentProblem
 from dalle.pictures import save_bytes
 from dalle.precision.ends import LOWEST
 
-FP16_ZERO, FP16_NORMAL, FP16_TOP = -25, -14, 15  # exponents: below, to zero; least normal; largest
+FP16_ZERO, FP16_NORMAL, FP16_TOP = -25, -14, 15  # exponents: flushed below, least normal, largest
 
 
 def plot_scales(records: list[dict[str, Any]], path: Path) -> None:

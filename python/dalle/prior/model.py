@@ -238,7 +238,7 @@ class Prior(Pretrained[PriorConfig]):
 
 def _check_range(name: str, tokens: Tensor, low: int, high: int) -> None:
     if tokens.numel() == 0 or tokens.device.type != "cpu":
-        return  # a device read would stall the stream; the embedding look-up checks there
+        return  # a read would stall the stream; on a GPU the embedding look-up checks
     lowest, highest = (int(v) for v in torch.aminmax(tokens))
     if lowest < low or highest >= high:
         got = lowest if lowest < low else highest

@@ -50,12 +50,12 @@ class SamplingConfig:
             raise UsageError(f"generate: top_p must be in (0, 1], got {self.top_p}")
         if not math.isfinite(real(self.cond_scale)):
             raise UsageError(f"generate: cond_scale must be a finite number, got {self.cond_scale}")
-        for name in ("temperature", "top_p", "cond_scale"):  # torch takes no integer of any size
+        for name in ("temperature", "top_p", "cond_scale"):  # torch refuses very large integers
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else real(value))
 
 
-PAPER = SamplingConfig()  # one sample of the distribution as it is
+PAPER = SamplingConfig()  # samples the distribution itself
 
 
 def filter_logits(

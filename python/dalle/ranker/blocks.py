@@ -141,7 +141,7 @@ class TextTower(nn.Module):
         return [self.place]
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
-        text = text[:, : max(1, int((text >= 0).sum(1).max()))]  # slots no caption uses
+        text = text[:, : max(1, int((text >= 0).sum(1).max()))]  # drops slots that no caption uses
         blank = text < 0
         blank[:, 0] = False  # an empty caption still has one slot to average
         x = self.token(text.clamp_min(0)) + self.place[: text.shape[1]]

@@ -177,7 +177,7 @@ class TransformersCLIP:
                     check_regular(file)
             model = CLIPModel.from_pretrained(str(directory), local_files_only=True)
             self.processor = CLIPProcessor.from_pretrained(str(directory), local_files_only=True)
-        except Exception as error:  # of any class, where a file holds what it should not
+        except Exception as error:  # a damaged file may raise any class
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
                 f"ranker: {directory} must be a CLIP folder of transformers, got: {reason}"

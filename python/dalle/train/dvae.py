@@ -261,7 +261,7 @@ class DvaeTask:
             loss = out.loss
             if c.distortion == "mse":
                 loss = self._mse(part, out.mu)
-                if kl_weight:  # otherwise backward would walk through zeros
+                if kl_weight:  # otherwise backward would compute with zeros
                     loss = loss + (out.loss - out.nll)
             losses = (loss, out.nll.detach(), out.kl.detach(), self._psnr(part, out.mu))
             return *(len(part) / len(images) * x for x in losses), out.index

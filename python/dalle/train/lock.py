@@ -55,7 +55,7 @@ class FolderLock:
             try:
                 holder = self._read_owner(handle)
                 self._take(handle, holder)
-                if same_file(handle, self.path):  # else its last owner has just removed it
+                if same_file(handle, self.path):  # else its previous owner has just removed it
                     self._sign(handle, holder)
                     self._folder_id = _folder_id(self.folder)
                     return handle
@@ -123,7 +123,7 @@ class FolderLock:
         try:
             self._handle = self._remake()
         except EnvironmentProblem:
-            return  # the next checkpoint says why, and is the error if it is the last
+            return  # the next checkpoint reports it, or raises it if it is the last
         self._reported = False
 
     def _remake(self) -> int:

@@ -176,4 +176,4 @@ def write_pictures(task: Task, step: int, folder: Path) -> None:
         say(f"{task.name}: pictures after step {step} not written: {problem}")
     finally:
         task.model.train(was_training)
-    task.world.barrier()  # the others have waited for process 0
+    task.world.barrier()  # the others wait for process 0, however long it draws

@@ -292,7 +292,7 @@ class RankerTask:
         item_ids = items.tolist()
         device = self.ranker.log_scale.device
         images = to_tensor(crops).to(device)
-        # Pictures of one group stand side by side; taking from elsewhere makes worse mistakes.
+        # Shuffled, since pictures of one group are neighbours, whose parts would hardly differ.
         order = torch.randperm(len(images), generator=rng, dtype=torch.int64, device="cpu")[
             : self.config.spliced
         ]

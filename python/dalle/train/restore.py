@@ -35,7 +35,7 @@ def checked_form(path: Path) -> Iterator[None]:
     ) as problem:
         if isinstance(problem, CheckpointError) or is_refusal(problem):
             raise
-        if isinstance(problem, UsageError):  # of a number in it
+        if isinstance(problem, UsageError):  # about a number in the state
             raise CheckpointError(f"checkpoint {path}: {problem}") from problem
         raise CheckpointError(
             f"checkpoint {path}: its state must have the form that dalle writes, got another"
