@@ -45,9 +45,8 @@ def require_adamw(owner: str, config: object) -> None:
     """Checks the fields beta1, beta2, eps and weight_decay of a recipe. Raises UsageError."""
     require(owner, config, "in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2")
     require(owner, config, "positive", lambda x: x > 0, "eps")
-    require(
-        owner, config, "at least 1e-30", lambda x: x >= 1e-30, "eps"
-    )  # below: 0 in float32
+    # A smaller eps would come near the end of float32's range.
+    require(owner, config, "at least 1e-30", lambda x: x >= 1e-30, "eps")
     require(owner, config, "0 or more", lambda x: x >= 0, "weight_decay")
 
 
