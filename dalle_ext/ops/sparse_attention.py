@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from functools import cached_property
 from types import MethodType
 from typing import TYPE_CHECKING, Any, overload
 
@@ -168,11 +167,14 @@ class AttentionPattern:
         fields = {"kind": kind, "text_len": text_len, "grid": size, "kernel_size": width}
         for name, value in {**fields, "custom_offsets": given}.items():
             object.__setattr__(self, name, value)
+        # Not at the first look: torch.compile cannot follow the lock that one would take.
+        self.__dict__["_runs"] = _runs(self.offsets) if kind in ("conv", OFFSETS) else ()
 
-    @cached_property
+    @property
     def runs(self) -> tuple[int, ...]:
         """Half-open runs of "conv" and "offsets", (begin, end, begin, end, ...); else empty."""
-        return _runs(self.offsets) if self.kind in ("conv", OFFSETS) else ()
+        found: tuple[int, ...] = self.__dict__["_runs"]
+        return found
 
     @property
     def length(self) -> int:
