@@ -7,6 +7,7 @@ symbol); `_host` is the one pybind11 module. All three land in `dalle_ext/`.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def source_version() -> str:
 
 
 class CMakeBuild(build_ext):
-    """One CMake tree per Python and torch, so that builds for different ones do not clash."""
+    """One CMake tree per Python, torch and $CXX, so that builds for different ones do not clash."""
 
     def built_files(self) -> list[Path]:
         folder = Path(self.get_ext_fullpath("dalle_ext._host")).parent
@@ -62,7 +63,10 @@ class CMakeBuild(build_ext):
         nvcc = find_nvcc()
         with_cuda = torch_dir.want_cuda(torch_cuda, nvcc)
         print(f"-- torch {version} in {folder}; CUDA kernels: {'on' if with_cuda else 'off'}")
-        tree = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{version}"
+        name = f"{sys.implementation.cache_tag}-torch{version}"
+        if compiler := os.environ.get("CXX"):  # CMake cannot change it in a tree
+            name += "-" + re.sub(r"\W+", "_", Path(compiler).name)
+        tree = ROOT / "build" / name
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         arguments = [
             f"-DCMAKE_BUILD_TYPE={'Debug' if os.environ.get('DEBUG') == '1' else 'Release'}",

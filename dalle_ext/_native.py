@@ -8,6 +8,7 @@ libraries over libtorch's stable ABI. A missing object is no error at import, so
 from __future__ import annotations
 
 import importlib
+import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -127,8 +128,10 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dict of JSON values: `torch` (running), `built_for_torch`, `source` (git description),
-        `compiler`, `cuda_architectures`, `cpu` and `cuda` ("loaded", or why not), `cpu_isa`
-        ("v2", "v3", "v4", "v4_bf16", or None), `host` (whether the pybind11 module is there).
+        `compiler`, `cuda_architectures`, `cpu` and `cuda` ("loaded", or why not), `machine` (the
+        processor's kind, as "x86_64" or "aarch64"), `cpu_isa` (what the CPU kernels were compiled
+        for: "v2", "v3", "v4" or "v4_bf16" of x86-64, "generic" elsewhere, or None), `host`
+        (whether the pybind11 module is there).
     """
     built = HOST.build_info() if HOST is not None else {}
     isa = torch.ops.dalle_ext._cpu_isa() if CPU_PROBLEM is None else None
@@ -140,6 +143,7 @@ def build_info() -> dict[str, Any]:
         "cuda_architectures": built.get("cuda_architectures") or None,
         "cpu": CPU_PROBLEM or "loaded",
         "cuda": CUDA_PROBLEM or "loaded",
+        "machine": platform.machine(),
         "cpu_isa": isa,
         "host": HOST is not None,
     }

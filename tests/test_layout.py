@@ -199,6 +199,18 @@ def test_no_torch_in_kernel_headers_or_host_module():
         assert not TORCH_INCLUDE.search(path.read_text()), f"{path.relative_to(ROOT)}"
 
 
+def test_cpu_kernels_build_and_are_tested_on_any_processor():
+    """Intrinsics stand where their portable twins are; each kernel is in `tests/cpp/kernels`."""
+    twins = ("common/vector_intrinsics.h", "common/philox_lanes.h")
+    pairs = "sparse_attention/sparse_attention_cpu_pairs.h"
+    intrinsic = re.compile(r"\b_mm\d*_\w+\(|# *include <(immintrin|arm_neon)")
+    found = [p for p in ROOT.glob("csrc/*/*.h") if intrinsic.search(p.read_text())]
+    assert {str(p.relative_to(ROOT / "csrc")) for p in found} == {*twins, pairs}
+    tested = "".join(p.read_text() for p in ROOT.glob("tests/cpp/kernels/*.cpp"))
+    kernels = [p.stem for p in ROOT.glob("csrc/*/*_cpu.h")]
+    assert kernels and [k for k in kernels if f"({k})" not in tested] == []
+
+
 def comment_above(lines: list[str], at: int) -> str:
     """The comment right above line `at`, or above the template that begins there."""
     while at > 0 and not re.match(r"(//|})", lines[at - 1]) and lines[at - 1]:

@@ -52,10 +52,14 @@ struct PhiloxLanes {
   }
 };
 
-constexpr uint64_t kLowHalf = 0xFFFFFFFFu;
-
 // Low halves of `even` into the even 32-bit lanes, of `odd` into the odd ones.
-inline Wide interleave(Wide even, Wide odd) { return (even & kLowHalf) | (odd << 32); }
+inline Wide interleave(Wide even, Wide odd) {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  return (even & kLowHalf) | (odd << 32);
+#else
+  return (even << 32) | (odd & kLowHalf);
+#endif
+}
 
 // Words of the 2 * kLanes * kN consecutive elements from 4 * call on.
 template <int kN = 1>
@@ -70,15 +74,20 @@ inline void random_words(const PhiloxKeys& keys, uint64_t call, uint32_t* out) {
 #pragma GCC unroll 4
   for (int j = 0; j < kN; ++j, out += 2 * kLanes) {
     const Wide a = interleave(lanes.c0[j], lanes.c1[j]), b = interleave(lanes.c2[j], lanes.c3[j]);
-#if DALLE_ISA_BYTES == 64
+#if DALLE_X86_BYTES == 64
     store(out, _mm512_unpacklo_epi64((__m512i)a, (__m512i)b));
     store(out + kLanes, _mm512_unpackhi_epi64((__m512i)a, (__m512i)b));
-#elif DALLE_ISA_BYTES == 32
+#elif DALLE_X86_BYTES == 32
     store(out, _mm256_unpacklo_epi64((__m256i)a, (__m256i)b));
     store(out + kLanes, _mm256_unpackhi_epi64((__m256i)a, (__m256i)b));
-#else
+#elif DALLE_X86_BYTES == 16
     store(out, _mm_unpacklo_epi64((__m128i)a, (__m128i)b));
     store(out + kLanes, _mm_unpackhi_epi64((__m128i)a, (__m128i)b));
+#else
+    static_assert(kCalls == 2);
+    const Wide first = {a[0], b[0]}, second = {a[1], b[1]};
+    store(out, first);
+    store(out + kLanes, second);
 #endif
   }
 }

@@ -1,16 +1,18 @@
 // Vectors of DALLE_ISA_BYTES for the CPU kernels (<op>_cpu.h), what they have in common: types,
-// loads and stores, the storage formats float, half and bfloat16. GCC vector extensions, so that
-// one source serves every instruction set; the only intrinsics are the 32 x 32 -> 64 bit product
-// (GCC finds none for a vector), max, square root, and half precision. Everything has internal
-// linkage; see host_device.h. No torch here.
+// loads and stores, the storage formats float, half and bfloat16. Vector extensions of GCC and
+// clang, so that one source serves every processor; the few intrinsics of x86-64, each with its
+// portable twin, are in common/vector_intrinsics.h. Everything has internal linkage; see
+// host_device.h. No torch here.
 #pragma once
 
 // GCC 12 takes the "undefined" vectors of its own immintrin.h, and vectors that are filled lane by
 // lane, for uninitialized ones.
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 
-#include <immintrin.h>
+#include <stddef.h>
 
 #include <concepts>
 #include <type_traits>
@@ -96,65 +98,15 @@ inline IVec<T> lanes_of(uint32_t bits, int first) {
   return (word & bit) != 0;
 }
 
-// The larger; b where one of them is NaN.
-inline Float maximum(Float a, Float b) {
-#if DALLE_ISA_BYTES == 64
-  return (Float)_mm512_max_ps((__m512)a, (__m512)b);
-#elif DALLE_ISA_BYTES == 32
-  return (Float)_mm256_max_ps((__m256)a, (__m256)b);
-#else
-  return (Float)_mm_max_ps((__m128)a, (__m128)b);
-#endif
-}
-inline Double maximum(Double a, Double b) {
-#if DALLE_ISA_BYTES == 64
-  return (Double)_mm512_max_pd((__m512d)a, (__m512d)b);
-#elif DALLE_ISA_BYTES == 32
-  return (Double)_mm256_max_pd((__m256d)a, (__m256d)b);
-#else
-  return (Double)_mm_max_pd((__m128d)a, (__m128d)b);
-#endif
-}
+}  // namespace
+}  // namespace DALLE_ISA_NAMESPACE
+}  // namespace dalle
 
-inline Float square_root(Float v) {
-#if DALLE_ISA_BYTES == 64
-  return (Float)_mm512_sqrt_ps((__m512)v);
-#elif DALLE_ISA_BYTES == 32
-  return (Float)_mm256_sqrt_ps((__m256)v);
-#else
-  return (Float)_mm_sqrt_ps((__m128)v);
-#endif
-}
+#include "common/vector_intrinsics.h"
 
-// Products of the low halves of each 64-bit lane.
-inline Wide multiply_low(Wide a, Wide b) {
-#if DALLE_ISA_BYTES == 64
-  return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif DALLE_ISA_BYTES == 32
-  return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#else
-  return (Wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
-#endif
-}
-
-inline Word widened(Short v) {
-#if DALLE_ISA_BYTES == 64
-  return (Word)_mm512_cvtepu16_epi32((__m256i)v);  // GCC takes four instructions
-#else
-  return __builtin_convertvector(v, Word);
-#endif
-}
-
-// Whether a mask, -1 where it holds, holds in any lane.
-inline bool any(Word mask) {
-#if DALLE_ISA_BYTES == 64
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#elif DALLE_ISA_BYTES == 32
-  return _mm256_movemask_ps((__m256)mask) != 0;
-#else
-  return _mm_movemask_ps((__m128)mask) != 0;
-#endif
-}
+namespace dalle {
+namespace DALLE_ISA_NAMESPACE {
+namespace {
 
 // Over all lanes, as a tree: lanes i and i + kStep first.
 template <int kStep, typename vector_t, size_t... kLane>
@@ -274,40 +226,8 @@ inline void narrow(BFloat16* p, Float v) {
   store(p, __builtin_convertvector(rounded_to_bfloat16(v) >> 16, Short));
 }
 
-// By F16C where there is one (v3 and later): besides being one instruction, it does not stumble
-// over subnormals, of which scaled gradients are full.
-#if DALLE_ISA_BYTES == 64
-inline Float widened_half(Short v) { return (Float)_mm512_cvtph_ps((__m256i)v); }
-inline void narrow(Half* p, Float v) {
-  store(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-#elif DALLE_ISA_BYTES == 32
-inline Float widened_half(Short v) { return (Float)_mm256_cvtph_ps((__m128i)v); }
-inline void narrow(Half* p, Float v) {
-  store(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-#else
-inline Float widened_half(Short v) {
-  const Word half = widened(v);
-  const Word magnitude = (half & 0x7FFF) << 13;
-  const Word scaled = (Word)((Float)magnitude * 0x1p112f);  // moves the bias, subnormals as well
-  const Word special = (Word)(magnitude >= (0x7C00u << 13)) & 0x7F800000;
-  return (Float)(scaled | special | ((half & 0x8000) << 16));
-}
-inline void narrow(Half* p, Float v) {
-  const Word sign = (Word)v & 0x80000000u, magnitude = (Word)v ^ sign;
-  // Below 2^-14 the addition of 1/2 leaves the subnormal in the low bits, rounded to even.
-  const Word tiny = (Word)((Float)magnitude + 0.5f) - 0x3F000000u;
-  const Word normal = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
-  const Word infinite = ((Word)(magnitude > 0x7F800000u) & 0x200) | 0x7C00;
-  const Word half = (Word)(magnitude >= 0x477FF000u)  ? infinite
-                    : (Word)(magnitude < 0x38800000u) ? tiny
-                                                      : normal;
-  store(p, __builtin_convertvector(half | (sign >> 16), Short));
-}
-#endif
-
 inline Float widen(const Half* p) { return widened_half(load<Short>(p)); }
+inline void narrow(Half* p, Float v) { store(p, narrowed_half(v)); }
 
 // Calls body with an element of the storage type: of those that all ops but attention take.
 template <typename Body>

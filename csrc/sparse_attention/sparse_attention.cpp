@@ -42,9 +42,7 @@ int64_t grain_of(const AttentionTiles& walk, const SparseAttentionParams& params
 }
 
 const SparseAttentionCpu& kernels_for(ElementKind type) {
-  if (type == ElementKind::kBFloat16 && cpu_isa() == CpuIsa::kV4Bf16) {
-    return isa_v4_bf16::sparse_attention_cpu;
-  }
+  if (type == ElementKind::kBFloat16) return DALLE_SELECT_ISA_BFLOAT16(sparse_attention_cpu);
   return DALLE_SELECT_ISA(sparse_attention_cpu);
 }
 

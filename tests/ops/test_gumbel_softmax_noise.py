@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +14,9 @@ import torch
 
 import dalle_ext
 from dalle_ext.reference import gumbel_softmax as reference
+from support import levels
 
 ROOT = Path(__file__).resolve().parents[2]
-LEVELS = {"v2": 16, "v3": 32, "v4": 64, "v4_bf16": 64}  # bytes of a vector
-SUPPORTED = list(LEVELS)[: list(LEVELS).index(dalle_ext.build_info()["cpu_isa"] or "v2") + 1]
 SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF]
 
 
@@ -46,20 +44,10 @@ def test_codes_are_those_of_the_definition_on_every_back_end(num_codes, inner, s
     assert torch.equal(index.cpu().flatten(), noise.argmax(1))
 
 
-@pytest.mark.parametrize("level", SUPPORTED)
+@pytest.mark.parametrize("level", levels.LEVELS)
 def test_lanes_against_plain_arithmetic(tmp_path, level):
     """tests/cpp: known answers, counters beyond 2**32, accuracy, every 16-bit number."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    flags = "-std=c++20 -O2 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi"
-    flags += f" -march=x86-64-{level[:2]} -DDALLE_ISA={level} -DDALLE_ISA_NAMESPACE=isa_{level}"
-    flags += " -mavx512bf16" if level == "v4_bf16" else ""
-    flags += f" -DDALLE_ISA_BYTES={LEVELS[level]} -I{ROOT}/csrc"
-    source, program = ROOT / "tests/cpp/gumbel_softmax_test.cpp", tmp_path / "program"
-    subprocess.run([compiler, *flags.split(), str(source), "-o", str(program)], check=True)
-    run = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout
+    levels.run_cpp_test("gumbel_softmax_test.cpp", level, tmp_path)
 
 
 DUMP = """
@@ -90,7 +78,7 @@ json.dump([dalle_ext.build_info()["cpu_isa"], words.tolist(), bits, numbers], sy
 def test_each_instruction_set_agrees():
     """Gumbel-softmax nearly; every bit of AdamW16 and of the norm, which keep replicas equal."""
     results = []
-    for level in SUPPORTED:
+    for level in levels.OFFERED:
         environment = dict(os.environ, DALLE_EXT_CPU_ISA=level)
         run = [sys.executable, "-c", DUMP]
         done = subprocess.run(run, capture_output=True, env=environment, cwd=ROOT, check=True)

@@ -321,8 +321,8 @@ def test_a_new_kind_needs_an_answer_from_every_rule(compiler, tmp_path):
     if found is None:
         pytest.skip(f"needs {compiler}")
     build = (ROOT / "CMakeLists.txt").read_text()
-    target = "_C_cuda" if compiler == "nvcc" else "_C_cpu"
-    flags = re.search(rf"target_compile_options\({target} PRIVATE ([^)]*)\)", build)[1].split()
+    target = "_C_cuda PRIVATE" if compiler == "nvcc" else "cpu_kernels PUBLIC"
+    flags = re.search(rf"target_compile_options\({target} ([^)]*)\)", build)[1].split()
     text = (ROOT / "csrc/sparse_attention/sparse_attention.h").read_text()
     (kinds,) = re.findall(r"enum class AttentionKind : int32_t \{ ([\w, ]+) \};", text)
     source, folder = tmp_path / "kinds.cu", tmp_path / "sparse_attention"

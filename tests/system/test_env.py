@@ -18,7 +18,7 @@ def test_report_is_json_with_what_runs_here(capsys):
     assert report["packages"]["numpy"] == numpy.__version__
     assert report["cpu"]["torch_threads"] == torch.get_num_threads()
     assert len(report["cuda"]["devices"]) == torch.cuda.device_count()
-    assert {"cpu", "cuda", "cpu_isa"} <= set(report["dalle_ext"])
+    assert {"cpu", "cuda", "machine", "cpu_isa"} <= set(report["dalle_ext"])
     assert set(report["extras"]) == {"demo", "clip"}
 
 
