@@ -77,6 +77,8 @@ class CMakeBuild(build_ext):
             f"-DDALLE_EXT_SUFFIX={suffix}",
             f"-DDALLE_CUDA={'ON' if with_cuda else 'OFF'}",
             f"-DDALLE_SOURCE_VERSION={source_version()}",
+            "-DDALLE_GENERIC=OFF",  # said again, since the tree would remember CMAKE_ARGS
+            "-DDALLE_KERNEL_TESTS=OFF",
         ]
         if with_cuda:
             arguments += [f"-DCMAKE_CUDA_COMPILER={nvcc}"]
