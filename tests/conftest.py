@@ -34,7 +34,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist"):
         return  # a worker, whose options say nothing of the others, must not start its own
     if config.option.numprocesses is None and folders:
-        config.option.numprocesses = min(len(os.sched_getaffinity(0)), 8)
+        affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        config.option.numprocesses = min(cores, 8)
         config.option.dist = "loadfile"  # a file's fixtures are made once
         config.option.loadscopereorder = False  # files of few, long tests come early
 
