@@ -120,7 +120,7 @@ MUTANTS = [
     Mutant(
         "the online softmax does not rescale its sum",
         f"{ATTENTION}_cuda_forward.cuh",
-        "total[i] *= rescale;",
+        "l[i] *= rescale;",
         "",
         "tests/ops/test_sparse_attention_cuda.py -m emulated",
         "plain",

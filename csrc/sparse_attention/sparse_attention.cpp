@@ -123,10 +123,10 @@ Tensor mask(std::string kind, int64_t text_len, int64_t rows, int64_t columns,
   const AttentionRule rule = check_rule(kind, text_len, rows, columns, runs);
   const int32_t length = static_cast<int32_t>(text_len + rows * columns);
   Tensor result = torch::stable::full({length, length}, 0.0, ScalarType::Byte);
-  uint8_t* seen = static_cast<uint8_t*>(result.mutable_data_ptr());
-  if (walked) AttentionTiles(rule).count_visits(seen);
+  uint8_t* visible = static_cast<uint8_t*>(result.mutable_data_ptr());
+  if (walked) AttentionTiles(rule).count_visits(visible);
   for (int32_t q = 0; !walked && q < length; ++q) {
-    for (int32_t k = 0; k < length; ++k) seen[int64_t{q} * length + k] = attends(rule, q, k);
+    for (int32_t k = 0; k < length; ++k) visible[int64_t{q} * length + k] = attends(rule, q, k);
   }
   return result;
 }

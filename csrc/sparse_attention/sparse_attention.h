@@ -106,8 +106,8 @@ DALLE_HOST_DEVICE int32_t next_image_key(const AttentionRule& rule, int32_t q_id
     case AttentionKind::kRow:
       return k_idx < q_idx - rule.columns ? q_idx - rule.columns : k_idx;
     case AttentionKind::kColumn: {
-      const int32_t late = q_idx < k_idx ? 0 : (q_idx - k_idx) % rule.columns;
-      return k_idx + late;
+      const int32_t remainder = q_idx < k_idx ? 0 : (q_idx - k_idx) % rule.columns;
+      return k_idx + remainder;
     }
     case AttentionKind::kCausal:
     case AttentionKind::kOffsets:
@@ -125,8 +125,8 @@ DALLE_HOST_DEVICE int32_t next_image_query(const AttentionRule& rule, int32_t le
     case AttentionKind::kRow:
       return q_idx <= k_idx + rule.columns ? q_idx : length;
     case AttentionKind::kColumn: {
-      const int32_t past = (q_idx - k_idx) % rule.columns;
-      return past == 0 ? q_idx : q_idx + rule.columns - past;
+      const int32_t remainder = (q_idx - k_idx) % rule.columns;
+      return remainder == 0 ? q_idx : q_idx + rule.columns - remainder;
     }
     case AttentionKind::kCausal:
     case AttentionKind::kOffsets:
@@ -136,36 +136,37 @@ DALLE_HOST_DEVICE int32_t next_image_query(const AttentionRule& rule, int32_t le
   return q_idx;
 }
 
-// Stream position of place `p` of the walk: columns are walked one after another by kColumn, so
-// that the keys of a query are neighbours; everything else is walked as it lies.
-DALLE_HOST_DEVICE int32_t walked_position(const AttentionRule& rule, int32_t p) {
+// The kernels walk the stream in an order of their own: kColumn takes the columns of the image one
+// after another, so that the keys of a query are neighbours; the others keep the stream's order.
+// Returns the position in the stream of index `index` of the walk.
+DALLE_HOST_DEVICE int32_t walked_position(const AttentionRule& rule, int32_t index) {
   switch (rule.kind) {
     case AttentionKind::kRow:
     case AttentionKind::kCausal:
     case AttentionKind::kOffsets:
-      return p;
+      return index;
     case AttentionKind::kColumn:
       break;
   }
-  if (p < rule.text_len) return p;
-  const int32_t slot = p - rule.text_len;
+  if (index < rule.text_len) return index;
+  const int32_t slot = index - rule.text_len;
   return rule.text_len + slot % rule.rows * rule.columns + slot / rule.rows;
 }
 
-// The first place of the walk whose image key a query at `place` or later sees; text_len where that
-// is every image key before it. Never falls as `place` rises.
-DALLE_HOST_DEVICE int32_t earliest_image_place(const AttentionRule& rule, int32_t place) {
+// The smallest index of the walk whose image key is visible to a query at `index` or later;
+// text_len where every earlier image key is. Monotone in `index`.
+DALLE_HOST_DEVICE int32_t earliest_image_index(const AttentionRule& rule, int32_t index) {
   int32_t earliest = rule.text_len;
-  if (place <= rule.text_len) return earliest;
+  if (index <= rule.text_len) return earliest;
   switch (rule.kind) {
     case AttentionKind::kRow:
-      earliest = place - rule.columns;
+      earliest = index - rule.columns;
       break;
     case AttentionKind::kColumn:
-      earliest = place - (place - rule.text_len) % rule.rows;
+      earliest = index - (index - rule.text_len) % rule.rows;
       break;
     case AttentionKind::kOffsets:
-      earliest = place - end_of_runs(rule) + 1;
+      earliest = index - end_of_runs(rule) + 1;
       break;
     case AttentionKind::kCausal:
       break;
@@ -173,20 +174,20 @@ DALLE_HOST_DEVICE int32_t earliest_image_place(const AttentionRule& rule, int32_
   return earliest < rule.text_len ? rule.text_len : earliest;
 }
 
-// The last place of a walk of `length` whose query sees the key at `place` or an earlier image key;
-// for a text key the end of the walk.
-DALLE_HOST_DEVICE int32_t latest_place(const AttentionRule& rule, int32_t length, int32_t place) {
+// The largest index of a walk of `length` whose query sees the key at `index` or an earlier image
+// key; for a text key the end of the walk.
+DALLE_HOST_DEVICE int32_t latest_index(const AttentionRule& rule, int32_t length, int32_t index) {
   int32_t latest = length - 1;
-  if (place < rule.text_len) return latest;
+  if (index < rule.text_len) return latest;
   switch (rule.kind) {
     case AttentionKind::kRow:
-      latest = place + rule.columns;
+      latest = index + rule.columns;
       break;
     case AttentionKind::kColumn:
-      latest = place - (place - rule.text_len) % rule.rows + rule.rows - 1;
+      latest = index - (index - rule.text_len) % rule.rows + rule.rows - 1;
       break;
     case AttentionKind::kOffsets:
-      latest = place + end_of_runs(rule) - 1;
+      latest = index + end_of_runs(rule) - 1;
       break;
     case AttentionKind::kCausal:
       break;

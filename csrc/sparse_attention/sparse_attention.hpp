@@ -23,14 +23,14 @@ inline AttentionRule check_rule(const std::string& kind, int64_t text_len, int64
                                 int64_t columns, const std::vector<int64_t>& runs) {
   constexpr int64_t kMost = int64_t{1} << 24;  // positions, so that 32-bit indices are safe
   AttentionRule rule = {};
-  const AttentionKindName* found = nullptr;
+  const AttentionKindName* match = nullptr;
   std::string names;
   for (const AttentionKindName& known : kAttentionKinds) {
-    if (kind == known.name) found = &known;
+    if (kind == known.name) match = &known;
     names += (names.empty() ? "" : ", ") + std::string(known.name);
   }
-  DALLE_ATTENTION_CHECK(found != nullptr, "kind", "one of " + names, kind);
-  rule.kind = found->kind;
+  DALLE_ATTENTION_CHECK(match != nullptr, "kind", "one of " + names, kind);
+  rule.kind = match->kind;
   DALLE_ATTENTION_CHECK(text_len >= 0 && text_len < kMost, "text_len", "from 0 to 2^24", text_len);
   DALLE_ATTENTION_CHECK(
       rows >= 1 && columns >= 1 && rows < kMost && columns < kMost && rows * columns < kMost,
@@ -40,12 +40,12 @@ inline AttentionRule check_rule(const std::string& kind, int64_t text_len, int64
   rule.columns = static_cast<int32_t>(columns);
   const size_t bounds = reads_runs(rule.kind) ? runs.size() : 0;
   DALLE_ATTENTION_CHECK(bounds <= 2 * kMaxRuns, "offsets", "at most 128 runs", bounds / 2, " runs");
-  bool holds = bounds % 2 == 0 && (!reads_runs(rule.kind) || bounds > 0);
+  bool valid = bounds % 2 == 0 && (!reads_runs(rule.kind) || bounds > 0);
   for (size_t i = 0; i < bounds; ++i) {
-    holds = holds && (i == 0 ? runs[i] == 0 : runs[i] > runs[i - 1]) && runs[i] <= rows * columns;
-    if (holds) rule.runs[i] = static_cast<int32_t>(runs[i]);
+    valid = valid && (i == 0 ? runs[i] == 0 : runs[i] > runs[i - 1]) && runs[i] <= rows * columns;
+    if (valid) rule.runs[i] = static_cast<int32_t>(runs[i]);
   }
-  DALLE_ATTENTION_CHECK(holds, "runs", "ascending half-open runs from 0 on", bounds, " bounds");
+  DALLE_ATTENTION_CHECK(valid, "runs", "ascending half-open runs from 0 on", bounds, " bounds");
   rule.num_runs = static_cast<int32_t>(bounds / 2);
   return rule;
 }
@@ -70,9 +70,9 @@ inline void check_like(const Tensor& x, const char* name, const Tensor& q) {
 
 inline ElementKind check_type(const Tensor& q) {
   const ElementKind kind = element_kind(q.scalar_type());
-  const bool holds = kind == ElementKind::kFloat || kind == ElementKind::kDouble ||
+  const bool valid = kind == ElementKind::kFloat || kind == ElementKind::kDouble ||
                      kind == ElementKind::kHalf || kind == ElementKind::kBFloat16;
-  DALLE_ATTENTION_CHECK(holds, "q", "float32, float64, float16 or bfloat16",
+  DALLE_ATTENTION_CHECK(valid, "q", "float32, float64, float16 or bfloat16",
                         toString(q.scalar_type()));
   return kind;
 }

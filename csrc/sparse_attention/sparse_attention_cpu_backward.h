@@ -1,4 +1,4 @@
-// Backward: probabilities are made again from log-sum-exp; five products per tile, each pair
+// Backward: probabilities are computed again from log-sum-exp; five products per tile, each pair
 // visited once. Included by sparse_attention_cpu.h only.
 #pragma once
 
@@ -12,9 +12,10 @@ struct BackwardSpace {
   using acc_t = Sum<operand_t>;
   static constexpr int kPer = kElements<operand_t>;
   // Summed over channels: keys_t, values_t, q_t, grad_out_t; over rows: keys, q, grad_out.
-  operand_t *keys_t, *values_t, *keys, *rows, *more_rows, *q, *q_t, *grad_out, *grad_out_t;
-  acc_t *p, *ds, *grad_q, *delta, *whole, *weight, *grad_k, *grad_v;
-  // Operands made of p and ds: neighbours are two queries (p_across, ds_across), or two keys.
+  operand_t *keys_t, *values_t, *keys, *rows, *grad_out_rows, *q, *q_t, *grad_out, *grad_out_t;
+  acc_t *p, *ds, *grad_q, *delta, *lse_ceil, *correction, *grad_k, *grad_v;
+  // Operands for the products with p and ds: neighbours are two queries (p_across, ds_across), or
+  // two keys.
   operand_t *p_across, *ds_across, *ds_along;
   uint8_t *ready, *touched;
 
@@ -25,7 +26,7 @@ struct BackwardSpace {
     keys_t = carver.take<operand_t>(by_channels * num_strips);
     values_t = carver.take<operand_t>(by_channels * num_strips);
     keys = carver.take<operand_t>(by_rows * num_strips);
-    for (operand_t** strip : {&rows, &more_rows, &q_t, &grad_out_t}) {
+    for (operand_t** strip : {&rows, &grad_out_rows, &q_t, &grad_out_t}) {
       *strip = carver.take<operand_t>(by_channels);
     }
     for (operand_t** strip : {&q, &grad_out}) *strip = carver.take<operand_t>(by_rows);
@@ -36,13 +37,13 @@ struct BackwardSpace {
       p_across = p;
       ds_across = ds_along = ds;
     } else {
-      for (operand_t** made : {&p_across, &ds_across, &ds_along}) {
-        *made = carver.take<operand_t>(kTile * kChunk / kPer);
+      for (operand_t** operand : {&p_across, &ds_across, &ds_along}) {
+        *operand = carver.take<operand_t>(kTile * kChunk / kPer);
       }
     }
-    delta = carver.take<acc_t>(kTile);   // sum over D of out * grad_out
-    whole = carver.take<acc_t>(kTile);   // log-sum-exp in units of log 2, rounded up
-    weight = carver.take<acc_t>(kTile);  // 2^(whole - log-sum-exp)
+    delta = carver.take<acc_t>(kTile);       // sum over D of out * grad_out
+    lse_ceil = carver.take<acc_t>(kTile);    // log-sum-exp to base 2, rounded up
+    correction = carver.take<acc_t>(kTile);  // 2^(lse_ceil - log-sum-exp to base 2)
     ready = carver.take<uint8_t>(num_strips);
     touched = carver.take<uint8_t>(num_strips);
     grad_k = carver.take<acc_t>(panel * num_strips * 2);  // [panel][32][D]; grad_v follows
@@ -50,8 +51,8 @@ struct BackwardSpace {
   }
 
   // Two rows, two vectors of p and ds each, into the operands.
-  inline void keep(int row, int c, const Vec<acc_t> (&probability)[2][2],
-                   const Vec<acc_t> (&gradient)[2][2]) {
+  inline void store_operands(int row, int c, const Vec<acc_t> (&probability)[2][2],
+                             const Vec<acc_t> (&gradient)[2][2]) {
     constexpr int kWidth = Lanes<acc_t>::kWidth;
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
@@ -79,22 +80,22 @@ inline void softmax_gradient(BackwardSpace<operand_t>& space, const AttentionTil
         Vec<acc_t> probability[2][2], gradient[2][2];
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
-          const acc_t whole = space.whole[r + i], weight = space.weight[r + i];
+          const acc_t lse_ceil = space.lse_ceil[r + i], correction = space.correction[r + i];
           const acc_t delta = space.delta[r + i];
 #pragma GCC unroll 2
           for (int j = 0; j < 2; ++j) {
             const int at = (r + i) * kChunk + t * kTile + c + j * kWidth;
-            probability[i][j] = exp2_vector<acc_t>(load(space.p + at) - whole) * weight;
+            probability[i][j] = exp2_vector<acc_t>(load(space.p + at) - lse_ceil) * correction;
             gradient[i][j] = probability[i][j] * (load(space.ds + at) - delta);
             if (tiles[t].mask >= 0) {
               const uint32_t bits = masks[tiles[t].mask].rows[r + i];
-              const IVec<acc_t> seen = lanes_of<acc_t>(bits, c + j * kWidth);
-              probability[i][j] = seen ? probability[i][j] : Vec<acc_t>{};
-              gradient[i][j] = seen ? gradient[i][j] : Vec<acc_t>{};
+              const IVec<acc_t> visible = lanes_of<acc_t>(bits, c + j * kWidth);
+              probability[i][j] = visible ? probability[i][j] : Vec<acc_t>{};
+              gradient[i][j] = visible ? gradient[i][j] : Vec<acc_t>{};
             }
           }
         }
-        space.keep(r, t * kTile + c, probability, gradient);
+        space.store_operands(r, t * kTile + c, probability, gradient);
       }
     }
   }
@@ -150,27 +151,27 @@ struct Backward {
   void gather(const AttentionRows& rows, int strip, operand_t* to) const {
     gather_strip<storage_t>(p, view, rows, head, strip, size.words, to);
   }
-  const operand_t* gather_both(const AttentionRows& rows, int strip, operand_t* scratch,
-                               operand_t* across, operand_t* channels) const {
+  const operand_t* gather_and_transpose(const AttentionRows& rows, int strip, operand_t* scratch,
+                                        operand_t* across, operand_t* transposed) const {
     const operand_t* gathered =
         gather_across<storage_t>(p, view, rows, head, strip, size, scratch, across);
-    transpose_panel(gathered, size.words, channels);
+    transpose_panel(gathered, size.words, transposed);
     return gathered;
   }
 
   void pack_panel(int panel) const {
     const int64_t by_channels = int64_t{panel} * kTile * size.words;
     const int64_t by_rows = int64_t{panel} * (kTile / kElements<operand_t>)*size.padded;
-    gather_both(p.k, panel, space.rows, space.keys + by_rows, space.keys_t + by_channels);
+    gather_and_transpose(p.k, panel, space.rows, space.keys + by_rows, space.keys_t + by_channels);
     gather(p.v, panel, space.rows);
     transpose_panel(space.rows, size.words, space.values_t + by_channels);
     space.ready[panel] = 1;
   }
 
   void pack_strip(int strip) const {
-    gather_both(p.q, strip, space.rows, space.q, space.q_t);
-    const operand_t* grad_out =
-        gather_both(p.grad_out, strip, space.more_rows, space.grad_out, space.grad_out_t);
+    gather_and_transpose(p.q, strip, space.rows, space.q, space.q_t);
+    const operand_t* grad_out = gather_and_transpose(p.grad_out, strip, space.grad_out_rows,
+                                                     space.grad_out, space.grad_out_t);
     gather(p.out, strip, space.rows);
     std::memset(space.grad_q, 0, sizeof(acc_t) * kTile * size.padded);
     for (int r = 0; r < kTile; ++r) {
@@ -181,22 +182,23 @@ struct Backward {
       }
       space.delta[r] = sum_of<acc_t>(delta);
     }
-    // 2^(score - lse) = 2^(score - whole) * 2^(whole - lse): the fraction of lse keeps its bits.
-    // Rows beyond the end weigh nothing: the last query of an odd number is a pair with one.
+    // 2^(score - lse) = 2^(score - lse_ceil) * 2^(lse_ceil - lse): the fraction of lse keeps its
+    // bits. Rows beyond the end get probability 0: the last query of an odd number shares a pair
+    // with one.
     const double* lse = p.lse + head * p.length;
-    const int count = places_of(strip, p.length);
+    const int count = strip_size(strip, p.length);
     double fraction[kTile] = {};
     for (int r = 0; r < count; ++r) {
-      const double bits = lse[view.position[strip * kTile + r]] * kLog2E;
-      space.whole[r] = static_cast<acc_t>(__builtin_ceil(bits));
-      fraction[r] = __builtin_ceil(bits) - bits;
+      const double lse_log2 = lse[view.position[strip * kTile + r]] * kLog2E;
+      space.lse_ceil[r] = static_cast<acc_t>(__builtin_ceil(lse_log2));
+      fraction[r] = __builtin_ceil(lse_log2) - lse_log2;
     }
     for (int r = 0; r < kTile; r += Lanes<double>::kWidth) {
       store(fraction + r, exp2_vector<double>(load(fraction + r)));
     }
     for (int r = 0; r < kTile; ++r) {
-      space.weight[r] = r < count ? static_cast<acc_t>(fraction[r]) : 0;
-      if (r >= count) space.whole[r] = 0;
+      space.correction[r] = r < count ? static_cast<acc_t>(fraction[r]) : 0;
+      if (r >= count) space.lse_ceil[r] = 0;
     }
   }
 
@@ -204,7 +206,7 @@ struct Backward {
     constexpr int kBlock = kMicroVectors * Lanes<acc_t>::kWidth;
     const acc_t scale = static_cast<acc_t>(p.scale * kLog2E);
     pack_strip(strip);
-    const int count = places_of(strip, p.length);
+    const int count = strip_size(strip, p.length);
     const AttentionTile* tiles = view.tiles + view.strip_begin[strip];
     const int num_tiles = view.strip_begin[strip + 1] - view.strip_begin[strip];
     for (int first = 0; first < num_tiles; first += kChunkTiles) {
@@ -235,7 +237,7 @@ struct Backward {
 
   void write_panel(int panel, const acc_t* grad_k, const acc_t* grad_v) const {
     const int32_t* position = view.position + panel * kTile;
-    const int count = places_of(panel, p.length);
+    const int count = strip_size(panel, p.length);
     scatter_rows<storage_t, acc_t>(grad_k, static_cast<acc_t>(p.scale), size.padded, position,
                                    count, p.head_size, head_of<storage_t>(p.grad_k, head, p.heads),
                                    p.grad_k.row);
@@ -276,25 +278,25 @@ void reduce_typed(const SparseAttentionParams& p, const AttentionTileView& view,
                   const AttentionSegments& split, int64_t begin, int64_t end) {
   using acc_t = Sum<operand_t>;
   const HeadSize<operand_t> size(p.head_size);
-  const int64_t panel = int64_t{kTile} * size.padded, values = view.num_strips * panel;
-  Carver nothing{nullptr};
-  BackwardSpace<operand_t> space(nothing, 0, size);
+  const int64_t panel = int64_t{kTile} * size.padded, grad_k_size = view.num_strips * panel;
+  Carver no_workspace{nullptr};
+  BackwardSpace<operand_t> space(no_workspace, 0, size);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t head = task / view.num_strips;
     const int strip = static_cast<int>(task % view.num_strips);
     acc_t* sum = nullptr;
     for (int g = 0; g < split.segments; ++g) {
       if (!split.touched[g * view.num_strips + strip]) continue;
-      acc_t* part = static_cast<acc_t*>(split.partial) + (head * split.segments + g) * values * 2 +
-                    strip * panel;
+      acc_t* part = static_cast<acc_t*>(split.partial) +
+                    (head * split.segments + g) * grad_k_size * 2 + strip * panel;
       for (int64_t i = 0; sum != nullptr && i < panel; i += Lanes<acc_t>::kWidth) {
         store(sum + i, load(sum + i) + load(part + i));
-        store(sum + values + i, load(sum + values + i) + load(part + values + i));
+        store(sum + grad_k_size + i, load(sum + grad_k_size + i) + load(part + grad_k_size + i));
       }
       if (sum == nullptr) sum = part;
     }
     const Backward<storage_t, operand_t> run{p, view, space, size, head};
-    run.write_panel(strip, sum, sum + values);
+    run.write_panel(strip, sum, sum + grad_k_size);
   }
 }
 

@@ -8,7 +8,7 @@
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
 
-constexpr int kChunkTiles = 2;  // tiles between two looks at the running maximum
+constexpr int kChunkTiles = 2;  // tiles between two updates of the running maximum
 constexpr int kChunk = kChunkTiles * kTile;
 constexpr double kLog2E = 1.4426950408889634;
 
@@ -17,8 +17,8 @@ template <typename operand_t>
 struct ForwardSpace {
   using acc_t = Sum<operand_t>;
   operand_t *keys, *values, *rows, *q, *weights;
-  acc_t *scores, *out, *largest, *now, *rescale;
-  Vec<acc_t>* total;
+  acc_t *scores, *out, *m, *shift, *rescale;
+  Vec<acc_t>* l;
   uint8_t* ready;
 
   ForwardSpace(Carver& carver, int num_strips, const HeadSize<operand_t>& size) {
@@ -31,24 +31,24 @@ struct ForwardSpace {
     q = carver.take<operand_t>(by_channels);
     out = carver.take<acc_t>(kTile * size.padded);  // [32][padded]
     scores = carver.take<acc_t>(kTile * kChunk);    // [32][chunk]
-    // 2^(score - maximum) as an operand, [32][chunk / kElements]
+    // 2^(score - m) as an operand, [32][chunk / kElements]
     if constexpr (kPer == 1) weights = scores;
     if constexpr (kPer == 2) weights = carver.take<operand_t>(kTile * kChunk / kPer);
-    largest = carver.take<acc_t>(kTile);
-    now = carver.take<acc_t>(kTile);
-    rescale = carver.take<acc_t>(kTile);
-    total = carver.take<Vec<acc_t>>(kTile);
+    m = carver.take<acc_t>(kTile);        // running maximum of the scores
+    shift = carver.take<acc_t>(kTile);    // maximum of the chunk, then m, or 0 where m is -inf
+    rescale = carver.take<acc_t>(kTile);  // 2^(old m - new m)
+    l = carver.take<Vec<acc_t>>(kTile);   // running sum of the weights, lane by lane
     ready = carver.take<uint8_t>(num_strips);
   }
 };
 
-// Masks one row of scores in place and returns the lanewise maximum of it and `largest`.
+// Masks one row of scores in place and returns its lanewise maximum.
 template <typename acc_t>
 inline Vec<acc_t> mask_and_max(acc_t* scores, const AttentionTile* tiles, int num_tiles,
                                const AttentionTileMask* masks, int row) {
   constexpr int kWidth = Lanes<acc_t>::kWidth;
   const Vec<acc_t> minus_infinity = splat<acc_t>(-INFINITY);
-  Vec<acc_t> largest = minus_infinity;
+  Vec<acc_t> row_max = minus_infinity;
   for (int t = 0; t < num_tiles; ++t, scores += kTile) {
     if (tiles[t].mask >= 0) {
       const uint32_t bits = masks[tiles[t].mask].rows[row];
@@ -56,20 +56,20 @@ inline Vec<acc_t> mask_and_max(acc_t* scores, const AttentionTile* tiles, int nu
       for (int c = 0; c < kTile; c += kWidth) {
         const Vec<acc_t> s = lanes_of<acc_t>(bits, c) ? load(scores + c) : minus_infinity;
         store(scores + c, s);
-        largest = s > largest ? s : largest;
+        row_max = s > row_max ? s : row_max;
       }
     } else {
 #pragma GCC unroll 16
       for (int c = 0; c < kTile; c += kWidth) {
         const Vec<acc_t> s = load(scores + c);
-        largest = s > largest ? s : largest;
+        row_max = s > row_max ? s : row_max;
       }
     }
   }
-  return largest;
+  return row_max;
 }
 
-// Turns the scores of one chunk into 2^(score - running maximum) and updates the running sums.
+// Turns the scores of one chunk into 2^(score - m) and updates m and l.
 template <typename operand_t>
 inline void softmax_chunk(ForwardSpace<operand_t>& space, const AttentionTile* tiles, int num_tiles,
                           const AttentionTileMask* masks, int num_rows) {
@@ -77,31 +77,31 @@ inline void softmax_chunk(ForwardSpace<operand_t>& space, const AttentionTile* t
   constexpr int kWidth = Lanes<acc_t>::kWidth;
   for (int r = 0; r < num_rows; ++r) {
     acc_t* scores = space.scores + r * kChunk;
-    space.now[r] = max_of<acc_t>(mask_and_max(scores, tiles, num_tiles, masks, r));
+    space.shift[r] = max_of<acc_t>(mask_and_max(scores, tiles, num_tiles, masks, r));
   }
   const Vec<acc_t> minus_infinity = splat<acc_t>(-INFINITY);
   for (int r = 0; r < num_rows; r += kWidth) {
-    const Vec<acc_t> before = load(space.largest + r), chunk = load(space.now + r);
-    const Vec<acc_t> now = chunk > before ? chunk : before;
-    // A row that has seen no key yet has no maximum; 0 keeps -inf - (-inf) away.
-    const Vec<acc_t> origin = now == minus_infinity ? Vec<acc_t>{} : now;
-    store(space.rescale + r, exp2_vector<acc_t>(before - origin));
-    store(space.largest + r, now);
-    store(space.now + r, origin);
+    const Vec<acc_t> m_old = load(space.m + r), chunk_max = load(space.shift + r);
+    const Vec<acc_t> m_new = chunk_max > m_old ? chunk_max : m_old;
+    // A row that has no visible key yet has no maximum; 0 keeps -inf - (-inf) away.
+    const Vec<acc_t> shift = m_new == minus_infinity ? Vec<acc_t>{} : m_new;
+    store(space.rescale + r, exp2_vector<acc_t>(m_old - shift));
+    store(space.m + r, m_new);
+    store(space.shift + r, shift);
   }
   for (int r = 0; r < num_rows; ++r) {
     const acc_t* scores = space.scores + r * kChunk;
     operand_t* weights = space.weights + r * kChunk / kElements<operand_t>;
-    const acc_t origin = space.now[r];
-    Vec<acc_t> total = space.total[r] * space.rescale[r];
+    const acc_t shift = space.shift[r];
+    Vec<acc_t> l = space.l[r] * space.rescale[r];
     for (int c = 0; c < num_tiles * kTile; c += 2 * kWidth) {
-      const Vec<acc_t> p0 = exp2_vector<acc_t>(load(scores + c) - origin);
-      const Vec<acc_t> p1 = exp2_vector<acc_t>(load(scores + c + kWidth) - origin);
+      const Vec<acc_t> p0 = exp2_vector<acc_t>(load(scores + c) - shift);
+      const Vec<acc_t> p1 = exp2_vector<acc_t>(load(scores + c + kWidth) - shift);
       store_along(weights + c / kElements<operand_t>, p0, p1);
-      total += p0;
-      total += p1;
+      l += p0;
+      l += p1;
     }
-    space.total[r] = total;
+    space.l[r] = l;
   }
 }
 
@@ -140,15 +140,15 @@ void forward_typed(const SparseAttentionParams& p, const AttentionTileView& view
     if (head != packed_head) std::memset(space.ready, 0, view.num_strips);
     packed_head = head;
 
-    const int count = places_of(strip, p.length);
+    const int count = strip_size(strip, p.length);
     const int num_rows = (count + kMicroRows - 1) / kMicroRows * kMicroRows;
     const int32_t* position = view.position + strip * kTile;
     gather_strip<storage_t>(p, view, p.q, head, strip, size.words, space.rows);
     transpose_panel(space.rows, size.words, space.q);
     std::memset(space.out, 0, sizeof(acc_t) * kTile * size.padded);
     for (int r = 0; r < kTile; ++r) {
-      space.largest[r] = -INFINITY;
-      space.total[r] = Vec<acc_t>{};
+      space.m[r] = -INFINITY;
+      space.l[r] = Vec<acc_t>{};
     }
 
     const AttentionTile* tiles = view.tiles + view.strip_begin[strip];
@@ -182,10 +182,10 @@ void forward_typed(const SparseAttentionParams& p, const AttentionTileView& view
     storage_t* out = head_of<storage_t>(p.out, head, p.heads);
     double* lse = p.lse + head * p.length;
     for (int r = 0; r < count; ++r) {
-      const acc_t total = sum_of<acc_t>(space.total[r]);
-      scatter_rows<storage_t, acc_t>(space.out + r * size.padded, 1 / total, size.padded,
-                                     position + r, 1, p.head_size, out, p.out.row);
-      lse[position[r]] = space.largest[r] / kLog2E + __builtin_log(total);
+      const acc_t l = sum_of<acc_t>(space.l[r]);
+      scatter_rows<storage_t, acc_t>(space.out + r * size.padded, 1 / l, size.padded, position + r,
+                                     1, p.head_size, out, p.out.row);
+      lse[position[r]] = space.m[r] / kLog2E + __builtin_log(l);
     }
   }
 }

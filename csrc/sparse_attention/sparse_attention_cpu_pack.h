@@ -32,8 +32,8 @@ inline storage_t* head_of(const AttentionRows& rows, int64_t batch_head, int hea
          batch_head % heads * rows.head;
 }
 
-// The places of the walk that strip or panel `strip` covers: 32, fewer at the end of the stream.
-inline int places_of(int strip, int length) {
+// Rows of strip or panel `strip`: 32, fewer at the end of the stream.
+inline int strip_size(int strip, int length) {
   return length - strip * kTile < kTile ? length - strip * kTile : kTile;
 }
 
@@ -64,7 +64,7 @@ inline void gather_strip(const SparseAttentionParams& p, const AttentionTileView
                          operand_t* to) {
   const storage_t* from = head_of<const storage_t>(rows, batch_head, p.heads);
   const int32_t* position = view.position + strip * kTile;
-  const int count = places_of(strip, p.length);
+  const int count = strip_size(strip, p.length);
   for (int r = 0; r < count; ++r) {
     gather_row(from + position[r] * rows.row, p.head_size, words, to + r * words);
   }

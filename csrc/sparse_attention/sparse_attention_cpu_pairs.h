@@ -39,15 +39,15 @@ inline Vec<float> multiply_add(Vec<Pair> a, Vec<Pair> b, Vec<float> sum) {
 #endif
 }
 
-// Lane i of the result is lane place(i) of a, b.
-template <typename Place, size_t... kLane>
-inline Vec<Pair> pick(Vec<Pair> a, Vec<Pair> b, Place place, std::index_sequence<kLane...>) {
+// Lane i of the result is lane source(i) of a, b.
+template <typename Source, size_t... kLane>
+inline Vec<Pair> pick(Vec<Pair> a, Vec<Pair> b, Source source, std::index_sequence<kLane...>) {
   return (Vec<Pair>)__builtin_shufflevector((Vec<uint16_t>)a, (Vec<uint16_t>)b,
-                                            place(int(kLane))...);
+                                            source(int(kLane))...);
 }
-template <typename Place>
-inline Vec<Pair> pick(Vec<Pair> a, Vec<Pair> b, Place place) {
-  return pick(a, b, place, std::make_index_sequence<2 * Lanes<Pair>::kWidth>{});
+template <typename Source>
+inline Vec<Pair> pick(Vec<Pair> a, Vec<Pair> b, Source source) {
+  return pick(a, b, source, std::make_index_sequence<2 * Lanes<Pair>::kWidth>{});
 }
 
 // The bfloat16 numbers of the low, or high, half of a and b, one of each in a word.

@@ -60,7 +60,7 @@ cudaError_t launch_walk(void (*kernel)(parameters_t...), const SparseAttentionPa
   const int64_t room =
       static_cast<int64_t>(max_shared_bytes() - kOffsetWords * sizeof(uint32_t)) / kPair - kSlots;
   if (room < 0) return cudaErrorInvalidConfiguration;
-  const int64_t text = std::min(ceil_div(p.rule.text_len, kTilePlaces), room);
+  const int64_t text = std::min(ceil_div(p.rule.text_len, kTileSize), room);
   const int64_t parts =
       std::clamp<int64_t>(ceil_div(kWantedBlocks, heads), 1, ceil_div(p.length, kQueries));
   if (heads * parts > 0x7fffffff) return cudaErrorInvalidConfiguration;
@@ -104,7 +104,7 @@ inline cudaError_t launch_sparse_attention_backward(const SparseAttentionParams&
         sparse_attention_backward_query_mma_kernel<scalar_t, kHeadSize, kRowTiles>, p, p.scale,
         stream, stats);
     if (error != cudaSuccess) return error;
-    const int64_t blocks = int64_t{p.batch} * p.heads * ceil_div(p.length, kTilePlaces);
+    const int64_t blocks = int64_t{p.batch} * p.heads * ceil_div(p.length, kTileSize);
     if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
     constexpr size_t kBytes = kSlots * QueryTiles<scalar_t, kHeadSize>::kSlot +
                               (kHeld ? 0 : 2 * TileLayout<kHeadSize>::kBytes);

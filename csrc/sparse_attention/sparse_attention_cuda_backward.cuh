@@ -9,9 +9,9 @@
 
 namespace dalle {
 
-// What the key kernel needs of a query, in places of the walk: written by the query kernel.
+// What the key kernel needs of a query, by its index in the walk: written by the query kernel.
 struct QueryStats {
-  float lse_log2;  // log-sum-exp of the scaled scores, in powers of two
+  float lse_log2;  // log-sum-exp of the scaled scores, to base 2
   float delta;     // sum over D of out * grad_out
 };
 
@@ -22,15 +22,15 @@ struct BackwardWarp : QueryRows<kRowTiles> {
   using Rows::kRows;
   using Rows::p;
   using Rows::plan;
-  using typename Rows::Seen;
+  using typename Rows::Visible;
   static constexpr int kHead = kHeadSize;
   static constexpr int kWide = 32;
 
   HeadIndex head;
   QueryStats* stats;
-  HeldRows<kHeadSize, kRowTiles> queries, grads;
+  HeldRows<kHeadSize, kRowTiles> queries, grad_out;
   float grad_q[kRowTiles][kHeadSize / 8][4];
-  QueryStats own[kRows];
+  QueryStats row_stats[kRows];
 
   __device__ BackwardWarp(const SparseAttentionParams& params, const TilePlan& tile,
                           const HeadIndex& at, QueryStats* to)
@@ -39,10 +39,10 @@ struct BackwardWarp : QueryRows<kRowTiles> {
   __device__ void begin(int32_t query) {
     this->begin_rows(query);
     int32_t positions[kRows];
-    positions_of(p, this->mine, positions);
+    positions_of(p, this->lane_query, positions);
     HeldRows<kHeadSize, kRowTiles>& out = queries;  // before the queries come
     out.load(HeadRows<scalar_t>(p.out, head), p.head_size, positions);
-    grads.load(HeadRows<scalar_t>(p.grad_out, head), p.head_size, positions);
+    grad_out.load(HeadRows<scalar_t>(p.grad_out, head), p.head_size, positions);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       float delta = 0.0f;
@@ -50,50 +50,52 @@ struct BackwardWarp : QueryRows<kRowTiles> {
       for (int j = 0; j < kHeadSize / 8; ++j) {
         const int word = j % 2 * 2 + i % 2;
         const float2 a = unpack_pair<scalar_t>(out.fragments[i / 2][j / 2].words[word]);
-        const float2 b = unpack_pair<scalar_t>(grads.fragments[i / 2][j / 2].words[word]);
+        const float2 b = unpack_pair<scalar_t>(grad_out.fragments[i / 2][j / 2].words[word]);
         delta += a.x * b.x + a.y * b.y;
       }
       delta += __shfl_xor_sync(kAllLanes, delta, 1);
       delta += __shfl_xor_sync(kAllLanes, delta, 2);
       const int64_t first = head.first(p);
       const double lse = positions[i] < 0 ? 0.0 : p.lse[first + positions[i]];
-      own[i] = {static_cast<float>(lse * kLog2E), delta};
-      if (positions[i] >= 0 && threadIdx.x % 4 == 0) stats[first + this->place(i)] = own[i];
+      row_stats[i] = {static_cast<float>(lse * kLog2E), delta};
+      if (positions[i] >= 0 && threadIdx.x % 4 == 0) stats[first + this->index(i)] = row_stats[i];
     }
     queries.load(HeadRows<scalar_t>(p.q, head), p.head_size, positions);
     clear(grad_q);
   }
 
   template <int kKeys, bool kMasked>
-  __device__ __forceinline__ void attend(const unsigned char* keys, int row, const Seen& seen) {
+  __device__ __forceinline__ void attend(const unsigned char* keys, int row,
+                                         const Visible& visible) {
     const unsigned char* values = keys + TileLayout<kHeadSize>::kBytes;
 #pragma unroll 1
     for (int part = 0; part < kKeys; part += 16) {  // 16 keys at a time, for want of registers
-      float change[kRowTiles][2][4], grad[kRowTiles][2][4];  // of scores; the scores at first
-      clear(change);
-      clear(grad);
-      multiply_transposed<scalar_t, kHeadSize, 16>(change, queries, keys, row + part);
-      multiply_transposed<scalar_t, kHeadSize, 16>(grad, grads, values, row + part);
+      // ds holds the scores first, then the gradient of the scores.
+      float ds[kRowTiles][2][4], dp[kRowTiles][2][4];
+      clear(ds);
+      clear(dp);
+      multiply_transposed<scalar_t, kHeadSize, 16>(ds, queries, keys, row + part);
+      multiply_transposed<scalar_t, kHeadSize, 16>(dp, grad_out, values, row + part);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const uint32_t bits = kMasked ? seen.bits[i] >> (part + threadIdx.x % 4 * 2) : 0u;
+        const uint32_t bits = kMasked ? visible.bits[i] >> (part + threadIdx.x % 4 * 2) : 0u;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int e = i % 2 * 2 + j % 2;
-          float& x = change[i / 2][j / 2][e];
-          const float weight = exp2_approx(fmaf(x, plan.scale_log2, -own[i].lse_log2));
-          const bool sees = !kMasked || (bits >> (j / 2 * 8 + j % 2) & 1u) != 0;
-          x = sees ? weight * (grad[i / 2][j / 2][e] - own[i].delta) : 0.0f;
+          float& x = ds[i / 2][j / 2][e];
+          const float probability = exp2_approx(fmaf(x, plan.scale_log2, -row_stats[i].lse_log2));
+          const bool is_visible = !kMasked || (bits >> (j / 2 * 8 + j % 2) & 1u) != 0;
+          x = is_visible ? probability * (dp[i / 2][j / 2][e] - row_stats[i].delta) : 0.0f;
         }
       }
-      multiply<scalar_t, kHeadSize, 16>(grad_q, change, keys, row + part);
+      multiply<scalar_t, kHeadSize, 16>(grad_q, ds, keys, row + part);
     }
   }
 
   __device__ void finish() {
     float factor[kRows];
     int32_t positions[kRows];
-    positions_of(p, this->mine, positions);
+    positions_of(p, this->lane_query, positions);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) factor[i] = static_cast<float>(p.scale);
     store_rows(HeadRows<scalar_t>(p.grad_q, head), p.head_size, positions, grad_q, factor);
@@ -108,15 +110,15 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 2)
                                                QueryStats* stats) {
   DALLE_SHARED(uint32_t, offsets, [kOffsetWords]);
   DALLE_DYNAMIC_SHARED(tiles);
-  const AttentionSight sight(p, offsets);
-  walk_queries<BackwardWarp<scalar_t, kHeadSize, kRowTiles>>(p, plan, tiles, sight, stats);
+  const AttentionMask mask(p, offsets);
+  walk_queries<BackwardWarp<scalar_t, kHeadSize, kRowTiles>>(p, plan, tiles, mask, stats);
 }
 
 // The queries that a block brings to its tile of keys, two tiles of them in shared memory.
 template <typename scalar_t, int kHeadSize>
 struct QueryTiles {
   static constexpr int kStats = 2 * TileLayout<kHeadSize>::kBytes;
-  static constexpr int kSlot = kStats + kTilePlaces * static_cast<int>(sizeof(QueryStats));
+  static constexpr int kSlot = kStats + kTileSize * static_cast<int>(sizeof(QueryStats));
 
   const SparseAttentionParams& p;
   HeadRows<scalar_t> q, grad_out;
@@ -126,10 +128,9 @@ struct QueryTiles {
 
   __device__ void load(int32_t tile) const {
     unsigned char* slot = shared + tile % kSlots * kSlot;
-    const int32_t first = tile * kTilePlaces;
+    const int32_t first = tile * kTileSize;
     load_tiles<kHeadSize>(slot, q, grad_out, p, vectors, first);
-    for (int i = static_cast<int>(threadIdx.x); i < kTilePlaces;
-         i += static_cast<int>(blockDim.x)) {
+    for (int i = static_cast<int>(threadIdx.x); i < kTileSize; i += static_cast<int>(blockDim.x)) {
       const bool inside = first + i < p.length;
       cp_async<8>(slot + kStats + i * 8, stats + (inside ? first + i : 0), inside ? 8 : 0);
     }
@@ -142,55 +143,57 @@ template <typename scalar_t, int kHeadSize, typename Rows>
 struct KeyWarp {
   const SparseAttentionParams& p;
   const TilePlan& plan;
-  int32_t mine;       // place of the key of row 0 of a lane, row 1 is 8 behind
-  int32_t latest[2];  // place whose query sees the key of row i; -1 beyond the walk
+  int32_t lane_key;   // index of the key of row 0 of a lane, row 1 is 8 behind
+  int32_t latest[2];  // latest_index of the key of row i; -1 beyond the walk
   Rows keys, values;
   float grad_k[1][kHeadSize / 8][4], grad_v[1][kHeadSize / 8][4];
 
   __device__ KeyWarp(const SparseAttentionParams& params, const TilePlan& tile, int32_t first)
-      : p(params), plan(tile), mine(first + static_cast<int32_t>(threadIdx.x) % kWarpSize / 4) {
+      : p(params), plan(tile), lane_key(first + static_cast<int32_t>(threadIdx.x) % kWarpSize / 4) {
     clear(grad_k);
     clear(grad_v);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      latest[i] = mine + i * 8 < p.length ? latest_place(p.rule, p.length, mine + i * 8) : -1;
+      latest[i] =
+          lane_key + i * 8 < p.length ? latest_index(p.rule, p.length, lane_key + i * 8) : -1;
     }
   }
 
-  __device__ __forceinline__ void visit(const AttentionSight& sight, const unsigned char* slot,
+  __device__ __forceinline__ void visit(const AttentionMask& mask, const unsigned char* slot,
                                         int32_t first) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-    const unsigned char* grads = slot + TileLayout<kHeadSize>::kBytes;
-    const float2* stats = reinterpret_cast<const float2*>(grads + TileLayout<kHeadSize>::kBytes);
+    const unsigned char* grad_out = slot + TileLayout<kHeadSize>::kBytes;
+    const float2* stats = reinterpret_cast<const float2*>(grad_out + TileLayout<kHeadSize>::kBytes);
 #pragma unroll 1
-    for (int row = 0; row < kTilePlaces; row += 32) {
+    for (int row = 0; row < kTileSize; row += 32) {
       uint32_t bits[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        bits[i] = sight.queries(mine + i * 8, latest[i], first + row);
+        bits[i] = mask.visible_queries(lane_key + i * 8, latest[i], first + row);
       }
       if (!__any_sync(kAllLanes, (bits[0] | bits[1]) != 0)) continue;
 #pragma unroll 1
       for (int part = row; part < row + 32; part += 16) {
-        float weight[1][2][4], grad[1][2][4];
-        clear(weight);
-        clear(grad);
-        multiply_transposed<scalar_t, kHeadSize, 16>(weight, keys, slot, part);
-        multiply_transposed<scalar_t, kHeadSize, 16>(grad, values, grads, part);
+        // They hold the scores and dp = grad_out v^T first, then what their names say.
+        float probability[1][2][4], ds[1][2][4];
+        clear(probability);
+        clear(ds);
+        multiply_transposed<scalar_t, kHeadSize, 16>(probability, keys, slot, part);
+        multiply_transposed<scalar_t, kHeadSize, 16>(ds, values, grad_out, part);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int n = j / 2, column = n * 8 + j % 2 + lane % 4 * 2;
-          const float2 query = load_vector<float2>(stats + part + column);
+          const float2 lse_delta = load_vector<float2>(stats + part + column);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            float &w = weight[0][n][i * 2 + j % 2], &g = grad[0][n][i * 2 + j % 2];
-            const bool sees = (bits[i] >> (part - row + column) & 1u) != 0;
-            w = sees ? exp2_approx(fmaf(w, plan.scale_log2, -query.x)) : 0.0f;
-            g = sees ? w * (g - query.y) : 0.0f;
+            float &p_ij = probability[0][n][i * 2 + j % 2], &ds_ij = ds[0][n][i * 2 + j % 2];
+            const bool is_visible = (bits[i] >> (part - row + column) & 1u) != 0;
+            p_ij = is_visible ? exp2_approx(fmaf(p_ij, plan.scale_log2, -lse_delta.x)) : 0.0f;
+            ds_ij = is_visible ? p_ij * (ds_ij - lse_delta.y) : 0.0f;
           }
         }
-        multiply<scalar_t, kHeadSize, 16>(grad_v, weight, grads, part);
-        multiply<scalar_t, kHeadSize, 16>(grad_k, grad, slot, part);
+        multiply<scalar_t, kHeadSize, 16>(grad_v, probability, grad_out, part);
+        multiply<scalar_t, kHeadSize, 16>(grad_k, ds, slot, part);
       }
     }
   }
@@ -204,14 +207,14 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 2)
                                              const QueryStats* stats) {
   DALLE_SHARED(uint32_t, offsets, [kOffsetWords]);
   DALLE_DYNAMIC_SHARED(shared);
-  const AttentionSight sight(p, offsets);
-  const uint32_t num_tiles = static_cast<uint32_t>(p.length + kTilePlaces - 1) / kTilePlaces;
+  const AttentionMask mask(p, offsets);
+  const uint32_t num_tiles = static_cast<uint32_t>(p.length + kTileSize - 1) / kTileSize;
   const HeadIndex head(p, blockIdx.x / num_tiles);
   const int32_t tile = static_cast<int32_t>(blockIdx.x % num_tiles);
-  const int32_t first = tile * kTilePlaces;
-  const int32_t end = first + kTilePlaces < p.length ? first + kTilePlaces : p.length;
-  const int32_t seen_by = first < p.rule.text_len ? first : end - 1;
-  const int32_t last_tile = latest_place(p.rule, p.length, seen_by) / kTilePlaces;
+  const int32_t first = tile * kTileSize;
+  const int32_t end = first + kTileSize < p.length ? first + kTileSize : p.length;
+  const int32_t last_key = first < p.rule.text_len ? first : end - 1;
+  const int32_t last_tile = latest_index(p.rule, p.length, last_key) / kTileSize;
 
   const HeadRows<scalar_t> k(p.k, head), v(p.v, head);
   const QueryTiles<scalar_t, kHeadSize> tiles = {p,
@@ -224,22 +227,22 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 2)
   const int row = warp_index() * 16;
   KeyWarp<scalar_t, kHeadSize, Rows> warp(p, plan, first + row);
   int32_t positions[2];
-  positions_of(p, warp.mine, positions);
+  positions_of(p, warp.lane_key, positions);
   if constexpr (kHeld) {
     warp.keys.load(k, p.head_size, positions);
     warp.values.load(v, p.head_size, positions);
   } else {
-    unsigned char* own = shared + kSlots * tiles.kSlot;
-    load_tiles<kHeadSize>(own, k, v, p, plan.vectors, first);
-    warp.keys = {own, row};
-    warp.values = {own + TileLayout<kHeadSize>::kBytes, row};
+    unsigned char* kv_tiles = shared + kSlots * tiles.kSlot;
+    load_tiles<kHeadSize>(kv_tiles, k, v, p, plan.vectors, first);
+    warp.keys = {kv_tiles, row};
+    warp.values = {kv_tiles + TileLayout<kHeadSize>::kBytes, row};
   }
   tiles.load(tile);
-  for (int32_t queries = tile; queries <= last_tile; ++queries) {
+  for (int32_t query_tile = tile; query_tile <= last_tile; ++query_tile) {
     cp_async_wait<0>();
     __syncthreads();
-    if (queries < last_tile) tiles.load(queries + 1);
-    warp.visit(sight, shared + queries % kSlots * tiles.kSlot, queries * kTilePlaces);
+    if (query_tile < last_tile) tiles.load(query_tile + 1);
+    warp.visit(mask, shared + query_tile % kSlots * tiles.kSlot, query_tile * kTileSize);
   }
   const float scale = static_cast<float>(p.scale);
   store_rows(HeadRows<scalar_t>(p.grad_k, head), p.head_size, positions, warp.grad_k,

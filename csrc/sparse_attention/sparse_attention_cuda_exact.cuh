@@ -75,11 +75,11 @@ struct LaneRow {
 template <typename acc_t, int kPerLane>
 struct LaneSum {
   static constexpr int kPart = 32;
-  LaneRow<acc_t, kPerLane> total, part;
+  LaneRow<acc_t, kPerLane> sum, part;
   int count = 0;
 
   __device__ LaneSum() {
-    total.clear();
+    sum.clear();
     part.clear();
   }
   __device__ void add(acc_t factor, const LaneRow<acc_t, kPerLane>& row) {
@@ -87,21 +87,21 @@ struct LaneSum {
     if (++count == kPart) finish();
   }
   __device__ const LaneRow<acc_t, kPerLane>& finish() {
-    total.add(acc_t{1}, part);
+    sum.add(acc_t{1}, part);
     part.clear();
     count = 0;
-    return total;
+    return sum;
   }
 };
 
-// Which (b, h, position) this warp owns, and where its head starts in each tensor.
-struct WarpPlace {
+// The (b, h, position) of this warp, and where its head starts in each tensor.
+struct WarpRow {
   int64_t head;  // b * H + h
   int32_t position;
   int lane;
   bool inside;
 
-  __device__ explicit WarpPlace(const SparseAttentionParams& p) {
+  __device__ explicit WarpRow(const SparseAttentionParams& p) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
     lane = static_cast<int>(threadIdx.x % kWarpSize);
     inside = row < static_cast<int64_t>(p.batch) * p.heads * p.length;
@@ -110,9 +110,9 @@ struct WarpPlace {
   }
   template <typename scalar_t>
   __device__ scalar_t* row(const SparseAttentionParams& p, const AttentionRows& rows,
-                           int32_t at) const {
+                           int32_t index) const {
     return static_cast<scalar_t*>(rows.data) + head / p.heads * rows.batch +
-           head % p.heads * rows.head + at * rows.row;
+           head % p.heads * rows.head + index * rows.row;
   }
 };
 
@@ -146,29 +146,29 @@ __device__ void for_queries(const AttentionRule& rule, int32_t length, int32_t k
 template <typename scalar_t, int kPerLane>
 __global__ void sparse_attention_forward_kernel(const SparseAttentionParams p) {
   using acc_t = typename Accumulator<scalar_t>::type;
-  const WarpPlace at(p);
-  if (!at.inside) return;
+  const WarpRow warp(p);
+  if (!warp.inside) return;
   LaneRow<acc_t, kPerLane> q, k, v, out;
-  q.load(at.row<scalar_t>(p, p.q, at.position), p.head_size, at.lane);
+  q.load(warp.row<scalar_t>(p, p.q, warp.position), p.head_size, warp.lane);
   out.clear();
   const acc_t minus_infinity = -INFINITY;
-  acc_t largest = minus_infinity, total = 0;
-  for_keys(p.rule, at.position, [&](int32_t key) {
-    k.load(at.row<scalar_t>(p, p.k, key), p.head_size, at.lane);
-    v.load(at.row<scalar_t>(p, p.v, key), p.head_size, at.lane);
+  acc_t m = minus_infinity, l = 0;
+  for_keys(p.rule, warp.position, [&](int32_t key) {
+    k.load(warp.row<scalar_t>(p, p.k, key), p.head_size, warp.lane);
+    v.load(warp.row<scalar_t>(p, p.v, key), p.head_size, warp.lane);
     const acc_t score = q.dot(k) * static_cast<acc_t>(p.scale);
-    const acc_t now = score > largest ? score : largest;
-    const acc_t origin = now == minus_infinity ? acc_t{0} : now;  // no -inf - (-inf)
-    const acc_t rescale = exponential(largest - origin), weight = exponential(score - origin);
+    const acc_t m_new = score > m ? score : m;
+    const acc_t shift = m_new == minus_infinity ? acc_t{0} : m_new;  // no -inf - (-inf)
+    const acc_t rescale = exponential(m - shift), weight = exponential(score - shift);
     for (int i = 0; i < kPerLane; ++i) out.x[i] *= rescale;
     out.add(weight, v);
-    total = total * rescale + weight;
-    largest = now;
+    l = l * rescale + weight;
+    m = m_new;
   });
-  out.store(at.row<scalar_t>(p, p.out, at.position), 1 / total, p.head_size, at.lane);
-  if (at.lane == 0) {
-    p.lse[at.head * p.length + at.position] =
-        static_cast<double>(largest) + log(static_cast<double>(total));
+  out.store(warp.row<scalar_t>(p, p.out, warp.position), 1 / l, p.head_size, warp.lane);
+  if (warp.lane == 0) {
+    p.lse[warp.head * p.length + warp.position] =
+        static_cast<double>(m) + log(static_cast<double>(l));
   }
 }
 
@@ -178,26 +178,26 @@ template <typename scalar_t, int kPerLane>
 __global__ void sparse_attention_backward_query_kernel(const SparseAttentionParams p,
                                                        double* delta) {
   using acc_t = typename Accumulator<scalar_t>::type;
-  const WarpPlace at(p);
-  if (!at.inside) return;
+  const WarpRow warp(p);
+  if (!warp.inside) return;
   LaneRow<acc_t, kPerLane> q, k, v, grad_out, grad_q;
-  k.load(at.row<scalar_t>(p, p.out, at.position), p.head_size, at.lane);
-  grad_out.load(at.row<scalar_t>(p, p.grad_out, at.position), p.head_size, at.lane);
+  k.load(warp.row<scalar_t>(p, p.out, warp.position), p.head_size, warp.lane);
+  grad_out.load(warp.row<scalar_t>(p, p.grad_out, warp.position), p.head_size, warp.lane);
   const acc_t row_delta = k.dot(grad_out);
-  q.load(at.row<scalar_t>(p, p.q, at.position), p.head_size, at.lane);
+  q.load(warp.row<scalar_t>(p, p.q, warp.position), p.head_size, warp.lane);
   grad_q.clear();
-  const int64_t row = at.head * p.length + at.position;
+  const int64_t row = warp.head * p.length + warp.position;
   const double lse = p.lse[row];
-  if (at.lane == 0) delta[row] = row_delta;
-  for_keys(p.rule, at.position, [&](int32_t key) {
-    k.load(at.row<scalar_t>(p, p.k, key), p.head_size, at.lane);
-    v.load(at.row<scalar_t>(p, p.v, key), p.head_size, at.lane);
+  if (warp.lane == 0) delta[row] = row_delta;
+  for_keys(p.rule, warp.position, [&](int32_t key) {
+    k.load(warp.row<scalar_t>(p, p.k, key), p.head_size, warp.lane);
+    v.load(warp.row<scalar_t>(p, p.v, key), p.head_size, warp.lane);
     const acc_t score = q.dot(k) * static_cast<acc_t>(p.scale);
     const acc_t probability = exponential(static_cast<acc_t>(score - lse));
     grad_q.add(probability * (grad_out.dot(v) - row_delta), k);
   });
-  grad_q.store(at.row<scalar_t>(p, p.grad_q, at.position), static_cast<acc_t>(p.scale), p.head_size,
-               at.lane);
+  grad_q.store(warp.row<scalar_t>(p, p.grad_q, warp.position), static_cast<acc_t>(p.scale),
+               p.head_size, warp.lane);
 }
 
 // A warp takes one key through every query that sees it; lane l holds the elements l, l + 32, ...
@@ -205,24 +205,25 @@ template <typename scalar_t, int kPerLane>
 __global__ void sparse_attention_backward_key_kernel(const SparseAttentionParams p,
                                                      const double* delta) {
   using acc_t = typename Accumulator<scalar_t>::type;
-  const WarpPlace at(p);
-  if (!at.inside) return;
+  const WarpRow warp(p);
+  if (!warp.inside) return;
   LaneRow<acc_t, kPerLane> q, k, v, grad_out;
   LaneSum<acc_t, kPerLane> grad_k, grad_v;
-  k.load(at.row<scalar_t>(p, p.k, at.position), p.head_size, at.lane);
-  v.load(at.row<scalar_t>(p, p.v, at.position), p.head_size, at.lane);
-  for_queries(p.rule, p.length, at.position, [&](int32_t query) {
-    q.load(at.row<scalar_t>(p, p.q, query), p.head_size, at.lane);
-    grad_out.load(at.row<scalar_t>(p, p.grad_out, query), p.head_size, at.lane);
-    const int64_t row = at.head * p.length + query;
+  k.load(warp.row<scalar_t>(p, p.k, warp.position), p.head_size, warp.lane);
+  v.load(warp.row<scalar_t>(p, p.v, warp.position), p.head_size, warp.lane);
+  for_queries(p.rule, p.length, warp.position, [&](int32_t query) {
+    q.load(warp.row<scalar_t>(p, p.q, query), p.head_size, warp.lane);
+    grad_out.load(warp.row<scalar_t>(p, p.grad_out, query), p.head_size, warp.lane);
+    const int64_t row = warp.head * p.length + query;
     const acc_t score = q.dot(k) * static_cast<acc_t>(p.scale);
     const acc_t probability = exponential(static_cast<acc_t>(score - p.lse[row]));
     grad_v.add(probability, grad_out);
     grad_k.add(probability * (grad_out.dot(v) - static_cast<acc_t>(delta[row])), q);
   });
-  grad_k.finish().store(at.row<scalar_t>(p, p.grad_k, at.position), static_cast<acc_t>(p.scale),
-                        p.head_size, at.lane);
-  grad_v.finish().store(at.row<scalar_t>(p, p.grad_v, at.position), acc_t{1}, p.head_size, at.lane);
+  grad_k.finish().store(warp.row<scalar_t>(p, p.grad_k, warp.position), static_cast<acc_t>(p.scale),
+                        p.head_size, warp.lane);
+  grad_v.finish().store(warp.row<scalar_t>(p, p.grad_v, warp.position), acc_t{1}, p.head_size,
+                        warp.lane);
 }
 
 // Returns call(scalar_t{}, integral constant of kPerLane) for the type and head size of `p`.

@@ -1,4 +1,4 @@
-// Tiles of 64 places x kHeadSize 16-bit elements in shared memory, and what a warp does with them:
+// Tiles of 64 rows x kHeadSize 16-bit elements in shared memory, and what a warp does with them:
 // fragments of mma.m16n8k16 and the two products of attention. No torch here.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace dalle {
 
-constexpr int kTilePlaces = 64;
+constexpr int kTileSize = 64;  // keys or queries of a tile
 
 // What the host worked out for a launch.
 struct TilePlan {
@@ -57,17 +57,17 @@ struct TileLayout {
   static_assert(kHeadSize % 16 == 0);
   static constexpr int kChunks = kHeadSize / 8;
   static constexpr int kSpan = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
-  static constexpr int kTurn = 8 / kSpan;  // rows of one permutation
-  static constexpr int kBytes = kTilePlaces * kHeadSize * 2;
+  static constexpr int kRepeat = 8 / kSpan;  // neighbouring rows with the same permutation
+  static constexpr int kBytes = kTileSize * kHeadSize * 2;
 
-  // Of row first + row, `first` a multiple of 8: the permutation hangs on `row` alone, which is
+  // Of row first + row, `first` a multiple of 8: the permutation depends on `row` alone, which is
   // what differs between lanes, so addresses of different tiles and rows differ by constants.
   __device__ static __forceinline__ int at(int first, int row, int chunk) {
-    return first * (kChunks * 16) + row * (kChunks * 16) + (chunk ^ (row / kTurn % kSpan)) * 16;
+    return first * (kChunks * 16) + row * (kChunks * 16) + (chunk ^ (row / kRepeat % kSpan)) * 16;
   }
 };
 
-// Starts copying the 64 places from `first` on of two tensors into two tiles; zeros beyond D and
+// Starts copying the 64 rows from `first` on of two tensors into two tiles; zeros beyond D and
 // beyond the end of the walk. `vectors`: rows begin at multiples of 16 bytes. The caller commits
 // and waits.
 template <int kHeadSize, typename scalar_t>
@@ -76,7 +76,7 @@ __device__ void load_tiles(unsigned char* tiles, const HeadRows<scalar_t>& a,
                            bool vectors, int32_t first) {
   using Layout = TileLayout<kHeadSize>;
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < kTilePlaces * Layout::kChunks;
+  for (int i = static_cast<int>(threadIdx.x); i < kTileSize * Layout::kChunks;
        i += static_cast<int>(blockDim.x)) {
     const int row = i / Layout::kChunks, chunk = i % Layout::kChunks;
     const bool inside = first + row < p.length;
@@ -135,12 +135,12 @@ struct HeldRows {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
-      const scalar_t* own = rows.row(positions[i] < 0 ? 0 : positions[i]) + lane % 4 * 2;
+      const scalar_t* from = rows.row(positions[i] < 0 ? 0 : positions[i]) + lane % 4 * 2;
       const int32_t left = positions[i] < 0 ? 0 : head_size - lane % 4 * 2;
 #pragma unroll
       for (int j = 0; j < kHeadSize / 8; ++j) {
         fragments[i / 2][j / 2].words[j % 2 * 2 + i % 2] =
-            j * 8 < left ? load_vector<uint32_t>(own + j * 8) : 0u;
+            j * 8 < left ? load_vector<uint32_t>(from + j * 8) : 0u;
       }
     }
   }
@@ -218,13 +218,13 @@ __device__ __forceinline__ void clear(float (&x)[kRowTiles][kCount][4]) {
   for (int i = 0; i < kRowTiles * kCount * 4; ++i) x[i / 4 / kCount][i / 4 % kCount][i % 4] = 0.0f;
 }
 
-// The positions of a lane's rows, -1 beyond the walk: row i is at place mine + 8 * i.
+// The positions of a lane's rows, -1 beyond the walk: row i is at index first + 8 * i.
 template <int kRows>
-__device__ void positions_of(const SparseAttentionParams& p, int32_t mine,
+__device__ void positions_of(const SparseAttentionParams& p, int32_t first,
                              int32_t (&positions)[kRows]) {
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    positions[i] = mine + i * 8 < p.length ? walked_position(p.rule, mine + i * 8) : -1;
+    positions[i] = first + i * 8 < p.length ? walked_position(p.rule, first + i * 8) : -1;
   }
 }
 
@@ -238,14 +238,14 @@ __device__ void store_rows(const HeadRows<scalar_t>& rows, int32_t head_size,
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
     if (positions[i] < 0) continue;
-    scalar_t* own = rows.row(positions[i]) + lane % 4 * 2;
+    scalar_t* to = rows.row(positions[i]) + lane % 4 * 2;
     const int32_t left = head_size - lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       const float (&x)[4] = acc[i / 2][n];
       const uint32_t pair =
           pack_pair<scalar_t>(factor[i] * x[i % 2 * 2], factor[i] * x[i % 2 * 2 + 1]);
-      if (n * 8 < left) store_vector(own + n * 8, pair);
+      if (n * 8 < left) store_vector(to + n * 8, pair);
     }
   }
 }

@@ -3,10 +3,10 @@
 // No torch here.
 //
 //   per block of queries:  text tiles 0 .. min(text, diagonal), then image tiles from the earliest
-//   in sight to the diagonal; per warp a tile is skipped, taken whole, or cut by words of bits
+//   visible key to the diagonal; per warp a tile is skipped, taken without a mask, or masked
 #pragma once
 
-#include "sparse_attention/sparse_attention_cuda_sight.cuh"
+#include "sparse_attention/sparse_attention_cuda_mask.cuh"
 #include "sparse_attention/sparse_attention_cuda_tile.cuh"
 
 namespace dalle {
@@ -27,13 +27,13 @@ struct QueryPlan {
 struct TileRange {
   int32_t text_tiles;   // tiles with a text key
   int32_t first_image;  // the first one to visit of the others
-  int32_t last;         // with the last query's own key
+  int32_t last;         // the one on the diagonal
 
-  __device__ TileRange(const AttentionSight& sight, int32_t first_query, int32_t num_queries) {
+  __device__ TileRange(const AttentionMask& mask, int32_t first_query, int32_t num_queries) {
     const int32_t end = first_query + num_queries;
-    last = ((end < sight.length ? end : sight.length) - 1) / kTilePlaces;
-    text_tiles = (sight.rule.text_len + kTilePlaces - 1) / kTilePlaces;
-    const int32_t earliest = earliest_image_place(sight.rule, first_query) / kTilePlaces;
+    last = ((end < mask.length ? end : mask.length) - 1) / kTileSize;
+    text_tiles = (mask.rule.text_len + kTileSize - 1) / kTileSize;
+    const int32_t earliest = earliest_image_index(mask.rule, first_query) / kTileSize;
     first_image = earliest < text_tiles ? text_tiles : earliest;
   }
   // `tile` if it is to be visited, else the next that is.
@@ -48,11 +48,11 @@ struct TileStep {
 
   // The first step at or after (query, tile) whose tile passes through the slots; query is `end` or
   // more where there is none.
-  __device__ TileStep(const AttentionSight& sight, int32_t resident_tiles, int32_t num_queries,
+  __device__ TileStep(const AttentionMask& mask, int32_t resident_tiles, int32_t num_queries,
                       int32_t from_query, int32_t from_tile, int32_t end)
       : query(from_query), tile(from_tile) {
     for (; query < end; query += num_queries, tile = 0) {
-      const TileRange range(sight, query, num_queries);
+      const TileRange range(mask, query, num_queries);
       tile = range.from(tile < resident_tiles ? resident_tiles : tile);
       if (tile <= range.last) return;
     }
@@ -63,15 +63,15 @@ struct TileStep {
 template <int kRowTiles>
 struct QueryRows {
   static constexpr int kRows = 2 * kRowTiles;
-  struct Seen {
-    uint32_t bits[kRows];  // of row i: which of 32 keys it sees
+  struct Visible {
+    uint32_t bits[kRows];  // of row i: which of 32 keys are visible
   };
 
   const SparseAttentionParams& p;
   const TilePlan& plan;
   int32_t first_query = 0, last_query = -1;  // of the warp, in the walk
-  int32_t mine = 0;                          // place of row 0
-  int32_t earliest[kRows];                   // image place that row i sees
+  int32_t lane_query = 0;                    // index of row 0 of the lane
+  int32_t earliest[kRows];                   // earliest_image_index of row i
 
   __device__ QueryRows(const SparseAttentionParams& params, const TilePlan& tile)
       : p(params), plan(tile) {}
@@ -79,64 +79,64 @@ struct QueryRows {
   __device__ void begin_rows(int32_t query) {
     first_query = query;
     last_query = query + kRows * 8 - 1 < p.length ? query + kRows * 8 - 1 : p.length - 1;
-    if (query >= p.length) last_query = -1;  // sees nothing
-    mine = query + static_cast<int32_t>(threadIdx.x) % kWarpSize / 4;
+    if (query >= p.length) last_query = -1;  // no visible key
+    lane_query = query + static_cast<int32_t>(threadIdx.x) % kWarpSize / 4;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) earliest[i] = earliest_image_place(p.rule, place(i));
+    for (int i = 0; i < kRows; ++i) earliest[i] = earliest_image_index(p.rule, index(i));
   }
-  // Of row i; a row beyond the walk does as its last query does, and is not stored.
-  __device__ __forceinline__ int32_t place(int i) const {
-    return inside(i) ? mine + i * 8 : p.length - 1;
+  // Index of row i; a row beyond the walk repeats the last query and is not stored.
+  __device__ __forceinline__ int32_t index(int i) const {
+    return inside(i) ? lane_query + i * 8 : p.length - 1;
   }
-  __device__ __forceinline__ bool inside(int i) const { return mine + i * 8 < p.length; }
+  __device__ __forceinline__ bool inside(int i) const { return lane_query + i * 8 < p.length; }
 
   template <bool kTable>
-  __device__ __forceinline__ void look(const AttentionSight& sight, int32_t first,
-                                       Seen* seen) const {
+  __device__ __forceinline__ void find_visible(const AttentionMask& mask, int32_t first,
+                                               Visible* visible) const {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      seen->bits[i] = sight.template keys<kTable>(place(i), earliest[i], first);
+      visible->bits[i] = mask.template visible_keys<kTable>(index(i), earliest[i], first);
     }
   }
 };
 
-// Gives `warp` what it sees of a tile, in pieces: all of it as Warp::kWide keys, or 32 keys and for
-// each of its rows a word that says which of them count.
+// Gives `warp` the visible keys of a tile, in pieces: Warp::kWide keys without a mask, or 32 keys
+// and for each of its rows a word of bits, set where the key is visible.
 template <typename Warp>
-__device__ __forceinline__ void visit_tile(Warp& warp, const AttentionSight& sight,
+__device__ __forceinline__ void visit_tile(Warp& warp, const AttentionMask& mask,
                                            const unsigned char* keys, int32_t tile) {
-  const int32_t first = tile * kTilePlaces;
+  const int32_t first = tile * kTileSize;
   if (first > warp.last_query) return;
-  if (sight.all(warp.first_query, warp.last_query, first, first + kTilePlaces - 1)) {
+  if (mask.all_visible(warp.first_query, warp.last_query, first, first + kTileSize - 1)) {
 #pragma unroll 1
-    for (int row = 0; row < kTilePlaces; row += Warp::kWide) {
+    for (int row = 0; row < kTileSize; row += Warp::kWide) {
       warp.template attend<Warp::kWide, false>(keys, row, {});
     }
     return;
   }
 #pragma unroll 1
-  for (int row = 0; row < kTilePlaces; row += 32) {
-    typename Warp::Seen seen;
-    if (sight.by_table()) {
-      warp.template look<true>(sight, first + row, &seen);
+  for (int row = 0; row < kTileSize; row += 32) {
+    typename Warp::Visible visible;
+    if (mask.by_table()) {
+      warp.template find_visible<true>(mask, first + row, &visible);
     } else {
-      warp.template look<false>(sight, first + row, &seen);
+      warp.template find_visible<false>(mask, first + row, &visible);
     }
     uint32_t any = 0;
 #pragma unroll
-    for (int i = 0; i < Warp::kRows; ++i) any |= seen.bits[i];
-    if (__any_sync(kAllLanes, any != 0)) warp.template attend<32, true>(keys, row, seen);
+    for (int i = 0; i < Warp::kRows; ++i) any |= visible.bits[i];
+    if (__any_sync(kAllLanes, any != 0)) warp.template attend<32, true>(keys, row, visible);
   }
 }
 
 // Runs `warp` over this block's share of the queries of its head.
 template <typename Warp, typename... More>
 __device__ void walk_queries(const SparseAttentionParams& p, const QueryPlan& plan,
-                             unsigned char* shared, const AttentionSight& sight, More... more) {
+                             unsigned char* shared, const AttentionMask& mask, More... more) {
   constexpr int32_t kQueries = Warp::kRows * 8 * kWarps;
   const uint32_t parts = static_cast<uint32_t>(plan.parts), part = blockIdx.x % parts;
   const HeadIndex head(p, blockIdx.x / parts);
-  // Places are below 2^25 and parts at most kWantedBlocks: the products stay below 2^32.
+  // Indices are below 2^25 and parts at most kWantedBlocks: the products stay below 2^32.
   const uint32_t blocks = static_cast<uint32_t>(p.length + kQueries - 1) / kQueries;
   const int32_t begin = static_cast<int32_t>(part * blocks / parts) * kQueries;
   const int32_t end = static_cast<int32_t>((part + 1) * blocks / parts) * kQueries;
@@ -145,36 +145,36 @@ __device__ void walk_queries(const SparseAttentionParams& p, const QueryPlan& pl
   const int32_t resident = plan.resident_tiles;
   const auto load = [&](int32_t tile, int32_t slot) {
     const HeadRows<Scalar> k(p.k, head), v(p.v, head);
-    load_tiles<Warp::kHead>(shared + slot * kPair, k, v, p, plan.tile.vectors, tile * kTilePlaces);
+    load_tiles<Warp::kHead>(shared + slot * kPair, k, v, p, plan.tile.vectors, tile * kTileSize);
     cp_async_commit();
   };
-  // The step whose tile is in slot `resident + turn` or, before the first, will be in the other.
-  TileStep ahead(sight, resident, kQueries, begin, 0, end);
-  int32_t present = -1, turn = 1;
+  // The step whose tile is in slot `resident + parity` or, before the first, will be in the other.
+  TileStep next(mask, resident, kQueries, begin, 0, end);
+  int32_t current = -1, parity = 1;
   for (int32_t i = 0; i <= resident; ++i) {
-    if (i < resident || ahead.query < end) load(i < resident ? i : ahead.tile, i);
+    if (i < resident || next.query < end) load(i < resident ? i : next.tile, i);
   }
   cp_async_wait<0>();
   __syncthreads();
-  const int32_t own_rows = warp_index() * Warp::kRows * 8;
+  const int32_t warp_offset = warp_index() * Warp::kRows * 8;
   Warp warp(p, plan.tile, head, more...);
 #pragma unroll 1
   for (int32_t query = begin; query < end; query += kQueries) {
-    const TileRange range(sight, query, kQueries);
-    warp.begin(query + own_rows);
+    const TileRange range(mask, query, kQueries);
+    warp.begin(query + warp_offset);
 #pragma unroll 1
     for (int32_t tile = range.from(0); tile <= range.last; tile = range.from(tile + 1)) {
       int32_t slot = tile;
       if (tile >= resident) {
-        if (tile != present) turn ^= 1;
-        present = tile;
-        slot = resident + turn;
+        if (tile != current) parity ^= 1;
+        current = tile;
+        slot = resident + parity;
         cp_async_wait<0>();
         __syncthreads();  // the tile is there for all, and all have left the other slot
-        ahead = TileStep(sight, resident, kQueries, query, tile + 1, end);
-        if (ahead.query < end && ahead.tile != present) load(ahead.tile, resident + (turn ^ 1));
+        next = TileStep(mask, resident, kQueries, query, tile + 1, end);
+        if (next.query < end && next.tile != current) load(next.tile, resident + (parity ^ 1));
       }
-      visit_tile(warp, sight, shared + slot * kPair, tile);
+      visit_tile(warp, mask, shared + slot * kPair, tile);
     }
     warp.finish();
   }

@@ -15,22 +15,22 @@ namespace dalle {
 
 struct AttentionTiles {
   AttentionRule rule;
-  std::vector<int32_t> position;     // place in the walk -> position in the stream
+  std::vector<int32_t> position;     // index in the walk -> position in the stream
   std::vector<int32_t> strip_begin;  // num_strips + 1 indices into tiles
   std::vector<AttentionTile> tiles;  // keys ascending within a strip
   std::vector<AttentionTileMask> masks;
 
   explicit AttentionTiles(const AttentionRule& r) : rule(r) {
     const int32_t length = r.text_len + r.rows * r.columns;
-    for (int32_t p = 0; p < length; ++p) position.push_back(walked_position(r, p));
+    for (int32_t i = 0; i < length; ++i) position.push_back(walked_position(r, i));
     const int32_t num_strips = static_cast<int32_t>(ceil_div(length, kTile));
     strip_begin.push_back(0);
     for (int32_t strip = 0; strip < num_strips; ++strip) {
-      // Image panels between the text and the earliest image key in sight are empty.
-      const int32_t sight = earliest_image_place(r, strip * kTile);
+      // Image panels between the text and the earliest visible image key are empty.
+      const int32_t earliest = earliest_image_index(r, strip * kTile);
       for (int32_t panel = 0; panel <= strip; ++panel) {
         const int32_t first = panel * kTile, last = first + kTile - 1;
-        if (first < r.text_len || last >= sight) add_tile(strip, panel, length);
+        if (first < r.text_len || last >= earliest) add_tile(strip, panel, length);
       }
       strip_begin.push_back(static_cast<int32_t>(tiles.size()));
     }
@@ -68,10 +68,10 @@ struct AttentionTiles {
     for (int32_t r = 0; r < kTile && strip * kTile + r < length; ++r) {
       for (int32_t c = 0; c < kTile; ++c) {
         const int32_t q = strip * kTile + r, k = panel * kTile + c;
-        const bool seen = k < length && attends(rule, position[q], position[k]);
-        mask.rows[r] |= static_cast<uint32_t>(seen) << c;
-        any |= seen;
-        full &= seen;
+        const bool visible = k < length && attends(rule, position[q], position[k]);
+        mask.rows[r] |= static_cast<uint32_t>(visible) << c;
+        any |= visible;
+        full &= visible;
       }
     }
     if (!any) return;

@@ -27,25 +27,26 @@ void check(const char* kind, const AttentionRule& rule) {
     expect(p >= text || position[p] == p, kind, "walked_position: text as it lies", p, position[p]);
     if (!inside) return;
   }
-  // By place. A kind without runs is seen as a range: from the earliest place to the query's, and
-  // from the key's to the latest.
+  // By index in the walk. Without runs the visible keys of a query are a range, from the earliest
+  // to its own index, and the queries of a key too, from its own index to the latest.
   const bool range = !reads_runs(rule.kind);
   for (int32_t q = text; q < length; ++q) {
-    const int32_t earliest = earliest_image_place(rule, q);
-    expect(q == text || earliest >= earliest_image_place(rule, q - 1), kind,
-           "earliest_image_place: never falls", q, earliest);
+    const int32_t earliest = earliest_image_index(rule, q);
+    expect(q == text || earliest >= earliest_image_index(rule, q - 1), kind,
+           "earliest_image_index: never falls", q, earliest);
     for (int32_t k = text; k < length; ++k) {
-      const bool seen = attends(rule, position[q], position[k]);
-      const int32_t latest = latest_place(rule, length, k);
+      const bool visible = attends(rule, position[q], position[k]);
+      const int32_t latest = latest_index(rule, length, k);
       const bool by_query = k >= earliest && k <= q, by_key = q >= k && q <= latest;
-      expect(range ? seen == by_query : !seen || by_query, kind, "earliest_image_place", q, k);
-      expect(range ? seen == by_key : !seen || by_key, kind, "latest_place", q, k);
+      expect(range ? visible == by_query : !visible || by_query, kind, "earliest_image_index", q,
+             k);
+      expect(range ? visible == by_key : !visible || by_key, kind, "latest_index", q, k);
     }
   }
   for (int32_t k = 1; k < length; ++k) {
-    expect(k == text || latest_place(rule, length, k) >= latest_place(rule, length, k - 1) ||
+    expect(k == text || latest_index(rule, length, k) >= latest_index(rule, length, k - 1) ||
                k - 1 < text,
-           kind, "latest_place: never falls", k, latest_place(rule, length, k));
+           kind, "latest_index: never falls", k, latest_index(rule, length, k));
   }
   // By position.
   for (int32_t q = text; q < length; ++q) {

@@ -38,7 +38,7 @@ def test_rules_of_a_pattern(tmp_path):
     text = (ROOT / "csrc" / RULES).read_text()
     run = check_rules(tmp_path, text)
     assert run.returncode == 0, run.stdout
-    wrong = "latest = place + rule.columns;"
+    wrong = "latest = index + rule.columns;"
     assert text.count(wrong) == 1
-    run = check_rules(tmp_path, text.replace(wrong, "latest = place + rule.columns - 1;"))
-    assert run.returncode == 1 and "FAIL row: latest_place at" in run.stdout
+    run = check_rules(tmp_path, text.replace(wrong, "latest = index + rule.columns - 1;"))
+    assert run.returncode == 1 and "FAIL row: latest_index at" in run.stdout
