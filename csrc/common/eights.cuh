@@ -53,25 +53,25 @@ __device__ __forceinline__ void for_eights(int64_t numel, const Body& body) {
   for (int64_t i = thread * kEight; i < numel; i += step) body(i);
 }
 
-// Adds what the threads of a block found to counts[0 .. kN). Every thread of the block calls this;
-// whole numbers, so that their order does not matter.
+// Adds the counts of the threads of a block to counts[0 .. kN). Every thread of the block calls
+// this; integers, so that their order does not matter.
 template <int kN>
-__device__ __forceinline__ void add_counts(const int (&found)[kN], int64_t* counts) {
-  DALLE_SHARED(int, totals, [kEightThreads / kWarpSize][kN]);
+__device__ __forceinline__ void add_counts(const int (&thread_counts)[kN], int64_t* counts) {
+  DALLE_SHARED(int, warp_counts, [kEightThreads / kWarpSize][kN]);
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarpSize, lane = thread % kWarpSize;
 #pragma unroll
   for (int c = 0; c < kN; ++c) {
-    const int total = __reduce_add_sync(kAllLanes, found[c]);
-    if (lane == 0) totals[warp][c] = total;
+    const int sum = __reduce_add_sync(kAllLanes, thread_counts[c]);
+    if (lane == 0) warp_counts[warp][c] = sum;
   }
   __syncthreads();
   if (threadIdx.x < kN) {
-    int total = 0;
-    for (int w = 0; w < kEightThreads / kWarpSize; ++w) total += totals[w][threadIdx.x];
-    if (total != 0) {
+    int sum = 0;
+    for (int w = 0; w < kEightThreads / kWarpSize; ++w) sum += warp_counts[w][threadIdx.x];
+    if (sum != 0) {
       atomicAdd(reinterpret_cast<unsigned long long*>(counts) + threadIdx.x,
-                static_cast<unsigned long long>(total));
+                static_cast<unsigned long long>(sum));
     }
   }
 }

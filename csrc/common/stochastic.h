@@ -27,8 +27,8 @@ DALLE_HOST_DEVICE word_t round_stochastically(word_t bits, word_t random) {
   const word_t rounded = (magnitude + (random >> (32 - dropped))) & ~mask;
   // Below 2^-24 the float is a 32-bit fraction of it.
   const word_t mantissa = ((magnitude & 0x007FFFFFu) | 0x00800000u) << 8;
-  const word_t places = exponent < 103 ? 102 - exponent : word_t{};
-  const word_t fraction = mantissa >> (places < 31 ? places : word_t{} + 31);
+  const word_t shift = exponent < 103 ? 102 - exponent : word_t{};
+  const word_t fraction = mantissa >> (shift < 31 ? shift : word_t{} + 31);
   const word_t tiny = random < fraction ? word_t{} + 0x33800000u : word_t{};
   const word_t result = exponent < 103 ? tiny : rounded;
   return special == 0x7F800000u ? bits : result | sign;

@@ -35,7 +35,7 @@ struct Neighbours {
     return reinterpret_cast<uintptr_t>(p) % 16 == 0;
   }
 
-  // The first `count` of them (kN or more: all); `rest` in the other places.
+  // The first `count` of them (kN or more: all); `rest` in the other elements.
   __device__ __forceinline__ static void load(const scalar_t* p, int64_t count, float rest,
                                               float (&out)[kN]) {
     if (count < kN || !aligned(p)) {

@@ -52,12 +52,12 @@ struct GumbelSoftmaxBackward {
 
 DALLE_HOST_DEVICE int64_t num_rows(const GumbelSoftmaxParams& p) { return p.outer * p.inner; }
 
-// Number of code 0 of a row among the elements.
+// Element number of code 0 of a row.
 DALLE_HOST_DEVICE uint64_t element_of(const GumbelSoftmaxParams& p, int64_t row) {
   return static_cast<uint64_t>((p.first_row + row) * p.num_codes);
 }
 
-// Place of (row, k) in memory.
+// Offset of (row, k) in memory, in elements.
 DALLE_HOST_DEVICE int64_t offset_of(const GumbelSoftmaxParams& p, int64_t row, int64_t k) {
   const int64_t outer_idx = row / p.inner, inner_idx = row - outer_idx * p.inner;
   return (outer_idx * p.num_codes + k) * p.inner + inner_idx;

@@ -15,7 +15,7 @@ constexpr int64_t kMaxBlocks = 128 / kLanes;  // measured; more gains little and
 // One vector of rows.
 struct Columns {
   int64_t row, count;  // first row, rows (at most kLanes)
-  int64_t offset;      // place of (row, code 0) in memory
+  int64_t offset;      // of (row, code 0) in memory
 };
 
 // Vectors of one unit. Where codes lie far apart, one vector at a time would touch a page for each
@@ -44,14 +44,14 @@ inline int64_t column_scratch(const GumbelSoftmaxParams& p) {  // floats of one 
   return (p.num_codes + ceil_div(p.num_codes, kColumnChunk)) * kLanes;
 }
 
-// kWhole: all lanes are rows. At the end of an axis that is no multiple of kLanes they are not.
-template <bool kWhole, typename scalar_t>
+// kFull: every lane is a row. Not so at the end of an axis that is no multiple of kLanes.
+template <bool kFull, typename scalar_t>
 inline Float load_columns(const scalar_t* p, int64_t count) {
-  return kWhole ? widen(p) : load_some(p, count, 0.0f);
+  return kFull ? widen(p) : load_some(p, count, 0.0f);
 }
-template <bool kWhole, typename scalar_t>
+template <bool kFull, typename scalar_t>
 inline void store_columns(scalar_t* p, int64_t count, Float v) {
-  kWhole ? narrow(p, v) : store_some(p, count, v);
+  kFull ? narrow(p, v) : store_some(p, count, v);
 }
 inline Float load_stat(const float* stats, const Columns& c) {
   return load_some(stats + c.row, c.count, 0.0f);
@@ -120,7 +120,7 @@ struct ColumnState {
   float *unscaled, *chunk_max;  // in scratch
   ColumnWords random;
   Sums sums;
-  Float bad{}, inverse{}, dot{};
+  Float nonfinite{}, inverse_sum{}, dot{};
   Int index{};
 
   void start(const GumbelSoftmaxParams& p, const PhiloxKeys& keys, const Columns& columns,
@@ -132,64 +132,65 @@ struct ColumnState {
   }
 };
 
-template <typename scalar_t, bool kWhole>
+template <typename scalar_t, bool kFull>
 void forward_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args, float scale,
                    ColumnState& state, int64_t begin, int64_t end) {
   const int64_t inner = p.inner, count = state.c.count;
   const scalar_t* logits = static_cast<const scalar_t*>(args.logits) + state.c.offset;
   float* unscaled = state.unscaled;
-  const bool keep = !args.hard;
-  Float noisy[kColumnChunk], plain[kColumnChunk];
+  const bool soft = !args.hard;
+  Float noisy_of_code[kColumnChunk], logit_of_code[kColumnChunk];
   Word words[kColumnChunk];
   state.random.next(end - begin, words);
-  Float best = state.sums.noisy_max, logit_max = state.sums.logit_max, bad = state.bad;
+  Float noisy_max = state.sums.noisy_max, logit_max = state.sums.logit_max;
+  Float nonfinite = state.nonfinite;
   Int index = state.index;
   for (int64_t k = begin; k < end; ++k) {
-    const Float logit = load_columns<kWhole>(logits + k * inner, count);
-    const Float n = add_gumbel(logit, words[k - begin]);
-    bad += logit * 0.0f;
-    index = n > best ? splat(static_cast<int32_t>(k)) : index;
-    best = maximum(best, n);
+    const Float logit = load_columns<kFull>(logits + k * inner, count);
+    const Float noisy = add_gumbel(logit, words[k - begin]);
+    nonfinite += logit * 0.0f;
+    index = noisy > noisy_max ? splat(static_cast<int32_t>(k)) : index;
+    noisy_max = maximum(noisy_max, noisy);
     logit_max = maximum(logit_max, logit);
-    noisy[k - begin] = n;
-    plain[k - begin] = logit;
+    noisy_of_code[k - begin] = noisy;
+    logit_of_code[k - begin] = logit;
   }
-  state.bad = bad;
+  state.nonfinite = nonfinite;
   state.index = index;
-  state.sums.raise(best, logit_max, scale);
-  store(state.chunk_max + begin / kColumnChunk * kLanes, best);
-  // Each lane holds a whole row: sums go by groups and chunks, so that they round less.
-  Sums chunk{best, logit_max}, part{best, logit_max};
+  state.sums.rescale(noisy_max, logit_max, scale);
+  store(state.chunk_max + begin / kColumnChunk * kLanes, noisy_max);
+  // Each lane sums a row of its own: sums go by groups and chunks, so that they round less.
+  Sums chunk{noisy_max, logit_max}, part{noisy_max, logit_max};
   for (int64_t k = begin; k < end; ++k) {
-    Float e[] = {noisy[k - begin]};
-    part.add<true, 1>(e, {plain[k - begin]}, scale, Int{});
-    if (keep) store(unscaled + k * kLanes, e[0]);
-    if (k % kColumnGroup == kColumnGroup - 1) chunk.take(part);
+    Float e[] = {noisy_of_code[k - begin]};
+    part.add<true, 1>(e, {logit_of_code[k - begin]}, scale, Int{});
+    if (soft) store(unscaled + k * kLanes, e[0]);
+    if (k % kColumnGroup == kColumnGroup - 1) chunk.merge(part);
   }
-  chunk.take(part);
-  state.sums.take(chunk);
+  chunk.merge(part);
+  state.sums.merge(chunk);
 }
 
 inline void write_results(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
                           float scale, ColumnState& state) {
   const Sums& sums = state.sums;
-  state.inverse = splat(__builtin_nanf(""));
+  state.inverse_sum = splat(__builtin_nanf(""));
   for (int64_t i = 0; i < state.c.count; ++i) {
-    const RowResult result{sums.noisy_max[i], sums.logit_max[i], sums.sample[i],
-                           sums.plain[i],     sums.entropy[i],   state.bad[i] == 0.0f};
+    const RowResult result{sums.noisy_max[i], sums.logit_max[i], sums.noisy_sum[i],
+                           sums.logit_sum[i], sums.entropy[i],   state.nonfinite[i] == 0.0f};
     result.write(p, args, state.c.row + i, state.index[i], scale);
-    state.inverse[i] = args.stats[kInverseSum * num_rows(p) + state.c.row + i];
+    state.inverse_sum[i] = args.stats[kInverseSum * num_rows(p) + state.c.row + i];
   }
 }
 
-template <typename scalar_t, bool kWhole>
+template <typename scalar_t, bool kFull>
 void finish_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args, float scale,
                   const ColumnState& state, int64_t begin, int64_t end) {
   scalar_t* sample = static_cast<scalar_t*>(args.sample) + state.c.offset;
   const float* unscaled = state.unscaled;
-  const Float chunk = load<Float>(state.chunk_max + begin / kColumnChunk * kLanes);
-  const Float factor = exp2_of((chunk - state.sums.noisy_max) * scale) * state.inverse;
-  const Float marks = state.inverse * 0.0f;  // 0, or NaN in a bad row
+  const Float chunk_max = load<Float>(state.chunk_max + begin / kColumnChunk * kLanes);
+  const Float factor = exp2_of((chunk_max - state.sums.noisy_max) * scale) * state.inverse_sum;
+  const Float zero_or_nan = state.inverse_sum * 0.0f;  // NaN in a row with a nonfinite logit
   const Int index = state.index;
   for (int64_t k = begin; k < end; ++k) {
     Float y;
@@ -198,7 +199,7 @@ void finish_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args
     } else {
       y = without_denormals(load<Float>(unscaled + k * kLanes) * factor);
     }
-    store_columns<kWhole>(sample + k * p.inner, state.c.count, y + marks);
+    store_columns<kFull>(sample + k * p.inner, state.c.count, y + zero_or_nan);
   }
 }
 
@@ -233,22 +234,22 @@ void forward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& a
   });
 }
 
-template <typename scalar_t, bool kWhole>
+template <typename scalar_t, bool kFull>
 void sample_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& args, float scale,
                   ColumnState& state, int64_t begin, int64_t end) {
   const int64_t inner = p.inner, count = state.c.count;
   const scalar_t* logits = static_cast<const scalar_t*>(args.logits) + state.c.offset;
   const scalar_t* grads = static_cast<const scalar_t*>(args.grad_sample) + state.c.offset;
-  const Float noisy_max = state.sums.noisy_max, inverse = state.inverse;
+  const Float noisy_max = state.sums.noisy_max, inverse_sum = state.inverse_sum;
   float* samples = state.unscaled;
   Word words[kColumnChunk];
   state.random.next(end - begin, words);
   Float chunk{}, part{};
   for (int64_t k = begin; k < end; ++k) {
-    const Float logit = load_columns<kWhole>(logits + k * inner, count);
+    const Float logit = load_columns<kFull>(logits + k * inner, count);
     const Float noisy = add_gumbel(logit, words[k - begin]);
-    const Float y = exp2_of((noisy - noisy_max) * scale) * inverse;
-    part += y * load_columns<kWhole>(grads + k * inner, count);
+    const Float y = exp2_of((noisy - noisy_max) * scale) * inverse_sum;
+    part += y * load_columns<kFull>(grads + k * inner, count);
     store(samples + k * kLanes, y);
     if (k % kColumnGroup == kColumnGroup - 1) {
       chunk += part;
@@ -258,7 +259,7 @@ void sample_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
   state.dot += chunk + part;
 }
 
-template <typename scalar_t, bool kWhole>
+template <typename scalar_t, bool kFull>
 void gradient_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& args,
                     const ColumnState& state, Gradient gradient, int64_t begin, int64_t end) {
   const int64_t inner = p.inner, count = state.c.count;
@@ -279,10 +280,10 @@ void gradient_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& a
     Float grad[1] = {};
     if (grads) {
       grad[0] = gradient.of_sample(load<Float>(samples + k * kLanes),
-                                   load_columns<kWhole>(grads + k * inner, count));
+                                   load_columns<kFull>(grads + k * inner, count));
     }
-    if (args.grad_kl) gradient.add_kl<1>({load_columns<kWhole>(logits + k * inner, count)}, grad);
-    store_columns<kWhole>(out + k * inner, count, grad[0]);
+    if (args.grad_kl) gradient.add_kl<1>({load_columns<kFull>(logits + k * inner, count)}, grad);
+    store_columns<kFull>(out + k * inner, count, grad[0]);
   }
 }
 
@@ -295,7 +296,7 @@ void backward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward&
   for (int64_t b = 0; b < blocks; ++b) {
     states[b].start(p, keys, columns[b], scratch + b * column_scratch(p));
     states[b].sums.noisy_max = load_stat(args.stats + kNoisyMax * stride, columns[b]);
-    states[b].inverse = load_stat(args.stats + kInverseSum * stride, columns[b]);
+    states[b].inverse_sum = load_stat(args.stats + kInverseSum * stride, columns[b]);
   }
   if (args.grad_sample) {
     for_chunks(p, states, blocks, [&](ColumnState& state, int64_t begin, int64_t end) {

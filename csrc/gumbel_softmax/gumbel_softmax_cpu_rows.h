@@ -1,7 +1,7 @@
 // gumbel_softmax_cpu.h where the codebook axis is contiguous: lanes are neighbours of one row.
 //
 // A chunk of codes stays in L1: its noisy logits and their maximum first, then exp2 and the sums,
-// which are rescaled when the maximum rises. A last pass multiplies by what each chunk still lacks.
+// which are rescaled when the maximum rises. A last pass rescales each chunk to the row's maximum.
 #pragma once
 
 #include "gumbel_softmax/gumbel_softmax_vector.h"
@@ -15,7 +15,7 @@ constexpr float kSmallestNormal = 1.17549435e-38f;
 constexpr float kInfinity = __builtin_inff();
 constexpr double kLn2Double = 0.69314718055994530942;
 
-// Products below the normal range are 0: a denormal would cost an assist on many processors.
+// Sets values below the normal range to 0: a denormal is slow on many processors.
 inline Float without_denormals(Float v) { return (Float)((Int)v & (v >= kSmallestNormal)); }
 
 // Words of the codes from k (a multiple of 4) to k + count - 1 of a row; returns where they begin.
@@ -56,26 +56,27 @@ inline Int lane_numbers() {
 // Running softmax statistics of one row or, lane by lane, of kLanes rows.
 struct Sums {
   Float noisy_max = splat(-kInfinity), logit_max = splat(-kInfinity);
-  Float sample{}, plain{}, entropy{};  // sums of 2^x, of p and of p log2 p, relative to the maxima
+  Float noisy_sum{};             // of exp((noisy - noisy_max) / tau)
+  Float logit_sum{}, entropy{};  // of p = exp(logit - logit_max), and of p log2 p
 
-  // New maxima: multiplies the sums by 2^(old - new).
-  inline void raise(Float new_noisy_max, Float new_logit_max, float scale) {
+  // Takes new maxima: multiplies the sums by 2^(old - new).
+  inline void rescale(Float new_noisy_max, Float new_logit_max, float scale) {
     const Float limit = splat(-1.0e4f);  // the first time, and beyond any exponent
-    sample *= exp2_of(maximum((noisy_max - new_noisy_max) * scale, limit));
+    noisy_sum *= exp2_of(maximum((noisy_max - new_noisy_max) * scale, limit));
     const Float drop = maximum((logit_max - new_logit_max) * kLog2E, limit);
     const Float factor = exp2_of(drop);
-    entropy = factor * (entropy + drop * plain);
-    plain *= factor;
+    entropy = factor * (entropy + drop * logit_sum);
+    logit_sum *= factor;
     noisy_max = new_noisy_max;
     logit_max = new_logit_max;
   }
 
-  // Takes over the sums of a part that is relative to the same maxima.
-  inline void take(Sums& part) {
-    sample += part.sample;
-    plain += part.plain;
+  // Adds the sums of a part with the same maxima, and clears the part.
+  inline void merge(Sums& part) {
+    noisy_sum += part.noisy_sum;
+    logit_sum += part.logit_sum;
     entropy += part.entropy;
-    part.sample = part.plain = part.entropy = Float{};
+    part.noisy_sum = part.logit_sum = part.entropy = Float{};
   }
 
   // Adds kN vectors, of which the lanes of `valid` count; noisy becomes 2^((noisy - max) scale).
@@ -95,31 +96,32 @@ struct Sums {
         noisy[j] = (Float)((Int)noisy[j] & valid);
         p[j] = (Float)((Int)p[j] & valid);
       }
-      sample += noisy[j];
-      plain += p[j];
+      noisy_sum += noisy[j];
+      logit_sum += p[j];
       entropy += p[j] * t[j];
     }
   }
 };
 
-// What forward keeps of one row; NaN where the row or tau is bad.
+// What forward writes of one row; NaN where a logit is not finite or tau is not positive.
 struct RowResult {
   float noisy_max, logit_max;
-  double sample, plain, entropy;
+  double noisy_sum, logit_sum, entropy;
   bool finite;
 
   inline void write(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args, int64_t row,
                     int64_t index, float scale) const {
-    const double log2_sum = __builtin_log2(plain);
-    const double kl =
-        kLn2Double * (entropy / plain - log2_sum) + __builtin_log(static_cast<double>(p.num_codes));
+    const double log2_sum = __builtin_log2(logit_sum);
+    const double kl = kLn2Double * (entropy / logit_sum - log2_sum) +
+                      __builtin_log(static_cast<double>(p.num_codes));
     const float nan = __builtin_nanf("");
     args.index[row] = finite ? index : 0;
     args.kl[row] = finite ? static_cast<float>(kl) : nan;
     float* stats = args.stats + row;
     const int64_t stride = num_rows(p);
     stats[kNoisyMax * stride] = noisy_max;
-    stats[kInverseSum * stride] = finite && scale == scale ? static_cast<float>(1.0 / sample) : nan;
+    stats[kInverseSum * stride] =
+        finite && scale == scale ? static_cast<float>(1.0 / noisy_sum) : nan;
     stats[kLogitMax * stride] = logit_max;
     stats[kLog2Sum * stride] = static_cast<float>(log2_sum);
   }
@@ -143,87 +145,87 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
   const scalar_t* logits = static_cast<const scalar_t*>(args.logits) + row * num_codes;
   scalar_t* sample = static_cast<scalar_t*>(args.sample) + row * num_codes;
   float* chunk_max = scratch + num_codes;
-  float* unscaled = as_float(sample) ? as_float(sample) : scratch;  // float samples wait in place
-  const bool keep = !args.hard;
+  float* unscaled = as_float(sample) ? as_float(sample) : scratch;  // float samples: in place
+  const bool soft = !args.hard;
   const Int lanes = lane_numbers();
 
   Sums sums;
-  Float bad{};
-  float best = -kInfinity;
+  Float nonfinite{};
+  float row_max = -kInfinity;
   int64_t index = 0;
   for (int64_t begin = 0; begin < num_codes; begin += kRowChunk) {
     const int64_t count = num_codes - begin < kRowChunk ? num_codes - begin : kRowChunk;
-    const int64_t whole = count / kLanes * kLanes, rest = count - whole;
+    const int64_t full = count / kLanes * kLanes, rest = count - full;
     const Int valid = lanes < static_cast<int32_t>(rest);
     uint32_t words[kRowChunk + 4 * kLanes];
     float noisy[kRowChunk];
     const uint32_t* word = row_words(keys, element_of(p, row), begin, count, words);
-    const scalar_t* l = logits + begin;
+    const scalar_t* chunk_logits = logits + begin;
 
     Float noisy_max = splat(-kInfinity), logit_max = splat(-kInfinity), last{};
-    for_vectors(whole, [&](auto many, int64_t i) {
+    for_vectors(full, [&](auto many, int64_t i) {
       constexpr int kN = many.kCount;
       Float logit[kN], n[kN];
-      load_many<kN>(l + i, logit);
+      load_many<kN>(chunk_logits + i, logit);
       add_noise<kN>(logit, word + i, n);
 #pragma GCC unroll 4
       for (int j = 0; j < kN; ++j) {
-        bad += logit[j] * 0.0f;
+        nonfinite += logit[j] * 0.0f;
         noisy_max = maximum(noisy_max, n[j]);
         logit_max = maximum(logit_max, logit[j]);
         store(noisy + i + j * kLanes, n[j]);
       }
     });
     if (rest) {
-      last = load_some(l + whole, rest, 0.0f);
+      last = load_some(chunk_logits + full, rest, 0.0f);
       last = select(valid, last, splat(last[0]));
-      const Float n = select(valid, add_gumbel(last, load<Word>(word + whole)), splat(-kInfinity));
-      bad += last * 0.0f;
+      const Float n = select(valid, add_gumbel(last, load<Word>(word + full)), splat(-kInfinity));
+      nonfinite += last * 0.0f;
       noisy_max = maximum(noisy_max, n);
       logit_max = maximum(logit_max, last);
-      store(noisy + whole, n);
+      store(noisy + full, n);
     }
 
-    const float highest = max_of<float>(noisy_max);
-    if (highest > best) {
+    const float new_max = max_of<float>(noisy_max);
+    if (new_max > row_max) {
       Int first = splat(static_cast<int32_t>(kRowChunk)), k = lanes;
       for (int64_t i = 0; i < count; i += kLanes, k += kLanes) {
-        const Int found = load<Float>(noisy + i) == highest ? k : first;
-        first = found < first ? found : first;
+        const Int candidate = load<Float>(noisy + i) == new_max ? k : first;
+        first = candidate < first ? candidate : first;
       }
       int32_t lowest = first[0];
       for (int i = 1; i < kLanes; ++i) lowest = first[i] < lowest ? first[i] : lowest;
       index = begin + lowest;
-      best = highest;
+      row_max = new_max;
     }
-    sums.raise(splat(best), splat(max_of<float>(maximum(sums.logit_max, logit_max))), scale);
-    chunk_max[begin / kRowChunk] = best;
+    sums.rescale(splat(row_max), splat(max_of<float>(maximum(sums.logit_max, logit_max))), scale);
+    chunk_max[begin / kRowChunk] = row_max;
 
     float* out = unscaled + begin;
-    for_vectors(whole, [&](auto many, int64_t i) {
+    for_vectors(full, [&](auto many, int64_t i) {
       constexpr int kN = many.kCount;
       Float logit[kN], e[kN];
-      load_many<kN>(l + i, logit);
+      load_many<kN>(chunk_logits + i, logit);
       load_many<kN>(noisy + i, e);
       sums.add<true, kN>(e, logit, scale, valid);
-      if (!keep) return;
+      if (!soft) return;
 #pragma GCC unroll 4
       for (int j = 0; j < kN; ++j) store(out + i + j * kLanes, e[j]);
     });
     if (rest) {
-      Float e[] = {load<Float>(noisy + whole)};
+      Float e[] = {load<Float>(noisy + full)};
       sums.add<false, 1>(e, {last}, scale, valid);
-      if (keep) store_some(out + whole, rest, e[0]);
+      if (soft) store_some(out + full, rest, e[0]);
     }
   }
 
-  const float unfit = sum_of<float>(bad);
-  const RowResult result{best,
+  const float nonfinite_sum = sum_of<float>(nonfinite);
+  const RowResult result{row_max,
                          sums.logit_max[0],
-                         sum_of<float>(sums.sample),
-                         sum_of<float>(sums.plain),
+                         sum_of<float>(sums.noisy_sum),
+                         sum_of<float>(sums.logit_sum),
                          sum_of<float>(sums.entropy),
-                         unfit == 0.0f};
+                         nonfinite_sum == 0.0f};
   result.write(p, args, row, index, scale);
   if (!result.finite || scale != scale) return fill(sample, num_codes, __builtin_nanf(""));
   if (args.hard) {
@@ -232,8 +234,8 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
   }
   for (int64_t begin = 0; begin < num_codes; begin += kRowChunk) {
     const int64_t end = num_codes - begin < kRowChunk ? num_codes : begin + kRowChunk;
-    const Float factor = exp2_of(splat((chunk_max[begin / kRowChunk] - best) * scale)) *
-                         static_cast<float>(1.0 / result.sample);
+    const Float factor = exp2_of(splat((chunk_max[begin / kRowChunk] - row_max) * scale)) *
+                         static_cast<float>(1.0 / result.noisy_sum);
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) {
       narrow(sample + i, without_denormals(load<Float>(unscaled + i) * factor));
@@ -282,7 +284,7 @@ void backward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
     Float dot{};
     for (int64_t begin = 0; begin < num_codes; begin += kRowChunk) {
       const int64_t count = num_codes - begin < kRowChunk ? num_codes - begin : kRowChunk;
-      const int64_t whole = count / kLanes * kLanes, rest = count - whole;
+      const int64_t full = count / kLanes * kLanes, rest = count - full;
       uint32_t words[kRowChunk + 4 * kLanes];
       const uint32_t* word = row_words(keys, element_of(p, row), begin, count, words);
       const auto sample_of = [&](auto many, const auto& logit, const uint32_t* from, auto& y) {
@@ -294,7 +296,7 @@ void backward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
 #pragma GCC unroll 4
         for (int j = 0; j < kN; ++j) y[j] *= inverse_sum;
       };
-      for_vectors(whole, [&](auto many, int64_t i) {
+      for_vectors(full, [&](auto many, int64_t i) {
         constexpr int kN = many.kCount;
         Float logit[kN], grad[kN], y[kN];
         load_many<kN>(logits + begin + i, logit);
@@ -307,11 +309,11 @@ void backward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
         }
       });
       if (rest) {
-        const int64_t k = begin + whole;
+        const int64_t k = begin + full;
         const Float logit[] = {load_some(logits + k, rest, 0.0f)};
         const Float grad = load_some(grads + k, rest, 0.0f);
         Float y[1];
-        sample_of(Count<1>{}, logit, word + whole, y);
+        sample_of(Count<1>{}, logit, word + full, y);
         dot += select(lane_numbers() < static_cast<int32_t>(rest), y[0] * grad, Float{});
         store_some(scratch + k, rest, y[0]);
       }
@@ -326,8 +328,8 @@ void backward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
     gradient.constant =
         splat(static_cast<float>(__builtin_log(static_cast<double>(num_codes))) - args.kl[row]);
   }
-  const int64_t whole = num_codes / kLanes * kLanes, rest = num_codes - whole;
-  for_vectors(whole, [&](auto many, int64_t k) {
+  const int64_t full = num_codes / kLanes * kLanes, rest = num_codes - full;
+  for_vectors(full, [&](auto many, int64_t k) {
     constexpr int kN = many.kCount;
     Float grad[kN] = {};
     if (grads) {
@@ -348,11 +350,11 @@ void backward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
   if (rest) {
     Float grad[1] = {};
     if (grads) {
-      const Float y = load_some(scratch + whole, rest, 0.0f);
-      grad[0] = gradient.of_sample(y, load_some(grads + whole, rest, 0.0f));
+      const Float y = load_some(scratch + full, rest, 0.0f);
+      grad[0] = gradient.of_sample(y, load_some(grads + full, rest, 0.0f));
     }
-    if (args.grad_kl) gradient.add_kl<1>({load_some(logits + whole, rest, 0.0f)}, grad);
-    store_some(out + whole, rest, grad[0]);
+    if (args.grad_kl) gradient.add_kl<1>({load_some(logits + full, rest, 0.0f)}, grad);
+    store_some(out + full, rest, grad[0]);
   }
 }
 

@@ -1,4 +1,4 @@
-// CUDA kernels of gumbel_softmax and their launch: the layout that fits K and its place. No torch
+// CUDA kernels of gumbel_softmax and their launch: the layout that fits K and the axis. No torch
 // here. Not yet measured on a GPU. Letters: see gumbel_softmax.h.
 #pragma once
 
@@ -15,7 +15,7 @@ cudaError_t choose_layout(const GumbelSoftmaxParams& p, const launch_t& launch) 
     static_assert(layout_t::kTail, "the last layout must take every K");
     return launch(layout_t());
   } else {
-    // Units that a row begins or ends in the midst of hold fewer codes.
+    // The first and the last unit of a row may hold fewer codes.
     constexpr int64_t kWidth = Row<scalar_t, layout_t>::kWidth;
     const int64_t wasted = p.num_codes % kWidth == 0 ? 0 : kWidth - 1;
     if (p.num_codes + wasted <= layout_t::kLanes * layout_t::kElements) return launch(layout_t());

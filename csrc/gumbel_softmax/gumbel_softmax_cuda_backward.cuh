@@ -8,9 +8,9 @@
 
 namespace dalle {
 
-// What one row's gradient needs beside its codes.
+// What the gradient of a row needs besides its logits and grad_sample.
 struct RowGradient {
-  float scale, noisy_max, inverse;               // of the sample
+  float scale, noisy_max, inverse_sum;           // of the sample
   float logit_max, log2_sum, grad_kl, constant;  // of the KL term; constant is ln K - kl
   uint64_t seed;
   bool with_sample, with_kl;
@@ -21,7 +21,7 @@ struct RowGradient {
     const int64_t rows = num_rows(p), at = row.num_codes != 0 ? row.index : 0;
     scale = float_exponent_scale(*args.tau);
     noisy_max = args.stats[kNoisyMax * rows + at];
-    inverse = args.stats[kInverseSum * rows + at];
+    inverse_sum = args.stats[kInverseSum * rows + at];
     logit_max = args.stats[kLogitMax * rows + at];
     log2_sum = args.stats[kLog2Sum * rows + at];
     with_sample = args.grad_sample != nullptr;
@@ -31,34 +31,35 @@ struct RowGradient {
     seed = static_cast<uint64_t>(*args.seed);
   }
 
-  // Turns logits into y / tau and the gradients g into g y / tau + the KL term, so that grad_l is
-  // g - <g, y> * logits of then; returns the chunk's <g, y>.
+  // Turns logits into y / tau and the gradients g into g y / tau + the KL term, so that afterwards
+  // grad_l = g - <g, y> * logits; returns the chunk's <g, y>.
   template <typename row_t, int kChunk>
-  __device__ __forceinline__ float take_chunk(const row_t& row, typename row_t::Code first,
-                                              float (&logits)[kChunk], float (&g)[kChunk]) const {
-    float through_kl[kChunk], dot = 0;
+  __device__ __forceinline__ float gradient_chunk(const row_t& row, typename row_t::Code first,
+                                                  float (&logits)[kChunk],
+                                                  float (&g)[kChunk]) const {
+    float kl_term[kChunk], dot = 0;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      through_kl[i] = 0;
+      kl_term[i] = 0;
       if (with_kl) {
         const float t = fmaxf((logits[i] - logit_max) * kLog2E - log2_sum, -127.0f);
-        through_kl[i] = grad_kl * (exp2_approx(t) * (t * kLn2 + constant));
+        kl_term[i] = grad_kl * (exp2_approx(t) * (t * kLn2 + constant));
       }
     }
     if (with_sample) {
       row.add_noise(first, seed, logits);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        const float y = inverse * exp2_approx((logits[i] - noisy_max) * scale);
+        const float y = inverse_sum * exp2_approx((logits[i] - noisy_max) * scale);
         dot = y * g[i] + dot;
         logits[i] = y * (scale * kLn2);
-        g[i] = logits[i] * g[i] + through_kl[i];
+        g[i] = logits[i] * g[i] + kl_term[i];
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         logits[i] = 0;
-        g[i] = through_kl[i];
+        g[i] = kl_term[i];
       }
     }
     return dot;
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(layout_t::kThreads, layout_t::kMinBlocks)
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     if (row.first_code(c) < row.num_codes) {
-      dot += gradient.take_chunk(row, row.first_code(c), x[c], g[c]);
+      dot += gradient.gradient_chunk(row, row.first_code(c), x[c], g[c]);
     }
   }
   code_t end = row.first_code(kChunks);  // of the chunks that are done
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(layout_t::kThreads, layout_t::kMinBlocks)
     for (; end < row.num_codes; end += row_t::kSpan) {
       float values[kChunk], weights[kChunk];
       load(end, values, weights);
-      dot += gradient.take_chunk(row, end, values, weights);
+      dot += gradient.gradient_chunk(row, end, values, weights);
     }
   }
   dot = reduce_row<layout_t>(dot, 0.0f, [](float a, float b) { return a + b; });
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(layout_t::kThreads, layout_t::kMinBlocks)
     for (end -= row_t::kSpan; end >= row.first_code(kChunks); end -= row_t::kSpan) {
       float values[kChunk], weights[kChunk];
       load(end, values, weights);
-      gradient.take_chunk(row, end, values, weights);
+      gradient.gradient_chunk(row, end, values, weights);
       write(end, dot, values, weights);
     }
   }

@@ -72,8 +72,8 @@ __device__ __forceinline__ float add_gumbel(float logit, uint32_t word) {
   return logit - kLn2 * log2_approx(exponential);
 }
 
-// log2(e) / tau in float, by whose division every thread gets it: 64-bit ones are slow on most
-// cards. The cases are those of exponent_scale.
+// log2(e) / tau in float, divided by every thread: 64-bit division is slow on most cards.
+// Other taus as in exponent_scale.
 __device__ __forceinline__ float float_exponent_scale(double tau) {
   if (!(tau > 0.0)) return nanf("");
   return fminf(kLog2E / static_cast<float>(tau), 3.0e38f);
@@ -82,7 +82,7 @@ __device__ __forceinline__ float float_exponent_scale(double tau) {
 // One row as one thread sees it. Its codes come in units of kWidth that start at element numbers
 // divisible by kWidth: whole Philox calls, and aligned vectors where the tensor begins aligned.
 // Codes that lie side by side are addressed by the same numbers, from where row 0 of the larger
-// batch would begin: a place of their own would take two registers more.
+// batch would begin: a second offset would take two registers more.
 template <typename scalar_t, typename layout_t>
 struct Row {
   static constexpr bool kStrided = layout_t::kStrided;
@@ -90,11 +90,11 @@ struct Row {
   static constexpr int kUnits = layout_t::kChunk / kWidth;  // of a chunk
   static constexpr int kStep = layout_t::kLanes * kWidth;   // codes between a thread's units
   static constexpr int kSpan = layout_t::kLanes * layout_t::kChunk;  // between its chunks
-  // A code's number; of 32 bits unless kStep beyond the last code may not fit.
+  // A code's number; 32 bits unless kStep beyond the last code may not fit.
   using Code = std::conditional_t<layout_t::kTail, int64_t, int>;
 
-  int64_t index, base, inner;  // base: place of code 0
-  uint64_t element;            // its number
+  int64_t index, base, inner;  // base: offset of code 0 in memory
+  uint64_t element;            // element number of code 0
   int num_codes;               // 0 beyond the last row
   int member;                  // of the kLanes threads
   bool aligned;
@@ -118,25 +118,26 @@ struct Row {
   __device__ __forceinline__ Code first_code(int64_t chunk) const {
     return static_cast<Code>(chunk * kSpan) + member * kWidth - static_cast<int>(element % kWidth);
   }
-  __device__ __forceinline__ bool whole(Code k) const {
+  __device__ __forceinline__ bool full_unit(Code k) const {
     return aligned && k >= 0 && k + kWidth <= num_codes;
   }
   __device__ __forceinline__ bool inside(Code k) const { return k >= 0 && k < num_codes; }
 
-  // A chunk from `data`; places that are no codes get `filling`. Unfinite codes make `bad` NaN.
-  __device__ __forceinline__ void load(const scalar_t* data, Code first, float filling, float& bad,
-                                       float (&values)[layout_t::kChunk]) const {
+  // A chunk from `data`; elements that are no codes get `filling`. A nonfinite code makes
+  // `nonfinite` NaN.
+  __device__ __forceinline__ void load(const scalar_t* data, Code first, float filling,
+                                       float& nonfinite, float (&values)[layout_t::kChunk]) const {
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
       const Code k = first + unit * kStep;
       float* const to = values + unit * kWidth;
-      if (!whole(k)) {
+      if (!full_unit(k)) {
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
           to[j] = filling;
           if (inside(k + j)) {
             to[j] = static_cast<float>(data[base + (k + j) * inner]);
-            bad = to[j] * 0.0f + bad;
+            nonfinite = to[j] * 0.0f + nonfinite;
           }
         }
         continue;
@@ -154,7 +155,7 @@ struct Row {
         unpack(words.w, to, 3);
       }
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) bad = to[j] * 0.0f + bad;
+      for (int j = 0; j < kWidth; ++j) nonfinite = to[j] * 0.0f + nonfinite;
     }
   }
 
@@ -164,7 +165,7 @@ struct Row {
     for (int unit = 0; unit < kUnits; ++unit) {
       const Code k = first + unit * kStep;
       const float* const from = values + unit * kWidth;
-      if (!kStrided && whole(k)) {
+      if (!kStrided && full_unit(k)) {
         const uint4 words{pack(from, 0), pack(from, 1), pack(from, 2), pack(from, 3)};
         store_vector_once(data + base + k, words);
         continue;
@@ -195,7 +196,7 @@ struct Row {
     }
   }
 
-  // Code of place i of a chunk.
+  // Code of element i of a chunk.
   __device__ __forceinline__ static Code code_of(Code first, int i) {
     return first + i / kWidth * kStep + i % kWidth;
   }
