@@ -55,12 +55,12 @@ def _offsets(
 
 
 def _runs(offsets: tuple[int, ...]) -> tuple[int, ...]:
-    held = set(offsets)
-    return tuple(o for o in range(offsets[-1] + 2) if (o in held) != (o - 1 in held))
+    attended = set(offsets)
+    return tuple(o for o in range(offsets[-1] + 2) if (o in attended) != (o - 1 in attended))
 
 
-def _check(holds: bool, argument: str, requirement: str, value: object) -> None:
-    if not holds:
+def _check(condition: bool, argument: str, requirement: str, value: object) -> None:
+    if not condition:
         raise ValueError(f"AttentionPattern: {argument} must be {requirement}, got {value!r}")
 
 
@@ -88,9 +88,9 @@ class _Offsets:
         if instance is None:
             return MethodType(_Offsets.offsets, owner)
         (rows, columns), half = instance.grid, instance.kernel_size // 2
-        found = _offsets(instance.kind, rows * columns, columns, half, instance.custom_offsets)
-        instance.__dict__["offsets"] = found  # where the next look finds it first
-        return found
+        offsets = _offsets(instance.kind, rows * columns, columns, half, instance.custom_offsets)
+        instance.__dict__["offsets"] = offsets  # an instance attribute comes before this descriptor
+        return offsets
 
     @staticmethod
     def offsets(
@@ -206,10 +206,10 @@ class AttentionPattern:
         if self.kind == "column":
             return lambda b, h, q, k: (q >= k) & ((k < text) | ((q - k) % columns == 0))
         beyond = rows * columns
-        seen = torch.zeros(beyond + 1, dtype=torch.bool, device="cpu")  # the last entry stays False
-        seen[list(self.offsets)] = True
-        seen = seen.to(device)
-        return lambda b, h, q, k: (q >= k) & ((k < text) | seen[(q - k).clamp(0, beyond)])
+        visible = torch.zeros(beyond + 1, dtype=torch.bool, device="cpu")  # last entry stays False
+        visible[list(self.offsets)] = True
+        visible = visible.to(device)
+        return lambda b, h, q, k: (q >= k) & ((k < text) | visible[(q - k).clamp(0, beyond)])
 
     def to_block_mask(self, device: torch.device | str = "cpu") -> BlockMask:
         """The pattern as a block mask for any batch and heads, in blocks of 128."""
@@ -309,10 +309,9 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            found = _backward(_rows(grad_out), *ctx.saved_tensors, *ctx.rule)
-        grads: tuple[Tensor, ...] = found
+            grads: tuple[Tensor, ...] = _backward(_rows(grad_out), *ctx.saved_tensors, *ctx.rule)
         if torch.is_grad_enabled():  # create_graph
-            grads = tuple(_native.once(g, grad_out, *ctx.saved_tensors[:3]) for g in found)
+            grads = tuple(_native.once(g, grad_out, *ctx.saved_tensors[:3]) for g in grads)
         return (*grads, *(None for _ in ctx.rule))
 
 
@@ -322,10 +321,10 @@ def _rows(x: Tensor) -> Tensor:
 
 def _number(scale: Any) -> float:
     numbers_only("sparse_attention", scale=scale)
-    found = real(scale)
-    if not math.isfinite(found):
+    value = real(scale)
+    if not math.isfinite(value):
         raise ValueError(f"sparse_attention: scale must be a finite number, got {scale!r}")
-    return found
+    return value
 
 
 def sparse_attention(
