@@ -65,11 +65,12 @@ inline Wide interleave(Wide even, Wide odd) {
 template <int kN = 1>
 inline void random_words(const PhiloxKeys& keys, uint64_t call, uint32_t* out) {
   constexpr int kCalls = kLanes / 2;
-  Wide places;  // such that unpacking pairs of lanes gives the elements in order
-  for (int i = 0; i < kCalls; ++i) places[i] = (i % 2) * (kCalls / 2) + i / 2;
+  // Calls of the lanes, in the order in which unpacking pairs of lanes gives consecutive elements.
+  Wide lane_calls;
+  for (int i = 0; i < kCalls; ++i) lane_calls[i] = (i % 2) * (kCalls / 2) + i / 2;
   Wide subsequence[kN];
 #pragma GCC unroll 4
-  for (int j = 0; j < kN; ++j) subsequence[j] = places + (call + j * kCalls);
+  for (int j = 0; j < kN; ++j) subsequence[j] = lane_calls + (call + j * kCalls);
   const PhiloxLanes<kN> lanes(subsequence, keys);
 #pragma GCC unroll 4
   for (int j = 0; j < kN; ++j, out += 2 * kLanes) {

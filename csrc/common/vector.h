@@ -25,8 +25,8 @@ namespace dalle {
 namespace DALLE_ISA_NAMESPACE {
 namespace {
 
-// After the arguments of a lambda that is called in two places, one of them with whole vectors: the
-// compiler must see the count in each.
+// After the arguments of a lambda that has two callers, one of them with full vectors: the compiler
+// must see the count in each.
 #define DALLE_INLINE __attribute__((always_inline))
 
 constexpr int kBytes = DALLE_ISA_BYTES;

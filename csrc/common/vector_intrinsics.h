@@ -85,9 +85,9 @@ inline bool any(Word mask) {
 #elif DALLE_X86_BYTES == 16
   return _mm_movemask_ps((__m128)mask) != 0;
 #else
-  uint64_t found = 0;
-  for (int i = 0; i < kLanes / 2; ++i) found |= ((Wide)mask)[i];
-  return found != 0;
+  uint64_t bits = 0;
+  for (int i = 0; i < kLanes / 2; ++i) bits |= ((Wide)mask)[i];
+  return bits != 0;
 #endif
 }
 

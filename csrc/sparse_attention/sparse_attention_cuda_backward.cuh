@@ -69,7 +69,7 @@ struct BackwardWarp : QueryRows<kRowTiles> {
                                          const Visible& visible) {
     const unsigned char* values = keys + TileLayout<kHeadSize>::kBytes;
 #pragma unroll 1
-    for (int part = 0; part < kKeys; part += 16) {  // 16 keys at a time, for want of registers
+    for (int part = 0; part < kKeys; part += 16) {  // 16 keys at a time, to fit the registers
       // ds holds the scores first, then the gradient of the scores.
       float ds[kRowTiles][2][4], dp[kRowTiles][2][4];
       clear(ds);

@@ -17,7 +17,8 @@ struct TilePlan {
   bool vectors;      // all rows begin at multiples of 16 bytes
 };
 
-// Index of this thread's warp, told so that the compiler knows it is the same in all lanes.
+// Index of this thread's warp, by a shuffle, so that the compiler knows it is the same in all
+// lanes.
 __device__ __forceinline__ int warp_index() {
   return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpSize, 0);
 }
