@@ -40,7 +40,10 @@ BAD = {
         "--out", "{given}/occupied", "--steps", "0"],
     "cluster: processes of a machine must be as many on each, or machines given, got "
     "LOCAL_WORLD_SIZE 1, 2 of 2": [["LOCAL_WORLD_SIZE=1", "LOCAL_WORLD_SIZE=2"]],
-    "cluster: processes must reach each other, got on process": ["GLOO_SOCKET_IFNAME=nowhere0"],
+    "cluster: processes must reach each other, got on process": [
+        # Whoever comes first may have given up, and taken the store along, before the other comes.
+        "GLOO_SOCKET_IFNAME=nowhere0", "--timeout", "20",
+    ],
 }  # fmt: skip
 
 
