@@ -56,7 +56,8 @@ LINES = [
 DEMO = "demo --data shapes --preset smoke --out demo"
 INTERNAL = re.compile(
     r"\b[A-Z]\w+(Error|Exception|Warning)\b|Traceback|panicked|a fault of dalle|"
-    r"has no attribute|unsupported operand|not supported between|positional argument|"
+    r"has no attribute|unsupported operand|not supported between|"
+    r"(?:takes|missing) .*positional argument|"
     r"subscriptable|indices must be|NoneType|codec can't|object is not|unhashable|enforce fail|"
     r"invalid literal|could not convert|sys\.|bad_alloc|out of range$|Errno|__\w+__|0x[0-9a-f]{8}"
 )

@@ -22,6 +22,12 @@ def test_the_checks_can_fail():
         "exit code 1",
         "words of the inside: KeyError",
     ]
+    for told in (
+        "f() takes 2 positional arguments but 3",
+        "f() missing 1 required positional argument",
+    ):
+        assert len(fuzz_cli.check(2, told, "", "whole", 0.1)) == 1
+    assert fuzz_cli.check(0, "", " positional arguments ---", "whole", 0.1) == []  # of --help
     assert fuzz_cli.check(3, "", "", "whole", 0.1) == ["failed without a word"]
     assert fuzz_cli.check(0, "", "\x1b[2J", "whole", 99.0) == ["99 seconds", "control characters"]
     assert fuzz_cli.check(2, "data: x must be y, got z\n", "", "whole", 0.1) == []
