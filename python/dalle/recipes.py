@@ -39,21 +39,32 @@ class DvaeRecipe:
     fixed: float
 
 
-def _recipe(
-    image_size: int,
-    warm: int,
+def quick_dvae(
     steps: int,
-    model: dict[str, int],
-    seconds: float,
-    fixed: float,
+    *,
+    image_size: int,
+    warm: int | None = None,
+    seconds: float = 0.0,
+    fixed: float = 0.0,
+    model: Mapping[str, int] | None = None,
     **changes: Any,
 ) -> DvaeRecipe:
-    """The recipe that runs of two minutes share.
+    """The recipe of runs that take minutes, for any number of updates.
 
     From scratch they collapse to a few dozen codes, so a continuous autoencoder comes first; mean
     squared error sharpens the picture faster than the likelihood does; and the KL term, which the
     paper needs to spread the codes, has nothing to do where k-means has spread them.
+
+    Args:
+        steps: updates, those of the warm start included; at least 2.
+        image_size: side of the pictures in pixels, a multiple of the patch.
+        warm: updates of the warm start; two thirds if left out.
+        seconds, fixed: see `DvaeRecipe`.
+        model: fields of `DiscreteVAEConfig` beside the patch stem.
+        changes: fields of `DvaeTrainConfig`.
     """
+    if warm is None:
+        warm = max(1, round(0.67 * steps))
     options: dict[str, Any] = {
         "batch_size": 16,
         "tau_start": 0.3,
@@ -72,7 +83,7 @@ def _recipe(
     }
     return DvaeRecipe(
         image_size=image_size,
-        model=DiscreteVAEConfig(stem="patch", **model),
+        model=DiscreteVAEConfig(stem="patch", **(model or {})),
         train=DvaeTrainConfig(image_size=image_size, **(options | changes)),
         steps=steps,
         seconds=seconds,
@@ -81,23 +92,23 @@ def _recipe(
 
 
 DVAE_RECIPES: dict[str, DvaeRecipe] = {
-    "emoji": _recipe(
-        40,
-        700,
+    "emoji": quick_dvae(
         1000,
-        {"patch": 5, "n_hid": 128, "n_blk_per_group": 2, "n_init": 32, "vocab_size": 2048},
-        40.0,
-        7.0,
+        image_size=40,
+        warm=700,
+        model={"patch": 5, "n_hid": 128, "n_blk_per_group": 2, "n_init": 32, "vocab_size": 2048},
+        seconds=40.0,
+        fixed=7.0,
         lr_start=1e-3,
         codebook_sharpness=4.0,
     ),
-    "shapes": _recipe(
-        24,
-        600,
+    "shapes": quick_dvae(
         1000,
-        {"patch": 2, "n_hid": 48, "n_blk_per_group": 1, "n_init": 16, "vocab_size": 128},
-        20.0,
-        5.0,
+        image_size=24,
+        warm=600,
+        model={"patch": 2, "n_hid": 48, "n_blk_per_group": 1, "n_init": 16, "vocab_size": 128},
+        seconds=20.0,
+        fixed=5.0,
         lr_start=4e-4,
         codebook_sharpness=1.0,
     ),
@@ -127,14 +138,20 @@ class PriorRecipe:
     samples_seconds: float = 0.0
 
 
-def _short(steps: int, **changes: Any) -> PriorTrainConfig:
+def quick_prior(steps: int, **changes: Any) -> PriorTrainConfig:
     """The recipe that all short runs share: a cosine to zero, one code per image, a warm start.
 
     The paper's augmentation and BPE dropout blur what a few epochs have to learn by heart; its
     warm-up alone would outlast the run; and Muon needs half of AdamW's updates.
+
+    Args:
+        steps: updates.
+        changes: fields of `PriorTrainConfig`.
     """
     options: dict[str, Any] = {
-        "warmup_steps": 60,
+        "batch_size": 16,
+        "lr": 4e-3,
+        "warmup_steps": max(1, min(60, steps // 10)),
         "decay": "cosine",
         "decay_steps": steps,
         "augment": "none",
@@ -159,7 +176,7 @@ EMOJI_STEPS, SHAPES_STEPS = 1500, 750
 PRIOR_RECIPES: dict[str, PriorRecipe] = {
     "emoji": PriorRecipe(
         model=_sizes(16),
-        train=_short(EMOJI_STEPS, batch_size=16, lr=4e-3),
+        train=quick_prior(EMOJI_STEPS),
         steps=EMOJI_STEPS,
         sampling=SamplingConfig(temperature=0.5),
         seconds=120.0,
@@ -168,7 +185,7 @@ PRIOR_RECIPES: dict[str, PriorRecipe] = {
     ),
     "shapes": PriorRecipe(
         model=_sizes(16, d_model=192, num_heads=6, num_layers=2, attention=("causal",) * 2),
-        train=_short(SHAPES_STEPS, batch_size=16, lr=2.5e-3),
+        train=quick_prior(SHAPES_STEPS, lr=2.5e-3),
         steps=SHAPES_STEPS,
         sampling=SamplingConfig(temperature=0.5, cond_scale=1.5),
         seconds=100.0,
@@ -192,10 +209,21 @@ class RankerRecipe:
     fixed: float = 4.0
 
 
+def quick_ranker(steps: int, **changes: Any) -> RankerTrainConfig:
+    """The ranker's recipe with a warm-up that fits the number of updates.
+
+    Args:
+        steps: updates.
+        changes: fields of `RankerTrainConfig`.
+    """
+    options: dict[str, Any] = {"warmup": max(1, min(50, steps // 10)), "parts": PARTS}
+    return RankerTrainConfig(**(options | changes))
+
+
 RANKER_RECIPES: dict[tuple[str, str], RankerRecipe] = {
-    ("emoji", "default"): RankerRecipe(train=RankerTrainConfig(parts=PARTS)),
+    ("emoji", "default"): RankerRecipe(train=quick_ranker(500)),
     ("shapes", "default"): RankerRecipe(
-        train=RankerTrainConfig(parts=PARTS), steps=600, seconds=44.0, fixed=10.0
+        train=quick_ranker(600), steps=600, seconds=44.0, fixed=10.0
     ),
     ("emoji", "smoke"): RankerRecipe(
         model={"width": 32, "depth": 1, "embed_dim": 32},
