@@ -1,10 +1,11 @@
-"""Checks that public functions share: integers, and gradients that would be lost."""
+"""Checks that public functions share: integers, and gradients that would be lost in silence."""
 
 from __future__ import annotations
 
 import math
 import numbers
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,3 +81,35 @@ def numbers_only(op: str, **arguments: Any) -> None:
                 f"{op}: {name} must not require a gradient, got a tensor that does; none flows to "
                 "it: pass it detached"
             )
+
+
+class _FirstOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor, message: str, *sources: torch.Tensor) -> torch.Tensor:
+        ctx.message = message
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(ctx.message)
+
+
+def once_differentiable(
+    grads: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], message: str
+) -> tuple[torch.Tensor, ...]:
+    """The gradients a backward pass returns, so that differentiating them is an error.
+
+    torch's decorator of this name lets a second derivative be zero in silence where the incoming
+    gradient is a constant, and where only derivatives by the op's inputs are asked for.
+
+    Args:
+        grads: the gradients to return.
+        sources: the tensors they were computed from.
+        message: one line of the error.
+
+    Raises, when a second derivative is computed:
+        NotImplementedError: `message`.
+    """
+    if not torch.is_grad_enabled():  # no create_graph
+        return tuple(grads)
+    return tuple(_FirstOrder.apply(grad, message, *sources) for grad in grads)  # type: ignore[no-untyped-call]  # of torch

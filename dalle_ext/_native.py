@@ -21,6 +21,10 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 FOLDER = Path(__file__).parent
 HOW_TO_BUILD = "pip install -c constraints.txt -e ."
+SECOND_DERIVATIVE = (
+    "dalle_ext: native ops must be differentiated once, got a derivative of a gradient; "
+    "use dalle_ext.use_reference()"
+)
 FLOATING = {torch.float32, torch.float16, torch.bfloat16}  # of ops that store in 16 bits
 
 
@@ -147,29 +151,3 @@ def build_info() -> dict[str, Any]:
         "cpu_isa": isa,
         "host": HOST is not None,
     }
-
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, grad: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            "dalle_ext: native ops must be differentiated once, got a derivative of a gradient; "
-            "use dalle_ext.use_reference()"
-        )
-
-
-def once(grad: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-    """A gradient as it is; its own derivative, by any of `sources`, is refused.
-
-    torch's `once_differentiable` lets it be zero in silence where the incoming gradient is a
-    constant, and where only derivatives by the op's inputs are asked for.
-
-    Raises, when it is asked for:
-        NotImplementedError: in one line.
-    """
-    found: torch.Tensor = _Once.apply(grad, *sources)  # type: ignore[no-untyped-call]  # of torch
-    return found

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dalle_ext import _native
-from dalle_ext._checks import integer, numbers_only, seed_word
+from dalle_ext._checks import integer, numbers_only, once_differentiable, seed_word
 from dalle_ext._switch import reference_in_use
 from dalle_ext.reference import gumbel_softmax as reference
 
@@ -67,14 +67,14 @@ class _Function(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if grad_sample is None and grad_kl is None:
             return None, None, None, None, None, None
-        given = [x for x in (grad_sample, grad_kl) if x is not None]
+        incoming = [x for x in (grad_sample, grad_kl) if x is not None]
         with torch.no_grad():
             grad_sample = None if grad_sample is None else grad_sample.contiguous()
             grad_kl = None if grad_kl is None else grad_kl.contiguous()
             grad = _backward(grad_sample, grad_kl, *ctx.saved_tensors, ctx.dim, ctx.first_row)
-        if torch.is_grad_enabled():  # create_graph
-            grad = _native.once(grad, ctx.saved_tensors[0], *given)
-        return grad, None, None, None, None, None
+        sources = (ctx.saved_tensors[0], *incoming)
+        grads = once_differentiable([grad], sources, _native.SECOND_DERIVATIVE)
+        return *grads, None, None, None, None, None
 
 
 def _contiguous(
@@ -82,9 +82,9 @@ def _contiguous(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sample, index and kl of contiguous logits over axis `dim` >= 0."""
     if torch.is_grad_enabled() and logits.requires_grad:
-        found: tuple[Tensor, Tensor, Tensor]
-        found = _Function.apply(logits, tau, seed, dim, hard, first_row)  # type: ignore[no-untyped-call]  # of torch
-        return found
+        outputs: tuple[Tensor, Tensor, Tensor]
+        outputs = _Function.apply(logits, tau, seed, dim, hard, first_row)  # type: ignore[no-untyped-call]  # of torch
+        return outputs
     return _forward(logits, tau, seed, dim, hard, first_row)[:3]
 
 
@@ -183,8 +183,8 @@ def gumbel_softmax(
     tau = _scalar("tau", tau, torch.float64, logits.device)
     seed = _scalar("seed", seed, torch.int64, logits.device)
     if reference_in_use() or logits.dtype == torch.float64:
-        given: Any = {"dim": dim, "hard": hard, "seed": seed, "first_row": first_row}
-        return GumbelSoftmax(*reference.gumbel_softmax(logits, tau, **given))
+        options: Any = {"dim": dim, "hard": hard, "seed": seed, "first_row": first_row}
+        return GumbelSoftmax(*reference.gumbel_softmax(logits, tau, **options))
     _native.require("gumbel_softmax", logits.device)
     if logits.is_contiguous():
         axis = dim % logits.dim()

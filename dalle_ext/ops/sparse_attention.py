@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from dalle_ext import _native
-from dalle_ext._checks import integer, numbers_only, real
+from dalle_ext._checks import integer, numbers_only, once_differentiable, real
 from dalle_ext._switch import reference_in_use
 from dalle_ext.reference import sparse_attention as reference
 
@@ -310,8 +310,8 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             grads: tuple[Tensor, ...] = _backward(_rows(grad_out), *ctx.saved_tensors, *ctx.rule)
-        if torch.is_grad_enabled():  # create_graph
-            grads = tuple(_native.once(g, grad_out, *ctx.saved_tensors[:3]) for g in grads)
+        sources = (grad_out, *ctx.saved_tensors[:3])
+        grads = once_differentiable(grads, sources, _native.SECOND_DERIVATIVE)
         return (*grads, *(None for _ in ctx.rule))
 
 

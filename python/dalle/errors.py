@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+SECOND_DERIVATIVE = (
+    "dalle: gradients of this model must be differentiated once, got a derivative of a gradient; "
+    "use precision fp32 and parts 1"
+)
+
 
 class DalleError(Exception):
     """Base of every error that `dalle` raises on purpose.
 
     Attributes:
-        agreed: whether all processes of a cluster have raised it at the same place, so that they
+        agreed: whether all processes of a cluster have raised it at the same point, so that they
             can still do something together.
     """
 

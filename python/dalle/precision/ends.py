@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import dalle_ext
-from dalle.precision.once import once
+from dalle.errors import SECOND_DERIVATIVE
+from dalle_ext._checks import once_differentiable
 
 COUNTS = ("overflow", "underflow", "subnormal", "nonfinite")  # of `scale_gradient`
 LOWEST, BINS = -64, 80  # exponents of the histogram: floor(log2 |g|) from -64 to 15
@@ -33,7 +34,7 @@ class _Enter(torch.autograd.Function):
     def backward(ctx: Any, stream: Tensor, branch: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             grad = dalle_ext.unscale_gradient(stream, branch, ctx.saved_tensors[0])
-        return *once((grad,), stream, branch), None
+        return *once_differentiable([grad], (stream, branch), SECOND_DERIVATIVE), None
 
 
 class _Leave(torch.autograd.Function):
@@ -52,7 +53,7 @@ class _Leave(torch.autograd.Function):
             size = counts.new_full((1,), grad.numel())
             bins = exponents(grad) if ctx.sampling else counts.new_zeros(BINS)
             counted = torch.cat([counts, size, bins]).double()
-        return *once((scaled,), grad), None, counted, None
+        return *once_differentiable([scaled], (grad,), SECOND_DERIVATIVE), None, counted, None
 
 
 def exponents(grad: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle.precision.once import once
+from dalle.errors import SECOND_DERIVATIVE
+from dalle_ext._checks import once_differentiable
 
 
 class _Linear(torch.autograd.Function):
@@ -31,7 +32,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         with torch.no_grad():
             gradients = _Linear.gradients(x, weight, grad, ctx.bias_dtype)
-        return once(gradients, grad, x, weight)
+        return once_differentiable(gradients, (grad, x, weight), SECOND_DERIVATIVE)
 
     @staticmethod
     def gradients(

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dalle.configs import integer
-from dalle.precision.once import once
+from dalle.errors import SECOND_DERIVATIVE
+from dalle_ext._checks import once_differentiable
 
 Run = Callable[[slice], Sequence[Tensor]]
 
@@ -74,7 +75,9 @@ class _RunParts(torch.autograd.Function):
         ctx.graphs.clear()
         totals = [_sum(grads) for grads in zip(*grads_of_parts, strict=True)]
         sources = (*(g for g in gradients if g is not None), *ctx.parameters)
-        return None, None, None, *(g if g is None else once((g,), *sources)[0] for g in totals)
+        present = [total for total in totals if total is not None]
+        checked = iter(once_differentiable(present, sources, SECOND_DERIVATIVE))
+        return None, None, None, *(None if total is None else next(checked) for total in totals)
 
 
 def _sum(gradients: Sequence[Tensor | None]) -> Tensor | None:
@@ -91,7 +94,7 @@ def _sum(gradients: Sequence[Tensor | None]) -> Tensor | None:
 def run_parts(run: Run, size: int, parts: int, model: nn.Module) -> list[tuple[Tensor, ...]]:
     """`run` on each part of a batch, at the same time; gradients flow into `model` as usual.
 
-    Equivalent to `[tuple(run(place)) for place in slices(size, parts)]`.
+    Equivalent to `[tuple(run(rows)) for rows in slices(size, parts)]`.
 
     Args:
         run: takes a slice of the batch and returns tensors, as many for each part; only `model`'s
