@@ -206,7 +206,7 @@ def test_a_seed_has_63_bits(owner, seed):
     [
         ("step_seed: step", lambda: step_seed(0, -1)),
         ("step_seed: stream", lambda: step_seed(0, 0, -1)),
-        ("step_seed: place", lambda: step_seed(0, 0, 1, -1)),
+        ("step_seed: index", lambda: step_seed(0, 0, 1, -1)),
         ("BatchSampler: step", lambda: BatchSampler(4, 2, 0).indices(-1)),
         ("kmeans: num_centers", lambda: kmeans(X, 0, iterations=1, seed=0)),
         ("kmeans: iterations", lambda: kmeans(X, 1, iterations=-1, seed=0)),
@@ -215,7 +215,7 @@ def test_a_seed_has_63_bits(owner, seed):
         ("shapes: num_pairs", lambda: zero_pairs(-1)),
         ("shapes .*: indices", lambda: load_or_skip(ShapesPairs(size=2), [0.5])),
         ("shapes .*: indices", lambda: load_or_draw(ShapesPairs(size=2), "0", int, None)),
-        ("shapes .*: most", lambda: load_or_skip(ShapesPairs(size=2), [0], most=-1)),
+        ("shapes .*: limit", lambda: load_or_skip(ShapesPairs(size=2), [0], limit=-1)),
         ("shapes: split", lambda: ShapesPairs(["train"])),
         ("IterateAverage: decay", lambda: IterateAverage(torch.nn.Linear(1, 1), "0.9")),
         ("PlateauHalving: min_delta", lambda: schedules.PlateauHalving(min_delta="0")),

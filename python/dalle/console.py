@@ -116,9 +116,9 @@ class Stream:
         if self.problem is None or self.inner is None:
             return
         with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.inner.fileno())
-            os.close(nowhere)
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self.inner.fileno())
+            os.close(devnull)
 
     def __getattr__(self, name: str) -> object:  # encoding, fileno, buffer, ...
         return getattr(self.inner, name)

@@ -113,7 +113,7 @@ class Tokenizer:
         *,
         dropout: float = 0.0,
         seed: int = 0,
-        places: Sequence[int] | None = None,
+        positions: Sequence[int] | None = None,
     ) -> Tensor:
         """Encodes captions into slots.
 
@@ -123,14 +123,14 @@ class Tokenizer:
                 `truncated`.
             dropout: probability in [0, 1] that a possible merge is skipped, drawn anew at each
                 merge; 0.1 in the paper's training, 0 for sampling.
-            seed: decides a caption's dropout together with its place; unused without dropout.
-            places: B numbers of 0 or more, of the captions in their batch; 0, 1, ... if left out.
+            seed: decides a caption's dropout together with its position; unused without dropout.
+            positions: of the captions in their batch, B numbers of 0 or more; 0, 1, ... by default.
 
         Returns:
             (B, length) int64, unused slots hold PAD = -1.
 
         Raises:
-            UsageError: captions that are no strings, bad length, dropout, seed or places.
+            UsageError: captions that are no strings, bad length, dropout, seed or positions.
             EnvironmentProblem: (B, length) numbers fit no memory.
         """
         texts = [lower(caption) for caption in _strings(captions)]
@@ -139,10 +139,13 @@ class Tokenizer:
             raise UsageError(f"tokenizer: length must be at least 1, got {length}")
         if not 0 <= real(dropout) <= 1:
             raise UsageError(f"tokenizer: dropout must be in [0, 1], got {dropout}")
-        places = range(len(texts)) if places is None else integers("tokenizer", "places", places, 0)
-        if len(places) != len(texts):
+        if positions is None:
+            positions = range(len(texts))
+        positions = integers("tokenizer", "positions", positions, 0)
+        if len(positions) != len(texts):
             raise UsageError(
-                f"tokenizer: places must be as many as captions, got {len(places)} for {len(texts)}"
+                f"tokenizer: positions must be as many as captions, got {len(positions)} for "
+                f"{len(texts)}"
             )
         size = 8 * len(texts) * length
         if size > LARGE:
@@ -152,7 +155,7 @@ class Tokenizer:
         else:
             rows = [
                 self._encode_with_dropout(text, dropout, random.Random(f"{seed}/{i}"))
-                for i, text in zip(places, texts, strict=True)
+                for i, text in zip(positions, texts, strict=True)
             ]
         ids = torch.full((len(rows), length), self.PAD, dtype=torch.int64, device="cpu")
         for i, row in enumerate(rows):

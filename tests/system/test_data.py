@@ -172,7 +172,7 @@ def test_bad_pictures_are_skipped_counted_and_named(capsys):
     with pytest.raises(DataError, match="hold a picture that can be used, got picture 3: "):
         load_or_skip(pairs, [1, 3])
     assert load_or_skip(pairs, [1, 3], require_any=False) == ([], [])
-    assert load_or_skip(pairs, range(6), most=2)[1] == [0, 2]
+    assert load_or_skip(pairs, range(6), limit=2)[1] == [0, 2]
 
 
 def test_only_some_of_many_are_named(capsys):

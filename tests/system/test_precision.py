@@ -357,7 +357,7 @@ def test_the_norm_that_clips_is_the_one_that_processes_agreed_on():
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         backward(model)
         before = model.head.bias.detach().clone()
-        done = scaler.step(optimizer, clip_norm=1e-3, agree=lambda norm, f=factor: norm.mul_(f))
+        done = scaler.step(optimizer, clip_norm=1e-3, sync_norm=lambda norm, f=factor: norm.mul_(f))
         found.append((float(done.norm), model.head.bias.detach() - before))
     assert found[1][0] == pytest.approx(2 * found[0][0])
     torch.testing.assert_close(2 * found[1][1], found[0][1])

@@ -355,9 +355,9 @@ def test_bad_input(tokenizer):
             Tokenizer.train(given)
     with pytest.raises(UsageError, match="must be a sequence of strings, got one string"):
         Tokenizer.train("a red circle")
-    for places in ([0], [0, 1, 2], [0, -1], [0, 1.5], ["0", "1"], 2, "01"):
-        with pytest.raises(UsageError, match="^tokenizer: places must be "):
-            tokenizer.encode(["a", "b"], 8, dropout=0.1, places=places)
+    for positions in ([0], [0, 1, 2], [0, -1], [0, 1.5], ["0", "1"], 2, "01"):
+        with pytest.raises(UsageError, match="^tokenizer: positions must be "):
+            tokenizer.encode(["a", "b"], 8, dropout=0.1, positions=positions)
     for dropout in ("0.1", None, math.nan):
         with pytest.raises(UsageError, match="^tokenizer: dropout must be "):
             tokenizer.encode(["a"], 8, dropout=dropout)

@@ -72,7 +72,7 @@ class CheckConfig:
 def contact_sheet(pairs: Pairs, count: int, side: int) -> Image.Image:
     """The first pictures with their captions, centre-cropped to `side`, at least 64 pixels each."""
     images, positions = load_or_skip(
-        pairs, range(len(pairs)), lambda image, _: center_crop(image, side), most=count
+        pairs, range(len(pairs)), lambda image, _: center_crop(image, side), limit=count
     )
     scale = max(1, -(-96 // side))
     labels = [pairs.captions[i] for i in positions]
@@ -210,7 +210,7 @@ def _lengths(captions: list[str], tokenizer: Tokenizer, dropout: float) -> list[
         part = captions[begin : begin + 64]
         width = max(len(lower(caption).encode()) for caption in part)  # a byte is a token at most
         ids = tokenizer.encode(
-            part, max(width, 1), dropout=dropout, places=range(begin, begin + len(part))
+            part, max(width, 1), dropout=dropout, positions=range(begin, begin + len(part))
         )
         lengths += (ids != Tokenizer.PAD).sum(1).tolist()
     return lengths

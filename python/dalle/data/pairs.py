@@ -152,7 +152,7 @@ def load_or_skip(
     transform: Callable[[np.ndarray, int], np.ndarray] | None = None,
     *,
     require_any: bool = True,
-    most: int | None = None,
+    limit: int | None = None,
 ) -> tuple[list[np.ndarray], list[int]]:
     """Loads pictures; one that cannot be used is left out and counted in `pairs.skipped`.
 
@@ -163,7 +163,7 @@ def load_or_skip(
         indices: items to load.
         transform: applied to each picture and its position in `indices`, in that order.
         require_any: whether at least one must be usable.
-        most: number of pictures after which loading stops; None loads all.
+        limit: number of pictures after which loading stops; None loads all.
 
     Returns:
         The pictures, and their positions in `indices`. Both may be shorter than `indices`.
@@ -174,10 +174,10 @@ def load_or_skip(
     images: list[np.ndarray] = []
     positions: list[int] = []
     reason = ""
-    if most is not None:
-        most = integer(pairs.name, "most", most, 0)
+    if limit is not None:
+        limit = integer(pairs.name, "limit", limit, 0)
     for position, item in enumerate(indices):
-        if most is not None and len(images) >= most:
+        if limit is not None and len(images) >= limit:
             break
         try:
             image = pairs.load(item := integer(pairs.name, "indices", item))

@@ -344,7 +344,7 @@ class PowerSGD:
         norm = norm + torch.zeros_like(norm).masked_fill(bad.sum() > 0, torch.nan)
         return norm
 
-    def take_first_norm_(self, norm: Tensor) -> None:
+    def broadcast_norm_(self, norm: Tensor) -> None:
         """Makes a norm that of the first process, in place. Collective, 8 bytes.
 
         The gradients are equal, but processors add their squares in different orders; a clip factor

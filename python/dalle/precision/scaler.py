@@ -141,7 +141,7 @@ class ResblockScaler:
         optimizer: torch.optim.Optimizer,
         *,
         clip_norm: float | None = None,
-        agree: Callable[[Tensor], object] | None = None,
+        sync_norm: Callable[[Tensor], object] | None = None,
     ) -> ScalerStep:
         """Unscales, clips, updates the parameters unless a gradient is nonfinite, and the scales.
 
@@ -152,9 +152,9 @@ class ResblockScaler:
         Args:
             optimizer: of all parameters; those without a gradient are left alone.
             clip_norm: largest global norm of the unscaled gradients.
-            agree: called with the norm (0-d float64) before it clips, to make it one number on
+            sync_norm: called with the norm (0-d float64) before it clips, to make it one number on
                 processes that hold equal gradients: the order in which squares are added depends
-                on the processor (`PowerSGD.take_first_norm_`).
+                on the processor (`PowerSGD.broadcast_norm_`).
 
         Raises:
             UsageError: no gradients, none of the blocks' parameters (a copy of the scaler alone
@@ -175,8 +175,8 @@ class ResblockScaler:
         if not fused:
             _check_fp32(params, optimizer)
         norm, nonfinite = gradient_stats(params, self.scales, groups, check_only=fused)
-        if agree is not None:
-            agree(norm)
+        if sync_norm is not None:
+            sync_norm(norm)
         skipped = nonfinite.sum() > 0
         factor = None
         if clip_norm is not None:
@@ -201,7 +201,7 @@ class ResblockScaler:
     def _update_scales(self, nonfinite: Tensor) -> None:
         count = len(self)
         scales, counts = self.scales[:count], nonfinite[:count]
-        dirty_elsewhere = nonfinite[count] > 0
+        nonfinite_elsewhere = nonfinite[count] > 0
         if self.shared:
             counts = nonfinite.sum().expand(count)
         at_floor = (scales <= self.low) & (counts > 0)
@@ -219,7 +219,7 @@ class ResblockScaler:
             grow_on_skip=self._grow_on_skip,
         )
         if before is not None:  # the op sees the blocks alone
-            scales.copy_(torch.where(dirty_elsewhere, torch.minimum(scales, before), scales))
+            scales.copy_(torch.where(nonfinite_elsewhere, torch.minimum(scales, before), scales))
         self.updates += 1
         self._sample()
 

@@ -165,12 +165,12 @@ class DvaeTask:
         model, recipe = to_dict(self.model.config), to_dict(self.config)
         return {"model": model, "train": recipe, "data": self.data, "seed": self.seed}
 
-    def images(self, items: np.ndarray, most: int) -> Tensor:
-        """The first `most` usable pictures among `items`, sorted by index, cropped to the centre:
+    def images(self, items: np.ndarray, limit: int) -> Tensor:
+        """The first `limit` usable pictures among `items`, sorted by index, cropped to the centre:
         (B, 3, S, S) in [0, 1]."""
         size = self.config.image_size
         crops, positions = load_or_skip(
-            self.pairs, items, lambda image, _: center_crop(image, size), most=most
+            self.pairs, items, lambda image, _: center_crop(image, size), limit=limit
         )
         return to_tensor([crops[i] for i in np.argsort(items[positions])]).to(self.device)
 
@@ -190,7 +190,7 @@ class DvaeTask:
             range(len(self.pairs)),
             lambda image, _: center_crop(image, c.image_size),
             require_any=False,
-            most=num_images,
+            limit=num_images,
         )
         if len(crops) < num_images:
             raise DataError(

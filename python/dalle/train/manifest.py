@@ -76,9 +76,11 @@ def publish(temporary: Path, final: Path, keep: int, part: slice = ALL) -> None:
     sync_folder(root)
     with contextlib.suppress(OSError):  # the new one is safe; the next save prunes again
         for old in checkpoints(root)[:-keep]:
-            doomed = temporary_name(old)  # renamed first: no half-removed folder has the name
-            os.rename(old, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            removed = temporary_name(
+                old
+            )  # renamed first, so that no half-removed folder has the name
+            os.rename(old, removed)
+            shutil.rmtree(removed, ignore_errors=True)
     remove_stale(root)
 
 

@@ -101,11 +101,11 @@ class Metrics:
         self._sums: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
         self._failed = False
-        self._begin = self._mark = time.monotonic()
-        self._mark_step = start
+        self._begin = self._last_time = time.monotonic()
+        self._last_step = start
         self._file: io.FileIO | None = None
         self._opened_id: tuple[int, int] | None = None
-        self._torn = False  # does the file end in the middle of a record?
+        self._partial_line = False  # does the file end in the middle of a record?
         if is_main_process() and self.path.exists():
             damaged: list[int] = []
             with saving(name, self.path):
@@ -139,19 +139,19 @@ class Metrics:
     def write(self, step: int, lr: float) -> dict[str, Any]:
         """Ends the interval: one record into the file, and a log line where there is no bar."""
         now = time.monotonic()
-        elapsed = max(now - self._mark, 1e-9)
+        elapsed = max(now - self._last_time, 1e-9)
         record: dict[str, Any] = {"step": step}
         for key, total in self._sums.items():
             if key != "images":
                 record[key] = (total / self._counts[key]).tolist()
         record["lr"] = lr
-        record["steps_per_second"] = (step - self._mark_step) / elapsed
+        record["steps_per_second"] = (step - self._last_step) / elapsed
         if "images" in self._sums:
             record["images_per_second"] = float(self._sums["images"]) / elapsed
         record["seconds"] = self.seconds
         record["eta"] = (self._steps - step) * self.seconds / max(step - self._start, 1)
         self._sums, self._counts = {}, {}
-        self._mark, self._mark_step = now, step
+        self._last_time, self._last_step = now, step
         self._append(record)
         self._show(record)
         self.last = record
@@ -163,15 +163,15 @@ class Metrics:
         try:
             if self._file is not None and self._opened_id != self._path_id():
                 self._file.close()  # it was removed, or the folder was
-                self._file, self._torn = None, False
+                self._file, self._partial_line = None, False
             if self._file is None:
                 self._file = open(self.path, "ab", buffering=0, opener=regular_opener)  # noqa: SIM115
                 self._opened_id = self._path_id()
             line = _line(record)
-            if self._torn:
+            if self._partial_line:
                 line = b"\n" + line
-            self._torn = self._file.write(line) != len(line)
-            if self._torn:  # a short write: the next one would raise this
+            self._partial_line = self._file.write(line) != len(line)
+            if self._partial_line:  # a short write: the next one would raise this
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as problem:
             self._report_once(problem)

@@ -178,7 +178,7 @@ class PriorTask:
             self.model.config.text_len - 1,
             dropout=c.bpe_dropout,
             seed=step_seed(self.seed, step, 2),
-            places=positions.tolist(),
+            positions=positions.tolist(),
         )
         draw = torch.Generator().manual_seed(step_seed(self.seed, step, 3))
         rows, keep = torch.from_numpy(positions), None
@@ -250,7 +250,7 @@ class PriorTask:
             assert isinstance(model, Prior)
             size = self.image_size
             images, positions = load_or_skip(
-                self.pairs, self.usable, lambda x, _: center_crop(x, size), most=8
+                self.pairs, self.usable, lambda x, _: center_crop(x, size), limit=8
             )
             captions = [self.pairs.captions[int(i)] for i in self.usable[positions]]
             text = self.tokenizer.encode(captions, self.model.config.text_len - 1)

@@ -101,17 +101,17 @@ def contrastive_loss(
     """Mean of the two cross entropies of InfoNCE: caption to picture, picture to caption.
 
     Args:
-        logits: (B, B), row = caption, column = picture; partners on the diagonal.
+        logits: (B, B), row = caption, column = picture; matching pairs on the diagonal.
         same: (B, B) bool, True where two rows share a caption or a picture and are no negatives
             of each other.
         spliced: (B, M) captions against spliced pictures, which are negatives of every caption.
     """
     size = len(logits)
-    partner = torch.arange(size, device=logits.device, dtype=torch.int64)
+    labels = torch.arange(size, device=logits.device, dtype=torch.int64)
     duplicate = same & ~torch.eye(size, dtype=torch.bool, device=logits.device)
     logits = logits.masked_fill(duplicate, -1e4)
     rows = logits if spliced is None else torch.cat([logits, spliced], 1)
-    return (F.cross_entropy(rows, partner) + F.cross_entropy(logits.T, partner)) / 2
+    return (F.cross_entropy(rows, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 class CaptionVectors(NamedTuple):

@@ -21,7 +21,7 @@ class Saver:
 
     def __init__(self, task: Task, out: Path, keep: int) -> None:
         self._task, self._out, self._keep, self._reported = task, out, keep, False
-        self._lost = False  # could the last checkpoint of the run not be written?
+        self._save_failed = False  # whether the run's last checkpoint could not be written
         self.saved: int | None = None
 
     def save(self, step: int, *, last: bool) -> None:
@@ -37,7 +37,7 @@ class Saver:
             reason = getattr(problem, "strerror", None) or str(problem)
             line = f"{self._task.name}: checkpoint after step {step} not saved: {reason}"
             if last:
-                self._lost = True
+                self._save_failed = True
                 raise EnvironmentProblem(f"{line}; older checkpoints are untouched") from problem
             if not self._reported:
                 say(f"{line}; training goes on, older checkpoints are untouched")
@@ -46,7 +46,7 @@ class Saver:
     def save_on_error(self, step: int) -> None:
         """Saves the state after `step` updates before an error ends the training; reports it."""
         task = self._task
-        if self._lost:
+        if self._save_failed:
             return
         try:
             if self.saved != step:

@@ -15,13 +15,19 @@ import torch
 from dalle.configs import integer, seed_number
 
 
-def step_seed(seed: int, step: int, stream: int = 0, *place: int) -> int:
-    """A 63-bit seed for step `step`, different for each `stream` and each place in a batch.
+def step_seed(seed: int, step: int, stream: int = 0, *indices: int) -> int:
+    """A 63-bit seed for step `step`, different for each `stream` and `indices`.
+
+    Args:
+        seed: of the training, 0 or more and below 2^63.
+        step: update, 0 or more.
+        stream: number of what is drawn, so that two uses in a step differ.
+        indices: of the item in its batch, and of the draw for it; none for the batch as a whole.
 
     Raises:
         UsageError: a negative number, or a seed above 63 bits.
     """
-    named = [("stream", stream), ("step", step), *(("place", number) for number in place)]
+    named = [("stream", stream), ("step", step), *(("index", i) for i in indices)]
     key = [integer("step_seed", name, number, 0) for name, number in named]
     sequence = np.random.SeedSequence(seed_number("step_seed", seed), spawn_key=key)
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))

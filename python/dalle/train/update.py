@@ -92,8 +92,8 @@ def update(
         norm = _plain_step(task, mean_loss, step, clip_norm, forward)
     else:
         check_loss(task.name, mean_loss, step, task.model, forward)
-        agree = task.world.broadcast_norm_
-        result = scaler.step(task.optimizer, clip_norm=clip_norm, agree=agree)
+        sync_norm = task.world.broadcast_norm_
+        result = scaler.step(task.optimizer, clip_norm=clip_norm, sync_norm=sync_norm)
         norm = float(result.norm)
         if bool(result.skipped):
             _explain_skip(task, step, scaler, result)
