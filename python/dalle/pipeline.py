@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -237,9 +237,43 @@ class Pipeline:
         images: torch.Tensor = torch.cat(parts).unflatten(0, tokens.shape[:-2])
         return images.clamp(0, 1)
 
+    @overload
     def generate(
         self,
         caption: str,
+        *,
+        num_candidates: int = ...,
+        top: int = ...,
+        seed: int = ...,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        cond_scale: float = ...,
+        prime_image: torch.Tensor | None = ...,
+        prime_rows: int = ...,
+        progress: Callable[[int, int], None] | None = ...,
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        caption: list[str] | tuple[str, ...],
+        *,
+        num_candidates: int = ...,
+        top: int = ...,
+        seed: int = ...,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        cond_scale: float = ...,
+        prime_image: torch.Tensor | None = ...,
+        prime_rows: int = ...,
+        progress: Callable[[int, int], None] | None = ...,
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        caption: str | list[str] | tuple[str, ...],
         *,
         num_candidates: int = 512,
         top: int = 8,
@@ -251,12 +285,13 @@ class Pipeline:
         prime_image: torch.Tensor | None = None,
         prime_rows: int = 0,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Generation:
+    ) -> Generation | list[Generation]:
         """Draws candidates for a caption and keeps the best by the ranker.
 
         Args:
-            caption: what to draw; cleaned as captions of training are.
-            num_candidates: how many to choose from (paper: 512).
+            caption: what to draw; cleaned as captions of training are. For a list of captions the
+                result is a list, and each caption gets the pictures that it gets alone.
+            num_candidates: how many to choose from (paper: 512), for each caption.
             top: how many to keep.
             seed: same seed, same pictures.
             temperature, top_k, top_p, cond_scale: of `SamplingConfig`; the paper's are 1, none,
@@ -266,8 +301,9 @@ class Pipeline:
             progress: called with (sequences done, sequences in all).
 
         Raises:
-            UsageError: an argument is out of range.
+            UsageError: an argument is out of range, or a caption is no string.
         """
+        captions = _captions(caption)
         num_candidates = integer("pipeline", "num_candidates", num_candidates, 1, MAX_CANDIDATES)
         top = integer("pipeline", "top", top, 1)
         prime_rows = integer("pipeline", "prime_rows", prime_rows, 0)
@@ -281,7 +317,7 @@ class Pipeline:
             )
         prime = None if prime_image is None else self.prime_tokens(prime_image, prime_rows)
         tokens = self.sample(
-            [caption],
+            captions,
             num_candidates,
             SamplingConfig(
                 temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale
@@ -289,7 +325,13 @@ class Pipeline:
             seed=seed,
             prime=prime,
             progress=progress,
-        )[0]
+        )
+        # Decoded caption by caption: the pictures of all candidates of all would not fit.
+        found = [self._best(*pair, top) for pair in zip(captions, tokens, strict=True)]
+        return found[0] if isinstance(caption, str) else found
+
+    def _best(self, caption: str, tokens: torch.Tensor, top: int) -> Generation:
+        """The best `top` of a caption's candidates, (N, h, w) codes."""
         images = self.decode(tokens)
         if self.ranker is None:
             scores, order = (
@@ -301,6 +343,19 @@ class Pipeline:
             order = scores.argsort(descending=True, stable=True)
         best = order[:top]
         return Generation(images[best], scores[best], tokens.cpu()[best], best)
+
+
+def _captions(caption: str | list[str] | tuple[str, ...]) -> list[str]:
+    """One caption or many as a list."""
+    if isinstance(caption, str):
+        return [caption]
+    if not isinstance(caption, list | tuple):
+        got = type(caption).__name__
+        raise UsageError(f"pipeline: caption must be a string or a list of strings, got {got}")
+    for one in caption:
+        if not isinstance(one, str):
+            raise UsageError(f"pipeline: caption must hold strings, got {one!r}")
+    return list(caption)
 
 
 def _part_fingerprints(tokenizer: Tokenizer, vae: DiscreteVAE) -> dict[str, str]:

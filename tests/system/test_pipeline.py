@@ -128,6 +128,34 @@ def test_a_candidate_is_the_same_picture_however_it_is_drawn(pipeline, monkeypat
     assert torch.equal(found.tokens, together[1][found.order])
 
 
+def test_a_list_of_captions_gives_each_its_own_pictures(pipeline, monkeypatch):
+    options = {"num_candidates": 5, "top": 3, "seed": 2, "temperature": 9.0}
+    image, calls = torch.rand(3, 16, 16), []
+    captions = (CAPTION, "a blue square", CAPTION)
+    for more in ({}, {"prime_image": image, "prime_rows": 1}):
+        alone = [pipeline.generate(caption, **options, **more) for caption in captions]
+        for sequences in (256, 4):
+            monkeypatch.setattr("dalle.pipeline.SEQUENCES", sequences)
+            together = pipeline.generate(
+                captions, progress=lambda *done: calls.append(done), **options, **more
+            )
+            assert isinstance(together, list) and calls[-1] == (15, 15)
+            for one, other in zip(together, alone, strict=True):
+                for name in ("images", "scores", "tokens", "order"):
+                    assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert not torch.equal(alone[0].images, alone[1].images)
+        assert torch.equal(alone[0].images, alone[2].images)
+    assert len(pipeline.generate([CAPTION], num_candidates=1, top=1)) == 1
+    assert pipeline.generate([]) == []
+    for bad, line in (
+        (["a", 3], "caption must hold strings, got 3"),
+        (3, "caption must be a string or a list of strings, got int"),
+        ({"a"}, "caption must be a string or a list of strings, got set"),
+    ):
+        with pytest.raises(UsageError, match=f"^pipeline: {line}"):
+            pipeline.generate(bad)
+
+
 def test_no_caption_and_one_that_is_no_list(pipeline):
     assert pipeline.sample([], 3).shape == (0, 3, 4, 4)
     assert pipeline.decode(pipeline.sample([], 3)).shape == (0, 3, 3, 16, 16)
