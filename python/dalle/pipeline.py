@@ -6,27 +6,28 @@ Shape letters: B captions, N candidates of each, k kept, h x w code grid, H = W 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import torch
 
 from dalle.captions import clean
-from dalle.configs import LARGEST, integer
+from dalle.configs import LARGEST, check_numbers, from_dict, integer
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import read_object, to_json, write_atomic
 from dalle.pretrained import fingerprint
 from dalle.prior.decode import generate
 from dalle.prior.model import Prior
-from dalle.prior.sampling import PAPER, SamplingConfig, first_numbers
+from dalle.prior.sampling import PAPER, SamplingChanges, SamplingConfig, first_numbers
 from dalle.ranker.model import ContrastiveRanker, ImageTextRanker, load_ranker
 from dalle.tokenizer import Tokenizer
 from dalle.version import __version__
 
 FORMAT_VERSION = 1
 MAX_CANDIDATES = int(LARGEST["num_candidates"])
+CANDIDATES, TOP = 512, 8  # where nothing is said: the paper's 512
 SEQUENCES = 256  # sampled or decoded at once
 
 
@@ -47,6 +48,21 @@ class Generation:
     order: torch.Tensor
 
 
+class GenerateOptions(TypedDict, total=False):
+    """Keyword arguments of `Pipeline.generate`."""
+
+    num_candidates: int | None
+    top: int | None
+    seed: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    cond_scale: float | None
+    prime_image: torch.Tensor | None
+    prime_rows: int
+    progress: Callable[[int, int], None] | None
+
+
 class Pipeline:
     """Tokenizer, discrete VAE, prior and, where there is one, a ranker.
 
@@ -55,9 +71,12 @@ class Pipeline:
         vae: whose codes the prior was trained on.
         prior: draws codes for a caption.
         ranker: orders the candidates; without one they stay in the order of sampling.
+        sampling: how a code is drawn where a call does not say it.
+        num_candidates: how many samples a caption where a call does not say it; None leaves it to
+            `generate` (512) and `dalle sample` (64).
 
     Raises:
-        UsageError: the parts do not fit each other.
+        UsageError: the parts do not fit each other, or a number is out of range.
     """
 
     def __init__(
@@ -66,7 +85,14 @@ class Pipeline:
         vae: DiscreteVAE,
         prior: Prior,
         ranker: ImageTextRanker | None = None,
+        *,
+        sampling: SamplingConfig = PAPER,
+        num_candidates: int | None = None,
     ) -> None:
+        check_numbers("pipeline", sampling)
+        if num_candidates is not None:
+            num_candidates = _candidates(num_candidates)
+        self.sampling, self.num_candidates = sampling, num_candidates
         if prior.config.image_vocab != vae.num_tokens:
             raise UsageError(
                 f"pipeline: the prior's image_vocab must be the vae's {vae.num_tokens}, "
@@ -117,12 +143,20 @@ class Pipeline:
                 f"got {head.get('format_version', 'none')}"
             )
         ranker = load_ranker(directory / "ranker") if head.get("ranker") else None
+        sampling = from_dict(  # older pipelines have none: the paper's
+            SamplingConfig,
+            head.get("sampling", {}),
+            where=f"{directory}: sampling",
+            error=CheckpointError,
+        )
         try:
             return cls(
                 Tokenizer.from_pretrained(directory / "tokenizer"),
                 DiscreteVAE.from_pretrained(directory / "vae").eval(),
                 Prior.from_pretrained(directory / "prior").eval(),
                 ranker,
+                sampling=sampling,
+                num_candidates=head.get("num_candidates"),
             )
         except UsageError as error:
             raise CheckpointError(f"{directory}: {error}") from error
@@ -141,7 +175,12 @@ class Pipeline:
         has_ranker = isinstance(self.ranker, ContrastiveRanker)
         if isinstance(self.ranker, ContrastiveRanker):
             self.ranker.save_pretrained(directory / "ranker")
-        write_config(directory, ranker=has_ranker)
+        write_config(
+            directory,
+            ranker=has_ranker,
+            sampling=self.sampling,
+            num_candidates=self.num_candidates,
+        )
 
     def prime_tokens(self, image: torch.Tensor, rows: int) -> torch.Tensor:
         """Codes of the top `rows` rows of a picture, in raster order: (rows * w,) int64.
@@ -171,8 +210,8 @@ class Pipeline:
     def sample(
         self,
         captions: Sequence[str],
-        num_candidates: int,
-        sampling: SamplingConfig = PAPER,
+        num_candidates: int | None = None,
+        sampling: SamplingConfig | None = None,
         *,
         seed: int = 0,
         first_candidate: int | Sequence[int] = 0,
@@ -187,15 +226,16 @@ class Pipeline:
 
         Args:
             captions: B captions.
-            num_candidates: N.
-            sampling: how a token is drawn.
+            num_candidates: N; None: the pipeline's, else 512.
+            sampling: how a token is drawn; None: the pipeline's.
             seed: another seed shares no candidate with this one.
             first_candidate: number of the first, to go on from an earlier call; or one number for
                 each caption.
             prime: (n,) codes every sample begins with.
             progress: called with (sequences done, sequences in all) after each chunk.
         """
-        num_candidates = integer("pipeline", "num_candidates", num_candidates, 1, MAX_CANDIDATES)
+        num_candidates = self._resolved(num_candidates)
+        sampling = self.sampling if sampling is None else sampling
         if isinstance(captions, str):
             raise UsageError(f"pipeline: captions must be a list of strings, got {captions!r}")
         text = self.tokenizer.encode(list(captions), self.prior.config.text_len - 1)
@@ -238,50 +278,24 @@ class Pipeline:
         return images.clamp(0, 1)
 
     @overload
-    def generate(
-        self,
-        caption: str,
-        *,
-        num_candidates: int = ...,
-        top: int = ...,
-        seed: int = ...,
-        temperature: float = ...,
-        top_k: int | None = ...,
-        top_p: float | None = ...,
-        cond_scale: float = ...,
-        prime_image: torch.Tensor | None = ...,
-        prime_rows: int = ...,
-        progress: Callable[[int, int], None] | None = ...,
-    ) -> Generation: ...
+    def generate(self, caption: str, **options: Unpack[GenerateOptions]) -> Generation: ...
 
     @overload
     def generate(
-        self,
-        caption: list[str] | tuple[str, ...],
-        *,
-        num_candidates: int = ...,
-        top: int = ...,
-        seed: int = ...,
-        temperature: float = ...,
-        top_k: int | None = ...,
-        top_p: float | None = ...,
-        cond_scale: float = ...,
-        prime_image: torch.Tensor | None = ...,
-        prime_rows: int = ...,
-        progress: Callable[[int, int], None] | None = ...,
+        self, caption: list[str] | tuple[str, ...], **options: Unpack[GenerateOptions]
     ) -> list[Generation]: ...
 
     def generate(
         self,
         caption: str | list[str] | tuple[str, ...],
         *,
-        num_candidates: int = 512,
-        top: int = 8,
+        num_candidates: int | None = None,
+        top: int | None = None,
         seed: int = 0,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-        cond_scale: float = 1.0,
+        cond_scale: float | None = None,
         prime_image: torch.Tensor | None = None,
         prime_rows: int = 0,
         progress: Callable[[int, int], None] | None = None,
@@ -291,11 +305,12 @@ class Pipeline:
         Args:
             caption: what to draw; cleaned as captions of training are. For a list of captions the
                 result is a list, and each caption gets the pictures that it gets alone.
-            num_candidates: how many to choose from (paper: 512), for each caption.
-            top: how many to keep.
+            num_candidates: how many to choose from for each caption; None: the pipeline's, else the
+                paper's 512.
+            top: how many to keep; None: 8, or all candidates where they are fewer.
             seed: same seed, same pictures.
-            temperature, top_k, top_p, cond_scale: of `SamplingConfig`; the paper's are 1, none,
-                none, 1.
+            temperature, top_k, top_p, cond_scale: of `SamplingConfig`; None: the pipeline's. The
+                paper's are 1, none, none, 1.
             prime_image: (3, H, W) in [0, 1] whose top `prime_rows` rows of codes are given.
             prime_rows: 0 without, 1 to h - 1 with `prime_image`.
             progress: called with (sequences done, sequences in all).
@@ -304,8 +319,11 @@ class Pipeline:
             UsageError: an argument is out of range, or a caption is no string.
         """
         captions = _captions(caption)
-        num_candidates = integer("pipeline", "num_candidates", num_candidates, 1, MAX_CANDIDATES)
-        top = integer("pipeline", "top", top, 1)
+        num_candidates = self._resolved(num_candidates)
+        top = min(TOP, num_candidates) if top is None else integer("pipeline", "top", top, 1)
+        changes = SamplingChanges(
+            temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale
+        )
         prime_rows = integer("pipeline", "prime_rows", prime_rows, 0)
         if top > num_candidates:
             raise UsageError(
@@ -319,9 +337,7 @@ class Pipeline:
         tokens = self.sample(
             captions,
             num_candidates,
-            SamplingConfig(
-                temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale
-            ),
+            changes.applied(self.sampling),
             seed=seed,
             prime=prime,
             progress=progress,
@@ -343,6 +359,16 @@ class Pipeline:
             order = scores.argsort(descending=True, stable=True)
         best = order[:top]
         return Generation(images[best], scores[best], tokens.cpu()[best], best)
+
+    def _resolved(self, num_candidates: int | None) -> int:
+        """The argument if there is one, else the pipeline's number of candidates, else 512."""
+        if num_candidates is not None:
+            return _candidates(num_candidates)
+        return self.num_candidates or CANDIDATES
+
+
+def _candidates(number: int) -> int:
+    return integer("pipeline", "num_candidates", number, 1, MAX_CANDIDATES)
 
 
 def _captions(caption: str | list[str] | tuple[str, ...]) -> list[str]:
@@ -366,12 +392,27 @@ def _part_fingerprints(tokenizer: Tokenizer, vae: DiscreteVAE) -> dict[str, str]
     return hashes
 
 
-def write_config(directory: Path, *, ranker: bool) -> None:
-    """The file that makes a folder with tokenizer, vae, prior (and ranker) a pipeline."""
+def write_config(
+    directory: Path,
+    *,
+    ranker: bool,
+    sampling: SamplingConfig = PAPER,
+    num_candidates: int | None = None,
+) -> None:
+    """The file that makes a folder with tokenizer, vae, prior (and ranker) a pipeline.
+
+    Args:
+        directory: the folder.
+        ranker: whether it holds one.
+        sampling: how `Pipeline.sample`, `generate` and `dalle sample` draw a code by default.
+        num_candidates: how many samples a caption they draw by default; None leaves it to them.
+    """
     head: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "class": "Pipeline",
         "dalle_version": __version__,
         "ranker": ranker,
+        "sampling": asdict(sampling),
+        "num_candidates": num_candidates,
     }
     write_atomic(directory / "config.json", to_json(head))

@@ -91,6 +91,7 @@ def test_every_tile_of_the_page_is_in_its_sheet_at_160_pixels_or_more(finished):
 def test_pipeline_of_the_demo_draws(finished):
     out, _ = finished
     pipeline = Pipeline.from_pretrained(out / "pipeline")
+    assert pipeline.num_candidates == 64
     found = pipeline.generate("a red circle on a white background", num_candidates=2, top=1)
     assert found.images.shape == (1, 3, 32, 32) and torch.isfinite(found.scores).all()
 

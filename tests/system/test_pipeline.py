@@ -14,44 +14,21 @@ from PIL import Image
 
 import dalle_ext
 from dalle import cli
-from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.pipeline import Pipeline
-from dalle.prior.config import PriorConfig
 from dalle.prior.model import Prior
 from dalle.prior.sampling import SamplingConfig
 from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
+from support.toy_pipeline import CAPTION, build
 
 HOT = SamplingConfig(temperature=9.0)  # the toy repeats itself at 1
-CAPTION = "a red circle"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def reference():
     with dalle_ext.use_reference():
         yield
-
-
-def build(ranker=True, codes=16, prior_codes=16):
-    torch.manual_seed(0)
-    tokenizer = Tokenizer.train([CAPTION, "a blue square"] * 4, vocab_size=280)
-    vae = DiscreteVAE(
-        DiscreteVAEConfig(stem="patch", patch=4, n_hid=8, n_blk_per_group=1, n_init=8,
-                          vocab_size=codes)
-    )  # fmt: skip
-    prior = Prior(
-        PriorConfig(text_vocab=280, image_vocab=prior_codes, text_len=8, grid=(4, 4), d_model=32,
-                    num_heads=2, num_layers=2, kernel_size=3)
-    )  # fmt: skip
-    for parameter in prior.image_head.parameters():
-        torch.nn.init.normal_(parameter)
-    judge = None
-    if ranker:
-        judge = ContrastiveRanker.from_preset(
-            "tiny", tokenizer=tokenizer, image_size=16, grid=4, width=32, depth=1, embed_dim=16
-        ).eval()
-    return Pipeline(tokenizer, vae.eval(), prior.eval(), judge)
 
 
 @pytest.fixture(scope="module")

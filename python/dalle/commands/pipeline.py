@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dalle.dvae.model import DiscreteVAE
@@ -11,6 +11,7 @@ from dalle.errors import UsageError
 from dalle.files import atomic_folder, make_folder, saving
 from dalle.pipeline import Pipeline
 from dalle.prior.model import Prior
+from dalle.prior.sampling import SamplingConfig
 from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 
@@ -26,6 +27,9 @@ class PipelineMakeConfig:
         ranker: model folder of `dalle ranker train`; without one the samples stay in the order in
             which they were drawn.
         out: folder of the pipeline, new or empty.
+        sampling: how `dalle sample` and `Pipeline.generate` draw a code where they are not told.
+        num_candidates: how many samples a caption these choose from where they are not told; left
+            out, 64 and the paper's 512.
     """
 
     tokenizer: Path
@@ -33,6 +37,8 @@ class PipelineMakeConfig:
     prior: Path
     out: Path
     ranker: Path | None = None
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    num_candidates: int | None = None
 
 
 def make(config: PipelineMakeConfig) -> None:
@@ -47,6 +53,8 @@ def make(config: PipelineMakeConfig) -> None:
         DiscreteVAE.from_pretrained(config.vae),
         Prior.from_pretrained(config.prior),
         None if config.ranker is None else ContrastiveRanker.from_pretrained(config.ranker),
+        sampling=config.sampling,
+        num_candidates=config.num_candidates,
     )
     with saving("pipeline make", config.out), atomic_folder(out) as folder:
         pipeline.save_pretrained(folder)

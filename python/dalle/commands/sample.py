@@ -22,7 +22,9 @@ from dalle.devices import pick_device
 from dalle.errors import DataError, UsageError
 from dalle.files import make_folder, to_json
 from dalle.pipeline import Generation, Pipeline
-from dalle.prior.sampling import SamplingConfig
+from dalle.prior.sampling import SamplingChanges
+
+CANDIDATES = 64  # where neither the command line nor the pipeline says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +36,11 @@ class SampleConfig:
         model: folder of a pipeline (the demo leaves one in out/demo/pipeline).
         file: captions, one a line, in addition.
         out: folder for grid PNGs, single PNGs and samples.json.
-        num_candidates: samples a caption to choose from; the paper takes 512.
-        top: how many of them to keep.
+        num_candidates: samples a caption to choose from; left out, what the pipeline says, else 64
+            (the paper takes 512).
+        top: how many of them to keep at most.
         seed: a caption gets the same pictures from the same seed, whatever else is drawn.
-        sampling: how a code is drawn.
+        sampling: how a code is drawn; what is left out is as the pipeline says.
         prime_image: a picture whose top rows are given.
         prime_rows: how many rows of codes of it.
         device: "cpu", "cuda" or "auto".
@@ -48,10 +51,10 @@ class SampleConfig:
     model: Path = Path("out/demo/pipeline")
     file: Path | None = None
     out: Path = Path("out/samples")
-    num_candidates: int = 64
+    num_candidates: int | None = None
     top: int = 8
     seed: int = 0
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingChanges = field(default_factory=SamplingChanges)
     prime_image: Path | None = None
     prime_rows: int = 0
     device: str = "auto"
@@ -126,8 +129,15 @@ def sample(config: SampleConfig) -> None:
     for part in (pipeline.vae, pipeline.prior, pipeline.ranker):
         if isinstance(part, torch.nn.Module):
             part.to(device)
-    require_samples_fit("sample", pipeline, config.num_candidates, config.sampling.cond_scale != 1)
-    pictures.check_sheet("sample", config.top, pipeline.image_size, config.scale)
+    num_candidates = config.num_candidates
+    if num_candidates is None:
+        num_candidates = pipeline.num_candidates or CANDIDATES
+    top = min(config.top, num_candidates)
+    if top < config.top:
+        say(f"sample: of {num_candidates} candidates all are kept, not {config.top}")
+    sampling = config.sampling.applied(pipeline.sampling)
+    require_samples_fit("sample", pipeline, num_candidates, sampling.cond_scale != 1)
+    pictures.check_sheet("sample", top, pipeline.image_size, config.scale)
     prime = None
     if config.prime_image is not None:
         prime = read_image(config.prime_image, pipeline.image_size)
@@ -136,10 +146,10 @@ def sample(config: SampleConfig) -> None:
         cut = pipeline.tokenizer.truncated
         generation = pipeline.generate(
             caption,
-            num_candidates=config.num_candidates,
-            top=config.top,
+            num_candidates=num_candidates,
+            top=top,
             seed=config.seed,
-            **asdict(config.sampling),
+            **asdict(sampling),
             prime_image=prime,
             prime_rows=config.prime_rows,
         )
@@ -149,7 +159,7 @@ def sample(config: SampleConfig) -> None:
         name = names[number]
         labels = ["" if math.isnan(s) else f"{s:.3f}" for s in generation.scores.tolist()]
         sheet = pictures.grid(
-            generation.images, columns=min(8, config.top), scale=config.scale, labels=labels
+            generation.images, columns=min(8, top), scale=config.scale, labels=labels
         )
         pictures.save_png(config.out / f"{name}.png", sheet)
         singles = []

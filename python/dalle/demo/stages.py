@@ -21,6 +21,8 @@ from dalle.train.prior import PriorTask
 from dalle.train.ranker import RankerTask
 from dalle.train.seeds import start_seed
 
+CANDIDATES = 64  # of a caption, for `dalle sample`; the demo's own scores take fewer
+
 
 def data_stage(demo: Demo) -> None:
     """Loads or draws the pairs, counts them, and shows some."""
@@ -98,4 +100,9 @@ def prior_stage(demo: Demo) -> None:
             seed=demo.seed,
         )
         demo.train(task, demo.recipe.prior_steps)
-    write_config(demo.space.pipeline, ranker=True)
+    write_config(
+        demo.space.pipeline,
+        ranker=True,
+        sampling=demo.recipe.sampling,
+        num_candidates=CANDIDATES,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,34 @@ class SamplingConfig:
 
 
 PAPER = SamplingConfig()  # samples the distribution itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingChanges:
+    """What to change of a pipeline's `SamplingConfig`; None takes the pipeline's own.
+
+    Args:
+        temperature: divides the logits; 0 always takes the likeliest token.
+        top_k: only the k likeliest tokens; as many as there are codes, or more, takes all.
+        top_p: only the likeliest tokens that together have this probability; 1 takes all.
+        cond_scale: classifier-free guidance; 1 is none.
+
+    Raises:
+        UsageError: a number out of range.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    cond_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        self.applied(PAPER)  # checks the ranges
+
+    def applied(self, sampling: SamplingConfig) -> SamplingConfig:
+        """`sampling` with these changes."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return replace(sampling, **given)
 
 
 def filter_logits(
