@@ -59,6 +59,7 @@ LARGEST: dict[str, float] = {
     "log_every": 10**9,
     "checkpoint_every": 10**9,
     "picture_every": 10**9,
+    "evaluate_every": 10**9,
     "keep": 10**6,
     "count": 10**7,
     "image_size": 2**14,

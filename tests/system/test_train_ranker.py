@@ -21,6 +21,7 @@ from dalle.train import ranker as training
 from dalle.train.config import LoopConfig
 from dalle.train.loop import train
 from dalle.train.ranker import RankerTrainConfig
+from dalle.train.similar_captions import draw_similar
 from support.ranker import SMALL, toy_pairs, toy_task
 
 
@@ -62,7 +63,7 @@ def test_numpys_integers_train_and_are_saved(tmp_path):
 def test_look_alikes_share_words_and_never_the_caption():
     task = toy_task(SMALL)
     rng = torch.Generator().manual_seed(0)
-    items = training.draw_similar(task.caption_vectors, task.caption_ids, 64, 4, rng).view(16, 4)
+    items = draw_similar(task.caption_vectors, task.caption_ids, 64, 4, rng).view(16, 4)
     assert items.dtype == torch.int64 and int(items.max()) < 160
     for row in items.tolist():
         captions = [task.pairs.captions[i] for i in row]

@@ -22,6 +22,8 @@ class LoopConfig:
         checkpoint_every: updates between checkpoints; one is also written at the end.
         keep: newest checkpoints kept.
         picture_every: updates between pictures; 0 draws none.
+        evaluate_every: updates between scores on the held-out part, which are also taken at the
+            end; 0 takes none.
         resume: "auto" (the newest checkpoint in `out`, if any), "none" (a fresh start, refused if
             `out` holds checkpoints) or the path of a checkpoint.
         accept_changes: whether the checkpoint may be of other options, data or models, as far as
@@ -36,6 +38,7 @@ class LoopConfig:
     checkpoint_every: int = 500
     keep: int = 3
     picture_every: int = 500
+    evaluate_every: int = 0
     resume: str = "auto"
     accept_changes: bool = False
     seed: int = 0
@@ -43,7 +46,9 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         check_numbers("train", self)
-        least = {"steps": 0, "log_every": 1, "checkpoint_every": 1, "keep": 1, "picture_every": 0}
-        for name, low in least.items():
-            require("train", self, f"{low} or more", partial(operator.le, low), name)
+        for low, names in (
+            (1, ("log_every", "checkpoint_every", "keep")),
+            (0, ("steps", "picture_every", "evaluate_every")),
+        ):
+            require("train", self, f"{low} or more", partial(operator.le, low), *names)
         require("train", self, "0 .. 2^63 - 1", lambda x: 0 <= x < 2**63, "seed")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle.configs import check_numbers, integer, integers, require, require_adamw, to_dict
 from dalle.console import say
@@ -17,11 +17,12 @@ from dalle.data.augment import center_crop, dvae_crop, to_tensor
 from dalle.data.pairs import BatchSampler, Pairs, fingerprints, load_or_draw, load_or_skip
 from dalle.distributed.world import Solo, World
 from dalle.dvae.codebook import codebook_health, init_codebook
-from dalle.dvae.likelihood import expected_pixels, map_pixels, psnr
+from dalle.dvae.likelihood import expected_pixels, map_pixels, psnr, set_psnr
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.train.averaging import IterateAverage
-from dalle.train.parts import run_parts, sum_parts
+from dalle.train.held_out import held_out_pictures
+from dalle.train.parts import run_parts, run_parts_no_grad, sum_parts
 from dalle.train.schedules import cosine_ramp
 from dalle.train.seeds import start_seed, step_seed
 from dalle.train.task import averaged_model, full_model, local_batch, require_one_part
@@ -112,6 +113,7 @@ class DvaeTask:
         seed: of the batches, crops, noise and the codebook.
         world: the processes that train together, each with the same arguments; a batch is shared
             out. The losses do not depend on how many there are.
+        validation: the held-out part, for `evaluate`.
 
     Raises:
         UsageError: sizes that do not fit, or a warm start without the patch stem.
@@ -128,8 +130,10 @@ class DvaeTask:
         *,
         seed: int = 0,
         world: World | None = None,
+        validation: Pairs | None = None,
     ) -> None:
         self.model, self.pairs, self.config, self.seed = vae, pairs, config, seed
+        self.validation = validation
         self.device = next(vae.parameters()).device
         self.world: World = world or Solo(self.device)
         self.data = {"pairs": len(pairs), **fingerprints(pairs)}
@@ -293,6 +297,36 @@ class DvaeTask:
         if step <= self.config.warm_start_steps and self.config.warm_start_steps:
             return expected_pixels(model.autoencode(images)[0])
         return model.decode(model.encode(images))
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Scores of the held-out pictures gone through the codes: "loss" (mean squared error),
+        "psnr" (dB), "codes_used"."""
+        warm = self.config.warm_start_steps
+        if self.validation is None or (warm and step <= warm):
+            return {}
+        assert isinstance(model, DiscreteVAE)
+        vae = model.to(self.device)
+        images = self._held_out.to(self.device)
+
+        def round_trip(rows: slice) -> tuple[Tensor, ...]:
+            tokens = vae.encode(images[rows])
+            return vae.decode(tokens).clamp(0, 1), tokens
+
+        outputs = run_parts_no_grad(
+            round_trip, len(images), max(self.config.parts, len(images) // 64)
+        )
+        decoded, tokens = (torch.cat(tensors) for tensors in zip(*outputs, strict=True))
+        return {
+            "loss": float((decoded - images).square().mean()),
+            "psnr": float(set_psnr(images, decoded)),
+            "codes_used": float(len(tokens.unique())),
+        }
+
+    @cached_property
+    def _held_out(self) -> Tensor:
+        assert self.validation is not None
+        return to_tensor(held_out_pictures(self.validation, self.config.image_size)[0])
 
     def state(self) -> dict[str, Any]:
         """The code counts of the window that is open, and the last window's health."""

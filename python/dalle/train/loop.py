@@ -47,6 +47,7 @@ from dalle.errors import DataError, EnvironmentProblem, Interrupted, NumericalEr
 from dalle.files import make_folder
 from dalle.pictures import save_png, to_uint8
 from dalle.train.config import LoopConfig
+from dalle.train.held_out import held_out_scores
 from dalle.train.lock import training_lock
 from dalle.train.metrics import Metrics
 from dalle.train.resume import resume
@@ -120,7 +121,8 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
                 metrics.add(values)
                 stop = world.stop_requested()
                 last = stop or step >= config.steps
-                record = last or step % config.log_every == 0
+                score = config.evaluate_every > 0 and (last or step % config.evaluate_every == 0)
+                record = last or score or step % config.log_every == 0
                 save = last or step % config.checkpoint_every == 0
                 draw = config.picture_every > 0 and step % config.picture_every == 0
                 if record or save or draw:
@@ -128,7 +130,8 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
                         if lock is not None:
                             lock.renew()
                 if record:
-                    metrics.write(step, task.optimizer.param_groups[0]["lr"])
+                    scores = held_out_scores(task, step) if score else {}
+                    metrics.write(step, task.optimizer.param_groups[0]["lr"], scores)
                 if save:
                     saver.save(step, last=last)
                 if draw:

@@ -82,9 +82,9 @@ class Metrics:
     """Collects the values of each step and reports their means every interval.
 
     A record of `metrics.jsonl`: step (updates done), the mean of every value since the last record
-    (lists where a task gives tensors of more than one element),
-    lr (of the optimizer's first group), steps_per_second, images_per_second (where a task counts
-    "images"), seconds (of this run), eta (seconds left).
+    (lists where a task gives tensors of more than one element), val_NAME (scores on the held-out
+    part, where there are any), lr (of the optimizer's first group), steps_per_second,
+    images_per_second (where a task counts "images"), seconds (of this run), eta (seconds left).
 
     Args:
         folder: where `metrics.jsonl` lies; records of steps after `start` (which a killed run wrote
@@ -136,14 +136,23 @@ class Metrics:
         with contextlib.suppress(OSError, ValueError):  # as in `say`
             self._bar.update(1)
 
-    def write(self, step: int, lr: float) -> dict[str, Any]:
-        """Ends the interval: one record into the file, and a log line where there is no bar."""
+    def write(
+        self, step: int, lr: float, scores: Mapping[str, float] | None = None
+    ) -> dict[str, Any]:
+        """Ends the interval: one record into the file, and a log line where there is no bar.
+
+        Args:
+            step: updates done.
+            lr: the step size.
+            scores: on the held-out part, written as val_NAME.
+        """
         now = time.monotonic()
         elapsed = max(now - self._last_time, 1e-9)
         record: dict[str, Any] = {"step": step}
         for key, total in self._sums.items():
             if key != "images":
                 record[key] = (total / self._counts[key]).tolist()
+        record |= {f"val_{name}": float(score) for name, score in (scores or {}).items()}
         record["lr"] = lr
         record["steps_per_second"] = (step - self._last_step) / elapsed
         if "images" in self._sums:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle.configs import to_dict
 from dalle.data.augment import center_crop, prior_crop, to_tensor
@@ -31,6 +31,7 @@ from dalle.prior.config import IMAGE_WEIGHT, PAD, TEXT_WEIGHT
 from dalle.prior.model import Prior, PriorOutput
 from dalle.tokenizer import Tokenizer
 from dalle.train.averaging import IterateAverage
+from dalle.train.held_out import held_out_pictures
 from dalle.train.parts import run_parts, run_parts_no_grad, sum_parts
 from dalle.train.prior_recipe import PriorTrainConfig, init_from_codebook, make_optimizer
 from dalle.train.schedules import PlateauHalving
@@ -69,6 +70,7 @@ class PriorTask:
         seed: of batches, crops, dropouts and the start from the codebook.
         world: the processes that train together, each with the same arguments; a batch is shared
             out. Only the model's own dropout depends on how many there are.
+        validation: the held-out part, for `evaluate`.
 
     Raises:
         UsageError: sizes of prior, tokenizer, dVAE and images that do not fit each other.
@@ -87,7 +89,9 @@ class PriorTask:
         *,
         seed: int = 0,
         world: World | None = None,
+        validation: Pairs | None = None,
     ) -> None:
+        self.validation = validation
         self.model, self.tokenizer, self.vae, self.pairs = prior, tokenizer, vae.eval(), pairs
         self.config, self.seed, self.device = config, seed, prior.start_of_text.device
         self.world: World = world or Solo(self.device)
@@ -257,6 +261,36 @@ class PriorTask:
             samples = model.to(self.device).generate(text.to(self.device), seed=self.seed)
             originals = self.vae.decode(self._encode(images).view(-1, *self.model.config.grid))
             return {"samples": rows_of(originals, self.vae.decode(samples[:, 0].to(self.device)))}
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Scores of the held-out pairs, in nats a token: "loss", "text_loss", "image_loss"."""
+        if self.validation is None:
+            return {}
+        assert isinstance(model, Prior)
+        prior = model.to(self.device)
+        text, tokens = (x.to(self.device) for x in self._held_out)
+
+        def losses(rows: slice) -> tuple[Tensor, ...]:
+            output = prior(text[rows], tokens[rows])
+            share, targets = (rows.stop - rows.start) / len(text), self._text_targets(text[rows])
+            return targets * output.text_loss, share * output.image_loss
+
+        outputs = run_parts_no_grad(losses, len(text), max(self.config.parts, len(text) // 16))
+        text_sum, image_loss = (float(total) for total in sum_parts(outputs))
+        text_loss = text_sum / max(1, self._text_targets(text))
+        loss = TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss
+        return {"loss": loss, "text_loss": text_loss, "image_loss": image_loss}
+
+    @cached_property
+    def _held_out(self) -> tuple[Tensor, Tensor]:
+        """Text and tokens of the held-out pairs."""
+        assert self.validation is not None
+        crops, items = held_out_pictures(self.validation, self.image_size)
+        captions = [self.validation.captions[i] for i in items]
+        text = self.tokenizer.encode(captions, self.model.config.text_len - 1)
+        pieces = [crops[i : i + 128] for i in range(0, len(crops), 128)]
+        return text, torch.cat([self._encode(piece).cpu() for piece in pieces])
 
     def state(self) -> dict[str, Any]:
         """The plateau's bookkeeping and the gradient scales."""

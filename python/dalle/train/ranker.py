@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,15 +32,16 @@ from dalle.pictures import rows_of
 from dalle.pretrained import fingerprint
 from dalle.ranker.model import ContrastiveRanker
 from dalle.train.averaging import IterateAverage
+from dalle.train.held_out import held_out_pictures
 from dalle.train.parts import run_parts, run_parts_no_grad
 from dalle.train.schedules import cosine_ramp, linear_warmup
 from dalle.train.seeds import step_seed
+from dalle.train.similar_captions import caption_vectors, draw_similar, pool_size
 from dalle.train.splicing import patches, pixels, splice
 from dalle.train.update import update
 
 MAX_CACHED = 50_000  # items: larger sets have their codes and reconstructions computed every time
 BLOCK = 32  # items that go through the dVAE at once
-POOL = 2048  # captions among which similar ones are searched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,87 +116,6 @@ def contrastive_loss(
     return (F.cross_entropy(rows, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-class CaptionVectors(NamedTuple):
-    """Captions as bags of tokens weighted by rarity; the product of two is their similarity.
-
-    Attributes:
-        tokens: (N, L) int64, padded with 0.
-        weights: (N, L), each row of length 1; 0 at padding and where a token comes again.
-        vocab_size: V.
-    """
-
-    tokens: torch.Tensor
-    weights: torch.Tensor
-    vocab_size: int
-
-    def dense(self, items: torch.Tensor) -> torch.Tensor:
-        """(M,) indices -> (M, V)."""
-        rows = torch.zeros(len(items), self.vocab_size, dtype=torch.float32, device="cpu")
-        return rows.scatter_add_(1, self.tokens[items], self.weights[items])
-
-    def products(self, items: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """(M,) and (P,) indices -> (M, P): `dense(items) @ dense(others).T`, computed sparsely."""
-        return F.embedding_bag(
-            self.tokens[others],
-            self.dense(items).T.contiguous(),
-            per_sample_weights=self.weights[others],
-            mode="sum",
-        ).T
-
-
-def caption_vectors(text: torch.Tensor, vocab_size: int) -> CaptionVectors:
-    """Vectors of captions, (N, L) ids padded with -1."""
-    tokens = text.sort(1).values
-    counted = (tokens >= 0).float()
-    counted[:, 1:] *= tokens[:, 1:] != tokens[:, :-1]
-    tokens = tokens.clamp_min(0)
-    share = torch.zeros(vocab_size, dtype=torch.float32, device="cpu").index_add_(
-        0, tokens.flatten(), counted.flatten()
-    )
-    rarity = -(share / max(len(text), 1)).clamp_min(1 / max(len(text), 1)).log()
-    return CaptionVectors(
-        tokens, F.normalize(counted * rarity.clamp_min(0.05)[tokens], dim=1), vocab_size
-    )
-
-
-def pool_size(count: int) -> int:
-    """How many of `count` pairs a step searches for similar captions."""
-    return min(POOL, 4 * count)
-
-
-def draw_similar(
-    vectors: CaptionVectors, caption_ids: torch.Tensor, size: int, group: int, rng: torch.Generator
-) -> torch.Tensor:
-    """Draws a batch in groups: one item at random, then those with the most similar captions.
-
-    Neighbours come from a random pool with a little noise, so that groups differ from step to step;
-    never one with the very same caption.
-
-    Args:
-        vectors: of N captions.
-        caption_ids: (N,) equal where captions are.
-        size: batch size, a multiple of `group`.
-        group: items a group.
-        rng: source of all choices.
-
-    Returns:
-        (size,) int64 indices.
-    """
-    size, group = integer("ranker", "size", size, 1), integer("ranker", "group", group, 1)
-    count = len(caption_ids)
-    first = torch.randint(count, (size // group,), generator=rng, dtype=torch.int64, device="cpu")
-    if group == 1:
-        return first
-    pool = torch.randint(count, (pool_size(count),), generator=rng, dtype=torch.int64, device="cpu")
-    similarity = vectors.products(first, pool)
-    similarity += (
-        torch.rand(similarity.shape, generator=rng, dtype=torch.float32, device="cpu") * 0.05
-    )
-    similarity[caption_ids[first][:, None] == caption_ids[pool][None]] -= 2.0
-    neighbours = pool[similarity.topk(group - 1, dim=1).indices]
-    return torch.cat([first[:, None], neighbours], 1).flatten()
-
-
 class RankerTask:
     """Trains a `ContrastiveRanker` (see the module's first lines); fits `train.loop.train`.
 
@@ -205,6 +126,7 @@ class RankerTask:
         vae: gives reconstructions; without one, pictures are spliced as they are.
         steps: updates in all; the step size falls along half a cosine over them.
         seed: of batches, splices and choices.
+        validation: the held-out part, for `evaluate`.
 
     Raises:
         UsageError: no steps, fewer than two different captions, or pairs for a group.
@@ -222,8 +144,10 @@ class RankerTask:
         *,
         steps: int,
         seed: int = 0,
+        validation: Pairs | None = None,
     ) -> None:
         self.model: nn.Module = ranker
+        self.validation = validation
         self.world: World = Solo()
         self.steps = integer("ranker", "steps", steps, 1)
         self.ranker, self.pairs, self.config = ranker, pairs, config
@@ -411,6 +335,39 @@ class RankerTask:
         rows = [part[:8] for part in (images, spliced) if len(part)]
         width = min(len(row) for row in rows)
         return {"views": rows_of(*[row[:width] for row in rows])}
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Scores of the held-out pairs: "accuracy", the share of captions that find their own
+        picture, or one of the same caption, among all; "loss", their cross entropy; "choices", the
+        number of pictures."""
+        if self.validation is None:
+            return {}
+        assert isinstance(model, ContrastiveRanker)
+        crops, captions = self._held_out
+        images = to_tensor(crops).to(model.log_scale.device)
+        outputs = run_parts_no_grad(
+            lambda rows: (model.encode_images(images[rows]),),
+            len(images),
+            max(self.config.parts, len(images) // 64),
+        )
+        text = model.tokenizer.encode(captions, model.config.text_len).to(images.device)
+        pictures = torch.cat([features for (features,) in outputs])
+        logits = model.scale * model.encode_text(text) @ pictures.T
+        partner = torch.arange(len(logits), device=logits.device, dtype=torch.int64)
+        _, ids = torch.unique(text, dim=0, return_inverse=True)
+        right = ids[logits.argmax(1)] == ids
+        return {
+            "loss": float(F.cross_entropy(logits, partner)),
+            "accuracy": float(right.float().mean()),
+            "choices": float(len(logits)),
+        }
+
+    @cached_property
+    def _held_out(self) -> tuple[list[np.ndarray], list[str]]:
+        assert self.validation is not None
+        crops, items = held_out_pictures(self.validation, self.ranker.config.image_size)
+        return crops, [self.validation.captions[i] for i in items]
 
     def state(self) -> dict[str, Any]:
         return {}

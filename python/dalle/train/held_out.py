@@ -1,0 +1,97 @@
+"""Scores on the held-out part, and the choice of the weights that are saved by them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import nn
+
+from dalle.console import number, say
+from dalle.data.augment import center_crop
+from dalle.data.pairs import Pairs, load_or_skip
+from dalle.files import saving
+from dalle.pretrained import Pretrained
+from dalle.train.task import Task, averaged_model
+
+MOST = 512  # held-out pictures that are scored
+
+
+@runtime_checkable
+class HeldOutTask(Protocol):
+    """A task that can be scored on data it does not train on."""
+
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Scores of weights after `step` updates; "loss" among them, the lower the better.
+
+        Draws no random numbers. Empty where there is no held-out part, or no score yet.
+        """
+        ...
+
+
+def held_out_pictures(pairs: Pairs, size: int) -> tuple[list[np.ndarray], list[int]]:
+    """Up to 512 pictures, evenly spaced, cropped to the centre; and their items."""
+    items = np.unique(np.linspace(0, len(pairs) - 1, min(MOST, len(pairs))).astype(int))
+    crops, positions = load_or_skip(pairs, items, lambda image, _: center_crop(image, size))
+    return crops, items[positions].tolist()
+
+
+@torch.no_grad()
+def held_out_scores(task: Task, step: int, *, averaged: bool = True) -> dict[str, float]:
+    """`HeldOutTask.evaluate` of a task, by default of its averaged weights. Collective.
+
+    Returns:
+        Empty on all processes but the first, and for a task without a held-out part.
+    """
+    if not isinstance(task, HeldOutTask):
+        return {}
+    training = task.model.training
+    try:
+        with averaged_model(task, averaged) as model:
+            return {} if model is None else task.evaluate(model.eval(), step)
+    finally:
+        task.model.train(training)
+
+
+def save_better(owner: str, task: Task, folder: Path, step: int) -> dict[str, float]:
+    """Writes the averaged or the last weights, whichever score better on the held-out part.
+
+    The others go beside it, into FOLDER-last or FOLDER-averaged. Without a held-out part, or
+    without an average, one model is written. Collective.
+
+    Args:
+        owner: begins every line.
+        task: trained.
+        folder: of the model.
+        step: updates done.
+
+    Returns:
+        The scores of the weights in `folder`; empty without a held-out part.
+
+    Raises:
+        EnvironmentProblem: a folder cannot be written.
+    """
+    scores = {
+        averaged: held_out_scores(task, step, averaged=averaged)
+        for averaged in ((False,) if task.average is None else (True, False))
+    }
+    better = min(scores, key=lambda averaged: scores[averaged].get("loss", float(not averaged)))
+    for averaged in scores:
+        if averaged != better and not scores[averaged]:
+            continue  # nothing says which is better: the average, as the paper does
+        words = "averaged" if averaged else "last"
+        target = folder if averaged == better else folder.with_name(f"{folder.name}-{words}")
+        with task.world.agreed(), saving(owner, target), averaged_model(task, averaged) as model:
+            if model is not None:
+                assert isinstance(model, Pretrained)
+                model.save_pretrained(target)
+    if len(scores) == 2 and scores[better]:
+        names = ("averaged", "last") if better else ("last", "averaged")
+        mine, other = (number(scores[x]["loss"]) for x in (better, not better))
+        say(
+            f"{owner}: the {names[0]} weights are the model, held-out loss {mine}; the {names[1]} "
+            f"ones ({other}) are in {folder.name}-{names[1]}"
+        )
+    return scores[better]

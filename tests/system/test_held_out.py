@@ -1,0 +1,101 @@
+"""Scores on the held-out part, and which weights are saved by them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dalle.data.augment import center_crop, to_tensor
+from dalle.data.split import hold_out
+from dalle.dvae.model import DiscreteVAE
+from dalle.errors import UsageError
+from dalle.pretrained import fingerprint
+from dalle.train.config import LoopConfig
+from dalle.train.held_out import held_out_scores, save_better
+from dalle.train.loop import train
+from dalle.train.metrics import read_metrics
+from support.dvae import WARM, make_task, some_pairs
+from support.prior import make_task as make_prior_task
+from support.ranker import SMALL, toy_pairs, toy_task
+from support.tiny_task import TinyTask
+
+
+def test_scores_of_the_dvae_are_those_of_its_reconstructions_of_held_out_pictures():
+    task = make_task(WARM)
+    task.validation = some_pairs(9, 9, seed=7)
+    assert held_out_scores(task, WARM.warm_start_steps) == {}  # no codes yet
+    scores = held_out_scores(task, WARM.warm_start_steps + 1)
+    images = to_tensor([center_crop(task.validation.load(i), 8) for i in range(9)])
+    vae = task.model.eval()
+    error = (vae.decode(vae.encode(images)).clamp(0, 1) - images).square().mean()
+    assert scores["loss"] == pytest.approx(float(error), rel=1e-5)
+    assert scores["psnr"] == pytest.approx(-10 * math.log10(float(error)), rel=1e-5)
+    assert scores["codes_used"] == len(vae.encode(images).unique())
+
+
+def test_scores_of_the_prior_are_its_losses_and_leave_the_training_as_it_was(parts):
+    tokenizer, vae, pairs = parts
+    task = make_prior_task(parts)
+    assert held_out_scores(task, 0) == {}
+    task.validation = hold_out(pairs, 0.3)[1]
+    state = torch.get_rng_state()
+    scores = held_out_scores(task, 0)
+    assert torch.equal(state, torch.get_rng_state()) and task.model.training
+    text, tokens = task._held_out
+    with torch.no_grad():
+        output = task.model.eval()(text, tokens)
+    assert scores["text_loss"] == pytest.approx(float(output.text_loss), rel=1e-5)
+    assert scores["image_loss"] == pytest.approx(float(output.image_loss), rel=1e-5)
+    expected = (output.text_loss + 7 * output.image_loss) / 8
+    assert scores["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_loop_writes_the_scores_and_the_ranker_finds_captions_again(tmp_path):
+    task = toy_task(SMALL)
+    task.validation = toy_pairs(count=24, seed=5)
+    train(task, LoopConfig(out=tmp_path, steps=40, evaluate_every=20, log_every=30))
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records if "val_accuracy" in r] == [20, 40]
+    assert records[-1]["val_accuracy"] > 0.8 and records[-1]["val_choices"] == 24
+
+
+@pytest.mark.parametrize("better", ["averaged", "last"])
+def test_the_better_weights_are_the_model_and_the_others_are_kept(better, tmp_path, capsys):
+    task = make_task(WARM)
+    task.validation = some_pairs(4)
+    for parameter in task.model.parameters():
+        parameter.data.add_(0.01)
+    weights = {"last": fingerprint(task.model)}
+    with task.average.applied():
+        weights["averaged"] = fingerprint(task.model)
+    other = "last" if better == "averaged" else "averaged"
+
+    def evaluate(model, step):
+        return {"loss": 0.1 if fingerprint(model) == weights[better] else 0.2, "psnr": 3.0}
+
+    task.evaluate = evaluate
+    assert save_better("dvae train", task, tmp_path / "model", 20)["loss"] == 0.1
+    saved = fingerprint(DiscreteVAE.from_pretrained(tmp_path / "model"))
+    kept = fingerprint(DiscreteVAE.from_pretrained(tmp_path / f"model-{other}"))
+    assert (saved, kept) == (weights[better], weights[other])
+    line = f"dvae train: the {better} weights are the model, held-out loss 0.1; the {other} ones"
+    assert line in capsys.readouterr().err
+
+
+def test_without_a_held_out_part_the_average_is_saved(tmp_path):
+    task = make_task(WARM)
+    for parameter in task.model.parameters():
+        parameter.data.add_(0.01)
+    with task.average.applied():
+        average = fingerprint(task.model)
+    assert save_better("dvae train", task, tmp_path / "model", 20) == {}
+    assert fingerprint(DiscreteVAE.from_pretrained(tmp_path / "model")) == average
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_task_that_cannot_be_scored_and_a_bad_interval(tmp_path):
+    assert held_out_scores(TinyTask(), 1) == {}
+    with pytest.raises(UsageError, match="train: evaluate_every must be 0 or more, got -1"):
+        LoopConfig(out=tmp_path, steps=1, evaluate_every=-1)
