@@ -67,12 +67,13 @@ class _Function(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if grad_sample is None and grad_kl is None:
             return None, None, None, None, None, None
+        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
         incoming = [x for x in (grad_sample, grad_kl) if x is not None]
         with torch.no_grad():
             grad_sample = None if grad_sample is None else grad_sample.contiguous()
             grad_kl = None if grad_kl is None else grad_kl.contiguous()
-            grad = _backward(grad_sample, grad_kl, *ctx.saved_tensors, ctx.dim, ctx.first_row)
-        sources = (ctx.saved_tensors[0], *incoming)
+            grad = _backward(grad_sample, grad_kl, *saved, ctx.dim, ctx.first_row)
+        sources = (saved[0], *incoming)
         grads = once_differentiable([grad], sources, _native.SECOND_DERIVATIVE)
         return *grads, None, None, None, None, None
 

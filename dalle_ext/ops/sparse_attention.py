@@ -308,9 +308,10 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
         with torch.no_grad():
-            grads: tuple[Tensor, ...] = _backward(_rows(grad_out), *ctx.saved_tensors, *ctx.rule)
-        sources = (grad_out, *ctx.saved_tensors[:3])
+            grads: tuple[Tensor, ...] = _backward(_rows(grad_out), *saved, *ctx.rule)
+        sources = (grad_out, *saved[:3])
         grads = once_differentiable(grads, sources, _native.SECOND_DERIVATIVE)
         return (*grads, *(None for _ in ctx.rule))
 

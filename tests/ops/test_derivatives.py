@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import jacfwd, jvp, linearize, vmap
+from torch.utils.checkpoint import checkpoint
 
 import dalle_ext
 
@@ -127,3 +128,14 @@ def test_a_gradient_penalty_is_refused_and_no_zero(function):
     (again,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="must be differentiated once"):
         torch.autograd.grad(again.square().sum() + 0 * x.sum(), x)
+
+
+@pytest.mark.parametrize("function", [attention, sample, kl], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_activation_checkpointing_changes_no_gradient(function, create_graph):
+    """It lets a backward pass read `ctx.saved_tensors` once only."""
+    x = X.clone().requires_grad_()
+    recomputed = checkpoint(function, x, use_reentrant=False)
+    (grad,) = torch.autograd.grad(recomputed.square().sum(), x, create_graph=create_graph)
+    (plain,) = torch.autograd.grad(function(x).square().sum(), x)
+    assert torch.equal(grad, plain)
