@@ -60,7 +60,7 @@ FLOORS = (
     {"dvae", "prior", "ranker", "plan"},
     {"pipeline", "data", "distributed"},
     {"train", "recipes", "evaluate"},
-    {"commands", "demo", "serve", "cli", "options", "env", "__main__"},
+    {"commands", "demo", "serve", "cli", "options", "config_files", "env", "__main__"},
 )
 TORCH_INCLUDE = re.compile(r"#\s*include\s*[<\"](torch|ATen|c10)/")
 

@@ -43,7 +43,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
 
 GLOBAL_OPTIONS = """\
 options of every command:
-  --config FILE.yaml   take options from a file; the command line wins
+  --config FILE        take options from a YAML or TOML file; the command line wins
   --debug              show the traceback of an error
   -h, --help           explain the command's options
 exit codes: 0 done, 2 usage, 3 data, 4 surroundings, 5 numbers, 6 interrupted and saved, 1 other

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,8 +20,17 @@ T = TypeVar("T")
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """The words " (did you mean x?)" for the nearest of `choices`, or "" where none is near."""
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
+    choices = list(choices)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    if not close:  # a word of it, or its first letters: lr for lr_start or learning_rate
+        plain = name.lstrip("-")
+        words = {choice: re.split(r"[_-]", choice.lstrip("-")) for choice in choices}
+        close = [
+            choice
+            for choice, parts in words.items()
+            if plain in parts or (len(parts) > 1 and plain == "".join(part[:1] for part in parts))
+        ]
+    return f" (did you mean {min(close)}?)" if close else ""
 
 
 def require(

@@ -1,4 +1,4 @@
-"""Fills a config dataclass from command-line words and YAML files, with tyro."""
+"""Fills a config dataclass from command-line words and files of options, with tyro."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ import re
 import sys
 import types
 import typing
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
-import yaml
 
+from dalle.config_files import Scalar, kind_of, read_options
 from dalle.configs import check_numbers, did_you_mean, field_types
 from dalle.errors import UsageError
-from dalle.files import read_bytes
 
-MAX_FILE_BYTES = 1 << 20  # of a file of options
 WIDE = 40_000  # columns
 T = TypeVar("T")
 _REWRITES = [  # Python's own and tyro's -> ours
@@ -38,8 +37,8 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
 
     Args:
         config_type: a dataclass whose fields are the options, `--batch-size 8` for `batch_size`.
-        words: what follows the command's name; `--config FILE.yaml` among them gives options that
-            the others override.
+        words: what follows the command's name; `--config FILE` (YAML, or TOML by its
+            suffix) among them gives options that the others override.
         prog: the command's name, begins every line.
 
     Raises:
@@ -54,8 +53,10 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
         if name.startswith("--") and name[2:].replace("_", "-") not in names | {"help", ""}:
             hint = did_you_mean(name, {f"--{k}" for k in names})
             raise UsageError(f"{prog}: {name} is not an option{hint}")
-    if file is not None:
-        words = _file_words(config_type, file) + words
+    options = None if file is None else _FileOptions(config_type, file)
+    if options is not None:
+        words = options.words + words
+    words = _spelled(words, config_type)
     for word, before in zip(words, ["", *words], strict=False):
         if not word and before.startswith("--"):  # e.g. from an unset variable
             raise UsageError(f"{prog}: {before} must have a value, got an empty one")
@@ -65,7 +66,15 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
             raise UsageError(f"{prog}: options must hold no NUL character, got {word!r}")
     output = io.StringIO()
     try:
-        config = _parse(config_type, words, prog, output)
+        try:
+            config = _parse(config_type, words, prog, output)
+        except SystemExit as stop:
+            required = _required(config_type, options)
+            if not stop.code or not required:
+                raise
+            words = required + words  # the command line has no such argument of its own
+            config = _parse(config_type, words, prog, output)
+        config = _with_positional(config, options)
         check_numbers(prog.removeprefix("dalle "), config)
         return config
     except SystemExit as stop:
@@ -84,6 +93,24 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
 def _parse(config_type: type[T], words: list[str], prog: str, output: io.StringIO) -> T:
     with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         return tyro.cli(config_type, args=words, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _required(config_type: type, options: _FileOptions | None) -> list[str]:
+    """The file's values of arguments that have no name and no default."""
+    given = {} if options is None else options.positional
+    return [
+        value
+        for field in dataclasses.fields(config_type)
+        if field.name in given and field.default is dataclasses.MISSING
+        for value in given[field.name]
+    ]
+
+
+def _with_positional(config: T, options: _FileOptions | None) -> T:
+    """`config` with the file's arguments without a name where the command line gives none."""
+    given = {} if options is None else options.positional
+    empty = {name: values for name, values in given.items() if getattr(config, name) == ()}
+    return dataclasses.replace(config, **empty) if empty else config  # type: ignore[type-var]
 
 
 def _message(config_type: type, words: list[str], prog: str) -> list[str]:
@@ -146,71 +173,72 @@ def _nested(annotation: Any) -> type | None:
 def _take_config(words: list[str], prog: str) -> tuple[list[str], Path | None]:
     """Takes `--config FILE` out of `words`."""
     for i, word in enumerate(words):
-        if word == "--config":
-            if i + 1 == len(words):
-                raise UsageError(f"{prog}: --config must be followed by a file, got nothing")
-            return words[:i] + words[i + 2 :], Path(words[i + 1])
-        if word.startswith("--config="):
-            return words[:i] + words[i + 1 :], Path(word.split("=", 1)[1])
+        if word == "--config" and i + 1 == len(words):
+            raise UsageError(f"{prog}: --config must be followed by a file, got nothing")
+        if word == "--config" or word.startswith("--config="):
+            name, used = (words[i + 1], 2) if word == "--config" else (word[9:], 1)
+            rest = words[:i] + words[i + used :]
+            if any(other.split("=")[0] == "--config" for other in rest):
+                raise UsageError(f"{prog}: --config must be given once, got it twice")
+            return rest, Path(name)
     return words, None
 
 
-def _file_words(config_type: type, path: Path) -> list[str]:
-    """The options in a YAML file, as command-line words."""
-    try:
-        text = read_bytes(path, MAX_FILE_BYTES).decode("utf-8-sig")
-        values = yaml.safe_load(text)
-    except OSError as problem:
-        raise UsageError(f"{path}: must be a readable file, got: {problem.strerror}") from problem
-    except UnicodeDecodeError as problem:
-        where = f"byte {problem.start} is not UTF-8"
-        raise UsageError(f"{path}: must be plain YAML, got: {where}") from problem
-    except RecursionError as problem:
-        raise UsageError(f"{path}: must be plain YAML, got: it is nested too deeply") from problem
-    except yaml.YAMLError as problem:
-        reason = getattr(problem, "problem", None) or getattr(problem, "reason", None)
-        reason = str(reason or "no text").split("\n")[0]
-        mark = getattr(problem, "problem_mark", None)
-        location = f" in line {mark.line + 1}" if mark is not None else ""
-        if "unhashable" in reason:
-            reason = "found a key that is no plain value"
-        raise UsageError(f"{path}: must be plain YAML, got: {reason[:200]}{location}") from problem
-    except Exception as problem:  # yaml's numbers and dates raise any class
-        raise UsageError(f"{path}: must be plain YAML, got a damaged number or date") from problem
-    return [] if values is None else _mapping_words(config_type, values, str(path))
+class _FileOptions:
+    """The options of a file: words as on the command line, and values of positional arguments."""
 
+    def __init__(self, config_type: type, path: Path) -> None:
+        self.words: list[str] = []
+        self.positional: dict[str, tuple[str, ...]] = {}
+        self._seen: dict[str, str] = {}
+        self._take(config_type, read_options(path), str(path))
 
-def _mapping_words(config_type: type, values: Any, where: str) -> list[str]:
-    if not isinstance(values, dict):
-        raise UsageError(f"{where}: must be a mapping of options, got {type(values).__name__}")
-    fields = _file_fields(config_type)
-    words: list[str] = []
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in fields:
-            raise UsageError(f"{where}: {key} is not an option{did_you_mean(name, fields)}")
-        inner, option = _nested(fields[name]), name.replace("_", "-")
-        if _positional(fields[name]):
-            raise UsageError(f"{where}: {key} must be given on the command line, not in a file")
-        if inner is not None:
-            if not isinstance(value, dict):
-                kind = "nothing" if value is None else type(value).__name__
-                raise UsageError(f"{where}: {key} must be a mapping of options, got {kind}")
-            words += _mapping_words(inner, value, f"{where}: {key}")
-        elif _plain(fields[name]) is bool:
-            if not isinstance(value, bool):
-                raise UsageError(f"{where}: {key} must be true or false, got {value!r}")
-            words.append(f"--{option}" if value else f"--no-{option}")
-        elif isinstance(value, (list, tuple)):
-            if not _takes_list(fields[name]):
-                raise UsageError(f"{where}: {key} must be one value, got a list")
-            items = [_plain_value(item, f"{where}: {key}") for item in value]
-            if any(item.startswith("--") for item in items):
-                raise UsageError(f"{where}: {key} must hold no value that begins with --")
-            words += [f"--{option}", *items]
+    def _take(self, config_type: type, values: dict[str, Any], where: str) -> None:
+        fields = _file_fields(config_type)
+        for key, value in values.items():
+            name = key.replace("-", "_")
+            if name not in fields:
+                choices = {n.replace("_", "-") if "-" in key else n for n in fields}
+                raise UsageError(f"{where}: {key} is not an option{did_you_mean(key, choices)}")
+            inner, here = _nested(fields[name]), f"{where}: {key}"
+            if inner is not None:
+                if not isinstance(value, dict):
+                    raise UsageError(f"{here} must be a mapping of options, got {kind_of(value)}")
+                self._take(inner, value, here)
+                continue
+            if name in self._seen:
+                raise UsageError(f"{here} must be given once, got also {self._seen[name]}")
+            self._seen[name] = here
+            self._add(name, fields[name], value, here)
+
+    def _add(self, name: str, annotation: Any, value: Any, where: str) -> None:
+        option, plain = name.replace("_", "-"), _plain(annotation)
+        if isinstance(value, Scalar) and value.is_null:  # the default, where None is no value
+            if type(None) in typing.get_args(plain):
+                self.words.append(f"--{option}=None")
+        elif _positional(annotation):
+            items = value if isinstance(value, list) else [value]
+            if plain is str and len(items) != 1:
+                raise UsageError(f"{where} must be one value, got {len(items)}")
+            self.positional[name] = tuple(_text(item, where) for item in items)
+        elif bool in (plain, *typing.get_args(plain)):
+            switch = value.switch if isinstance(value, Scalar) else None
+            if switch is None:
+                got = value.text if isinstance(value, Scalar) else kind_of(value)
+                quoted = isinstance(value, Scalar) and not value.plain
+                raise UsageError(
+                    f"{where} must be true or false, got {repr(got) if quoted else got}"
+                )
+            self.words.append(f"--{option}" if switch else f"--no-{option}")
+        elif isinstance(value, list):
+            if not _takes_list(annotation):
+                raise UsageError(f"{where} must be one value, got a list")
+            items = [_text(item, where) for item in value]
+            if any(re.match(r"-(?![\d.])", item) for item in items):
+                raise UsageError(f"{where} must hold no value that begins with -")
+            self.words += [f"--{option}", *items]
         else:
-            words.append(f"--{option}={_plain_value(value, f'{where}: {key}')}")
-    return words
+            self.words.append(f"--{option}={_text(value, where)}")
 
 
 def _file_fields(config_type: type) -> dict[str, Any]:
@@ -224,12 +252,62 @@ def _file_fields(config_type: type) -> dict[str, Any]:
     return {**fields, **{name: annotations[name] for name in field_types(config_type)}}
 
 
-def _plain_value(value: Any, where: str) -> str:
+def _text(value: Any, where: str) -> str:
     """A value of a file as a word. Nested lists are refused: aliases could make them huge."""
-    if isinstance(value, (dict, list, tuple, set, bytes)):
-        kind = type(value).__name__
-        raise UsageError(f"{where} must be a plain value or a list of them, got {kind}")
-    return str(value)
+    if not isinstance(value, Scalar):
+        raise UsageError(f"{where} must be a plain value or a list of them, got {kind_of(value)}")
+    return value.text
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types in an annotation: {int} of `tuple[int, int] | None`."""
+    plain = _plain(annotation)
+    inner = [kind for part in typing.get_args(plain) for kind in _kinds(part)]
+    return set(inner) if inner else {plain} - {type(None), Ellipsis}
+
+
+def _spelled(words: list[str], config_type: type) -> list[str]:
+    """`words` with numbers as Python spells them, and switches of `bool | None` as tyro does.
+
+    `1e3` is an integer, as are `0x10` and `1_000`; `.inf` and `.nan` are YAML's.
+    """
+    annotations = {n.replace("_", "-"): a for n, a in _file_fields(config_type).items()}
+    result, kinds = [], set[Any]()
+    for word, after in zip(words, [*words[1:], ""], strict=False):
+        if not word.startswith("--"):
+            result.append(_number(word, kinds))
+            continue
+        name, equals, value = word[2:].replace("_", "-").partition("=")
+        value = word[len(name) + 3 :]
+        negated = name.removeprefix("no-")
+        kinds = _kinds(annotations.get(name, str))
+        if equals:
+            result.append(f"--{name}={_number(value, kinds)}")
+        elif _optional_switch(annotations.get(name)):
+            result.append(word if after in ("True", "False", "None") else f"--{name}=True")
+        elif negated != name and _optional_switch(annotations.get(negated)):
+            result.append(f"--{negated}=False")
+        else:
+            result.append(word)
+    return result
+
+
+def _optional_switch(annotation: Any) -> bool:
+    plain = _plain(annotation)
+    return bool in typing.get_args(plain) and type(None) in typing.get_args(plain)
+
+
+def _number(text: str, kinds: set[Any]) -> str:
+    if kinds == {float} and re.fullmatch(r"[-+]?\.(inf|nan)", text.lower()):
+        return text.lower().replace(".", "")
+    if kinds == {int} and re.fullmatch(r"[-+]?0[xXoObB][0-9a-fA-F_]+", text):
+        with contextlib.suppress(ValueError):
+            return str(int(text, 0))
+    if kinds == {int} and re.fullmatch(r"[-+]?[\d_.]+[eE][-+]?\d{1,2}", text):
+        with contextlib.suppress(ArithmeticError, ValueError):
+            value = Decimal(text)
+            return str(int(value)) if value == value.to_integral_value() else text
+    return text
 
 
 def _missing(lines: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 
 from dalle import pictures
 from dalle.commands.fits import require_dvae_fits
-from dalle.commands.training import check_model_target, save_model
+from dalle.commands.training import check_model_target, keep_options, save_model
 from dalle.configs import did_you_mean
 from dalle.console import is_main_process, printable
 from dalle.data.augment import center_crop, to_tensor
@@ -121,7 +121,13 @@ def train(config: DvaeCommandConfig) -> None:
         vae = DiscreteVAE(model_config)
         parallelize(vae, world, vae.resblocks(), owner="dvae train", forwards=["autoencode"])
         task = DvaeTask(vae, pairs, train_config, seed=loop.seed, world=world)
-        result = run_loop(task, loop)
+        resolved = replace(
+            config,
+            image_size=train_config.image_size,
+            batch_size=train_config.batch_size,
+            loop=loop,
+        )
+        result = run_loop(task, loop, begun=keep_options("dvae train", resolved, loop.out))
         save_model("dvae train", task, folder)
     if is_main_process():
         print(f"dvae train: {result.step} updates, model in {folder}{left_out(pairs)}")

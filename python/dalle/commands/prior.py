@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from dalle.commands.fits import require_prior_fits
-from dalle.commands.training import check_model_target, save_model
+from dalle.commands.training import check_model_target, keep_options, save_model
 from dalle.configs import did_you_mean
 from dalle.console import is_main_process, say
 from dalle.data.pairs import left_out
@@ -115,7 +115,7 @@ def _train(config: PriorCommandConfig, world: World) -> None:
     blocks = prior.resblocks().values()
     parallelize(prior, world, blocks, owner="prior train", compressible=True)
     task = PriorTask(prior, tokenizer, vae, pairs, config.recipe, seed=loop.seed, world=world)
-    result = train(task, loop)
+    result = train(task, loop, begun=keep_options("prior train", config, loop.out))
     save_model("prior train", task, folder)
     for line in world.summary():
         say(f"prior train: {line}")

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import torch
 
-from dalle.commands.training import check_model_target, require_one_process, save_model
+from dalle.commands.training import (
+    check_model_target,
+    keep_options,
+    require_one_process,
+    save_model,
+)
 from dalle.console import say
 from dalle.data.pairs import left_out
 from dalle.data.sources import load_pairs
@@ -71,6 +76,7 @@ def train_command(config: RankerCommandConfig) -> None:
     if tokenizer.truncated > cut:
         count, slots = tokenizer.truncated - cut, ranker.config.text_len
         say(f"ranker train: {count} captions have more than {slots} tokens, the rest is cut off")
-    result = train(task, loop)
+    resolved = replace(config, loop=loop)
+    result = train(task, loop, begun=keep_options("ranker train", resolved, loop.out))
     save_model("ranker train", task, folder)
     print(f"ranker train: {result.step} updates, model in {folder}{left_out(pairs)}")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from dalle.config_files import CONFIG_NAME, write_resolved
 from dalle.console import is_main_process
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import check_targets, read_object, saving
@@ -52,6 +55,15 @@ def save_model(owner: str, task: Task, folder: Path) -> None:
         if model is not None:
             assert isinstance(model, Pretrained)
             model.save_pretrained(folder)
+
+
+def keep_options(owner: str, config: Any, out: Path) -> Callable[[int], None]:
+    """What a training does when it begins: writes the options of the run to OUT/config.yaml.
+
+    Given back with `--config`, they repeat the run. Options that a training refuses to go on with
+    do not replace those it began with.
+    """
+    return lambda _: write_resolved(config, out / CONFIG_NAME, owner=owner)
 
 
 def require_one_process(owner: str) -> None:

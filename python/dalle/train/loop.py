@@ -35,6 +35,7 @@ the uninterrupted one bit for bit:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dalle.console import say
+from dalle.console import is_main_process, say
 from dalle.errors import DataError, EnvironmentProblem, Interrupted, NumericalError
 from dalle.files import make_folder
 from dalle.pictures import save_png, to_uint8
@@ -78,8 +79,16 @@ class TrainingInterrupted(Interrupted):
         self.result = result
 
 
-def train(task: Task, config: LoopConfig) -> TrainResult:
+def train(
+    task: Task, config: LoopConfig, *, begun: Callable[[int], None] | None = None
+) -> TrainResult:
     """Trains `task` until `config.steps` updates are done.
+
+    Args:
+        task: what is trained.
+        config: how long, and what is written.
+        begun: called on process 0 after the first update of this run, with the number of updates
+            done; where that fails, the folder stays as it was.
 
     Raises:
         TrainingInterrupted: after SIGINT, SIGTERM or SIGHUP, with the step finished and its
@@ -119,6 +128,10 @@ def train(task: Task, config: LoopConfig) -> TrainResult:
                 step += 1
                 watch.end()
                 metrics.add(values)
+                if begun is not None and step == start + 1:
+                    with world.agreed():
+                        if is_main_process():
+                            begun(step)
                 stop = world.stop_requested()
                 last = stop or step >= config.steps
                 score = config.evaluate_every > 0 and (last or step % config.evaluate_every == 0)
