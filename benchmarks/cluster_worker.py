@@ -95,10 +95,10 @@ def reconstruction_error(psgd: PowerSGD, step: Callable[[], object]) -> float:
     inside: list[float] = []
     project = buffers.project
 
-    def measured(sent: list[Factors], fast: bool) -> None:
-        project(sent, fast)  # Q = E^T P of this process; P's columns are orthonormal
-        whole.extend(float(f.matrix.value().square().sum()) for f in sent)
-        inside.extend(float((f.q * f.unit).square().sum()) for f in sent)
+    def measured(compressed: list[Factors], fast: bool) -> None:
+        project(compressed, fast)  # Q = E^T P of this process; P's columns are orthonormal
+        whole.extend(float(f.matrix.value().square().sum()) for f in compressed)
+        inside.extend(float((f.q * f.unit).square().sum()) for f in compressed)
 
     buffers.project = measured
     try:

@@ -69,10 +69,10 @@ def fsdp(rank, options, steps, parts=1, way="", mixed=None):
     fully_shard(net, mesh=mesh["shard"], **policy)
     psgd = PowerSGD(group=mesh["replicate"].get_group(), **options)
     if way == "at once":
-        psgd._follow = lambda gradients, _: psgd.compressor.reduce_(gradients, psgd._whole)
+        psgd._reduce_async = lambda gradients, _: psgd.compressor.reduce_(gradients, psgd._excluded)
     psgd.attach(net)
     if way == "whole":
-        psgd._whole |= set(psgd._params)
+        psgd._excluded |= set(psgd._params)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     sync = net.set_requires_gradient_sync if way == "last" else None
     losses = train(net, rank, steps, optimizer, parts, sync)

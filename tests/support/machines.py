@@ -1,4 +1,4 @@
-"""Machines simulated in one process: `dalle.distributed.wire.Exchange` without a network."""
+"""Machines simulated in one process: a `Communicator` without a network."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 import dalle_ext
 from dalle.distributed import PowerSGD
-from dalle.distributed.wire import Exchange
+from dalle.distributed.communicator import Communicator
 from dalle.errors import UsageError
 
 
-class Copies(Exchange):
+class Copies(Communicator):
     """Any number of machines that have the same gradients; one of them is computed."""
 
     def __init__(self, world):
@@ -21,27 +21,27 @@ class Copies(Exchange):
         self.ranks = list(range(world))
 
     def gather(self, value):
-        return [value] * self.world
+        return [value] * self.world_size
 
-    def require_same(self, own):
+    def require_same(self, values):
         pass
 
-    def all_reduce(self, flat):
-        flat.mul_(self.world)
+    def all_reduce(self, tensor):
+        tensor.mul_(self.world_size)
 
-    def all_to_all(self, parts):
-        self.parts = parts.view(torch.int16).flatten()
-        return parts[:1].repeat(self.world, 1)
+    def all_to_all(self, rows):
+        self.rows = rows.view(torch.int16).flatten()
+        return rows[:1].repeat(self.world_size, 1)
 
-    def all_gather(self, part):
-        every = self.parts.expand(self.world, -1).contiguous()
+    def all_gather(self, shard):
+        every = self.rows.expand(self.world_size, -1).contiguous()
         return dalle_ext.sum_codes(every, "1-6-9").codes.view(torch.bfloat16)
 
-    def broadcast(self, flat):
+    def broadcast(self, tensor):
         pass
 
 
-class Machine(Exchange):
+class Machine(Communicator):
     """One of several threads, each of which is a machine of its own."""
 
     def __init__(self, rank, slots, barrier):
@@ -56,29 +56,29 @@ class Machine(Exchange):
         self.barrier.wait()
         return every
 
-    def require_same(self, own):
-        every = self.gather(own)
+    def require_same(self, values):
+        every = self.gather(values)
         if any(other != every[0] for other in every):
             raise UsageError("machines differ")
 
-    def all_reduce(self, flat):
-        flat.copy_(torch.stack(self.gather(flat.clone())).sum(0))
+    def all_reduce(self, tensor):
+        tensor.copy_(torch.stack(self.gather(tensor.clone())).sum(0))
 
-    def all_to_all(self, parts):
-        return torch.stack([other[self.rank] for other in self.gather(parts)])
+    def all_to_all(self, rows):
+        return torch.stack([other[self.rank] for other in self.gather(rows)])
 
-    def all_gather(self, part):
-        return torch.cat(self.gather(part))
+    def all_gather(self, shard):
+        return torch.cat(self.gather(shard))
 
-    def broadcast(self, flat):
-        flat.copy_(self.gather(flat.clone())[0])
+    def broadcast(self, tensor):
+        tensor.copy_(self.gather(tensor.clone())[0])
 
 
 def copies(world, **options):
     """A `PowerSGD` among so many alike."""
     psgd = PowerSGD(**options)
-    psgd.compressor.exchange = Copies(world)
-    psgd.compressor.account.traffic = psgd.compressor.exchange.traffic
+    psgd.compressor.comm = Copies(world)
+    psgd.compressor.stats.traffic = psgd.compressor.comm.traffic
     return psgd
 
 
@@ -88,8 +88,8 @@ def machines(world, body, **options):
 
     def run(rank):
         psgd = PowerSGD(**options)
-        psgd.compressor.exchange = Machine(rank, slots, barrier)
-        psgd.compressor.account.traffic = psgd.compressor.exchange.traffic
+        psgd.compressor.comm = Machine(rank, slots, barrier)
+        psgd.compressor.stats.traffic = psgd.compressor.comm.traffic
         try:
             return body(rank, psgd)
         except BaseException:

@@ -15,7 +15,13 @@ from torch import nn
 
 import dalle_ext
 from dalle.distributed import PowerSGD
-from dalle.distributed.buffers import AIM, MOST, leading, new_units, squares
+from dalle.distributed.buffers import (
+    MAX_EXPONENT,
+    TARGET_EXPONENT,
+    gram_triangles,
+    new_units,
+    truncate_to_rank,
+)
 from dalle.distributed.powersgd import Gradient
 from dalle.errors import CheckpointError, UsageError
 from dalle.prior.model import Prior
@@ -90,15 +96,15 @@ def test_what_travels_has_orthonormal_columns_together():
             torch.zeros(30, 7),
             torch.randn(5, 5, generator=torch.Generator().manual_seed(9)),
         ]
-        total = squares(ps, 3)
-        psgd.compressor.exchange.sum_fp32_([total])
-        return leading(ps, total, 3, 3)
+        total = gram_triangles(ps, 3)
+        psgd.compressor.comm.all_reduce_fp32_([total])
+        return truncate_to_rank(ps, total, 3, 3)
 
     every = machines(3, body)
     for at in (0, 2):
         gram = sum(found[at].double().mT @ found[at].double() for found in every)
         assert (gram / gram[0, 0] - torch.eye(3)).abs().max() <= 1e-4
-        assert float(sum(found[at] for found in every).abs().max()) <= 2.0**AIM
+        assert float(sum(found[at] for found in every).abs().max()) <= 2.0**TARGET_EXPONENT
     assert all(torch.equal(found[1], torch.zeros(30, 3)) for found in every)
 
 
@@ -203,7 +209,8 @@ def test_units_change_only_where_the_range_asks_for_it():
     units = new_units(bounds, torch.ones(7))
     assert units[:3].tolist() == [1.0, 1.0, 1.0]
     assert torch.equal(torch.frexp(units).mantissa, torch.full((7,), 0.5))  # powers of two
-    assert ((bounds * units)[1:6] < 2.0**MOST).all() and ((bounds * units)[1:6] > 2.0**-20).all()
+    scaled = (bounds * units)[1:6]
+    assert (scaled < 2.0**MAX_EXPONENT).all() and (scaled > 2.0**-20).all()
 
 
 def test_losses_scaled_by_torch_leave_the_buffers_in_their_units():
@@ -231,7 +238,7 @@ def test_the_norm_is_unscaled_before_and_after_the_step(unscale):
     net = nn.Linear(64, 48)
     scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
     psgd = copies(2, rank=4, scaler=scaler)
-    psgd._name(net)
+    psgd._register(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     for _ in range(2):
         optimizer.zero_grad()
@@ -293,10 +300,10 @@ def test_other_processors_take_the_first_ones_columns(monkeypatch):
     def body(rank, psgd):
         if rank == 1:
             odd.append(threading.current_thread())
-        psgd.compressor.exchange.gather(None)
+        psgd.compressor.comm.gather(None)
         grads = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(rank + 3 * i))
                  for i in range(2)]  # fmt: skip
-        return [reduced(psgd, grad) for grad in grads], psgd.compressor._odd
+        return [reduced(psgd, grad) for grad in grads], psgd.compressor._broadcast_p
 
     every = machines(3, body, rank=4)
     assert all(seen for _, seen in every)
@@ -315,7 +322,7 @@ def test_a_copy_goes_on_as_its_original_would(way):
         reduced(psgd, low_rank(9))
     found = way(first)
     if way is not copy.copy:
-        found.compressor.exchange = copies(2).compressor.exchange  # a pickle's group is all
+        found.compressor.comm = copies(2).compressor.comm  # a pickle's group is all
         before = first.compressor.matrices["m"].error.clone()
     grad = low_rank(9, seed=1)
     assert torch.equal(reduced(found, grad), reduced(same, grad))
@@ -328,9 +335,11 @@ def test_a_pickle_before_attach_does_not_lose_what_is_excluded():
     psgd = PowerSGD(rank=4, exclude=[net[1].weight])
     with pytest.raises(UsageError, match="PowerSGD: exclude must be empty in a pickle before att"):
         pickle.dumps(psgd)
-    assert copy.deepcopy(psgd)._exclude == copy.copy(psgd)._exclude == [net[1].weight]
-    psgd._name(net)
-    assert "1.weight" in pickled(psgd)._whole
+    assert (
+        copy.deepcopy(psgd)._excluded_params == copy.copy(psgd)._excluded_params == [net[1].weight]
+    )
+    psgd._register(net)
+    assert "1.weight" in pickled(psgd)._excluded
     pickled(PowerSGD(rank=4))
 
 
@@ -365,6 +374,6 @@ def test_no_table_of_the_prior_is_compressed(preset):
     with torch.device("meta"):
         prior = Prior.from_preset(preset)
     psgd = PowerSGD(rank=8, exclude=[prior.text_head.weight, prior.image_head.weight])
-    psgd._name(prior)
-    left = [n for n, p in prior.named_parameters() if p.dim() > 1 and n not in psgd._whole]
+    psgd._register(prior)
+    left = [n for n, p in prior.named_parameters() if p.dim() > 1 and n not in psgd._excluded]
     assert left and all(name.startswith("layers.") for name in left)

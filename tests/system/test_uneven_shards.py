@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dalle.distributed.powersgd import Gradient
-from dalle.distributed.shard import smallest_shard
+from dalle.distributed.shard import min_shard_shape
 from dalle.dtensor import local_part
 from support.machines import copies
 
@@ -39,13 +39,13 @@ def layers(mesh, rows=ROWS):
 
 def test_the_smallest_shard_is_the_same_on_all_processes():
     def body(mesh):
-        return [(smallest_shard(p), local_part(p).shape) for p in layers(mesh).parameters()]
+        return [(min_shard_shape(p), local_part(p).shape) for p in layers(mesh).parameters()]
 
     every = on_each_process(body)
     for at in range(len(ROWS)):
         own = [tuple(found[at][1]) for found in every]
         assert {tuple(found[at][0]) for found in every} == {min(own)}
-    assert smallest_shard(torch.zeros(5, 3)) == (5, 3)
+    assert min_shard_shape(torch.zeros(5, 3)) == (5, 3)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
@@ -55,13 +55,13 @@ def test_state_is_levelled_over_the_same_matrices_on_all_shards(rank, monkeypatc
     def body(mesh):
         net, levelled = layers(mesh), []
         psgd = copies(2, rank=rank, min_compression=1.0)
-        psgd._name(net)
+        psgd._register(net)
         given = [psgd._gradient(p, torch.ones_like(local_part(p))) for p in net.parameters()]
-        psgd.compressor.reduce_(given, psgd._whole)
+        psgd.compressor.reduce_(given, psgd._excluded)
         with monkeypatch.context() as patch:
             patch.setattr(dist, "all_reduce", lambda t, **_: levelled.append(tuple(t.shape)))
             names = list(psgd.state_dict()["errors"])
-        own = [n for n, p in net.named_parameters() if psgd.compressor.packed(
+        own = [n for n, p in net.named_parameters() if psgd.compressor.to_compress(
             [Gradient(n, local_part(p))], set())]  # fmt: skip
         assert psgd.compressed() == (len(names), len(ROWS))
         return names, levelled, own

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 
-def own_group(parent: dist.ProcessGroup | None, owner: object) -> dist.ProcessGroup:
+def duplicate_group(parent: dist.ProcessGroup | None, owner: object) -> dist.ProcessGroup:
     """A new group of the processes of another, with its backends and time-out. Collective.
 
     Args:
@@ -47,14 +47,14 @@ def own_group(parent: dist.ProcessGroup | None, owner: object) -> dist.ProcessGr
         ranks,
         backend,
         store,
-        f"own-{token}",  # type: ignore[arg-type]  # a GroupName, which older torch does not have
+        f"powersgd-{token}",  # type: ignore[arg-type]  # a GroupName, new in torch
         timeout=timeout,
         group_desc="PowerSGD",
     )
     assert isinstance(group, dist.ProcessGroup)
     c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(ranks)}
     if "nccl" not in backend:
-        weakref.finalize(owner, _leave, group).atexit = False
+        weakref.finalize(owner, _destroy, group).atexit = False
     return group
 
 
@@ -65,7 +65,7 @@ def _backend(group: dist.ProcessGroup) -> dist.Backend:
     return dist.Backend(names.pop() if len(names) == 1 else config)
 
 
-def _leave(group: dist.ProcessGroup) -> None:
+def _destroy(group: dist.ProcessGroup) -> None:
     with suppress(Exception):  # all groups may be gone already
         if group in c10d._world.pg_map:
             dist.destroy_process_group(group)

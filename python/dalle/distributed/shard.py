@@ -116,7 +116,7 @@ def _parameters(part: FSDPModule) -> list[Any]:
 
 
 def sharded_parameters(part: FSDPModule) -> list[Tensor]:
-    """The sharded parameters of one fully_shard module's own group."""
+    """The sharded parameters of one fully_shard module, without those of modules inside it."""
     return [p.sharded_param for p in _parameters(part)]
 
 
@@ -174,11 +174,11 @@ def _sharded(part: FSDPModule) -> list[DTensor]:
     return [p for p in sharded_parameters(part) if isinstance(p, DTensor)]
 
 
-def can_follow(part: FSDPModule, flat: Tensor) -> bool:
-    """Whether the buffer may be changed until the backward pass ends: gradients will be its views.
+def can_reduce_async(part: FSDPModule, flat: Tensor) -> bool:
+    """Whether the buffer may be reduced after the hook returns, as the gradients will be its views.
 
-    They are copies where FSDP2 casts, adds to existing gradients, or divides once more (in fp16,
-    and with a custom divisor). A GPU's stream is asynchronous anyway.
+    They will be copies where FSDP2 casts them, adds them to existing gradients, or divides once
+    more (in fp16, and with a custom divisor). False on a GPU, whose stream is asynchronous anyway.
     """
     if flat.device.type != "cpu" or flat.dtype not in (torch.float32, torch.bfloat16):
         return False
@@ -190,7 +190,7 @@ def can_follow(part: FSDPModule, flat: Tensor) -> bool:
     return not custom_division and all(p.dtype == flat.dtype and p.grad is None for p in params)
 
 
-def smallest_shard(param: Tensor) -> torch.Size:
+def min_shard_shape(param: Tensor) -> torch.Size:
     """Shape of the smallest part that a process holds of a parameter, the same on all of them."""
     if not isinstance(param, DTensor):
         return param.shape

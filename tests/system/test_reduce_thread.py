@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from dalle.distributed import PowerSGD
-from dalle.distributed.in_order import InOrder
+from dalle.distributed.reduce_thread import ReduceThread
 from dalle.errors import UsageError
 from support.engines import model
 
 
 def test_after_an_exchange_that_failed_no_other_is_begun():
-    order, ran = InOrder(), []
+    reducer, ran = ReduceThread(), []
 
     def fail():
         raise RuntimeError("the link")
@@ -26,7 +26,7 @@ def test_after_an_exchange_that_failed_no_other_is_begun():
     futures = [torch.futures.Future() for _ in range(3)]
     jobs = (lambda: ran.append("first"), fail, lambda: ran.append("last"))
     for job, future in zip(jobs, futures, strict=True):
-        order.put(job, future, torch.zeros(1))
+        reducer.submit(job, future, torch.zeros(1))
     futures[0].wait()
     for future in futures[1:]:
         with pytest.raises(RuntimeError, match="the link"):
@@ -36,12 +36,12 @@ def test_after_an_exchange_that_failed_no_other_is_begun():
 
 def test_a_thread_ends_with_its_owner():
     before = set(threading.enumerate())
-    order = InOrder()
+    reducer = ReduceThread()
     future = torch.futures.Future()
-    order.put(lambda: None, future, torch.zeros(1))
+    reducer.submit(lambda: None, future, torch.zeros(1))
     future.wait()
     (thread,) = set(threading.enumerate()) - before
-    del order
+    del reducer
     thread.join(10)
     assert not thread.is_alive()
 
@@ -51,14 +51,14 @@ def test_a_thread_ends_with_its_owner_after_a_failure():
 
     class Owner:
         def __init__(self):
-            self.order = InOrder()
+            self.reducer = ReduceThread()
 
         def fail(self):
             raise UsageError("the link")
 
         def step(self):
             future = torch.futures.Future()
-            self.order.put(self.fail, future, torch.zeros(1))
+            self.reducer.submit(self.fail, future, torch.zeros(1))
             future.wait()
 
     before, owner = set(threading.enumerate()), Owner()
@@ -91,17 +91,17 @@ def test_an_error_in_the_thread_of_ddp_reaches_the_user_as_it_is(good):
             loss().backward()
         reduce, seen = psgd.compressor.reduce_, []
 
-        def fail(gradients, whole):
+        def fail(gradients, excluded):
             seen.append(gradients)
             if len(seen) > good:
                 raise UsageError("the link")
-            reduce(gradients, whole)
+            reduce(gradients, excluded)
 
         psgd.compressor.reduce_ = fail
-        psgd._following.append(torch.futures.Future())
-        psgd._following[0].set_result(torch.zeros(1))
+        psgd._futures.append(torch.futures.Future())
+        psgd._futures[0].set_result(torch.zeros(1))
         with pytest.raises(UsageError, match="^the link$"):
             loss().backward()
-        assert len(seen) == good + 1 and not psgd._following
+        assert len(seen) == good + 1 and not psgd._futures
     finally:
         dist.destroy_process_group()

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from dalle.distributed.account import Account
+from dalle.distributed.traffic import CommStats
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -34,33 +34,33 @@ class Event:
 
 
 def test_time_on_the_cpu():
-    account = Account()
-    with account.timed("seconds", CPU), account.timed("exchange_seconds", CPU):
+    stats = CommStats()
+    with stats.timed("seconds", CPU), stats.timed("exchange_seconds", CPU):
         time.sleep(0.01)
-    assert account.seconds >= account.exchange_seconds >= 0.01
+    assert stats.seconds >= stats.exchange_seconds >= 0.01
 
 
 def test_time_on_a_device_is_read_when_it_is_known(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(Event, "now", 0.0)
     monkeypatch.setattr(Event, "reached", 0.0)
-    account = Account()
+    stats = CommStats()
     for seconds in (2.0, 3.0, 5.0):
-        with account.timed("exchange_seconds", CUDA):
+        with stats.timed("exchange_seconds", CUDA):
             Event.now += seconds
-    assert account.exchange_seconds == 0.0  # nobody waited
+    assert stats.exchange_seconds == 0.0  # nobody waited
     Event.reached = 5.0
-    with account.timed("seconds", CUDA):
+    with stats.timed("seconds", CUDA):
         Event.now += 7.0
-    assert (account.seconds, account.exchange_seconds) == (0.0, 5.0)
-    account.traffic.sent, account.uncompressed_bytes = 10_000_000, 40_000_000
-    report = account.report()  # which waits
+    assert (stats.seconds, stats.exchange_seconds) == (0.0, 5.0)
+    stats.traffic.sent, stats.uncompressed_bytes = 10_000_000, 40_000_000
+    report = stats.report()  # which waits
     assert (report["seconds"], report["exchange_seconds"]) == (7.0, 10.0)
     advice = "compression pays at 8 Mbit/s: 7000 ms so far; fp32 gradients would take 40000 ms"
     assert report["advice"] == advice and report["compression"] == 4.0
 
 
 def test_advice_where_the_link_is_fast():
-    account = Account(uncompressed_bytes=100, seconds=1.0, exchange_seconds=0.001)
-    account.traffic.sent = 1000
-    assert account.report()["advice"].startswith("compression does not pay at 8 Mbit/s: 1000 ms")
+    stats = CommStats(uncompressed_bytes=100, seconds=1.0, exchange_seconds=0.001)
+    stats.traffic.sent = 1000
+    assert stats.report()["advice"].startswith("compression does not pay at 8 Mbit/s: 1000 ms")
