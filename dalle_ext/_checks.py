@@ -16,7 +16,7 @@ def integer(
     owner: str,
     argument: str,
     value: Any,
-    least: int | None = None,
+    minimum: int | None = None,
     below: int | None = None,
     *,
     requirement: str | None = None,
@@ -26,7 +26,7 @@ def integer(
 
     Args:
         owner, argument: what the message names.
-        least, below: bounds, the second exclusive.
+        minimum, below: bounds, the second exclusive.
         requirement: in the message, in place of one made of the bounds.
         error: class that is raised.
 
@@ -34,25 +34,25 @@ def integer(
         error: not an integer (a bool is none), or out of bounds.
     """
     try:
-        found = operator.index(value)
+        number = operator.index(value)
     except (TypeError, RuntimeError):  # torch's tensors raise either
-        found = None
+        number = None
     boolean = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
-    low, high = least is None or least <= (found or 0), below is None or (found or 0) < below
-    if found is None or boolean or not (low and high):
+    low, high = minimum is None or minimum <= (number or 0), below is None or (number or 0) < below
+    if number is None or boolean or not (low and high):
         if requirement is None:
-            requirement = "an integer" if least is None else f"an integer of at least {least}"
+            requirement = "an integer" if minimum is None else f"an integer of at least {minimum}"
             requirement += "" if below is None else f" and below {below}"
         raise error(f"{owner}: {argument} must be {requirement}, got {value!r}")
-    return found
+    return number
 
 
 def seed_word(owner: str, seed: Any, requirement: str = "an integer") -> int:
     """A seed as an int of 64 bits with sign. Raises TypeError for no integer, else ValueError."""
-    found = integer(owner, "seed", seed, requirement=requirement, error=TypeError)
-    if not -(2**63) <= found < 2**63:
-        raise ValueError(f"{owner}: seed must fit 64 bits, got {found}")
-    return found
+    number = integer(owner, "seed", seed, requirement=requirement, error=TypeError)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{owner}: seed must fit 64 bits, got {number}")
+    return number
 
 
 def real(value: Any) -> float:

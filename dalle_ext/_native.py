@@ -78,8 +78,8 @@ def register(
 
     def guard(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         recording = torch.is_grad_enabled()
-        looked_at = _tensors(arguments) if recording or forward_ad._current_level >= 0 else ()
-        for tensor in looked_at:
+        tensors = _tensors(arguments) if recording or forward_ad._current_level >= 0 else ()
+        for tensor in tensors:
             tangent = forward_ad.unpack_dual(tensor).tangent is not None
             if tangent or (recording and tensor.requires_grad):
                 what = "a forward-mode tangent" if tangent else "one that requires a gradient"

@@ -1,4 +1,4 @@
-"""Where the tensors of a multi-tensor op lie, as `csrc/common/tensor_table.h` reads it."""
+"""The addresses of a multi-tensor op's tensors, as `csrc/common/tensor_table.h` reads it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class TensorTable:
             raise TypeError(f"TensorTable: tensors must be {known}, got {dtype}")
         self.order = sorted(range(count), key=lambda i: groups[i])
         self.columns = self.arranged(columns)
-        self._found = self._key(columns, groups)
+        self._addresses = self._key(columns, groups)
         rows, chunks = [], 0
         for r, i in enumerate(self.order):
             tensors = [column[r] for column in self.columns]
@@ -105,6 +105,6 @@ class TensorTable:
     ) -> bool:
         """Whether the table still says where these tensors are (same order as when it was made).
 
-        Addresses are compared, not objects: a gradient may be another tensor at the same place.
+        Addresses are compared, not objects: a gradient may be another tensor at the same address.
         """
-        return self._found == self._key(columns, groups or [0] * len(columns[0]))
+        return self._addresses == self._key(columns, groups or [0] * len(columns[0]))

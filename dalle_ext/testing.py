@@ -28,7 +28,7 @@ def sliced(
 
     Returns:
         The slice and the buffer around it; `border_intact(slice, buffer)` tells whether a kernel
-        wrote beside the slice. The innermost axis is contiguous, no other axis is packed.
+        wrote outside the slice. The innermost axis is contiguous, no other axis is packed.
     """
     axes = list(range(len(shape))) if order is None else list(order)
     padded = [shape[a] + 2 for a in axes]

@@ -18,7 +18,7 @@ from dalle_ext.reference import adam16 as reference
 Tensor = torch.Tensor
 GROUP_STRIDE = 0xBF58476D1CE4E5B9  # between the seeds of parameter groups, odd and irregular
 STATE = ("exp_avg", "exp_avg_sq", "step")
-CODED_FROM = 8192  # elements; smaller tensors keep float32 moments (paper, earlier code)
+MIN_CODED_NUMEL = 8192  # smaller tensors keep float32 moments (paper, earlier code)
 
 
 def _step_fake(*_: object) -> None:
@@ -87,40 +87,40 @@ def _one_float(name: str, value: float | Tensor | None, device: torch.device) ->
     return torch.full((), float(value), dtype=torch.float32, device=device)
 
 
-def _tensors_of(
+def _device_scalars(
     index: int,
     group: Mapping[str, Any],
     scales: Tensor | None,
     clip_factor: float | Tensor | None,
-    found: bool | Tensor | None,
+    found_nonfinite: bool | Tensor | None,
     device: torch.device,
 ) -> list[Tensor | None]:
-    """What the kernel reads on the device: scales, clip factor, flag, step size, seed."""
-    # Not seed + index: the second group of a seed would round as the first of the next one.
+    """Scales, clip factor, nonfinite flag, lr and seed, which the kernel reads on the device."""
+    # Not seed + index: the second group of a seed would round as the first group of the next seed.
     word = (operator.index(group["seed"]) + index * GROUP_STRIDE + 2**63) % 2**64 - 2**63
     seed = torch.full((), word, dtype=torch.int64, device=device)
     lr = group["lr"] if isinstance(group["lr"], Tensor) else None
     clip = _one_float("clip_factor", clip_factor, device)
-    flag = _one_float("found_nonfinite", found, device)
+    flag = _one_float("found_nonfinite", found_nonfinite, device)
     return [scales, clip, flag, _one_float("lr", lr, device), seed]
 
 
-def _numbers_of(group: Mapping[str, Any]) -> list[float]:
-    """Whether to round parameters at random, lr, betas, eps, weight decay, variance clip."""
+def _host_scalars(group: Mapping[str, Any]) -> list[float]:
+    """Whether to round parameters stochastically, lr, betas, eps, weight decay, variance clip."""
     lr = 0.0 if isinstance(group["lr"], Tensor) else group["lr"]
     others = (group["eps"], group["weight_decay"], group["variance_clip"])
     return [bool(group["stochastic_rounding"]), *map(float, (lr, *group["betas"], *others))]
 
 
-def _moment_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+def _moment_dtype(param: Tensor, fp32_moments: bool) -> torch.dtype:
     """int16 codes, or float32 in small tensors and where the parameter group asks for it."""
-    fp32 = param.numel() < CODED_FROM or group["fp32_moments"]
+    fp32 = param.numel() < MIN_CODED_NUMEL or fp32_moments
     return torch.float32 if fp32 else torch.int16
 
 
 def _moments_like(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A fresh state: no update yet, moments zero (code 0 is zero)."""
-    dtype = _moment_dtype(param, group)
+    """The initial state: no update yet, moments zero (code 0 is zero)."""
+    dtype = _moment_dtype(param, group["fp32_moments"])
     return {
         "step": torch.zeros((), dtype=torch.int64, device=param.device),
         "exp_avg": torch.zeros_like(param, dtype=dtype),
@@ -128,10 +128,10 @@ def _moments_like(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def _portable(value: Any) -> Any:
-    """Codes of a `DTensor` as (..., 2) bytes that share its memory; anything else as it is.
+def _codes_as_bytes(value: Any) -> Any:
+    """Codes of a `DTensor` as (..., 2) bytes that share its memory; anything else unchanged.
 
-    No collective of gloo or NCCL takes int16, so that codes could not be gathered.
+    No collective of gloo or NCCL takes int16, so codes could not be gathered.
     """
     if not hasattr(value, "to_local") or value.dtype != torch.int16:
         return value
@@ -151,22 +151,25 @@ def _check_state(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, A
     """Raises ValueError unless a state dict is of parameters like these."""
     saved = state_dict["param_groups"]
     sizes = [len(group["params"]) for group in groups]
-    found = [len(group["params"]) for group in saved]
-    if sizes != found:
-        raise ValueError(f"AdamW16: state must be of groups of {sizes} parameters, got {found}")
-    params = [(p, own, s) for own, s in zip(groups, saved, strict=True) for p in own["params"]]
+    saved_sizes = [len(group["params"]) for group in saved]
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"AdamW16: state must be of groups of {sizes} parameters, got {saved_sizes}"
+        )
+    pairs = zip(groups, saved, strict=True)
+    params = [(p, group, saved_group) for group, saved_group in pairs for p in group["params"]]
     ids = [i for group in saved for i in group["params"]]
-    for index, (param, own, group) in zip(ids, params, strict=True):
+    for index, (param, group, saved_group) in zip(ids, params, strict=True):
         values = state_dict["state"].get(index, {})
         if values and set(values) != set(STATE):
             names = ", ".join(map(str, sorted(values)))
             raise ValueError(
                 f"AdamW16: state of parameter {index} must be {', '.join(STATE)}, got {names}"
             )
-        kept = {"fp32_moments": group.get("fp32_moments", own["fp32_moments"])}
+        fp32_moments = saved_group.get("fp32_moments", group["fp32_moments"])
         for name, value in values.items():
             if name != "step":
-                _check_moment(name, index, param, _moment_dtype(param, kept), value)
+                _check_moment(name, index, param, _moment_dtype(param, fp32_moments), value)
             elif not isinstance(value, (int, float)) and value.numel() != 1:
                 got = tuple(value.shape)
                 raise ValueError(
@@ -184,7 +187,7 @@ def _check_moment(name: str, index: int, param: Tensor, dtype: torch.dtype, valu
         what = f"AdamW16: state {name} of parameter {index} must be {shape} {dtype}"
         raise ValueError(f"{what}, got {got[0]} {got[1]}")
     if hasattr(value, "to_local") and not hasattr(param, "to_local"):
-        what = f"AdamW16: state {name} of parameter {index} must be a whole tensor"
+        what = f"AdamW16: state {name} of parameter {index} must be a full tensor"
         raise ValueError(f"{what}, got a DTensor; gather it with full_tensor()")
 
 
@@ -193,7 +196,7 @@ def _restore(
     groups: Sequence[Mapping[str, Any]],
     state_dict: Mapping[str, Any],
 ) -> None:
-    """Puts copies of a checked state dict's tensors into the state with their own dtypes."""
+    """Copies a checked state dict's tensors into the state, in the dtypes that they have."""
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     params = [param for group in groups for param in group["params"]]
     for i, param in zip(ids, params, strict=True):
@@ -219,12 +222,12 @@ def _moment(value: Tensor, param: Tensor) -> Tensor:
         else:
             value = value.to(param.device)
             value = distribute_tensor(value, mesh, placements, src_data_rank=None)
-    own = local_part(value)
-    if own.dtype == torch.uint8:
-        own = own.contiguous().view(torch.int16).squeeze(-1)
-    fresh = torch.empty_like(param, dtype=own.dtype)
-    local_part(fresh).copy_(own)
-    return fresh
+    local = local_part(value)
+    if local.dtype == torch.uint8:
+        local = local.contiguous().view(torch.int16).squeeze(-1)
+    moment = torch.empty_like(param, dtype=local.dtype)
+    local_part(moment).copy_(local)
+    return moment
 
 
 class AdamW16(torch.optim.Optimizer):
@@ -270,33 +273,33 @@ class AdamW16(torch.optim.Optimizer):
         if not params:
             raise ValueError("AdamW16: params must hold a parameter, got none")
         self._tables: dict[int, TensorTable] = {}
-        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        more = {"variance_clip": variance_clip, "stochastic_rounding": stochastic_rounding}
-        super().__init__(params, {**numbers, **more, "seed": seed, "fp32_moments": fp32_moments})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"variance_clip": variance_clip, "stochastic_rounding": stochastic_rounding}
+        super().__init__(params, {**defaults, "seed": seed, "fp32_moments": fp32_moments})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch. Raises TypeError, ValueError; a group that is refused is not added."""
-        count, given = len(self.param_groups), dict(param_group)
+        """As in torch. Raises TypeError, ValueError; then the group is not added."""
+        count, original = len(self.param_groups), dict(param_group)
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
         except (TypeError, ValueError):
             del self.param_groups[count:]
             param_group.clear()
-            param_group.update(given)
+            param_group.update(original)
             raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of copies and pickles. The tables say where tensors are, and are made anew."""
+        """For copies and pickles. The tables hold addresses, so they are not copied."""
         super().__setstate__(state)
         self._tables = {}
-        for param, kept in self.state.items():
-            if "step" in kept and kept["step"].dtype != torch.int64:
-                kept["step"] = _counter(kept["step"], param)
+        for param, values in self.state.items():
+            if "step" in values and values["step"].dtype != torch.int64:
+                values["step"] = _counter(values["step"], param)
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler with this module
     @torch.no_grad()
-    def step(  # type: ignore[override]  # takes what training in 16 bits knows beside
+    def step(  # type: ignore[override]  # more keywords than torch's
         self,
         closure: Callable[[], Tensor] | None = None,
         *,
@@ -305,14 +308,14 @@ class AdamW16(torch.optim.Optimizer):
         scales: Tensor | None = None,
         groups: Mapping[Tensor, int] | None = None,
     ) -> Tensor | None:
-        """One update. Parameters without a gradient are left alone, as in torch.
+        """One update. Parameters without a gradient do not change, as in torch.
 
         Args:
             closure: computes the loss again and returns it.
             clip_factor: multiplies all gradients; read on the device.
-            found_nonfinite: where it is true nothing changes, not a bit; read on the device.
-            scales: (G,) float32, what the gradients are multiplied with by group.
-            groups: group of each parameter; those that are missing have group 0.
+            found_nonfinite: if true, nothing changes, not even the state; read on the device.
+            scales: (G,) float32, the loss scale that the gradients of each group carry.
+            groups: index into `scales` of each parameter; 0 for those that are missing.
         """
         loss = None
         if closure is not None:
@@ -321,18 +324,18 @@ class AdamW16(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                of = [0 if groups is None else groups.get(p, 0) for p in params]
-                self._step_group(index, params, of, scales, clip_factor, found_nonfinite)
+                scale_index = [0 if groups is None else groups.get(p, 0) for p in params]
+                self._step_group(index, params, scale_index, scales, clip_factor, found_nonfinite)
         return loss
 
     def _step_group(
         self,
         index: int,
         params: list[Tensor],
-        groups: list[int],
+        scale_index: list[int],
         scales: Tensor | None,
         clip_factor: float | Tensor | None,
-        found: bool | Tensor | None,
+        found_nonfinite: bool | Tensor | None,
     ) -> None:
         group, device = self.param_groups[index], params[0].device
         for p in params:
@@ -341,43 +344,43 @@ class AdamW16(torch.optim.Optimizer):
         rows = [[p, _check_grad(p), *map(self.state[p].get, STATE)] for p in params]
         columns = [[flat("AdamW16", "params", t) for t in c] for c in zip(*rows, strict=True)]
         table = self._tables.get(index)
-        if table is None or not table.fits(columns, groups):
-            table = self._tables[index] = TensorTable(columns, groups)
+        if table is None or not table.fits(columns, scale_index):
+            table = self._tables[index] = TensorTable(columns, scale_index)
             table.columns = []  # else gradients set to None would keep their memory
         columns = table.arranged(columns)
-        on_device = _tensors_of(index, group, scales, clip_factor, found, device)
-        numbers = _numbers_of(group)
+        tensors = _device_scalars(index, group, scales, clip_factor, found_nonfinite, device)
+        numbers = _host_scalars(group)
         if reference_in_use():
-            reference.step_(columns, table.host, on_device, numbers)
+            reference.step_(columns, table.host, tensors, numbers)
             return
         _native.require("AdamW16", device)
-        _adam16_step_(*columns, table.host, table.rows, *on_device, *numbers)
+        _adam16_step_(*columns, table.host, table.rows, *tensors, *numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with the codes of `DTensor` parameters as bytes (they share memory)."""
-        found = super().state_dict()
-        for index, kept in found["state"].items():
-            found["state"][index] = {name: _portable(value) for name, value in kept.items()}
-        return found
+        state_dict = super().state_dict()
+        for index, values in state_dict["state"].items():
+            state_dict["state"][index] = {k: _codes_as_bytes(v) for k, v in values.items()}
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, and with the moments' own dtypes (torch would turn codes into floats).
+        """As in torch, but moments keep the dtypes of the state (torch would make codes floats).
 
         Raises:
             ValueError: a state of other parameters or of another optimizer; nothing is changed.
         """
         _check_state(self.param_groups, state_dict)
-        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            _check_group({**own, **saved, "params": own["params"]})
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            _check_group({**group, **saved, "params": group["params"]})
         empty: dict[int, Any] = {index: {} for index in state_dict["state"]}
         super().load_state_dict({**state_dict, "state": empty})
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                if name != "differentiable":  # torch's own, which it adds here to the defaults
+                if name != "differentiable":  # which torch adds to the defaults here
                     group.setdefault(name, value)
         _restore(self.state, self.param_groups, state_dict)
         self._tables.clear()
 
     def state_bytes(self) -> int:
         """Bytes of the state so far: 4 a parameter, 8 where the moments are float32."""
-        return sum(t.nbytes for found in self.state.values() for t in found.values())
+        return sum(t.nbytes for values in self.state.values() for t in values.values())

@@ -1,5 +1,5 @@
-"""Scaled gradients: the two ends of a residual block (paper Figure 4), all gradients of a model by
-group, and the rule of the scales."""
+"""Gradient scaling: the two ends of a residual block (paper Figure 4), unscaling of all gradients
+of a model by group, and the update of the scales."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dalle_ext._tensor_table import TensorTable, flat
 from dalle_ext.reference import grad_scale as reference
 
 Tensor = torch.Tensor
-LEAST_SCALE = 2.0**-126
+MIN_SCALE = 2.0**-126
 
 
 def _scale_fake(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -62,9 +62,9 @@ def _as_scale(op: str, scale: float | Tensor, device: torch.device) -> Tensor:
             got = f"shape {tuple(scale.shape)} {scale.dtype} on {scale.device}"
             raise ValueError(f"{op}: scale must be one float32 on {device}, got {got}")
         return scale
-    if not LEAST_SCALE <= real(scale) < 2.0**128:  # normal numbers of float32
-        usual = not 0 < real(scale) < math.inf
-        requirement = "positive and finite" if usual else "2^-126 or more and below 2^128"
+    if not MIN_SCALE <= real(scale) < 2.0**128:  # normal numbers of float32
+        invalid = not 0 < real(scale) < math.inf
+        requirement = "positive and finite" if invalid else "2^-126 or more and below 2^128"
         raise ValueError(f"{op}: scale must be {requirement}, got {scale}")
     return torch.full((), real(scale), dtype=torch.float32, device=device)
 
@@ -75,7 +75,7 @@ def _check_gradients(op: str, grads: Sequence[Tensor]) -> None:
         raise ValueError(f"{op}: grads must hold a tensor, got none")
     for i, grad in enumerate(grads):
         if grad.layout != torch.strided:
-            raise TypeError(f"{op}: grads must be dense, got {grad.layout} in place {i}")
+            raise TypeError(f"{op}: grads must be dense, got {grad.layout} at index {i}")
         _native.require_floating(op, "grads", grad.dtype)
         if grad.device != grads[0].device:
             devices = f"{grads[0].device} and {grad.device}"
@@ -91,11 +91,11 @@ def _group_list(op: str, groups: Sequence[int] | None, count: int, scales: Tenso
         return [0] * count
     if len(groups) != count:
         raise ValueError(f"{op}: groups must be one a tensor, {count}, got {len(groups)}")
-    found = [integer(op, "groups", group) for group in groups]
-    for group in found:
+    indices = [integer(op, "groups", group) for group in groups]
+    for group in indices:
         if not 0 <= group < len(scales):
             raise ValueError(f"{op}: groups must be 0 or more and below {len(scales)}, got {group}")
-    return found
+    return indices
 
 
 class ScaledGradient(NamedTuple):
@@ -161,8 +161,8 @@ def unscale_gradient(stream: Tensor, grad: Tensor, scale: float | Tensor) -> Ten
     _native.require_floating(op, "grad", grad.dtype)
     if grad.shape != stream.shape or grad.device != stream.device:
         got = f"{tuple(grad.shape)} on {grad.device}"
-        wanted = f"{tuple(stream.shape)} on {stream.device}"
-        raise ValueError(f"{op}: grad must be {wanted}, got {got}")
+        expected = f"{tuple(stream.shape)} on {stream.device}"
+        raise ValueError(f"{op}: grad must be {expected}, got {got}")
     _require_library(op, stream.device)
     divisor = _as_scale(op, scale, stream.device)
     if reference_in_use():
@@ -171,7 +171,7 @@ def unscale_gradient(stream: Tensor, grad: Tensor, scale: float | Tensor) -> Ten
 
 
 class GradientStats(NamedTuple):
-    """What the gradients of each group held, (G,) tensors on their device.
+    """Statistics of the gradients of each group, (G,) tensors on their device.
 
     Counted (int64) are infinities with NaN, zeros, subnormals as stored before the division, and
     underflows: not zero, but zero after the division, in the gradient's dtype. `sum_squares`
@@ -204,7 +204,7 @@ def unscale_gradients_(
     check_only: bool = False,
     table: TensorTable | None = None,
 ) -> GradientStats:
-    """Divides any number of gradients by their group's scale, in place, and says what they held.
+    """Divides any number of gradients by their group's scale in place, and returns statistics.
 
     Two launches, nothing waits for the device. Elements that are not finite stay so.
 
@@ -230,16 +230,16 @@ def unscale_gradients_(
         scales = _as_scale(op, scales, device).view(1)
     group_of = _group_list(op, groups, len(grads), scales)
     if reference_in_use():
-        found = reference.unscale_gradients_(grads, scales, group_of, check_only)
+        results = reference.unscale_gradients_(grads, scales, group_of, check_only)
     else:
         flats = [g if g.is_contiguous() else flat(op, "grads", g) for g in grads]
         if table is None:
             table = TensorTable([flats], group_of)
         elif not table.fits([flats], group_of):
             raise ValueError(f"{op}: table must be of these gradients, got one of other tensors")
-        found = _grad_scale_unscale_(table.columns[0], table.host, table.rows, scales, check_only)
-    counts, squares, largest = found
-    return GradientStats(counts[:, 0], counts[:, 1], counts[:, 2], counts[:, 3], squares, largest)
+        results = _grad_scale_unscale_(table.columns[0], table.host, table.rows, scales, check_only)
+    counts, squares, max_abs = results
+    return GradientStats(counts[:, 0], counts[:, 1], counts[:, 2], counts[:, 3], squares, max_abs)
 
 
 def update_scales_(
@@ -254,7 +254,7 @@ def update_scales_(
     high: float = 2.0**24,
     grow_on_skip: bool = True,
 ) -> None:
-    """The rule of the paper's gradient scales (appendix D), on the device and in place.
+    """Updates the paper's gradient scales (appendix D), on the device and in place.
 
     A scale whose gradients were finite is multiplied by `growth`, another one by `backoff`, but
     only where it has not fallen in the last `window` updates; all are clamped to [low, high].

@@ -75,9 +75,9 @@ def _check_factor(op: str, name: str, factor: Tensor, length: int, error: Tensor
 
 def _check_rank(op: str, rank: int, matrix: Tensor) -> None:
     """Raises unless 1 <= rank <= both sides of the matrix (which may be empty)."""
-    most = min(matrix.shape[-2:])
-    if rank < 1 or (matrix.numel() > 0 and rank > most):
-        raise ValueError(f"{op}: rank must be 1 or more and at most {most}, got {rank}")
+    max_rank = min(matrix.shape[-2:])
+    if rank < 1 or (matrix.numel() > 0 and rank > max_rank):
+        raise ValueError(f"{op}: rank must be 1 or more and at most {max_rank}, got {rank}")
 
 
 def _check_grad(op: str, grad: Tensor, error: Tensor) -> None:
@@ -115,10 +115,10 @@ def powersgd_compress_(
 
     Args:
         errors: (m, n) int16 each, changed in place; zeros to begin with.
-        grads: (m, n) float32, float16 or bfloat16. An Inf would saturate and a NaN vanish: whoever
-            calls looks for them first and says so in `skip`.
+        grads: (m, n) float32, float16 or bfloat16. An Inf would saturate and a NaN become 0: the
+            caller looks for them first and sets `skip`.
         qs: (n, r) float32.
-        scale: one float32 on the device, what the gradients were multiplied with.
+        scale: one float32 on the device, the loss scale that the gradients carry.
         error_scale: moves E into the range of the format, 2^-60 to 16; a power of two is exact.
         skip: one float32 on the device; where it is not 0 the buffers stay as they are.
         fast: on CUDA P is a product of half words: E * error_scale is exact from 2^-26 on, off by
@@ -137,8 +137,8 @@ def powersgd_compress_(
         _check_grad(op, grad, error)
         _check_factor(op, "qs", q, error.shape[1], error)
     if reference_in_use():
-        found = zip(errors, grads, qs, strict=True)
-        return [reference.compress_(*one, scale, error_scale, skip, fast) for one in found]
+        rows = zip(errors, grads, qs, strict=True)
+        return [reference.compress_(*row, scale, error_scale, skip, fast) for row in rows]
     ps = _results(errors, qs, 0)
     _powersgd_compress_(
         list(errors),
@@ -215,17 +215,17 @@ def powersgd_decompress_(
     for error, p, q in zip(errors, ps, qs, strict=True):
         _check_factor(op, "ps", p, error.shape[0], error)
         _check_factor(op, "qs", q, error.shape[1], error)
-    by = error_scale / machines if feedback else 0.0
+    factor = error_scale / machines if feedback else 0.0
     if reference_in_use():
-        found = zip(errors, ps, qs, strict=True)
-        return [reference.decompress_(*one, by, skip, fast) for one in found]
+        rows = zip(errors, ps, qs, strict=True)
+        return [reference.decompress_(*row, factor, skip, fast) for row in rows]
     grads = [p.new_empty(e.shape) for e, p in zip(errors, ps, strict=True)]
     _powersgd_decompress_(
         list(errors),
         [p.contiguous() for p in ps],
         [q.contiguous() for q in qs],
         grads,
-        by,
+        factor,
         skip,
         fast,
     )

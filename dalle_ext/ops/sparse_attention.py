@@ -64,9 +64,9 @@ def _check(condition: bool, argument: str, requirement: str, value: object) -> N
         raise ValueError(f"AttentionPattern: {argument} must be {requirement}, got {value!r}")
 
 
-def _integers(argument: str, values: Any, least: int, requirement: str) -> tuple[int, ...]:
+def _integers(argument: str, values: Any, minimum: int, requirement: str) -> tuple[int, ...]:
     try:
-        return tuple(integer("AttentionPattern", argument, n, least) for n in values)
+        return tuple(integer("AttentionPattern", argument, n, minimum) for n in values)
     except (TypeError, ValueError):
         raise ValueError(
             f"AttentionPattern: {argument} must be {requirement}, got {values!r}"
@@ -173,8 +173,8 @@ class AttentionPattern:
     @property
     def runs(self) -> tuple[int, ...]:
         """Half-open runs of "conv" and "offsets", (begin, end, begin, end, ...); else empty."""
-        found: tuple[int, ...] = self.__dict__["_runs"]
-        return found
+        runs: tuple[int, ...] = self.__dict__["_runs"]
+        return runs
 
     @property
     def length(self) -> int:

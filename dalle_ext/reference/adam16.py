@@ -10,17 +10,17 @@ from .formats import decode, encode
 from .gumbel_softmax import philox
 
 Tensor = torch.Tensor
-DROPPED, GOLDEN = {torch.float16: 13, torch.bfloat16: 16}, 0x9E3779B97F4A7C15
-MASK, CHUNK, LARGEST = 0xFFFFFFFF, 32768, 16 - 2.0**-7
+DROPPED_BITS, GOLDEN = {torch.float16: 13, torch.bfloat16: 16}, 0x9E3779B97F4A7C15
+MASK, CHUNK, MAX_VARIANCE = 0xFFFFFFFF, 32768, 16 - 2.0**-7
 
 
 def round_stochastically(x: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:
-    """float32 to a neighbour in `dtype`, as likely as makes the mean right; words of 32 bits."""
-    if dtype not in DROPPED:
+    """float32 to one of its two neighbours in `dtype`, unbiased; `words` are 32 random bits."""
+    if dtype not in DROPPED_BITS:
         return x
     bits = x.contiguous().view(torch.int32).long() & 0x7FFFFFFF
     below = (113 - (bits >> 23)).clamp(min=0) if dtype == torch.float16 else torch.zeros_like(bits)
-    drop = DROPPED[dtype] + below.clamp(max=10)
+    drop = DROPPED_BITS[dtype] + below.clamp(max=10)
     rounded = (bits + (words >> (32 - drop))) & ~((1 << drop) - 1)
     if dtype == torch.float16:  # below 2^-24 the float is a fraction of it
         fraction = (x.double().abs() * 2.0**56).floor().long()
@@ -38,17 +38,17 @@ def moments_words(seed: int, chunk: int, numel: int) -> Tensor:
     """(numel,) int64 words of 32 bits of a row whose first chunk is number `chunk`."""
     key = torch.tensor(_signed(seed ^ 0xD1B54A32D192ED03), dtype=torch.int64, device="cpu")
     offset = philox(key, (numel + CHUNK - 1) // CHUNK, chunk)[:, :1]
-    place = offset + torch.arange(CHUNK, dtype=torch.int64, device="cpu") * 0x9E3779B9
-    place = place.reshape(-1)[:numel] & MASK
-    return ((place ^ (place >> 15)) * 0x846CA68B) & MASK
+    counter = offset + torch.arange(CHUNK, dtype=torch.int64, device="cpu") * 0x9E3779B9
+    counter = counter.reshape(-1)[:numel] & MASK
+    return ((counter ^ (counter >> 15)) * 0x846CA68B) & MASK
 
 
 def encode_variance(v: Tensor, words: Tensor) -> Tensor:
-    """Stochastically rounded 0-6-10 codes; v below code 1 becomes it with the chance v / code 1."""
+    """Stochastically rounded 0-6-10 codes; v below code 1 becomes 1 with probability v / code 1."""
     code = encode(v, "0-6-10", words >> 19)
-    least = 2.0**-60 * (1 + 2.0**-10)
+    min_value = 2.0**-60 * (1 + 2.0**-10)
     chance = (v * (2.0**90 / (1 + 2.0**-10))).clamp(max=2.0**30).nan_to_num(0).long()
-    return torch.where(v < least, ((words >> 2) < chance).to(torch.int16), code)
+    return torch.where(v < min_value, ((words >> 2) < chance).to(torch.int16), code)
 
 
 def _signed(word: int) -> int:
@@ -65,13 +65,13 @@ def _power(base: float, n: int) -> float:
 def step_(
     columns: list[list[Tensor]],
     host: Tensor,
-    on_device: list[Tensor | None],
-    numbers: list[float],
+    device_scalars: list[Tensor | None],
+    host_scalars: list[float],
 ) -> None:
     """One update of the rows of a table in place, as the raw op; arithmetic in float32."""
-    scales, clip, skip, lr_tensor, seed = on_device
+    scales, clip, skip, lr_tensor, seed = device_scalars
     assert seed is not None
-    stochastic, lr, beta1, beta2, eps, weight_decay, most = numbers
+    stochastic, lr, beta1, beta2, eps, weight_decay, variance_clip = host_scalars
     if skip is not None and bool(skip):
         return
     lr = lr if lr_tensor is None else float(lr_tensor)
@@ -86,14 +86,14 @@ def step_(
         g = grad.float() * factor
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * (g * g)
-        v = v.clamp(max=min(most, LARGEST) if coded else most)
+        v = v.clamp(max=min(variance_clip, MAX_VARIANCE) if coded else variance_clip)
         root = v.double().sqrt().float()  # torch's in float is not the nearest
         root = root * (1 / math.sqrt(1 - _power(beta2, t))) + eps
         new = param.float() * (1 - lr * weight_decay)
         new = new - (lr / (1 - _power(beta1, t))) * (m / root)
         if stochastic:
-            own = torch.tensor(_signed(key), dtype=torch.int64, device="cpu")
-            words = random_words(own, row[6] * CHUNK // 4, len(new)).to(device)
+            key_word = torch.tensor(_signed(key), dtype=torch.int64, device="cpu")
+            words = random_words(key_word, row[6] * CHUNK // 4, len(new)).to(device)
             new = round_stochastically(new, param.dtype, words)
         param.copy_(new)
         if coded:

@@ -13,18 +13,18 @@ Tensor = torch.Tensor
 def scale_gradient(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """grad * scale in `dtype`, what is not finite as zero; (4,) int64 counts.
 
-    Counted are finite elements that overflow, that vanish, that become subnormal, and elements
-    that were not finite.
+    Counted are finite elements that overflow, that become zero, that become subnormal, and
+    elements that were not finite.
     """
-    wide, finite = grad.float(), grad.isfinite()
-    out = (wide * scale).to(dtype)
+    value, finite = grad.float(), grad.isfinite()
+    out = (value * scale).to(dtype)
     fits = out.isfinite()
     out = torch.where(finite & fits, out, torch.zeros_like(out))
     size = out.abs().double()
-    flushed = finite & fits & (wide != 0) & (size == 0)
+    flushed = finite & fits & (value != 0) & (size == 0)
     subnormal = finite & fits & (size > 0) & (size < torch.finfo(dtype).tiny)
-    found = [(finite & ~fits), flushed, subnormal, ~finite]
-    return out, torch.stack([mask.sum() for mask in found])
+    masks = [(finite & ~fits), flushed, subnormal, ~finite]
+    return out, torch.stack([mask.sum() for mask in masks])
 
 
 def unscale_gradient(stream: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
@@ -44,22 +44,21 @@ def unscale_gradients_(
     """
     counts = torch.zeros(len(scales), 4, dtype=torch.int64, device=scales.device)
     squares = torch.zeros(len(scales), dtype=torch.float64, device=scales.device)
-    largest = torch.zeros(len(scales), dtype=torch.float32, device=scales.device)
+    max_abs = torch.zeros(len(scales), dtype=torch.float32, device=scales.device)
     for grad, group in zip(grads, groups, strict=True):
         size, finite = grad.double().abs(), grad.isfinite()
         quotient = (grad.float() / scales[group]).to(grad.dtype)
         subnormal = (size > 0) & (size < torch.finfo(grad.dtype).tiny)
         underflowed = (size > 0) & (quotient == 0)
-        found = [~finite, size == 0, subnormal, underflowed]
-        counts[group] += torch.stack([mask.sum() for mask in found])
+        masks = [~finite, size == 0, subnormal, underflowed]
+        counts[group] += torch.stack([mask.sum() for mask in masks])
         kept = torch.where(finite, size, torch.zeros_like(size))
         squares[group] += (kept / scales[group].double()).square().sum()
         if grad.numel():
-            most = kept.max().float() / scales[group]
-            largest[group] = torch.maximum(largest[group], most)
+            max_abs[group] = torch.maximum(max_abs[group], kept.max().float() / scales[group])
         if not check_only:
             grad.copy_(quotient)
-    return counts, squares, largest
+    return counts, squares, max_abs
 
 
 def update_scales_(

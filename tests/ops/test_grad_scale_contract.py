@@ -99,7 +99,7 @@ BAD = {
     "unscale_gradients_: grads must hold a tensor, got none": lambda: dalle_ext.unscale_gradients_(
         [], 1.0
     ),
-    "unscale_gradients_: grads must be dense, got torch.sparse_coo in place 1": lambda: (
+    "unscale_gradients_: grads must be dense, got torch.sparse_coo at index 1": lambda: (
         dalle_ext.unscale_gradients_([X, X.to_sparse()], 1.0)
     ),
     "unscale_gradients_: grads must be float32, float16 or bfloat16, got torch.complex64": lambda: (
