@@ -24,7 +24,6 @@ def encode(x: torch.Tensor, format: str, added: torch.Tensor | None = None) -> t
     """int16 codes of x, rounded to nearest with ties away from zero.
 
     With `added` (x's shape) that is added to the bits below the last one kept, then cut off.
-
     Magnitudes below 2^-60, negative numbers in 0-6-10 and NaN become 0; large ones saturate.
     """
     dropped = 23 - MANTISSA[format]

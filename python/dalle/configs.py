@@ -62,7 +62,7 @@ def require_adamw(owner: str, config: object) -> None:
 
 # The largest value of an option by its name. A larger one is a typing error: it would run for days,
 # or ask for more memory than machines have, before any message.
-LARGEST: dict[str, float] = {
+UPPER_LIMITS: dict[str, float] = {
     "batch_size": 2**20,
     "batch": 2**20,
     "steps": 10**9,
@@ -130,14 +130,14 @@ LARGEST: dict[str, float] = {
 }
 
 
-def check_numbers(owner: str, config: Any, largest: Mapping[str, float] = LARGEST) -> None:
-    """Checks every number in a config and its nested configs: finite, and at most `largest`.
+def check_numbers(owner: str, config: Any, limits: Mapping[str, float] = UPPER_LIMITS) -> None:
+    """Checks every number in a config and its nested configs: finite, and at most its limit.
 
     Fields that are annotated as integers must hold integers, of any kind, those annotated as floats
     numbers; they, and numbers of numpy, become Python's (which JSON can hold).
 
     Raises:
-        UsageError: naming the first that is not, and its largest value.
+        UsageError: naming the first that is not, and its limit.
     """
     for field in dataclasses.fields(config):
         original = getattr(config, field.name)
@@ -145,14 +145,14 @@ def check_numbers(owner: str, config: Any, largest: Mapping[str, float] = LARGES
         if value is not original:
             object.__setattr__(config, field.name, value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            check_numbers(owner, value, largest)
+            check_numbers(owner, value, limits)
         for number in value if isinstance(value, (tuple, list)) else (value,):
             counts = isinstance(number, int) and not isinstance(number, bool)
             if isinstance(number, float) and not math.isfinite(number):
                 raise UsageError(f"{owner}: {field.name} must be a finite number, got {number}")
             if field.name == "seed" and isinstance(number, int) and number >= 2**63:
                 raise UsageError(f"{owner}: seed must be 0 .. 2^63 - 1, got {number}")
-            limit = largest.get(field.name, 2**63 - 1 if counts else None)
+            limit = limits.get(field.name, 2**63 - 1 if counts else None)
             if limit is not None and isinstance(number, (int, float)) and abs(number) > limit:
                 raise UsageError(
                     f"{owner}: {field.name} must be at most {limit} in size, got {number}"
@@ -280,7 +280,7 @@ def from_dict(
     }
     try:
         config = config_type(**filled)
-        check_numbers(config_type.__name__, config, {**LARGEST, "vocab_size": 2**24})
+        check_numbers(config_type.__name__, config, {**UPPER_LIMITS, "vocab_size": 2**24})
         return config
     except DalleError as refused:
         raise error(f"{where}: {refused}") from refused

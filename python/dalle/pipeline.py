@@ -13,7 +13,7 @@ from typing import Any, TypedDict, Unpack, overload
 import torch
 
 from dalle.captions import clean
-from dalle.configs import LARGEST, check_numbers, from_dict, integer
+from dalle.configs import UPPER_LIMITS, check_numbers, from_dict, integer
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import read_object, to_json, write_atomic
@@ -26,7 +26,7 @@ from dalle.tokenizer import Tokenizer
 from dalle.version import __version__
 
 FORMAT_VERSION = 1
-MAX_CANDIDATES = int(LARGEST["num_candidates"])
+MAX_CANDIDATES = int(UPPER_LIMITS["num_candidates"])
 CANDIDATES, TOP = 512, 8  # where nothing is said: the paper's 512
 SEQUENCES = 256  # sampled or decoded at once
 

@@ -234,7 +234,7 @@ def time_apart(rank):
             cluster.heartbeat.wait_for_rank0()
         except dist.DistError as problem:
             lost = str(problem)
-    cluster.heartbeat._limit, cluster.heartbeat._verdict = 60.0, "0"
+    cluster.heartbeat._limit, cluster.heartbeat._dead = 60.0, "0"
     begin = time.monotonic()
     if rank:  # another process has found that process 0 is gone
         with pytest.raises(dist.DistError):

@@ -29,7 +29,7 @@ class NotRgb(DataError):
     reason = "not (H, W, 3) uint8"
 
 
-def _check(name: str, image: np.ndarray, size: int, smallest: int) -> int:
+def _check(name: str, image: np.ndarray, size: int, minimum: int) -> int:
     """Returns the shorter side of a (H, W, 3) uint8 picture."""
     if size < 1:
         raise UsageError(f"{name}: size must be at least 1, got {size}")
@@ -38,9 +38,9 @@ def _check(name: str, image: np.ndarray, size: int, smallest: int) -> int:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise NotRgb(f"{name}: image must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
     shorter = int(min(image.shape[:2]))
-    if shorter < smallest:
+    if shorter < minimum:
         raise TooSmall(
-            f"{name}: image must have sides of at least {smallest}, "
+            f"{name}: image must have sides of at least {minimum}, "
             f"got {image.shape[0]} x {image.shape[1]}"
         )
     return shorter

@@ -34,7 +34,8 @@ class Heartbeat:
             world_size,
             min(limit.total_seconds(), SILENCE),
         )
-        self._verdict, self._turn = "", 0
+        self._dead = ""  # ranks, or "none"; empty while nobody has asked
+        self._round = 0  # calls of `wait_for_rank0`
         # A separate connection, since that of the collectives may be blocked.
         self._store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -55,8 +56,8 @@ class Heartbeat:
         while not self._stopped.is_set():
             try:
                 self._store.add(f"{self._prefix}/{self.rank}", 1)
-                if self._store.check([f"{self._prefix}/verdict"]):
-                    self._verdict = self._store.get(f"{self._prefix}/verdict").decode()
+                if self._store.check([f"{self._prefix}/dead"]):
+                    self._dead = self._store.get(f"{self._prefix}/dead").decode()
             except RuntimeError:
                 pass  # the process that hosts the store is busy or dead
             self._stopped.wait(BEAT)
@@ -69,25 +70,27 @@ class Heartbeat:
         Raises:
             DistError: no sign of life from it for too long, or a collective of another failed.
         """
-        self._turn += 1
+        self._round += 1
         if self.rank == 0:
-            self._store.set(f"{self._prefix}/turn", str(self._turn))
+            self._store.set(f"{self._prefix}/round", str(self._round))
             return
         last_seen: list[float] = [time.monotonic()]  # when process 0 last gave a sign
         arrived = threading.Event()
         # Reading the store over a dead link blocks for minutes, hence the thread.
         threading.Thread(
-            target=self._poll_rank0, args=(self._turn, last_seen, arrived), daemon=True
+            target=self._poll_rank0, args=(self._round, last_seen, arrived), daemon=True
         ).start()
         while not arrived.wait(BEAT):
-            if self._verdict or time.monotonic() - last_seen[0] > self._limit:
+            if self._dead or time.monotonic() - last_seen[0] > self._limit:
                 raise dist.DistError("timed out waiting for process 0")
 
-    def _poll_rank0(self, turn: int, last_seen: list[float], arrived: threading.Event) -> None:
-        key, beats, pause = f"{self._prefix}/turn", -1, 1e-3
-        while not self._verdict and time.monotonic() - last_seen[0] <= self._limit:
+    def _poll_rank0(
+        self, round_number: int, last_seen: list[float], arrived: threading.Event
+    ) -> None:
+        key, beats, pause = f"{self._prefix}/round", -1, 1e-3
+        while not self._dead and time.monotonic() - last_seen[0] <= self._limit:
             try:
-                if self._store.check([key]) and int(self._store.get(key)) >= turn:
+                if self._store.check([key]) and int(self._store.get(key)) >= round_number:
                     arrived.set()
                     return
                 now = self._store.add(f"{self._prefix}/0", 0)
@@ -107,35 +110,35 @@ class Heartbeat:
         """The processes that made a collective of this process fail.
 
         Those without a sign of life in `GRACE` seconds; if all give one, those whose collective did
-        not fail. All processes get the verdict of the first that asks. Where the store does not
+        not fail. All processes get the answer of the first that asks. Where the store does not
         answer, process 0, which may host it: reading it over a dead link blocks for minutes, hence
         the thread.
         """
         thread = threading.Thread(target=self._find_dead, daemon=True)
         thread.start()
         thread.join(3 * GRACE)
-        verdict = self._verdict or "0"
-        return [] if verdict == "none" else [int(r) for r in verdict.split(",")]
+        dead = self._dead or "0"
+        return [] if dead == "none" else [int(r) for r in dead.split(",")]
 
     def _find_dead(self) -> None:
         try:
             self._store.set(f"{self._prefix}/failed/{self.rank}", "1")
-            if not self._is_judge():  # one process judges; the others read its verdict
+            if not self._asks_first():  # the others read its answer
                 end = time.monotonic() + 2 * GRACE
-                while not self._store.check([f"{self._prefix}/verdict"]) and time.monotonic() < end:
+                while not self._store.check([f"{self._prefix}/dead"]) and time.monotonic() < end:
                     time.sleep(BEAT / 2)
-            if not self._store.check([f"{self._prefix}/verdict"]):
-                verdict = ",".join(map(str, self._silent_ranks())) or "none"
-                self._store.compare_set(f"{self._prefix}/verdict", "", verdict)
-            self._verdict = self._store.get(f"{self._prefix}/verdict").decode()
+            if not self._store.check([f"{self._prefix}/dead"]):
+                dead = ",".join(map(str, self._silent_ranks())) or "none"
+                self._store.compare_set(f"{self._prefix}/dead", "", dead)
+            self._dead = self._store.get(f"{self._prefix}/dead").decode()
             if self.rank == 0:
                 time.sleep(2 * BEAT)  # it may host the store, which the others still read
         except RuntimeError:
             return
 
-    def _is_judge(self) -> bool:
+    def _asks_first(self) -> bool:
         """Whether this process is the first to ask."""
-        first = self._store.compare_set(f"{self._prefix}/judge", "", str(self.rank))
+        first = self._store.compare_set(f"{self._prefix}/first", "", str(self.rank))
         return first.decode() == str(self.rank)
 
     def _silent_ranks(self) -> list[int]:

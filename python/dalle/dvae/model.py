@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dalle_ext
-from dalle.configs import LARGEST, check_numbers, integer
+from dalle.configs import UPPER_LIMITS, check_numbers, integer
 from dalle.dvae.blocks import Block, Decoder, Encoder, PatchBlock, PatchDecoder, PatchEncoder
 from dalle.dvae.likelihood import expected_pixels, logit_laplace_log_prob, map_pixels
 from dalle.errors import UsageError
@@ -46,7 +46,7 @@ class DiscreteVAEConfig:
     patch: int = 8
 
     def __post_init__(self) -> None:
-        check_numbers("DiscreteVAE", self, {**LARGEST, "vocab_size": 2**24})
+        check_numbers("DiscreteVAE", self, {**UPPER_LIMITS, "vocab_size": 2**24})
         for name in ("group_count", "n_hid", "n_blk_per_group", "n_init", "vocab_size", "patch"):
             if getattr(self, name) < 1:
                 value = getattr(self, name)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dalle.configs import LARGEST, check_numbers
+from dalle.configs import UPPER_LIMITS, check_numbers
 from dalle.errors import UsageError
 
 
@@ -39,7 +39,7 @@ class RankerConfig:
     embed_dim: int = 256
 
     def __post_init__(self) -> None:
-        check_numbers("ranker", self, {**LARGEST, "vocab_size": 2**24})
+        check_numbers("ranker", self, {**UPPER_LIMITS, "vocab_size": 2**24})
         for name in ("vocab_size", "image_size", "text_len", "grid", "width", "depth", "embed_dim"):
             if getattr(self, name) < 1:
                 raise UsageError(f"ranker: {name} must be at least 1, got {getattr(self, name)}")
