@@ -111,11 +111,11 @@ class Demo:
 
 
 def captions_to_draw(demo: Demo) -> dict[str, list[Any]]:
-    """Captions to sample: "caption", "split" and "own" (emoji: index of the true picture)."""
+    """Captions to sample: "caption", "split" and "target" (emoji: index of the true picture)."""
     if demo.data == "emoji":
         captions = list(demo.unseen[0].captions)[: demo.recipe.num_captions]
         count = len(captions)
-        return {"caption": captions, "split": ["heldout"] * count, "own": list(range(count))}
+        return {"caption": captions, "split": ["heldout"] * count, "target": list(range(count))}
     rng = np.random.default_rng(demo.seed)
     captions, splits = [], []
     for split in ("zero", "test", "train"):
@@ -126,4 +126,4 @@ def captions_to_draw(demo: Demo) -> dict[str, list[Any]]:
             rounds = [group[i] for _ in range(4) for i in rng.permutation(len(group))]
             captions += rounds[:quota]
             splits += [split] * len(rounds[:quota])
-    return {"caption": captions, "split": splits, "own": [-1] * len(captions)}
+    return {"caption": captions, "split": splits, "target": [-1] * len(captions)}

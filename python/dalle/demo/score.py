@@ -246,7 +246,7 @@ def samples_stage(demo: Demo) -> None:
     ranked = ranker.scores(repeated, images.flatten(0, 1)).view(len(captions), -1).numpy()
     if demo.data == "emoji":
         truth = all_images(demo.unseen[0])
-        target = torch.tensor(columns["own"], dtype=torch.int64, device="cpu")
+        target = torch.tensor(columns["target"], dtype=torch.int64, device="cpu")
         ranks = nearest_rank(
             images.flatten(0, 1), target.repeat_interleave(recipe.num_samples), truth
         )

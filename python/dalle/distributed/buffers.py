@@ -226,7 +226,7 @@ class CodeBuffers:
                 matrix.error.copy_(dalle_ext.pack(decoded * change[i], FORMAT))
 
     def compress(self, compressed: list[Factors], fast: bool) -> None:
-        """Adds gradients, divided by their scales, to the buffers; P = E Q in units of its own."""
+        """Adds gradients, divided by their scales, to the buffers; P = E Q unit / max_gain."""
         for f in compressed:
             m, factor = f.matrix, f.matrix.max_gain / f.matrix.unit
             (f.p,) = dalle_ext.powersgd_compress_(
@@ -255,7 +255,7 @@ class CodeBuffers:
         return dalle_ext.unpack(words, FORMAT)
 
     def project(self, compressed: list[Factors], fast: bool) -> None:
-        """Q = E^T P, in units of its own."""
+        """Q = E^T P / `Factors.unit`, which it sets."""
         rows = max(f.matrix.error.shape[0] for f in compressed)
         max_gain = next_power_of_two(1.01 * math.sqrt(rows))  # P's columns have norm 1
         errors, ps = [f.matrix.error for f in compressed], [f.p for f in compressed]

@@ -47,7 +47,7 @@ def plot_scales(records: list[dict[str, Any]], path: Path) -> None:
         ) from missing
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     _scales(axes[0], scaled)
-    _lost(axes[1], scaled[-1])
+    _flushed(axes[1], scaled[-1])
     _exponents(axes[2], scaled)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
@@ -91,7 +91,7 @@ def _scales(axis: Any, records: list[dict[str, Any]]) -> None:
     axis.set(title="gradient scale of each resblock", xlabel="updates", ylabel="log2 scale")
 
 
-def _lost(axis: Any, record: dict[str, Any]) -> None:
+def _flushed(axis: Any, record: dict[str, Any]) -> None:
     blocks = range(len(record["block_scale"]))
     for name, label in (
         ("underflow", "to zero"),
