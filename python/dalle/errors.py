@@ -18,12 +18,12 @@ class DalleError(Exception):
     """Base of every error that `dalle` raises on purpose.
 
     Attributes:
-        agreed: whether all processes of a cluster have raised it at the same point, so that they
-            can still do something together.
+        raised_on_all: whether all processes of a cluster have raised it at the same point, so that
+            they can still call collectives.
     """
 
     exit_code = 1
-    agreed = False
+    raised_on_all = False
 
 
 class UsageError(DalleError, ValueError):

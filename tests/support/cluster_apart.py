@@ -213,13 +213,13 @@ def time_apart(rank):
     cluster.heartbeat._limit = 1.5
     c10d._set_pg_timeout(timedelta(seconds=1.5), cluster.control)
     begin = time.monotonic()
-    with cluster.agreed():
+    with cluster.raise_on_all():
         if rank == 0:
             time.sleep(3.0)
     waited = time.monotonic() - begin
 
     def fail():
-        with cluster.agreed():
+        with cluster.raise_on_all():
             if rank == 0:
                 raise OSError(21, "Is a directory", "metrics.jsonl")
 

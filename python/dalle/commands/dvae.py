@@ -111,7 +111,7 @@ def train(config: DvaeCommandConfig) -> None:
             f"start, got {loop.steps}"
         )
     with join(config.cluster, pick_device(config.device), shared_options(config)) as world:
-        with world.agreed():
+        with world.raise_on_all():
             check_model_target("dvae train", folder, DiscreteVAE)
             pairs = load_pairs(config.data, image_size=train_config.image_size, seed=loop.seed)
         if world.size == 1:

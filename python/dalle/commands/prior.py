@@ -106,7 +106,7 @@ def _new_prior(
 
 def _train(config: PriorCommandConfig, world: World) -> None:
     loop, folder = config.loop, config.loop.out / "model"
-    with world.agreed():
+    with world.raise_on_all():
         check_model_target("prior train", folder, Prior)
         tokenizer = Tokenizer.from_pretrained(config.tokenizer)
         vae = DiscreteVAE.from_pretrained(config.vae).to(world.device)

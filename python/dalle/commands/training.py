@@ -51,7 +51,7 @@ def save_model(owner: str, task: Task, folder: Path) -> None:
     Raises:
         EnvironmentProblem: the folder cannot be written, in one line that begins with `owner`.
     """
-    with task.world.agreed(), saving(owner, folder), averaged_model(task) as model:
+    with task.world.raise_on_all(), saving(owner, folder), averaged_model(task) as model:
         if model is not None:
             assert isinstance(model, Pretrained)
             model.save_pretrained(folder)

@@ -146,7 +146,7 @@ class Cluster:
         dist.all_reduce(total, group=self.control)
         return total
 
-    def share(self, count: int) -> Callable[[], float]:
+    def weight_async(self, count: int) -> Callable[[], float]:
         total = torch.tensor(count, dtype=torch.float64, device="cpu")
         work = dist.all_reduce(total, group=self.control, async_op=True)
 
@@ -199,7 +199,7 @@ class Cluster:
         self.raise_first(None)
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
+    def raise_on_all(self) -> Iterator[None]:
         problem: Exception | None = None
         try:
             yield
@@ -218,7 +218,7 @@ class Cluster:
             if failure is not None:
                 kind, text = failure
                 error = kind(text if process == 0 else f"{text} (on process {process})")
-                error.agreed = True
+                error.raised_on_all = True
                 raise error from problem
 
     def require_same(self, values: Mapping[str, Any]) -> None:
@@ -227,7 +227,7 @@ class Cluster:
     def postpone(self, problem: DalleError) -> None:
         self._postponed = problem
 
-    def agreed_loss(self, loss: Tensor) -> Tensor:
+    def mean_loss(self, loss: Tensor) -> Tensor:
         local = loss if self._postponed is None else torch.full_like(loss, math.nan)
         mean = self.mean({"loss": local})["loss"]
         if not math.isfinite(float(mean)):  # nonfinite on all: they exchange the reason

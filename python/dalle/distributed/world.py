@@ -51,10 +51,10 @@ class World(Protocol):
     def weight(self, count: int) -> float:
         """Factor on the mean over this process's part of `count` items: size of part / average."""
 
-    def share(self, count: int) -> Callable[[], float]:
+    def weight_async(self, count: int) -> Callable[[], float]:
         """As `weight`, where this process has `count` items and others have other counts.
 
-        Collective. Starts the exchange; the function returned waits for it and gives the factor.
+        Collective. Starts an all-reduce; the returned function waits for it and gives the factor.
         """
 
     def sum(self, values: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class World(Protocol):
     def barrier(self) -> None:
         """Waits for all processes, however long process 0 takes while it lives. Collective."""
 
-    def agreed(self) -> AbstractContextManager[None]:
+    def raise_on_all(self) -> AbstractContextManager[None]:
         """An error inside on one process is raised on all, with the same message. Collective.
 
         Process 0 may take longer inside than the time-out of a collective.
@@ -91,10 +91,10 @@ class World(Protocol):
         """Raises UsageError on all unless they have the same JSON values. Collective."""
 
     def postpone(self, problem: DalleError) -> None:
-        """Stores the problem that keeps this process from its part of a step; `agreed_loss` raises
+        """Stores the problem that keeps this process from its part of a step; `mean_loss` raises
         it on all, before anything has changed. A world of one raises it at once."""
 
-    def agreed_loss(self, loss: Tensor) -> Tensor:
+    def mean_loss(self, loss: Tensor) -> Tensor:
         """The mean loss, the same on all, so that all stop or none. Collective.
 
         Raises:
@@ -165,7 +165,7 @@ class Solo:
     def weight(self, count: int) -> float:
         return 1.0
 
-    def share(self, count: int) -> Callable[[], float]:
+    def weight_async(self, count: int) -> Callable[[], float]:
         return lambda: 1.0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ class Solo:
     def barrier(self) -> None:
         pass
 
-    def agreed(self) -> AbstractContextManager[None]:
+    def raise_on_all(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def require_same(self, values: Mapping[str, Any]) -> None:
@@ -201,7 +201,7 @@ class Solo:
     def postpone(self, problem: DalleError) -> None:
         raise problem
 
-    def agreed_loss(self, loss: Tensor) -> Tensor:
+    def mean_loss(self, loss: Tensor) -> Tensor:
         return loss
 
     def explained(self, step: Callable[[], int] | None = None) -> AbstractContextManager[None]:

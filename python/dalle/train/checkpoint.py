@@ -105,9 +105,9 @@ def _write_files(task: Task, folder: Path, step: int) -> None:
 
 
 @contextlib.contextmanager
-def _raised_on_all(world: World) -> Iterator[None]:
+def _raise_on_all(world: World) -> Iterator[None]:
     """An error inside on one process is raised as a CheckpointError on all."""
-    with world.agreed():
+    with world.raise_on_all():
         try:
             yield
         except OSError as problem:
@@ -128,7 +128,7 @@ def _save_shards(task: Task, root: Path, step: int, keep: int) -> Path:
         )
     temporary = Path(world.first(str(temporary_name(final))))
     try:
-        with _raised_on_all(world):
+        with _raise_on_all(world):
             if world.rank == 0:
                 os.mkdir(temporary)
                 os.mkdir(temporary / SHARDS)
@@ -136,16 +136,16 @@ def _save_shards(task: Task, root: Path, step: int, keep: int) -> Path:
         state = task_state(task)
         generators = state.pop("rng")
         packed = {name: pack_tree(value, tensors, name) for name, value in state.items()}
-        with _raised_on_all(world):
+        with _raise_on_all(world):
             checkpoint_shards.write(temporary / SHARDS, tensors, world.control)
-        with _raised_on_all(world):
+        with _raise_on_all(world):
             _write_rng(temporary, world.rank, generators)
             if world.rank == 0:
                 write_synced(temporary / STATE, to_json(packed))
                 sync_folder(temporary / SHARDS)
             files = hashes(temporary, _written_by(temporary, world.rank))
         files_by_rank = world.gather(files)
-        with _raised_on_all(world):
+        with _raise_on_all(world):
             if world.rank == 0:
                 merged = {
                     name: entry
@@ -243,15 +243,15 @@ def _load_shards(task: Task, path: Path, *, accept_changes: bool) -> int:
     from dalle.train import checkpoint_shards
 
     world, rank = task.world, task.world.rank
-    with _raised_on_all(world):
+    with _raise_on_all(world):
         manifest = read_manifest(path, slice(rank, None, world.size))
-    with _raised_on_all(world):
+    with _raise_on_all(world):
         state = check_fits(task, manifest, path, accept_changes=accept_changes)
         sharded = (path / SHARDS).is_dir()
         _check_no_extra_files(path, manifest)
         folder = path / SHARDS if sharded else path
         tensors = checkpoint_shards.empty_tensors(folder, _parameter_of(task))
-    with _raised_on_all(world):  # agreed on all before the next one, which is collective
+    with _raise_on_all(world):  # before the next one, which is collective
         checkpoint_shards.read(folder, tensors, world.control)
     weights = {name: tensors[name] for name in task.model.state_dict() if name in tensors}
     with rollback_on_error(task):

@@ -145,7 +145,7 @@ class DvaeTask:
                 f"dvae train: stem must be 'patch' for a warm start, got {vae.config.stem!r}"
             )
         if config.warm_start_steps:
-            with self.world.agreed():
+            with self.world.raise_on_all():
                 self._check_codebook()
         self.world.part(config.batch_size)
         self.sampler = BatchSampler(len(pairs), config.batch_size, seed)
@@ -347,7 +347,7 @@ class DvaeTask:
     def _make_codebook(self) -> None:
         c = self.config
         order = np.random.default_rng(step_seed(self.seed, 0, 3)).permutation(len(self.pairs))
-        with full_model(self) as model, self.world.agreed():
+        with full_model(self) as model, self.world.raise_on_all():
             if model is not None:
                 assert isinstance(model, DiscreteVAE)
                 init_codebook(

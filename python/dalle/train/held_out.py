@@ -83,7 +83,11 @@ def save_better(owner: str, task: Task, folder: Path, step: int) -> dict[str, fl
             continue  # nothing says which is better: the average, as the paper does
         words = "averaged" if averaged else "last"
         target = folder if averaged == better else folder.with_name(f"{folder.name}-{words}")
-        with task.world.agreed(), saving(owner, target), averaged_model(task, averaged) as model:
+        with (
+            task.world.raise_on_all(),
+            saving(owner, target),
+            averaged_model(task, averaged) as model,
+        ):
             if model is not None:
                 assert isinstance(model, Pretrained)
                 model.save_pretrained(target)

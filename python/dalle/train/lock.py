@@ -195,7 +195,7 @@ def locked_folder(folder: Path, owner: str) -> Iterator[FolderLock]:
 def training_lock(out: Path, task: Task) -> Iterator[FolderLock | None]:
     """Inside, no other training writes into `out`; process 0 has the lock. Collective."""
     lock = None
-    with task.world.agreed():
+    with task.world.raise_on_all():
         if task.world.rank == 0:
             lock = FolderLock(out, task.name)
     try:

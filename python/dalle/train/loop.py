@@ -99,11 +99,11 @@ def train(
         EnvironmentProblem: if `out` cannot be made, or the last checkpoint cannot be written, or
             a process of the cluster does not answer.
         Exception: whatever the task raises. A checkpoint is written first, unless the task was in
-            the middle of an update; of many processes only for what all raise (`agreed`), such as
-            the DataError of one of them.
+            the middle of an update; of many processes only if it is raised on all of them, as the
+            DataError of one is.
     """
     world, step, stop = task.world, 0, False
-    with world.agreed():
+    with world.raise_on_all():
         out = make_folder(config.out, "train")
     with (
         training_lock(out, task) as lock,
@@ -113,7 +113,7 @@ def train(
     ):
         step = resume(task, config)
         saver = Saver(task, out, config.keep)
-        with world.agreed():
+        with world.raise_on_all():
             metrics = Metrics(out, name=task.name, start=step, steps=config.steps)
         if step > config.steps:
             say(f"{task.name}: {step} updates are done already, more than steps {config.steps}")
@@ -129,7 +129,7 @@ def train(
                 watch.end()
                 metrics.add(values)
                 if begun is not None and step == start + 1:
-                    with world.agreed():
+                    with world.raise_on_all():
                         if is_main_process():
                             begun(step)
                 stop = world.stop_requested()
@@ -139,7 +139,7 @@ def train(
                 save = last or step % config.checkpoint_every == 0
                 draw = config.picture_every > 0 and step % config.picture_every == 0
                 if record or save or draw:
-                    with world.agreed():
+                    with world.raise_on_all():
                         if lock is not None:
                             lock.renew()
                 if record:

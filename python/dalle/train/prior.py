@@ -316,10 +316,10 @@ class PriorTask:
         A process, and each part of its batch, is weighted by the tokens that it holds.
         """
         if self.config.parts == 1:
-            share = self.world.share(self._text_targets(batch.text))
+            text_weight = self.world.weight_async(self._text_targets(batch.text))
             out = forward()
             weight = self.world.weight(self.config.batch_size)
-            return [out.text_loss * share(), out.image_loss * weight]
+            return [out.text_loss * text_weight(), out.image_loss * weight]
         targets = max(1, self._text_targets(batch.text))
 
         def run(rows: slice) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ def resume(task: Task, config: LoopConfig) -> int:
         UsageError: if `resume` is "none" and `out` holds checkpoints, which would mix two runs.
     """
     out, world = Path(config.out), task.world
-    with world.agreed():
+    with world.raise_on_all():
         if world.rank == 0:
             remove_stale(out)
     saved = world.first(checkpoints(out))
@@ -56,7 +56,7 @@ def resume(task: Task, config: LoopConfig) -> int:
         hint = "" if older is None else f"; --resume {older} goes on from an older one"
         raise CheckpointError(f"{problem}{hint}") from problem
     if config.resume != "auto":
-        with world.agreed(), saving("train", out):
+        with world.raise_on_all(), saving("train", out):
             if world.rank == 0:
                 set_aside_later(out, step)
     say(f"{task.name}: resumed after step {step} from {path}")

@@ -108,7 +108,7 @@ def can_be_saved(task: Task, problem: Exception, watch: StepWatch, lock: FolderL
     may be saved: not where numbers have gone wrong. Collective where all have the problem."""
     if isinstance(problem, NumericalError):
         return False
-    if task.world.size > 1 and not (isinstance(problem, DalleError) and problem.agreed):
+    if task.world.size > 1 and not (isinstance(problem, DalleError) and problem.raised_on_all):
         return False  # other processes may be elsewhere
     lost = not watch.undo() or (lock is not None and not lock.held)
     return not task.world.any(lost)

@@ -81,7 +81,7 @@ def update(
             cannot fall any more; the weights are then untouched.
         DalleError: the problem of a process of the cluster, on all of them; nothing has changed.
     """
-    mean_loss = task.world.agreed_loss(loss.detach())
+    mean_loss = task.world.mean_loss(loss.detach())
     if task.world.size > 1:  # a forward pass is collective: no process repeats it alone
         forward = None
     task.optimizer.zero_grad(set_to_none=True)
@@ -127,7 +127,7 @@ def _plain_step(
 def _explain_skip(task: Task, step: int, scaler: ResblockScaler, result: ScalerStep) -> None:
     """Raises NumericalError if no smaller scale can repair a skipped update."""
     if int(result.nonfinite[-1]):  # what belongs to no block has no scale
-        with task.world.agreed():  # it may be in another process's part
+        with task.world.raise_on_all():  # it may be in another process's part
             check_gradients(task.name, task.model, step)
     stuck = scaler.stuck()
     if stuck:
