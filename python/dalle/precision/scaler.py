@@ -49,7 +49,8 @@ class ResblockScaler:
         scaler.step(optimizer, clip_norm=4.0)         # instead of optimizer.step()
 
     Works with activation checkpointing, gradient accumulation and `torch.compile`. For a model
-    whose code must stay unchanged: `scaler["0"].hook(first_module, last_module)`.
+    whose code must stay unchanged: `scaler["0"].hook(first_module, last_module)` around each
+    branch. A layer with two residual sums is two blocks.
 
     Args:
         blocks: name -> module or modules of one residual block (norm and branch), in order. What
@@ -113,7 +114,10 @@ class ResblockScaler:
         self._skips = torch.zeros(2, dtype=torch.float64, device=device)  # skipped, updates
         # Number of updates as long as all have been skipped; None after the first that was not.
         self._all_skipped: Tensor | None = torch.zeros((), dtype=torch.int64, device=device)
-        self._ends = {name: BlockEnds(self.scales[i]) for i, name in enumerate(self.names)}
+        self._ends = {
+            name: BlockEnds(self.scales[i], name, i, self.groups)
+            for i, name in enumerate(self.names)
+        }
         self._sample()
 
     def __getitem__(self, name: str) -> BlockEnds:
@@ -126,6 +130,7 @@ class ResblockScaler:
         self.__dict__.update(state)
         for ends, scale in zip(self._ends.values(), self.scales, strict=False):
             ends.scale = scale  # views again, of which pickling makes separate tensors
+            ends.groups = self.groups
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ResblockScaler:
         """For the same parameters, or for their copies where the same call makes them."""
