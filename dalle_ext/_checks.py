@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,22 +65,82 @@ def real(value: Any) -> float:
         return math.inf if value > 0 else -math.inf
 
 
+def _layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor and, inside transforms of `torch.func`, the tensors that it wraps, from outside."""
+    yield tensor
+    if torch.compiler.is_compiling():  # the compiler sees through them
+        return
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+        yield tensor
+
+
+def _tensors(values: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in values.items():
+        listed = value if isinstance(value, (list, tuple)) else (value,)
+        yield from ((name, x) for x in listed if isinstance(x, torch.Tensor))
+
+
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in _layers(tensor))
+
+
 def numbers_only(op: str, **arguments: Any) -> None:
-    """Raises where an argument that no gradient flows to is a tensor that wants one.
+    """Raises where an argument that no gradient flows to is a tensor that wants one, or holds one.
 
     Raises:
         TypeError: a tensor that requires a gradient while gradients are recorded, or that carries
             a forward-mode tangent.
     """
-    for name, value in arguments.items():
-        if not isinstance(value, torch.Tensor):
-            continue
-        wanted = value.requires_grad and torch.is_grad_enabled()
-        if wanted or forward_ad.unpack_dual(value).tangent is not None:
+    recording = torch.is_grad_enabled()
+    for name, tensor in _tensors(arguments):
+        wanted = recording and any(x.requires_grad for x in _layers(tensor))
+        if wanted or _has_tangent(tensor):
             raise TypeError(
                 f"{op}: {name} must not require a gradient, got a tensor that does; none flows to "
                 "it: pass it detached"
             )
+
+
+def no_tangent(op: str, **arguments: Any) -> None:
+    """Raises TypeError where an argument is or holds a tensor with a forward-mode tangent."""
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in _tensors(arguments):
+        if _has_tangent(tensor):
+            raise TypeError(
+                f"{op}: {name} must be without a forward-mode tangent, got one; no derivative "
+                "flows: pass it detached"
+            )
+
+
+def plain_memory(op: str, **arguments: Any) -> None:
+    """Raises where an argument of an op that works on memory in place is not a plain tensor.
+
+    Raises:
+        TypeError: a tensor with a forward-mode tangent, or one inside a transform of `torch.func`,
+            which has no memory of its own.
+    """
+    no_tangent(op, **arguments)
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return
+    for name, tensor in _tensors(arguments):
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise TypeError(
+                f"{op}: {name} must be plain tensors, got one of a transform of torch.func (grad, "
+                "vmap, jvp)"
+            )
+
+
+def autograd_only(op: str) -> None:
+    """Raises NotImplementedError inside a transform of `torch.func`, for an `autograd.Function`."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            f"{op}: gradients must be those of torch.autograd, got a transform of torch.func; use "
+            "torch.autograd.grad, or dalle_ext.use_reference()"
+        )
 
 
 class _FirstOrder(torch.autograd.Function):

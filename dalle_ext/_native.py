@@ -59,11 +59,15 @@ _GUARDS = torch.library.Library("dalle_ext", "IMPL")
 
 
 def register(
-    name: str, fake: Callable[Parameters, Result], *, differentiable: bool = False
+    name: str,
+    fake: Callable[Parameters, Result],
+    *,
+    public: str | None = None,
+    differentiable: bool = False,
 ) -> Callable[Parameters, Result]:
     """The raw op `dalle_ext::name`, with its fake kernel and a guard at the autograd keys.
 
-    The fake kernel's signature is that of the op.
+    The fake kernel's signature is that of the op. `public` is the function that users call.
 
     A gradient passes a raw op only inside an `autograd.Function` (`differentiable`; gradients are
     not recorded in there). Without the guard torch would drop tangents of forward mode
@@ -74,7 +78,11 @@ def register(
     """
     op = getattr(torch.ops.dalle_ext, name).default
     torch.library.register_fake(f"dalle_ext::{name}", fake)
-    advice = "use reverse mode, or dalle_ext.use_reference()" if differentiable else "detach it"
+    advice, other = ("detach it",) * 2
+    if differentiable:
+        advice = "use reverse mode, or dalle_ext.use_reference()"
+        other = "call it outside of torch.func.vmap, or use dalle_ext.use_reference()"
+    public = public or name.strip("_")
 
     def guard(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         recording = torch.is_grad_enabled()
@@ -84,8 +92,8 @@ def register(
             if tangent or (recording and tensor.requires_grad):
                 what = "a forward-mode tangent" if tangent else "one that requires a gradient"
                 raise NotImplementedError(
-                    f"{name.strip('_')}: tensors must be without a derivative that the native op "
-                    f"does not carry on, got {what}; {advice}"
+                    f"{public}: tensors must be without a derivative that the native op does not "
+                    f"carry on, got {what}; {advice if tangent else other}"
                 )
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dalle_ext import _native
-from dalle_ext._checks import real, seed_word
+from dalle_ext._checks import plain_memory, real, seed_word
 from dalle_ext._switch import reference_in_use
 from dalle_ext._tensor_table import TensorTable, flat, local_part
 from dalle_ext.reference import adam16 as reference
@@ -26,7 +26,7 @@ def _step_fake(*_: object) -> None:
 
 
 if _native.CPU_PROBLEM is None:
-    _adam16_step_ = _native.register("_adam16_step_", _step_fake)
+    _adam16_step_ = _native.register("_adam16_step_", _step_fake, public="AdamW16")
 
 
 def _check_group(group: Mapping[str, Any]) -> None:
@@ -338,6 +338,7 @@ class AdamW16(torch.optim.Optimizer):
         found_nonfinite: bool | Tensor | None,
     ) -> None:
         group, device = self.param_groups[index], params[0].device
+        plain_memory("AdamW16", gradients=[p.grad for p in params], params=params)
         for p in params:
             if not self.state[p]:
                 self.state[p] = _moments_like(p, group)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from dalle_ext import _native
-from dalle_ext._checks import seed_word
+from dalle_ext._checks import no_tangent, seed_word
 from dalle_ext._switch import reference_in_use
 from dalle_ext.reference import formats as reference
 
@@ -39,9 +39,9 @@ def _sum_fake(
 
 
 if _native.CPU_PROBLEM is None:
-    _formats_pack = _native.register("_formats_pack", _pack_fake)
-    _formats_unpack = _native.register("_formats_unpack", _unpack_fake)
-    _formats_sum = _native.register("_formats_sum", _sum_fake)
+    _formats_pack = _native.register("_formats_pack", _pack_fake, public="pack")
+    _formats_unpack = _native.register("_formats_unpack", _unpack_fake, public="unpack")
+    _formats_sum = _native.register("_formats_sum", _sum_fake, public="sum_codes")
 
 
 def _require_format(op: str, tensor: Tensor, format: str, codes: bool = False) -> None:
@@ -87,12 +87,14 @@ class Packed(NamedTuple):
 
 def _packed(op: str, x: Tensor, format: str, seed: Tensor | None, count: bool) -> Packed:
     _native.require_floating(op, "x", x.dtype)
+    no_tangent(op, x=x)
     _require_format(op, x, format)
     if reference_in_use():
         added = None if seed is None else reference.rounding_words(seed, x.numel(), format)
         codes = reference.encode(x, format, None if added is None else added.view(x.shape))
         return Packed(codes, reference.counts(x, codes, format))
-    return Packed(*_formats_pack(x.detach().contiguous(), FORMATS.index(format), seed, count))
+    with torch.no_grad():  # not x.detach(), which would hide a tangent from the op's guard
+        return Packed(*_formats_pack(x.contiguous(), FORMATS.index(format), seed, count))
 
 
 def pack(

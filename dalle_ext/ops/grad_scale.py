@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from dalle_ext import _native
-from dalle_ext._checks import integer, numbers_only, real
+from dalle_ext._checks import integer, numbers_only, plain_memory, real
 from dalle_ext._switch import reference_in_use
 from dalle_ext._tensor_table import TensorTable, flat
 from dalle_ext.reference import grad_scale as reference
@@ -43,10 +43,16 @@ def _update_fake(*_: object) -> None:
 
 
 if _native.CPU_PROBLEM is None:
-    _grad_scale_scale = _native.register("_grad_scale_scale", _scale_fake)
-    _grad_scale_unscale = _native.register("_grad_scale_unscale", _unscale_fake)
-    _grad_scale_unscale_ = _native.register("_grad_scale_unscale_", _unscale_all_fake)
-    _grad_scale_update_ = _native.register("_grad_scale_update_", _update_fake)
+    _grad_scale_scale = _native.register("_grad_scale_scale", _scale_fake, public="scale_gradient")
+    _grad_scale_unscale = _native.register(
+        "_grad_scale_unscale", _unscale_fake, public="unscale_gradient"
+    )
+    _grad_scale_unscale_ = _native.register(
+        "_grad_scale_unscale_", _unscale_all_fake, public="unscale_gradients_"
+    )
+    _grad_scale_update_ = _native.register(
+        "_grad_scale_update_", _update_fake, public="update_scales_"
+    )
 
 
 def _require_library(op: str, device: torch.device) -> None:
@@ -224,6 +230,7 @@ def unscale_gradients_(
     """
     op = "unscale_gradients_"
     _check_gradients(op, grads)
+    plain_memory(op, grads=list(grads), scales=scales)
     device = grads[0].device
     _require_library(op, device)
     if not isinstance(scales, Tensor):
@@ -269,6 +276,8 @@ def update_scales_(
     Raises:
         RuntimeError: shapes, dtypes, numbers out of range, no native library.
     """
+    numbers_only("update_scales_", scales=scales)
+    plain_memory("update_scales_", scales=scales, since_drop=since_drop, nonfinite=nonfinite)
     _require_library("update_scales_", scales.device)
     window = integer("update_scales_", "window", window, 1, requirement="an integer, 1 or more")
     rule = (growth, backoff, window, low, high, grow_on_skip)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dalle_ext import _native
-from dalle_ext._checks import integer, numbers_only, once_differentiable, seed_word
+from dalle_ext._checks import autograd_only, integer, numbers_only, once_differentiable, seed_word
 from dalle_ext._switch import reference_in_use
 from dalle_ext.reference import gumbel_softmax as reference
 
@@ -44,8 +44,12 @@ def _words_fake(seed: Tensor, count: int) -> Tensor:
 
 
 if _native.CPU_PROBLEM is None:
-    _forward = _native.register("_gumbel_softmax_forward", _forward_fake, differentiable=True)
-    _backward = _native.register("_gumbel_softmax_backward", _backward_fake)
+    _forward = _native.register(
+        "_gumbel_softmax_forward", _forward_fake, public="gumbel_softmax", differentiable=True
+    )
+    _backward = _native.register(
+        "_gumbel_softmax_backward", _backward_fake, public="gumbel_softmax"
+    )
     _native.register("_gumbel_softmax_words", _words_fake)
 
 
@@ -83,6 +87,7 @@ def _contiguous(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sample, index and kl of contiguous logits over axis `dim` >= 0."""
     if torch.is_grad_enabled() and logits.requires_grad:
+        autograd_only("gumbel_softmax")
         outputs: tuple[Tensor, Tensor, Tensor]
         outputs = _Function.apply(logits, tau, seed, dim, hard, first_row)  # type: ignore[no-untyped-call]  # of torch
         return outputs

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from dalle_ext import _native
-from dalle_ext._checks import numbers_only
+from dalle_ext._checks import numbers_only, plain_memory
 from dalle_ext._switch import reference_in_use
 from dalle_ext.reference import powersgd as reference
 
@@ -31,10 +31,16 @@ def _orthogonalize_cpu(p: Tensor, eps: float) -> Tensor:
 
 
 if _native.CPU_PROBLEM is None:
-    _powersgd_compress_ = _native.register("_powersgd_compress_", _nothing)
-    _powersgd_project = _native.register("_powersgd_project", _nothing)
-    _powersgd_decompress_ = _native.register("_powersgd_decompress_", _nothing)
-    _powersgd_orthogonalize = _native.register("_powersgd_orthogonalize", _orthogonalize_fake)
+    _powersgd_compress_ = _native.register(
+        "_powersgd_compress_", _nothing, public="powersgd_compress_"
+    )
+    _powersgd_project = _native.register("_powersgd_project", _nothing, public="powersgd_project")
+    _powersgd_decompress_ = _native.register(
+        "_powersgd_decompress_", _nothing, public="powersgd_decompress_"
+    )
+    _powersgd_orthogonalize = _native.register(
+        "_powersgd_orthogonalize", _orthogonalize_fake, public="orthogonalize"
+    )
     torch.library.register_kernel("dalle_ext::_powersgd_orthogonalize", "cpu", _orthogonalize_cpu)
 
 
@@ -44,6 +50,12 @@ def _results(errors: Sequence[Tensor], factors: Sequence[Tensor], side: int) -> 
         (f.new_empty if e.numel() else f.new_zeros)((e.shape[side], f.shape[1]))
         for e, f in zip(errors, factors, strict=True)
     ]
+
+
+def _check_plain(op: str, **arguments: Sequence[Tensor] | Tensor | None) -> None:
+    """Raises TypeError where a derivative would be lost, or a tensor is one of `torch.func`."""
+    numbers_only(op, **arguments)
+    plain_memory(op, **arguments)
 
 
 def _check_errors(op: str, errors: Sequence[Tensor], **others: Sequence[Tensor]) -> None:
@@ -96,7 +108,6 @@ def _check_positive(op: str, name: str, value: float) -> None:
         raise ValueError(f"{op}: {name} must be above 0 and finite, got {value}")
 
 
-@torch.no_grad()
 def powersgd_compress_(
     errors: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -128,9 +139,11 @@ def powersgd_compress_(
         P of each matrix, (m, r) float32.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, lists, numbers that do not fit; a rank too large.
+        TypeError, ValueError: dtypes, shapes, lists, numbers that do not fit; a rank too large; a
+            tensor that wants a gradient (none flows).
     """
     op = "powersgd_compress_"
+    _check_plain(op, errors=errors, grads=grads, qs=qs, scale=scale, skip=skip)
     _check_errors(op, errors, grads=grads, qs=qs)
     _check_positive(op, "error_scale", error_scale)
     for error, grad, q in zip(errors, grads, qs, strict=True):
@@ -153,7 +166,6 @@ def powersgd_compress_(
     return ps
 
 
-@torch.no_grad()
 def powersgd_project(
     errors: Sequence[Tensor],
     ps: Sequence[Tensor],
@@ -169,6 +181,7 @@ def powersgd_project(
     Raises:
         TypeError, ValueError: as `powersgd_compress_`.
     """
+    _check_plain("powersgd_project", errors=errors, ps=ps)
     _check_errors("powersgd_project", errors, ps=ps)
     _check_positive("powersgd_project", "error_scale", error_scale)
     for error, p in zip(errors, ps, strict=True):
@@ -180,7 +193,6 @@ def powersgd_project(
     return qs
 
 
-@torch.no_grad()
 def powersgd_decompress_(
     errors: Sequence[Tensor],
     ps: Sequence[Tensor],
@@ -208,6 +220,7 @@ def powersgd_decompress_(
         TypeError, ValueError: as `powersgd_compress_`.
     """
     op = "powersgd_decompress_"
+    _check_plain(op, errors=errors, ps=ps, qs=qs, skip=skip)
     _check_errors(op, errors, ps=ps, qs=qs)
     _check_positive(op, "error_scale", error_scale)
     if machines < 1:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from dalle_ext import _native
-from dalle_ext._checks import integer, numbers_only, once_differentiable, real
+from dalle_ext._checks import autograd_only, integer, numbers_only, once_differentiable, real
 from dalle_ext._switch import reference_in_use
 from dalle_ext.reference import sparse_attention as reference
 
@@ -294,8 +294,12 @@ def _backward_fake(
 
 
 if _native.CPU_PROBLEM is None:
-    _forward = _native.register("_sparse_attention_forward", _forward_fake, differentiable=True)
-    _backward = _native.register("_sparse_attention_backward", _backward_fake)
+    _forward = _native.register(
+        "_sparse_attention_forward", _forward_fake, public="sparse_attention", differentiable=True
+    )
+    _backward = _native.register(
+        "_sparse_attention_backward", _backward_fake, public="sparse_attention"
+    )
 
 
 class _Function(torch.autograd.Function):
@@ -372,6 +376,7 @@ def sparse_attention(
     rule = (pattern.kind, pattern.text_len, *pattern.grid, pattern.runs, factor)
     q, k, v = _rows(q), _rows(k), _rows(v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        autograd_only("sparse_attention")
         out: Tensor = _Function.apply(q, k, v, *rule)  # type: ignore[no-untyped-call]  # of torch
         return out
     return _forward(q, k, v, *rule)[0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -19,11 +22,11 @@ def attention(x):
 
 
 def sample(x):
-    return dalle_ext.gumbel_softmax(x, 0.7, seed=3).sample
+    return dalle_ext.gumbel_softmax(x, 0.7, dim=-1, seed=3).sample
 
 
 def kl(x):
-    return dalle_ext.gumbel_softmax(x, 0.7, seed=3).kl
+    return dalle_ext.gumbel_softmax(x, 0.7, dim=-1, seed=3).kl
 
 
 def scaled(x):
@@ -36,6 +39,76 @@ def unscaled(x):
 
 def orthogonal(x):
     return dalle_ext.orthogonalize(x[0, 0])
+
+
+def packed(x):
+    return dalle_ext.unpack(dalle_ext.pack(x, "1-6-9"), "1-6-9")
+
+
+def packed_and_counted(x):
+    codes = dalle_ext.pack_counted(x, "1-6-9").codes
+    return dalle_ext.unpack(dalle_ext.sum_codes(codes, "1-6-9").codes, "1-6-9")
+
+
+def errors():
+    return [torch.zeros(8, 4, dtype=torch.int16)]
+
+
+def compressed(x):
+    return dalle_ext.powersgd_compress_(errors(), [x[0, 0]], [torch.ones(4, 2)])[0]
+
+
+def compressed_by(x):
+    return dalle_ext.powersgd_compress_(errors(), [X[0, 0]], [x[0, 0, :4, :2]])[0]
+
+
+def projected(x):
+    return dalle_ext.powersgd_project(errors(), [x[0, 0, :, :2]])[0]
+
+
+def decompressed(x):
+    return dalle_ext.powersgd_decompress_(errors(), [x[0, 0, :, :2]], [torch.ones(4, 2)])[0]
+
+
+def unscaled_in_place(x):
+    return dalle_ext.unscale_gradients_([x.clone()], 2.0).sum_squares
+
+
+def counted(x):
+    return dalle_ext.unscale_gradients_([x], 2.0, check_only=True).sum_squares
+
+
+def unscaled_by(x):
+    return dalle_ext.unscale_gradients_([X.clone()], x.flatten()[:1].abs()).sum_squares
+
+
+def with_scales_updated(x):
+    scales, none = x.flatten()[:2] + 2, torch.zeros(2, dtype=torch.int64)
+    dalle_ext.update_scales_(scales, none.clone(), none)
+    return scales
+
+
+def stepped(x):
+    parameter = torch.nn.Parameter(torch.ones_like(X))
+    optimizer = dalle_ext.AdamW16([parameter], lr=1e-3)
+    parameter.grad = x + 0
+    optimizer.step()
+    return parameter.detach() * 1
+
+
+DIFFERENTIABLE = [attention, sample, kl]
+IN_PLACE = [unscaled_in_place, counted, unscaled_by, with_scales_updated, stepped]
+FUNCTIONS = [scaled, unscaled, orthogonal, compressed, compressed_by, projected, decompressed]
+PACKING = [packed, packed_and_counted]
+EVERY = [*DIFFERENTIABLE, *FUNCTIONS, *IN_PLACE, *PACKING]
+
+
+def test_every_public_function_is_here():
+    """But those of integers and of arrays, which have no derivative."""
+    source = "".join(inspect.getsource(function) for function in EVERY)
+    public = {name for name in dalle_ext.__all__ if name.islower()} | {"AdamW16"}
+    others = {"area_resize", "build_info", "local_part", "use_reference"}
+    assert {n for n in public if f"dalle_ext.{n}(" not in source} == others
 
 
 def dual(function, x):
@@ -57,12 +130,79 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("function", [attention, sample, kl, scaled, unscaled, orthogonal])
+@pytest.mark.parametrize("function", EVERY, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("way", WAYS)
 def test_forward_mode_is_refused(way, function):
     """Without the guard each of these gave zeros."""
-    with pytest.raises((NotImplementedError, TypeError), match="derivative that the|a gradient"):
+    lines = "derivative that the|a gradient|a forward-mode tangent|one of a transform"
+    with pytest.raises((NotImplementedError, TypeError), match=lines) as caught:
         WAYS[way](function)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS, *IN_PLACE, *PACKING], ids=lambda f: f.__name__)
+def test_forward_mode_is_refused_by_definitions_that_no_gradient_flows_through(function):
+    with dalle_ext.use_reference(), pytest.raises(TypeError, match="a gradient|-mode tangent, got"):
+        jvp(function, (X,), (X,))
+
+
+def loss_of(function):
+    return lambda x: function(x).square().sum()
+
+
+LOSSES = {  # of functions of one X
+    "vmap": lambda f: loss_of(vmap(f))(torch.stack([X, X]).requires_grad_()).backward(),
+    "vmap of a sum": lambda f: (
+        vmap(lambda x: x.sum() + loss_of(f)(x))(torch.stack([X, X]).requires_grad_())
+        .sum()
+        .backward()
+    ),
+    "grad": lambda f: torch.func.grad(loss_of(f))(X),
+    "vmap of grad": lambda f: vmap(torch.func.grad(loss_of(f)))(torch.stack([X, X])),
+    "grad of vmap": lambda f: torch.func.grad(loss_of(vmap(f)))(torch.stack([X, X])),
+    "vjp": lambda f: torch.func.vjp(f, X),
+    "jacrev": lambda f: torch.func.jacrev(f)(X),
+}
+
+
+@pytest.mark.parametrize(
+    "function", [*DIFFERENTIABLE, *FUNCTIONS, *IN_PLACE], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("way", LOSSES)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_no_transform_loses_a_gradient(way, function):
+    """Every one raises, where it does not give autograd's gradient."""
+    with pytest.raises((NotImplementedError, TypeError)) as caught:
+        LOSSES[way](function)
+    line = str(caught.value)
+    assert re.match(r"(\w+): \w+ must (not require a gradient|be )", line) and "\n" not in line
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_no_function_without_a_gradient_takes_what_wants_one(function):
+    with pytest.raises(TypeError, match="must not require a gradient"):
+        function(X.clone().requires_grad_())
+    with torch.no_grad():
+        function(X.clone().requires_grad_())
+    assert torch.equal(function(X), function(X.clone().requires_grad_().detach()))
+
+
+@pytest.mark.parametrize("function", DIFFERENTIABLE, ids=lambda f: f.__name__)
+def test_transforms_of_the_definitions_give_the_gradient(function):
+    x = X.clone().requires_grad_()
+    loss_of(function)(x).backward()
+    with dalle_ext.use_reference():
+        torch.testing.assert_close(torch.func.grad(loss_of(function))(X), x.grad)
+        both = torch.stack([X, X]).requires_grad_()
+        loss_of(vmap(function))(both).backward()
+    torch.testing.assert_close(both.grad, torch.stack([x.grad, x.grad]))
+
+
+@pytest.mark.parametrize("function", DIFFERENTIABLE, ids=lambda f: f.__name__)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_without_a_gradient_works(function):
+    found = vmap(function)(torch.stack([X, X + 1]))
+    torch.testing.assert_close(found, torch.stack([function(X), function(X + 1)]))
 
 
 @pytest.mark.parametrize("function", [attention, sample, kl])
