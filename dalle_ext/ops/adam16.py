@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from dalle_ext import _native
+from dalle_ext import _adam16_state, _native
+from dalle_ext._adam16_state import STATE
 from dalle_ext._checks import plain_memory, real, seed_word
 from dalle_ext._switch import reference_in_use
-from dalle_ext._tensor_table import TensorTable, flat, local_part
+from dalle_ext._tensor_table import TensorTable, flat
 from dalle_ext.reference import adam16 as reference
 
 Tensor = torch.Tensor
 GROUP_STRIDE = 0xBF58476D1CE4E5B9  # between the seeds of parameter groups, odd and irregular
-STATE = ("exp_avg", "exp_avg_sq", "step")
-MIN_CODED_NUMEL = 8192  # smaller tensors keep float32 moments (paper, earlier code)
 
 
 def _step_fake(*_: object) -> None:
@@ -112,124 +111,6 @@ def _host_scalars(group: Mapping[str, Any]) -> list[float]:
     return [bool(group["stochastic_rounding"]), *map(float, (lr, *group["betas"], *others))]
 
 
-def _moment_dtype(param: Tensor, fp32_moments: bool) -> torch.dtype:
-    """int16 codes, or float32 in small tensors and where the parameter group asks for it."""
-    fp32 = param.numel() < MIN_CODED_NUMEL or fp32_moments
-    return torch.float32 if fp32 else torch.int16
-
-
-def _moments_like(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The initial state: no update yet, moments zero (code 0 is zero)."""
-    dtype = _moment_dtype(param, group["fp32_moments"])
-    return {
-        "step": torch.zeros((), dtype=torch.int64, device=param.device),
-        "exp_avg": torch.zeros_like(param, dtype=dtype),
-        "exp_avg_sq": torch.zeros_like(param, dtype=dtype),
-    }
-
-
-def _codes_as_bytes(value: Any) -> Any:
-    """Codes of a `DTensor` as (..., 2) bytes that share its memory; anything else unchanged.
-
-    No collective of gloo or NCCL takes int16, so codes could not be gathered.
-    """
-    if not hasattr(value, "to_local") or value.dtype != torch.int16:
-        return value
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        value.to_local().unsqueeze(-1).view(torch.uint8),
-        value.device_mesh,
-        value.placements,
-        run_check=False,
-        shape=torch.Size((*value.shape, 2)),
-        stride=(*(2 * stride for stride in value.stride()), 1),
-    )
-
-
-def _check_state(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> None:
-    """Raises ValueError unless a state dict is of parameters like these."""
-    saved = state_dict["param_groups"]
-    sizes = [len(group["params"]) for group in groups]
-    saved_sizes = [len(group["params"]) for group in saved]
-    if sizes != saved_sizes:
-        raise ValueError(
-            f"AdamW16: state must be of groups of {sizes} parameters, got {saved_sizes}"
-        )
-    pairs = zip(groups, saved, strict=True)
-    params = [(p, group, saved_group) for group, saved_group in pairs for p in group["params"]]
-    ids = [i for group in saved for i in group["params"]]
-    for index, (param, group, saved_group) in zip(ids, params, strict=True):
-        values = state_dict["state"].get(index, {})
-        if values and set(values) != set(STATE):
-            names = ", ".join(map(str, sorted(values)))
-            raise ValueError(
-                f"AdamW16: state of parameter {index} must be {', '.join(STATE)}, got {names}"
-            )
-        fp32_moments = saved_group.get("fp32_moments", group["fp32_moments"])
-        for name, value in values.items():
-            if name != "step":
-                _check_moment(name, index, param, _moment_dtype(param, fp32_moments), value)
-            elif not isinstance(value, (int, float)) and value.numel() != 1:
-                got = tuple(value.shape)
-                raise ValueError(
-                    f"AdamW16: state step of parameter {index} must be a number, got {got}"
-                )
-
-
-def _check_moment(name: str, index: int, param: Tensor, dtype: torch.dtype, value: Any) -> None:
-    shape = tuple(param.shape)
-    got = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (type(value), None)
-    allowed = [(shape, dtype)]
-    if dtype == torch.int16:
-        allowed.append(((*shape, 2), torch.uint8))
-    if got not in allowed:
-        what = f"AdamW16: state {name} of parameter {index} must be {shape} {dtype}"
-        raise ValueError(f"{what}, got {got[0]} {got[1]}")
-    if hasattr(value, "to_local") and not hasattr(param, "to_local"):
-        what = f"AdamW16: state {name} of parameter {index} must be a full tensor"
-        raise ValueError(f"{what}, got a DTensor; gather it with full_tensor()")
-
-
-def _restore(
-    state: Mapping[Tensor, dict[str, Any]],
-    groups: Sequence[Mapping[str, Any]],
-    state_dict: Mapping[str, Any],
-) -> None:
-    """Copies a checked state dict's tensors into the state, in the dtypes that they have."""
-    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-    params = [param for group in groups for param in group["params"]]
-    for i, param in zip(ids, params, strict=True):
-        for name, value in state_dict["state"].get(i, {}).items():
-            state[param][name] = (
-                _counter(value, param) if name == "step" else _moment(value, param.detach())
-            )
-
-
-def _counter(value: Any, param: Tensor) -> Tensor:
-    """A number of updates as one int64; states of earlier versions have a float32."""
-    return torch.full((), int(value), dtype=torch.int64, device=param.device)
-
-
-def _moment(value: Tensor, param: Tensor) -> Tensor:
-    if hasattr(param, "device_mesh"):
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        assert isinstance(param, DTensor)
-        mesh, placements = param.device_mesh, param.placements
-        if isinstance(value, DTensor):
-            value = value.redistribute(mesh, placements)
-        else:
-            value = value.to(param.device)
-            value = distribute_tensor(value, mesh, placements, src_data_rank=None)
-    local = local_part(value)
-    if local.dtype == torch.uint8:
-        local = local.contiguous().view(torch.int16).squeeze(-1)
-    moment = torch.empty_like(param, dtype=local.dtype)
-    local_part(moment).copy_(local)
-    return moment
-
-
 class AdamW16(torch.optim.Optimizer):
     """AdamW whose moments take 4 bytes a parameter (paper, sections 2.4, 2.5, appendices B.2, D).
 
@@ -241,7 +122,8 @@ class AdamW16(torch.optim.Optimizer):
     float32 in tensors below 8,192 elements and with `fp32_moments`.
 
     The state holds int16 codes; `state_dict()` gives those of a `DTensor` as bytes with one axis
-    more, (..., 2), since no collective takes int16. `load_state_dict` takes both.
+    more, (..., 2), since no collective takes int16. `load_state_dict` takes both, and the state of
+    a `torch.optim.AdamW`; `adamw_state_dict()` is for the other way.
 
     Args:
         params: parameters or groups; float32, float16 or bfloat16, dense.
@@ -295,7 +177,7 @@ class AdamW16(torch.optim.Optimizer):
         self._tables = {}
         for param, values in self.state.items():
             if "step" in values and values["step"].dtype != torch.int64:
-                values["step"] = _counter(values["step"], param)
+                values["step"] = _adam16_state.counter(values["step"], param)
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler with this module
     @torch.no_grad()
@@ -341,7 +223,7 @@ class AdamW16(torch.optim.Optimizer):
         plain_memory("AdamW16", gradients=[p.grad for p in params], params=params)
         for p in params:
             if not self.state[p]:
-                self.state[p] = _moments_like(p, group)
+                self.state[p] = _adam16_state.initial_state(p, group)
         rows = [[p, _check_grad(p), *map(self.state[p].get, STATE)] for p in params]
         columns = [[flat("AdamW16", "params", t) for t in c] for c in zip(*rows, strict=True)]
         table = self._tables.get(index)
@@ -358,28 +240,40 @@ class AdamW16(torch.optim.Optimizer):
         _adam16_step_(*columns, table.host, table.rows, *tensors, *numbers)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, with the codes of `DTensor` parameters as bytes (they share memory)."""
+        """As in torch, with the codes of `DTensor` parameters as bytes (they share memory).
+
+        The groups say `amsgrad`, so that a `torch.optim.AdamW` that loads this state stops at its
+        first step and does not take codes for numbers. It takes `adamw_state_dict()`.
+        """
         state_dict = super().state_dict()
+        as_bytes = _adam16_state.codes_as_bytes
         for index, values in state_dict["state"].items():
-            state_dict["state"][index] = {k: _codes_as_bytes(v) for k, v in values.items()}
+            state_dict["state"][index] = {name: as_bytes(value) for name, value in values.items()}
+        for group in state_dict["param_groups"]:
+            group["amsgrad"] = True
         return state_dict
+
+    def adamw_state_dict(self) -> dict[str, Any]:
+        """The state for `torch.optim.AdamW.load_state_dict`: moments in float32, copied."""
+        return _adam16_state.as_adamw(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but moments keep the dtypes of the state (torch would make codes floats).
 
+        A state of `torch.optim.AdamW` is converted: its moments are rounded to nearest, and
+        `variance_clip`, `stochastic_rounding`, `seed` and `fp32_moments` stay what they are.
+
         Raises:
-            ValueError: a state of other parameters or of another optimizer; nothing is changed.
+            ValueError: a state of other parameters or of another optimizer, AMSGrad, or a mean that
+                16 bits do not hold; nothing is changed.
         """
-        _check_state(self.param_groups, state_dict)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            _check_group({**group, **saved, "params": group["params"]})
+        saved = _adam16_state.own_options(self.param_groups, state_dict["param_groups"])
+        for group, options in zip(self.param_groups, saved, strict=True):
+            _check_group({**group, **options, "params": group["params"]})
+        _adam16_state.check_state(self.param_groups, state_dict, saved)
         empty: dict[int, Any] = {index: {} for index in state_dict["state"]}
-        super().load_state_dict({**state_dict, "state": empty})
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                if name != "differentiable":  # which torch adds to the defaults here
-                    group.setdefault(name, value)
-        _restore(self.state, self.param_groups, state_dict)
+        super().load_state_dict({**state_dict, "state": empty, "param_groups": saved})
+        _adam16_state.restore(self.state, self.param_groups, state_dict)
         self._tables.clear()
 
     def state_bytes(self) -> int:
