@@ -33,7 +33,6 @@ BUDGETS = [  # (glob, lines)
 ]
 LONGER = {  # files that are one topic and longer than their kind: lines, and what they hold
     "python/dalle/pipeline.py": 420,  # one class with its folder: checks, drawing, choosing
-    "python/dalle/recipes.py": 440,  # the numbers of two data sets, most of them a line each
     "dalle_ext/ops/adam16.py": 300,  # the optimizer, its checks, its groups
     "dalle_ext/ops/grad_scale.py": 300,  # five public functions and their two results
     "dalle_ext/ops/powersgd.py": 280,  # four public functions that share their checks

@@ -23,6 +23,7 @@ from dalle.version import __version__
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("data", "check"): ("dalle.commands.data:check", "what a folder of pairs holds and lacks"),
     ("data", "make-shapes"): ("dalle.commands.data:make_shapes", "draw the procedural set"),
+    ("train",): ("dalle.commands.train:train", "a folder of pictures to a model that draws"),
     ("demo",): ("dalle.commands.demo:demo", "train everything on a small set, draw captions"),
     ("sample",): ("dalle.commands.sample:sample", "draw pictures for captions"),
     ("rerank",): ("dalle.commands.rerank:rerank", "which pictures of a folder fit a caption best"),

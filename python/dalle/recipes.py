@@ -26,17 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DvaeRecipe:
-    """Canvas in pixels, sizes, training, number of updates.
-
-    Seconds on two idle cores with AVX-512; `fixed` of them make the codebook and the scores.
-    """
+    """Canvas in pixels, sizes, training, number of updates."""
 
     image_size: int
     model: DiscreteVAEConfig
     train: DvaeTrainConfig
     steps: int
-    seconds: float
-    fixed: float
 
 
 def quick_dvae(
@@ -44,8 +39,6 @@ def quick_dvae(
     *,
     image_size: int,
     warm: int | None = None,
-    seconds: float = 0.0,
-    fixed: float = 0.0,
     model: Mapping[str, int] | None = None,
     **changes: Any,
 ) -> DvaeRecipe:
@@ -59,7 +52,6 @@ def quick_dvae(
         steps: updates, those of the warm start included; at least 2.
         image_size: side of the pictures in pixels, a multiple of the patch.
         warm: updates of the warm start; two thirds if left out.
-        seconds, fixed: see `DvaeRecipe`.
         model: fields of `DiscreteVAEConfig` beside the patch stem.
         changes: fields of `DvaeTrainConfig`.
     """
@@ -86,8 +78,6 @@ def quick_dvae(
         model=DiscreteVAEConfig(stem="patch", **(model or {})),
         train=DvaeTrainConfig(image_size=image_size, **(options | changes)),
         steps=steps,
-        seconds=seconds,
-        fixed=fixed,
     )
 
 
@@ -97,8 +87,6 @@ DVAE_RECIPES: dict[str, DvaeRecipe] = {
         image_size=40,
         warm=700,
         model={"patch": 5, "n_hid": 128, "n_blk_per_group": 2, "n_init": 32, "vocab_size": 2048},
-        seconds=40.0,
-        fixed=7.0,
         lr_start=1e-3,
         codebook_sharpness=4.0,
     ),
@@ -107,8 +95,6 @@ DVAE_RECIPES: dict[str, DvaeRecipe] = {
         image_size=24,
         warm=600,
         model={"patch": 2, "n_hid": 48, "n_blk_per_group": 1, "n_init": 16, "vocab_size": 128},
-        seconds=20.0,
-        fixed=5.0,
         lr_start=4e-4,
         codebook_sharpness=1.0,
     ),
@@ -124,18 +110,12 @@ class PriorRecipe:
         train: the training recipe.
         steps: updates.
         sampling: how a code is drawn.
-        seconds: training on two idle cores with AVX-512.
-        fixed: how many of these encode the pictures.
-        samples_seconds: drawing and scoring the samples there.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
     train: PriorTrainConfig = field(default_factory=PriorTrainConfig)
     steps: int = 0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    seconds: float = 0.0
-    fixed: float = 0.0
-    samples_seconds: float = 0.0
 
 
 def quick_prior(steps: int, **changes: Any) -> PriorTrainConfig:
@@ -179,34 +159,23 @@ PRIOR_RECIPES: dict[str, PriorRecipe] = {
         train=quick_prior(EMOJI_STEPS),
         steps=EMOJI_STEPS,
         sampling=SamplingConfig(temperature=0.5),
-        seconds=120.0,
-        fixed=3.0,
-        samples_seconds=5.0,
     ),
     "shapes": PriorRecipe(
         model=_sizes(16, d_model=192, num_heads=6, num_layers=2, attention=("causal",) * 2),
         train=quick_prior(SHAPES_STEPS, lr=2.5e-3),
         steps=SHAPES_STEPS,
         sampling=SamplingConfig(temperature=0.5, cond_scale=1.5),
-        seconds=100.0,
-        fixed=8.0,
-        samples_seconds=42.0,
     ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankerRecipe:
-    """Sizes (overrides of the preset "tiny") and training.
-
-    Seconds on two idle cores with AVX-512; `fixed` of them send the pictures through the dVAE.
-    """
+    """Sizes (overrides of the preset "tiny"), training, number of updates."""
 
     model: dict[str, int] = field(default_factory=dict)
     train: RankerTrainConfig = field(default_factory=RankerTrainConfig)
     steps: int = 500
-    seconds: float = 40.0
-    fixed: float = 4.0
 
 
 def quick_ranker(steps: int, **changes: Any) -> RankerTrainConfig:
@@ -222,22 +191,16 @@ def quick_ranker(steps: int, **changes: Any) -> RankerTrainConfig:
 
 RANKER_RECIPES: dict[tuple[str, str], RankerRecipe] = {
     ("emoji", "default"): RankerRecipe(train=quick_ranker(500)),
-    ("shapes", "default"): RankerRecipe(
-        train=quick_ranker(600), steps=600, seconds=44.0, fixed=10.0
-    ),
+    ("shapes", "default"): RankerRecipe(train=quick_ranker(600), steps=600),
     ("emoji", "smoke"): RankerRecipe(
         model={"width": 32, "depth": 1, "embed_dim": 32},
         train=RankerTrainConfig(batch_size=16, num_spliced=4, warmup=2, parts=PARTS),
         steps=12,
-        seconds=1.0,
-        fixed=0.0,
     ),
     ("shapes", "smoke"): RankerRecipe(
         model={"width": 32, "depth": 1, "embed_dim": 32},
         train=RankerTrainConfig(batch_size=16, num_spliced=4, warmup=2, parts=PARTS),
         steps=12,
-        seconds=1.0,
-        fixed=0.0,
     ),
 }
 
@@ -261,7 +224,8 @@ class DemoRecipe:
         ranker, ranker_train, ranker_steps: overrides of the ranker's preset "tiny", its training.
         prior, prior_train, prior_steps: sizes without vocabularies and grid, and its training.
         sampling: how a code is drawn.
-        seconds: what each stage takes; of the default recipes on two idle cores with AVX-512.
+        num_candidates: drawn of a caption by `dalle sample` with the finished pipeline.
+        seconds: what each stage takes on this machine, once that is measured.
         fixed: how many of these do not hang on the number of updates.
     """
 
@@ -281,6 +245,7 @@ class DemoRecipe:
     prior_train: PriorTrainConfig
     prior_steps: int
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    num_candidates: int = 64
     seconds: dict[str, float] = field(default_factory=dict)
     fixed: dict[str, float] = field(default_factory=dict)
 
@@ -347,35 +312,42 @@ def smoke_recipe(data: str) -> DemoRecipe:
             parts=PARTS,
         ),
         prior_steps=20,
-        seconds=dict.fromkeys(("dvae", "ranker", "prior", "samples"), 1.0),
     )
 
 
-def load_recipe(
-    data: str, preset: str, minutes: float | None, pace: Mapping[str, float] | None = None
-) -> DemoRecipe:
-    """The recipe of a demo; `minutes` scales every number of updates.
+def load_recipe(data: str, preset: str) -> DemoRecipe:
+    """The recipe of a demo.
 
     Args:
         data: "emoji" or "shapes".
         preset: "default" or "smoke".
-        minutes: wanted; None takes the recipe as it is.
-        pace: stage -> how many times the recipe's seconds this machine takes, 1 where left out.
+    """
+    return smoke_recipe(data) if preset == "smoke" else default_recipe(data)
+
+
+def factor_for(recipe: DemoRecipe, minutes: float, command: str = "demo") -> float:
+    """The factor of every number of updates by which all stages together take `minutes`.
+
+    Args:
+        recipe: with its `seconds` and `fixed`.
+        minutes: wanted.
+        command: begins the error's line.
 
     Raises:
         UsageError: fewer minutes than the rest takes without any update.
     """
-    recipe = smoke_recipe(data) if preset == "smoke" else default_recipe(data)
-    pace = pace or {}
-    seconds = {stage: pace.get(stage, 1.0) * s for stage, s in recipe.seconds.items()}
-    fixed = {stage: pace.get(stage, 1.0) * recipe.fixed.get(stage, 0.0) for stage in seconds}
-    if minutes is None:
-        return replace(recipe, seconds=seconds, fixed=fixed)
-    rest = sum(fixed.values())
-    factor = (60 * minutes - rest) / max(sum(seconds.values()) - rest, 1.0)
+    rest, total = sum(recipe.fixed.values()), sum(recipe.seconds.values())
+    factor = (60 * minutes - rest) / max(total - rest, 1.0)
     if factor < LEAST:
-        minimum = (rest + LEAST * (sum(seconds.values()) - rest)) / 60
-        raise UsageError(f"demo: minutes must be {minimum:.2g} or more here, got {minutes}")
+        minimum = (rest + LEAST * (total - rest)) / 60
+        raise UsageError(f"{command}: minutes must be {minimum:.2g} or more here, got {minutes}")
+    return factor
+
+
+def scale_to(recipe: DemoRecipe, minutes: float, command: str = "demo") -> DemoRecipe:
+    """The recipe with every number of updates times `factor_for`. Raises as that does."""
+    factor, fixed = factor_for(recipe, minutes, command), recipe.fixed
+    seconds = recipe.seconds
     return replace(
         recipe,
         vae_train=scaled(recipe.vae_train, factor),
@@ -385,7 +357,6 @@ def load_recipe(
         prior_train=scaled(recipe.prior_train, factor),
         prior_steps=max(1, round(recipe.prior_steps * factor)),
         seconds={stage: fixed[stage] + factor * (s - fixed[stage]) for stage, s in seconds.items()},
-        fixed=fixed,
     )
 
 
@@ -413,20 +384,4 @@ def default_recipe(data: str) -> DemoRecipe:
         prior_train=prior.train,
         prior_steps=prior.steps,
         sampling=prior.sampling,
-        seconds={
-            "data": 3.0,
-            "dvae": vae.seconds,
-            "ranker": ranker.seconds,
-            "prior": prior.seconds,
-            "samples": prior.samples_seconds,
-            "report": 2.0,
-        },
-        fixed={
-            "data": 3.0,
-            "dvae": vae.fixed,
-            "ranker": ranker.fixed,
-            "prior": prior.fixed,
-            "samples": prior.samples_seconds,
-            "report": 2.0,
-        },
     )

@@ -121,7 +121,7 @@ def test_options_fill_the_dataclass():
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (["tyo"], r"command must be one of .*toy, got tyo \(did you mean toy\?\)"),
+        (["tyo"], r"command must be one of .*toy, .*, got tyo \(did you mean toy\?\)"),
         (["toy", "trian"], r"dalle toy: command must be one of train, got trian \(did you mean"),
         ([*TOY, "--bach-size", "3"], r"--bach-size is not an option \(did you mean --batch-size\?"),
         ([*TOY, "--zzz"], r"--zzz is not an option$"),

@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 
 from dalle import cli
-from dalle.demo import config as demo_config
 from dalle.demo import context, pace, plots, report, run, score
-from dalle.demo.config import DemoConfig, Workspace
+from dalle.demo.config import DemoConfig
+from dalle.demo.pace import Pace, with_pace
+from dalle.demo.workspace import STAGES, Workspace
 from dalle.errors import CheckpointError, EnvironmentProblem, Interrupted, UsageError
 from dalle.pipeline import Pipeline
 from dalle.prior.sampling import SamplingConfig
-from dalle.recipes import load_recipe, scaled
+from dalle.recipes import load_recipe, scale_to, scaled
 from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTrainConfig
 from dalle.train.lock import locked_folder
@@ -40,6 +41,17 @@ def smoke(out, **options):
     return DemoConfig(**{"data": "shapes", "preset": "smoke", "device": "cpu", **options}, out=out)
 
 
+def workspace(out, **options):
+    config = smoke(out, **options)
+    return Workspace("demo", out, {"data": config.data, "preset": config.preset}, config.seed)
+
+
+def smoke_demo(out):
+    recipe = load_recipe("shapes", "smoke")
+    data = run.built_in("shapes", recipe, 0)
+    return context.Demo(workspace(out), recipe, data, torch.device("cpu"))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
@@ -53,7 +65,7 @@ def test_summary_has_the_keys_and_shares(finished):
     for key in SHAPES_KEYS - {"seconds"}:
         assert 0 <= summary[key] <= 1
     assert summary["reconstruction_of_true_pictures"] > 0.98
-    assert set(summary["timings"]) == set(demo_config.STAGES)
+    assert set(summary["timings"]) == set(STAGES)
     total = sum(entry["seconds"] for entry in summary["timings"].values())
     assert summary["seconds"] == pytest.approx(total, abs=0.1)
 
@@ -108,7 +120,7 @@ def test_running_again_trains_nothing(finished, monkeypatch):
     assert {key: again[key] for key in SHAPES_KEYS - {"seconds"}} == {
         key: summary[key] for key in SHAPES_KEYS - {"seconds"}
     }
-    assert again["seconds"] >= summary["seconds"]
+    assert again["seconds"] == summary["seconds"]
 
 
 def test_stopped_and_gone_on_ends_as_if_never_stopped(finished, tmp_path, monkeypatch, capsys):
@@ -152,10 +164,9 @@ def test_stopped_and_gone_on_ends_as_if_never_stopped(finished, tmp_path, monkey
 
 
 def test_a_checkpoint_of_another_demo_says_what_to_remove(tmp_path):
-    space = Workspace(smoke(tmp_path))
-    part = space.folder("tiny")
+    demo = smoke_demo(tmp_path)
+    part = demo.space.folder("tiny")
     train(TinyTask(), LoopConfig(out=part, steps=2))
-    demo = context.Demo(space, load_recipe("shapes", "smoke", None), torch.device("cpu"))
     line = (
         f"demo: .* width must be 5 as in this run, got 4; remove {part} to train this part again$"
     )
@@ -164,9 +175,9 @@ def test_a_checkpoint_of_another_demo_says_what_to_remove(tmp_path):
 
 
 def test_two_demos_in_one_folder_are_refused(tmp_path):
-    space = Workspace(smoke(tmp_path))
+    (tmp_path / "work").mkdir()
     with (
-        locked_folder(space.work, "other"),
+        locked_folder(tmp_path / "work", "other"),
         pytest.raises(UsageError, match="one training at a time"),
     ):
         run.run_demo(smoke(tmp_path))
@@ -215,7 +226,7 @@ def test_folder_of_another_demo_is_refused(finished):
     out, _ = finished
     for options in ({"seed": 1}, {"data": "emoji"}, {"minutes": 3.0}, {"preset": "default"}):
         with pytest.raises(UsageError, match="choose another --out"):
-            Workspace(smoke(out, **options))
+            run.run_demo(smoke(out, **options))
 
 
 @pytest.mark.parametrize(
@@ -240,40 +251,42 @@ def test_folder_that_cannot_be_written_gets_one_line(tmp_path):
         run.run_demo(smoke(tmp_path / "file" / "out"))
 
 
+def paced(data):
+    """A recipe at a pace of round numbers."""
+    pace = {"dvae": Pace(0.05, 8), "ranker": Pace(0.1, 4), "prior": Pace(0.1, 6)}
+    return with_pace(load_recipe(data, "default"), {**pace, "samples": Pace(0, 9)})
+
+
 @pytest.mark.parametrize("data", ["emoji", "shapes"])
 def test_minutes_scale_every_number_of_updates_to_what_the_machine_can(data):
-    whole = load_recipe(data, "default", None)
+    whole = paced(data)
     seconds, fixed = sum(whole.seconds.values()), sum(whole.fixed.values())
-    assert fixed < seconds < 360
-    half = load_recipe(data, "default", (seconds + fixed) / 120)
+    assert fixed == 27 and whole.seconds["samples"] == 9
+    growing = pace.EXTRA * 0.1 * whole.prior_steps
+    assert whole.seconds["prior"] == pytest.approx(6 + growing, abs=0.1)
+    half = scale_to(whole, (seconds + fixed) / 120)
     for steps in ("vae_steps", "prior_steps"):
         assert getattr(half, steps) == round(getattr(whole, steps) / 2)
     assert half.ranker_steps == round(whole.ranker_steps / 2)
     assert half.vae == whole.vae and half.prior == whole.prior
-    pace = {"dvae": 1.5, "ranker": 1.5, "prior": 2.0, "samples": 2.0}
-    slow = load_recipe(data, "default", None, pace)
-    assert slow.prior_steps == whole.prior_steps
-    assert slow.seconds["prior"] == 2 * whole.seconds["prior"]
-    wanted = load_recipe(data, "default", 3.0, pace)
-    assert sum(wanted.seconds.values()) == pytest.approx(180)
+    wanted = scale_to(whole, 2.0)
+    assert sum(wanted.seconds.values()) == pytest.approx(120)
     updates = wanted.prior_steps / whole.prior_steps
-    growing = 2 * (whole.seconds["prior"] - whole.fixed["prior"])
-    found = wanted.seconds["prior"]
-    assert found == pytest.approx(updates * growing + 2 * whole.fixed["prior"], rel=0.01)
+    assert wanted.seconds["prior"] == pytest.approx(updates * growing + 6, rel=0.01)
     with pytest.raises(UsageError, match="demo: minutes must be .* or more here, got 0.01"):
-        load_recipe(data, "default", 0.01, pace)
+        scale_to(whole, 0.01)
 
 
-def test_pace_is_measured_once_in_a_folder(tmp_path, monkeypatch):
+def test_pace_is_measured_once_in_a_folder_and_leaves_the_generator(tmp_path, monkeypatch):
+    demo, state = smoke_demo(tmp_path), torch.get_rng_state()
     monkeypatch.setattr(pace, "ROUNDS", 1)
-    found = pace.measure()
-    assert set(found) <= set(demo_config.STAGES) and all(0.05 < x < 1000 for x in found.values())
-    space = Workspace(DemoConfig(data="shapes", out=tmp_path))
-    monkeypatch.setattr(run, "measure", lambda: {"prior": 2.0})
-    assert run.pace_of(space, torch.device("cpu")) == {"prior": 2.0}
-    monkeypatch.setattr(run, "measure", lambda: {"prior": 5.0})
-    assert run.pace_of(space, torch.device("cpu")) == {"prior": 2.0}
-    assert run.pace_of(Workspace(smoke(tmp_path / "smoke")), torch.device("cpu")) == {}
+    found = run.measured(demo)
+    assert torch.equal(state, torch.get_rng_state())
+    assert set(found) == set(STAGES) - {"tokenizer"}
+    assert all(0 < found[stage].update < 60 for stage in ("dvae", "ranker", "prior"))
+    monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("measured again"))
+    again = run.measured(demo)
+    assert again["prior"].seconds(10) == pytest.approx(found["prior"].seconds(10), abs=1e-3)
 
 
 def test_scaling_leaves_zeros_and_sizes():
@@ -283,16 +296,19 @@ def test_scaling_leaves_zeros_and_sizes():
     assert found.batch_size == 8
 
 
-def test_time_left_follows_the_pace_so_far(tmp_path):
-    space = Workspace(smoke(tmp_path))
-    recipe = load_recipe("shapes", "default", None)
+def test_time_left_follows_the_pace_of_the_latest_long_stage(tmp_path):
+    space, recipe = workspace(tmp_path), paced("shapes")
     before = run.seconds_left(space, recipe, "ranker")
-    space.add_time("dvae", 2 * recipe.seconds["dvae"], 1.0)
-    assert run.seconds_left(space, recipe, "ranker") == pytest.approx(2 * before, rel=0.2)
+    assert before == sum(recipe.seconds[stage] for stage in ("ranker", "prior", "samples"))
+    space.add_time("dvae", 2 * recipe.seconds["dvae"], 1.0, done=True)
+    assert run.seconds_left(space, recipe, "ranker") == pytest.approx(2 * before)
+    space.add_time("ranker", recipe.seconds["ranker"], 1.0, done=True)
+    left = recipe.seconds["prior"] + recipe.seconds["samples"]
+    assert run.seconds_left(space, recipe, "prior") == pytest.approx(left)
 
 
 def test_page_of_an_empty_folder(tmp_path):
-    space = Workspace(smoke(tmp_path))
-    assert plots.draw_plots(space) == []
-    summary = report.write_report(space, load_recipe("shapes", "smoke", None), complete=False)
+    demo = smoke_demo(tmp_path)
+    assert plots.draw_plots(demo.space) == []
+    summary = report.write_report(demo, complete=False)
     assert summary["seconds"] == 0 and (tmp_path / "index.html").exists()

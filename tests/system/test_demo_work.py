@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from dalle.cli import main
-from dalle.demo.config import DemoConfig, Workspace
+from dalle.demo.context import Demo
 from dalle.demo.plots import draw_plots
 from dalle.demo.report import write_report
+from dalle.demo.run import built_in
 from dalle.demo.score import stored_tokens
+from dalle.demo.workspace import Workspace
 from dalle.errors import DataError
 from dalle.pretrained import tensors_to_bytes
 from dalle.recipes import load_recipe
@@ -23,11 +25,16 @@ DAMAGE = [
 ]  # fmt: skip
 
 
+def make_space(out):
+    options = {"data": "shapes", "minutes": None, "preset": "smoke"}
+    return Workspace("demo", out, options, 0)
+
+
 @pytest.fixture
 def space(tmp_path):
     """A demo's folder with something in every work file."""
-    space = Workspace(DemoConfig(data="shapes", preset="smoke", out=tmp_path / "demo"))
-    space.add_time("dvae", 3.0, 4.0)
+    space = make_space(tmp_path / "demo")
+    space.add_time("dvae", 3.0, 4.0, done=True)
     space.add_scores({"psnr": 22.5})
     strips = [{"caption": "caf\udce9 <b>", "split": "zero", "picture": "pictures/strip-00.png"}]
     space.write(space.work / "strips.json", {"strips": strips})
@@ -36,11 +43,13 @@ def space(tmp_path):
 
 def report(space):
     draw_plots(space)
-    return write_report(space, load_recipe("shapes", "smoke", None), complete=False)
+    recipe = load_recipe("shapes", "smoke")
+    demo = Demo(space, recipe, built_in("shapes", recipe, 0), torch.device("cpu"))
+    return write_report(demo, complete=False)
 
 
 def test_whole_files_are_read(space, capsys):
-    assert space.timings() == {"dvae": {"seconds": 3.0, "cpu_seconds": 4.0}}
+    assert space.timings() == {"dvae": {"seconds": 3.0, "cpu_seconds": 4.0, "done": 1.0}}
     summary = report(space)
     assert (summary["psnr"], summary["seconds"]) == (22.5, 3.0)
     assert capsys.readouterr().err == ""
@@ -71,7 +80,7 @@ def test_damaged_files_are_set_aside_and_said(space, capsys, name, damage):
 def test_a_damaged_demo_json_is_refused(space, damage):
     (space.work / "demo.json").write_bytes(damage)
     with pytest.raises(DataError, match="demo.json must be as dalle demo wrote it"):
-        Workspace(space.config)
+        make_space(space.out)
     out = str(space.out)
     assert main(["demo", "--data", "shapes", "--preset", "smoke", "--out", out]) == 3
 
@@ -103,7 +112,7 @@ def test_damaged_samples_are_drawn_anew(space, capsys, tokens):
         named = {"x": torch.zeros(1)} if tokens is None else {"tokens": tokens}
         space.samples.write_bytes(tensors_to_bytes(named))
     assert stored_tokens(space, (2, 3, 4, 4), 9) is None
-    assert "must hold this demo's samples, got others" in capsys.readouterr().err
+    assert "must hold this run's samples, got others" in capsys.readouterr().err
     good = torch.randint(0, 9, (2, 3, 4, 4))
     space.samples.write_bytes(tensors_to_bytes({"tokens": good}))
     assert torch.equal(stored_tokens(space, (2, 3, 4, 4), 9), good)

@@ -11,4 +11,4 @@ def demo(config: DemoConfig) -> None:
     from dalle.demo.run import closing_lines, run_demo
 
     require_one_process("demo")
-    print(closing_lines(config, run_demo(config)))
+    print(closing_lines(config.out, "demo", run_demo(config)))

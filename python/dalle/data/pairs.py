@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol, runtime_checkable
 
@@ -56,6 +56,7 @@ class ArrayPairs:
         images: (N, H, W, 3) uint8 with H = W.
         captions: N strings.
         skipped: reason -> number of items left out while building the set.
+        several: item -> all its captions, where it has more than one.
 
     Raises:
         DataError: the shapes or the counts do not fit.
@@ -67,6 +68,7 @@ class ArrayPairs:
         images: np.ndarray,
         captions: Sequence[str],
         skipped: Counter[str] | None = None,
+        several: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
         if not isinstance(images, np.ndarray):
             raise DataError(f"{name}: images must be an array, got {type(images).__name__}")
@@ -84,6 +86,7 @@ class ArrayPairs:
         self.image_size = int(images.shape[1])
         self.captions: Sequence[str] = list(captions)
         self.skipped: Counter[str] = Counter(skipped or {})
+        self.several: Mapping[int, Sequence[str]] = dict(several or {})
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,82 +1,118 @@
-"""How fast this machine trains, measured before the demo begins for its forecast."""
+"""How fast this machine trains, measured on a few updates of the very models before they begin."""
 
 from __future__ import annotations
 
-import statistics
+import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from dalle.prior.config import PriorConfig
+from dalle.data.pairs import Pairs, all_captions
+from dalle.data.split import Subset
+from dalle.dvae.model import DiscreteVAE
 from dalle.prior.model import Prior
-from dalle.ranker.blocks import ImageTower, RankerConfig
-from dalle.train.parts import PARTS, run_parts, sum_parts
+from dalle.ranker.model import ContrastiveRanker
+from dalle.recipes import DemoRecipe
+from dalle.tokenizer import Tokenizer
+from dalle.train.dvae import DvaeTask
+from dalle.train.parts import PARTS
+from dalle.train.prior import PriorTask
+from dalle.train.ranker import RankerTask
 
-# Seconds of `transformer_step` and `convolution_step` on the machine that the recipes' seconds are
-# from: two idle cores with AVX-512 (docs/log.md).
-TRANSFORMER, CONVOLUTION = 0.066, 0.030
-SHARES = {"dvae": 0.3, "ranker": 0.5, "prior": 0.0, "samples": 0.0, "report": 0.0}
-ROUNDS = 15
+ITEMS = 64  # pictures of the trial
+ROUNDS = 5  # updates timed of each kind, after two that are not
+DRAWN = 16  # pictures drawn in the trial
+EXTRA = 1.05  # checkpoints, pictures and scores beside the updates
 
 
-def measure() -> dict[str, float]:
-    """Stage -> its time here relative to the recipes' machine. Takes about 3 seconds.
+class Pace(NamedTuple):
+    """Seconds of a stage: those of one update, and those that do not hang on their number."""
 
-    Transformer and convolutions are measured apart, since AVX-512 gains nothing in the one and 1.7
-    times in the other; `SHARES` says how much of a stage are convolutions.
+    update: float
+    fixed: float
+
+    def seconds(self, updates: int) -> float:
+        """Of the stage with so many updates."""
+        return self.fixed + EXTRA * updates * self.update
+
+
+def measure(recipe: DemoRecipe, pairs: Pairs, device: torch.device, drawn: int) -> dict[str, Pace]:
+    """The pace of every stage. Takes some seconds, and trains copies that are thrown away.
+
+    Args:
+        recipe: sizes of the models.
+        pairs: the training pairs.
+        device: where to compute.
+        drawn: pictures that the samples' stage draws.
     """
-    transformer = _median(transformer_step()) / TRANSFORMER
-    convolution = _median(convolution_step()) / CONVOLUTION
-    return {
-        stage: share * convolution + (1 - share) * transformer for stage, share in SHARES.items()
-    }
-
-
-def transformer_step() -> Callable[[], None]:
-    """Forward and backward of a prior of the emoji demo's size, in `PARTS` parts."""
-    prior = Prior(
-        PriorConfig(
-            text_vocab=4096,
-            image_vocab=2048,
-            text_len=16,
-            grid=(8, 8),
-            d_model=128,
-            num_heads=4,
-            num_layers=4,
-            kernel_size=5,
+    items = np.linspace(0, len(pairs) - 1, min(ITEMS, len(pairs))).astype(int)
+    few = Subset(pairs, items)
+    tokenizer = Tokenizer.train(all_captions(few), vocab_size=recipe.vocab_size)
+    with torch.random.fork_rng(devices=[]):
+        vae = DiscreteVAE(recipe.vae).to(device)
+        dvae = DvaeTask(vae, few, recipe.vae_train)
+        warm = recipe.vae_train.warm_start_steps
+        update = _median(lambda: dvae.train_step(warm + 1), device)
+        if warm:
+            share = min(1.0, warm / max(1, recipe.vae_steps))
+            first = _median(lambda: dvae.train_step(0), device)
+            update = share * first + (1 - share) * update
+        vae.eval()
+        trip = _median(lambda: vae.decode(vae.encode(dvae.images(np.arange(len(few)), 32))), device)
+        trip /= min(32, len(few))
+        points = min(
+            recipe.vae_train.codebook_points, len(pairs) * math.prod(vae.grid(recipe.image_size))
         )
+        codebook = 3e-12 * points * recipe.vae.vocab_size * recipe.vae.n_init if warm else 0.0
+        ranker_model = ContrastiveRanker.from_preset(
+            "tiny", tokenizer=tokenizer, image_size=recipe.image_size, **recipe.ranker
+        ).to(device)
+        ranker = RankerTask(ranker_model, few, recipe.ranker_train, vae, steps=1000)
+        prior_model = Prior(recipe.prior_config(tokenizer, vae)).to(device)
+        prior = PriorTask(prior_model, tokenizer, vae, few, recipe.prior_train)
+        text = tokenizer.encode(list(few.captions[:DRAWN]), prior_model.config.text_len - 1)
+        paces = {
+            "dvae": Pace(update, 2 + codebook + 2 * trip * min(2048, len(pairs))),
+            "ranker": Pace(_median(lambda: ranker.train_step(0), device), 1 + trip * len(pairs)),
+            "prior": Pace(_median(lambda: prior.train_step(0), device), 1 + trip * len(pairs) / 2),
+        }
+        prior_model.eval()
+        begin = time.perf_counter()
+        prior_model.generate(text.to(device), seed=0)
+        parts = PARTS if device.type == "cpu" else 1
+        drawing = (time.perf_counter() - begin) / len(text) / parts
+        guided = 1.0 if recipe.sampling.cond_scale == 1 else 2.0
+        samples = Pace(0.0, 2 + drawn * (guided * drawing + trip))
+    return {**paces, "data": Pace(0.0, 1.0), "samples": samples, "report": Pace(0.0, 2.0)}
+
+
+def with_pace(recipe: DemoRecipe, pace: dict[str, Pace]) -> DemoRecipe:
+    """The recipe with the seconds that its stages take at this pace."""
+    updates = {
+        "dvae": recipe.vae_steps,
+        "ranker": recipe.ranker_steps,
+        "prior": recipe.prior_steps,
+    }
+    seconds = {stage: p.seconds(updates.get(stage, 0)) for stage, p in pace.items()}
+    return replace(
+        recipe,
+        seconds={stage: round(s, 1) for stage, s in seconds.items()},
+        fixed={stage: round(p.fixed, 1) for stage, p in pace.items()},
     )
-    text = torch.arange(16 * 15, dtype=torch.int64, device="cpu").view(16, 15) % 4096
-    tokens = torch.arange(16 * 64, dtype=torch.int64, device="cpu").view(16, 64) % 2048
-    return _step(prior, lambda rows: prior(text[rows], tokens[rows]).loss, 16)
 
 
-def convolution_step() -> Callable[[], None]:
-    """Forward and backward of the ranker's image tower on 144 pictures, in `PARTS` parts."""
-    tower = ImageTower(RankerConfig(image_size=40))
-    images = torch.linspace(0, 1, 144 * 3 * 40 * 40, dtype=torch.float32, device="cpu").view(
-        144, 3, 40, 40
-    )
-    return _step(tower, lambda rows: tower(images[rows]).square().mean(), 144)
-
-
-def _step(
-    model: torch.nn.Module, loss: Callable[[slice], torch.Tensor], size: int
-) -> Callable[[], None]:
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        (total,) = sum_parts(run_parts(lambda rows: (loss(rows),), size, PARTS, model))
-        total.backward()
-
-    return step
-
-
-def _median(step: Callable[[], None]) -> float:
+def _median(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
     seconds = []
-    for number in range(ROUNDS + 3):
+    for number in range(ROUNDS + 2):
         begin = time.perf_counter()
         step()
-        if number >= 3:  # the first are slower
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if number >= 2:  # the first are slower
             seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+    return float(np.median(seconds))

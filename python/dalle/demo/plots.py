@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from dalle.demo.config import Workspace
+from dalle.demo.workspace import Workspace
 from dalle.pictures import save_bytes
 from dalle.train.metrics import read_metrics
 
@@ -47,7 +47,11 @@ def _curves(scores: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
             "zero/two_objects": "two objects, zero-shot",
         }
         return {text: scores["curves"][k] for k, text in names.items() if k in scores["curves"]}
-    names = {"curve_at_1": "nearest is its own", "curve_at_5": "own among the nearest 5"}
+    names = {
+        "held_out_curve_at_1": "held out: a right one is nearest",
+        "held_out_curve_at_5": "held out: among the nearest 5",
+        "train_curve_at_1": "training: a right one is nearest",
+    }
     return {text: scores[key] for key, text in names.items() if key in scores}
 
 

@@ -9,11 +9,12 @@ from typing import Any
 from dalle.configs import to_dict
 from dalle.console import duration
 from dalle.demo import tiles
-from dalle.demo.config import STAGES, Workspace
+from dalle.demo.context import Demo
 from dalle.demo.tiles import contact, group, load_sheet, tile
+from dalle.demo.verdict import prior_losses, verdict
+from dalle.demo.workspace import STAGES, Workspace
 from dalle.files import to_json
 from dalle.pictures import save_bytes
-from dalle.recipes import DemoRecipe
 from dalle.version import __version__
 
 STYLE = """
@@ -38,6 +39,12 @@ KEYS = {
     "held_out_at_5_single": "... among the nearest five",
     "held_out_at_1_oracle": "the same if the ranker always chose a right sample",
     "psnr": "dB, reconstructions of unseen pictures",
+    "train_at_1": "captions of the training whose best of 8 is nearest to a right true picture",
+    "train_at_1_single": "... for one sample, without reranking",
+    "ranker_accuracy": "held-out captions that find their own picture among the held-out ones",
+    "prior_loss": "nats a token, the prior on held-out pairs",
+    "codes_used": "codes that occur in the training pictures",
+    "code_share": "... as a share of the codebook",
     "psnr_train": "dB, reconstructions of training pictures",
     "reconstruction": "reconstructions of unseen pictures with every fact right",
     "reconstruction_of_true_pictures": "true pictures the checker reads right",
@@ -49,45 +56,47 @@ KEYS = {
     "seconds": "in all, on the wall clock",
     "seconds_predicted": "... as foretold from the machine's pace before it began",
 }
-CREDIT = {
-    "emoji": "Artwork: Twemoji, copyright 2020 Twitter, Inc and other contributors, CC-BY 4.0; "
-    "captions: CLDR short names of the package emoji.",
-    "shapes": "Pictures and captions are drawn and written by this program.",
-}
 
 
-def write_report(space: Workspace, recipe: DemoRecipe, *, complete: bool) -> dict[str, Any]:
+def write_report(demo: Demo, *, complete: bool) -> dict[str, Any]:
     """Writes summary.json and index.html from whatever files there are.
 
     Returns:
-        What summary.json holds: the scores, `seconds`, `complete`, timings, options and recipe.
+        What summary.json holds: the scores, `headline` (those that count most), `verdict`
+        (sentences), `seconds`, `complete`, timings, options and recipe.
     """
+    space, recipe = demo.space, demo.recipe
+    scores = space.read_scores()
     timings = space.timings()
     summary: dict[str, Any] = {
-        **space.read_scores(),
+        **scores,
+        "headline": {key: scores[key] for key in demo.data.headline if key in scores},
+        "verdict": verdict(scores, prior_losses(space), demo.data.train.name) if complete else [],
         "seconds": round(sum(entry["seconds"] for entry in timings.values()), 1),
         "seconds_predicted": round(sum(recipe.seconds.values()), 1),
         "cpu_seconds": round(sum(entry["cpu_seconds"] for entry in timings.values()), 1),
         "complete": complete,
         "timings": timings,
-        "options": to_dict(space.config),
+        "options": {**space.options, "seed": space.seed},
         "recipe": to_dict(recipe),
         "dalle_version": __version__,
     }
     save_bytes(space.out / "summary.json", to_json(summary))
-    save_bytes(space.out / "index.html", page(space, summary).encode("utf-8", "backslashreplace"))
+    save_bytes(space.out / "index.html", page(demo, summary).encode("utf-8", "backslashreplace"))
     return summary
 
 
-def page(space: Workspace, summary: dict[str, Any]) -> str:
+def page(demo: Demo, summary: dict[str, Any]) -> str:
     """The HTML of the report."""
-    data = space.config.data
-    parts = [f"<h1>dalle demo: {data}</h1>"]
+    space = demo.space
+    title = f"dalle {space.command}: {demo.data.name}"
+    parts = [f"<h1>{escape(title)}</h1>"]
     if not summary["complete"]:
         parts.append(
             "<p class=note>Stopped before the end; this page shows what there is. "
             "The same command goes on.</p>"
         )
+    parts.append(_verdict(summary["verdict"]))
     size = summary["recipe"]["image_size"]
     strips = space.read(space.work / "strips.json").get("strips", [])
     parts += [
@@ -109,14 +118,19 @@ def page(space: Workspace, summary: dict[str, Any]) -> str:
         parts += [_figure(space, name, f"Latest picture of {name}.") for name in _latest(space)]
     parts.append(_training(space, size))
     parts.append(_timings(summary))
-    parts.append(f"<p>{escape(CREDIT[data])}</p>")
+    parts.append(f"<p>{escape(demo.data.credit)}</p>" if demo.data.credit else "")
     body = "\n".join(part for part in parts if part)
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width'>"
-        f"<title>dalle demo: {data}</title><style>{STYLE}{tiles.STYLE}</style></head>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}{tiles.STYLE}</style></head>\n"
         f"<body>\n{body}\n</body></html>\n"
     )
+
+
+def _verdict(sentences: list[str]) -> str:
+    items = "".join(f"<li>{escape(sentence)}" for sentence in sentences)
+    return f"<h2>In words</h2><ul class=verdict>{items}</ul>" if items else ""
 
 
 def _numbers(summary: dict[str, Any]) -> str:

