@@ -135,8 +135,8 @@ def own_options(
                     f"{group['weight_decay']} of an Adam that adds it to the gradient"
                 )
     return [
-        {name: own[name] for name in OWN} | {k: v for k, v in group.items() if k not in TORCH}
-        for own, group in zip(groups, saved, strict=True)
+        {name: group[name] for name in OWN} | {k: v for k, v in loaded.items() if k not in TORCH}
+        for group, loaded in zip(groups, saved, strict=True)
     ]
 
 
@@ -154,7 +154,7 @@ def check_state(
     """
     saved = state_dict["param_groups"]
     ids = [(i, of_adamw(group)) for group in saved for i in group["params"]]
-    params = [(p, o) for own, o in zip(groups, options, strict=True) for p in own["params"]]
+    params = [(p, o) for group, o in zip(groups, options, strict=True) for p in group["params"]]
     for (index, foreign), (param, group) in zip(ids, params, strict=True):
         values = state_dict["state"].get(index, {})
         if values and set(values) != set(STATE):

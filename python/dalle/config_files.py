@@ -156,8 +156,8 @@ def flat_options(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
         option = field.name.replace("_", "-")
-        own = {option: None if value == "" else values[field.name]}  # an empty word is refused
-        for name, inner in (flat_options(value) if nested else own).items():
+        plain = {option: None if value == "" else values[field.name]}  # an empty word is refused
+        for name, inner in (flat_options(value) if nested else plain).items():
             if name in flat:
                 raise ValueError(f"{type(config).__name__} has two options {name}")
             flat[name] = inner

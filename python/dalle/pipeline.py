@@ -343,8 +343,8 @@ class Pipeline:
             progress=progress,
         )
         # Decoded caption by caption: the pictures of all candidates of all would not fit.
-        found = [self._best(*pair, top) for pair in zip(captions, tokens, strict=True)]
-        return found[0] if isinstance(caption, str) else found
+        results = [self._best(*pair, top) for pair in zip(captions, tokens, strict=True)]
+        return results[0] if isinstance(caption, str) else results
 
     def _best(self, caption: str, tokens: torch.Tensor, top: int) -> Generation:
         """The best `top` of a caption's candidates, (N, h, w) codes."""

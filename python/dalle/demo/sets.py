@@ -86,9 +86,9 @@ class DataSet(ABC):
         """Scores of samples, (B, N, 3, S, S) in [0, 1]; `scores` (B, N) are the ranker's."""
 
 
-def some_images(pairs: Pairs, image_size: int, most: int = POOL) -> torch.Tensor:
-    """Up to `most` pictures, evenly spaced, cropped to the centre: (N, 3, S, S) in [0, 1]."""
-    items = np.linspace(0, len(pairs) - 1, min(most, len(pairs))).astype(int)
+def some_images(pairs: Pairs, image_size: int, limit: int = POOL) -> torch.Tensor:
+    """Up to `limit` pictures, evenly spaced, cropped to the centre: (N, 3, S, S) in [0, 1]."""
+    items = np.linspace(0, len(pairs) - 1, min(limit, len(pairs))).astype(int)
     return to_tensor(load_or_skip(pairs, items, lambda x, _: center_crop(x, image_size))[0])
 
 
@@ -276,9 +276,9 @@ class FolderSet(DataSet):
         pool, labels = [], []
         for split in ("train", "heldout"):
             pairs = self._part(split)
-            own = [i for s, i in zip(columns.splits, columns.items, strict=True) if s == split]
+            drawn = [i for s, i in zip(columns.splits, columns.items, strict=True) if s == split]
             others = np.linspace(0, len(pairs) - 1, min(len(pairs), POOL // 2)).astype(int)
-            for item in sorted({*own, *others.tolist()}):
+            for item in sorted({*drawn, *others.tolist()}):
                 pool += self._images(pairs, [item])
                 labels.append(names.setdefault(pairs.captions[item], len(names)))
         target = torch.tensor([names[caption] for caption in columns.captions], dtype=torch.int64)

@@ -178,8 +178,8 @@ def choose(given: SizesConfig, pairs: Pairs, tier: Tier) -> SizesConfig:
             f"got {values['image_size']}"
         )
     points = len(pairs) * (values["image_size"] // patch) ** 2
-    most = max(2, min(tier.codes, points // POINTS_A_CODE))
-    fill("codes", 1 << (most.bit_length() - 1))
+    max_codes = max(2, min(tier.codes, points // POINTS_A_CODE))
+    fill("codes", 1 << (max_codes.bit_length() - 1))
     if values["codes"] > points:
         raise UsageError(
             f"train: codes must be at most {points}, as many as the pictures have parts, "

@@ -63,7 +63,7 @@ def run_train(config: TrainConfig) -> dict[str, Any]:
             pairs = demo.data.train
         else:
             pairs = parts[0]
-            say(f"train: {found(*parts)}")
+            say(f"train: {describe_set(*parts)}")
             sizes = _chosen(space, config.sizes, pairs, tier)
             data = FolderSet(*parts, sizes.image_size or 0)
             demo = Demo(space, build(sizes, len(pairs)), data, device)
@@ -116,12 +116,12 @@ def _on_built_in(config: TrainConfig, space: Workspace, device: torch.device, ti
     return Demo(space, recipe, data, device)
 
 
-def found(train: Subset, held_out: Subset) -> str:
+def describe_set(train: Subset, held_out: Subset) -> str:
     """What a folder holds, in a line, and what can be expected of so many pictures."""
     total = len(train) + len(held_out)
     skipped = train.skipped.total()
     left_out = f", left out {skipped}: {format_counts(train.skipped)}" if skipped else ""
-    expect = next(words for most, words in EXPECTED if total <= most)
+    expect = next(text for limit, text in EXPECTED if total <= limit)
     return (
         f"{total} pairs in {train.name}, {len(held_out)} of them held out{left_out}. "
         f"So many pictures: {expect}"

@@ -100,14 +100,14 @@ def _walk(output: Tensor, enter: type) -> tuple[set[Node], set[Node]]:
 
 
 def _ancestors(nodes: set[Node]) -> set[Node]:
-    found: set[Node] = set()
+    ancestors: set[Node] = set()
     stack: list[Node] = list(nodes)
     while stack:
         node = stack.pop()
-        if node is not None and node not in found:
-            found.add(node)
+        if node is not None and node not in ancestors:
+            ancestors.add(node)
             stack += [before for before, _ in node.next_functions]
-    return found
+    return ancestors
 
 
 def _adds_input(output: Tensor, enter: type) -> bool:
