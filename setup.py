@@ -22,13 +22,6 @@ sys.path.insert(0, str(ROOT / "python" / "buildtools"))
 import torch_dir  # noqa: E402
 
 
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc"]
-    candidates.append("/usr/local/cuda/bin/nvcc")
-    return next((found for c in candidates if c and (found := shutil.which(c))), None)
-
-
 def num_jobs() -> int:
     """MAX_JOBS or CMAKE_BUILD_PARALLEL_LEVEL, else one job per core and 2 GiB of memory."""
     wish = os.environ.get("MAX_JOBS") or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL")
@@ -40,7 +33,10 @@ def num_jobs() -> int:
 
 def source_version() -> str:
     run = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+    except OSError:  # a machine without git
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
@@ -60,7 +56,7 @@ class CMakeBuild(build_ext):
                 f"pip install '{torch_dir.pinned_torch(ROOT)}'"
             )
         version, torch_cuda = torch_dir.torch_version(folder)
-        nvcc = find_nvcc()
+        nvcc = torch_dir.find_nvcc()
         with_cuda = torch_dir.want_cuda(torch_cuda, nvcc)
         print(f"-- torch {version} in {folder}; CUDA kernels: {'on' if with_cuda else 'off'}")
         name = f"{sys.implementation.cache_tag}-torch{version}"

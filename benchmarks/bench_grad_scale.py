@@ -7,33 +7,30 @@ takes no norm, so `unscale_gradients_` is also held against the ops that do the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 import dalle_ext
 import harness
+from harness import Call, Case, Error, Ready
 
 Tensor = torch.Tensor
-NUMEL = 1 << 25  # of all gradients; nothing of this size is allocated in a call
-BLOCK = 1 << 22  # of a stream: what the ends allocate is not fresh pages
 COPY, AMP = "plain copy of the bytes", "torch._amp_foreach_non_finite_check_and_unscale_"
 APART = "torch, one pass a job"
-GOAL = {COPY: 1 / 1.3}
-
-
-def check() -> None:
-    grads = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (5, 70001)]
-    scales = torch.tensor([8.0, 3.0])
-    found = dalle_ext.unscale_gradients_(grads, scales, [0, 1], check_only=True)
-    for i, grad in enumerate(grads):
-        wanted = (grad.double() / scales[i].double()).square().sum()
-        torch.testing.assert_close(found.sum_squares[i], wanted, rtol=1e-6, atol=0)
+CHECKED = 4099
+# Powers of two of elements: of a stream (on a CPU what the ends allocate is then not fresh pages),
+# and of all gradients (nothing of this size is allocated in a call).
+POWERS = {"cpu": (22, 25), "gpu": (28, 28), "tiny": (12, 14)}
+SCALE, UNSCALE = "scale_gradient", "unscale_gradient"
+ALL, CHECK = "unscale_gradients_, 100", "check only, 100"
 
 
 def jobs_apart(grads: list[Tensor], scale: Tensor) -> tuple[Tensor, ...]:
     """The counts and the norm of `unscale_gradients_` by torch's own ops, then the division."""
-    flag, inverse = torch.zeros(1), scale.reciprocal()
+    flag, inverse = torch.zeros(1, device=scale.device), scale.reciprocal()
     zeros = torch.stack([(g == 0).sum() for g in grads])
     small = torch.stack([(g.abs() < torch.finfo(g.dtype).tiny).sum() for g in grads])
     most = torch.stack(torch._foreach_norm(grads, float("inf")))
@@ -42,63 +39,75 @@ def jobs_apart(grads: list[Tensor], scale: Tensor) -> tuple[Tensor, ...]:
     return flag, zeros, small, most, norms
 
 
-def measure(names: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Checks, then times both ends of a block, and the gradients of a model."""
-    check()
-    generator = torch.Generator().manual_seed(0)
-    stream = torch.randn(NUMEL, generator=generator)
-    half = torch.randn(NUMEL, generator=generator).half()
-    block, half_block = stream[:BLOCK], half[:BLOCK]
-    scale, one = torch.tensor(1024.0), torch.tensor(1.0)
-    three = torch.zeros(3 * BLOCK, dtype=torch.uint8)  # 6 bytes an element: 3 read, 3 written
-    five = torch.zeros(5 * BLOCK, dtype=torch.uint8)  # 10 bytes an element
-    wide, narrow = list(stream.clone().chunk(100)), list(half.clone().chunk(100))
-    memory = {id(wide): (stream, stream.clone()), id(narrow): (half, half.clone())}
-    tables = {id(grads): dalle_ext.TensorTable([grads]) for grads in (wide, narrow)}
-    flag = torch.zeros(1)
-
-    def unscale(grads: list[Tensor], check_only: bool = False) -> Any:
-        return dalle_ext.unscale_gradients_(
-            grads, one.view(1), check_only=check_only, table=tables[id(grads)]
-        )
-
-    def many(grads: list[Tensor]) -> dict[str, Any]:
-        return {
-            COPY: lambda: memory[id(grads)][1].copy_(memory[id(grads)][0]),
-            AMP: lambda: torch._amp_foreach_non_finite_check_and_unscale_(grads, flag, one),
-            APART: lambda: jobs_apart(grads, one),
-        }
-
-    cases: dict[str, tuple[Any, dict[str, Any], bool]] = {
-        "scale_gradient, float32 to float16": (
-            lambda: dalle_ext.scale_gradient(block, scale), {COPY: lambda: three.clone()}, False),
-        "unscale_gradient, float16 into float32": (
-            lambda: dalle_ext.unscale_gradient(block, half_block, scale),
-            {COPY: lambda: five.clone()}, False),
-        "unscale_gradients_, 100 of float32": (lambda: unscale(wide), many(wide), True),
-        "unscale_gradients_, 100 of float16": (lambda: unscale(narrow), many(narrow), True),
-        "check only, 100 of float16": (
-            lambda: unscale(narrow, check_only=True), {APART: many(narrow)[APART]}, False),
-    }  # fmt: skip
-    rows = []
-    for name in names or tuple(cases):
-        ours, rivals, goal = cases[name]
-        numel = NUMEL if "100 of" in name else BLOCK
-        rows += harness.compare(
-            f"grad_scale {name}, 2^{numel.bit_length() - 1} elements",
-            ours,
-            rivals,
-            work=numel * 1e-6,
-            unit="Melem/s",
-            goals=GOAL if goal else None,
-            rounds=41,
-        )
-    return rows
-
-
-def test_beside_a_copy(benchmark):
-    rows = benchmark.pedantic(measure, rounds=1, iterations=1)
-    benchmark.extra_info["ratios"] = {
-        f"{row['what']}: {row['rival']}": round(row["ratio"], 2) for row in rows
+def ready(which: str, dtype: torch.dtype, numel: int, names: tuple[str, ...], device: str) -> Ready:
+    draw = torch.Generator(device).manual_seed(0)
+    x = torch.randn(numel, generator=draw, device=device)
+    low = x.to(torch.float16 if which == UNSCALE else dtype)
+    scale, one = torch.full((), 1024.0, device=device), torch.ones(1, device=device)
+    grads = list(low.clone().chunk(100))
+    table = dalle_ext.TensorTable([grads])
+    size = dtype.itemsize
+    moved = numel * {SCALE: size + 2, UNSCALE: 10, ALL: 2 * size, CHECK: size}[which]
+    half = torch.zeros(moved // 2, dtype=torch.uint8, device=device)
+    flag = torch.zeros(1, device=device)
+    into = torch.zeros_like(half)
+    ops: dict[str, Callable[[int | None], Any]] = {
+        SCALE: lambda n: dalle_ext.scale_gradient(low[:n], scale).grad,
+        UNSCALE: lambda n: dalle_ext.unscale_gradient(x[:n], low[:n], scale),
     }
-    assert min(row["ratio"] for row in rows if row["rival"] == APART) > 1
+
+    def unscale() -> Any:
+        return dalle_ext.unscale_gradients_(grads, one, check_only=which == CHECK, table=table)
+
+    calls: dict[str, Callable[[], Call]] = {
+        "ours": lambda: unscale if "100" in which else lambda: ops[which](None),
+        COPY: lambda: (lambda: into.copy_(half)) if "100" in which else half.clone,
+        AMP: lambda: lambda: torch._amp_foreach_non_finite_check_and_unscale_(grads, flag, one[0]),
+        APART: lambda: lambda: jobs_apart(grads, one[0]),
+    }
+
+    def check(name: str, result: Any) -> Error | None:
+        """The norm; elements of the ends that are not the definition's."""
+        if "100" in which and name in (COPY, AMP):
+            return None
+        if "100" in which:
+            norm = float(result.norm if name == "ours" else result[4].norm())
+            most = 1e-6 if name == "ours" else 1e-2  # torch keeps norms in the dtype
+            return Error(abs(norm / float(low.double().norm()) - 1), most)
+        if name != "ours":
+            return None
+        with dalle_ext.use_reference():
+            return Error(float((result[:CHECKED] != ops[which](CHECKED)).sum()), 0.0)
+
+    chosen = {name: calls[name] for name in ("ours", *names)}
+    return Ready(chosen, check, numel * 1e-6, "Melem/s", moved)
+
+
+def cases(scale: str) -> Iterator[Case]:
+    """Both ends of a block, and the gradients of a model in place, in each dtype."""
+    f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+    both = {SCALE: (f32,), UNSCALE: (f16,), ALL: (f32, f16), CHECK: (f16,)}
+    if scale != "cpu":
+        both |= {SCALE: (f32, f16, bf16), ALL: (f32, f16, bf16), CHECK: (f32, f16)}
+    names = {SCALE: "scale_gradient, {} to float16", UNSCALE: "unscale_gradient, {} into float32",
+             ALL: ALL + " of {}", CHECK: CHECK + " of {}"}  # fmt: skip
+    rivals = {SCALE: (COPY,), UNSCALE: (COPY,), ALL: (COPY, AMP, APART), CHECK: (APART,)}
+    for which, dtypes in both.items():
+        power = POWERS[scale]["100" in which]
+        for dtype in dtypes:
+            goals = {COPY: 1 / 1.3} if which == ALL else {}
+            goals = goals if scale == "cpu" else {COPY: 1 / 1.07}
+            yield Case(
+                op="grad_scale",
+                what=f"grad_scale {names[which].format(str(dtype)[6:])}, 2^{power} elements",
+                ready=partial(ready, which, dtype, 1 << power, rivals[which]),
+                rivals=dict.fromkeys(rivals[which], "eager"),
+                goals=goals,
+                rounds=41,
+            )
+
+
+def test_beside_a_copy(case):
+    rows = harness.measure(case)
+    harness.assert_right(rows)
+    assert all(row["ratio"] > 1 for row in rows if row["rival"] == APART), harness.table(rows)

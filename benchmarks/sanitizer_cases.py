@@ -1,6 +1,6 @@
 """What compute-sanitizer watches: every kernel once, at sizes with ragged ends.
 
-    python -m gpu.small_cases [cuda | cpu]
+    python benchmarks/sanitizer_cases.py [cuda | cpu]
 
 Right results are the tests' business (`pytest -m cuda`); here only the accesses count.
 """
@@ -12,8 +12,8 @@ import sys
 import torch
 
 import dalle_ext
+from bench_sparse_attention import KINDS
 from dalle_ext.testing import gradients
-from gpu.cases import KINDS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = (64, 32, 80, 128, 40)
