@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -13,6 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.text import Text
 from PIL import Image
 
 from dalle import cli
@@ -98,6 +102,39 @@ def test_every_tile_of_the_page_is_in_its_sheet_at_160_pixels_or_more(finished):
         assert int(x) < int(columns) and int(y) < int(rows)
     assert len(found) == 24 + 24 * 8 + 24 * 2 + 24 and len(set(found)) == 24 * 8 + 24 * 2 + 24
     assert page.index("class=contact") < page.index("<table>")
+
+
+def test_page_says_each_number_in_words_and_what_to_type(finished):
+    out, summary = finished
+    page = (out / "index.html").read_text()
+    for key in {*report.KEYS} & {*summary}:
+        (words,) = re.findall(rf"<td>([^<]+) <code>{key}</code>", page)
+        assert "..." not in words and len(words.split()) > 2
+    words = shlex.split(html.unescape(re.search(r"<pre class=command>(.*?)</pre>", page)[1]))
+    assert words[:2] == ["dalle", "sample"] and Pipeline.from_pretrained(words[-1]).grid
+
+
+def test_no_legend_covers_a_line_and_type_is_large_enough(finished, monkeypatch):
+    out, _ = finished
+    legends = []
+
+    def check(space, figure, name):
+        figure.draw_without_rendering()
+        assert figure.get_figwidth() * 72 < 310, "points wide; a page of 400 pixels shows 368"
+        for text in figure.findobj(Text):
+            assert not text.get_text() or text.get_fontsize() >= 8
+        for axis in filter(Axes.get_legend, figure.axes):
+            legends.append(axis.get_legend().get_window_extent())
+            others = [
+                *(ax.get_window_extent() for ax in figure.axes),
+                axis.title.get_window_extent(),
+            ]
+            assert not any(legends[-1].overlaps(other) for other in others), name
+            assert figure.bbox.contains(*legends[-1].min) and figure.bbox.contains(*legends[-1].max)
+        return name
+
+    monkeypatch.setattr(plots, "_save", check)
+    assert len(plots.draw_plots(workspace(out))) == 3 and len(legends) == 5
 
 
 def test_pipeline_of_the_demo_draws(finished):

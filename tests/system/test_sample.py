@@ -116,9 +116,10 @@ def test_sample_draws_as_the_pipeline_says_and_flags_change_it(folder, tmp_path)
 
 def test_the_demo_keeps_its_recipe(tmp_path):
     space = SimpleNamespace(trained=lambda part: True, pipeline=tmp_path)
-    prior_stage(SimpleNamespace(space=space, recipe=SimpleNamespace(sampling=WARM)))
+    recipe = SimpleNamespace(sampling=WARM, num_candidates=5)
+    prior_stage(SimpleNamespace(space=space, recipe=recipe))
     head = json.loads((tmp_path / "config.json").read_text())
-    assert SamplingConfig(**head["sampling"]) == WARM and head["num_candidates"] == 64
+    assert SamplingConfig(**head["sampling"]) == WARM and head["num_candidates"] == 5
 
 
 def test_pipeline_make_keeps_the_flags(folder, tmp_path):

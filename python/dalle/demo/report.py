@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from dalle.configs import to_dict
 from dalle.console import duration
-from dalle.demo import tiles
 from dalle.demo.context import Demo
-from dalle.demo.tiles import contact, group, load_sheet, tile
+from dalle.demo.tiles import command, contact, group, html_page, load_sheet, tile
 from dalle.demo.verdict import prior_losses, verdict
 from dalle.demo.workspace import STAGES, Workspace
 from dalle.files import to_json
@@ -18,43 +18,45 @@ from dalle.pictures import save_bytes
 from dalle.version import __version__
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 88rem; margin: 2rem auto; padding: 0 1rem;
-       color: #222; background: #fff; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-img { image-rendering: pixelated; max-width: 100%; border: 1px solid #ddd; }
-img.plot { image-rendering: auto; border: 0; }
+figure > img { image-rendering: pixelated; max-width: 100%; border: 1px solid #ddd; }
+figure > img.plot { image-rendering: auto; border: 0; width: 100%; max-width: 32rem; }
 .plots { display: grid; gap: 0 2rem; align-items: start;
-         grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
-.plots figure:last-child { grid-column: 1 / -1; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; }
-.note { background: #fff6dd; padding: .5rem 1rem; }
+         grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+.facts { display: grid; gap: 1rem 2rem; align-items: start;
+         grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
+.facts caption { text-align: left; font-weight: bold; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
+td code { color: #777; font-size: .85em; }
 """
-KEYS = {
-    "held_out_at_1": "held-out captions whose best of 8 is nearest to its own true picture",
-    "held_out_at_5": "... or has it among the nearest five",
-    "held_out_at_1_single": "the same for one sample, without reranking",
-    "held_out_at_5_single": "... among the nearest five",
-    "held_out_at_1_oracle": "the same if the ranker always chose a right sample",
-    "psnr": "dB, reconstructions of unseen pictures",
-    "train_at_1": "captions of the training whose best of 8 is nearest to a right true picture",
-    "train_at_1_single": "... for one sample, without reranking",
-    "ranker_accuracy": "held-out captions that find their own picture among the held-out ones",
-    "prior_loss": "nats a token, the prior on held-out pairs",
-    "codes_used": "codes that occur in the training pictures",
-    "code_share": "... as a share of the codebook",
-    "psnr_train": "dB, reconstructions of training pictures",
-    "reconstruction": "reconstructions of unseen pictures with every fact right",
-    "reconstruction_of_true_pictures": "true pictures the checker reads right",
-    "one_object_single": "zero-shot captions of one object: a sample is right in every fact",
-    "one_object_best_of_8": "... the best of 8 is",
-    "relation_single": "unseen captions of two objects: a sample is right in every fact",
-    "relation_best_of_8": "... the best of 8 is",
-    "relation_zero_best_of_8": "... with a colour and shape never seen together",
-    "seconds": "in all, on the wall clock",
-    "seconds_predicted": "... as foretold from the machine's pace before it began",
+KEYS = {  # key of summary.json -> unit, and what it says without the lines around it
+    "held_out_at_1": ("", "of held-out captions the best of 8 is nearest to its own true picture"),
+    "held_out_at_5": ("", "of held-out captions it has its own among the nearest five pictures"),
+    "held_out_at_1_single": ("", "nearest to its own, for one sample without reranking"),
+    "held_out_at_5_single": ("", "among the nearest five, for one sample without reranking"),
+    "held_out_at_1_oracle": ("", "nearest to its own, if the ranker always chose a right sample"),
+    "psnr": ("dB", "PSNR of reconstructions of unseen pictures"),
+    "train_at_1": ("", "of training captions the best of 8 is nearest to a right true picture"),
+    "train_at_1_single": ("", "of training captions, for one sample without reranking"),
+    "ranker_accuracy": ("", "of held-out captions find their own among all held-out pictures"),
+    "prior_loss": ("nats", "a token, loss of the prior on held-out pairs"),
+    "codes_used": ("codes", "occur in the training pictures"),
+    "code_share": ("", "of the codebook occurs in the training pictures"),
+    "psnr_train": ("dB", "PSNR of reconstructions of training pictures"),
+    "reconstruction": ("", "of reconstructions of unseen pictures show every fact right"),
+    "reconstruction_of_true_pictures": ("", "of true pictures the checker reads right"),
+    "one_object_single": ("", "right in every fact: one sample, one object, zero-shot captions"),
+    "one_object_best_of_8": ("", "right in every fact: best of 8, one object, zero-shot captions"),
+    "relation_single": ("", "right in every fact: one sample, two objects, unseen captions"),
+    "relation_best_of_8": ("", "right in every fact: best of 8, two objects, unseen captions"),
+    "relation_zero_best_of_8": ("", "right in every fact: best of 8, two objects, zero-shot"),
+    "seconds": ("s", "in all, on the wall clock"),
+    "seconds_predicted": ("s", "in all, as predicted from the machine's pace before it began"),
+}
+SPLITS = {
+    "train": "training captions",
+    "test": "unseen captions",
+    "zero": "zero-shot captions (colour and shape never seen together)",
 }
 
 
@@ -82,15 +84,13 @@ def write_report(demo: Demo, *, complete: bool) -> dict[str, Any]:
         "dalle_version": __version__,
     }
     save_bytes(space.out / "summary.json", to_json(summary))
-    save_bytes(space.out / "index.html", page(demo, summary).encode("utf-8", "backslashreplace"))
+    save_bytes(space.out / "index.html", page(demo, summary))
     return summary
 
 
-def page(demo: Demo, summary: dict[str, Any]) -> str:
+def page(demo: Demo, summary: dict[str, Any]) -> bytes:
     """The HTML of the report."""
-    space = demo.space
-    title = f"dalle {space.command}: {demo.data.name}"
-    parts = [f"<h1>{escape(title)}</h1>"]
+    space, parts = demo.space, []
     if not summary["complete"]:
         parts.append(
             "<p class=note>Stopped before the end; this page shows what there is. "
@@ -101,6 +101,7 @@ def page(demo: Demo, summary: dict[str, Any]) -> str:
     strips = space.read(space.work / "strips.json").get("strips", [])
     parts += [
         _contact(space, summary, strips, size),
+        _draw_your_own(space, strips),
         _numbers(summary),
         _strips(space, strips, size),
     ]
@@ -119,13 +120,17 @@ def page(demo: Demo, summary: dict[str, Any]) -> str:
     parts.append(_training(space, size))
     parts.append(_timings(summary))
     parts.append(f"<p>{escape(demo.data.credit)}</p>" if demo.data.credit else "")
-    body = "\n".join(part for part in parts if part)
-    return (
-        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width'>"
-        f"<title>{escape(title)}</title><style>{STYLE}{tiles.STYLE}</style></head>\n"
-        f"<body>\n{body}\n</body></html>\n"
-    )
+    return html_page(f"dalle {space.command}: {demo.data.name}", parts, STYLE)
+
+
+def _draw_your_own(space: Workspace, strips: list[dict[str, Any]]) -> str:
+    """The command that draws from the trained pipeline, whole, to be copied."""
+    if not (space.pipeline / "config.json").exists():
+        return ""
+    caption = strips[0]["caption"] if strips else "A CAPTION"
+    model = space.pipeline.absolute()
+    words = ["dalle", "sample", caption, "--model", str(model)]
+    return "<h2>Draw your own</h2>" + command(shlex.join(words))
 
 
 def _verdict(sentences: list[str]) -> str:
@@ -134,16 +139,21 @@ def _verdict(sentences: list[str]) -> str:
 
 
 def _numbers(summary: dict[str, Any]) -> str:
+    """A row a number: how much, of what in words, and its key in summary.json."""
     rows = [
-        f"<tr><td class=number>{_number(summary[key])}<td>{escape(key)}<td>{escape(text)}"
-        for key, text in KEYS.items()
+        f"<tr><td class=number>{_number(summary[key], unit)}"
+        f"<td>{escape(words)} <code>{escape(key)}</code>"
+        for key, (unit, words) in KEYS.items()
         if key in summary
     ]
-    return "<div class=scroll><table>\n" + "\n".join(rows) + "\n</table></div>"
+    return "<h2>In numbers</h2><table>\n" + "\n".join(rows) + "\n</table>" if rows else ""
 
 
-def _number(value: float) -> str:
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+def _number(value: float, unit: str) -> str:
+    """A share as per cent, a count whole, all else with four digits."""
+    if not unit:
+        return f"{100 * value:.1f}&nbsp;%"
+    return f"{value if isinstance(value, int) else format(value, '.4g')}&nbsp;{unit}"
 
 
 def _contact(
@@ -246,21 +256,23 @@ def _fact_tables(summary: dict[str, Any]) -> str:
     table = summary.get("table")
     if not table:
         return ""
-    facts = list(dict.fromkeys(fact for shares in table.values() for fact in shares["single"]))
-    head = "".join(f"<th>{escape(fact)}" for fact in facts)
-    rows = []
+    tables = []
     for name, shares in table.items():
-        for which, text in (("single", "one sample"), ("best", "best by the ranker")):
-            cells = "".join(
-                f"<td class=number>{shares[which][fact]:.2f}" if fact in shares[which] else "<td>"
-                for fact in facts
-            )
-            count = shares["captions"]
-            rows.append(f"<tr><td>{escape(name)}<td>{text}<td class=number>{count}{cells}")
+        split, _, kind = name.partition("/")
+        title = f"{shares['captions']} {SPLITS.get(split, split)}, {kind.replace('_', ' ')}"
+        rows = [
+            f"<tr><td>{escape(fact.replace('_', ' '))}<td class=number>{_number(share, '')}"
+            f"<td class=number>{_number(shares['best'][fact], '')}"
+            for fact, share in shares["single"].items()
+        ]
+        head = "<tr><th>right<th class=number>one sample<th class=number>best by the ranker\n"
+        tables.append(
+            f"<table><caption>{escape(title)}</caption>{head}" + "\n".join(rows) + "</table>"
+        )
     return (
-        "<h2>Facts, as the checker reads them</h2><div class=scroll><table>"
-        "<tr><th>captions<th><th>number"
-        f"{head}\n" + "\n".join(rows) + "</table></div>"
+        "<h2>Facts, as the checker reads them</h2><div class=facts>\n"
+        + "\n".join(tables)
+        + "\n</div>"
     )
 
 

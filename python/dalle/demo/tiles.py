@@ -1,4 +1,4 @@
-"""Pictures on the page: one sheet a file, of which the page shows single tiles at one size.
+"""HTML pages of pictures, and sheets: one file of which a page shows single tiles at one size.
 
 So a row of pictures breaks where the screen ends, and each stays large enough to look at.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import torch
 from PIL import Image
@@ -17,11 +18,22 @@ from dalle.pictures import save_png, to_uint8
 SIDE = 160  # pixels of a tile, at least
 
 STYLE = f"""
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 88rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222; background: #fff; overflow-wrap: break-word; }}
+h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.2rem; margin-top: 2.2rem; }}
+figure {{ margin: 1rem 0; }} figcaption {{ color: #555; font-size: .9rem; }}
+table {{ border-collapse: collapse; }}
+td, th {{ padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; }}
+.command {{ background: #f3f3f3; padding: .5rem .8rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; user-select: all; }}
+.note {{ background: #fff6dd; padding: .5rem 1rem; }}
 :root {{ --s: {SIDE}px; }}
 .tiles {{ display: flex; flex-wrap: wrap; gap: .4rem; }}
 .tile i {{ display: block; width: var(--s); height: var(--s); image-rendering: pixelated;
   background-size: calc(var(--n) * var(--s)) calc(var(--m) * var(--s));
   background-position: calc(-1 * var(--x) * var(--s)) calc(-1 * var(--y) * var(--s));
+  outline: 1px solid #ddd; }}
+.tile img {{ display: block; width: var(--s); image-rendering: pixelated;
   outline: 1px solid #ddd; }}
 .tile {{ margin: 0; width: var(--s); }}
 .tile figcaption {{ font-size: .8rem; text-align: center; }}
@@ -75,15 +87,41 @@ def tile(sheet: Sheet, row: int, column: int, alt: str, below: str = "") -> str:
     )
 
 
-def group(tiles: list[str], caption: str) -> str:
-    """HTML of some tiles over one caption."""
-    words = escape(caption)
+def picture(name: str, alt: str, below: str = "") -> str:
+    """HTML of a picture file as a tile; its name is relative to the page."""
     return (
-        f"<figure class=group><div class=tiles>{''.join(tiles)}</div>"
-        f"<figcaption>{words}</figcaption></figure>"
+        f'<figure class=tile><img src="{escape(quote(name))}" alt="{escape(alt)}">'
+        f"<figcaption>{escape(below)}</figcaption></figure>"
     )
+
+
+def group(tiles: list[str], caption: str) -> str:
+    """HTML of some tiles with their caption, which stands above more than two of them.
+
+    On a narrow screen many tiles are a page long, and the caption is to be read first.
+    """
+    words, row = f"<figcaption>{escape(caption)}</figcaption>", "".join(tiles)
+    inner = f"<div class=tiles>{row}</div>"
+    return f"<figure class=group>{inner + words if len(tiles) <= 2 else words + inner}</figure>"
 
 
 def contact(groups: list[str], width: int) -> str:
     """HTML of groups of `width` tiles, as many beside each other as the screen has room for."""
     return f'<div class=contact style="--w:{width}">\n' + "\n".join(groups) + "\n</div>"
+
+
+def command(words: str) -> str:
+    """HTML of a command line to copy, which one click selects."""
+    return f"<pre class=command>{escape(words)}</pre>"
+
+
+def html_page(title: str, parts: list[str], style: str = "") -> bytes:
+    """A whole page of HTML parts under its title; it takes nothing from the network."""
+    body = "\n".join(part for part in (f"<h1>{escape(title)}</h1>", *parts) if part)
+    text = (
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width'>"
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head>\n"
+        f"<body>\n{body}\n</body></html>\n"
+    )
+    return text.encode("utf-8", "backslashreplace")
