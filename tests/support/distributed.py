@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import own_model_ddp
 from dalle.distributed import PowerSGD
 from dalle.distributed.powersgd import Gradient
 from dalle.errors import UsageError
@@ -102,6 +103,11 @@ def scaled(rank):
         "blown": [g.grad for g in blown], "scales": scaler.scales, "report": report,
         "advice": plain.report()["advice"],
     }  # fmt: skip
+
+
+def example(rank, steps):
+    """`examples/own_model_ddp.py`."""
+    return own_model_ddp.main(steps, backend="eager")
 
 
 def others(rank, options):
