@@ -50,7 +50,9 @@ def make_home(root: Path) -> None:
         (root / f"pairs/{i}.txt").write_text(f"picture number {i}\n")
     (root / "broken/x.png").write_bytes((root / "pairs/0.png").read_bytes()[:60])
     (root / "bombs/x.png").write_bytes(png_that_claims(60_000, 60_000))
-    for name in ("broken", "bombs"):
+    (root / "one").mkdir()
+    shutil.copy(root / "pairs/0.png", root / "one/x.png")
+    for name in ("broken", "bombs", "one"):
         (root / name / "x.txt").write_text("x\n")
     (root / "file").write_text("a file\n")
     for name in ("full/model", "taken/00-word.png"):

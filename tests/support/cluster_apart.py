@@ -115,7 +115,8 @@ def other_shapes(rank):
     vae.save_pretrained(folder / "vae")
     config = prior_command.PriorCommandConfig(
         data="shapes", image_size=24, tokenizer=folder / "tokenizer", vae=folder / "vae",
-        loop=LoopConfig(out=folder / "out", steps=1), recipe=replace(SMALL, augment="paper"),
+        loop=LoopConfig(out=folder / "out", steps=1), recipe="paper",
+        training=replace(SMALL, augment="paper"),
     )  # fmt: skip
     return said_of(lambda: prior_command._train(config, cluster_of()))
 

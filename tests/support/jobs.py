@@ -35,7 +35,8 @@ def arguments(given, out):
     return [
         "prior", "train", "--data", str(given / "pairs"), "--image-size", "8",
         "--tokenizer", str(given / "tokenizer"), "--vae", str(given / "vae"), "--out", str(out),
-        "--text-len", "4", "--batch-size", "8", "--lr", "1e-3", "--warmup-steps", "2",
+        "--recipe", "paper", "--text-len", "4", "--batch-size", "8", "--lr", "1e-3",
+        "--warmup-steps", "2",
         "--average-every", "1", "--log-every", "1", "--picture-every", "0",
         "--steps", str(STEPS), "--checkpoint-every", str(EVERY),
     ]  # fmt: skip

@@ -251,7 +251,7 @@ def test_the_command_trains_resumes_and_saves_what_a_pipeline_takes(parts, capsy
     assert run("b", seed=1) == 0 and (parts / "b/model/model.safetensors").read_bytes() != whole
     for options, code, line in (
         (
-            {"group": 50, "batch-size": 50},
+            {"group": 50, "batch-size": 50, "validation": 0},
             2,
             "ranker: group must be at most 49 for 12 pairs, got 50",
         ),

@@ -3,61 +3,86 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from dalle import pictures
+from dalle.commands import presets
 from dalle.commands.fits import require_dvae_fits
-from dalle.commands.training import check_model_target, keep_options, save_model
+from dalle.commands.notes import cluster_notes, dvae_notes, loop_notes
+from dalle.commands.report import banner, end_block, next_command
+from dalle.commands.training import check_model_target, keep_options
 from dalle.configs import did_you_mean
 from dalle.console import is_main_process, printable
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.folder import find_pictures
 from dalle.data.images import decode, read_bytes
-from dalle.data.pairs import MAX_NAMED, format_counts, left_out, load_or_skip
+from dalle.data.pairs import MAX_NAMED, Pairs, format_counts, left_out, load_or_skip
 from dalle.data.sources import BUILT_IN, is_picture_folder, load_pairs
 from dalle.devices import pick_device
 from dalle.distributed.config import ClusterConfig
 from dalle.distributed.parallelize import parallelize
 from dalle.distributed.world import join, shared_options
 from dalle.dvae.codebook import codebook_health
-from dalle.dvae.likelihood import psnr
-from dalle.dvae.model import PRESETS, DiscreteVAE
+from dalle.dvae.likelihood import psnr, set_psnr
+from dalle.dvae.model import PRESETS, DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import DataError, UsageError
 from dalle.files import check_not_input, check_targets
 from dalle.memory import require_memory
-from dalle.recipes import DVAE_RECIPES
+from dalle.recipes import DVAE_RECIPES, scaled
 from dalle.train.config import LoopConfig
-from dalle.train.dvae import DvaeTask, DvaeTrainConfig
+from dalle.train.dvae import COLLAPSED, DvaeTask, DvaeTrainConfig
+from dalle.train.held_out import held_out_pictures, save_better
 from dalle.train.loop import train as run_loop
 from dalle.train.seeds import start_seed
+
+PAPER_STEPS = 3_000_000
+
+if TYPE_CHECKING:
+    DvaeOptions = DvaeTrainConfig
+else:
+    DvaeOptions = presets.overrides(DvaeTrainConfig, "image_size", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DvaeCommandConfig:
-    """Trains a discrete VAE; the weights go to OUT/model, averaged over the iterates.
+    """Trains a discrete VAE; the weights go to OUT/model: the averaged or the last ones, whichever
+    are better on the held-out part.
 
     Args:
         data: shapes, emoji, or a folder of pictures with captions (which are not used).
-        preset: tiny, small, base or paper with the paper's training; shapes or emoji with
-            the recipe of the demo.
-        image_size: side in pixels; 0 takes the recipe's (256 for the paper's training).
+        preset: tiny, small, base or paper; shapes or emoji with the sizes and the recipe of the
+            demo.
+        recipe: quick (a warm start, a codebook of k-means, schedules that fit the run) or paper.
+            Left out, quick for tiny and small on one process, paper else.
+        image_size: side in pixels; 0 takes the preset's, or the median picture's if that is less.
         batch_size: pictures an update; 0 takes the recipe's (512 in the paper).
+        vocab_size: codes; 0 takes the preset's, or with quick as many as the pictures can fill.
+        validation: share of the pictures held out for scores, by their hashes; 0 for none. Left
+            out, 0.1 with quick and 0 with paper.
         device: cpu, cuda or auto.
-        loop: folder, updates (3,000,000 in the paper), checkpoints, seed.
+        loop: folder, updates (1,000 with quick and tiny, 3,000,000 in the paper), checkpoints,
+            seed.
+        training: the training; what is left out is the recipe's.
         cluster: how the processes of torchrun work together.
     """
 
     data: str
-    preset: str = "base"
+    preset: str = "tiny"
+    recipe: presets.Recipe | None = None
     image_size: int = 0
     batch_size: int = 0
+    vocab_size: int = 0
+    validation: float | None = None
     device: str = "auto"
     loop: LoopConfig = field(default_factory=partial(LoopConfig, out=Path("out/dvae"), steps=0))
+    training: DvaeOptions = field(default_factory=DvaeOptions)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
@@ -87,50 +112,152 @@ class ReconstructConfig:
     device: str = "auto"
 
 
+class Plan(NamedTuple):
+    """What `dalle dvae train` makes of its options and the data."""
+
+    config: DvaeCommandConfig  # with every value filled in
+    model: DiscreteVAEConfig
+    train: DvaeTrainConfig
+    pairs: Pairs
+    validation: Pairs | None
+
+
+def plan(config: DvaeCommandConfig, processes: int) -> Plan:
+    """Opens the data and chooses what is left open.
+
+    Raises:
+        UsageError: options that do not fit each other.
+        DataError: no usable data.
+    """
+    owner, preset, loop = "dvae train", config.preset, config.loop
+    built_in = DVAE_RECIPES.get(preset)
+    recipe = (
+        presets.chosen_recipe(owner, config.recipe, preset, processes) if not built_in else "quick"
+    )
+    if built_in and config.recipe == "paper":
+        raise UsageError(f"dvae train: recipe must be quick for preset {preset}, got paper")
+    side = built_in.image_size if built_in else 0
+    if not built_in:
+        side = presets.quick_side(preset) if recipe == "quick" else presets.paper_side(preset)
+    pairs = presets.open_pairs(config.data, config.image_size, side, loop.seed)
+    if built_in:
+        size = config.image_size or side
+    else:
+        factor = presets.QUICK_GRID[preset] if recipe == "quick" else PRESETS[preset].factor
+        size = config.image_size or presets.fitting_size(side, pairs, factor)
+    pairs, validation, share = presets.split_pairs(
+        owner, config.data, pairs, config.validation, recipe, size, loop.seed
+    )
+    changes = presets.given(config.training) | {"image_size": size}
+    if config.batch_size:
+        changes["batch_size"] = config.batch_size
+    if built_in:
+        steps = loop.steps or built_in.steps
+        scaled_train = scaled(built_in.train, steps / built_in.steps)
+        model, base = built_in.model, replace(scaled_train, image_size=size)
+    elif recipe == "quick":
+        steps = loop.steps or presets.QUICK_STEPS[preset]
+        made = presets.quick_model(owner, preset, size, len(pairs), config.vocab_size, steps)
+        left = max(1, steps - made.train.warm_start_steps)
+        model, base = made.model, replace(made.train, health_every=min(100, max(1, left // 4)))
+    else:
+        steps = loop.steps or PAPER_STEPS
+        model, base = PRESETS[preset], DvaeTrainConfig()
+    if config.vocab_size:
+        model = replace(model, vocab_size=config.vocab_size)
+    train_config = replace(base, **(presets.one_process_only(recipe, processes) | changes))
+    if steps <= train_config.warm_start_steps:
+        raise UsageError(
+            f"dvae train: steps must be more than the {train_config.warm_start_steps} of the warm "
+            f"start, got {steps}"
+        )
+    resolved = replace(
+        config,
+        recipe=recipe,
+        image_size=size,
+        batch_size=train_config.batch_size,
+        vocab_size=model.vocab_size,
+        validation=share,
+        loop=replace(loop, steps=steps),
+        training=presets.filled(config.training, train_config),
+    )
+    return Plan(resolved, model, train_config, pairs, validation)
+
+
 def train(config: DvaeCommandConfig) -> None:
-    """Trains, saves the averaged weights, and says where they are."""
+    """Trains, saves the better weights, and says how good they are, where, and what is next."""
     choices = [*PRESETS, *DVAE_RECIPES]
     if config.preset not in choices:
         names, hint = ", ".join(choices), did_you_mean(config.preset, choices)
         raise UsageError(f"dvae train: preset must be one of {names}, got {config.preset!r}{hint}")
-    if config.preset in DVAE_RECIPES:
-        recipe = DVAE_RECIPES[config.preset]
-        model_config, train_config, steps = recipe.model, recipe.train, recipe.steps
-    else:
-        model_config, train_config, steps = PRESETS[config.preset], DvaeTrainConfig(), 3_000_000
-    train_config = replace(
-        train_config,
-        image_size=config.image_size or train_config.image_size,
-        batch_size=config.batch_size or train_config.batch_size,
-    )
-    loop = replace(config.loop, steps=config.loop.steps or steps)
-    folder = loop.out / "model"
-    if loop.steps <= train_config.warm_start_steps:
-        raise UsageError(
-            f"dvae train: steps must be more than the {train_config.warm_start_steps} of the warm "
-            f"start, got {loop.steps}"
-        )
+    owner, out = "dvae train", config.loop.out
     with join(config.cluster, pick_device(config.device), shared_options(config)) as world:
         with world.raise_on_all():
-            check_model_target("dvae train", folder, DiscreteVAE)
-            pairs = load_pairs(config.data, image_size=train_config.image_size, seed=loop.seed)
+            check_model_target(owner, out / "model", DiscreteVAE)
+            made = plan(config, world.size)
+        sizes = made.train.image_size, made.train.batch_size
         if world.size == 1:
-            sizes = train_config.image_size, train_config.batch_size
-            require_dvae_fits("dvae train", model_config, *sizes, world.device)
+            require_dvae_fits(owner, made.model, *sizes, world.device)
+        resolved, loop = made.config, made.config.loop
         torch.manual_seed(start_seed(loop.seed, "dvae"))
-        vae = DiscreteVAE(model_config)
-        parallelize(vae, world, vae.resblocks(), owner="dvae train", forwards=["autoencode"])
-        task = DvaeTask(vae, pairs, train_config, seed=loop.seed, world=world)
-        resolved = replace(
-            config,
-            image_size=train_config.image_size,
-            batch_size=train_config.batch_size,
-            loop=loop,
+        vae = DiscreteVAE(made.model)
+        parameters = sum(p.numel() for p in vae.parameters())
+        parallelize(vae, world, vae.resblocks(), owner=owner, forwards=["autoencode"])
+        task = DvaeTask(
+            vae, made.pairs, made.train, seed=loop.seed, world=world, validation=made.validation
         )
-        result = run_loop(task, loop, begun=keep_options("dvae train", resolved, loop.out))
-        save_model("dvae train", task, folder)
+        rows, columns = vae.grid(made.train.image_size)
+        banner(
+            owner, made.pairs, made.validation,
+            recipe=str(resolved.recipe), image_size=sizes[0], batch_size=sizes[1], loop=loop,
+            parameters=parameters, device=world.device, precision="fp32",
+            enlarges=made.train.augment == "none",
+            more=[f"{rows} x {columns} tokens a picture, {made.model.vocab_size:,} codes"],
+            notes=[
+                *dvae_notes(config.training, made.train, loop.steps),
+                *loop_notes(config.loop, made.validation is not None),
+                *cluster_notes(config.cluster, world.size),
+            ],
+        )  # fmt: skip
+        result = run_loop(task, loop, begun=keep_options(owner, resolved, out))
+        save_better(owner, task, out / "model", result.step)
     if is_main_process():
-        print(f"dvae train: {result.step} updates, model in {folder}{left_out(pairs)}")
+        end_block(
+            owner, result, out / "model", left_out(made.pairs),
+            [*saved_scores(made, out, world.device)],
+            next_command(config.data, config.preset, out.parent, dvae=out / "model"),
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def saved_scores(made: Plan, out: Path, device: torch.device) -> Iterator[str]:
+    """Lines on the model in OUT/model: its reconstructions, its codes, whether they collapsed.
+
+    Draws training pictures (and held-out ones below) beside their reconstructions, in
+    OUT/pictures/saved.png.
+    """
+    vae = DiscreteVAE.from_pretrained(out / "model").to(device).eval()
+    size, counts = made.train.image_size, torch.zeros(vae.num_tokens, dtype=torch.int64)
+    shown, values = [], {}
+    for name, pairs in (("training", made.pairs), ("held-out", made.validation)):
+        if pairs is None:
+            continue
+        images = to_tensor(held_out_pictures(pairs, size)[0]).to(device)
+        tokens = torch.cat([vae.encode(part) for part in images.split(64)])
+        decoded = torch.cat([vae.decode(part) for part in tokens.split(64)])
+        counts += torch.bincount(tokens.flatten().cpu(), minlength=vae.num_tokens)
+        values[name] = float(set_psnr(images, decoded.clamp(0, 1))), len(images)
+        shown.append(pictures.beside([images[:16].cpu(), decoded[:16].cpu()]))
+    for name, (value, count) in values.items():
+        yield f"PSNR {value:.2f} dB on {count} {name} pictures"
+    health = codebook_health(counts)
+    yield f"{health.in_words()} of these pictures"
+    if health.collapsed(int(counts.sum())):
+        yield COLLAPSED.format(words=health.in_words())
+    if not made.config.loop.picture_every:
+        return
+    sheet = pictures.grid(torch.cat(shown), columns=8, scale=max(1, 96 // size))
+    yield f"picture: {pictures.save_png(out / 'pictures' / 'saved.png', sheet)}"
 
 
 def load_pictures(config: ReconstructConfig, size: int) -> torch.Tensor:

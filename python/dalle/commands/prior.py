@@ -2,68 +2,101 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from PIL import Image
 
+from dalle.commands import presets
 from dalle.commands.fits import require_prior_fits
-from dalle.commands.training import check_model_target, keep_options, save_model
+from dalle.commands.notes import cluster_notes, loop_notes, prior_notes
+from dalle.commands.report import (
+    QUICK_TEMPERATURE,
+    banner,
+    end_block,
+    newest_picture,
+    next_command,
+)
+from dalle.commands.training import check_model_target, keep_options
 from dalle.configs import did_you_mean
-from dalle.console import is_main_process, say
-from dalle.data.pairs import left_out
-from dalle.data.sources import load_pairs
+from dalle.console import is_main_process, number, say
+from dalle.data.pairs import Pairs, all_captions, left_out
 from dalle.devices import pick_device
 from dalle.distributed.config import ClusterConfig
 from dalle.distributed.parallelize import parallelize
 from dalle.distributed.world import World, join, shared_options
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import UsageError
+from dalle.pictures import save_png, to_uint8
 from dalle.pretrained import from_presets
 from dalle.prior.config import PRESETS
 from dalle.prior.model import Prior
+from dalle.recipes import quick_prior
 from dalle.tokenizer import Tokenizer
 from dalle.train.config import LoopConfig
-from dalle.train.loop import train
+from dalle.train.held_out import save_better
+from dalle.train.loop import train, write_pictures
 from dalle.train.prior import PriorTask
 from dalle.train.prior_recipe import PriorTrainConfig
 from dalle.train.seeds import start_seed
 
+MAX_CAPTIONS = 10_000  # looked at for their length
+
+if TYPE_CHECKING:
+    PriorOptions = PriorTrainConfig
+else:
+    PriorOptions = presets.overrides(PriorTrainConfig)
+
+QUICK_STEPS = {"tiny": 1500, "small": 6000}
+PAPER_STEPS = 430_000
+QUICK_GAIN = 0.5  # of the first weights: a short run does not grow them
+
 
 @dataclass(frozen=True, kw_only=True)
 class PriorCommandConfig:
-    """Trains the transformer on captions and the codes of their images; it goes to OUT/model.
+    """Trains the transformer on captions and the codes of their images; it goes to OUT/model: the
+    averaged or the last weights, whichever are better on the held-out part.
 
     Attributes:
         data: shapes, emoji, or a folder of pictures with .txt captions.
-        image_size: side in pixels of the pictures; a multiple of the dVAE's factor.
         tokenizer: folder of `dalle tokenizer train`.
         vae: folder of a trained dVAE.
         preset: tiny, small, base, 1b or 12b; vocabularies and grid come from tokenizer and dVAE.
+        recipe: quick (a start from the codebook, Muon, a cosine to zero that fits the run) or
+            paper. Left out, quick for tiny and small on one process, paper else.
+        image_size: side in pixels of the pictures, a multiple of the dVAE's factor; 0 takes that
+            of the dVAE's training, or the preset's grid.
+        validation: share of the pairs held out for scores, by their hashes; 0 for none. Left out,
+            0.1 with quick and 0 with paper.
         text_len: text positions, start-of-text included; 0 is the preset's.
         precision: inside the resblocks; fp16-scaled is the paper's, with a gradient scale for
-            each resblock; auto is fp32 on the CPU and fp16-scaled elsewhere.
+            each resblock; auto is fp32 on the CPU and with quick, fp16-scaled elsewhere.
         half_weights: store the resblocks' matrices in 16 bits too, as the paper did.
         checkpointing: recompute each resblock in the backward pass.
         device: cpu, cuda or auto.
-        loop: folder, updates, checkpoints, seed.
-        recipe: the training recipe; the defaults are the paper's.
+        loop: folder, updates (1,500 with quick and tiny, 430,000 in the paper), checkpoints, seed.
+        training: the training; what is left out is the recipe's.
         cluster: how the processes of torchrun work together.
     """
 
     data: str
-    image_size: int
     tokenizer: Path
     vae: Path
-    loop: LoopConfig
+    loop: LoopConfig = field(default_factory=partial(LoopConfig, out=Path("out/prior"), steps=0))
     preset: str = "tiny"
+    recipe: presets.Recipe | None = None
+    image_size: int = 0
+    validation: float | None = None
     text_len: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16-scaled"] = "auto"
     half_weights: bool = False
     checkpointing: bool = False
     device: str = "auto"
-    recipe: PriorTrainConfig = field(default_factory=PriorTrainConfig)
+    training: PriorOptions = field(default_factory=PriorOptions)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
@@ -74,50 +107,161 @@ class PriorCommandConfig:
             )
 
 
+class Plan(NamedTuple):
+    """What `dalle prior train` makes of its options and the data."""
+
+    config: PriorCommandConfig  # with every value filled in
+    train: PriorTrainConfig
+    tokenizer: Tokenizer
+    vae: DiscreteVAE
+    pairs: Pairs
+    validation: Pairs | None
+
+
 def train_command(config: PriorCommandConfig) -> None:
-    """Trains, saves the averaged weights, and says where."""
+    """Trains, saves the better weights, and says how good they are, where, and what is next."""
     with join(config.cluster, pick_device(config.device), shared_options(config)) as world:
         _train(config, world)
 
 
-def _new_prior(
-    config: PriorCommandConfig, tokenizer: Tokenizer, vae: DiscreteVAE, world: World
-) -> Prior:
+def plan(config: PriorCommandConfig, world: World) -> Plan:
+    """Loads the parts, opens the data and chooses what is left open.
+
+    Raises:
+        UsageError: options that do not fit each other.
+        DataError: no usable data.
+    """
+    owner, preset = "prior train", config.preset
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+    vae = DiscreteVAE.from_pretrained(config.vae).to(world.device)
+    recipe = presets.chosen_recipe(owner, config.recipe, preset, world.size)
+    side = presets.size_of_run(config.vae)
+    side = side if side and not side % vae.factor else PRESETS[preset].grid[0] * vae.factor
+    pairs = presets.open_pairs(config.data, config.image_size, side, config.loop.seed)
+    size = config.image_size or presets.fitting_size(side, pairs, vae.factor)
+    pairs, validation, share = presets.split_pairs(
+        owner, config.data, pairs, config.validation, recipe, size, config.loop.seed
+    )
+    steps = config.loop.steps or (QUICK_STEPS.get(preset, 20_000))
+    if recipe == "paper":
+        steps = config.loop.steps or PAPER_STEPS
+        base = PriorTrainConfig()
+    else:
+        base = quick_prior(steps, lr=4e-3 * min(1.0, 128 / PRESETS[preset].d_model))
+        if world.size > 1:  # Muon is of one process
+            base = replace(base, parts=1, optimizer="auto", lr=base.lr / 4)
+    changes = presets.given(config.training)
+    if changes.get("decay") == "cosine" and recipe == "paper":
+        base = replace(base, decay_steps=steps)
+    base = replace(base, **changes)
+    precision = config.precision
+    if precision == "auto":
+        plain = world.device.type == "cpu" or recipe == "quick"
+        precision = "fp32" if plain else "fp16-scaled"
+    if precision == "fp16-scaled" and recipe == "quick" and "parts" not in changes:
+        base = replace(base, parts=1)  # threads would share the scales
+    if config.half_weights and recipe == "quick" and "optimizer" not in changes:
+        base = replace(base, optimizer="auto", lr=changes.get("lr", base.lr / 4))
+    resolved = replace(
+        config,
+        recipe=recipe,
+        image_size=size,
+        validation=share,
+        precision=precision,
+        loop=replace(config.loop, steps=steps),
+        training=presets.filled(config.training, base),
+    )
+    return Plan(resolved, base, tokenizer, vae, pairs, validation)
+
+
+def _new_prior(made: Plan, world: World) -> Prior:
     """A new prior on the CPU, with the sizes that tokenizer and dVAE ask for."""
+    config = made.config
     sizes: dict[str, Any] = {
-        "text_vocab": tokenizer.vocab_size,
-        "image_vocab": vae.num_tokens,
-        "grid": vae.grid(config.image_size),
+        "text_vocab": made.tokenizer.vocab_size,
+        "image_vocab": made.vae.num_tokens,
+        "grid": made.vae.grid(config.image_size),
         "precision": config.precision,
         "half_weights": config.half_weights,
     }
-    if config.precision == "auto":
-        sizes["precision"] = "fp32" if world.device.type == "cpu" else "fp16-scaled"
+    if config.recipe == "quick":
+        sizes["init_gain"] = QUICK_GAIN
     if config.text_len:
         sizes["text_len"] = config.text_len
     if config.checkpointing:
         sizes["checkpointing"] = True
     shape = from_presets("Prior", PRESETS, config.preset, **sizes)
     if world.size == 1:
-        require_prior_fits("prior train", shape, config.recipe.batch_size, world.device)
+        require_prior_fits("prior train", shape, made.train.batch_size, world.device)
     torch.manual_seed(start_seed(config.loop.seed, "prior"))
     return Prior(shape)
 
 
+def _cut_captions(made: Plan, text_len: int) -> Iterator[str]:
+    """A line where captions do not fit into the text positions."""
+    captions = all_captions(made.pairs)[:MAX_CAPTIONS]
+    before = made.tokenizer.truncated
+    for begin in range(0, len(captions), 1024):
+        made.tokenizer.encode(captions[begin : begin + 1024], text_len - 1)
+    cut, made.tokenizer.truncated = made.tokenizer.truncated - before, before
+    if cut:
+        yield (
+            f"{cut} of {len(captions)} captions have more than {text_len - 1} tokens, the rest is "
+            "cut off; --text-len takes more"
+        )
+
+
 def _train(config: PriorCommandConfig, world: World) -> None:
-    loop, folder = config.loop, config.loop.out / "model"
+    owner, out = "prior train", config.loop.out
     with world.raise_on_all():
-        check_model_target("prior train", folder, Prior)
-        tokenizer = Tokenizer.from_pretrained(config.tokenizer)
-        vae = DiscreteVAE.from_pretrained(config.vae).to(world.device)
-        pairs = load_pairs(config.data, image_size=config.image_size, seed=config.loop.seed)
-        prior = _new_prior(config, tokenizer, vae, world)
+        check_model_target(owner, out / "model", Prior)
+        made = plan(config, world)
+        prior = _new_prior(made, world)
+    resolved, loop = made.config, made.config.loop
+    parameters, shape = sum(p.numel() for p in prior.parameters()), prior.config
     blocks = prior.resblocks().values()
-    parallelize(prior, world, blocks, owner="prior train", compressible=True)
-    task = PriorTask(prior, tokenizer, vae, pairs, config.recipe, seed=loop.seed, world=world)
-    result = train(task, loop, begun=keep_options("prior train", config, loop.out))
-    save_model("prior train", task, folder)
+    parallelize(prior, world, blocks, owner=owner, compressible=True)
+    parts = (prior, made.tokenizer, made.vae, made.pairs, made.train)
+    task = PriorTask(*parts, seed=loop.seed, world=world, validation=made.validation)
+    banner(
+        owner, made.pairs, made.validation,
+        recipe=str(resolved.recipe), image_size=resolved.image_size,
+        batch_size=made.train.batch_size, loop=loop, parameters=parameters,
+        device=world.device, precision=shape.precision, enlarges=made.train.augment == "none",
+        more=[
+            f"{shape.text_len} text positions, {shape.grid[0]} x {shape.grid[1]} image tokens of "
+            f"{shape.image_vocab:,} codes",
+            *_cut_captions(made, shape.text_len),
+        ],
+        notes=[
+            *prior_notes(config.training, made.train, loop.steps),
+            *loop_notes(config.loop, made.validation is not None),
+            *cluster_notes(config.cluster, world.size),
+        ],
+    )  # fmt: skip
+    result = train(task, loop, begun=keep_options(owner, resolved, out))
+    scores = save_better(owner, task, out / "model", result.step)
+    if world.size > 1 and loop.picture_every:  # the model may be too large for one process
+        write_pictures(task, result.step, out / "pictures")
     for line in world.summary():
-        say(f"prior train: {line}")
+        say(f"{owner}: {line}")
     if is_main_process():
-        print(f"prior train: {result.step} updates, model in {folder}{left_out(pairs)}")
+        lines = list(_saved(made, task, out, scores))
+        known = {"tokenizer": config.tokenizer, "dvae": config.vae, "prior": out / "model"}
+        then = next_command(config.data, config.preset, out.parent, **known)
+        end_block(owner, result, out / "model", left_out(made.pairs), lines, then)
+
+
+def _saved(made: Plan, task: PriorTask, out: Path, scores: Mapping[str, float]) -> Iterator[str]:
+    """Lines on the model in OUT/model: held-out losses, and samples, drawn to OUT/pictures."""
+    if scores:
+        parts = ", ".join(f"{name} {number(value)}" for name, value in scores.items())
+        yield f"held-out nats a token: {parts}"
+    if task.world.size > 1 or not made.config.loop.picture_every:
+        yield from newest_picture(out)
+        return
+    model = Prior.from_pretrained(out / "model").to(task.device).eval()
+    quick = made.config.recipe == "quick"
+    rows = task.samples(model, temperature=QUICK_TEMPERATURE if quick else 1.0)
+    picture = Image.fromarray(to_uint8(rows))
+    yield f"picture: {save_png(out / 'pictures' / 'saved.png', picture)}"

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from dalle.commands.training import (
-    check_model_target,
-    keep_options,
-    require_one_process,
-    save_model,
-)
-from dalle.console import say
+from dalle.commands import presets
+from dalle.commands.notes import loop_notes, ranker_notes
+from dalle.commands.report import banner, end_block, newest_picture, next_command
+from dalle.commands.training import check_model_target, keep_options, require_one_process
 from dalle.data.pairs import left_out
-from dalle.data.sources import load_pairs
 from dalle.devices import pick_device
 from dalle.dvae.model import DiscreteVAE
+from dalle.ranker.blocks import PRESETS
 from dalle.ranker.model import ContrastiveRanker
+from dalle.recipes import quick_ranker
 from dalle.tokenizer import Tokenizer
 from dalle.train.config import LoopConfig
-from dalle.train.loop import train
+from dalle.train.held_out import save_better
+from dalle.train.loop import train, write_pictures
 from dalle.train.ranker import RankerTask, RankerTrainConfig
 from dalle.train.seeds import start_seed
 
 STEPS = 600
+SIDES = {"tiny": 40, "small": 128, "base": 256}  # of pictures, where no dVAE says one
+
+if TYPE_CHECKING:
+    RankerOptions = RankerTrainConfig
+else:
+    RankerOptions = presets.overrides(RankerTrainConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,48 +42,102 @@ class RankerCommandConfig:
 
     Attributes:
         data: shapes, emoji, or a folder of pictures with .txt captions; the prior's.
-        image_size: side in pixels of the pictures; the prior's.
         tokenizer: folder of `dalle tokenizer train`.
         vae: folder of a trained dVAE. Pictures are then also shown as it gives them back, which is
             what samples look like, and broken ones are made of its codes.
         preset: tiny, small or base.
+        recipe: quick (a warm-up that fits the run, two halves of a batch side by side) or paper
+            (a warm-up of 50; the paper itself takes a ready CLIP). Left out, quick for tiny and
+            small, paper for base.
+        image_size: side in pixels of the pictures, the prior's; 0 takes that of the dVAE's
+            training, or the preset's.
+        validation: share of the pairs held out for scores, by their hashes; 0 for none. Left out,
+            0.1 with quick and 0 with paper.
         device: cpu, cuda or auto.
         loop: folder, updates (600 if nothing is said), checkpoints, seed.
-        recipe: the training recipe.
+        training: the training; what is left out is the recipe's.
     """
 
     data: str
-    image_size: int
     tokenizer: Path
     vae: Path | None = None
     preset: str = "tiny"
+    recipe: presets.Recipe | None = None
+    image_size: int = 0
+    validation: float | None = None
     device: str = "auto"
     loop: LoopConfig = field(default_factory=partial(LoopConfig, out=Path("out/ranker"), steps=0))
-    recipe: RankerTrainConfig = field(default_factory=RankerTrainConfig)
+    training: RankerOptions = field(default_factory=RankerOptions)
 
 
 def train_command(config: RankerCommandConfig) -> None:
-    """Trains, saves, and says where."""
-    require_one_process("ranker train")
+    """Trains, saves, and says how good it is, where, and what is next."""
+    owner, out = "ranker train", config.loop.out
+    require_one_process(owner)
     device = pick_device(config.device)
     loop = replace(config.loop, steps=config.loop.steps or STEPS)
-    folder = loop.out / "model"
-    check_model_target("ranker train", folder, ContrastiveRanker)
+    check_model_target(owner, out / "model", ContrastiveRanker)
     tokenizer, vae = Tokenizer.from_pretrained(config.tokenizer), None
     if config.vae is not None:
         vae = DiscreteVAE.from_pretrained(config.vae).to(device)
-        vae.grid(config.image_size)
-    pairs = load_pairs(config.data, image_size=config.image_size, seed=loop.seed)
+    recipe = presets.chosen_recipe(owner, config.recipe, config.preset, 1)
+    side = SIDES.get(config.preset, SIDES["tiny"])
+    if config.vae is not None:
+        side = presets.size_of_run(config.vae) or side
+    pairs = presets.open_pairs(config.data, config.image_size, side, loop.seed)
+    multiple = PRESETS[config.preset].grid if config.preset in PRESETS else 1
+    size = config.image_size or presets.fitting_size(side, pairs, multiple)
+    if vae is not None:
+        vae.grid(size)
+    pairs, validation, share = presets.split_pairs(
+        owner, config.data, pairs, config.validation, recipe, size, loop.seed
+    )
+    base = quick_ranker(loop.steps) if recipe == "quick" else RankerTrainConfig()
+    train_config = replace(base, **presets.given(config.training))
     torch.manual_seed(start_seed(loop.seed, "ranker"))
-    ranker = ContrastiveRanker.from_preset(
-        config.preset, tokenizer=tokenizer, image_size=config.image_size
-    ).to(device)
+    ranker = ContrastiveRanker.from_preset(config.preset, tokenizer=tokenizer, image_size=size).to(
+        device
+    )
     cut = tokenizer.truncated
-    task = RankerTask(ranker, pairs, config.recipe, vae, steps=loop.steps, seed=loop.seed)
+    task = RankerTask(
+        ranker, pairs, train_config, vae, steps=loop.steps, seed=loop.seed, validation=validation
+    )
+    lines = []
     if tokenizer.truncated > cut:
         count, slots = tokenizer.truncated - cut, ranker.config.text_len
-        say(f"ranker train: {count} captions have more than {slots} tokens, the rest is cut off")
-    resolved = replace(config, loop=loop)
-    result = train(task, loop, begun=keep_options("ranker train", resolved, loop.out))
-    save_model("ranker train", task, folder)
-    print(f"ranker train: {result.step} updates, model in {folder}{left_out(pairs)}")
+        lines = [f"{count} captions have more than {slots} tokens, the rest is cut off"]
+    banner(
+        owner, pairs, validation,
+        recipe=recipe, image_size=size, batch_size=train_config.batch_size, loop=loop,
+        parameters=sum(p.numel() for p in ranker.parameters()), device=device, precision="fp32",
+        enlarges=True, more=lines,
+        notes=[
+            *ranker_notes(config.training, train_config, loop.steps, vae is not None),
+            *loop_notes(config.loop, validation is not None),
+        ],
+    )  # fmt: skip
+    resolved = replace(
+        config,
+        recipe=recipe,
+        image_size=size,
+        validation=share,
+        loop=loop,
+        training=presets.filled(config.training, train_config),
+    )
+    result = train(task, loop, begun=keep_options(owner, resolved, out))
+    scores = save_better(owner, task, out / "model", result.step)
+    if loop.picture_every:
+        write_pictures(task, result.step, out / "pictures")
+    known = {"tokenizer": config.tokenizer, "dvae": config.vae, "ranker": out / "model"}
+    then = next_command(config.data, config.preset, out.parent, **known)
+    lines = [*_scores(scores), *newest_picture(out)]
+    end_block(owner, result, out / "model", left_out(pairs), lines, then)
+
+
+def _scores(scores: Mapping[str, float]) -> Iterator[str]:
+    """A line on the held-out pairs."""
+    if scores:
+        yield (
+            f"{scores['accuracy']:.0%} of the held-out captions find their picture among "
+            f"{scores['choices']:.0f}, {1 / scores['choices']:.0%} would by chance"
+        )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dalle.commands.report import next_command
 from dalle.commands.training import check_not_taken
+from dalle.config_files import CONFIG_NAME, write_resolved
 from dalle.data.pairs import all_captions
 from dalle.data.sources import load_pairs
 from dalle.files import make_folder, saving
@@ -38,4 +40,7 @@ def train(config: TokenizerTrainConfig) -> None:
         tokenizer.save_pretrained(config.out)
     lengths = (tokenizer.encode(captions, 256) != Tokenizer.PAD).sum(1)
     print(f"{tokenizer.vocab_size} tokens from {len(captions)} different captions: {config.out}")
+    write_resolved(config, config.out / CONFIG_NAME, owner="tokenizer train")
     print(f"tokens a caption: mean {lengths.float().mean():.1f}, longest {int(lengths.max())}")
+    then = next_command(config.data, "tiny", config.out.parent, tokenizer=config.out)
+    print(f"tokenizer train: next: {then}")

@@ -11,13 +11,12 @@ from typing import Any
 from dalle.config_files import CONFIG_NAME, write_resolved
 from dalle.console import is_main_process
 from dalle.errors import CheckpointError, UsageError
-from dalle.files import check_targets, read_object, saving
-from dalle.pretrained import CONFIG_FILE, WEIGHTS_FILE, Pretrained
-from dalle.train.task import Task, averaged_model
+from dalle.files import check_targets, read_object
+from dalle.pretrained import CONFIG_FILE, WEIGHTS_FILE
 
 
 def check_model_target(owner: str, folder: Path, kind: type) -> None:
-    """Refuses, before the training, a folder that `save_model` could not write, or should not.
+    """Refuses, before the training, a folder that could not be written, or should not.
 
     Raises:
         EnvironmentProblem: in one line that begins with `owner`.
@@ -43,18 +42,6 @@ def check_not_taken(owner: str, folder: Path, kind: type | None = None) -> None:
     if kind is None or class_name != kind.__name__:
         content = f"a {class_name}" if isinstance(class_name, str) else f"another {CONFIG_FILE}"
         raise UsageError(f"{owner}: out must be a folder of its own, got {folder} with {content}")
-
-
-def save_model(owner: str, task: Task, folder: Path) -> None:
-    """Writes the trained model, with the averaged weights where there are some. Collective.
-
-    Raises:
-        EnvironmentProblem: the folder cannot be written, in one line that begins with `owner`.
-    """
-    with task.world.raise_on_all(), saving(owner, folder), averaged_model(task) as model:
-        if model is not None:
-            assert isinstance(model, Pretrained)
-            model.save_pretrained(folder)
 
 
 def keep_options(owner: str, config: Any, out: Path) -> Callable[[int], None]:

@@ -86,6 +86,7 @@ class DVAEOutput(NamedTuple):
         kl: KL to the uniform categorical in nats per position, 0 .. ln K.
         index: (B, h, w) int64, argmax of the noisy logits.
         mu: (B, 3, H, W), location of the likelihood on the logit scale.
+        codes: (B, h, w) int64, argmax of the logits: the tokens that `encode` gives.
     """
 
     loss: Tensor
@@ -93,6 +94,7 @@ class DVAEOutput(NamedTuple):
     kl: Tensor
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index, the released API name
     mu: Tensor
+    codes: Tensor
 
 
 class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
@@ -237,7 +239,8 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
         positions = relaxed.kl.shape[1] * relaxed.kl.shape[2]
         values = images.shape[1] * images.shape[2] * images.shape[3]
         kl = relaxed.kl.mean()
-        return DVAEOutput(nll + kl_weight * kl * positions / values, nll, kl, relaxed.index, mu)
+        loss = nll + kl_weight * kl * positions / values
+        return DVAEOutput(loss, nll, kl, relaxed.index, mu, logits.detach().argmax(1))
 
     def autoencode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(mu, nll) with the encoder's features straight into the decoder: no codes at all.

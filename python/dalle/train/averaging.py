@@ -15,6 +15,22 @@ from dalle.errors import CheckpointError, UsageError
 from dalle_ext._checks import real
 
 
+def decay_of_copy(decay: float, copy: int, warmup: bool) -> float:
+    """Weight of the past at copy number `copy`, from 0."""
+    return min(decay, (1 + copy) / (10 + copy)) if warmup else decay
+
+
+def first_share(decay: float, copies: int, warmup: bool) -> float:
+    """Share of the initial weights in an average after `copies` copies: 1 before the first."""
+    share = 1.0
+    for copy in range(copies):
+        current = decay_of_copy(decay, copy, warmup)
+        if current == decay:  # constant from here on
+            return float(share * decay ** (copies - copy))
+        share *= current
+    return share
+
+
 class IterateAverage:
     """A second set of weights, in fp32, that follows the model's slowly.
 
@@ -49,7 +65,7 @@ class IterateAverage:
         }
 
     def _decay(self, copy: int) -> float:
-        return min(self.decay, (1 + copy) / (10 + copy)) if self.warmup else self.decay
+        return decay_of_copy(self.decay, copy, self.warmup)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -64,13 +80,7 @@ class IterateAverage:
     @property
     def first_share(self) -> float:
         """Share of the initial weights in the average: 1 before the first copy."""
-        share = 1.0
-        for copy in range(self.copies):
-            decay = self._decay(copy)
-            if decay == self.decay:  # constant from here on
-                return float(share * decay ** (self.copies - copy))
-            share *= decay
-        return share
+        return first_share(self.decay, self.copies, self.warmup)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

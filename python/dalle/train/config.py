@@ -21,7 +21,7 @@ class LoopConfig:
         log_every: updates between records of metrics.jsonl.
         checkpoint_every: updates between checkpoints; one is also written at the end.
         keep: newest checkpoints kept.
-        picture_every: updates between pictures; 0 draws none.
+        picture_every: updates between pictures, of which one is drawn at the end too; 0 draws none.
         evaluate_every: updates between scores on the held-out part, which are also taken at the
             end; 0 takes none.
         resume: "auto" (the newest checkpoint in `out`, if any), "none" (a fresh start, refused if

@@ -28,6 +28,10 @@ from dalle.train.seeds import start_seed, step_seed
 from dalle.train.task import averaged_model, full_model, local_batch, require_one_part
 from dalle.train.update import update
 
+COLLAPSED = "the codebook has collapsed: {words}; " + (
+    "lower the step size or the KL weight, let the temperature fall more slowly, or warm start"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DvaeTrainConfig:
@@ -268,7 +272,7 @@ class DvaeTask:
                 if kl_weight:  # otherwise backward would compute with zeros
                     loss = loss + (out.loss - out.nll)
             losses = (loss, out.nll.detach(), out.kl.detach(), self._psnr(part, out.mu))
-            return *(len(part) / len(images) * x for x in losses), out.index
+            return *(len(part) / len(images) * x for x in losses), out.codes
 
         outputs = run_parts(relax, len(images), c.parts, self.model)
         loss, nll, kl, quality = sum_parts([part[:-1] for part in outputs])
@@ -381,7 +385,7 @@ class DvaeTask:
         return self.world.mean({k: v.detach() * share for k, v in means.items()} | others)
 
     def _count(self, index: Tensor, step: int) -> None:
-        """Counts the codes of this batch; closes the window where it is full."""
+        """Counts this batch's codes, without the noise, which would hide a collapse."""
         counts = torch.bincount(index.flatten().cpu(), minlength=len(self.counts))
         counts = self.world.sum(counts).long()
         self.counts += counts
@@ -390,11 +394,7 @@ class DvaeTask:
             return
         health = codebook_health(self.counts)
         if health.collapsed(self.tokens_counted):
-            say(
-                f"dvae: the codebook has collapsed at step {step + 1}: {health.in_words()}; "
-                "lower the step size or the KL weight, let the temperature fall more slowly, or "
-                "use a warm start"
-            )
+            say(f"dvae: after step {step + 1}: " + COLLAPSED.format(words=health.in_words()))
         self.health = {"codes_used": health.used, "perplexity": health.perplexity}
         self.counts.zero_()
         self.tokens_counted = 0

@@ -247,20 +247,26 @@ class PriorTask:
 
     @torch.no_grad()
     def pictures(self, step: int) -> dict[str, Tensor]:
-        """Eight training pictures through the dVAE, above samples for their captions."""
+        """`samples` of the averaged weights."""
         with averaged_model(self) as model:
             if model is None:
                 return {}
             assert isinstance(model, Prior)
-            size = self.image_size
-            images, positions = load_or_skip(
-                self.pairs, self.usable, lambda x, _: center_crop(x, size), limit=8
-            )
-            captions = [self.pairs.captions[int(i)] for i in self.usable[positions]]
-            text = self.tokenizer.encode(captions, self.model.config.text_len - 1)
-            samples = model.to(self.device).generate(text.to(self.device), seed=self.seed)
-            originals = self.vae.decode(self._encode(images).view(-1, *self.model.config.grid))
-            return {"samples": rows_of(originals, self.vae.decode(samples[:, 0].to(self.device)))}
+            return {"samples": self.samples(model.to(self.device))}
+
+    @torch.no_grad()
+    def samples(self, model: Prior, *, temperature: float = 1.0) -> Tensor:
+        """Eight training pictures through the dVAE, above samples of `model` for their captions:
+        one picture (3, 2 S, 8 S) in [0, 1]."""
+        size = self.image_size
+        images, positions = load_or_skip(
+            self.pairs, self.usable, lambda x, _: center_crop(x, size), limit=8
+        )
+        captions = [self.pairs.captions[int(i)] for i in self.usable[positions]]
+        text = self.tokenizer.encode(captions, self.model.config.text_len - 1).to(self.device)
+        samples = model.generate(text, seed=self.seed, temperature=temperature)
+        originals = self.vae.decode(self._encode(images).view(-1, *self.model.config.grid))
+        return rows_of(originals, self.vae.decode(samples[:, 0].to(self.device)))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:

@@ -1,0 +1,208 @@
+"""What a training starts from: its recipe, and the sizes that the data suggest.
+
+`quick` is the recipe of runs of minutes (`dalle.recipes`), whose numbers of updates follow from
+`--steps`; `paper` is the paper's. Options of the training that are not given take the recipe's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import typing
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import tyro
+
+from dalle.config_files import CONFIG_NAME, Scalar, read_options
+from dalle.console import say
+from dalle.data.images import open_checked, read_bytes
+from dalle.data.pairs import Pairs
+from dalle.data.sources import BUILT_IN, load_pairs
+from dalle.data.split import hold_out
+from dalle.dvae.model import PRESETS as DVAE_PRESETS
+from dalle.errors import DataError, UsageError
+from dalle.recipes import DVAE_RECIPES, DvaeRecipe, quick_dvae
+
+if typing.TYPE_CHECKING:
+    from pathlib import Path
+
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+Recipe = Literal["quick", "paper"]
+QUICK_PRESETS = ("tiny", "small")  # whose recipe is "quick" where nothing is said
+LOOKED_AT = 256  # pictures of a folder whose sizes are read
+VALIDATION = 0.1  # share held out by the quick recipe
+HELD_OUT = {"emoji": "heldout", "shapes": "test"}  # splits of the built-in sets
+QUICK_GRID = {"tiny": 8, "small": 16, "base": 32, "paper": 32}  # tokens along a side
+QUICK_WIDTH = {"tiny": 128, "small": 192, "base": 256, "paper": 384}
+QUICK_CODES = {"tiny": 2048, "small": 4096, "base": 8192, "paper": 8192}
+QUICK_STEPS = {"tiny": 1000, "small": 4000, "base": 20_000, "paper": 20_000}
+POINTS_A_CODE = 8  # positions of the training pictures for each code, at least
+
+
+def overrides(config_type: type[T], *leave_out: str) -> type[T]:
+    """A dataclass of the same options, all optional: None takes the recipe's.
+
+    Args:
+        config_type: of a training recipe.
+        leave_out: options that the command has itself.
+    """
+    hints = typing.get_type_hints(config_type, include_extras=True)
+    recipe = tyro.conf.arg(help_behavior_hint="(default: the recipe's)")
+    fields: list[Any] = [
+        (f.name, Annotated[hints[f.name] | None, recipe], dataclasses.field(default=None))
+        for f in dataclasses.fields(config_type)
+        if f.name not in leave_out
+    ]
+    name = f"{config_type.__name__}Options"
+    made = dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True)
+    made.__doc__ = config_type.__doc__
+    return typing.cast("type[T]", made)
+
+
+def given(options: Any) -> dict[str, Any]:
+    """The options of `overrides` that are set."""
+    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def filled(options: T, config: Any) -> T:
+    """`options` of `overrides` with the values of a whole recipe."""
+    names = [f.name for f in dataclasses.fields(options)]
+    return dataclasses.replace(options, **{name: getattr(config, name) for name in names})
+
+
+def chosen_recipe(owner: str, recipe: Recipe | None, preset: str, processes: int) -> Recipe:
+    """The recipe of a training: the one asked for, else quick for small presets on one process."""
+    if recipe is not None:
+        return recipe
+    if preset not in QUICK_PRESETS:
+        return "paper"
+    if processes > 1:
+        say(f"{owner}: recipe paper, as for all presets on several processes; or --recipe quick")
+        return "paper"
+    return "quick"
+
+
+def one_process_only(recipe: str, processes: int) -> dict[str, Any]:
+    """Changes to the quick recipe on several processes, which cut a batch themselves."""
+    return {"parts": 1} if recipe == "quick" and processes > 1 else {}
+
+
+def open_pairs(data: str, image_size: int, preset_size: int, seed: int) -> Pairs:
+    """The data set; a built-in one at the size asked for, or the preset's."""
+    return load_pairs(data, image_size=image_size or preset_size, seed=seed)
+
+
+def sides(pairs: Pairs) -> list[int]:
+    """The shorter sides of up to 256 pictures, evenly spaced, of a folder; else of one."""
+    paths = getattr(pairs, "paths", None)
+    if not paths:
+        return [pairs.image_size] if pairs.image_size else []
+    found = []
+    for item in np.unique(np.linspace(0, len(paths) - 1, min(LOOKED_AT, len(paths))).astype(int)):
+        try:
+            found.append(min(open_checked(read_bytes(paths[item]), paths[item]).size))
+        except (DataError, OSError):
+            continue  # left out, and said, where it is loaded
+    return found
+
+
+def fitting_size(preset_size: int, pairs: Pairs, multiple: int) -> int:
+    """The preset's size, or that of the median picture where most are smaller: a multiple."""
+    known = sides(pairs)
+    size = min([preset_size, *([int(statistics.median(known))] if known else [])])
+    return max(multiple, size // multiple * multiple)
+
+
+def quick_patch(owner: str, image_size: int, grid: int) -> int:
+    """Pixels a token covers along a side: the divisor of a size that gives about `grid` tokens.
+
+    Raises:
+        UsageError: no divisor gives half to twice as many.
+    """
+    fits = [p for p in range(1, image_size + 1) if image_size % p == 0]
+    best = min(fits, key=lambda p: (abs(image_size / p - grid), -p), default=0)
+    if not best or not grid / 2 <= image_size // best <= 2 * grid:
+        near = max(grid, round(image_size / grid) * grid)
+        raise UsageError(
+            f"{owner}: image_size must be a multiple of a number near {grid} for the recipe quick, "
+            f"such as {near}, got {image_size}"
+        )
+    return best
+
+
+def quick_model(
+    owner: str, preset: str, image_size: int, pictures: int, codes: int, steps: int, **changes: Any
+) -> DvaeRecipe:
+    """The quick recipe of a dVAE: as many codes as the pictures can fill, unless it is said."""
+    patch = quick_patch(owner, image_size, QUICK_GRID[preset])
+    points = pictures * (image_size // patch) ** 2
+    fill = 1 << max(4, min(points // POINTS_A_CODE, QUICK_CODES[preset]).bit_length() - 1)
+    sizes = {
+        "patch": patch,
+        "n_hid": QUICK_WIDTH[preset],
+        "n_blk_per_group": 2,
+        "n_init": 32 if preset == "tiny" else 64,
+        "vocab_size": codes or fill,
+    }
+    options = {"lr_start": 1e-3, "codebook_sharpness": 4.0, **changes}
+    return quick_dvae(steps, image_size=image_size, model=sizes, **options)
+
+
+def quick_side(preset: str) -> int:
+    """The side of a picture that a preset is made for, in pixels, with the quick recipe."""
+    return DVAE_RECIPES["emoji"].image_size if preset == "tiny" else 8 * QUICK_GRID[preset]
+
+
+def paper_side(preset: str) -> int:
+    """The side of a picture that a preset is made for, in pixels, with the paper's recipe."""
+    return QUICK_GRID[preset] * DVAE_PRESETS[preset].factor
+
+
+def value_of_run(model: Path, option: str) -> str:
+    """An option of the training that left RUN/model, from RUN/config.yaml; "" where it is not
+    there."""
+    try:
+        value = read_options(model.parent / CONFIG_NAME).get(option)
+    except UsageError:
+        return ""
+    return value.text if isinstance(value, Scalar) else ""
+
+
+def size_of_run(model: Path) -> int:
+    """The size of the pictures that the model in RUN/model was trained on; 0 if unknown."""
+    text = value_of_run(model, "image-size")
+    return int(text) if text.isdecimal() and len(text) < 6 else 0
+
+
+def split_pairs(
+    owner: str, data: str, pairs: Pairs, share: float | None, recipe: str, size: int, seed: int
+) -> tuple[Pairs, Pairs | None, float]:
+    """The training part, the held-out part or None, and the share held out.
+
+    The built-in sets have a split of their own for this; a folder is divided by the pictures'
+    hashes, so that all trainings on it hold out the same ones.
+
+    Raises:
+        UsageError: a share out of range.
+        DataError: a share was asked for, and the pictures are too few.
+    """
+    if share is not None and not 0 <= share <= 0.5:
+        raise UsageError(f"{owner}: validation must be 0 to 0.5, got {share}")
+    wanted = (VALIDATION if recipe == "quick" else 0.0) if share is None else share
+    if not wanted:
+        return pairs, None, 0.0
+    if data in BUILT_IN:
+        held = load_pairs(data, image_size=size, split=HELD_OUT[data], seed=seed)
+        return pairs, held, wanted
+    try:
+        train, validation = hold_out(pairs, wanted)
+    except DataError as problem:
+        if share is not None:
+            raise
+        say(f"{owner}: no picture is held out: {problem}")
+        return pairs, None, 0.0
+    return train, validation, wanted

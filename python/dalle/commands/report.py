@@ -1,0 +1,133 @@
+"""What a training says before it begins and at its end, and the command to type next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dalle.commands.presets import sides, value_of_run
+from dalle.console import duration, is_main_process, printable, say
+from dalle.data.pairs import Pairs, format_counts
+from dalle.train.config import LoopConfig
+from dalle.train.loop import TrainResult
+
+QUICK_TEMPERATURE = 0.5  # of samples of a prior trained by the quick recipe
+STAGES = ("tokenizer", "dvae", "prior", "ranker")
+
+
+def count_of(number: int) -> str:
+    """Parameters in words: "1.2 M"."""
+    for unit, name in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return str(number)
+
+
+def banner(
+    owner: str,
+    pairs: Pairs,
+    validation: Pairs | None,
+    *,
+    recipe: str,
+    image_size: int,
+    batch_size: int,
+    loop: LoopConfig,
+    parameters: int,
+    device: torch.device,
+    precision: str,
+    enlarges: bool,
+    more: Iterable[str] = (),
+    notes: Iterable[str] = (),
+) -> None:
+    """Says what is trained on what: the data, the sizes, the length, and what to look at.
+
+    Args:
+        owner: begins every line.
+        pairs, validation: the training part and the held-out part.
+        recipe: its name.
+        image_size: side of the pictures in pixels.
+        batch_size: pairs an update.
+        loop: how long.
+        parameters: how many the model has.
+        device, precision: where and in which numbers.
+        enlarges: whether smaller pictures are enlarged; if not, they are left out.
+        more: further lines.
+        notes: lines on options that do nothing or do not fit.
+    """
+    if not is_main_process():
+        return
+    left = f"; left out {pairs.skipped.total()}: {format_counts(pairs.skipped)}"
+    held = "" if validation is None else f" and {len(validation):,} held out"
+    say(f"{owner}: {len(pairs):,} pairs of {pairs.name}{held}{left if pairs.skipped else ''}")
+    known = sides(pairs)
+    small = sum(side < image_size for side in known)
+    fate = "enlarged" if enlarges else "left out"
+    of = f" of {len(known)} looked at" if len(known) < len(pairs) else ""
+    words = f", {small}{of} are smaller and are {fate}" if small else ""
+    say(f"{owner}: pictures of {image_size} x {image_size} pixels{words}")
+    for line in more:
+        say(f"{owner}: {line}")
+    epoch = max(1, -(-len(pairs) // batch_size))
+    epochs = loop.steps * batch_size / max(1, len(pairs))
+    say(
+        f"{owner}: recipe {recipe}: {loop.steps:,} updates of {batch_size} pictures, "
+        f"{epoch:,} an epoch, {epochs:.3g} epochs"
+    )
+    size = count_of(parameters)
+    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+    say(f"{owner}: {size} parameters, {device}{threads}, {precision}; the log says how long it is")
+    for line in notes:
+        say(f"{owner}: note: {line}")
+
+
+def end_block(
+    owner: str, result: TrainResult, folder: Path, left_out: str, lines: Iterable[str], then: str
+) -> None:
+    """Prints how many updates, where the model is, its scores and picture, and what comes next."""
+    if not is_main_process():
+        return
+    took = f" in {duration(result.seconds)}" if result.seconds >= 1 else ""
+    print(f"{owner}: {result.step} updates{took}, model in {folder}{left_out}")
+    for line in lines:
+        print(printable(f"{owner}: {line}"))
+    print(f"{owner}: next: {then}")
+
+
+def newest_picture(out: Path) -> Iterable[str]:
+    """A line with the picture that was drawn last, if there is one."""
+    files = sorted((out / "pictures").glob("*-*.png"), key=lambda path: path.name[-12:])
+    if files:
+        yield f"picture: {files[-1]}"
+
+
+def next_command(data: str, preset: str, run: Path, **known: Path | None) -> str:
+    """The command of the first stage of a run that is not there yet, complete.
+
+    Args:
+        data: `--data` of the trainings.
+        preset: of the dVAE, prior and ranker.
+        run: folder of the stages that are not `known`.
+        known: stage -> folder of its model, of the stages that are done.
+    """
+    folders: dict[str, Path] = {"tokenizer": run / "tokenizer"}
+    folders |= {stage: run / stage / "model" for stage in STAGES[1:]}
+    folders |= {stage: folder for stage, folder in known.items() if folder is not None}
+    missing = [stage for stage in STAGES if not (folders[stage] / "config.json").is_file()]
+    words: list[Any] = ["dalle"]
+    if not missing:
+        words += ["pipeline", "make", "--tokenizer", folders["tokenizer"], "--vae", folders["dvae"]]
+        words += ["--prior", folders["prior"], "--ranker", folders["ranker"]]
+        if value_of_run(folders["prior"], "recipe") == "quick":
+            words += ["--temperature", QUICK_TEMPERATURE]
+        return shlex.join([str(word) for word in [*words, "--out", run / "pipeline"]])
+    stage = missing[0]
+    words += [stage, "train", "--data", data]
+    if stage != "tokenizer":
+        words += ["--preset", preset]
+    if stage in ("prior", "ranker"):
+        words += ["--tokenizer", folders["tokenizer"], "--vae", folders["dvae"]]
+    return shlex.join([str(word) for word in [*words, "--out", run / stage]])

@@ -1,0 +1,217 @@
+"""Each training alone: recipes that fit the run, sizes of the data, notes, the next command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle.cli import load_target, main
+from dalle.commands import dvae, notes, presets
+from dalle.data.folder import FolderPairs
+from dalle.distributed.config import ClusterConfig
+from dalle.dvae.model import DiscreteVAE
+from dalle.errors import UsageError
+from dalle.options import parse_options
+from dalle.recipes import quick_dvae, quick_prior, quick_ranker
+from dalle.train.averaging import IterateAverage, first_share
+from dalle.train.config import LoopConfig
+from dalle.train.dvae import DvaeTrainConfig
+from dalle.train.prior_recipe import PriorTrainConfig
+from dalle.train.ranker import RankerTrainConfig
+
+TRAININGS = ("dvae", "prior", "ranker")
+
+
+def write_folder(folder: Path, sides: list[int]) -> Path:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i, side in enumerate(sides):
+        pixels = rng.integers(0, 256, (side, side + 3, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"picture number {i}")
+    return folder
+
+
+def parsed(*words):
+    return parse_options(load_target(words[:2])[1], list(map(str, words[2:])), prog="dalle")
+
+
+def test_the_next_command_of_each_step_ends_in_pictures(tmp_path, monkeypatch, capsys):
+    """A user who types what each step prints last, here with fewer updates."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(Path("my pictures"), [40] * 8)
+    words = ["tokenizer", "train", "--data", "my pictures", "--out", "run/tokenizer"]
+    done, said = [], ""
+    while words[0] != "sample":
+        less = ["--steps", "4", "--batch-size", "4"] if words[0] in TRAININGS else []
+        assert main([*words, *less]) == 0, capsys.readouterr().err
+        heard = capsys.readouterr()
+        done.append(" ".join(words[:2]))
+        said += heard.out + heard.err
+        words = shlex.split(re.findall(r"(?:next|now): (dalle .*)", heard.out)[-1])[1:]
+    assert done == [
+        "tokenizer train", "dvae train", "prior train", "ranker train", "pipeline make"
+    ]  # fmt: skip
+    for stage in ("dvae", "prior", "ranker"):
+        assert re.search(rf"{stage} train: picture: run/{stage}/pictures/\S+\.png", said)
+        assert Image.open(re.findall(rf"{stage} train: picture: (\S+)", said)[-1]).width >= 80
+        assert re.search(rf"{stage} train: recipe quick: 4 updates of 4 pictures, 2 an ep", said)
+        assert f"{stage} train: 6 pairs of my pictures and 2 held out" in said
+    assert "PSNR" in said and "codes used" in said and "held-out nats a token" in said
+    assert main([*words, "--num-candidates", "2", "--top", "2", "--out", "drawn"]) == 0
+    assert list(Path("drawn").glob("*.png"))
+
+
+def test_the_options_of_a_run_repeat_it_bit_for_bit(tmp_path, capsys):
+    data = write_folder(tmp_path / "data", [24] * 6)
+    words = ["dvae", "train", "--data", str(data), "--steps", "4", "--batch-size", "2"]
+    assert main([*words, "--out", str(tmp_path / "a"), "--picture-every", "0"]) == 0
+    again = ["dvae", "train", "--config", str(tmp_path / "a" / "config.yaml")]
+    assert main([*again, "--out", str(tmp_path / "b")]) == 0
+    a, b = (tmp_path / name / "model" / "model.safetensors" for name in "ab")
+    assert a.read_bytes() == b.read_bytes()
+    assert DiscreteVAE.from_pretrained(a.parent).factor == 3  # 24 pixels, 8 x 8 tokens
+    assert "image-size: 24" in (tmp_path / "a" / "config.yaml").read_text()
+    capsys.readouterr()
+    before = (tmp_path / "a" / "config.yaml").read_bytes()
+    assert main([*again, "--lr-start", "2e-3"]) == 3  # refused to go on: another training
+    assert (tmp_path / "a" / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("preset", "recipe", "processes", "expected"),
+    [
+        ("tiny", None, 1, "quick"), ("small", None, 1, "quick"), ("base", None, 1, "paper"),
+        ("12b", None, 1, "paper"), ("tiny", None, 2, "paper"), ("tiny", "paper", 1, "paper"),
+        ("base", "quick", 1, "quick"), ("tiny", "quick", 2, "quick"),
+    ],
+)  # fmt: skip
+def test_which_recipe(preset, recipe, processes, expected):
+    assert presets.chosen_recipe("x", recipe, preset, processes) == expected
+
+
+@pytest.mark.parametrize("steps", [2, 10, 100, 5000])
+def test_the_quick_recipes_fit_any_run(steps):
+    train = quick_dvae(steps, image_size=40).train
+    left = steps - train.warm_start_steps
+    assert 1 <= train.warm_start_steps < steps and train.lr_steps == left >= train.tau_steps
+    assert not list(notes.dvae_notes(train, replace(train, health_every=1), steps))
+    prior = quick_prior(steps)
+    assert prior.warmup_steps < steps and prior.decay_steps == steps
+    assert steps < 50 or not list(notes.prior_notes(prior, prior, steps))
+    ranker = quick_ranker(steps)
+    assert not list(notes.ranker_notes(ranker, ranker, steps, True))
+
+
+def test_sizes_follow_the_pictures(tmp_path):
+    pairs = FolderPairs(write_folder(tmp_path / "a", [20, 30, 30, 31, 200]))
+    assert sorted(presets.sides(pairs)) == [20, 30, 30, 31, 200]
+    assert presets.fitting_size(40, pairs, 8) == 24 and presets.fitting_size(16, pairs, 8) == 16
+    assert presets.fitting_size(40, FolderPairs(write_folder(tmp_path / "b", [5])), 8) == 8
+    for size, grid, patch in ((40, 8, 5), (32, 8, 4), (24, 8, 3), (128, 16, 8), (8, 8, 1)):
+        assert presets.quick_patch("x", size, grid) == patch
+    with pytest.raises(UsageError, match="x: image_size must .* such as 40, got 41"):
+        presets.quick_patch("x", 41, 8)
+    sizes = presets.quick_model("x", "tiny", 40, 30, 0, 100).model
+    assert (sizes.vocab_size, sizes.patch, sizes.stem) == (128, 5, "patch")  # 1920 points
+    assert presets.quick_model("x", "tiny", 40, 10**6, 0, 100).model.vocab_size == 2048
+    assert presets.quick_model("x", "tiny", 40, 30, 77, 100).model.vocab_size == 77
+
+
+def test_the_paper_recipe_is_one_word_away(tmp_path):
+    data = write_folder(tmp_path / "data", [300] * 4)
+    made = dvae.plan(parsed("dvae", "train", "--data", data, "--recipe", "paper"), 1)
+    assert made.train == DvaeTrainConfig(image_size=32) and made.validation is None
+    assert made.config.loop.steps == 3_000_000 and made.model.stem == "released"
+    made = dvae.plan(parsed("dvae", "train", "--data", data, "--preset", "base"), 1)
+    assert made.config.recipe == "paper" and made.train.image_size == 256
+    words = ("--preset", "emoji", "--steps", "500", "--lr-start", "0.5", "--vocab-size", "64")
+    made = dvae.plan(parsed("dvae", "train", "--data", data, *words), 1)
+    assert (made.train.warm_start_steps, made.train.lr_start, made.train.lr_steps) == (
+        350,
+        0.5,
+        150,
+    )
+    assert made.model.vocab_size == 64 and len(made.validation) == 2
+
+
+PAPER = PriorTrainConfig()
+NOTES = [  # (lines, what one of them says)
+    (notes.prior_notes(PAPER, PAPER, 2000), "warmup_steps 5000 is not less than the 2000 updates"),
+    (notes.prior_notes(PAPER, PAPER, 2000), "hold 45% of the first ones after 2000 updates"),
+    (
+        notes.prior_notes(*[replace(PAPER, decay_steps=9)] * 2, 10**6),
+        "decay_steps 9 does nothing without --decay cosine",
+    ),
+    (
+        notes.prior_notes(*[replace(PAPER, decay="cosine", decay_steps=9)] * 2, 10**6),
+        "decay_steps 9 ends before the run: 999991 updates change nothing",
+    ),
+    (
+        notes.prior_notes(*[replace(PAPER, decay="none", plateau_patience=9)] * 2, 10**6),
+        "plateau_patience 9 does nothing without --decay plateau",
+    ),
+    (
+        notes.prior_notes(*[replace(PAPER, muon_scale=9.0)] * 2, 10**6),
+        "muon_scale 9.0 does nothing without --optimizer muon",
+    ),
+    (
+        notes.prior_notes(*[replace(PAPER, head_scale=9.0)] * 2, 10**6),
+        "head_scale 9.0 does nothing without --image-init codebook",
+    ),
+    (notes.dvae_notes(*[DvaeTrainConfig()] * 2, 2000), "tau_steps 150000 is more than the 2000"),
+    (notes.dvae_notes(*[DvaeTrainConfig()] * 2, 2000), "hold 14% of the first ones after 2000"),
+    (
+        notes.dvae_notes(*[DvaeTrainConfig(mse_weight=3.0)] * 2, 10**7),
+        "mse_weight 3.0 does nothing without --distortion mse",
+    ),
+    (
+        notes.dvae_notes(*[DvaeTrainConfig(codebook_sharpness=3.0)] * 2, 10**7),
+        "codebook_sharpness 3.0 does nothing without warm_start_steps",
+    ),
+    (
+        notes.dvae_notes(*[DvaeTrainConfig(kl_weight=0.0, kl_steps=9)] * 2, 10**7),
+        "kl_steps 9 does nothing with kl_weight 0",
+    ),
+    (notes.ranker_notes(*[RankerTrainConfig()] * 2, 9, True), "warmup 50 is not less than the 9"),
+    (
+        notes.ranker_notes(*[RankerTrainConfig(reconstructed=0.5)] * 2, 99, False),
+        "reconstructed 0.5 does nothing without --vae",
+    ),
+    (
+        notes.loop_notes(LoopConfig(out=Path("x"), steps=1, evaluate_every=5), False),
+        "evaluate_every 5 does nothing without --validation",
+    ),
+    (
+        notes.cluster_notes(ClusterConfig(machines=2), 1),
+        "machines 2 does nothing on one process; torchrun starts several",
+    ),
+]
+
+
+@pytest.mark.parametrize(("lines", "part"), NOTES, ids=[part for _, part in NOTES])
+def test_options_without_effect_are_noted(lines, part):
+    said = list(lines)
+    assert any(part in line for line in said), said
+    assert all("\n" not in line for line in said)
+
+
+def test_the_paper_at_its_own_length_has_no_notes():
+    assert not list(notes.dvae_notes(*[DvaeTrainConfig()] * 2, 3_000_000))
+    assert not list(notes.prior_notes(PAPER, PAPER, 430_000))
+    assert not list(notes.cluster_notes(ClusterConfig(machines=2), 4))
+
+
+def test_the_share_of_the_first_weights_is_that_of_the_average():
+    model = DiscreteVAE.from_preset("tiny", n_hid=8, n_init=8, vocab_size=8)
+    for decay, every, warmup in ((0.99, 1, True), (0.9, 3, False), (0.0, 1, True)):
+        average = IterateAverage(model, decay, every, warmup=warmup)
+        for step in range(30):
+            average.update(step)
+        assert first_share(decay, 30 // every, warmup) == average.first_share
