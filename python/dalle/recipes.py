@@ -137,7 +137,7 @@ def quick_prior(steps: int, **changes: Any) -> PriorTrainConfig:
         "augment": "none",
         "bpe_dropout": 0.0,
         "caption_dropout": 0.05,
-        "average_every": 5,
+        "average_every": max(1, min(5, steps // 100)),
         "average_warmup": True,
         "image_init": "codebook",
         "optimizer": "muon",

@@ -76,7 +76,7 @@ def test_the_options_of_a_run_repeat_it_bit_for_bit(tmp_path, capsys):
     assert main([*again, "--out", str(tmp_path / "b")]) == 0
     a, b = (tmp_path / name / "model" / "model.safetensors" for name in "ab")
     assert a.read_bytes() == b.read_bytes()
-    assert DiscreteVAE.from_pretrained(a.parent).factor == 3  # 24 pixels, 8 x 8 tokens
+    assert DiscreteVAE.from_pretrained(a.parent).factor == 2  # 24 pixels, 12 x 12 tokens
     assert "image-size: 24" in (tmp_path / "a" / "config.yaml").read_text()
     capsys.readouterr()
     before = (tmp_path / "a" / "config.yaml").read_bytes()
@@ -104,7 +104,7 @@ def test_the_quick_recipes_fit_any_run(steps):
     assert not list(notes.dvae_notes(train, replace(train, health_every=1), steps))
     prior = quick_prior(steps)
     assert prior.warmup_steps < steps and prior.decay_steps == steps
-    assert steps < 50 or not list(notes.prior_notes(prior, prior, steps))
+    assert steps < 10 or not list(notes.prior_notes(prior, prior, steps))
     ranker = quick_ranker(steps)
     assert not list(notes.ranker_notes(ranker, ranker, steps, True))
 
@@ -113,15 +113,19 @@ def test_sizes_follow_the_pictures(tmp_path):
     pairs = FolderPairs(write_folder(tmp_path / "a", [20, 30, 30, 31, 200]))
     assert sorted(presets.sides(pairs)) == [20, 30, 30, 31, 200]
     assert presets.fitting_size(40, pairs, 8) == 24 and presets.fitting_size(16, pairs, 8) == 16
-    assert presets.fitting_size(40, FolderPairs(write_folder(tmp_path / "b", [5])), 8) == 8
-    for size, grid, patch in ((40, 8, 5), (32, 8, 4), (24, 8, 3), (128, 16, 8), (8, 8, 1)):
+    small = FolderPairs(write_folder(tmp_path / "b", [5]))
+    assert presets.fitting_size(40, small, 8) == 8
+    # At most 36 pixels in 12 x 12 tokens; the median is 30, the smallest has 5.
+    large = FolderPairs(write_folder(tmp_path / "c", [99]))
+    assert [presets.quick_size("tiny", x) for x in (pairs, large, small)] == [30, 36, 4]
+    for size, grid, patch in ((36, 12, 3), (32, 12, 4), (30, 12, 3), (64, 16, 4), (8, 8, 1)):
         assert presets.quick_patch("x", size, grid) == patch
-    with pytest.raises(UsageError, match="x: image_size must .* such as 40, got 41"):
-        presets.quick_patch("x", 41, 8)
-    sizes = presets.quick_model("x", "tiny", 40, 30, 0, 100).model
-    assert (sizes.vocab_size, sizes.patch, sizes.stem) == (128, 5, "patch")  # 1920 points
-    assert presets.quick_model("x", "tiny", 40, 10**6, 0, 100).model.vocab_size == 2048
-    assert presets.quick_model("x", "tiny", 40, 30, 77, 100).model.vocab_size == 77
+    with pytest.raises(UsageError, match="x: image_size must .* such as 36, got 37"):
+        presets.quick_patch("x", 37, 12)
+    sizes = presets.quick_model("x", "tiny", 36, 30, 0, 100).model
+    assert (sizes.vocab_size, sizes.patch, sizes.stem) == (128, 3, "patch")  # 4,320 points
+    assert presets.quick_model("x", "tiny", 36, 10**6, 0, 100).model.vocab_size == 1024
+    assert presets.quick_model("x", "tiny", 36, 30, 77, 100).model.vocab_size == 77
 
 
 def test_the_paper_recipe_is_one_word_away(tmp_path):

@@ -136,15 +136,19 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
     )
     if built_in and config.recipe == "paper":
         raise UsageError(f"dvae train: recipe must be quick for preset {preset}, got paper")
-    side = built_in.image_size if built_in else 0
-    if not built_in:
-        side = presets.quick_side(preset) if recipe == "quick" else presets.paper_side(preset)
-    pairs = presets.open_pairs(config.data, config.image_size, side, loop.seed)
     if built_in:
-        size = config.image_size or side
+        side = built_in.image_size
     else:
-        factor = presets.QUICK_GRID[preset] if recipe == "quick" else PRESETS[preset].factor
-        size = config.image_size or presets.fitting_size(side, pairs, factor)
+        quick_side = presets.QUICK_SIZES[preset].side
+        side = quick_side if recipe == "quick" else presets.paper_side(preset)
+    pairs = presets.open_pairs(config.data, config.image_size, side, loop.seed)
+    size = config.image_size
+    if not size and built_in:
+        size = side
+    elif not size and recipe == "quick":
+        size = presets.quick_size(preset, pairs)
+    elif not size:
+        size = presets.fitting_size(side, pairs, PRESETS[preset].factor)
     pairs, validation, share = presets.split_pairs(
         owner, config.data, pairs, config.validation, recipe, size, loop.seed
     )
@@ -178,7 +182,7 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
         batch_size=train_config.batch_size,
         vocab_size=model.vocab_size,
         validation=share,
-        loop=replace(loop, steps=steps),
+        loop=presets.length(loop, steps, recipe, validation is not None),
         training=presets.filled(config.training, train_config),
     )
     return Plan(resolved, model, train_config, pairs, validation)
@@ -233,7 +237,7 @@ def train(config: DvaeCommandConfig) -> None:
 def saved_scores(made: Plan, out: Path, device: torch.device) -> Iterator[str]:
     """Lines on the model in OUT/model: its reconstructions, its codes, whether they collapsed.
 
-    Draws training pictures (and held-out ones below) beside their reconstructions, in
+    Draws pictures, training ones above held-out ones, each beside its reconstruction, as
     OUT/pictures/saved.png.
     """
     vae = DiscreteVAE.from_pretrained(out / "model").to(device).eval()

@@ -20,9 +20,11 @@ from dalle.data.images import open_checked, read_bytes
 from dalle.data.pairs import Pairs
 from dalle.data.sources import BUILT_IN, load_pairs
 from dalle.data.split import hold_out
+from dalle.demo.sizing import CUDA_TIERS, POINTS_A_CODE, TIERS
 from dalle.dvae.model import PRESETS as DVAE_PRESETS
 from dalle.errors import DataError, UsageError
-from dalle.recipes import DVAE_RECIPES, DvaeRecipe, quick_dvae
+from dalle.recipes import DvaeRecipe, quick_dvae
+from dalle.train.config import LoopConfig
 
 if typing.TYPE_CHECKING:
     from pathlib import Path
@@ -35,11 +37,15 @@ QUICK_PRESETS = ("tiny", "small")  # whose recipe is "quick" where nothing is sa
 LOOKED_AT = 256  # pictures of a folder whose sizes are read
 VALIDATION = 0.1  # share held out by the quick recipe
 HELD_OUT = {"emoji": "heldout", "shapes": "test"}  # splits of the built-in sets
-QUICK_GRID = {"tiny": 8, "small": 16, "base": 32, "paper": 32}  # tokens along a side
-QUICK_WIDTH = {"tiny": 128, "small": 192, "base": 256, "paper": 384}
-QUICK_CODES = {"tiny": 2048, "small": 4096, "base": 8192, "paper": 8192}
 QUICK_STEPS = {"tiny": 1000, "small": 4000, "base": 20_000, "paper": 20_000}
-POINTS_A_CODE = 8  # positions of the training pictures for each code, at least
+PAPER_GRID = {"tiny": 8, "small": 16, "base": 32, "paper": 32}  # tokens along a side
+# What `dalle train` takes for minutes, an hour, and a night on a GPU.
+QUICK_SIZES = {
+    "tiny": TIERS["quick"],
+    "small": TIERS["hour"],
+    "base": CUDA_TIERS["night"],
+    "paper": CUDA_TIERS["night"],
+}
 
 
 def overrides(config_type: type[T], *leave_out: str) -> type[T]:
@@ -117,49 +123,69 @@ def fitting_size(preset_size: int, pairs: Pairs, multiple: int) -> int:
     return max(multiple, size // multiple * multiple)
 
 
+def quick_size(preset: str, pairs: Pairs) -> int:
+    """The size of pictures for a preset with the quick recipe, an even number of patches."""
+    tier = QUICK_SIZES[preset]
+    side = fitting_size(tier.side, pairs, 2)
+    patch = -(-side // tier.grid)
+    return max(2, min(tier.grid, side // patch) // 2 * 2) * patch
+
+
 def quick_patch(owner: str, image_size: int, grid: int) -> int:
-    """Pixels a token covers along a side: the divisor of a size that gives about `grid` tokens.
+    """Pixels a token covers along a side: the divisor of a size that gives about `grid` tokens, an
+    even number.
 
     Raises:
         UsageError: no divisor gives half to twice as many.
     """
-    fits = [p for p in range(1, image_size + 1) if image_size % p == 0]
+    fits = [p for p in range(1, image_size + 1) if image_size % (2 * p) == 0]
     best = min(fits, key=lambda p: (abs(image_size / p - grid), -p), default=0)
     if not best or not grid / 2 <= image_size // best <= 2 * grid:
         near = max(grid, round(image_size / grid) * grid)
         raise UsageError(
-            f"{owner}: image_size must be a multiple of a number near {grid} for the recipe quick, "
-            f"such as {near}, got {image_size}"
+            f"{owner}: image_size must be a multiple of an even number near {grid} for the recipe "
+            f"quick, such as {near}, got {image_size}"
         )
     return best
 
 
 def quick_model(
-    owner: str, preset: str, image_size: int, pictures: int, codes: int, steps: int, **changes: Any
+    owner: str, preset: str, image_size: int, pictures: int, codes: int, steps: int
 ) -> DvaeRecipe:
     """The quick recipe of a dVAE: as many codes as the pictures can fill, unless it is said."""
-    patch = quick_patch(owner, image_size, QUICK_GRID[preset])
+    tier = QUICK_SIZES[preset]
+    patch = quick_patch(owner, image_size, tier.grid)
     points = pictures * (image_size // patch) ** 2
-    fill = 1 << max(4, min(points // POINTS_A_CODE, QUICK_CODES[preset]).bit_length() - 1)
+    fill = max(16, min(points // POINTS_A_CODE, tier.codes))
     sizes = {
         "patch": patch,
-        "n_hid": QUICK_WIDTH[preset],
+        "n_hid": tier.dvae_width,
         "n_blk_per_group": 2,
-        "n_init": 32 if preset == "tiny" else 64,
-        "vocab_size": codes or fill,
+        "n_init": min(32, tier.dvae_width),
+        "vocab_size": codes or 1 << (fill.bit_length() - 1),
     }
-    options = {"lr_start": 1e-3, "codebook_sharpness": 4.0, **changes}
-    return quick_dvae(steps, image_size=image_size, model=sizes, **options)
+    points_read = max(sizes["vocab_size"], 40_000)
+    return quick_dvae(
+        steps,
+        image_size=image_size,
+        model=sizes,
+        lr_start=4e-4,
+        codebook_sharpness=1.0,
+        codebook_points=points_read,
+    )
 
 
-def quick_side(preset: str) -> int:
-    """The side of a picture that a preset is made for, in pixels, with the quick recipe."""
-    return DVAE_RECIPES["emoji"].image_size if preset == "tiny" else 8 * QUICK_GRID[preset]
+def length(loop: LoopConfig, steps: int, recipe: str, held_out: bool) -> LoopConfig:
+    """The loop's options with the number of updates; with quick, ten scores on a held-out part."""
+    every = loop.evaluate_every
+    if recipe == "quick" and held_out and not every:
+        every = max(1, steps // 10)
+    return dataclasses.replace(loop, steps=steps, evaluate_every=every)
 
 
 def paper_side(preset: str) -> int:
     """The side of a picture that a preset is made for, in pixels, with the paper's recipe."""
-    return QUICK_GRID[preset] * DVAE_PRESETS[preset].factor
+    return PAPER_GRID[preset] * DVAE_PRESETS[preset].factor
 
 
 def value_of_run(model: Path, option: str) -> str:

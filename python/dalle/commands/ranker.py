@@ -9,26 +9,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 
 from dalle.commands import presets
 from dalle.commands.notes import loop_notes, ranker_notes
-from dalle.commands.report import banner, end_block, newest_picture, next_command
+from dalle.commands.report import banner, end_block, next_command
 from dalle.commands.training import check_model_target, keep_options, require_one_process
-from dalle.data.pairs import left_out
+from dalle.configs import did_you_mean
+from dalle.data.augment import to_tensor
+from dalle.data.pairs import Pairs, left_out
+from dalle.demo.sizing import ranker_grid
 from dalle.devices import pick_device
 from dalle.dvae.model import DiscreteVAE
+from dalle.errors import UsageError
+from dalle.pictures import grid, save_png
 from dalle.ranker.blocks import PRESETS
 from dalle.ranker.model import ContrastiveRanker
 from dalle.recipes import quick_ranker
 from dalle.tokenizer import Tokenizer
 from dalle.train.config import LoopConfig
-from dalle.train.held_out import save_better
-from dalle.train.loop import train, write_pictures
+from dalle.train.held_out import held_out_pictures, save_better
+from dalle.train.loop import train
 from dalle.train.ranker import RankerTask, RankerTrainConfig
 from dalle.train.seeds import start_seed
 
 STEPS = 600
-SIDES = {"tiny": 40, "small": 128, "base": 256}  # of pictures, where no dVAE says one
+SHOWN, CHOICES = 8, 4  # captions in the picture, and pictures of each
 
 if TYPE_CHECKING:
     RankerOptions = RankerTrainConfig
@@ -81,23 +87,28 @@ def train_command(config: RankerCommandConfig) -> None:
     if config.vae is not None:
         vae = DiscreteVAE.from_pretrained(config.vae).to(device)
     recipe = presets.chosen_recipe(owner, config.recipe, config.preset, 1)
-    side = SIDES.get(config.preset, SIDES["tiny"])
-    if config.vae is not None:
-        side = presets.size_of_run(config.vae) or side
+    if config.preset not in PRESETS:
+        names, hint = ", ".join(PRESETS), did_you_mean(config.preset, PRESETS)
+        raise UsageError(f"{owner}: preset must be one of {names}, got {config.preset!r}{hint}")
+    of_vae = presets.size_of_run(config.vae) if config.vae is not None else 0
+    side = of_vae or presets.QUICK_SIZES[config.preset].side
     pairs = presets.open_pairs(config.data, config.image_size, side, loop.seed)
-    multiple = PRESETS[config.preset].grid if config.preset in PRESETS else 1
-    size = config.image_size or presets.fitting_size(side, pairs, multiple)
+    size = config.image_size or of_vae or presets.quick_size(config.preset, pairs)
     if vae is not None:
         vae.grid(size)
     pairs, validation, share = presets.split_pairs(
         owner, config.data, pairs, config.validation, recipe, size, loop.seed
     )
+    loop = presets.length(loop, loop.steps, recipe, validation is not None)
     base = quick_ranker(loop.steps) if recipe == "quick" else RankerTrainConfig()
     train_config = replace(base, **presets.given(config.training))
     torch.manual_seed(start_seed(loop.seed, "ranker"))
-    ranker = ContrastiveRanker.from_preset(config.preset, tokenizer=tokenizer, image_size=size).to(
-        device
-    )
+    sizes = {}
+    if recipe == "quick" and size % PRESETS[config.preset].grid and not size % 2:
+        sizes["grid"] = ranker_grid(size)
+    ranker = ContrastiveRanker.from_preset(
+        config.preset, tokenizer=tokenizer, image_size=size, **sizes
+    ).to(device)
     cut = tokenizer.truncated
     task = RankerTask(
         ranker, pairs, train_config, vae, steps=loop.steps, seed=loop.seed, validation=validation
@@ -126,12 +137,34 @@ def train_command(config: RankerCommandConfig) -> None:
     )
     result = train(task, loop, begun=keep_options(owner, resolved, out))
     scores = save_better(owner, task, out / "model", result.step)
-    if loop.picture_every:
-        write_pictures(task, result.step, out / "pictures")
     known = {"tokenizer": config.tokenizer, "dvae": config.vae, "ranker": out / "model"}
     then = next_command(config.data, config.preset, out.parent, **known)
-    lines = [*_scores(scores), *newest_picture(out)]
+    lines = list(_scores(scores))
+    if loop.picture_every:
+        sheet = choices_sheet(ranker, validation or pairs)
+        lines.append(f"picture: {save_png(out / 'pictures' / 'saved.png', sheet)}")
     end_block(owner, result, out / "model", left_out(pairs), lines, then)
+
+
+@torch.no_grad()
+def choices_sheet(ranker: ContrastiveRanker, pairs: Pairs) -> Image.Image:
+    """Eight captions in rows: a caption's own picture, then the four that the ranker puts first
+    among all, with their scores."""
+    crops, items = held_out_pictures(pairs, ranker.config.image_size)
+    captions = [pairs.captions[item] for item in items][:SHOWN]
+    device = ranker.log_scale.device
+    ranker.eval()
+    images = to_tensor(crops)
+    features = torch.cat([ranker.encode_images(part.to(device)) for part in images.split(64)])
+    text = ranker.tokenizer.encode(captions, ranker.config.text_len).to(device)
+    scores = (ranker.encode_text(text) @ features.T).cpu()
+    cells, labels = [], []
+    for row, caption in enumerate(captions):
+        best = scores[row].topk(min(CHOICES, len(images)))
+        cells += [images[row], *images[best.indices]]
+        labels += [caption, *(f"{number}. {score:.2f}" for number, score in enumerate(best[0], 1))]
+    columns, scale = 1 + min(CHOICES, len(images)), max(1, 96 // ranker.config.image_size)
+    return grid(torch.stack(cells), columns=columns, scale=scale, labels=labels)
 
 
 def _scores(scores: Mapping[str, float]) -> Iterator[str]:
