@@ -23,7 +23,11 @@ from dalle_ext.ops.powersgd import (
     powersgd_decompress_,
     powersgd_project,
 )
-from dalle_ext.ops.sparse_attention import AttentionPattern, sparse_attention
+from dalle_ext.ops.sparse_attention import (
+    AttentionPattern,
+    sparse_attention,
+    sparse_attention_qkvpacked,
+)
 
 __all__ = [
     "AdamW16",
@@ -45,6 +49,7 @@ __all__ = [
     "powersgd_project",
     "scale_gradient",
     "sparse_attention",
+    "sparse_attention_qkvpacked",
     "sum_codes",
     "unpack",
     "unscale_gradient",

@@ -78,21 +78,11 @@ std::vector<uint8_t> touched_panels(const AttentionTiles& walk, int64_t segments
   return touched;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& q,
-                                            const Tensor& k, const Tensor& v, const Tensor& out,
-                                            const Tensor& lse, std::string kind, int64_t text_len,
-                                            int64_t rows, int64_t columns,
-                                            std::vector<int64_t> runs, double scale) {
-  const AttentionRule rule = check_rule(kind, text_len, rows, columns, runs);
-  SparseAttentionParams params = check_sparse_attention(q, k, v, rule, scale);
-  check_backward(q, grad_out, out, lse, &params);
-  Tensor grad_q = empty_rows(q), grad_k = empty_rows(k), grad_v = empty_rows(v);
-  params.grad_q = rows_of(grad_q);
-  params.grad_k = rows_of(grad_k);
-  params.grad_v = rows_of(grad_v);
+// Writes the three gradients of `params`, whose tensors have q's device.
+void run_backward(const Tensor& q, const SparseAttentionParams& params) {
   const int64_t heads = q.size(0) * q.size(1);
-  if (heads == 0) return {grad_q, grad_k, grad_v};
-  const auto walk = attention_tiles(rule);
+  if (heads == 0) return;
+  const auto walk = attention_tiles(params.rule);
   const AttentionTileView view = walk->view();
   const SparseAttentionCpu& cpu = kernels_for(params.type);
 
@@ -113,7 +103,34 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
       cpu.backward_reduce(params, view, split, begin, end);
     });
   }
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& q,
+                                            const Tensor& k, const Tensor& v, const Tensor& out,
+                                            const Tensor& lse, std::string kind, int64_t text_len,
+                                            int64_t rows, int64_t columns,
+                                            std::vector<int64_t> runs, double scale) {
+  const AttentionRule rule = check_rule(kind, text_len, rows, columns, runs);
+  SparseAttentionParams params = check_sparse_attention(q, k, v, rule, scale);
+  check_backward(q, grad_out, out, lse, &params);
+  Tensor grad_q = empty_rows(q), grad_k = empty_rows(k), grad_v = empty_rows(v);
+  set_gradients(grad_q, grad_k, grad_v, &params);
+  run_backward(q, params);
   return {grad_q, grad_k, grad_v};
+}
+
+Tensor backward_qkvpacked(const Tensor& grad_out, const Tensor& qkv, const Tensor& out,
+                          const Tensor& lse, std::string kind, int64_t text_len, int64_t rows,
+                          int64_t columns, std::vector<int64_t> runs, double scale) {
+  const AttentionRule rule = check_rule(kind, text_len, rows, columns, runs);
+  const PackedTensors packed(qkv);
+  SparseAttentionParams params = check_sparse_attention(packed.q, packed.k, packed.v, rule, scale);
+  check_backward(packed.q, grad_out, out, lse, &params);
+  Tensor grad_qkv = empty_packed(qkv);
+  const PackedTensors grads(grad_qkv);
+  set_gradients(grads.q, grads.k, grads.v, &params);
+  run_backward(packed.q, params);
+  return grad_qkv;
 }
 
 // For tests: the (T, T) mask that `attends` gives, or how often the CPU kernel's walk visits each
@@ -143,12 +160,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dalle_ext, m) {
       "Tensor lse, str kind, int text_len, int rows, int columns, int[] runs, float scale) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
+      "_sparse_attention_backward_qkvpacked(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, "
+      "str kind, int text_len, int rows, int columns, int[] runs, float scale) -> Tensor");
+  m.def(
       "_sparse_attention_mask(str kind, int text_len, int rows, int columns, int[] runs, "
       "bool walked) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(dalle_ext, CPU, m) {
   m.impl("_sparse_attention_forward", TORCH_BOX(&dalle::forward));
   m.impl("_sparse_attention_backward", TORCH_BOX(&dalle::backward));
+  m.impl("_sparse_attention_backward_qkvpacked", TORCH_BOX(&dalle::backward_qkvpacked));
 }
 STABLE_TORCH_LIBRARY_IMPL(dalle_ext, CompositeExplicitAutograd, m) {
   m.impl("_sparse_attention_mask", TORCH_BOX(&dalle::mask));

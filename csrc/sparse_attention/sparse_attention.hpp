@@ -54,6 +54,12 @@ inline AttentionRows rows_of(const Tensor& x) {
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
+inline void check_device(const Tensor& x, const char* name, const Tensor& q) {
+  DALLE_ATTENTION_CHECK(x.is_cuda() == q.is_cuda() && x.get_device_index() == q.get_device_index(),
+                        name, "on q's device", x.is_cuda() ? "cuda:" : "cpu, index ",
+                        x.get_device_index());
+}
+
 inline void check_like(const Tensor& x, const char* name, const Tensor& q) {
   bool same = x.dim() == 4;
   for (int64_t d = 0; same && d < 4; ++d) same = x.size(d) == q.size(d);
@@ -61,9 +67,7 @@ inline void check_like(const Tensor& x, const char* name, const Tensor& q) {
   DALLE_ATTENTION_CHECK(x.scalar_type() == q.scalar_type(), name,
                         std::string("of q's dtype ") + toString(q.scalar_type()),
                         toString(x.scalar_type()));
-  DALLE_ATTENTION_CHECK(x.is_cuda() == q.is_cuda() && x.get_device_index() == q.get_device_index(),
-                        name, "on q's device", x.is_cuda() ? "cuda:" : "cpu, index ",
-                        x.get_device_index());
+  check_device(x, name, q);
   DALLE_ATTENTION_CHECK(x.numel() == 0 || x.size(3) == 1 || x.stride(3) == 1, name,
                         "contiguous along D", "stride ", x.stride(3));
 }
@@ -126,9 +130,34 @@ inline void check_backward(const Tensor& q, const Tensor& grad_out, const Tensor
   bool same = lse.dim() == 3 && lse.is_contiguous() && lse.scalar_type() == ScalarType::Double;
   for (int64_t d = 0; same && d < 3; ++d) same = lse.size(d) == q.size(d);
   DALLE_ATTENTION_CHECK(same, "lse", "as the forward returned it", shape_text(lse));
+  check_device(lse, "lse", q);
   params->grad_out = rows_of(grad_out);
   params->out = rows_of(out);
   params->lse = static_cast<double*>(lse.data_ptr());
+}
+
+inline void set_gradients(const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v,
+                          SparseAttentionParams* params) {
+  params->grad_q = rows_of(grad_q);
+  params->grad_k = rows_of(grad_k);
+  params->grad_v = rows_of(grad_v);
+}
+
+// The three parts of a packed (B, T, 3, H, D), each (B, H, T, D) and a view of it.
+struct PackedTensors {
+  Tensor q, k, v;
+
+  explicit PackedTensors(const Tensor& qkv) : q(part(qkv, 0)), k(part(qkv, 1)), v(part(qkv, 2)) {}
+
+  static Tensor part(const Tensor& qkv, int64_t index) {
+    DALLE_ATTENTION_CHECK(qkv.dim() == 5 && qkv.size(2) == 3, "qkv", "(B, T, 3, H, D)",
+                          shape_text(qkv));
+    return torch::stable::transpose(torch::stable::select(qkv, 2, index), 1, 2);
+  }
+};
+
+inline Tensor empty_packed(const Tensor& qkv) {
+  return torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(1), 3, qkv.size(3), qkv.size(4)});
 }
 
 }  // namespace dalle

@@ -293,12 +293,21 @@ def _backward_fake(
     return _like(q), _like(k), _like(v)
 
 
+def _backward_qkvpacked_fake(grad_out: Tensor, qkv: Tensor, *rest: object) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
 if _native.CPU_PROBLEM is None:
     _forward = _native.register(
         "_sparse_attention_forward", _forward_fake, public="sparse_attention", differentiable=True
     )
     _backward = _native.register(
         "_sparse_attention_backward", _backward_fake, public="sparse_attention"
+    )
+    _backward_qkvpacked = _native.register(
+        "_sparse_attention_backward_qkvpacked",
+        _backward_qkvpacked_fake,
+        public="sparse_attention_qkvpacked",
     )
 
 
@@ -318,6 +327,29 @@ class _Function(torch.autograd.Function):
         sources = (grad_out, *saved[:3])
         grads = once_differentiable(grads, sources, _native.SECOND_DERIVATIVE)
         return (*grads, *(None for _ in ctx.rule))
+
+
+class _QkvPackedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, *rule: Any) -> Tensor:
+        out, lse = _forward(*_unpacked(qkv), *rule)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.rule = rule
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
+        with torch.no_grad():
+            grad: Tensor = _backward_qkvpacked(_rows(grad_out), *saved, *ctx.rule)
+        (grad,) = once_differentiable((grad,), (grad_out, saved[0]), _native.SECOND_DERIVATIVE)
+        return (grad, *(None for _ in ctx.rule))
+
+
+def _unpacked(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, 3, H, D) -> q, k, v (B, H, T, D), views."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -380,3 +412,51 @@ def sparse_attention(
         out: Tensor = _Function.apply(q, k, v, *rule)  # type: ignore[no-untyped-call]  # of torch
         return out
     return _forward(q, k, v, *rule)[0]
+
+
+def sparse_attention_qkvpacked(
+    qkv: Tensor, pattern: AttentionPattern, scale: float | None = None
+) -> Tensor:
+    """`sparse_attention` of the three parts of one projection, whose gradient comes back packed.
+
+    Equivalent to::
+
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return sparse_attention(q, k, v, pattern, scale)
+
+    but the backward writes the three gradients into one tensor, where autograd of the line above
+    stacks them: a copy of 3 B T H D elements less.
+
+    Args:
+        qkv: (B, T, 3, H, D), as a linear layer of 3 H D outputs gives it after `view`; dtypes and
+            sizes as in `sparse_attention`. Any strides; only a D that is not contiguous is copied.
+        pattern: which keys each query sees.
+        scale: factor on q k^T, a finite number; 1 / sqrt(D) if left out.
+
+    Returns:
+        (B, H, T, D) in qkv's dtype, in memory (B, T, H, D), so that the heads merge without a copy.
+        Differentiable once, in reverse mode; the gradient is (B, T, 3, H, D), contiguous.
+
+    Raises:
+        TypeError: pattern is not an AttentionPattern, or scale is a tensor that wants a gradient.
+        ValueError: qkv is not (B, T, 3, H, D) with T = pattern.length, or scale is not a finite
+            number.
+        NotImplementedError: forward-mode tangents (`torch.func.jvp`, `jacfwd`).
+        RuntimeError: other dtypes; no native library for qkv's device.
+    """
+    if not isinstance(pattern, AttentionPattern):
+        name = type(pattern).__name__
+        raise TypeError(
+            f"sparse_attention_qkvpacked: pattern must be an AttentionPattern, got {name}"
+        )
+    if qkv.dim() != 5 or qkv.size(2) != 3 or qkv.size(1) != pattern.length:
+        want, got = f"(B, T = {pattern.length}, 3, H, D) for {pattern}", tuple(qkv.shape)
+        raise ValueError(f"sparse_attention_qkvpacked: qkv must be {want}, got {got}")
+    if reference_in_use() or not (torch.is_grad_enabled() and qkv.requires_grad):
+        return sparse_attention(*_unpacked(qkv), pattern, scale)
+    factor = 1.0 / math.sqrt(max(1, qkv.size(4))) if scale is None else _number(scale)
+    _native.require("sparse_attention_qkvpacked", qkv.device)
+    autograd_only("sparse_attention_qkvpacked")
+    rule = (pattern.kind, pattern.text_len, *pattern.grid, pattern.runs, factor)
+    out: Tensor = _QkvPackedFunction.apply(_rows(qkv), *rule)  # type: ignore[no-untyped-call]  # of torch
+    return out

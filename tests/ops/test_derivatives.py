@@ -21,6 +21,11 @@ def attention(x):
     return dalle_ext.sparse_attention(x, x * 2, x + 1, PATTERN)
 
 
+def packed_attention(x):
+    qkv = torch.stack([x[:, 0], x[:, 0] * 2, x[:, 0] + 1], 2).unsqueeze(3)  # (1, 8, 3, 1, 4)
+    return dalle_ext.sparse_attention_qkvpacked(qkv, PATTERN)
+
+
 def sample(x):
     return dalle_ext.gumbel_softmax(x, 0.7, dim=-1, seed=3).sample
 
@@ -96,7 +101,7 @@ def stepped(x):
     return parameter.detach() * 1
 
 
-DIFFERENTIABLE = [attention, sample, kl]
+DIFFERENTIABLE = [attention, packed_attention, sample, kl]
 IN_PLACE = [unscaled_in_place, counted, unscaled_by, with_scales_updated, stepped]
 FUNCTIONS = [scaled, unscaled, orthogonal, compressed, compressed_by, projected, decompressed]
 PACKING = [packed, packed_and_counted]
@@ -205,7 +210,7 @@ def test_vmap_without_a_gradient_works(function):
     torch.testing.assert_close(found, torch.stack([function(X), function(X + 1)]))
 
 
-@pytest.mark.parametrize("function", [attention, sample, kl])
+@pytest.mark.parametrize("function", [attention, packed_attention, sample, kl])
 def test_forward_mode_through_a_backward_is_refused(function):
     x = X.clone().requires_grad_()
     out = function(x)
@@ -215,7 +220,7 @@ def test_forward_mode_through_a_backward_is_refused(function):
             torch.autograd.grad(out, x, grad)
 
 
-@pytest.mark.parametrize("function", [attention, sample, kl])
+@pytest.mark.parametrize("function", [attention, packed_attention, sample, kl])
 def test_the_definitions_carry_forward_mode_on(function):
     with dalle_ext.use_reference():
         forward = jvp(function, (X.double(),), (X.double(),))[1]
@@ -256,7 +261,9 @@ def test_a_scale_is_a_finite_number(scale):
         dalle_ext.sparse_attention(X, X, X, PATTERN, scale)
 
 
-@pytest.mark.parametrize("function", [attention, sample, kl], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [attention, packed_attention, sample, kl], ids=lambda f: f.__name__
+)
 def test_a_gradient_penalty_is_refused_and_no_zero(function):
     """The incoming gradient is a constant: torch's `once_differentiable` would be silent."""
     x = X.clone().requires_grad_()
@@ -270,7 +277,9 @@ def test_a_gradient_penalty_is_refused_and_no_zero(function):
         torch.autograd.grad(again.square().sum() + 0 * x.sum(), x)
 
 
-@pytest.mark.parametrize("function", [attention, sample, kl], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [attention, packed_attention, sample, kl], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_activation_checkpointing_changes_no_gradient(function, create_graph):
     """It lets a backward pass read `ctx.saved_tensors` once only."""

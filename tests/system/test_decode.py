@@ -84,9 +84,11 @@ def test_cached_bf16_is_near_uncached():
 def test_the_cache_is_really_used(monkeypatch):
     model = make()
     lengths = []
-    attend = dalle_ext.sparse_attention
+    attend = dalle_ext.sparse_attention_qkvpacked
     monkeypatch.setattr(
-        dalle_ext, "sparse_attention", lambda q, *a: lengths.append(q.shape[2]) or attend(q, *a)
+        dalle_ext,
+        "sparse_attention_qkvpacked",
+        lambda qkv, *a: lengths.append(qkv.shape[1]) or attend(qkv, *a),
     )
     generate(model, sample(model)[0], num_samples=3)
     assert lengths == [5, 5, 5]  # one prefill of the text, three layers, and nothing after

@@ -76,11 +76,14 @@ class AttentionBlock(Resblock):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, d) -> queries, keys, values (B, H, T, D): views of one packed projection."""
+        queries, keys, values = self.project_packed(x).permute(2, 0, 3, 1, 4).unbind(0)
+        return queries, keys, values
+
+    def project_packed(self, x: Tensor) -> Tensor:
+        """(B, T, d) -> (B, T, 3, H, D)."""
         batch, length, width = x.shape
         packed = linear(self.norm(x).to(self.dtype), self.qkv)
-        heads = packed.view(batch, length, 3, self.num_heads, width // self.num_heads)
-        queries, keys, values = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        return queries, keys, values
+        return packed.view(batch, length, 3, self.num_heads, width // self.num_heads)
 
     def merge(self, x: Tensor, attended: Tensor) -> Tensor:
         """Adds the attended values (B, H, T, D) to the identity path x (B, T, d)."""
@@ -89,8 +92,9 @@ class AttentionBlock(Resblock):
     def forward(self, x: Tensor, pattern: dalle_ext.AttentionPattern) -> tuple[Tensor, KeysValues]:
         """(B, T, d) -> (B, T, d), and the keys and values for a cache."""
         x, branch = self.enter(x)
-        queries, keys, values = self.project(branch)
-        attended = dalle_ext.sparse_attention(queries, keys, values, pattern)
+        qkv = self.project_packed(branch)
+        attended = dalle_ext.sparse_attention_qkvpacked(qkv, pattern)
+        _, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return self.merge(x, attended), KeysValues(keys, values)
 
 
