@@ -101,7 +101,7 @@ struct TwoWords {
 inline TwoWords two_words(const PhiloxKeys& keys, uint64_t call) {
   uint32_t words[2 * kLanes];
   random_words(keys, call, words);
-  return {{load<Word>(words), load<Word>(words + kLanes)}};
+  return {{load(words), load(words + kLanes)}};
 }
 
 }  // namespace

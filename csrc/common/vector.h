@@ -15,6 +15,7 @@
 #include <stddef.h>
 
 #include <concepts>
+#include <iterator>
 #include <type_traits>
 #include <utility>
 
@@ -64,17 +65,16 @@ using Wide = Vec<uint64_t>;
 typedef uint16_t Short __attribute__((vector_size(kBytes / 2)));  // as many as floats
 constexpr int kLanes = Lanes<float>::kWidth;                      // of 32 bits
 
-// What lies at p, at any address: load(p) a vector of its elements, load<Word>(p) the same bytes as
-// another vector.
+// The elements at p, at any address; load_as<Short>(p): the bytes at p as another vector.
 template <typename vector_t>
-inline vector_t load(const void* p) {
+inline vector_t load_as(const void* p) {
   vector_t v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
 template <typename T>
 inline Vec<T> load(const T* p) {
-  return load<Vec<T>>(p);
+  return load_as<Vec<T>>(p);
 }
 template <typename vector_t>
 inline void store(void* p, vector_t v) {
@@ -129,22 +129,24 @@ inline T max_of(Vec<T> v) {
 
 // -- exp2 -----------------------------------------------------------------------------------------
 
-// How numbers of T are made, and the terms of 2^f on [-1/2, 1/2], the constant one first: minimax
-// for the relative error, 1.9e-9 and 3.1e-18 before rounding.
+// The layout of T, and the polynomial for 2^f on [-1/2, 1/2], lowest degree first: minimax for the
+// relative error, 3.0e-9 and 3.1e-18. Each coefficient of float was fitted after those before it
+// had been rounded.
 template <typename T>
 struct Exp2;
 template <>
 struct Exp2<float> {
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kRound = 0x1.8p23f;  // added, it leaves the integer part in the low bits
-  static constexpr float kTerms[] = {1.0f,           0.693147206f,   0.240226469f,   0.0555032878f,
-                                     0.00961848896f, 0.00133999312f, 0.000153458122f};
+  static constexpr float kPolynomial[] = {1.0f,           0.693147182f,   0.240226477f,
+                                          0.0555035956f,  0.00961849838f, 0.00133909716f,
+                                          0.000153297267f};
 };
 template <>
 struct Exp2<double> {
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kRound = 0x1.8p52;
-  static constexpr double kTerms[] = {
+  static constexpr double kPolynomial[] = {
       1.0,
       0.6931471805599453,
       0.24022650695910155,
@@ -162,11 +164,12 @@ struct Exp2<double> {
 
 // Each x becomes 2^x, for x up to the top of the range; below the normal range 0, so that no
 // denormal arises; NaN stays NaN. One vector alone is a chain of steps, each waiting for the one
-// before; kN of them go side by side.
-template <typename T, int kN, size_t kCount>
-inline void exp2_many(Vec<T> (&x)[kN], const T (&terms)[kCount]) {
+// before; kN of them go side by side. Error of float against exact results (tests/cpp measures it):
+// 0.8 ulp with fused products, else 1.1.
+template <typename T, int kN>
+inline void exp2_of(Vec<T> (&x)[kN]) {
   using E = Exp2<T>;
-  constexpr int kLast = static_cast<int>(kCount) - 1;
+  constexpr int kDegree = static_cast<int>(std::size(E::kPolynomial)) - 1;
   const Vec<T> least = splat<T>(1 - E::kBias);
   IVec<T> under[kN];
   Vec<T> f[kN], shifted[kN], power[kN];
@@ -176,12 +179,12 @@ inline void exp2_many(Vec<T> (&x)[kN], const T (&terms)[kCount]) {
     const Vec<T> clamped = maximum(least, x[j]);  // in this order: of NaN it is the second
     shifted[j] = clamped + E::kRound;
     f[j] = clamped - (shifted[j] - E::kRound);
-    power[j] = splat(terms[kLast]);
+    power[j] = splat(E::kPolynomial[kDegree]);
   }
 #pragma GCC unroll 16
-  for (int i = kLast - 1; i >= 0; --i) {
+  for (int i = kDegree - 1; i >= 0; --i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kN; ++j) power[j] = power[j] * f[j] + terms[i];
+    for (int j = 0; j < kN; ++j) power[j] = power[j] * f[j] + E::kPolynomial[i];
   }
 #pragma GCC unroll 4
   for (int j = 0; j < kN; ++j) {
@@ -190,9 +193,9 @@ inline void exp2_many(Vec<T> (&x)[kN], const T (&terms)[kCount]) {
   }
 }
 template <typename T>
-inline Vec<T> exp2_vector(Vec<T> x) {
+inline Vec<T> exp2_of(Vec<T> x) {
   Vec<T> one[1] = {x};
-  exp2_many<T>(one, Exp2<T>::kTerms);
+  exp2_of<T>(one);
   return one[0];
 }
 
@@ -216,7 +219,7 @@ inline Double widen(const double* p) { return load(p); }
 inline void narrow(float* p, Float v) { store(p, v); }
 inline void narrow(double* p, Double v) { store(p, v); }
 
-inline Float widen(const BFloat16* p) { return (Float)(widened(load<Short>(p)) << 16); }
+inline Float widen(const BFloat16* p) { return (Float)(widened(load_as<Short>(p)) << 16); }
 // The rounded number in the high half of each word; the low half is what was there, or more.
 inline Word rounded_to_bfloat16(Float v) {
   const Word bits = (Word)v;
@@ -226,7 +229,7 @@ inline void narrow(BFloat16* p, Float v) {
   store(p, __builtin_convertvector(rounded_to_bfloat16(v) >> 16, Short));
 }
 
-inline Float widen(const Half* p) { return widened_half(load<Short>(p)); }
+inline Float widen(const Half* p) { return widened_half(load_as<Short>(p)); }
 inline void narrow(Half* p, Float v) { store(p, narrowed_half(v)); }
 
 // Calls body with an element of the storage type: of those that all ops but attention take.

@@ -127,11 +127,11 @@ void reduce_units(const ReduceArgs& args, int64_t begin, int64_t end) {
       const uint16_t* const from = args.codes + r * args.numel + part;
       for_vectors(0, count, [&](int64_t i, int64_t some) {
         const Float value = (Float)decode<kFormat>(load_codes(from + i, some));
-        store(totals + i, load<Float>(totals + i) + value);
+        store(totals + i, load(totals + i) + value);
       });
     }
     for_pairs(count, [&](int64_t i, int64_t first, int64_t second) {
-      const Float total[2] = {load<Float>(totals + i), load<Float>(totals + i + kLanes)};
+      const Float total[2] = {load(totals + i), load(totals + i + kLanes)};
       Word codes[2];
       encoder.encode_two(part + i, total, codes);
       store_codes(args.sum + part + i, first, codes[0]);

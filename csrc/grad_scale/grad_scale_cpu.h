@@ -167,7 +167,7 @@ inline PartStats examine_finite(const Half* data, int64_t count, const Edges& ed
   for (int64_t i = 0; i < whole; i += kStep) {
 #pragma GCC unroll 4
     for (int at = 0; at < kStep; at += 2 * kLanes) {
-      const Halves bits = load<Halves>(data + i + at) & 0x7FFF;
+      const Halves bits = load_as<Halves>(data + i + at) & 0x7FFF;
       zeros -= (Halves)(bits == 0);
       subnormals -= (Halves)(bits < 0x0400);
       underflowed -= (Halves)(bits <= flushed);

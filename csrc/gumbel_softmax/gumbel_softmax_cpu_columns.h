@@ -188,8 +188,9 @@ void finish_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args
                   const ColumnState& state, int64_t begin, int64_t end) {
   scalar_t* sample = static_cast<scalar_t*>(args.sample) + state.c.offset;
   const float* unscaled = state.unscaled;
-  const Float chunk_max = load<Float>(state.chunk_max + begin / kColumnChunk * kLanes);
-  const Float factor = exp2_of((chunk_max - state.sums.noisy_max) * scale) * state.inverse_sum;
+  const Float chunk_max = load(state.chunk_max + begin / kColumnChunk * kLanes);
+  const Float factor =
+      exp2_of<float>((chunk_max - state.sums.noisy_max) * scale) * state.inverse_sum;
   const Float zero_or_nan = state.inverse_sum * 0.0f;  // NaN in a row with a nonfinite logit
   const Int index = state.index;
   for (int64_t k = begin; k < end; ++k) {
@@ -197,7 +198,7 @@ void finish_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args
     if (args.hard) {
       y = select(index == static_cast<int32_t>(k), splat(1.0f), Float{});
     } else {
-      y = without_denormals(load<Float>(unscaled + k * kLanes) * factor);
+      y = without_denormals(load(unscaled + k * kLanes) * factor);
     }
     store_columns<kFull>(sample + k * p.inner, state.c.count, y + zero_or_nan);
   }
@@ -248,7 +249,7 @@ void sample_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
   for (int64_t k = begin; k < end; ++k) {
     const Float logit = load_columns<kFull>(logits + k * inner, count);
     const Float noisy = add_gumbel(logit, words[k - begin]);
-    const Float y = exp2_of((noisy - noisy_max) * scale) * inverse_sum;
+    const Float y = exp2_of<float>((noisy - noisy_max) * scale) * inverse_sum;
     part += y * load_columns<kFull>(grads + k * inner, count);
     store(samples + k * kLanes, y);
     if (k % kColumnGroup == kColumnGroup - 1) {
@@ -279,7 +280,7 @@ void gradient_chunk(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& a
   for (int64_t k = begin; k < end; ++k) {
     Float grad[1] = {};
     if (grads) {
-      grad[0] = gradient.of_sample(load<Float>(samples + k * kLanes),
+      grad[0] = gradient.of_sample(load(samples + k * kLanes),
                                    load_columns<kFull>(grads + k * inner, count));
     }
     if (args.grad_kl) gradient.add_kl<1>({load_columns<kFull>(logits + k * inner, count)}, grad);

@@ -43,7 +43,7 @@ template <int kN>
 inline void add_noise(const Float (&logit)[kN], const uint32_t* words, Float (&noisy)[kN]) {
   Word word[kN];
 #pragma GCC unroll 4
-  for (int j = 0; j < kN; ++j) word[j] = load<Word>(words + j * kLanes);
+  for (int j = 0; j < kN; ++j) word[j] = load(words + j * kLanes);
   add_gumbel<kN>(logit, word, noisy);
 }
 
@@ -62,9 +62,9 @@ struct Sums {
   // Takes new maxima: multiplies the sums by 2^(old - new).
   inline void rescale(Float new_noisy_max, Float new_logit_max, float scale) {
     const Float limit = splat(-1.0e4f);  // the first time, and beyond any exponent
-    noisy_sum *= exp2_of(maximum((noisy_max - new_noisy_max) * scale, limit));
+    noisy_sum *= exp2_of<float>(maximum((noisy_max - new_noisy_max) * scale, limit));
     const Float drop = maximum((logit_max - new_logit_max) * kLog2E, limit);
-    const Float factor = exp2_of(drop);
+    const Float factor = exp2_of<float>(drop);
     entropy = factor * (entropy + drop * logit_sum);
     logit_sum *= factor;
     noisy_max = new_noisy_max;
@@ -88,8 +88,8 @@ struct Sums {
       noisy[j] = (noisy[j] - noisy_max) * scale;
       t[j] = p[j] = maximum((logit[j] - logit_max) * kLog2E, splat(-127.0f));
     }
-    exp2_of<kN>(noisy);
-    exp2_of<kN>(p);
+    exp2_of<float>(noisy);
+    exp2_of<float>(p);
 #pragma GCC unroll 4
     for (int j = 0; j < kN; ++j) {
       if (!kAllValid) {
@@ -179,7 +179,7 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
     if (rest) {
       last = load_some(chunk_logits + full, rest, 0.0f);
       last = select(valid, last, splat(last[0]));
-      const Float n = select(valid, add_gumbel(last, load<Word>(word + full)), splat(-kInfinity));
+      const Float n = select(valid, add_gumbel(last, load(word + full)), splat(-kInfinity));
       nonfinite += last * 0.0f;
       noisy_max = maximum(noisy_max, n);
       logit_max = maximum(logit_max, last);
@@ -190,7 +190,7 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
     if (new_max > row_max) {
       Int first = splat(static_cast<int32_t>(kRowChunk)), k = lanes;
       for (int64_t i = 0; i < count; i += kLanes, k += kLanes) {
-        const Int candidate = load<Float>(noisy + i) == new_max ? k : first;
+        const Int candidate = load(noisy + i) == new_max ? k : first;
         first = candidate < first ? candidate : first;
       }
       int32_t lowest = first[0];
@@ -213,7 +213,7 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
       for (int j = 0; j < kN; ++j) store(out + i + j * kLanes, e[j]);
     });
     if (rest) {
-      Float e[] = {load<Float>(noisy + full)};
+      Float e[] = {load(noisy + full)};
       sums.add<false, 1>(e, {last}, scale, valid);
       if (soft) store_some(out + full, rest, e[0]);
     }
@@ -234,11 +234,11 @@ void forward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args,
   }
   for (int64_t begin = 0; begin < num_codes; begin += kRowChunk) {
     const int64_t end = num_codes - begin < kRowChunk ? num_codes : begin + kRowChunk;
-    const Float factor = exp2_of(splat((chunk_max[begin / kRowChunk] - row_max) * scale)) *
+    const Float factor = exp2_of<float>(splat((chunk_max[begin / kRowChunk] - row_max) * scale)) *
                          static_cast<float>(1.0 / result.noisy_sum);
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) {
-      narrow(sample + i, without_denormals(load<Float>(unscaled + i) * factor));
+      narrow(sample + i, without_denormals(load(unscaled + i) * factor));
     }
     if (i < end) {
       const Float e = load_some(unscaled + i, end - i, 0.0f);
@@ -262,7 +262,7 @@ struct Gradient {
     for (int j = 0; j < kN; ++j) {
       t[j] = p[j] = maximum((logit[j] - logit_max) * kLog2E - log2_sum, splat(-127.0f));
     }
-    exp2_of<kN>(p);
+    exp2_of<float>(p);
 #pragma GCC unroll 4
     for (int j = 0; j < kN; ++j) grad[j] += grad_kl * (p[j] * (t[j] * kLn2 + constant));
   }
@@ -292,7 +292,7 @@ void backward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
         add_noise<kN>(logit, from, y);
 #pragma GCC unroll 4
         for (int j = 0; j < kN; ++j) y[j] = (y[j] - noisy_max) * scale;
-        exp2_of<kN>(y);
+        exp2_of<float>(y);
 #pragma GCC unroll 4
         for (int j = 0; j < kN; ++j) y[j] *= inverse_sum;
       };

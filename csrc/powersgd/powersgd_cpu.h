@@ -68,11 +68,11 @@ inline void product(const float* a, int64_t a_row, int64_t a_depth, const float*
     Float sums[kRows][2];
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < 2; ++v) sums[i][v] = load<Float>(out + i * width + j + v * kLanes);
+      for (int v = 0; v < 2; ++v) sums[i][v] = load(out + i * width + j + v * kLanes);
     }
     for (int64_t k = 0; k < depth; ++k) {
-      const Float first = load<Float>(block + k * kPowerBlock);
-      const Float second = load<Float>(block + k * kPowerBlock + kLanes);
+      const Float first = load(block + k * kPowerBlock);
+      const Float second = load(block + k * kPowerBlock + kLanes);
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i) {
         const Float factor = splat(a[i * a_row + k * a_depth]);
@@ -98,10 +98,10 @@ inline void tail_product(const float* a, int64_t stride, const float* b, int64_t
     for (int64_t k = 0; k < depth; k += kLanes) {
       Float lines[kTailRows];
 #pragma GCC unroll 6
-      for (int i = 0; i < kTailRows; ++i) lines[i] = load<Float>(a + (row + i) * stride + k);
+      for (int i = 0; i < kTailRows; ++i) lines[i] = load(a + (row + i) * stride + k);
 #pragma GCC unroll 4
       for (int c = 0; c < kTogether; ++c) {
-        const Float column = load<Float>(b + c * pitch + k);
+        const Float column = load(b + c * pitch + k);
 #pragma GCC unroll 6
         for (int i = 0; i < kTailRows; ++i) sums[i][c] += lines[i] * column;
       }
@@ -229,7 +229,7 @@ void decompress(const PowerMatrix& m, const PowerFactors& f, const float* packed
     __builtin_memcpy(m.out + at, sums + i * width, static_cast<size_t>(m.columns) * sizeof(float));
     if (keep) continue;
     for_vectors(0, m.columns, [&](int64_t j, int64_t some) DALLE_INLINE {
-      const Float sum = load<Float>(sums + i * width + j);
+      const Float sum = load(sums + i * width + j);
       const Float rest = decoded(m.error + at + j, some) - sum * f.feedback;
       store_codes(m.error + at + j, some, encoded(rest));
     });

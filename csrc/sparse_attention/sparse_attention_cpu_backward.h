@@ -85,7 +85,7 @@ inline void softmax_gradient(BackwardSpace<operand_t>& space, const AttentionTil
 #pragma GCC unroll 2
           for (int j = 0; j < 2; ++j) {
             const int at = (r + i) * kChunk + t * kTile + c + j * kWidth;
-            probability[i][j] = exp2_vector<acc_t>(load(space.p + at) - lse_ceil) * correction;
+            probability[i][j] = exp2_of<acc_t>(load(space.p + at) - lse_ceil) * correction;
             gradient[i][j] = probability[i][j] * (load(space.ds + at) - delta);
             if (tiles[t].mask >= 0) {
               const uint32_t bits = masks[tiles[t].mask].rows[r + i];
@@ -194,7 +194,7 @@ struct Backward {
       fraction[r] = __builtin_ceil(lse_log2) - lse_log2;
     }
     for (int r = 0; r < kTile; r += Lanes<double>::kWidth) {
-      store(fraction + r, exp2_vector<double>(load(fraction + r)));
+      store(fraction + r, exp2_of<double>(load(fraction + r)));
     }
     for (int r = 0; r < kTile; ++r) {
       space.correction[r] = r < count ? static_cast<acc_t>(fraction[r]) : 0;

@@ -85,7 +85,7 @@ inline void softmax_chunk(ForwardSpace<operand_t>& space, const AttentionTile* t
     const Vec<acc_t> m_new = chunk_max > m_old ? chunk_max : m_old;
     // A row that has no visible key yet has no maximum; 0 keeps -inf - (-inf) away.
     const Vec<acc_t> shift = m_new == minus_infinity ? Vec<acc_t>{} : m_new;
-    store(space.rescale + r, exp2_vector<acc_t>(m_old - shift));
+    store(space.rescale + r, exp2_of<acc_t>(m_old - shift));
     store(space.m + r, m_new);
     store(space.shift + r, shift);
   }
@@ -95,8 +95,8 @@ inline void softmax_chunk(ForwardSpace<operand_t>& space, const AttentionTile* t
     const acc_t shift = space.shift[r];
     Vec<acc_t> l = space.l[r] * space.rescale[r];
     for (int c = 0; c < num_tiles * kTile; c += 2 * kWidth) {
-      const Vec<acc_t> p0 = exp2_vector<acc_t>(load(scores + c) - shift);
-      const Vec<acc_t> p1 = exp2_vector<acc_t>(load(scores + c + kWidth) - shift);
+      const Vec<acc_t> p0 = exp2_of<acc_t>(load(scores + c) - shift);
+      const Vec<acc_t> p1 = exp2_of<acc_t>(load(scores + c + kWidth) - shift);
       store_along(weights + c / kElements<operand_t>, p0, p1);
       l += p0;
       l += p1;

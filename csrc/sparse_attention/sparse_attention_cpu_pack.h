@@ -49,7 +49,7 @@ inline void gather_row(const BFloat16* row, int size, int words, Pair* to) {
   constexpr int kWidth = Lanes<Pair>::kWidth;
   int d = 0;
   for (; d + 2 * kWidth <= size; d += 2 * kWidth, to += kWidth) {
-    store(to, load(reinterpret_cast<const Pair*>(row + d)));
+    store(to, load_as<Vec<Pair>>(row + d));
   }
   if (d == words * 2) return;
   std::memset(to, 0, sizeof(Pair) * kWidth);

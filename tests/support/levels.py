@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,10 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 BYTES = {"generic": 16, "v2": 16, "v3": 32, "v4": 64, "v4_bf16": 64}
 LEVELS = list(BYTES)
 CHOSEN = dalle_ext.build_info()["cpu_isa"] or "generic"  # the highest here, unless told otherwise
-# Whether it adds products without rounding them first; SSE does not.
-FUSED = CHOSEN in ("v3", "v4", "v4_bf16") or (
-    CHOSEN == "generic" and platform.machine() in ("aarch64", "arm64")
-)
 # What DALLE_EXT_CPU_ISA may name; the generic build has nothing to choose from.
 OFFERED = LEVELS[1 : LEVELS.index(CHOSEN) + 1] or ["generic"]
 
