@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -212,6 +214,20 @@ def test_ends_used_by_hand():
     stream, y = ends.enter(x)
     (stream + ends.leave(layer(y))).sum().backward()
     assert ends.checked
+
+
+def test_the_look_at_a_branch_keeps_no_memory():
+    model, scaler = make("one sum", "span")
+    inputs = []
+    model[2].f.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    model[2].norm1.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    gc.disable()
+    try:
+        backward(model)
+        assert len(inputs) == 2 and [ref() for ref in inputs] == [None, None]
+    finally:
+        gc.enable()
+    assert scaler["0"].checked
 
 
 def test_copies_and_pickles_keep_the_parameters_once():

@@ -184,9 +184,7 @@ class BlockEnds:
                 raise self.error(f"{type(result).__name__} where its last module returns a tensor")
             if self._unchecked():
                 call, calls.open = getattr(calls, "open", None), None
-                if call is not None:
-                    call.close()
-                self._check(result, None if call is None else call.branch_input)
+                self._check(result, None if call is None else call.close())
             return self.leave(result)
 
         return [first.register_forward_pre_hook(before), last.register_forward_hook(after)]
@@ -196,15 +194,18 @@ class _Call:
     """A forward pass of a hooked branch that is looked at."""
 
     def __init__(self, ends: BlockEnds, branch_input: Tensor) -> None:
-        self.ends, self.branch_input, self.closed = ends, branch_input, False
+        self.ends = ends
+        self.branch_input: Tensor | None = branch_input
         if branch_input.requires_grad:
             branch_input.register_hook(self._backward)
 
-    def close(self) -> None:
-        self.closed = True
-        if self.branch_input._version:
+    def close(self) -> Tensor | None:
+        """The branch's input, which is let go: its hook refers to this object."""
+        branch_input, self.branch_input = self.branch_input, None
+        if branch_input is not None and branch_input._version:
             raise self.ends.error("one that changes its input in place")
+        return branch_input
 
     def _backward(self, _: Tensor) -> None:
-        if not self.closed:
+        if self.branch_input is not None:
             raise self.ends.error("one whose last module was not called")
