@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dalle.cli import load_target, main
@@ -54,7 +55,7 @@ def test_the_next_command_of_each_step_ends_in_pictures(tmp_path, monkeypatch, c
         heard = capsys.readouterr()
         done.append(" ".join(words[:2]))
         said += heard.out + heard.err
-        words = shlex.split(re.findall(r"(?:next|now): (dalle .*)", heard.out)[-1])[1:]
+        words = shlex.split(re.findall(r"next: (dalle .*)", heard.out)[-1])[1:]
     assert done == [
         "tokenizer train", "dvae train", "prior train", "ranker train", "pipeline make"
     ]  # fmt: skip
@@ -64,8 +65,19 @@ def test_the_next_command_of_each_step_ends_in_pictures(tmp_path, monkeypatch, c
         assert re.search(rf"{stage} train: recipe quick: 4 updates of 4 pictures, 2 an ep", said)
         assert f"{stage} train: 6 pairs of my pictures and 2 held out" in said
     assert "PSNR" in said and "codes used" in said and "held-out nats a token" in said
+    assert words[1] == "picture number 0"
     assert main([*words, "--num-candidates", "2", "--top", "2", "--out", "drawn"]) == 0
     assert list(Path("drawn").glob("*.png"))
+
+
+def test_a_collapse_stands_at_the_end_in_words(tmp_path):
+    made = dvae.plan(parsed("dvae", "train", "--data", write_folder(tmp_path / "a", [24] * 6)), 1)
+    vae = DiscreteVAE(made.model)
+    vae.encoder.logits_conv().b.data[3] = 1e4
+    vae.save_pretrained(tmp_path / "model")
+    said = list(dvae.saved_scores(made, tmp_path, torch.device("cpu")))
+    used = f"1 of {made.model.vocab_size} codes used"
+    assert any(line.startswith("the codebook has collapsed: " + used) for line in said), said
 
 
 def test_the_options_of_a_run_repeat_it_bit_for_bit(tmp_path, capsys):
@@ -187,6 +199,18 @@ NOTES = [  # (lines, what one of them says)
     (
         notes.ranker_notes(*[RankerTrainConfig(reconstructed=0.5)] * 2, 99, False),
         "reconstructed 0.5 does nothing without --vae",
+    ),
+    (
+        notes.dvae_notes(*[DvaeTrainConfig(lr_steps=0, lr_start=3.0)] * 2, 10**7),
+        "lr_start 3.0 does nothing with lr_steps 0",
+    ),
+    (
+        notes.prior_notes(*[replace(PAPER, stochastic_rounding=True)] * 2, 10**6),
+        "stochastic_rounding True does nothing without --half-weights",
+    ),
+    (
+        notes.ranker_notes(*[RankerTrainConfig(reconstructed=0, num_spliced=0)] * 2, 99, True),
+        "vae does nothing with reconstructed 0 and num_spliced 0",
     ),
     (
         notes.loop_notes(LoopConfig(out=Path("x"), steps=1, evaluate_every=5), False),

@@ -94,8 +94,8 @@ class ReconstructConfig:
         data: a folder of pictures, shapes or emoji.
         model: folder of a discrete VAE.
         out: the PNG to write.
-        image_size: side in pixels the pictures are cropped to; 0 takes the nearest size the
-            model can cut into tokens: the demo's for shapes and emoji, else 256.
+        image_size: side in pixels the pictures are cropped to; 0 takes that of the training, or
+            without its config.yaml beside the model the demo's for shapes and emoji, else 256.
         split: of shapes and emoji.
         limit: how many pictures.
         columns: pairs a row of the PNG.
@@ -309,7 +309,10 @@ def reconstruct(config: ReconstructConfig) -> None:
     vae = DiscreteVAE.from_pretrained(config.model).to(pick_device(config.device))
     size = config.image_size
     if not size:
-        default_size = DVAE_RECIPES[config.data].image_size if config.data in DVAE_RECIPES else 256
+        default_size = presets.size_of_run(config.model)
+        if not default_size:
+            built_in = DVAE_RECIPES.get(config.data)
+            default_size = built_in.image_size if built_in else 256
         size = max(1, round(default_size / vae.factor)) * vae.factor
     vae.grid(size)
     needed = 4 * 3 * 3 * size**2 * config.limit  # pictures, reconstructions, sheet

@@ -62,11 +62,16 @@ def dvae_notes(options: Any, config: DvaeTrainConfig, steps: int) -> Iterator[st
         yield from _unused(options, config, ["mse_weight"], "without --distortion mse")
     if not config.kl_weight:
         yield from _unused(options, config, ["kl_steps"], "with kl_weight 0")
+    for ramp in ("lr", "tau"):
+        if not getattr(config, f"{ramp}_steps"):
+            yield from _unused(options, config, [f"{ramp}_start"], f"with {ramp}_steps 0")
     if not config.average_decay:
         yield from _unused(options, config, ["average_warmup"], "with average_decay 0")
 
 
-def prior_notes(options: Any, config: PriorTrainConfig, steps: int) -> Iterator[str]:
+def prior_notes(
+    options: Any, config: PriorTrainConfig, steps: int, half_weights: bool = False
+) -> Iterator[str]:
     """Of `dalle prior train`."""
     if config.warmup_steps >= steps:
         yield (
@@ -91,6 +96,8 @@ def prior_notes(options: Any, config: PriorTrainConfig, steps: int) -> Iterator[
             yield f"the step size cannot be halved before update {length}, the run has {steps}"
     if config.optimizer != "muon":
         yield from _unused(options, config, ["muon_scale"], "without --optimizer muon")
+    if not half_weights:
+        yield from _unused(options, config, ["stochastic_rounding"], "without --half-weights")
     if config.image_init != "codebook":
         scales = ("embedding_scale", "head_scale")
         yield from _unused(options, config, scales, "without --image-init codebook")
@@ -107,6 +114,8 @@ def ranker_notes(options: Any, config: RankerTrainConfig, steps: int, vae: bool)
         )
     if not vae:
         yield from _unused(options, config, ["reconstructed"], "without --vae")
+    elif not config.reconstructed and not config.spliced:
+        yield "vae does nothing with reconstructed 0 and num_spliced 0"
 
 
 def loop_notes(loop: LoopConfig, held_out: bool) -> Iterator[str]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
+from dalle.commands.presets import value_of_run
+from dalle.data.folder import read_captions
 from dalle.dvae.model import DiscreteVAE
-from dalle.errors import UsageError
+from dalle.errors import DataError, UsageError
 from dalle.files import atomic_folder, make_folder, saving
 from dalle.pipeline import Pipeline
 from dalle.prior.model import Prior
@@ -61,4 +66,14 @@ def make(config: PipelineMakeConfig) -> None:
     size, how = pipeline.image_size, "without" if config.ranker is None else "with"
     print(f"pipeline make: pictures of {size} x {size} pixels, {how} a ranker, in {config.out}")
     model = shlex.quote(str(config.out))
-    print(f'pipeline make: now: dalle sample "A CAPTION" --model {model}')
+    caption = shlex.quote(a_caption(config.prior))
+    print(f"pipeline make: next: dalle sample {caption} --model {model}")
+
+
+def a_caption(prior: Path) -> str:
+    """A caption of the folder that a prior was trained on, or "A CAPTION" where none is known."""
+    folder = Path(value_of_run(prior, "data") or ".no-such-folder")
+    with suppress(OSError, DataError, ValueError):
+        names = (entry.name for entry in os.scandir(folder) if entry.name.endswith(".txt"))
+        return read_captions(folder / min(islice(names, 1000)))[0]
+    return "A CAPTION"

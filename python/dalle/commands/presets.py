@@ -222,6 +222,8 @@ def split_pairs(
     if not wanted:
         return pairs, None, 0.0
     if data in BUILT_IN:
+        if share is not None:
+            say(f"{owner}: note: the split {HELD_OUT[data]} of {data} is held out, whole")
         held = load_pairs(data, image_size=size, split=HELD_OUT[data], seed=seed)
         return pairs, held, wanted
     try:

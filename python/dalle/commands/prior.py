@@ -251,7 +251,7 @@ def _train(config: PriorCommandConfig, world: World) -> None:
             *_cut_captions(made, shape.text_len),
         ],
         notes=[
-            *prior_notes(config.training, made.train, loop.steps),
+            *prior_notes(config.training, made.train, loop.steps, shape.half_weights),
             *loop_notes(config.loop, made.validation is not None),
             *cluster_notes(config.cluster, world.size),
         ],

@@ -36,8 +36,10 @@ class CodebookHealth(NamedTuple):
     perplexity: float
 
     def collapsed(self, num_tokens: int) -> bool:
-        """Whether under 5 % of the codes that could have been used were (needs >= 4 K tokens)."""
-        return num_tokens >= 4 * self.size and self.used < 0.05 * self.size
+        """Whether under 5 % of the codes that could have been used were, or a single one (needs
+        >= 4 K tokens)."""
+        least = min(self.size, max(2, 0.05 * self.size))
+        return num_tokens >= 4 * self.size and self.used < least
 
     def in_words(self) -> str:
         """One line for a person."""
