@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from dalle.errors import DataError, UsageError
 from dalle.options import parse_options
 from dalle.pipeline import Pipeline
 from dalle.recipes import quick_ranker
+from support.printed import printed
 
 SIZES = (
     "--image-size 16 --patch 4 --codes 32 --dvae-width 32 --dvae-steps 120 --ranker-steps 12 "
@@ -55,16 +57,21 @@ def steady_pace(*_):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("own") / "pictures")
+    return write_folder(tmp_path_factory.mktemp("own") / "DIR")
 
 
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("own") / "run"
+    """The commands of docs/training.md as printed, at a size of seconds."""
+    train, sample = printed("docs/training.md", "## One command")
+    assert train in printed("README.md", "## Quick start")
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)
         patch.setattr(run, "measure", steady_pace)
         patch.setattr(sizing, "quick_ranker", lambda steps: replace(quick_ranker(steps), **RANKER))
-        assert cli.main(["train", "--data", str(folder), "--out", str(out), *SIZES]) == 0
+        assert cli.main([*train, *SIZES]) == 0
+        assert cli.main([*sample, "--num-candidates", "2", "--out", "drawn"]) == 0
+    out = folder.parent / "run"
     return out, json.loads((out / "summary.json").read_text())
 
 
@@ -76,7 +83,7 @@ def test_one_command_leaves_scores_a_page_and_a_pipeline_that_draws(finished, fo
     assert summary["data"]["skipped"] == {"caption without picture": 1}
     assert summary["verdict"] and "nearest to a right picture" in summary["verdict"][-1]
     page = (out / "index.html").read_text()
-    assert "In words" in page and "dalle train: pictures" in page and "http" not in page
+    assert "In words" in page and "dalle train: DIR" in page and "http" not in page
     pipeline = Pipeline.from_pretrained(out / "pipeline")
     assert pipeline.sampling.temperature == 0.5
     drawn = pipeline.generate("a red circle on a white background", num_candidates=2, top=1)
@@ -86,6 +93,7 @@ def test_one_command_leaves_scores_a_page_and_a_pipeline_that_draws(finished, fo
 def test_the_same_command_does_nothing_more_and_other_options_are_refused(finished, folder, capsys):
     out, summary = finished
     words = ["train", "--data", str(folder), "--out", str(out)]
+    assert len(list((folder.parent / "drawn").rglob("*.png"))) == 3  # a grid and two pictures
     assert cli.main([*words, *SIZES]) == 0
     captured = capsys.readouterr()
     assert "prior 60/60" not in captured.err
@@ -100,7 +108,7 @@ def test_the_same_command_does_nothing_more_and_other_options_are_refused(finish
 def test_the_options_written_give_the_same_run_again(finished, folder):
     out, summary = finished
     config = parse_options(TrainConfig, ["--config", str(out / "config.yaml")], prog="dalle train")
-    assert config.data == str(folder) and config.out == out
+    assert Path(config.data).name == "DIR" and config.out.name == "run"
     assert all(value is not None for value in to_dict(config.sizes).values())
     recipe = build(config.sizes, summary["data"]["pairs"])
     wanted = {

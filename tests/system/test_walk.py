@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from dalle import cli
+from support.printed import printed
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "training.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 LAB_BOOK = ROOT / "docs" / "log.md"  # its commands are those of their day
 EVERYWHERE = {"--help", "--debug", "--config"}
@@ -26,13 +26,6 @@ LESS = {  # options of these commands that the test gives smaller values
 }
 
 
-def printed(heading: str) -> list[list[str]]:
-    """The words of each `dalle` command in the first block under a heading, without comments."""
-    text = PAGE.read_text(encoding="utf-8").partition(f"\n{heading}\n")[2].split("```")[1]
-    lines = text.replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("dalle ")]
-
-
 def test_printed_commands_end_in_pictures(tmp_path, monkeypatch, capsys):
     """As printed, on 6 pictures, with fewer updates and pictures a batch."""
     monkeypatch.chdir(tmp_path)
@@ -42,7 +35,7 @@ def test_printed_commands_end_in_pictures(tmp_path, monkeypatch, capsys):
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(f"DIR/{i}.png")
         Path(f"DIR/{i}.txt").write_text(f"picture number {i}")
     done = []
-    for words in printed("## Commands"):
+    for words in printed("docs/training.md", "## Commands"):
         if words[0] in ("plan", "plot", "--help"):
             continue
         less = LESS.get(words[0], {})

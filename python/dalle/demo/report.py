@@ -156,6 +156,17 @@ def _number(value: float, unit: str) -> str:
     return f"{value if isinstance(value, int) else format(value, '.4g')}&nbsp;{unit}"
 
 
+KNOWN, NEW = "Captions of the training", "Captions no training pair contained"
+
+
+def _parts(strips: list[dict[str, Any]]) -> list[tuple[str, list[tuple[int, dict[str, Any]]]]]:
+    """(heading, rows of the sheet with their strips), new captions first."""
+    rows = list(enumerate(strips))
+    parts = [(NEW, [r for r in rows if r[1]["split"] != "train"])]
+    parts.append((KNOWN, [r for r in rows if r[1]["split"] == "train"]))
+    return [part for part in parts if part[1]]
+
+
 def _contact(
     space: Workspace, summary: dict[str, Any], strips: list[dict[str, Any]], size: int
 ) -> str:
@@ -164,39 +175,36 @@ def _contact(
     if sheet is None or len(strips) != sheet.rows:
         return ""
     true = int(strips[0]["below"][0] == "true")
-    groups = [
-        group([tile(sheet, row, x, _alt_text(strip, x)) for x in range(true + 1)], strip["caption"])
-        for row, strip in enumerate(strips)
-    ]
     first = "Left the true picture, right what" if true else "What"
-    head = (
-        f"<p>{first} the model drew for a caption that no training pair contained: the best of "
-        f'{summary["recipe"]["num_samples"]} by the ranker (<a href="pictures/samples.png">as one '
-        "picture</a>).</p>"
+    html = (
+        f"<p>{first} the model drew: the best of {summary['recipe']['num_samples']} by the ranker "
+        '(<a href="pictures/samples.png">as one picture</a>).</p>'
     )
-    return head + contact(groups, true + 1)
+    for heading, rows in _parts(strips):
+        groups = [
+            group([tile(sheet, y, x, _alt_text(s, x)) for x in range(true + 1)], s["caption"])
+            for y, s in rows
+        ]
+        html += f"<h2>{heading}</h2>" + contact(groups, true + 1)
+    return html
 
 
 def _strips(space: Workspace, strips: list[dict[str, Any]], size: int) -> str:
     sheet = load_sheet(space.out, "pictures/strips.png", size)
     if sheet is None or len(strips) != sheet.rows:
         return ""
-    groups = [
-        group(
-            [
-                tile(sheet, row, x, _alt_text(strip, x), below)
-                for x, below in enumerate(strip["below"])
-            ],
-            f"{strip['caption']} ({strip['split']})",
-        )
-        for row, strip in enumerate(strips)
-    ]
     first = "true picture, then " if strips[0]["below"][0] == "true" else ""
-    head = (
-        "<h2>Captions no training pair contained</h2>"
-        f"<p>Each: {first}samples with the ranker's scores, best first.</p>"
-    )
-    return head + contact(groups, 4)
+    html = f"<h2>Every sample</h2><p>Each: {first}samples with the ranker's scores, best first.</p>"
+    for _, rows in _parts(strips):
+        groups = [
+            group(
+                [tile(sheet, y, x, _alt_text(s, x), below) for x, below in enumerate(s["below"])],
+                f"{s['caption']} ({s['split']})",
+            )
+            for y, s in rows
+        ]
+        html += contact(groups, 4)
+    return html
 
 
 def _alt_text(strip: dict[str, Any], column: int) -> str:

@@ -91,8 +91,9 @@ def _drawings(scores: Mapping[str, Any], name: str) -> list[str]:
     if train is None:
         return []
     chance = 1 / max(1, scores.get("true_pictures", 1))
+    tries = scores.get("samples", 8) // scores.get("captions_drawn", 1)
     sentence = (
-        f"Drawn for captions of the training, the best of 8 is nearest to a right picture of "
+        f"Drawn for captions of the training, the best of {tries} is nearest to a right picture of "
         f"{name} in {train:.0%} of the cases (chance: {chance:.1%})"
     )
     if held_out is not None:
