@@ -212,9 +212,16 @@ def train(config: DvaeCommandConfig) -> None:
         )
         rows, columns = vae.grid(made.train.image_size)
         banner(
-            owner, made.pairs, made.validation,
-            recipe=str(resolved.recipe), image_size=sizes[0], batch_size=sizes[1], loop=loop,
-            parameters=parameters, device=world.device, precision="fp32",
+            owner,
+            made.pairs,
+            made.validation,
+            recipe=str(resolved.recipe),
+            image_size=sizes[0],
+            batch_size=sizes[1],
+            loop=loop,
+            parameters=parameters,
+            device=world.device,
+            precision="fp32",
             enlarges=made.train.augment == "none",
             more=[f"{rows} x {columns} tokens a picture, {made.model.vocab_size:,} codes"],
             notes=[
@@ -222,15 +229,18 @@ def train(config: DvaeCommandConfig) -> None:
                 *loop_notes(config.loop, made.validation is not None),
                 *cluster_notes(config.cluster, world.size),
             ],
-        )  # fmt: skip
+        )
         result = run_loop(task, loop, begun=keep_options(owner, resolved, out))
         save_better(owner, task, out / "model", result.step)
     if is_main_process():
         end_block(
-            owner, result, out / "model", left_out(made.pairs),
+            owner,
+            result,
+            out / "model",
+            left_out(made.pairs),
             [*saved_scores(made, out, world.device)],
             next_command(config.data, config.preset, out.parent, dvae=out / "model"),
-        )  # fmt: skip
+        )
 
 
 @torch.no_grad()

@@ -241,10 +241,17 @@ def _train(config: PriorCommandConfig, world: World) -> None:
     parts = (prior, made.tokenizer, made.vae, made.pairs, made.train)
     task = PriorTask(*parts, seed=loop.seed, world=world, validation=made.validation)
     banner(
-        owner, made.pairs, made.validation,
-        recipe=str(resolved.recipe), image_size=resolved.image_size,
-        batch_size=made.train.batch_size, loop=loop, parameters=parameters,
-        device=world.device, precision=shape.precision, enlarges=made.train.augment == "none",
+        owner,
+        made.pairs,
+        made.validation,
+        recipe=str(resolved.recipe),
+        image_size=resolved.image_size,
+        batch_size=made.train.batch_size,
+        loop=loop,
+        parameters=parameters,
+        device=world.device,
+        precision=shape.precision,
+        enlarges=made.train.augment == "none",
         more=[
             f"{shape.text_len} text positions, {shape.grid[0]} x {shape.grid[1]} image tokens of "
             f"{shape.image_vocab:,} codes",
@@ -255,7 +262,7 @@ def _train(config: PriorCommandConfig, world: World) -> None:
             *loop_notes(config.loop, made.validation is not None),
             *cluster_notes(config.cluster, world.size),
         ],
-    )  # fmt: skip
+    )
     result = train(task, loop, begun=keep_options(owner, resolved, out))
     scores = save_better(owner, task, out / "model", result.step)
     if world.size > 1 and loop.picture_every:  # the model may be too large for one process

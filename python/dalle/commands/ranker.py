@@ -118,15 +118,23 @@ def train_command(config: RankerCommandConfig) -> None:
         count, slots = tokenizer.truncated - cut, ranker.config.text_len
         lines = [f"{count} captions have more than {slots} tokens, the rest is cut off"]
     banner(
-        owner, pairs, validation,
-        recipe=recipe, image_size=size, batch_size=train_config.batch_size, loop=loop,
-        parameters=sum(p.numel() for p in ranker.parameters()), device=device, precision="fp32",
-        enlarges=True, more=lines,
+        owner,
+        pairs,
+        validation,
+        recipe=recipe,
+        image_size=size,
+        batch_size=train_config.batch_size,
+        loop=loop,
+        parameters=sum(p.numel() for p in ranker.parameters()),
+        device=device,
+        precision="fp32",
+        enlarges=True,
+        more=lines,
         notes=[
             *ranker_notes(config.training, train_config, loop.steps, vae is not None),
             *loop_notes(config.loop, validation is not None),
         ],
-    )  # fmt: skip
+    )
     resolved = replace(
         config,
         recipe=recipe,
