@@ -21,6 +21,7 @@ from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError
 from dalle.train.checkpoint import save_checkpoint
 from dalle.train.config import LoopConfig
+from dalle.train.held_out import save_better
 from dalle.train.lock import FolderLock, training_lock
 from dalle.train.loop import train, write_pictures
 from dalle.train.manifest import checkpoints
@@ -136,6 +137,18 @@ def pictures(rank):
     write_pictures(dvae, 1, folder)
     values = [float(t.train_step(0)["loss"]) for t in (task, dvae)]
     return {"written": sorted(p.name for p in folder.iterdir()), "losses": values}
+
+
+def better(_rank):
+    """The models that are written with a held-out part, and without one."""
+    folder = Path(cluster_of().first(tempfile.mkdtemp()))
+    for name in ("with", "without"):
+        task = make_task(make_parts(), RECIPES["crops"], world=cluster_of())
+        task.validation = task.pairs if name == "with" else None
+        task.train_step(0)
+        task.average.copies = 10_000
+        save_better("prior train", task, folder / name, 1)
+    return sorted(path.name for path in folder.iterdir())
 
 
 def locked(rank):

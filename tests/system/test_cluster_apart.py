@@ -19,6 +19,7 @@ from support.cluster_apart import (
     RECIPES,
     STEPS,
     Broken,
+    better,
     broken_codebook,
     dvae_losses,
     locked,
@@ -41,7 +42,8 @@ def two(tmp_path_factory):
     calls = {name: (prior_losses, name) for name in RECIPES}
     calls |= {"dvae": (dvae_losses,), "gone": (own_part_gone,), "other": (other_data,)}
     calls |= {"shapes": (other_shapes,), "pictures": (pictures,), "told": (told_apart,)}
-    calls |= {"codebook": (broken_codebook,), "locked": (locked,), "rescued": (rescued,)}
+    calls |= {"better": (better,), "codebook": (broken_codebook,)}
+    calls |= {"locked": (locked,), "rescued": (rescued,)}
     calls |= {"time": (time_apart,)}  # the last: its heartbeat has stopped
     return run(2, calls, tmp_path_factory.mktemp("two"), joined=False)
 
@@ -100,6 +102,12 @@ def test_pictures_of_many_processes(two):
     assert first["written"] == ["reconstructions-00000001.png", "samples-00000001.png"]
     assert second["written"] == []
     assert first["losses"] == second["losses"]
+
+
+def test_all_processes_write_the_better_weights(two):
+    for found in two["better"]:
+        assert found[0] == "with" and found[1] in ("with-averaged", "with-last")
+        assert found[2:] == ["without"]
 
 
 def test_a_codebook_without_pictures_ends_on_all(two):

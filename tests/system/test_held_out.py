@@ -84,12 +84,20 @@ def test_the_better_weights_are_the_model_and_the_others_are_kept(better, tmp_pa
     assert line in capsys.readouterr().err
 
 
-def test_without_a_held_out_part_the_average_is_saved(tmp_path):
+@pytest.mark.parametrize("copies", [0, 10_000])
+def test_without_a_held_out_part_the_average_is_saved_if_it_forgot(copies, tmp_path, capsys):
     task = make_task(WARM)
     for parameter in task.model.parameters():
         parameter.data.add_(0.01)
+    task.average.copies = copies
     with task.average.applied():
         average = fingerprint(task.model)
+    if not copies:  # the average is still what the training began with
+        assert save_better("dvae train", task, tmp_path / "model", 20) == {}
+        assert fingerprint(DiscreteVAE.from_pretrained(tmp_path / "model")) != average
+        assert fingerprint(DiscreteVAE.from_pretrained(tmp_path / "model-averaged")) == average
+        assert "the averaged ones (which still hold much" in capsys.readouterr().err
+        return
     assert save_better("dvae train", task, tmp_path / "model", 20) == {}
     assert fingerprint(DiscreteVAE.from_pretrained(tmp_path / "model")) == average
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

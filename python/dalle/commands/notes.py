@@ -8,10 +8,9 @@ from typing import Any
 
 from dalle.commands.presets import given
 from dalle.distributed.config import ClusterConfig
-from dalle.train.averaging import first_share
+from dalle.train.averaging import FIRST_SHARE, first_share
 from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTrainConfig
-from dalle.train.loop import FIRST_SHARE
 from dalle.train.prior_recipe import PriorTrainConfig
 from dalle.train.ranker import RankerTrainConfig
 

@@ -137,10 +137,11 @@ def plan(config: PriorCommandConfig, world: World) -> Plan:
     tokenizer = Tokenizer.from_pretrained(config.tokenizer)
     vae = DiscreteVAE.from_pretrained(config.vae).to(world.device)
     recipe = presets.chosen_recipe(owner, config.recipe, preset, world.size)
-    side = presets.size_of_run(config.vae)
-    side = side if side and not side % vae.factor else PRESETS[preset].grid[0] * vae.factor
+    of_vae = presets.size_of_run(config.vae)
+    of_vae = 0 if of_vae % vae.factor else of_vae
+    side = of_vae or PRESETS[preset].grid[0] * vae.factor
     pairs = presets.open_pairs(config.data, config.image_size, side, config.loop.seed)
-    size = config.image_size or presets.fitting_size(side, pairs, vae.factor)
+    size = config.image_size or of_vae or presets.fitting_size(side, pairs, vae.factor)
     pairs, validation, share = presets.split_pairs(
         owner, config.data, pairs, config.validation, recipe, size, config.loop.seed
     )

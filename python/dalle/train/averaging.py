@@ -14,6 +14,8 @@ from dalle.dtensor import swapped
 from dalle.errors import CheckpointError, UsageError
 from dalle_ext._checks import real
 
+FIRST_SHARE = 0.1  # of the initial weights in an average; above it a line says so
+
 
 def decay_of_copy(decay: float, copy: int, warmup: bool) -> float:
     """Weight of the past at copy number `copy`, from 0."""

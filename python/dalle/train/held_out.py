@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -14,6 +15,7 @@ from dalle.data.augment import center_crop
 from dalle.data.pairs import Pairs, load_or_skip
 from dalle.files import saving
 from dalle.pretrained import Pretrained
+from dalle.train.averaging import FIRST_SHARE
 from dalle.train.task import Task, averaged_model
 
 MOST = 512  # held-out pictures that are scored
@@ -58,8 +60,9 @@ def held_out_scores(task: Task, step: int, *, averaged: bool = True) -> dict[str
 def save_better(owner: str, task: Task, folder: Path, step: int) -> dict[str, float]:
     """Writes the averaged or the last weights, whichever score better on the held-out part.
 
-    The others go beside it, into FOLDER-last or FOLDER-averaged. Without a held-out part, or
-    without an average, one model is written. Collective.
+    The others go beside it, into FOLDER-last or FOLDER-averaged. Without a held-out part the
+    average is the model, as in the paper, and alone; but where it still holds much of the first
+    weights, the last ones are the model, and the average lies beside them. Collective.
 
     Args:
         owner: begins every line.
@@ -77,10 +80,17 @@ def save_better(owner: str, task: Task, folder: Path, step: int) -> dict[str, fl
         averaged: held_out_scores(task, step, averaged=averaged)
         for averaged in ((False,) if task.average is None else (True, False))
     }
-    better = min(scores, key=lambda averaged: scores[averaged].get("loss", float(not averaged)))
+    # Only process 0 has scores, and the others must write the same models with it.
+    measured = task.world.first(bool(scores[False]))
+    early = task.average is not None and task.average.first_share > FIRST_SHARE
+    better = task.average is not None and not early
+    if measured:
+        losses = {x: values.get("loss", math.inf) for x, values in scores.items()}
+        better = min(scores, key=lambda x: math.inf if math.isnan(losses[x]) else losses[x])
+    better = task.world.first(better)
     for averaged in scores:
-        if averaged != better and not scores[averaged]:
-            continue  # nothing says which is better: the average, as the paper does
+        if averaged != better and not measured and not early:
+            continue
         words = "averaged" if averaged else "last"
         target = folder if averaged == better else folder.with_name(f"{folder.name}-{words}")
         with (
@@ -91,11 +101,14 @@ def save_better(owner: str, task: Task, folder: Path, step: int) -> dict[str, fl
             if model is not None:
                 assert isinstance(model, Pretrained)
                 model.save_pretrained(target)
-    if len(scores) == 2 and scores[better]:
+    if len(scores) == 2 and (measured or early):
         names = ("averaged", "last") if better else ("last", "averaged")
-        mine, other = (number(scores[x]["loss"]) for x in (better, not better))
+        mine, other = "", "which still hold much of the first ones"
+        if measured:
+            mine, other = (number(scores[x].get("loss", 0)) for x in (better, not better))
+            mine = f", held-out loss {mine}"
         say(
-            f"{owner}: the {names[0]} weights are the model, held-out loss {mine}; the {names[1]} "
-            f"ones ({other}) are in {folder.name}-{names[1]}"
+            f"{owner}: the {names[0]} weights are the model{mine}; the {names[1]} ones"
+            f" ({other}) are in {folder.name}-{names[1]}"
         )
     return scores[better]

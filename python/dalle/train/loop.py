@@ -47,6 +47,7 @@ from dalle.console import is_main_process, say
 from dalle.errors import DataError, EnvironmentProblem, Interrupted, NumericalError
 from dalle.files import make_folder
 from dalle.pictures import save_png, to_uint8
+from dalle.train.averaging import FIRST_SHARE
 from dalle.train.config import LoopConfig
 from dalle.train.held_out import held_out_scores
 from dalle.train.lock import training_lock
@@ -57,8 +58,6 @@ from dalle.train.seeds import reproducible, start_seed
 from dalle.train.signals import signals
 from dalle.train.task import Task
 from dalle.train.update import check_loss
-
-FIRST_SHARE = 0.1  # of the initial weights in the average; above it a line says so
 
 
 @dataclass(frozen=True, kw_only=True)
