@@ -62,9 +62,9 @@ def make(c: Any, whole: bool, name: str, device: str) -> nn.Module:
 
     for block in model.modules() if name != "ours" else ():
         if isinstance(block, AttentionBlock):
-            block.forward = MethodType(attend, block)  # type: ignore[method-assign]
+            block.forward = MethodType(attend, block)
         if name == FLEX and isinstance(block, AttentionBlock | MlpBlock):
-            block.forward = harness.compiled(block.forward)  # type: ignore[method-assign]
+            block.forward = harness.compiled(block.forward)
     return model
 
 

@@ -325,8 +325,9 @@ def summary(found: dict[str, Any]) -> str:
     numbers = {**found.get("counts", {})}
     numbers |= {key: found[key] for key in ("errors", "warnings") if key in found}
     text = "".join(f", {count} {name}" for name, count in numbers.items())
-    outcome = "passed" if found["passed"] else f"failed ({found.get('why', found.get('first'))})"
-    return f"{outcome}{text}, {found['seconds']:.0f} s"
+    outcome = {True: "passed", False: "failed", None: "stopped"}[found["passed"]]
+    why = "" if found["passed"] else f" ({found.get('why', found.get('first'))})"
+    return f"{outcome}{why}{text}, {found['seconds']:.0f} s"
 
 
 class Parser(argparse.ArgumentParser):

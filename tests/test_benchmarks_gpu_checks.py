@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bench_sparse_attention as attention
+import gpu
 import gpu_checks as checks
 import harness
 import sanitizer_cases
@@ -33,6 +34,9 @@ def test_outcomes_survive_a_time_out():
     assert found["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
     assert found["failed"] == ["tests/ops/test_a.py::test_c[cuda]"]
     assert (found["passed"], found["why"]) == (False, "out of time")
+    stopped = checks.summary_of_tests(checks.Run(None, XDIST.splitlines()[:1], 9.0))
+    assert stopped["passed"] is None and stopped["counts"] == {"passed": 1}
+    assert gpu.summary(stopped) == "stopped (out of time), 1 passed, 9 s"
     found = checks.summary_of_tests(checks.Run(1, PLAIN.splitlines(), 9.0))
     assert found["counts"] == {"passed": 1, "error": 1} and found["why"] == "exit status 1"
     assert checks.summary_of_tests(checks.Run(0, PLAIN.splitlines()[:1], 9.0))["passed"]
@@ -84,7 +88,7 @@ def test_parse_sanitizer(text, found):
         (f"echo '{CLEAN}'", True, None),
         (f"echo '{INVALID}'", False, None),
         (f"echo '{CLEAN}'; exit 3", False, "exit status 3"),
-        (f"echo '{CLEAN}'; sleep 60 & sleep 60", False, "out of time"),
+        (f"echo '{CLEAN}'; sleep 60 & sleep 60", None, "out of time"),
         ("true", False, "no summary"),
     ],
 )
