@@ -58,8 +58,8 @@ class Size:
     """Inputs of attention.
 
     Attributes:
-        packed: q, k and v are views of one projection (B, T, 3, H, D), as in the model, whose
-            gradient is then what the backward gives; else each is (B, H, T, D).
+        packed: of one projection (B, T, 3, H, D), as in the model, whose gradient is then what the
+            backward gives; else q, k and v are each (B, H, T, D).
     """
 
     kind: str
@@ -152,10 +152,8 @@ def off(which: str, got: list[Tensor], inputs: list[Tensor], mask: Tensor) -> Er
 
 
 def ready(size: Size, which: str, names: tuple[str, ...], device: str) -> Ready:
-    pattern, (b, h, t, d) = (
-        size.pattern,
-        (size.batch, size.heads, size.pattern.length, size.head_size),
-    )
+    pattern, b, h, d = size.pattern, size.batch, size.heads, size.head_size
+    t = pattern.length
     draw = torch.Generator(device).manual_seed(0)
     shape = (4, b, t, h, d) if size.packed else (4, b, h, t, d)
     *qkv, grad = torch.randn(shape, generator=draw, device=device).to(size.dtype)
@@ -173,15 +171,22 @@ def ready(size: Size, which: str, names: tuple[str, ...], device: str) -> Ready:
             order = column_order(pattern).to(device)
             mine = whole.index_select(1 if size.packed else 3, order)
             out_grad = grad[..., order, :]
+
+        def call(*leaves: Tensor) -> Tensor:
+            if not size.packed:
+                return attend(*leaves)
+            if name == "ours":
+                return dalle_ext.sparse_attention_qkvpacked(*leaves, pattern)
+            return attend(*split(*leaves))
+
+        leaves = [x.detach() for x in ([mine] if size.packed else split(mine))]
         if which == FORWARD:
-            given, forward = split(mine), torch.no_grad()(attend)
-            return lambda: forward(*given)
-        # The model's gradient is that of its projection; else three leaves have three gradients.
-        leaves = [x.detach().requires_grad_() for x in ([mine] if size.packed else split(mine))]
-        views = lambda: split(leaves[0]) if size.packed else leaves  # noqa: E731
+            forward = torch.no_grad()(call)
+            return lambda: forward(*leaves)
+        leaves = [x.requires_grad_() for x in leaves]
         if which == BOTH:
-            return lambda: torch.autograd.grad(attend(*views()), leaves, out_grad)
-        out = attend(*views())
+            return lambda: torch.autograd.grad(call(*leaves), leaves, out_grad)
+        out = call(*leaves)
         return lambda: torch.autograd.grad(out, leaves, out_grad, retain_graph=True)
 
     def check(name: str, result: Any) -> Error:
@@ -192,12 +197,8 @@ def ready(size: Size, which: str, names: tuple[str, ...], device: str) -> Ready:
             back = column_order(pattern).argsort().to(device)
             got = [x[..., back, :] for x in got]
         mask = mask_of(pattern, device)
-        return off(
-            which,
-            got,
-            [*split(whole), grad],
-            torch.ones_like(mask).tril() if name in DENSE else mask,
-        )
+        mask = torch.ones_like(mask).tril() if name in DENSE else mask
+        return off(which, got, [*split(whole), grad], mask)
 
     passes = {FORWARD: (False,), BACKWARD: (True,), BOTH: (False, True)}[which]
     flops = sum(pattern.flops(b, h, d, p) for p in passes)
