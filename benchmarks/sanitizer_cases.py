@@ -35,7 +35,10 @@ def run(device: str) -> int:
                     )
                     attend = lambda q, k, v, p=pattern: dalle_ext.sparse_attention(q, k, v, p)  # noqa: E731
                     gradients(attend, (q, k, v), grad)
-                    count += 1
+                    packed = lambda x, p=pattern: dalle_ext.sparse_attention_qkvpacked(x, p)  # noqa: E731
+                    qkv = torch.stack([x.transpose(1, 2) for x in (q, k, v)], 2)
+                    gradients(packed, (qkv,), grad)
+                    count += 2
         for shape in LOGITS:
             logits = torch.randn(shape, device=device).to(dtype).requires_grad_()
             out = dalle_ext.gumbel_softmax(logits, 0.5, seed=1)

@@ -216,4 +216,4 @@ def test_column_order_makes_columns_contiguous():
 
 
 def test_sanitizer_cases_run():
-    assert sanitizer_cases.run("cpu") == 3 * (4 * 2 * 5 + 5 + 5 + 1 + 8)
+    assert sanitizer_cases.run("cpu") == 3 * (2 * 4 * 2 * 5 + 5 + 5 + 1 + 8)
