@@ -135,7 +135,8 @@ def own_options(
                     f"{group['weight_decay']} of an Adam that adds it to the gradient"
                 )
     return [
-        {name: group[name] for name in OWN} | {k: v for k, v in loaded.items() if k not in TORCH}
+        {name: value for name, value in loaded.items() if name not in TORCH}
+        | {name: group[name] for name in OWN if name not in loaded}
         for group, loaded in zip(groups, saved, strict=True)
     ]
 

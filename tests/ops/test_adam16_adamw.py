@@ -104,8 +104,14 @@ def test_adamw_does_not_take_codes_for_numbers(foreach):
     with pytest.raises(KeyError, match="max_exp_avg_sq"):
         theirs.step()
     assert torch.equal(plain, torch.ones(CODED))
-    optimizer.load_state_dict(optimizer.state_dict())
+    before = optimizer.state_dict()
+    optimizer.load_state_dict(before)
+    after = optimizer.state_dict()
     assert "amsgrad" not in optimizer.param_groups[0]
+    assert [list(group.items()) for group in after["param_groups"]] == [
+        list(group.items()) for group in before["param_groups"]
+    ]  # in the same order, as a hash of a checkpoint has it
+    assert list(after["state"][0]) == list(before["state"][0])
 
 
 def test_states_of_adamw_from_files_groups_and_schedulers():
