@@ -81,7 +81,8 @@ def test_the_better_weights_are_the_model_and_the_others_are_kept(better, tmp_pa
     kept = fingerprint(DiscreteVAE.from_pretrained(tmp_path / f"model-{other}"))
     assert (saved, kept) == (weights[better], weights[other])
     line = f"dvae train: the {better} weights are the model, held-out loss 0.1; the {other} ones"
-    assert line in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert line in said and f"(0.2) are in {tmp_path / 'model'}-{other}" in said
 
 
 @pytest.mark.parametrize("copies", [0, 10_000])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_the_same_command_does_nothing_more_and_other_options_are_refused(finish
     again = json.loads((out / "summary.json").read_text())
     assert again["seconds"] == summary["seconds"]
     assert cli.main([*words, *SIZES[:-1], "3"]) == 2
-    assert "train: sizes must be" in capsys.readouterr().err
+    assert "train: num_samples must be 2 as in" in capsys.readouterr().err
 
 
 def test_the_options_written_give_the_same_run_again(finished, folder):
@@ -135,6 +136,15 @@ def test_bad_input_gets_one_line(folder, tmp_path, capsys, monkeypatch, words, l
     assert cli.main(["train", *words, "--out", str(tmp_path / "run")]) in (2, 3)
     error = capsys.readouterr().err.splitlines()
     assert re.search(line, error[-1]), error
+
+
+def test_one_caption_for_all_pictures_is_refused_before_the_training(folder, tmp_path, capsys):
+    same = shutil.copytree(folder, tmp_path / "same")
+    for path in same.glob("*.txt"):
+        path.write_text("thing")
+    assert cli.main(["train", "--data", str(same), "--out", str(tmp_path / "run")]) == 3
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "train: same must hold two different captions, got only 'thing'"
 
 
 def some_pairs(count, side):

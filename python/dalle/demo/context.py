@@ -80,4 +80,4 @@ class Demo:
             ) from problem
         task.model.eval()
         folder = self.space.pipeline / ("vae" if task.name == "dvae" else task.name)
-        return save_better(command, task, folder, steps)
+        return save_better(command, task, folder, steps, others=loop.out / "weights")

@@ -23,6 +23,7 @@ from dalle.demo.sets import EmojiSet, FolderSet, open_folder
 from dalle.demo.sizing import CUDA_TIERS, TIERS, SizesConfig, Tier, build, choose, within
 from dalle.demo.workspace import Workspace
 from dalle.devices import pick_device
+from dalle.errors import DataError
 from dalle.files import check_targets
 from dalle.recipes import DemoRecipe, factor_for, load_recipe, scale_to
 from dalle.train.lock import locked_folder
@@ -64,6 +65,11 @@ def run_train(config: TrainConfig) -> dict[str, Any]:
         else:
             pairs = parts[0]
             say(f"train: {describe_set(*parts)}")
+            if len(set(pairs.captions)) < 2:
+                raise DataError(
+                    f"train: {pairs.name} must hold two different captions, got only "
+                    f"{pairs.captions[0]!r}"
+                )
             sizes = _chosen(space, config.sizes, pairs, tier)
             data = FolderSet(*parts, sizes.image_size or 0)
             demo = Demo(space, build(sizes, len(pairs)), data, device)
@@ -90,7 +96,7 @@ def _options(config: TrainConfig) -> dict[str, Any]:
         "time": config.time,
         "minutes": config.minutes,
         "validation": config.validation,
-        "sizes": to_dict(config.sizes),
+        **to_dict(config.sizes),
     }
 
 

@@ -78,7 +78,7 @@ def _prior(pairs: int, losses: list[tuple[int, float]]) -> list[str]:
 
 def _ranker(scores: Mapping[str, Any]) -> list[str]:
     accuracy, choices = scores.get("ranker_accuracy"), scores.get("ranker_choices")
-    if accuracy is None or not choices or accuracy >= 3 / choices:
+    if accuracy is None or not choices or choices < 8 or accuracy >= 3 / choices:
         return []
     return [
         f"The ranker finds {accuracy:.0%} of the held-out captions' pictures among {choices:.0f}, "

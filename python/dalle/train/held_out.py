@@ -45,30 +45,36 @@ def held_out_scores(task: Task, step: int, *, averaged: bool = True) -> dict[str
     """`HeldOutTask.evaluate` of a task, by default of its averaged weights. Collective.
 
     Returns:
-        Empty on all processes but the first, and for a task without a held-out part.
+        The same on all processes; empty for a task without a held-out part.
     """
     if not isinstance(task, HeldOutTask):
         return {}
     training = task.model.training
     try:
-        with averaged_model(task, averaged) as model:
-            return {} if model is None else task.evaluate(model.eval(), step)
+        with task.world.raise_on_all(), averaged_model(task, averaged) as model:
+            scores = {} if model is None else task.evaluate(model.eval(), step)
     finally:
         task.model.train(training)
+    agreed: dict[str, float] = task.world.first(scores)
+    return agreed
 
 
-def save_better(owner: str, task: Task, folder: Path, step: int) -> dict[str, float]:
+def save_better(
+    owner: str, task: Task, folder: Path, step: int, others: Path | None = None
+) -> dict[str, float]:
     """Writes the averaged or the last weights, whichever score better on the held-out part.
 
-    The others go beside it, into FOLDER-last or FOLDER-averaged. Without a held-out part the
-    average is the model, as in the paper, and alone; but where it still holds much of the first
-    weights, the last ones are the model, and the average lies beside them. Collective.
+    The others are kept as well. Without a held-out part the average is the model, as in the paper,
+    and alone; but where it still holds much of the first weights, the last ones are the model, and
+    the average is kept. Collective.
 
     Args:
         owner: begins every line.
         task: trained.
         folder: of the model.
         step: updates done.
+        others: where the others go, to which "-last" or "-averaged" is added; `folder` if left
+            out.
 
     Returns:
         The scores of the weights in `folder`; empty without a held-out part.
@@ -80,19 +86,20 @@ def save_better(owner: str, task: Task, folder: Path, step: int) -> dict[str, fl
         averaged: held_out_scores(task, step, averaged=averaged)
         for averaged in ((False,) if task.average is None else (True, False))
     }
-    # Only process 0 has scores, and the others must write the same models with it.
-    measured = task.world.first(bool(scores[False]))
+    measured = bool(scores[False])
     early = task.average is not None and task.average.first_share > FIRST_SHARE
     better = task.average is not None and not early
     if measured:
         losses = {x: values.get("loss", math.inf) for x, values in scores.items()}
         better = min(scores, key=lambda x: math.inf if math.isnan(losses[x]) else losses[x])
-    better = task.world.first(better)
+    kept, beside = others or folder, folder
     for averaged in scores:
         if averaged != better and not measured and not early:
             continue
         words = "averaged" if averaged else "last"
-        target = folder if averaged == better else folder.with_name(f"{folder.name}-{words}")
+        target = folder
+        if averaged != better:
+            target = beside = kept.with_name(f"{kept.name}-{words}")
         with (
             task.world.raise_on_all(),
             saving(owner, target),
@@ -108,7 +115,7 @@ def save_better(owner: str, task: Task, folder: Path, step: int) -> dict[str, fl
             mine, other = (number(scores[x].get("loss", 0)) for x in (better, not better))
             mine = f", held-out loss {mine}"
         say(
-            f"{owner}: the {names[0]} weights are the model{mine}; the {names[1]} ones"
-            f" ({other}) are in {folder.name}-{names[1]}"
+            f"{owner}: the {names[0]} weights are the model{mine}; the {names[1]} ones ({other}) "
+            f"are in {beside}"
         )
     return scores[better]
