@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 
 LINE_ENDS = re.compile(r"\r\n|\n|\r")  # U+2028, form feeds and the like are white space in a line
 UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")  # categories of invisible characters
@@ -30,6 +31,24 @@ def clean(caption: str, *, keep_bytes: bool = False) -> str:
     decoded = units.decode("utf-16-le", "surrogatepass" if keep_bytes else "replace")
     text = " ".join(unicodedata.normalize("NFC", decoded.translate(_PLAIN)).split())
     return text if any(unicodedata.category(char) not in UNSEEN for char in text) else ""
+
+
+def marks(captions: Iterable[str]) -> str:
+    """The punctuation and symbols (Unicode's P and S) that occur in captions, sorted."""
+    return "".join(sorted(char for char in set("".join(captions)) if _is_mark(char)))
+
+
+def without_marks(caption: str, known: str) -> str:
+    """A clean caption with a space for each punctuation mark and symbol that is not in `known`.
+
+    A caption of nothing else stays as it is.
+    """
+    kept = (" " if _is_mark(char) and char not in known else char for char in caption)
+    return clean("".join(kept)) or caption
+
+
+def _is_mark(char: str) -> bool:
+    return unicodedata.category(char)[0] in "PS"
 
 
 def caption_lines(text: str) -> list[str]:

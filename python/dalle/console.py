@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TextIO, cast
 
 from tqdm import tqdm
 
 MAX_LENGTH = 2000  # characters of a message
+SECONDS = 5.0  # between two lines of progress
 _JOINERS = "\u200c\u200d"  # of scripts and emoji: they change the look of letters, not their order
 # ASCII in place of the characters of frames and messages, for terminals with no others.
 _PLAIN = str.maketrans("─│╭╮╰╯┌┐└┘├┤•…’‘“”–—→×", "-|++++++++||*.''\"\"-->x")
@@ -60,6 +62,36 @@ def duration(seconds: float) -> str:
     minutes, remainder = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{remainder:02d}" if hours else f"{minutes}:{remainder:02d}"
+
+
+@contextlib.contextmanager
+def progress_shown(name: str) -> Iterator[Callable[[int, int], None]]:
+    """What shows how far a piece of work is: called as show(done, in all) inside.
+
+    A bar on a terminal; elsewhere a line every `SECONDS` with the time that is left.
+    """
+    terminal = False
+    with contextlib.suppress(AttributeError, ValueError):  # stderr is None or closed
+        terminal = is_main_process() and sys.stderr.isatty()
+    bar = tqdm(desc=name, disable=not terminal, leave=False)
+    begin = reported = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal reported
+        with contextlib.suppress(OSError, ValueError):  # as in `say`
+            bar.total = total
+            bar.update(done - bar.n)
+        now = time.monotonic()
+        if bar.disable and done and now - reported > SECONDS:
+            reported = now
+            left = duration((now - begin) / done * (total - done))
+            say(f"{name}: {100 * done // total} % | ETA {left}")
+
+    try:
+        yield show
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            bar.close()
 
 
 def number(value: float) -> str:

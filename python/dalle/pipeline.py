@@ -12,7 +12,6 @@ from typing import Any, TypedDict, Unpack, overload
 
 import torch
 
-from dalle.captions import clean
 from dalle.configs import UPPER_LIMITS, check_numbers, from_dict, integer
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, UsageError
@@ -61,6 +60,7 @@ class GenerateOptions(TypedDict, total=False):
     prime_image: torch.Tensor | None
     prime_rows: int
     progress: Callable[[int, int], None] | None
+    code_progress: Callable[[int, int], None] | None
 
 
 class Pipeline:
@@ -217,6 +217,7 @@ class Pipeline:
         first_candidate: int | Sequence[int] = 0,
         prime: torch.Tensor | None = None,
         progress: Callable[[int, int], None] | None = None,
+        code_progress: Callable[[int, int], None] | None = None,
     ) -> torch.Tensor:
         """Codes for many captions: (B, N, h, w) int64, `SEQUENCES` at a time.
 
@@ -233,12 +234,14 @@ class Pipeline:
                 each caption.
             prime: (n,) codes every sample begins with.
             progress: called with (sequences done, sequences in all) after each chunk.
+            code_progress: called with (codes done, codes in all) after each code of a chunk.
         """
         num_candidates = self._resolved(num_candidates)
         sampling = self.sampling if sampling is None else sampling
         if isinstance(captions, str):
             raise UsageError(f"pipeline: captions must be a list of strings, got {captions!r}")
-        text = self.tokenizer.encode(list(captions), self.prior.config.text_len - 1)
+        shaped = [self.tokenizer.shape(caption) for caption in _captions(list(captions))]
+        text = self.tokenizer.encode(shaped, self.prior.config.text_len - 1)
         text = text.to(self.device)
         first = first_numbers("pipeline", "first_candidate", first_candidate, len(text))
         total, done, codes = len(text) * num_candidates, 0, []
@@ -250,6 +253,8 @@ class Pipeline:
             parts = []
             for left in range(0, num_candidates, width):
                 count = min(width, num_candidates - left)
+                now = done, len(rows) * count
+                report = code_progress and _in_codes(code_progress, *now, total, self.grid)
                 parts.append(
                     generate(
                         self.prior,
@@ -259,6 +264,7 @@ class Pipeline:
                         prime=primes,
                         seed=seed,
                         first_sample=[number + left for number in first[top : top + height]],
+                        progress=report,
                     )
                 )
                 done += len(rows) * count
@@ -299,11 +305,13 @@ class Pipeline:
         prime_image: torch.Tensor | None = None,
         prime_rows: int = 0,
         progress: Callable[[int, int], None] | None = None,
+        code_progress: Callable[[int, int], None] | None = None,
     ) -> Generation | list[Generation]:
         """Draws candidates for a caption and keeps the best by the ranker.
 
         Args:
-            caption: what to draw; cleaned as captions of training are. For a list of captions the
+            caption: what to draw; cleaned as captions of training are, and without punctuation that
+                none of them has. For a list of captions the
                 result is a list, and each caption gets the pictures that it gets alone.
             num_candidates: how many to choose from for each caption; None: the pipeline's, else the
                 paper's 512.
@@ -312,8 +320,8 @@ class Pipeline:
             temperature, top_k, top_p, cond_scale: of `SamplingConfig`; None: the pipeline's. The
                 paper's are 1, none, none, 1.
             prime_image: (3, H, W) in [0, 1] whose top `prime_rows` rows of codes are given.
-            prime_rows: 0 without, 1 to h - 1 with `prime_image`.
-            progress: called with (sequences done, sequences in all).
+            prime_rows: 1 to h - 1 with `prime_image`, 0 for half of the rows; 0 without.
+            progress, code_progress: of `sample`.
 
         Raises:
             UsageError: an argument is out of range, or a caption is no string.
@@ -333,7 +341,8 @@ class Pipeline:
             raise UsageError(
                 f"pipeline: prime_rows must be 0 without a prime_image, got {prime_rows}"
             )
-        prime = None if prime_image is None else self.prime_tokens(prime_image, prime_rows)
+        rows = prime_rows or self.grid[0] // 2
+        prime = None if prime_image is None else self.prime_tokens(prime_image, rows)
         tokens = self.sample(
             captions,
             num_candidates,
@@ -341,6 +350,7 @@ class Pipeline:
             seed=seed,
             prime=prime,
             progress=progress,
+            code_progress=code_progress,
         )
         # Decoded caption by caption: the pictures of all candidates of all would not fit.
         results = [self._best(*pair, top) for pair in zip(captions, tokens, strict=True)]
@@ -355,7 +365,7 @@ class Pipeline:
                 torch.arange(len(images), dtype=torch.int64, device="cpu"),
             )
         else:
-            scores = self.ranker.scores([clean(caption)] * len(images), images)
+            scores = self.ranker.scores([self.tokenizer.shape(caption)] * len(images), images)
             order = scores.argsort(descending=True, stable=True)
         best = order[:top]
         return Generation(images[best], scores[best], tokens.cpu()[best], best)
@@ -369,6 +379,14 @@ class Pipeline:
 
 def _candidates(number: int) -> int:
     return integer("pipeline", "num_candidates", number, 1, MAX_CANDIDATES)
+
+
+def _in_codes(
+    call: Callable[[int, int], None], before: int, now: int, total: int, grid: tuple[int, int]
+) -> Callable[[int, int], None]:
+    """A callback for a chunk of `now` sequences, `before` of `total` are done: counts codes."""
+    slots = grid[0] * grid[1]
+    return lambda done, all_: call(slots * before + now * slots * done // all_, slots * total)
 
 
 def _captions(caption: str | list[str] | tuple[str, ...]) -> list[str]:

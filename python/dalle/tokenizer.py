@@ -25,7 +25,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from dalle.captions import clean
+from dalle.captions import clean, marks, without_marks
 from dalle.configs import integer, integers
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.files import parse_json, read_bytes, read_object, to_json, write_atomic
@@ -62,7 +62,8 @@ class Tokenizer:
 
     PAD = -1
 
-    def __init__(self, bpe: tokenizers.Tokenizer) -> None:
+    def __init__(self, bpe: tokenizers.Tokenizer, marks: str | None = None) -> None:
+        self.marks = marks
         self._bpe = bpe
         self.vocab_size: int = bpe.get_vocab_size()
         self.truncated = 0
@@ -104,7 +105,7 @@ class Tokenizer:
             initial_alphabet=sorted(_bytes()),
         )
         bpe.train_from_iterator(texts, trainer, length=len(texts))
-        return cls(bpe)
+        return cls(bpe, marks(texts))
 
     def encode(
         self,
@@ -195,10 +196,15 @@ class Tokenizer:
             "format_version": FORMAT_VERSION,
             "class": "Tokenizer",
             "dalle_version": __version__,
-            "config": {"vocab_size": self.vocab_size, "lower_case": True},
+            "config": {"vocab_size": self.vocab_size, "lower_case": True, "marks": self.marks},
             "tokenizer_sha256": hashlib.sha256(data).hexdigest(),
         }
         write_atomic(directory / CONFIG_FILE, to_json(head))
+
+    def shape(self, prompt: str) -> str:
+        """A prompt cleaned, and without punctuation that no caption of the training has."""
+        text = clean(prompt)
+        return text if self.marks is None else without_marks(text, self.marks)
 
     def fingerprint(self) -> str:
         """A hash of the vocabulary and its merges, the same with any version of `tokenizers`."""
@@ -233,8 +239,10 @@ class Tokenizer:
             raise CheckpointError(
                 f"{path}: content must match the hash in {CONFIG_FILE}, got another"
             )
+        config = head.get("config")
+        known = config.get("marks") if isinstance(config, dict) else None
         try:
-            return cls(_from_json(data))
+            return cls(_from_json(data), known if isinstance(known, str) else None)
         except ValueError as problem:
             raise CheckpointError(
                 f"{path}: must be a byte-level BPE that dalle wrote, got: {problem}"

@@ -70,7 +70,7 @@ BAD = [
     (f"{SAMPLE} --model cut", DATA, "cut/prior/model.safetensors: must be a safetensors file"),
     (f"{SAMPLE} --model pipe/vae", DATA, "class must be Pipeline, got DiscreteVAE"),
     (f"{SAMPLE} --seed -1", USAGE, "generate: seed must be 0 or more, got -1"),
-    (f"{SAMPLE} --top 3", USAGE, "top must be 1 to num_candidates = 2, got 3"),
+    (f"{SAMPLE} --top 0", USAGE, "sample: top must be 1 or more, got 0"),
     (f"{SAMPLE} --file bytes.txt", DATA, "file must be readable text, got bytes.txt"),
     (f"{SAMPLE} --prime-image no.png", DATA, "no.png: image must be a plain file"),
     (f"{SAMPLE} --prime-image bombs/x.png", DATA, "x.png: image must have at most 64000000"),
@@ -200,7 +200,7 @@ def test_captions_that_no_terminal_shows_are_drawn_and_written(
         assert main(words) == 0
     samples = json.loads((tmp_path / "samples.json").read_bytes())
     scores = json.loads((tmp_path / "scores.json").read_bytes())
-    assert samples[0]["caption"] == scores["caption"] == text
+    assert samples["records"][0]["caption"] == scores["caption"] == text
     heard[1].flush()
     assert ascii(text)[1:-1] in heard[1].buffer.getvalue().decode("ascii")
 

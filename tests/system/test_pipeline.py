@@ -213,7 +213,7 @@ def test_sample_writes_grids_pictures_and_json(folder, tmp_path, capsys):
         "--device", "cpu",
     )  # fmt: skip
     assert code == 0, capsys.readouterr().err
-    records = json.loads((out / "samples.json").read_text())
+    records = json.loads((out / "samples.json").read_text())["records"]
     assert [r["caption"] for r in records] == [CAPTION, "a blue square"]
     assert [r["seed"] for r in records] == [5, 5]
     for record in records:

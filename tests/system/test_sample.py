@@ -1,19 +1,25 @@
-"""`dalle sample` draws as the pipeline says, and what a pipeline says is kept in its folder."""
+"""`dalle sample` draws as the pipeline says, keeps runs apart, and records of what and how."""
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import dalle_ext
-from dalle import cli
+from dalle import cli, console
 from dalle.demo.stages import prior_stage
 from dalle.errors import CheckpointError, UsageError
 from dalle.pipeline import Pipeline, write_config
+from dalle.pretrained import fingerprint
 from dalle.prior.sampling import SamplingConfig
+from dalle.tokenizer import Tokenizer
 from support.toy_pipeline import CAPTION, build
 
 WARM = SamplingConfig(temperature=9.0, top_k=7, top_p=0.9, cond_scale=1.5)
@@ -35,6 +41,10 @@ def folder(tmp_path_factory):
 
 def run(*words):
     return cli.main([str(word) for word in words])
+
+
+def read(out):
+    return json.loads((out / "samples.json").read_text())
 
 
 def test_a_pipeline_keeps_how_it_is_drawn_from(folder):
@@ -105,13 +115,11 @@ def test_options_out_of_range_are_refused_before_they_are_kept():
 def test_sample_draws_as_the_pipeline_says_and_flags_change_it(folder, tmp_path):
     assert run("sample", CAPTION, "--model", folder, "--out", tmp_path / "a") == 0
     wanted = Pipeline.from_pretrained(folder).generate(CAPTION)
-    records = json.loads((tmp_path / "a/samples.json").read_text())
-    assert records[0]["candidates"] == wanted.order.tolist()
+    assert read(tmp_path / "a")["records"][0]["candidates"] == wanted.order.tolist()
     words = ["--temperature", 1, "--num-candidates", 9, "--top", 2, "--out", tmp_path / "b"]
     assert run("sample", CAPTION, "--model", folder, *words) == 0
     wanted = Pipeline.from_pretrained(folder).generate(CAPTION, temperature=1, num_candidates=9)
-    records = json.loads((tmp_path / "b/samples.json").read_text())
-    assert records[0]["candidates"] == wanted.order[:2].tolist()
+    assert read(tmp_path / "b")["records"][0]["candidates"] == wanted.order[:2].tolist()
 
 
 def test_the_demo_keeps_its_recipe(tmp_path):
@@ -131,3 +139,172 @@ def test_pipeline_make_keeps_the_flags(folder, tmp_path):
     assert made.num_candidates == 12
     again = [*parts, "--out", tmp_path / "other"]
     assert run("pipeline", "make", *again, "--num-candidates", 0) == 2
+
+
+def test_samples_json_says_of_what_and_how(folder, tmp_path):
+    out = tmp_path / "out"
+    words = [CAPTION, "a <b> & 'c'", "--model", folder, "--out", out, "--seed", 4, "--top", 2]
+    assert run("sample", *words) == 0
+    said, pipeline = read(out), Pipeline.from_pretrained(folder)
+    assert said["model"]["path"] == str(folder)
+    assert said["model"]["fingerprints"] == {
+        "tokenizer": pipeline.tokenizer.fingerprint(),
+        **{name: fingerprint(getattr(pipeline, name)) for name in ("vae", "prior", "ranker")},
+    }
+    assert SamplingConfig(**said["sampling"]) == WARM
+    assert (said["num_candidates"], said["top"], said["seed"], said["prime"]) == (6, 2, 4, None)
+    assert said["versions"]["torch"] == torch.__version__
+    page = (out / "index.html").read_text()
+    shown = re.findall(r'src="([^"]+)"', page)
+    assert shown == [name for entry in said["records"] for name in entry["files"]]
+    assert all(Image.open(out / name).size == (16, 16) for name in shown) and len(shown) == 4
+    assert "a <b>" not in page and "a <b> & 'c'" in html.unescape(page) and "http" not in page
+    assert f"{said['records'][0]['scores'][0]:.3f}" in page
+
+
+def test_a_run_is_never_mixed_with_an_older_one(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["sample", "--model", folder, "--out", out, "--top", 2]
+    assert run(*words, "an older", "and one more") == 0
+    (out / "00-an-older" / "mine.txt").write_text("kept")
+    before = {path.name for path in out.rglob("*")}
+    for name in ("out-2", "out-3"):
+        assert run(*words, CAPTION) == 0
+        assert f"{out} holds samples of an earlier run; these go to {tmp_path / name}" in (
+            capsys.readouterr().err
+        )
+        assert [entry["caption"] for entry in read(tmp_path / name)["records"]] == [CAPTION]
+    assert {path.name for path in out.rglob("*")} == before
+    assert run(*words, CAPTION, "--overwrite") == 0
+    assert f"6 pictures of an earlier run removed from {out}" in capsys.readouterr().err
+    left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert left == {
+        "00-a-red-circle.png", "00-a-red-circle/0.png", "00-a-red-circle/1.png",
+        "00-an-older/mine.txt", "index.html", "samples.json",
+    }  # fmt: skip
+
+
+def test_an_earlier_run_is_kept_until_there_is_something_in_its_place(folder, tmp_path, capsys):
+    words = ["sample", CAPTION, "--model", folder, "--out", tmp_path, "--overwrite"]
+    assert run(*words) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run(*words, "--seed", -1) == 2
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"records": 3}',
+        '{"records": [{"files": ["../x.png", "/etc/0.png", 5, null]}, 7]}',
+        '[{"files": ["../../0-a/0.png", "00-a/../../x.png", "mine.png"]}]',
+    ],
+)
+def test_overwriting_removes_only_pictures_of_a_run(folder, tmp_path, content):
+    out = tmp_path / "out"
+    out.mkdir()
+    for path in (tmp_path / "x.png", out / "mine.png"):
+        path.write_text("kept")
+    (out / "samples.json").write_text(content)
+    words = ["--model", folder, "--out", out, "--overwrite", "--top", 1, "--num-candidates", 1]
+    assert run("sample", CAPTION, *words) == 0
+    assert (tmp_path / "x.png").exists() and (out / "mine.png").exists()
+
+
+def test_a_picture_that_primes_is_not_overwritten(folder, tmp_path, capsys):
+    words = ["sample", CAPTION, "--model", folder, "--out", tmp_path, "--num-candidates", 2]
+    assert run(*words) == 0
+    photo = tmp_path / "00-a-red-circle/1.png"
+    assert run(*words, "--overwrite", "--prime-image", photo) == 2
+    assert "must be none of the pictures that are read" in capsys.readouterr().err
+    assert photo.exists()
+
+
+def test_a_picture_alone_gives_half_of_the_rows(folder, tmp_path, capsys):
+    photo = tmp_path / "photo.png"
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(noise).save(photo)
+    words = ["sample", CAPTION, "--model", folder, "--out", tmp_path / "out"]
+    assert run(*words, "--prime-image", photo) == 0
+    assert f"{photo} gives the top 2 of 4 rows of codes" in capsys.readouterr().err
+    assert read(tmp_path / "out")["prime"] == {"image": str(photo), "rows": 2}
+    pipeline = Pipeline.from_pretrained(folder)
+    image = torch.from_numpy(noise).permute(2, 0, 1) / 255
+    found = pipeline.generate(CAPTION, prime_image=image)
+    assert (found.tokens[:, :2] == pipeline.vae.encode(image[None])[0, :2]).all()
+
+
+def test_top_shrinks_to_the_candidates(folder, tmp_path, capsys):
+    words = ["--model", folder, "--out", tmp_path, "--num-candidates", 3, "--top", 5]
+    assert run("sample", CAPTION, *words) == 0
+    assert "of 3 candidates all are kept, not 5" in capsys.readouterr().err
+    assert len(read(tmp_path)["records"][0]["files"]) == 3
+    for option in ("--top", "--num-candidates"):
+        assert run("sample", CAPTION, "--model", folder, option, 0) == 2
+        assert (
+            f"sample: {option[2:].replace('-', '_')} must be 1 or more" in capsys.readouterr().err
+        )
+
+
+def test_progress_is_shown_within_a_caption(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(console, "SECONDS", -1.0)
+    assert run("sample", CAPTION, "--model", folder, "--out", tmp_path) == 0
+    lines = re.findall(r"sample 1/1: (\d+) % \| ETA [0-9:]+", capsys.readouterr().err)
+    assert lines == [str(100 * done // 16) for done in range(1, 17)]
+    pipeline, calls = build(ranker=False), []
+    monkeypatch.setattr("dalle.pipeline.SEQUENCES", 4)
+    pipeline.sample([CAPTION, "b"], 6, code_progress=lambda *call: calls.append(call))
+    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+    assert calls[0] == (4, 12 * 16) and calls[-1] == (12 * 16, 12 * 16) and len(calls) == 4 * 16
+
+
+def test_a_prompt_has_only_punctuation_that_training_has(tmp_path, capsys):
+    pipeline = build()
+    assert pipeline.tokenizer.marks == ""
+    wanted = pipeline.generate("A red circle", num_candidates=3)
+    for prompt in ("a red: circle", "a red-circle!", " «A red» circle. \U0001f600"):
+        found = pipeline.generate(prompt, num_candidates=3)
+        assert torch.equal(found.tokens, wanted.tokens)
+        assert torch.equal(found.scores, wanted.scores)
+    assert pipeline.tokenizer.shape("?!") == "?!"  # nothing would be left
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    words = ["--model", tmp_path / "pipeline", "--num-candidates", 3, "--out", tmp_path / "out"]
+    assert run("sample", "A red: circle", *words) == 0
+    assert (
+        "caption 1 is drawn as 'A red circle', spelt as in the training" in capsys.readouterr().err
+    )
+    (entry,) = read(tmp_path / "out")["records"]
+    assert (entry["caption"], entry["drawn_as"]) == ("A red: circle", "A red circle")
+    assert entry["candidates"] == wanted.order.tolist()
+
+
+def test_marks_of_the_captions_are_kept_with_the_tokenizer(tmp_path):
+    tokenizer = Tokenizer.train(["it's red-hot", "10 € (ten)"], 300)
+    assert tokenizer.marks == "'()-€"
+    tokenizer.save_pretrained(tmp_path)
+    again = Tokenizer.from_pretrained(tmp_path)
+    assert again.marks == tokenizer.marks
+    assert again.shape("It's 5€: red-hot, $5") == "It's 5€ red-hot 5"
+    head = json.loads((tmp_path / "config.json").read_text())
+    del head["config"]["marks"]  # of an older version
+    (tmp_path / "config.json").write_text(json.dumps(head))
+    older = Tokenizer.from_pretrained(tmp_path)
+    assert older.shape("red: hot") == "red: hot" and older.fingerprint() == again.fingerprint()
+
+
+def test_the_model_is_found_where_train_and_demo_leave_it(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["sample", CAPTION, "--num-candidates", 1]
+    assert run(*words) == 3
+    assert (
+        "sample: model must be given, got nothing, and there is none in run/pipeline nor in "
+        "out/demo/pipeline"
+    ) in capsys.readouterr().err
+    for found in ("out/demo/pipeline", "run/pipeline"):
+        (tmp_path / found).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / found).symlink_to(folder)
+        assert run(*words) == 0
+        assert f"sample: model {found}" in capsys.readouterr().err
+    assert read(tmp_path / "run/samples-2")["records"]

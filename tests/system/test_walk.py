@@ -45,7 +45,7 @@ def test_printed_commands_end_in_pictures(tmp_path, monkeypatch, capsys):
     assert done[:5] == [
         "tokenizer train", "dvae train", "prior train", "ranker train", "pipeline make"
     ]  # fmt: skip
-    assert Image.open("out/samples/00-a-caption.png").width > 8 * 32
+    assert Image.open("run/samples/00-a-caption.png").width > 8 * 32
 
 
 def commands_of(text: str) -> list[list[str]]:
