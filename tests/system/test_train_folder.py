@@ -16,7 +16,7 @@ from dalle import cli
 from dalle.configs import to_dict
 from dalle.data.pairs import ArrayPairs
 from dalle.data.shapes_pairs import ShapesPairs
-from dalle.demo import run, sizing
+from dalle.demo import run, sets, sizing
 from dalle.demo.config import TrainConfig
 from dalle.demo.pace import Pace
 from dalle.demo.sets import FolderSet, open_folder
@@ -184,8 +184,14 @@ def test_a_short_time_scales_what_was_not_given():
     assert within(sizes, given, 3.0) == sizes
 
 
-def test_a_picture_keeps_its_caption_and_its_part(folder):
-    train, held_out = open_folder(str(folder), 0.2)
+@pytest.mark.parametrize("in_memory", [1 << 30, 0])
+def test_a_picture_keeps_its_caption_and_its_part(folder, tmp_path, monkeypatch, in_memory):
+    """Also where the pictures are too many for the memory, and one is broken in its middle."""
+    monkeypatch.setattr(sets, "IN_MEMORY", in_memory)
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    for path in (damaged / "004.jpg", damaged / "005.png"):
+        path.write_bytes(path.read_bytes()[:-200])
+    train, held_out = open_folder(str(damaged), 0.2)
     data = FolderSet(train, held_out, 16)
     columns = data.captions(12)
     originals = data.originals(columns)

@@ -251,8 +251,8 @@ class FolderSet(DataSet):
         return [decoded(self._parts[1], self.image_size)]
 
     def captions(self, count: int) -> Columns:
-        held_out = _some(self.unseen[0], count // 2)
-        train = _some(self.train, count - len(held_out))
+        held_out = self._usable(self.unseen[0], _some(self.unseen[0], count // 2))[1]
+        train = self._usable(self.train, _some(self.train, count - len(held_out)))[1]
         captions = [self.unseen[0].captions[i] for i in held_out]
         captions += [self.train.captions[i] for i in train]
         splits = ["heldout"] * len(held_out) + ["train"] * len(train)
@@ -261,12 +261,14 @@ class FolderSet(DataSet):
     def _part(self, split: str) -> Pairs:
         return self.train if split == "train" else self.unseen[0]
 
-    def _images(self, pairs: Pairs, items: Sequence[int]) -> list[np.ndarray]:
-        return [center_crop(pairs.load(i), self.image_size) for i in items]
+    def _usable(self, pairs: Pairs, items: Sequence[int]) -> tuple[list[np.ndarray], list[int]]:
+        """Cropped pictures and their items, without those that cannot be used."""
+        crops, positions = load_or_skip(pairs, items, lambda x, _: center_crop(x, self.image_size))
+        return crops, [items[position] for position in positions]
 
     def originals(self, columns: Columns) -> torch.Tensor | None:
         pairs = zip(columns.splits, columns.items, strict=True)
-        return to_tensor([self._images(self._part(split), [item])[0] for split, item in pairs])
+        return to_tensor([self._usable(self._part(split), [item])[0][0] for split, item in pairs])
 
     def sample_scores(
         self, columns: Columns, images: torch.Tensor, scores: np.ndarray
@@ -278,9 +280,9 @@ class FolderSet(DataSet):
             pairs = self._part(split)
             drawn = [i for s, i in zip(columns.splits, columns.items, strict=True) if s == split]
             others = np.linspace(0, len(pairs) - 1, min(len(pairs), POOL // 2)).astype(int)
-            for item in sorted({*drawn, *others.tolist()}):
-                pool += self._images(pairs, [item])
-                labels.append(names.setdefault(pairs.captions[item], len(names)))
+            crops, items = self._usable(pairs, sorted({*drawn, *others.tolist()}))
+            pool += crops
+            labels += [names.setdefault(pairs.captions[i], len(names)) for i in items]
         target = torch.tensor([names[caption] for caption in columns.captions], dtype=torch.int64)
         count = images.shape[1]
         ranks = nearest_rank(

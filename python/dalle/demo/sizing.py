@@ -71,7 +71,7 @@ class SizesConfig:
     """Sizes and numbers of updates; each that is left out is chosen.
 
     Args:
-        image_size: side of the pictures in pixels, a multiple of patch.
+        image_size: side of the pictures in pixels, a multiple of twice the patch.
         patch: pixels along a side of what one code stands for.
         codes: in the codebook of the dVAE.
         dvae_width: channels of the dVAE.

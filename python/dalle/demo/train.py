@@ -149,7 +149,7 @@ def table(recipe: DemoRecipe, device: torch.device, num_pairs: int) -> list[str]
         ("ranker", "chooses among drawn pictures", recipe.ranker_steps),
         (
             "prior",
-            f"{prior['num_layers']} layers of width {prior['d_model']}, {epochs:.0f} epochs",
+            f"{prior['num_layers']} layers of width {prior['d_model']}, {epochs:.2g} epochs",
             recipe.prior_steps,
         ),
         ("samples", f"{recipe.num_samples} of each of {recipe.num_captions} captions", 0),
