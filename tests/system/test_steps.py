@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dalle.cli import load_target, main
-from dalle.commands import dvae, notes, presets
+from dalle.commands import dvae, notes, presets, report
 from dalle.data.folder import FolderPairs
 from dalle.distributed.config import ClusterConfig
 from dalle.dvae.model import DiscreteVAE
@@ -46,7 +46,7 @@ def parsed(*words):
 def test_the_next_command_of_each_step_ends_in_pictures(tmp_path, monkeypatch, capsys):
     """A user who types what each step prints last, here with fewer updates."""
     monkeypatch.chdir(tmp_path)
-    write_folder(Path("my pictures"), [40] * 8)
+    write_folder(Path("my pictures"), [16] * 8)
     words = ["tokenizer", "train", "--data", "my pictures", "--out", "run/tokenizer"]
     done, said = [], ""
     while words[0] != "sample":
@@ -68,6 +68,23 @@ def test_the_next_command_of_each_step_ends_in_pictures(tmp_path, monkeypatch, c
     assert words[1] == "picture number 0"
     assert main([*words, "--num-candidates", "2", "--top", "2", "--out", "drawn"]) == 0
     assert list(Path("drawn").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "there", "expected"),
+    [
+        ("small", (), "tokenizer train --data 'my pictures' --out R/tokenizer"),
+        ("emoji", ("tokenizer",), "dvae train --data 'my pictures' --preset tiny --out R/dvae"),
+        ("paper", ("tokenizer", "dvae/model"), "prior train --data 'my pictures' --preset base "),
+        ("12b", ("tokenizer", "dvae/model", "prior/model"), "ranker train .* --preset base "),
+    ],
+)
+def test_the_next_command_names_what_is_there(tmp_path, preset, there, expected):
+    for name in there:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    said = report.next_command("my pictures", preset, tmp_path)
+    assert re.match(f"dalle {expected}", said.replace(str(tmp_path), "R")), said
 
 
 def test_a_collapse_stands_at_the_end_in_words(tmp_path):

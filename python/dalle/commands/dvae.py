@@ -143,8 +143,8 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
         side = quick_side if recipe == "quick" else presets.paper_side(preset)
     pairs = presets.open_pairs(config.data, config.image_size, side, loop.seed)
     size = config.image_size
-    if not size and built_in:
-        size = side
+    if not size and (built_in or config.data in BUILT_IN):
+        size = side if built_in else pairs.image_size
     elif not size and recipe == "quick":
         size = presets.quick_size(preset, pairs)
     elif not size:

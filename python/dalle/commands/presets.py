@@ -98,8 +98,11 @@ def one_process_only(recipe: str, processes: int) -> dict[str, Any]:
 
 
 def open_pairs(data: str, image_size: int, preset_size: int, seed: int) -> Pairs:
-    """The data set; a built-in one at the size asked for, or the preset's."""
-    return load_pairs(data, image_size=image_size or preset_size, seed=seed)
+    """The data set; a built-in one at the size asked for, or about the preset's."""
+    size = image_size or preset_size
+    if data in BUILT_IN and not image_size:
+        size = max(24, size // 8 * 8)  # what every built-in set can be drawn at
+    return load_pairs(data, image_size=size, seed=seed)
 
 
 def sides(pairs: Pairs) -> list[int]:
@@ -221,7 +224,7 @@ def split_pairs(
     wanted = (VALIDATION if recipe == "quick" else 0.0) if share is None else share
     if not wanted:
         return pairs, None, 0.0
-    if data in BUILT_IN:
+    if data in HELD_OUT:
         if share is not None:
             say(f"{owner}: note: the split {HELD_OUT[data]} of {data} is held out, whole")
         held = load_pairs(data, image_size=size, split=HELD_OUT[data], seed=seed)

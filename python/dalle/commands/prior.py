@@ -45,6 +45,7 @@ from dalle.train.prior import PriorTask
 from dalle.train.prior_recipe import PriorTrainConfig
 from dalle.train.seeds import start_seed
 
+NEAREST = Image.Resampling.NEAREST
 MAX_CAPTIONS = 10_000  # looked at for their length
 
 if TYPE_CHECKING:
@@ -288,5 +289,6 @@ def _saved(made: Plan, task: PriorTask, out: Path, scores: Mapping[str, float]) 
     model = Prior.from_pretrained(out / "model").to(task.device).eval()
     quick = made.config.recipe == "quick"
     rows = task.samples(model, temperature=QUICK_TEMPERATURE if quick else 1.0)
-    picture = Image.fromarray(to_uint8(rows))
+    picture, scale = Image.fromarray(to_uint8(rows)), max(1, 96 // task.image_size)
+    picture = picture.resize((picture.width * scale, picture.height * scale), NEAREST)
     yield f"picture: {save_png(out / 'pictures' / 'saved.png', picture)}"

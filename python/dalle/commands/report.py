@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,18 @@ import torch
 from dalle.commands.presets import sides, value_of_run
 from dalle.console import duration, is_main_process, printable, say
 from dalle.data.pairs import Pairs, format_counts
+from dalle.dvae.model import PRESETS as DVAE_PRESETS
+from dalle.prior.config import PRESETS as PRIOR_PRESETS
+from dalle.ranker.blocks import PRESETS as RANKER_PRESETS
 from dalle.train.config import LoopConfig
 from dalle.train.loop import TrainResult
 
 QUICK_TEMPERATURE = 0.5  # of samples of a prior trained by the quick recipe
+PRESETS: dict[str, Collection[str]] = {
+    "dvae": DVAE_PRESETS,
+    "prior": PRIOR_PRESETS,
+    "ranker": RANKER_PRESETS,
+}
 STAGES = ("tokenizer", "dvae", "prior", "ranker")
 
 
@@ -127,7 +135,8 @@ def next_command(data: str, preset: str, run: Path, **known: Path | None) -> str
     stage = missing[0]
     words += [stage, "train", "--data", data]
     if stage != "tokenizer":
-        words += ["--preset", preset]
+        nearest = "base" if preset in ("paper", "1b", "12b") else "tiny"
+        words += ["--preset", preset if preset in PRESETS[stage] else nearest]
     if stage in ("prior", "ranker"):
         words += ["--tokenizer", folders["tokenizer"], "--vae", folders["dvae"]]
     return shlex.join([str(word) for word in [*words, "--out", run / stage]])
