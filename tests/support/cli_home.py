@@ -24,7 +24,7 @@ PRIOR = (
     "--steps 2 --out out"
 )
 SAMPLE = "sample word --model pipe --num-candidates 2 --top 2 --out out"
-RERANK = "rerank word --images pairs --ranker pipe/ranker --out out"
+RERANK = "rerank word --data pairs --ranker pipe/ranker --out out"
 
 
 def png_that_claims(width: int, height: int) -> bytes:

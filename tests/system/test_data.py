@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from dalle.cli import main
 from dalle.commands import dvae, prior, ranker, tokenizer
 from dalle.data import sources
 from dalle.data.augment import dvae_crop
@@ -204,3 +206,29 @@ def test_what_a_transform_refuses_is_left_out_as_what_does_not_decode(capsys):
     assert capsys.readouterr().err.splitlines() == [line]
     with pytest.raises(UsageError, match="size must be at least 1"):  # no fault of a picture
         load_or_draw(pairs, [0], lambda place: place, lambda image, _: dvae_crop(image, 0, None))
+
+
+def test_a_folder_here_with_the_name_of_a_set(tmp_path, monkeypatch, capsys):
+    """Is the folder, which is said with what gives the set; elsewhere the name is the set."""
+    monkeypatch.chdir(tmp_path)
+    assert [sources.data_here(spec) for spec in ("shapes", "built-in:shapes")] == ["shapes"] * 2
+    Path("emoji").touch()
+    assert sources.data_here("emoji") == "emoji"
+    assert capsys.readouterr().err == ""
+    Path("shapes").mkdir()
+    Image.new("RGB", (8, 8)).save("shapes/0.png")
+    Path("shapes/0.txt").write_text("mine")
+    words = ["tokenizer", "train", "--out", "tok", "--data"]
+    assert main([*words, "shapes"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "data: shapes is the folder ./shapes, since it is here; "
+        "for the built-in set: --data built-in:shapes\n"
+    )
+    assert " from 1 different captions" in captured.out
+    assert main([*words, "./shapes"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and " from 1 different captions" in captured.out
+    assert sources.data_here("built-in:shapes") == "shapes" and capsys.readouterr().err == ""
+    assert sources.data_here("shapes", folders=False) == "shapes"  # `dalle demo`
+    assert "for the folder: dalle train --data ./shapes" in capsys.readouterr().err

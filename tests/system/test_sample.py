@@ -308,3 +308,38 @@ def test_the_model_is_found_where_train_and_demo_leave_it(folder, tmp_path, monk
         assert run(*words) == 0
         assert f"sample: model {found}" in capsys.readouterr().err
     assert read(tmp_path / "run/samples-2")["records"]
+
+
+def test_rerank_leaves_out_sheets_of_commands(folder, tmp_path, capsys):
+    """Grids of `sample`, sorted.png, contact.png of `data make-shapes`, and no other picture."""
+    out = tmp_path / "out"
+    words = ["--model", folder, "--out", out, "--top", 2]
+    assert run("sample", CAPTION, "b", *words) == 0
+    made = ["data", "make-shapes", "--out", out / "deep", "--count", 2]
+    assert run(*made) == 0
+    Image.new("RGB", (9, 9)).save(out / "01-b" / "sorted.png")  # no scores.json lies beside
+    singles = {f"{name}/{i}.png" for name in ("00-a-red-circle", "01-b") for i in (0, 1)}
+    singles |= {"01-b/sorted.png", "deep/pairs/000000.png", "deep/pairs/000001.png"}
+    words = ["rerank", CAPTION, "--data", out, "--ranker", folder / "ranker"]
+    for sheets, target in ((3, out), (4, tmp_path / "ranked")):
+        assert run(*words, "--out", target) == 0
+        assert f"rerank: left out {sheets} contact sheets, such as {out}" in capsys.readouterr().err
+        report = json.loads((target / "scores.json").read_text())
+        assert {entry["file"] for entry in report["ranking"]} == singles
+        assert report["skipped"] == {"contact sheet": sheets}
+    assert run(*words[:3], tmp_path / "ranked", *words[4:]) == 3
+    assert "data must hold single pictures, got 1 contact sheets" in capsys.readouterr().err
+
+
+def test_rerank_finds_the_ranker_of_the_pipeline(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (9, 9)).save("0.png")
+    assert run("rerank", CAPTION, "--images", ".") == 3  # the option's name before
+    assert (
+        "rerank: ranker must be given, got nothing, and there is none in run/pipeline/ranker"
+        in (capsys.readouterr().err)
+    )
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/pipeline").symlink_to(folder)
+    assert run("rerank", CAPTION, "--data", ".") == 0
+    assert (tmp_path / "run/rerank/scores.json").exists()

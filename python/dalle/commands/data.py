@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from PIL import Image
@@ -51,7 +51,7 @@ class CheckConfig:
     """Reads a folder of pictures and captions, and says what training would find, leave out or cut.
 
     Attributes:
-        folder: searched recursively for pictures, each with a .txt of the same name.
+        data: folder, searched recursively for pictures, each with a .txt of the same name.
         verify: full decodes every picture, header only opens it, none trusts its suffix.
         contact: where to write a contact sheet of the first pictures (PNG).
         show: how many problems of a kind to print.
@@ -60,7 +60,9 @@ class CheckConfig:
         text_len: text positions of that prior; 0 stands for those of each preset.
     """
 
-    folder: Path
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {"--folder": "--data"}
+
+    data: Path
     image_size: int = 0
     tokenizer: Path | None = None
     text_len: int = 0
@@ -128,7 +130,7 @@ def check(config: CheckConfig) -> None:
     tokenizer = None if config.tokenizer is None else Tokenizer.from_pretrained(config.tokenizer)
     if config.text_len == 1:
         raise UsageError("data check: text_len must be 0, or at least 2, got 1")
-    pairs = FolderPairs(config.folder, verify=config.verify)
+    pairs = FolderPairs(config.data, verify=config.verify)
     if config.contact is not None:
         check_not_input("data check", config.contact, pairs.paths)
     sizes: dict[int, tuple[int, int]] = {}
@@ -142,7 +144,7 @@ def check(config: CheckConfig) -> None:
         sizes[item] = picture.size
         formats[str(picture.format)] += 1
     captions = all_captions(pairs)
-    print(f"{config.folder}: {len(pairs)} pairs")
+    print(f"{config.data}: {len(pairs)} pairs")
     print("formats: " + ", ".join(f"{name} {n}" for name, n in formats.most_common()))
     if sizes:
         print(_range_text("width", [width for width, _ in sizes.values()]) + " pixels")

@@ -81,7 +81,7 @@ class DvaeCommandConfig:
     vocab_size: int = 0
     validation: float | None = None
     device: str = "auto"
-    loop: LoopConfig = field(default_factory=partial(LoopConfig, out=Path("out/dvae"), steps=0))
+    loop: LoopConfig = field(default_factory=partial(LoopConfig, out=Path("run/dvae"), steps=0))
     training: DvaeOptions = field(default_factory=DvaeOptions)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -103,8 +103,8 @@ class ReconstructConfig:
     """
 
     data: str
-    model: Path = Path("out/dvae/model")
-    out: Path = Path("out/reconstructions.png")
+    model: Path = Path("run/dvae/model")
+    out: Path = Path("run/reconstructions.png")
     image_size: int = 0
     split: str = "train"
     limit: int = 64

@@ -29,7 +29,7 @@ class ImportConfig:
 
     encoder: Path
     decoder: Path
-    out: Path = Path("out/released-dvae")
+    out: Path = Path("run/released-dvae")
 
 
 def import_released(

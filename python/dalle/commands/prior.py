@@ -89,7 +89,7 @@ class PriorCommandConfig:
     data: str
     tokenizer: Path
     vae: Path
-    loop: LoopConfig = field(default_factory=partial(LoopConfig, out=Path("out/prior"), steps=0))
+    loop: LoopConfig = field(default_factory=partial(LoopConfig, out=Path("run/prior"), steps=0))
     preset: str = "tiny"
     recipe: presets.Recipe | None = None
     image_size: int = 0

@@ -72,7 +72,7 @@ class RankerCommandConfig:
     image_size: int = 0
     validation: float | None = None
     device: str = "auto"
-    loop: LoopConfig = field(default_factory=partial(LoopConfig, out=Path("out/ranker"), steps=0))
+    loop: LoopConfig = field(default_factory=partial(LoopConfig, out=Path("run/ranker"), steps=0))
     training: RankerOptions = field(default_factory=RankerOptions)
 
 

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import tyro
 
 from dalle import pictures
 from dalle.captions import clean
-from dalle.commands.sample import read_image
-from dalle.console import argument_text, printable
+from dalle.commands.sample import earlier_pictures, find_model, read_image
+from dalle.console import argument_text, printable, say
 from dalle.data.folder import find_pictures
 from dalle.devices import pick_device
 from dalle.errors import CheckpointError, DataError, NumericalError, UsageError
-from dalle.files import check_not_input, check_targets, make_folder, to_json
+from dalle.files import check_not_input, check_targets, make_folder, read_json, to_json
 from dalle.memory import require_memory
 from dalle.ranker.model import ContrastiveRanker, TransformersCLIP, load_ranker
 
 CLIP_SIZE = 224
+RECORDS = (  # file of a command, a key in it, the sheet that it describes
+    ("scores.json", "ranking", "sorted.png"),
+    ("facts.json", None, "contact.png"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +36,38 @@ class RerankConfig:
 
     Args:
         caption: in quotes.
-        images: folder of pictures, searched with its subfolders.
-        ranker: folder of a ranker (of `dalle demo`, or a CLIP of transformers; extra `clip`).
+        data: folder of pictures, searched with its subfolders; the sheets that `dalle rerank`,
+            `sample` and `data make-shapes` have left there are not ranked.
+        ranker: folder of a ranker, or of a CLIP of transformers (extra `clip`). Left out:
+            run/pipeline/ranker, and where there is none, out/demo/pipeline/ranker.
         out: folder for scores.json and sorted.png.
         top: pictures in sorted.png.
         device: "cpu", "cuda" or "auto".
     """
 
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {"--images": "--data"}
+
     caption: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CAPTION")]
-    images: Path
-    ranker: Path = Path("out/demo/pipeline/ranker")
-    out: Path = Path("out/rerank")
+    data: Path
+    ranker: Path | None = None
+    out: Path = Path("run/rerank")
     top: int = 32
     device: str = "auto"
+
+
+def own_sheets(paths: Sequence[Path]) -> set[Path]:
+    """Those of `paths` that show many pictures, by the record of the command beside them."""
+    sheets: set[Path] = set()
+    for folder in {path.parent for path in paths}:
+        sheets |= {path for path in earlier_pictures(folder) if path.parent == folder}
+        for record, key, name in RECORDS:
+            content: object = None
+            if (folder / record).is_file():
+                with suppress(CheckpointError):
+                    content = read_json(folder / record, CheckpointError)
+            if isinstance(content, dict) and (key is None or key in content):
+                sheets.add(folder / name)
+    return sheets & set(paths)
 
 
 def rerank(config: RerankConfig) -> None:
@@ -52,15 +77,22 @@ def rerank(config: RerankConfig) -> None:
         raise UsageError(f"rerank: caption must hold a word, got {config.caption!r}")
     if config.top < 1:
         raise UsageError(f"rerank: top must be at least 1, got {config.top}")
-    files = find_pictures(config.images)
+    found = find_pictures(config.data)
+    if not found:
+        raise DataError(f"rerank: data must be a folder with pictures, got {config.data}")
+    sheets = own_sheets(found)
+    files = [path for path in found if path not in sheets]
+    if sheets:
+        say(f"rerank: left out {len(sheets)} contact sheets, such as {min(sheets)}")
     if not files:
-        raise DataError(f"rerank: images must be a folder with pictures, got {config.images}")
+        raise DataError(f"rerank: data must hold single pictures, got {len(found)} contact sheets")
+    ranker_folder = find_model("rerank", "ranker", config.ranker, "ranker")
     make_folder(config.out, "rerank")
     check_targets("rerank", config.out / "scores.json", config.out / "sorted.png")
     check_not_input("rerank", config.out / "sorted.png", files)
     device = pick_device(config.device)
     try:
-        ranker = load_ranker(config.ranker)
+        ranker = load_ranker(ranker_folder)
     except CheckpointError as error:
         raise CheckpointError(f"rerank: ranker: {error}") from error
     size = CLIP_SIZE
@@ -71,7 +103,7 @@ def rerank(config: RerankConfig) -> None:
         ranker.to(device)
     description = f"{len(files)} pictures of {size} pixels"
     require_memory("rerank", 4 * 3 * size**2 * len(files), description, "take a smaller folder")
-    skipped: Counter[str] = Counter()
+    skipped: Counter[str] = Counter({"contact sheet": len(sheets)} if sheets else {})
     paths, loaded = [], []
     for path in files:
         try:
@@ -81,9 +113,7 @@ def rerank(config: RerankConfig) -> None:
             skipped[getattr(error, "reason", "does not decode")] += 1
             print(printable(f"rerank: skipped: {error}"))
     if not paths:
-        raise DataError(
-            f"rerank: images must hold a picture that decodes, got none of {len(files)}"
-        )
+        raise DataError(f"rerank: data must hold a picture that decodes, got none of {len(files)}")
     stack = torch.stack(loaded)
     scores = ranker.scores([caption] * len(paths), stack)
     if not bool(scores.isfinite().all()):
@@ -93,7 +123,7 @@ def rerank(config: RerankConfig) -> None:
         )
     order = scores.argsort(descending=True, stable=True).tolist()
     ranking = [
-        {"file": str(paths[i].relative_to(config.images)), "score": round(float(scores[i]), 5)}
+        {"file": str(paths[i].relative_to(config.data)), "score": round(float(scores[i]), 5)}
         for i in order
     ]
     report = {"caption": caption, "ranking": ranking, "skipped": dict(skipped)}

@@ -20,6 +20,7 @@ BUILT_IN: Mapping[str, Callable[[int, str, int], Pairs]] = {
     "shapes": lambda size, split, seed: ShapesPairs(split, image_size=size, seed=seed),
     "emoji": lambda size, split, seed: load_emoji(size, split),
 }
+CHOOSE_SET = "built-in:"  # before a name: the set, also where a folder has that name
 # (whether a path has the format, what opens it); the first that fits is taken.
 FOLDER_FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Pairs]], ...] = (
     (Path.is_dir, FolderPairs),
@@ -55,6 +56,32 @@ def load_pairs(spec: str, *, image_size: int, split: str = "train", seed: int = 
     pairs = opens(Path(spec))
     _report_skipped(pairs)
     return pairs
+
+
+def data_here(spec: str, *, folders: bool = True) -> str:
+    """What `--data` stands for in the current directory, as `load_pairs` takes it.
+
+    A folder that has the name of a built-in set is taken, as "./shapes"; the set is then
+    "built-in:shapes". Where both are there, a line says which is taken and how to take the other.
+
+    Args:
+        spec: as typed.
+        folders: whether the command takes folders at all; if not, the set is taken.
+    """
+    name = spec.removeprefix(CHOOSE_SET)
+    if name not in BUILT_IN:
+        return spec
+    if not Path(name).is_dir():
+        return name
+    if not folders:
+        say(f"data: {name} is the built-in set; for the folder: dalle train --data ./{name}")
+    elif name == spec:
+        say(
+            f"data: {name} is the folder ./{name}, since it is here; "
+            f"for the built-in set: --data {CHOOSE_SET}{name}"
+        )
+        return f"./{name}"
+    return name
 
 
 def _opener(path: Path) -> Callable[[Path], Pairs] | None:
