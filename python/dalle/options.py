@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import re
 import sys
@@ -280,18 +281,21 @@ def _spelled(words: list[str], config_type: type) -> list[str]:
     `1e3` is an integer, as are `0x10` and `1_000`; `.inf` and `.nan` are YAML's.
     """
     annotations = {n.replace("_", "-"): a for n, a in _file_fields(config_type).items()}
-    result, kinds = [], set[Any]()
+    result, kinds, left = [], set[Any](), 0.0  # words that still belong to an option
     for word, after in zip(words, [*words[1:], ""], strict=False):
         if not word.startswith("--"):
-            result.append(_number(word, kinds))
+            result.append(_number(word, kinds) if left else word)
+            left = max(0.0, left - 1)
             continue
-        name, equals, value = word[2:].replace("_", "-").partition("=")
-        value = word[len(name) + 3 :]
+        name, equals, _ = word[2:].partition("=")
+        value, name = word[len(name) + 3 :], name.replace("_", "-")
         negated = name.removeprefix("no-")
-        kinds = _kinds(annotations.get(name, str))
+        annotation = annotations.get(name, str)
+        kinds, left = _kinds(annotation), math.inf if _takes_list(annotation) else 1.0
         if equals:
             result.append(f"--{name}={_number(value, kinds)}")
-        elif _optional_switch(annotations.get(name)):
+            left = 0.0
+        elif _optional_switch(annotation):
             result.append(word if after in ("True", "False", "None") else f"--{name}=True")
         elif negated != name and _optional_switch(annotations.get(negated)):
             result.append(f"--{negated}=False")

@@ -137,6 +137,8 @@ def test_numbers_of_the_command_line_are_spelled_as_in_a_file():
     assert main([*TOY, "--batch-size", "1e3", "--top=2e1", "--grid", "1e1", "0x2"]) == 0
     (config,) = cli_target.SEEN
     assert (config.batch_size, config.top, config.grid) == (1000, 20, (10, 2))
+    config = parsed(("sample",), "--num-candidates", "1e1", "1e3", "0x10")
+    assert (config.num_candidates, config.captions) == (10, ("1e3", "0x10"))
 
 
 @pytest.mark.parametrize(
