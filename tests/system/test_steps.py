@@ -157,6 +157,44 @@ def test_sizes_follow_the_pictures(tmp_path):
     assert presets.quick_model("x", "tiny", 36, 30, 77, 100).model.vocab_size == 77
 
 
+@pytest.mark.parametrize(
+    ("enlarges", "fate", "time"),
+    [
+        (True, "enlarged", "the first lines of the log have the time left"),
+        (False, "left out", "about 0:16 for the 8 updates left"),
+    ],
+)
+def test_what_a_training_says_first(tmp_path, capsys, enlarges, fate, time):
+    if not enlarges:  # it goes on
+        (tmp_path / "metrics.jsonl").write_text('{"step": 2, "steps_per_second": 0.5}\n')
+    folder = write_folder(tmp_path / "a", [20, 40, 40, 24, 40])
+    (folder / "alone.png").write_bytes((folder / "00.png").read_bytes())
+    report.banner(
+        "x train",
+        FolderPairs(folder),
+        None,
+        recipe="paper",
+        image_size=32,
+        batch_size=4,
+        loop=LoopConfig(out=tmp_path, steps=10),
+        parameters=1_234_567,
+        device=torch.device("cpu"),
+        precision="fp32",
+        enlarges=enlarges,
+        more=["8 x 8 tokens"],
+        notes=["lr 3 does nothing"],
+    )
+    threads = torch.get_num_threads()
+    assert capsys.readouterr().err.splitlines() == [
+        "x train: 5 pairs of a; left out 1: 1 x picture without caption",
+        f"x train: pictures of 32 x 32 pixels, 2 are smaller and are {fate}",
+        "x train: 8 x 8 tokens",
+        "x train: recipe paper: 10 updates of 4 pictures, 2 an epoch, 8 epochs",
+        f"x train: 1.23 M parameters, cpu ({threads} threads), fp32; {time}",
+        "x train: note: lr 3 does nothing",
+    ]
+
+
 def test_the_paper_recipe_is_one_word_away(tmp_path):
     data = write_folder(tmp_path / "data", [300] * 4)
     made = dvae.plan(parsed("dvae", "train", "--data", data, "--recipe", "paper"), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dalle.prior.config import PRESETS as PRIOR_PRESETS
 from dalle.ranker.blocks import PRESETS as RANKER_PRESETS
 from dalle.train.config import LoopConfig
 from dalle.train.loop import TrainResult
+from dalle.train.metrics import METRICS_FILE, read_metrics
 
 QUICK_TEMPERATURE = 0.5  # of samples of a prior trained by the quick recipe
 PRESETS: dict[str, Collection[str]] = {
@@ -87,9 +89,20 @@ def banner(
     )
     size = count_of(parameters)
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
-    say(f"{owner}: {size} parameters, {device}{threads}, {precision}; the log says how long it is")
+    say(f"{owner}: {size} parameters, {device}{threads}, {precision}; {_time_left(loop)}")
     for line in notes:
         say(f"{owner}: note: {line}")
+
+
+def _time_left(loop: LoopConfig) -> str:
+    """How long a run that goes on will take, at the pace of its last record."""
+    last: dict[str, Any] = {}
+    with suppress(OSError):
+        last = (read_metrics(loop.out / METRICS_FILE) or [last])[-1]
+    pace, left = last.get("steps_per_second") or 0.0, loop.steps - last.get("step", 0)
+    if isinstance(pace, (int, float)) and pace > 0 and left > 0:
+        return f"about {duration(left / pace)} for the {left:,} updates left"
+    return "the first lines of the log have the time left"
 
 
 def end_block(
