@@ -152,7 +152,7 @@ MUTANTS = [
     Mutant(
         "a slab is written over while it is read",
         "csrc/powersgd/powersgd_cuda_products.cuh",
-        "__syncthreads();  // its words are there; where it arrived is free",
+        "__syncthreads();  // its words are stored; its buffer is free",
         "",
         "tests/ops/test_powersgd_products.py -m emulated",
         "race",

@@ -2,7 +2,7 @@
 // variance in 0-6-10 (paper, sections 2.4, 2.5 and appendix D). No torch here.
 //
 // One row of the table is one parameter. Arithmetic is in float; the update takes mean and variance
-// before they are rounded to be kept. Every processor and device must come to the same bits, so
+// before they are rounded to be stored. Every processor and device must compute the same bits, so
 // that the replicas of a model stay equal: this op is compiled without contraction to fused
 // products, and calls no function of a library whose last bit is not laid down.
 //
@@ -40,9 +40,13 @@ DALLE_HOST_DEVICE bool skipped(const AdamArgs& args) {
 
 // What the elements of one chunk have in common.
 struct AdamFactors {
-  float keep_mean, add_mean;          // beta1, 1 - beta1
-  float keep_variance, add_variance;  // beta2, 1 - beta2
-  float grad, decay, step_size, root, eps, most;
+  float beta1, one_minus_beta1;
+  float beta2, one_minus_beta2;
+  float grad_factor;               // clip_factor / scale
+  float decay;                     // 1 - lr * weight_decay
+  float step_size;                 // lr / (1 - beta1^t)
+  float inverse_sqrt_correction2;  // 1 / sqrt(1 - beta2^t)
+  float eps, variance_max;
   uint64_t seed;    // of the parameters
   uint32_t offset;  // of the moments
 };
@@ -57,19 +61,19 @@ DALLE_HOST_DEVICE double power(double base, int64_t n) {
 }
 
 // Random words of the moments: ten rounds of Philox for every four elements cost half as much as
-// the whole update, so that Philox gives one word a chunk and update, and a multiplicative hash
+// the update itself, so that Philox gives one word a chunk and update, and a multiplicative hash
 // spreads it. For every element that is a bijection: its draws are uniform, and independent from
 // update to update.
 DALLE_HOST_DEVICE uint32_t moments_offset(uint64_t seed, int64_t chunk) {
   return philox_subsequence(static_cast<uint64_t>(chunk), seed ^ 0xD1B54A32D192ED03u).word[0];
 }
 
-// The word of element i of a chunk, of offset + i kPlace. Its high bits are the best mixed: 13
-// round the variance, the next 14 the mean.
-inline constexpr uint32_t kPlace = 0x9E3779B9u;
+// The random word of element i of a chunk, hashed from term i of a Weyl sequence, offset + i *
+// kWeylIncrement. Its high bits are mixed best: 13 round the variance, the next 14 the mean.
+inline constexpr uint32_t kWeylIncrement = 0x9E3779B9u;
 template <typename word_t>
-DALLE_HOST_DEVICE word_t moments_word(word_t place) {
-  return (place ^ (place >> 15)) * 0x846CA68Bu;
+DALLE_HOST_DEVICE word_t moments_word(word_t weyl) {
+  return (weyl ^ (weyl >> 15)) * 0x846CA68Bu;
 }
 
 DALLE_HOST_DEVICE AdamFactors adam_factors(const AdamArgs& args, const TableRow& row,
@@ -80,18 +84,20 @@ DALLE_HOST_DEVICE AdamFactors adam_factors(const AdamArgs& args, const TableRow&
   const double clip = args.clip_factor != nullptr ? static_cast<double>(*args.clip_factor) : 1.0;
   const double scale = args.scales != nullptr ? static_cast<double>(args.scales[row.group]) : 1.0;
   AdamFactors f;
-  f.keep_mean = static_cast<float>(args.beta1);
-  f.add_mean = static_cast<float>(1.0 - args.beta1);
-  f.keep_variance = static_cast<float>(args.beta2);
-  f.add_variance = static_cast<float>(1.0 - args.beta2);
-  f.grad = static_cast<float>(clip / scale);
+  f.beta1 = static_cast<float>(args.beta1);
+  f.one_minus_beta1 = static_cast<float>(1.0 - args.beta1);
+  f.beta2 = static_cast<float>(args.beta2);
+  f.one_minus_beta2 = static_cast<float>(1.0 - args.beta2);
+  f.grad_factor = static_cast<float>(clip / scale);
   f.decay = static_cast<float>(1.0 - lr * args.weight_decay);
   f.step_size = static_cast<float>(lr / correction1);
-  f.root = static_cast<float>(1.0 / sqrt(correction2));
+  f.inverse_sqrt_correction2 = static_cast<float>(1.0 / sqrt(correction2));
   f.eps = static_cast<float>(args.eps);
-  f.most = static_cast<float>(args.variance_clip);
-  constexpr float kLargest = 16.0f - 0x1p-7f;  // of 0-6-10
-  if (kind_of(row, kVariance) == ElementKind::kShort && f.most > kLargest) f.most = kLargest;
+  f.variance_max = static_cast<float>(args.variance_clip);
+  constexpr float kMaxCode = 16.0f - 0x1p-7f;  // of 0-6-10
+  if (kind_of(row, kVariance) == ElementKind::kShort && f.variance_max > kMaxCode) {
+    f.variance_max = kMaxCode;
+  }
   f.seed = static_cast<uint64_t>(*args.seed) + static_cast<uint64_t>(t) * 0x9E3779B97F4A7C15u;
   f.offset = moments_offset(f.seed, chunk);
   return f;
@@ -113,16 +119,16 @@ DALLE_HOST_DEVICE word_t mean_code(word_t bits, word_t random) {
   return encode<Format::k169>(bits, mean_bits(random));
 }
 
-// Below code 1, 2^-60 (1 + 2^-10), a variance becomes code 1 with the chance v / code 1, else zero:
-// what is too small to be kept is kept on average. The chance in 30 bits is v times kChance.
+// A variance v below code 1, which is 2^-60 (1 + 2^-10), becomes code 1 with probability v / code
+// 1, else zero, so that its mean is right. In 30 bits that probability is v * kProbabilityScale.
 inline constexpr uint32_t kCode1 = FormatOf<Format::k0610>::kLeast + (1u << 13);
-inline constexpr float kChance = 0x1p90f / (1.0f + 0x1p-10f);
+inline constexpr float kProbabilityScale = 0x1p90f / (1.0f + 0x1p-10f);
 
 // The code of a variance, 0 or more.
 template <typename word_t>
-DALLE_HOST_DEVICE word_t variance_code(word_t bits, word_t chance, word_t random) {
+DALLE_HOST_DEVICE word_t variance_code(word_t bits, word_t probability, word_t random) {
   const word_t code = encode<Format::k0610>(bits, stochastic<Format::k0610>(random));
-  const word_t kept = (random >> 2) < chance ? word_t{} + 1 : word_t{};
+  const word_t kept = (random >> 2) < probability ? word_t{} + 1 : word_t{};
   return bits < kCode1 ? kept : code;
 }
 

@@ -50,11 +50,11 @@ struct FloatMoment {
   void store(int64_t i, int64_t count, Float value) const { store_up_to(data + i, count, value); }
 };
 
-// Words that round the moments of a vector's elements from place i of a chunk on.
+// Random words for the moments of elements i to i + kLanes - 1 of a chunk.
 inline Word moments_words(uint32_t offset, int64_t i) {
-  Word place;
-  for (uint32_t lane = 0; lane < kLanes; ++lane) place[lane] = lane * kPlace;
-  return moments_word(place + (offset + static_cast<uint32_t>(i) * kPlace));
+  Word weyl;
+  for (uint32_t lane = 0; lane < kLanes; ++lane) weyl[lane] = lane * kWeylIncrement;
+  return moments_word(weyl + (offset + static_cast<uint32_t>(i) * kWeylIncrement));
 }
 
 struct MomentCodes {
@@ -63,8 +63,8 @@ struct MomentCodes {
 inline MomentCodes moment_codes(Float mean, Float variance, Word random) {
   const Word m = (Word)mean, v = (Word)variance, magnitude = m & 0x7FFFFFFFu;
   if (any(beyond_codes<Format::k169>(magnitude) | beyond_codes<Format::k0610>(v))) {
-    const Word chance = (Word) __builtin_convertvector(variance * kChance, Int);
-    return {mean_code(m, random), variance_code(v, chance, random)};
+    const Word probability = (Word) __builtin_convertvector(variance * kProbabilityScale, Int);
+    return {mean_code(m, random), variance_code(v, probability, random)};
   }
   return {magnitude_code<Format::k169>(magnitude, mean_bits(random)) | ((m ^ magnitude) >> 16),
           magnitude_code<Format::k0610>(v, stochastic<Format::k0610>(random))};
@@ -78,17 +78,19 @@ void step_chunk(const AdamFactors& f, int64_t chunk, int64_t count, param_t* par
   const PhiloxKeys keys = philox_keys(f.seed);
   const uint64_t calls = first_call(chunk);
   const uint32_t offset = f.offset;
-  // Vectors of their own: what is written could be the factors, for all that the compiler knows.
-  const Float scale = splat(f.grad), keep_mean = splat(f.keep_mean), add_mean = splat(f.add_mean);
-  const Float keep_variance = splat(f.keep_variance), add_variance = splat(f.add_variance);
-  const Float most = splat(f.most), root = splat(f.root), eps = splat(f.eps);
+  // Copied to registers: for the compiler, stores to the tensors could change `f`.
+  const Float scale = splat(f.grad_factor), beta1 = splat(f.beta1),
+              one_minus_beta1 = splat(f.one_minus_beta1);
+  const Float beta2 = splat(f.beta2), one_minus_beta2 = splat(f.one_minus_beta2);
+  const Float variance_max = splat(f.variance_max),
+              inverse_sqrt_correction2 = splat(f.inverse_sqrt_correction2), eps = splat(f.eps);
   const Float decay = splat(f.decay), step_size = splat(f.step_size);
   const auto one = [&](int64_t i, int64_t some, Word for_param) DALLE_INLINE {
     const Float grad = load_up_to(grads + i, some, 0.0f) * scale;
-    const Float mean = keep_mean * means.load(i, some) + add_mean * grad;
-    Float variance = keep_variance * variances.load(i, some) + add_variance * (grad * grad);
-    variance = variance > most ? most : variance;
-    const Float update = mean / (square_root(variance) * root + eps);
+    const Float mean = beta1 * means.load(i, some) + one_minus_beta1 * grad;
+    Float variance = beta2 * variances.load(i, some) + one_minus_beta2 * (grad * grad);
+    variance = variance > variance_max ? variance_max : variance;
+    const Float update = mean / (square_root(variance) * inverse_sqrt_correction2 + eps);
     Float param = load_up_to(params + i, some, 0.0f) * decay - step_size * update;
     if constexpr (kCoded) {
       const MomentCodes codes = moment_codes(mean, variance, moments_words(offset, i));

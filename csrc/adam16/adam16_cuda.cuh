@@ -9,7 +9,7 @@
 
 namespace dalle {
 
-// The branches of load_kind and store_kind are the same for a whole block.
+// The branches of load_kind and store_kind are the same for all threads of a block.
 __device__ __forceinline__ void load_kind(ElementKind kind, const void* data, int64_t i,
                                           int64_t count, float (&x)[kEight]) {
   switch (kind) {
@@ -70,7 +70,7 @@ __device__ __forceinline__ void load_moment(bool coded, const void* data, int64_
   if (!coded) return load_kind(ElementKind::kFloat, data, i, count, x);
   const uint16_t* const codes = static_cast<const uint16_t*>(data) + i;
   uint32_t eight[kEight];
-  load_codes(codes, count, on_16_bytes(codes), eight);
+  load_codes(codes, count, is_aligned_16(codes), eight);
 #pragma unroll
   for (int j = 0; j < kEight; ++j) x[j] = __uint_as_float(decode<kFormat>(eight[j]));
 }
@@ -78,7 +78,7 @@ __device__ __forceinline__ void load_moment(bool coded, const void* data, int64_
 __device__ __forceinline__ void store_eight(const TableRow& row, AdamColumn column, int64_t i,
                                             int64_t count, const uint32_t (&eight)[kEight]) {
   uint16_t* const codes = data_of<uint16_t>(row, column) + i;
-  store_codes(codes, count, on_16_bytes(codes), eight);
+  store_codes(codes, count, is_aligned_16(codes), eight);
 }
 
 // A block takes one chunk of one parameter, a thread eight neighbouring elements of it at a time.
@@ -103,25 +103,26 @@ __global__ void __launch_bounds__(kEightThreads) adam16_step_kernel(AdamArgs arg
     load_kind(param_kind, data_of<void>(row, kParam), at, count, param);
 #pragma unroll
     for (int j = 0; j < kEight; ++j) {
-      const float g = grad[j] * f.grad;
-      mean[j] = f.keep_mean * mean[j] + f.add_mean * g;
-      const float v = f.keep_variance * variance[j] + f.add_variance * (g * g);
-      variance[j] = v > f.most ? f.most : v;
-      const float update = mean[j] / (sqrtf(variance[j]) * f.root + f.eps);
+      const float g = grad[j] * f.grad_factor;
+      mean[j] = f.beta1 * mean[j] + f.one_minus_beta1 * g;
+      const float v = f.beta2 * variance[j] + f.one_minus_beta2 * (g * g);
+      variance[j] = v > f.variance_max ? f.variance_max : v;
+      const float update = mean[j] / (sqrtf(variance[j]) * f.inverse_sqrt_correction2 + f.eps);
       param[j] = param[j] * f.decay - f.step_size * update;
     }
     uint32_t words[kEight], codes[kEight];
     if (coded) {
 #pragma unroll
       for (int j = 0; j < kEight; ++j) {
-        words[j] = moments_word(f.offset + static_cast<uint32_t>(i + j) * kPlace);
+        words[j] = moments_word(f.offset + static_cast<uint32_t>(i + j) * kWeylIncrement);
         codes[j] = mean_code(__float_as_uint(mean[j]), words[j]);
       }
       store_eight(row, kMean, at, count, codes);
 #pragma unroll
       for (int j = 0; j < kEight; ++j) {
-        const uint32_t chance = static_cast<uint32_t>(fminf(variance[j] * kChance, 0x1p30f));
-        codes[j] = variance_code(__float_as_uint(variance[j]), chance, words[j]);
+        const uint32_t probability =
+            static_cast<uint32_t>(fminf(variance[j] * kProbabilityScale, 0x1p30f));
+        codes[j] = variance_code(__float_as_uint(variance[j]), probability, words[j]);
       }
       store_eight(row, kVariance, at, count, codes);
     } else {

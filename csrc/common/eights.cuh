@@ -9,10 +9,6 @@ namespace dalle {
 constexpr int kEight = 8;
 constexpr int kEightThreads = 256;
 
-__device__ __forceinline__ bool on_16_bytes(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
-
 // Eight codes, of which the first `count` are there.
 __device__ __forceinline__ void load_codes(const uint16_t* p, int64_t count, bool aligned,
                                            uint32_t (&codes)[kEight]) {

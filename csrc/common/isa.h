@@ -18,7 +18,7 @@ CpuIsa cpu_isa();
 }  // namespace dalle
 
 // Declares the table of each level, before the kernels themselves: DALLE_FOR_EACH_ISA(FormatsCpu,
-// formats_cpu). What is not compiled for v4_bf16 has no table there, and nobody asks for it.
+// formats_cpu). What is not compiled for v4_bf16 has no table there, and none is referenced.
 #ifdef DALLE_ISA_GENERIC
 #define DALLE_FOR_EACH_ISA(type, table) \
   namespace isa_generic {               \

@@ -17,7 +17,7 @@
 
 namespace dalle {
 
-// d += a b over a whole warp: a 16 x 16, b 16 x 8, both scalar_t; d 16 x 8 float.
+// d += a b by all lanes of a warp: a 16 x 16, b 16 x 8, both scalar_t; d 16 x 8 float.
 template <typename scalar_t>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2]) {
@@ -37,7 +37,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
   }
 }
 
-// d += a b over a whole warp: a 16 x 8, b 8 x 8, both tf32 words of to_tf32; d 16 x 8 float.
+// d += a b by all lanes of a warp: a 16 x 8, b 8 x 8, both tf32 words of to_tf32; d 16 x 8 float.
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4],
                                                  const uint32_t (&b)[2]) {
   asm volatile(
@@ -161,7 +161,7 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 }
 
 // One load or store of 4, 8 or 16 bytes (vector_t is uint32_t, uint2, uint4, float4, ...), the
-// address aligned to it; the _once forms tell the caches that nobody comes back for the line.
+// address aligned to it; the _once forms tell the caches that the line is not read again.
 template <typename vector_t>
 __device__ __forceinline__ vector_t load_vector(const void* at) {
   return *static_cast<const vector_t*>(at);

@@ -26,19 +26,19 @@ cudaError_t with_cuda_scalar(ElementKind kind, const Launch& launch_of) {
   return cudaErrorInvalidValue;
 }
 
+__device__ __forceinline__ bool is_aligned_16(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
 template <typename scalar_t, int kN>
 struct Neighbours {
   static constexpr int kWidth = 16 / static_cast<int>(sizeof(scalar_t));  // of one access
-  static_assert(kN % kWidth == 0, "whole accesses");
-
-  __device__ __forceinline__ static bool aligned(const scalar_t* p) {
-    return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  }
+  static_assert(kN % kWidth == 0, "full accesses");
 
   // The first `count` of them (kN or more: all); `rest` in the other elements.
   __device__ __forceinline__ static void load(const scalar_t* p, int64_t count, float rest,
                                               float (&out)[kN]) {
-    if (count < kN || !aligned(p)) {
+    if (count < kN || !is_aligned_16(p)) {
 #pragma unroll
       for (int i = 0; i < kN; ++i) out[i] = i < count ? static_cast<float>(p[i]) : rest;
       return;
@@ -61,7 +61,7 @@ struct Neighbours {
   }
 
   __device__ __forceinline__ static void store(scalar_t* p, int64_t count, const float (&in)[kN]) {
-    if (count < kN || !aligned(p)) {
+    if (count < kN || !is_aligned_16(p)) {
 #pragma unroll
       for (int i = 0; i < kN; ++i) {
         if (i < count) p[i] = static_cast<scalar_t>(in[i]);

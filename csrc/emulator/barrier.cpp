@@ -1,4 +1,4 @@
-// Where threads wait for others: __syncthreads of a block, the rendezvous of a warp's lanes.
+// Barriers: __syncthreads of a block, the rendezvous of lanes for a collective of their warp.
 #include <bit>
 
 #include "emulator/block.h"
@@ -20,84 +20,86 @@ void release_barrier() {
   }
 }
 
-void finish_meeting(Meeting& meeting, int warp) {
-  const uint32_t came = meeting.arrived;
-  block.warps[warp].open &= ~(1u << (&meeting - block.warps[warp].meetings));
-  meeting.finish(meeting.arguments, came);
-  for (uint32_t left = came; left; left &= left - 1) {
+void complete(Collective& collective, int warp) {
+  const uint32_t arrived = collective.arrived;
+  block.warps[warp].pending &= ~(1u << (&collective - block.warps[warp].collectives));
+  collective.finish(collective.arguments, arrived);
+  for (uint32_t left = arrived; left; left &= left - 1) {
     Thread& thread = block.threads[warp * kWarpSize + std::countr_zero(left)];
     if (thread.waits) make_ready(thread);
   }
 }
 
-// The open meeting of exactly these lanes, or a new one.
-Meeting& meeting_of(Warp& warp, uint32_t lanes) {
-  for (uint32_t left = warp.open; left; left &= left - 1) {
-    Meeting& meeting = warp.meetings[std::countr_zero(left)];
-    if (meeting.lanes == lanes) return meeting;
+// The pending collective of exactly these lanes, or a new one.
+Collective& pending_collective(Warp& warp, uint32_t lanes) {
+  for (uint32_t left = warp.pending; left; left &= left - 1) {
+    Collective& collective = warp.collectives[std::countr_zero(left)];
+    if (collective.lanes == lanes) return collective;
   }
-  const int place = std::countr_one(warp.open);
-  warp.open |= 1u << place;
-  warp.meetings[place].lanes = lanes;
-  warp.meetings[place].arrived = 0;
-  return warp.meetings[place];
+  const int slot = std::countr_one(warp.pending);
+  warp.pending |= 1u << slot;
+  warp.collectives[slot].lanes = lanes;
+  warp.collectives[slot].arrived = 0;
+  return warp.collectives[slot];
 }
 
 }  // namespace
 
-int block_barrier(Vote vote, int predicate, Place place) {
+int block_barrier(Vote vote, int predicate, Location location) {
   if (block.barrier_arrived == 0) {
     block.barrier_vote = vote;
-    block.barrier_place = place;
-  } else if (block.barrier_vote != vote || block.barrier_place.line() != place.line() ||
-             std::string(block.barrier_place.file_name()) != place.file_name()) {
-    fail("divergent __syncthreads, others of the block wait" + text_of(block.barrier_place), place);
+    block.barrier_location = location;
+  } else if (block.barrier_vote != vote || block.barrier_location.line() != location.line() ||
+             std::string(block.barrier_location.file_name()) != location.file_name()) {
+    fail("divergent __syncthreads, others of the block wait" + text_of(block.barrier_location),
+         location);
   }
   block.barrier_value += predicate != 0;
   block.running->waits = false;
   if (++block.barrier_arrived == block.num_live) {
     release_barrier();
   } else {
-    wait_for("__syncthreads", place);
+    wait_for("__syncthreads", location);
   }
   return block.barrier_result;
 }
 
-void meet(const char* what, uint32_t lanes, void* argument, Finish finish, Place place) {
+void rendezvous(const char* what, uint32_t lanes, void* argument, Finish finish,
+                Location location) {
   Thread& self = *block.running;
   const int w = self.id / kWarpSize, lane = self.id % kWarpSize;
   Warp& warp = block.warps[w];
-  if (!(lanes >> lane & 1)) fail(std::string(what) + " with a mask without the caller", place);
-  Meeting& meeting = meeting_of(warp, lanes);
-  if (meeting.arrived == 0) {
-    meeting.what = what;
-    meeting.finish = finish;
-  } else if (meeting.what != what || meeting.finish != finish) {
+  if (!(lanes >> lane & 1)) fail(std::string(what) + " with a mask without the caller", location);
+  Collective& collective = pending_collective(warp, lanes);
+  if (collective.arrived == 0) {
+    collective.what = what;
+    collective.finish = finish;
+  } else if (collective.what != what || collective.finish != finish) {
     fail(std::string("divergent warp: this lane is in ") + what + ", another of its mask in " +
-             meeting.what,
-         place);
+             collective.what,
+         location);
   }
-  meeting.arguments[lane] = argument;
-  meeting.arrived |= 1u << lane;
-  if (meeting.arrived == (lanes & ~warp.exited)) {
-    finish_meeting(meeting, w);
+  collective.arguments[lane] = argument;
+  collective.arrived |= 1u << lane;
+  if (collective.arrived == (lanes & ~warp.exited)) {
+    complete(collective, w);
   } else {
-    wait_for(what, place);
+    wait_for(what, location);
   }
 }
 
-void warp_barrier(uint32_t lanes, Place place) {
-  meet(
-      "__syncwarp", lanes, nullptr, [](void* const*, uint32_t came) { race_warp_barrier(came); },
-      place);
+void warp_barrier(uint32_t lanes, Location location) {
+  rendezvous(
+      "__syncwarp", lanes, nullptr,
+      [](void* const*, uint32_t arrived) { race_warp_barrier(arrived); }, location);
 }
 
 void release_waiters_for(const Thread& exited) {
   const int w = exited.id / kWarpSize;
   Warp& warp = block.warps[w];
-  for (uint32_t left = warp.open; left; left &= left - 1) {
-    Meeting& meeting = warp.meetings[std::countr_zero(left)];
-    if (meeting.arrived == (meeting.lanes & ~warp.exited)) finish_meeting(meeting, w);
+  for (uint32_t left = warp.pending; left; left &= left - 1) {
+    Collective& collective = warp.collectives[std::countr_zero(left)];
+    if (collective.arrived == (collective.lanes & ~warp.exited)) complete(collective, w);
   }
   if (block.barrier_arrived && block.barrier_arrived == block.num_live) release_barrier();
 }

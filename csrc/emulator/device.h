@@ -36,7 +36,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes) alignas(bytes)
-// Left to the headers it would mean nothing, and every thread would have an array of its own.
+// Left to the headers it would mean nothing, and every thread would have its array.
 #define __shared__ write_DALLE_SHARED_instead_of_shared
 
 // The address of the static char tells declarations and template instances apart.
@@ -70,41 +70,41 @@ inline int device_architecture() { return kArchitecture; }
 
 // -- barriers and votes ------------------------------------------------------------------------
 inline void __syncthreads(DALLE_HERE) {
-  dalle::emulator::block_barrier(dalle::emulator::Vote::kNone, 0, place);
+  dalle::emulator::block_barrier(dalle::emulator::Vote::kNone, 0, location);
 }
 inline int __syncthreads_or(int predicate, DALLE_HERE) {
-  return dalle::emulator::block_barrier(dalle::emulator::Vote::kAny, predicate, place);
+  return dalle::emulator::block_barrier(dalle::emulator::Vote::kAny, predicate, location);
 }
 inline int __syncthreads_and(int predicate, DALLE_HERE) {
-  return dalle::emulator::block_barrier(dalle::emulator::Vote::kAll, predicate, place);
+  return dalle::emulator::block_barrier(dalle::emulator::Vote::kAll, predicate, location);
 }
 inline int __syncthreads_count(int predicate, DALLE_HERE) {
-  return dalle::emulator::block_barrier(dalle::emulator::Vote::kCount, predicate, place);
+  return dalle::emulator::block_barrier(dalle::emulator::Vote::kCount, predicate, location);
 }
 inline void __syncwarp(uint32_t lanes = dalle::kAllLanes, DALLE_HERE) {
-  dalle::emulator::warp_barrier(lanes, place);
+  dalle::emulator::warp_barrier(lanes, location);
 }
 inline uint32_t __ballot_sync(uint32_t lanes, int predicate, DALLE_HERE) {
-  return dalle::emulator::ballot(lanes, predicate, place);
+  return dalle::emulator::ballot(lanes, predicate, location);
 }
 inline int __any_sync(uint32_t lanes, int predicate, DALLE_HERE) {
-  return dalle::emulator::ballot(lanes, predicate, place) != 0;
+  return dalle::emulator::ballot(lanes, predicate, location) != 0;
 }
 inline int __all_sync(uint32_t lanes, int predicate, DALLE_HERE) {
-  return dalle::emulator::ballot(lanes, !predicate, place) == 0;
+  return dalle::emulator::ballot(lanes, !predicate, location) == 0;
 }
-inline void __threadfence() {}  // one thread runs at a time, its stores are seen at once
+inline void __threadfence() {}  // one thread runs at a time, its stores are visible at once
 inline void __threadfence_block() {}
 
 // -- shuffles and reductions -------------------------------------------------------------------
 namespace dalle::emulator {
 template <typename value_t>
 value_t shuffle_value(Shuffle kind, uint32_t lanes, value_t value, int operand, int width,
-                      Place place) {
+                      Location location) {
   static_assert(sizeof(value_t) <= sizeof(uint64_t) && std::is_trivially_copyable_v<value_t>);
   uint64_t word = 0;
   std::memcpy(&word, &value, sizeof(value));
-  word = shuffle(kind, lanes, word, operand, width, place);
+  word = shuffle(kind, lanes, word, operand, width, location);
   std::memcpy(&value, &word, sizeof(value));
   return value;
 }
@@ -114,7 +114,7 @@ value_t shuffle_value(Shuffle kind, uint32_t lanes, value_t value, int operand, 
   template <typename value_t>                                                                    \
   value_t name(uint32_t lanes, value_t value, int operand, int width = warpSize, DALLE_HERE) {   \
     return dalle::emulator::shuffle_value(dalle::emulator::Shuffle::kind, lanes, value, operand, \
-                                          width, place);                                         \
+                                          width, location);                                      \
   }
 DALLE_EMULATOR_SHUFFLE(__shfl_sync, kIndex)
 DALLE_EMULATOR_SHUFFLE(__shfl_up_sync, kUp)
@@ -122,13 +122,13 @@ DALLE_EMULATOR_SHUFFLE(__shfl_down_sync, kDown)
 DALLE_EMULATOR_SHUFFLE(__shfl_xor_sync, kXor)
 #undef DALLE_EMULATOR_SHUFFLE
 
-#define DALLE_EMULATOR_REDUCE(name, kind)                                                      \
-  template <typename value_t>                                                                  \
-  value_t name(uint32_t lanes, value_t value, DALLE_HERE) {                                    \
-    static_assert(std::is_integral_v<value_t> && sizeof(value_t) == 4);                        \
-    return static_cast<value_t>(dalle::emulator::reduce(dalle::emulator::Reduce::kind,         \
-                                                        std::is_signed_v<value_t>, lanes,      \
-                                                        static_cast<uint32_t>(value), place)); \
+#define DALLE_EMULATOR_REDUCE(name, kind)                                                         \
+  template <typename value_t>                                                                     \
+  value_t name(uint32_t lanes, value_t value, DALLE_HERE) {                                       \
+    static_assert(std::is_integral_v<value_t> && sizeof(value_t) == 4);                           \
+    return static_cast<value_t>(dalle::emulator::reduce(dalle::emulator::Reduce::kind,            \
+                                                        std::is_signed_v<value_t>, lanes,         \
+                                                        static_cast<uint32_t>(value), location)); \
   }
 DALLE_EMULATOR_REDUCE(__reduce_add_sync, kAdd)
 DALLE_EMULATOR_REDUCE(__reduce_min_sync, kMinimum)
@@ -142,8 +142,9 @@ DALLE_EMULATOR_REDUCE(__reduce_xor_sync, kXor)
 namespace dalle::emulator {
 // Not instrumented: the race detector hears of the access from atomic_access.
 template <typename value_t, typename Change>
-__attribute__((no_sanitize_thread)) value_t atomic(value_t* at, const Change& change, Place place) {
-  atomic_access(at, sizeof(value_t), place);
+__attribute__((no_sanitize_thread)) value_t atomic(value_t* at, const Change& change,
+                                                   Location location) {
+  atomic_access(at, sizeof(value_t), location);
   const value_t before = *at;
   *at = change(before);
   return before;
@@ -156,7 +157,7 @@ __attribute__((no_sanitize_thread)) value_t atomic(value_t* at, const Change& ch
     const auto change = [operand](value_t before) __attribute__((no_sanitize_thread)) { \
       return static_cast<value_t>(expression);                                          \
     };                                                                                  \
-    return dalle::emulator::atomic(at, change, place);                                  \
+    return dalle::emulator::atomic(at, change, location);                               \
   }
 DALLE_EMULATOR_ATOMIC(atomicAdd, before + operand)
 DALLE_EMULATOR_ATOMIC(atomicSub, before - operand)
@@ -169,11 +170,11 @@ DALLE_EMULATOR_ATOMIC(atomicExch, operand)
 #undef DALLE_EMULATOR_ATOMIC
 template <typename value_t>
 value_t atomicCAS(value_t* at, std::type_identity_t<value_t> expected,
-                  std::type_identity_t<value_t> wanted, DALLE_HERE) {
-  const auto change = [expected, wanted](value_t before) __attribute__((no_sanitize_thread)) {
-    return before == expected ? wanted : before;
+                  std::type_identity_t<value_t> desired, DALLE_HERE) {
+  const auto change = [expected, desired](value_t before) __attribute__((no_sanitize_thread)) {
+    return before == expected ? desired : before;
   };
-  return dalle::emulator::atomic(at, change, place);
+  return dalle::emulator::atomic(at, change, location);
 }
 
 // -- loads and stores with cache hints: plain ones here ------------------------------------------

@@ -17,12 +17,12 @@ sigjmp_buf escape;
 namespace {
 
 std::string kernel_name(const void* kernel) {
-  Dl_info found;
-  if (!dladdr(kernel, &found) || !found.dli_sname) return "(no name)";
+  Dl_info info;
+  if (!dladdr(kernel, &info) || !info.dli_sname) return "(no name)";
   int status = 0;
   const std::unique_ptr<char, decltype(&std::free)> name(
-      abi::__cxa_demangle(found.dli_sname, nullptr, nullptr, &status), &std::free);
-  return status == 0 ? name.get() : found.dli_sname;
+      abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status), &std::free);
+  return status == 0 ? name.get() : info.dli_sname;
 }
 
 std::string text_of(uint3 index) {
@@ -54,7 +54,7 @@ void on_fault(int signal_number, siginfo_t* info, void*) {
 }
 
 #else
-// Each of the two sanitizers has a runtime of its own.
+// The two sanitizers have separate runtimes.
 void on_death() {
   if (block.running) std::fprintf(stderr, "%s\n", message("stopped by a sanitizer").c_str());
 }
@@ -66,10 +66,10 @@ void on_death() {
 FaultHandler::FaultHandler() {
   constexpr size_t kBytes = size_t{64} << 10;
   static char* stack = new char[kBytes];
-  stack_t own = {};
-  own.ss_sp = stack;
-  own.ss_size = kBytes;
-  sigaltstack(&own, &stack_before_);
+  stack_t alternate = {};
+  alternate.ss_sp = stack;
+  alternate.ss_size = kBytes;
+  sigaltstack(&alternate, &stack_before_);
   struct sigaction action = {};
   action.sa_sigaction = &on_fault;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
@@ -98,13 +98,13 @@ FaultHandler::~FaultHandler() = default;
 #endif
 
 uint64_t seed() {
-  const char* wish = std::getenv("DALLE_EMULATOR_SEED");
-  return wish ? std::strtoull(wish, nullptr, 10) : 0;
+  const char* value = std::getenv("DALLE_EMULATOR_SEED");
+  return value ? std::strtoull(value, nullptr, 10) : 0;
 }
 
-std::string text_of(Place place) {
-  const std::string file(place.file_name());
-  return " at " + file.substr(file.rfind('/') + 1) + ":" + std::to_string(place.line());
+std::string text_of(Location location) {
+  const std::string file(location.file_name());
+  return " at " + file.substr(file.rfind('/') + 1) + ":" + std::to_string(location.line());
 }
 
 void fail(const std::string& what) {
@@ -113,6 +113,6 @@ void fail(const std::string& what) {
   abandon_threads();
 }
 
-void fail(const std::string& what, Place place) { fail(what + text_of(place)); }
+void fail(const std::string& what, Location location) { fail(what + text_of(location)); }
 
 }  // namespace dalle::emulator

@@ -26,7 +26,7 @@ struct Fiber {
 // Makes `fiber` start in entry(), which must not return, on this stack.
 void prepare(Fiber& fiber, char* stack, size_t bytes, void (*entry)());
 
-// Saves the running fiber in `from` and goes on with `to`.
+// Saves the running fiber in `from` and resumes `to`.
 void switch_fiber(Fiber& from, Fiber& to);
 
 }  // namespace dalle::emulator

@@ -25,7 +25,7 @@ void run_block(uint64_t number) {
   race_begin_block();
   if (sigsetjmp(escape, 1) == 0) run_threads();
   block.running = nullptr;
-  if (block.failure.empty()) check_arena_borders();
+  if (block.failure.empty()) check_red_zones();
   if (!block.failure.empty()) throw std::runtime_error(std::move(block.failure));
 }
 
@@ -57,9 +57,9 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 threads, size_t shared_bytes
   make_threads();
   race_begin_launch();
   const FaultHandler handler;
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, wish = seed();
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, seed_value = seed();
   // Every launch starts from the seed, so that a failure repeats whatever ran before it.
-  block.random = wish ? wish * 0x9E3779B97F4A7C15ull | 1 : 0;
+  block.random = seed_value ? seed_value * 0x9E3779B97F4A7C15ull | 1 : 0;
   std::vector<uint32_t> order(block.random && blocks <= (uint64_t{1} << 24) ? blocks : 0);
   std::iota(order.begin(), order.end(), 0u);
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[next_random() % i]);

@@ -8,13 +8,13 @@
 namespace dalle::emulator {
 namespace {
 
-// Turns that 8 rows of 16 bytes cost beyond one: shared memory serves 128 bytes a turn, each of its
-// 16-byte columns once.
+// Bank conflicts of 8 rows of 16 bytes: accesses beyond the first. One access serves 128 bytes,
+// each group of four banks once.
 template <typename RowOf>
 uint64_t bank_conflicts(const RowOf& row_of) {
-  int rows_in_column[8] = {}, most = 0;
+  int rows_of_banks[8] = {}, most = 0;
   for (int r = 0; r < 8; ++r) {
-    int& rows = rows_in_column[reinterpret_cast<uintptr_t>(row_of(r)) / 16 % 8];
+    int& rows = rows_of_banks[reinterpret_cast<uintptr_t>(row_of(r)) / 16 % 8];
     bool is_new = true;
     for (int before = 0; before < r; ++before) is_new = is_new && row_of(before) != row_of(r);
     rows += is_new;
@@ -25,7 +25,7 @@ uint64_t bank_conflicts(const RowOf& row_of) {
 
 }  // namespace
 
-void ldmatrix(uint32_t* words, int count, bool transposed, const void* row, Place place) {
+void ldmatrix(uint32_t* words, int count, bool transposed, const void* row, Location location) {
   struct Operands {
     uint32_t* words;
     const unsigned char* row;
@@ -34,16 +34,16 @@ void ldmatrix(uint32_t* words, int count, bool transposed, const void* row, Plac
   };
   if (block.running->id % kWarpSize < 8 * count) {
     if (reinterpret_cast<uintptr_t>(row) % 16)
-      fail("ldmatrix: a row must be 16-byte aligned", place);
-    if (!array_around(row, 16)) fail("ldmatrix from outside of shared memory", place);
-    race_access(row, 16, Access::kRead, "ldmatrix", place);
+      fail("ldmatrix: a row must be 16-byte aligned", location);
+    if (!array_containing(row, 16)) fail("ldmatrix from outside of shared memory", location);
+    race_access(row, 16, Access::kRead, "ldmatrix", location);
   }
   Operands operands = {words, static_cast<const unsigned char*>(row), count, transposed};
   const auto finish = [](void* const* arguments, uint32_t lanes) {
     require_warp("ldmatrix", lanes);
     const auto of = [&](int lane) { return static_cast<Operands*>(arguments[lane]); };
     const int matrices = of(0)->count;
-    const bool turned = of(0)->transposed;
+    const bool transposed = of(0)->transposed;
     for (int i = 0; i < matrices; ++i) {
       ++counts.ldmatrix;
       counts.conflicts += bank_conflicts([&](int r) { return of(8 * i + r)->row; });
@@ -53,7 +53,7 @@ void ldmatrix(uint32_t* words, int count, bool transposed, const void* row, Plac
       for (int i = 0; i < matrices; ++i) {
         uint16_t pair[2];
         for (int j = 0; j < 2; ++j) {
-          const int at_row = turned ? 2 * t + j : g, at_column = turned ? g : 2 * t + j;
+          const int at_row = transposed ? 2 * t + j : g, at_column = transposed ? g : 2 * t + j;
           std::memcpy(&pair[j], of(8 * i + at_row)->row + 2 * at_column, 2);
         }
         of(lane)->words[i] = pair[0] | uint32_t{pair[1]} << 16;
@@ -61,12 +61,13 @@ void ldmatrix(uint32_t* words, int count, bool transposed, const void* row, Plac
     }
   };
   constexpr const char* kNames[] = {"ldmatrix.x1", "ldmatrix.x2", "ldmatrix.x4"};
-  constexpr const char* kTurnedNames[] = {"ldmatrix.x1.trans", "ldmatrix.x2.trans",
-                                          "ldmatrix.x4.trans"};
-  meet((transposed ? kTurnedNames : kNames)[count / 2], kAllLanes, &operands, finish, place);
+  constexpr const char* kTransposedNames[] = {"ldmatrix.x1.trans", "ldmatrix.x2.trans",
+                                              "ldmatrix.x4.trans"};
+  rendezvous((transposed ? kTransposedNames : kNames)[count / 2], kAllLanes, &operands, finish,
+             location);
 }
 
-uint32_t movmatrix_trans(uint32_t word, Place place) {
+uint32_t movmatrix_trans(uint32_t word, Location location) {
   struct Operands {
     uint32_t word, result;
   } operands = {word, 0};
@@ -82,7 +83,7 @@ uint32_t movmatrix_trans(uint32_t word, Place place) {
       static_cast<Operands*>(arguments[lane])->result = pair[0] | pair[1] << 16;
     }
   };
-  meet("movmatrix", kAllLanes, &operands, finish, place);
+  rendezvous("movmatrix", kAllLanes, &operands, finish, location);
   return operands.result;
 }
 

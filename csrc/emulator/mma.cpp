@@ -116,15 +116,15 @@ void finish_tf32(void* const* arguments, uint32_t lanes) {
 
 }  // namespace
 
-void mma_m16n8k16(Operand type, float* d, const uint32_t* a, const uint32_t* b, Place place) {
+void mma_m16n8k16(Operand type, float* d, const uint32_t* a, const uint32_t* b, Location location) {
   Operands operands = {d, a, b};
-  meet("mma.m16n8k16", kAllLanes, &operands,
-       type == Operand::kHalf ? &finish_half : &finish_bfloat16, place);
+  rendezvous("mma.m16n8k16", kAllLanes, &operands,
+             type == Operand::kHalf ? &finish_half : &finish_bfloat16, location);
 }
 
-void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b, Place place) {
+void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b, Location location) {
   Operands operands = {d, a, b};
-  meet("mma.m16n8k8", kAllLanes, &operands, &finish_tf32, place);
+  rendezvous("mma.m16n8k8", kAllLanes, &operands, &finish_tf32, location);
 }
 
 }  // namespace dalle::emulator

@@ -25,16 +25,16 @@ bool is_ordered(const Stamp& stamp, uint32_t self, bool shared) {
          stamp.clock <= clocks[self][stamp.thread % kWarpSize];
 }
 
-void record(const void* address, size_t bytes, Access access, const char* what, Where where) {
+void record(const void* address, size_t bytes, Access access, const char* what, Site site) {
   const bool shared = in_arena(address);
   const uint32_t self = static_cast<uint32_t>(block.running->id);
   const uint32_t clock = clocks[self][self % kWarpSize];
   const auto kind = access == Access::kAtomic    ? Kind::kAtomic
                     : access == Access::kPending ? Kind::kPending
                                                  : Kind::kPlain;
-  const Stamp now = {epoch, self, clock, static_cast<uint32_t>(kind), where};
-  if (shared && !array_around(address, bytes)) {
-    fail(what + line_of(where) + " is outside of the arrays in shared memory");
+  const Stamp now = {epoch, self, clock, static_cast<uint32_t>(kind), site};
+  if (shared && !array_containing(address, bytes)) {
+    fail(what + line_of(site) + " is outside of the arrays in shared memory");
   }
   const uintptr_t first = reinterpret_cast<uintptr_t>(address);
   for (uintptr_t at = first; at < first + bytes; ++at) {
@@ -43,12 +43,12 @@ void record(const void* address, size_t bytes, Access access, const char* what, 
     const bool pending = is_live(write, shared) &&
                          static_cast<Kind>(write.kind) == Kind::kPending && is_of_this_block(write);
     if (pending && access != Access::kArrival) {
-      report_race(at, "wait for a cp.async", write, what, where);
+      report_race(at, "wait for a cp.async", write, what, site);
     }
     const bool both_atomic =
         access == Access::kAtomic && static_cast<Kind>(write.kind) == Kind::kAtomic;
     if (!both_atomic && !is_ordered(write, self, shared)) {
-      report_race(at, "write", write, what, where);
+      report_race(at, "write", write, what, site);
     }
     if (access == Access::kRead) {
       const Stamp& first = cell.reads[0];
@@ -57,7 +57,7 @@ void record(const void* address, size_t bytes, Access access, const char* what, 
       continue;
     }
     for (Stamp& read : cell.reads) {
-      if (!is_ordered(read, self, shared)) report_race(at, "read", read, what, where);
+      if (!is_ordered(read, self, shared)) report_race(at, "read", read, what, site);
       read = {};
     }
     cell.write = now;
@@ -71,7 +71,7 @@ bool is_of_this_block(const Stamp& stamp) { return stamp.epoch >= block_epoch; }
 void record_plain(const void* at, size_t bytes, bool writes, const void* instruction) {
   if (block.running == nullptr || in_stacks(at)) return;
   record(at, bytes, writes ? Access::kWrite : Access::kRead, writes ? "a write" : "a read",
-         reinterpret_cast<Where>(instruction));
+         reinterpret_cast<Site>(instruction));
 }
 
 void race_begin_launch() {
@@ -101,8 +101,8 @@ void race_warp_barrier(uint32_t lanes) {
   }
 }
 
-void race_access(const void* at, size_t bytes, Access access, const char* what, Place place) {
-  record(at, bytes, access, what, where_of(place));
+void race_access(const void* at, size_t bytes, Access access, const char* what, Location location) {
+  record(at, bytes, access, what, site_of(location));
 }
 
 }  // namespace dalle::emulator

@@ -9,15 +9,15 @@
 
 namespace dalle::emulator {
 
-// Where an access was: the address of an instruction, or a Place with the top bit set.
-using Where = uintptr_t;
-constexpr Where kIsPlace = ~(~Where{0} >> 1);
-inline Where where_of(Place place) {
-  static_assert(sizeof(Place) == sizeof(Where) && std::is_trivially_copyable_v<Place>);
-  return std::bit_cast<Where>(place) | kIsPlace;
+// The line of an access: the address of an instruction, or a Location with the top bit set.
+using Site = uintptr_t;
+constexpr Site kIsLocation = ~(~Site{0} >> 1);
+inline Site site_of(Location location) {
+  static_assert(sizeof(Location) == sizeof(Site) && std::is_trivially_copyable_v<Location>);
+  return std::bit_cast<Site>(location) | kIsLocation;
 }
 
-enum class Kind : uint32_t { kPlain, kAtomic, kPending };  // pending: a cp.async is under way
+enum class Kind : uint32_t { kPlain, kAtomic, kPending };  // pending: the target of a cp.async
 
 // When an access was: (epoch, thread, clock). The epoch counts block barriers, and goes on counting
 // over blocks and launches, so that old stamps need no clearing; within an epoch only lanes of one
@@ -25,7 +25,7 @@ enum class Kind : uint32_t { kPlain, kAtomic, kPending };  // pending: a cp.asyn
 struct Stamp {
   uint32_t epoch = 0;
   uint32_t thread : 10 = 0, clock : 20 = 0, kind : 2 = 0;
-  Where where = 0;
+  Site site = 0;
 };
 constexpr uint32_t kMaxClock = (1u << 20) - 1;
 
@@ -45,8 +45,8 @@ bool is_of_this_block(const Stamp& stamp);
 void record_plain(const void* at, size_t bytes, bool writes, const void* instruction);
 
 // race_report.cpp
-std::string line_of(Where where);  // " at file:line"
+std::string line_of(Site site);  // " at file:line"
 [[noreturn]] void report_race(uintptr_t at, const char* before, const Stamp& stamp,
-                              const char* what, Where where);
+                              const char* what, Site site);
 
 }  // namespace dalle::emulator

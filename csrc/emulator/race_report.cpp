@@ -10,9 +10,9 @@ namespace dalle::emulator {
 namespace {
 
 std::string memory_of(uintptr_t at) {
-  const char* place = reinterpret_cast<const char*>(at);
-  if (const SharedArray* array = array_around(place, 1)) {
-    return "byte " + std::to_string(place - array->begin) + " of " + array->name;
+  const char* address = reinterpret_cast<const char*>(at);
+  if (const SharedArray* array = array_containing(address, 1)) {
+    return "byte " + std::to_string(address - array->begin) + " of " + array->name;
   }
   return "global memory";
 }
@@ -26,13 +26,13 @@ std::string other_of(const Stamp& stamp) {
 
 }  // namespace
 
-std::string line_of(Where where) {
-  if (where & kIsPlace) return text_of(std::bit_cast<Place>(where & ~kIsPlace));
-  Dl_info found;
-  if (!dladdr(reinterpret_cast<const void*>(where), &found) || !found.dli_fname) return "";
-  const size_t offset = where - reinterpret_cast<Where>(found.dli_fbase) - 1;
+std::string line_of(Site site) {
+  if (site & kIsLocation) return text_of(std::bit_cast<Location>(site & ~kIsLocation));
+  Dl_info info;
+  if (!dladdr(reinterpret_cast<const void*>(site), &info) || !info.dli_fname) return "";
+  const size_t offset = site - reinterpret_cast<Site>(info.dli_fbase) - 1;
   char command[1024], line[1024] = "";
-  std::snprintf(command, sizeof(command), "addr2line -e '%s' %#zx 2>/dev/null", found.dli_fname,
+  std::snprintf(command, sizeof(command), "addr2line -e '%s' %#zx 2>/dev/null", info.dli_fname,
                 offset);
   if (FILE* pipe = popen(command, "r")) {
     if (!std::fgets(line, sizeof(line), pipe)) line[0] = '\0';
@@ -44,9 +44,9 @@ std::string line_of(Where where) {
 }
 
 void report_race(uintptr_t at, const char* before, const Stamp& stamp, const char* what,
-                 Where where) {
-  fail("data race on " + memory_of(at) + ": " + what + line_of(where) +
-       " is not ordered behind the " + before + other_of(stamp) + line_of(stamp.where));
+                 Site site) {
+  fail("data race on " + memory_of(at) + ": " + what + line_of(site) +
+       " is not ordered behind the " + before + other_of(stamp) + line_of(stamp.site));
 }
 
 }  // namespace dalle::emulator

@@ -1,4 +1,4 @@
-// Which thread goes on next: in order, or (DALLE_EMULATOR_SEED) at random.
+// Which thread runs next: in order, or (DALLE_EMULATOR_SEED) at random.
 #include <bit>
 
 #include "emulator/block.h"
@@ -6,7 +6,7 @@
 namespace dalle::emulator {
 namespace {
 
-// The warp of the running thread goes on while it can: few switches between barriers, and one warp
+// The warp of the running thread runs while it can: few switches between barriers, and one warp
 // runs far ahead of the others.
 Thread* next_in_order() {
   const int first = block.running ? block.running->id / kWarpSize : 0;
@@ -33,9 +33,9 @@ Thread* next_at_random() {
     if (best < 0 || block.warps[w].priority > block.warps[best].priority) best = w;
   }
   if (best < 0) return nullptr;
-  const int turn = static_cast<int>(next_random() % kWarpSize);
-  const int place = std::countr_zero(std::rotr(block.warps[best].ready, turn));
-  return &block.threads[best * kWarpSize + (place + turn) % kWarpSize];
+  const int first = static_cast<int>(next_random() % kWarpSize);
+  const int offset = std::countr_zero(std::rotr(block.warps[best].ready, first));
+  return &block.threads[best * kWarpSize + (first + offset) % kWarpSize];
 }
 
 }  // namespace

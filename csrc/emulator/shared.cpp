@@ -1,4 +1,4 @@
-// Shared memory: the arrays of a block in one arena with borders between them.
+// Shared memory: the arrays of a block in one arena with red zones between them.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -14,22 +14,23 @@
 namespace dalle::emulator {
 namespace {
 
-constexpr unsigned char kBorder = 0xa5;
-constexpr size_t kBorderBytes = 64, kAlignment = 128;
+constexpr unsigned char kRedZone = 0xa5;
+constexpr size_t kRedZoneBytes = 64, kAlignment = 128;
 constexpr size_t kGuardBytes = size_t{1} << 20;  // without access, on both sides
 
-// Whole pages, so that the last array ends where the guard begins; room for borders.
+// A multiple of the page size, so that the last array ends where the guard begins; room for red
+// zones.
 size_t arena_bytes() {
   static const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   return (kMaxShared + kMaxStaticShared + (size_t{64} << 10) + page - 1) / page * page;
 }
 
-void forbid([[maybe_unused]] void* at, [[maybe_unused]] size_t bytes) {
+void poison([[maybe_unused]] void* at, [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_POISON_MEMORY_REGION(at, bytes);
 #endif
 }
-void allow([[maybe_unused]] void* at, [[maybe_unused]] size_t bytes) {
+void unpoison([[maybe_unused]] void* at, [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_UNPOISON_MEMORY_REGION(at, bytes);
 #endif
@@ -42,20 +43,20 @@ char* arena_end() { return block.arena + arena_bytes(); }
 void* add_array(const void* declaration, const char* name, size_t bytes, size_t alignment) {
   const size_t step = alignment > kAlignment ? alignment : kAlignment;
   char* const top = arena_end() - block.arena_used;
-  const uintptr_t wanted = reinterpret_cast<uintptr_t>(top) - (block.arena_used ? kBorderBytes : 0);
-  char* const begin = reinterpret_cast<char*>((wanted - bytes) / step * step);
+  const uintptr_t upper = reinterpret_cast<uintptr_t>(top) - (block.arena_used ? kRedZoneBytes : 0);
+  char* const begin = reinterpret_cast<char*>((upper - bytes) / step * step);
   block.arena_used = static_cast<size_t>(arena_end() - begin);
-  allow(begin, static_cast<size_t>(top - begin));
+  unpoison(begin, static_cast<size_t>(top - begin));
   std::memset(begin, kUninitialised, bytes);
-  std::memset(begin + bytes, kBorder, static_cast<size_t>(top - begin) - bytes);
-  forbid(begin + bytes, static_cast<size_t>(top - begin) - bytes);
+  std::memset(begin + bytes, kRedZone, static_cast<size_t>(top - begin) - bytes);
+  poison(begin + bytes, static_cast<size_t>(top - begin) - bytes);
   block.arrays.push_back({declaration, name, begin, bytes});
   return begin;
 }
 
 }  // namespace
 
-const void* first_forbidden([[maybe_unused]] const void* at, [[maybe_unused]] size_t bytes) {
+const void* first_poisoned([[maybe_unused]] const void* at, [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
   return __asan_region_is_poisoned(const_cast<void*>(at), bytes);
 #else
@@ -71,19 +72,19 @@ void open_arena(size_t dynamic_bytes) {
     block.arena = static_cast<char*>(memory) + kGuardBytes;
     mprotect(block.arena, arena_bytes(), PROT_READ | PROT_WRITE);
   }
-  forbid(block.arena, arena_bytes());
+  poison(block.arena, arena_bytes());
   block.arrays.clear();
   block.arena_used = 0;
   if (dynamic_bytes) add_array(nullptr, "dynamic shared memory", dynamic_bytes, kAlignment);
 }
 
-void check_arena_borders() {
+void check_red_zones() {
   char* top = arena_end();
   for (const SharedArray& array : block.arrays) {
     char* const end = array.begin + array.bytes;
-    allow(end, static_cast<size_t>(top - end));
+    unpoison(end, static_cast<size_t>(top - end));
     for (const char* at = end; at < top; ++at) {
-      if (static_cast<unsigned char>(*at) != kBorder) {
+      if (static_cast<unsigned char>(*at) != kRedZone) {
         fail("shared memory was written " + std::to_string(at - end) + " bytes behind the end of " +
              array.name);
       }
@@ -93,14 +94,14 @@ void check_arena_borders() {
 }
 
 bool in_arena(const void* at) {
-  const char* const place = static_cast<const char*>(at);
-  return block.arena && place >= block.arena - kGuardBytes && place < arena_end() + kGuardBytes;
+  const char* const address = static_cast<const char*>(at);
+  return block.arena && address >= block.arena - kGuardBytes && address < arena_end() + kGuardBytes;
 }
 
-const SharedArray* array_around(const void* at, size_t bytes) {
-  const char* const place = static_cast<const char*>(at);
+const SharedArray* array_containing(const void* at, size_t bytes) {
+  const char* const address = static_cast<const char*>(at);
   for (const SharedArray& array : block.arrays) {
-    if (place >= array.begin && place + bytes <= array.begin + array.bytes) return &array;
+    if (address >= array.begin && address + bytes <= array.begin + array.bytes) return &array;
   }
   return nullptr;
 }

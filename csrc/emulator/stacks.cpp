@@ -1,4 +1,4 @@
-// The threads of a block, each with a stack of its own, made once.
+// The threads of a block, each with its stack, made once.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -35,8 +35,8 @@ void make_threads() {
 }
 
 bool in_stacks(const void* at) {
-  const char* place = static_cast<const char*>(at);
-  return place >= stacks && place < stacks + stacks_bytes();
+  const char* address = static_cast<const char*>(at);
+  return address >= stacks && address < stacks + stacks_bytes();
 }
 
 }  // namespace dalle::emulator

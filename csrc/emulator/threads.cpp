@@ -36,7 +36,7 @@ void end_switch([[maybe_unused]] Fiber* self) {
 #endif
 }
 
-// Goes on with `next`, or with the launching thread where it is null.
+// Resumes `next`, or the launching thread where it is null.
 void go_to(Thread* next, bool for_ever = false) {
   Fiber& from = block.running ? block.running->fiber : block.main;
   block.running = next;
@@ -50,7 +50,7 @@ std::string deadlock() {
   std::map<std::string, int> groups;
   for (int i = 0; i < block.num_threads; ++i) {
     const Thread& thread = block.threads[i];
-    if (thread.waits) ++groups[std::string(thread.waits_for) + text_of(thread.place)];
+    if (thread.waits) ++groups[std::string(thread.waits_for) + text_of(thread.location)];
   }
   std::string text = "deadlock:";
   for (const auto& [what, count] : groups) {
@@ -84,11 +84,11 @@ void make_ready(Thread& thread) {
   block.warps[thread.id / kWarpSize].ready |= 1u << thread.id % kWarpSize;
 }
 
-void wait_for(const char* what, Place place) {
+void wait_for(const char* what, Location location) {
   Thread& self = *block.running;
   self.waits = true;
   self.waits_for = what;
-  self.place = place;
+  self.location = location;
   Thread* next = next_thread();
   if (next == nullptr) fail(deadlock());
   go_to(next);
@@ -105,7 +105,7 @@ void run_threads() {
     warp.ready = count >= kWarpSize ? kAllLanes : (1u << count) - 1;
     warp.exited = ~warp.ready;
     warp.priority = block.random ? static_cast<uint32_t>(next_random()) : 0;
-    warp.open = 0;
+    warp.pending = 0;
   }
   for (int i = 0; i < block.num_threads; ++i) {
     Thread& thread = block.threads[i];

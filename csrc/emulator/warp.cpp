@@ -36,8 +36,8 @@ void finish_shuffle(void* const* arguments, uint32_t lanes) {
     const int lane = std::countr_zero(left);
     auto& x = *static_cast<ShuffleOperands*>(arguments[lane]);
     const int from = source_lane(x, lane);
-    const bool takes_part = lanes >> from & 1;
-    x.result = takes_part ? static_cast<ShuffleOperands*>(arguments[from])->word : kUndefined;
+    const bool participates = lanes >> from & 1;
+    x.result = participates ? static_cast<ShuffleOperands*>(arguments[from])->word : kUndefined;
   }
 }
 
@@ -97,26 +97,28 @@ void require_warp(const char* what, uint32_t lanes) {
   }
 }
 
-uint64_t shuffle(Shuffle kind, uint32_t lanes, uint64_t word, int operand, int width, Place place) {
+uint64_t shuffle(Shuffle kind, uint32_t lanes, uint64_t word, int operand, int width,
+                 Location location) {
   if (width < 1 || width > kWarpSize || (width & (width - 1))) {
-    fail("a shuffle's width must be a power of two up to 32, got " + std::to_string(width), place);
+    fail("a shuffle's width must be a power of two up to 32, got " + std::to_string(width),
+         location);
   }
   ShuffleOperands operands = {word, kUndefined, kind, operand, width};
   constexpr const char* kNames[] = {"__shfl_sync", "__shfl_up_sync", "__shfl_down_sync",
                                     "__shfl_xor_sync"};
-  meet(kNames[static_cast<int>(kind)], lanes, &operands, &finish_shuffle, place);
+  rendezvous(kNames[static_cast<int>(kind)], lanes, &operands, &finish_shuffle, location);
   return operands.result;
 }
 
-uint32_t ballot(uint32_t lanes, int predicate, Place place) {
+uint32_t ballot(uint32_t lanes, int predicate, Location location) {
   WordOperands operands = {predicate != 0, 0, Reduce::kAdd, false};
-  meet("a vote", lanes, &operands, &finish_ballot, place);
+  rendezvous("a vote", lanes, &operands, &finish_ballot, location);
   return operands.result;
 }
 
-uint32_t reduce(Reduce kind, bool is_signed, uint32_t lanes, uint32_t word, Place place) {
+uint32_t reduce(Reduce kind, bool is_signed, uint32_t lanes, uint32_t word, Location location) {
   WordOperands operands = {word, 0, kind, is_signed};
-  meet("__reduce_sync", lanes, &operands, &finish_reduce, place);
+  rendezvous("__reduce_sync", lanes, &operands, &finish_reduce, location);
   return operands.result;
 }
 

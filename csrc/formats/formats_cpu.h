@@ -1,7 +1,8 @@
 // CPU kernels of formats on raw pointers. The table below is what formats.cpp sees; the kernels are
 // compiled once per instruction set (csrc/common/isa.h). No torch here.
 //
-// A unit of work is kFormatsUnit elements, whole Philox calls; bits do not depend on the threads.
+// A unit of work is kFormatsUnit elements, a multiple of a Philox call; bits do not depend on the
+// threads.
 #pragma once
 
 #include "common/isa.h"
@@ -30,7 +31,7 @@ namespace dalle {
 namespace DALLE_ISA_NAMESPACE {
 namespace {
 
-// Encodes vectors of neighbouring elements, and counts what became of them.
+// Encodes vectors of neighbouring elements and counts saturated, flushed and nonfinite ones.
 template <Format kFormat>
 class Encoder {
  public:
@@ -41,12 +42,12 @@ class Encoder {
     if (counts_ == nullptr) return;
     for (int c = 0; c < kNumCounts; ++c) {
       int64_t total = 0;
-      for (int i = 0; i < kLanes; ++i) total += found_[c][i];
+      for (int i = 0; i < kLanes; ++i) total += lane_counts_[c][i];
       __atomic_fetch_add(counts_ + c, total, __ATOMIC_RELAXED);
     }
   }
 
-  // Two vectors from `element` on, a multiple of 2 kLanes. Zeros in places that are not used.
+  // Two vectors from `element` on, a multiple of 2 kLanes. Unused lanes are 0.
   void encode_two(int64_t element, const Float (&x)[2], Word (&codes)[2]) {
     Word added[2] = {Word{} + FormatOf<kFormat>::kHalfUlp, Word{} + FormatOf<kFormat>::kHalfUlp};
     if (stochastic_) {
@@ -61,9 +62,9 @@ class Encoder {
       const Word finite = (Word)(magnitude < 0x7F800000u);
       const Word flushed = (Word)(magnitude != 0) & (Word)(codes[j] == 0) & finite;
       const Word beyond = (Word)(magnitude > FormatOf<kFormat>::kMost) & finite & ~flushed;
-      found_[kSaturated] -= beyond;  // a mask is -1 where it holds
-      found_[kFlushed] -= flushed;
-      found_[kNonfinite] -= ~finite;
+      lane_counts_[kSaturated] -= beyond;  // a mask is -1 where it holds
+      lane_counts_[kFlushed] -= flushed;
+      lane_counts_[kNonfinite] -= ~finite;
     }
   }
 
@@ -71,7 +72,7 @@ class Encoder {
   int64_t* counts_;
   bool stochastic_;
   PhiloxKeys keys_;
-  Word found_[kNumCounts] = {};  // a lane sees less than 2^32 elements of a task
+  Word lane_counts_[kNumCounts] = {};  // a lane counts less than 2^32 elements of a task
 };
 
 // `for_pairs` of the elements of units; body gets the element.
@@ -117,7 +118,7 @@ void unpack_units(const UnpackArgs& args, int64_t begin, int64_t end) {
 template <Format kFormat>
 void reduce_units(const ReduceArgs& args, int64_t begin, int64_t end) {
   Encoder<kFormat> encoder(args.seed, args.counts);
-  constexpr int64_t kPart = 1024;  // sums kept in the first cache, one buffer read after the other
+  constexpr int64_t kPart = 1024;  // sums stay in L1, one buffer is read after the other
   float totals[kPart];
   const int64_t last = end * kFormatsUnit < args.numel ? end * kFormatsUnit : args.numel;
   for (int64_t part = begin * kFormatsUnit; part < last; part += kPart) {

@@ -9,18 +9,18 @@
 
 namespace dalle {
 
-// Encodes eights of elements of one thread, and counts what became of them.
+// Encodes eight elements of a thread at a time and counts saturated, flushed and nonfinite ones.
 template <Format kFormat>
 struct EightEncoder {
   uint64_t seed;
   bool stochastic_rounding;
-  int found[kNumCounts] = {};
+  int thread_counts[kNumCounts] = {};
 
   __device__ __forceinline__ explicit EightEncoder(const int64_t* seed_pointer)
       : seed(seed_pointer ? static_cast<uint64_t>(*seed_pointer) : 0),
         stochastic_rounding(seed_pointer != nullptr) {}
 
-  // `element` is a multiple of 8; places beyond the end hold 0.
+  // `element` is a multiple of 8; elements beyond the end are 0.
   __device__ __forceinline__ void encode_eight(int64_t element, const float (&x)[kEight],
                                                uint32_t (&codes)[kEight]) {
 #pragma unroll
@@ -38,9 +38,9 @@ struct EightEncoder {
         const uint32_t magnitude = bits & 0x7FFFFFFFu;
         const bool finite = magnitude < 0x7F800000u;
         const bool flushed = finite && magnitude != 0 && code == 0;
-        found[kSaturated] += finite && !flushed && magnitude > FormatOf<kFormat>::kMost;
-        found[kFlushed] += flushed;
-        found[kNonfinite] += !finite;
+        thread_counts[kSaturated] += finite && !flushed && magnitude > FormatOf<kFormat>::kMost;
+        thread_counts[kFlushed] += flushed;
+        thread_counts[kNonfinite] += !finite;
         codes[half * 4 + i] = code;
       }
     }
@@ -48,7 +48,7 @@ struct EightEncoder {
 
   // Every thread of the block calls this.
   __device__ __forceinline__ void add_to(int64_t* counts) const {
-    if (counts != nullptr) add_counts(found, counts);
+    if (counts != nullptr) add_counts(thread_counts, counts);
   }
 };
 
@@ -56,7 +56,7 @@ struct EightEncoder {
 template <Format kFormat, typename scalar_t>
 __global__ void __launch_bounds__(kEightThreads) formats_pack_kernel(PackArgs args) {
   const scalar_t* const x = static_cast<const scalar_t*>(args.x);
-  const bool aligned = on_16_bytes(args.codes);
+  const bool aligned = is_aligned_16(args.codes);
   EightEncoder<kFormat> encoder(args.seed);
   for_eights(args.numel, [&](int64_t i) {
     float values[kEight];
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kEightThreads) formats_pack_kernel(PackArgs ar
 template <Format kFormat, typename scalar_t>
 __global__ void __launch_bounds__(kEightThreads) formats_unpack_kernel(UnpackArgs args) {
   scalar_t* const x = static_cast<scalar_t*>(args.x);
-  const bool aligned = on_16_bytes(args.codes);
+  const bool aligned = is_aligned_16(args.codes);
   for_eights(args.numel, [&](int64_t i) {
     float values[kEight];
     uint32_t codes[kEight];
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kEightThreads) formats_unpack_kernel(UnpackArg
 template <Format kFormat>
 __global__ void __launch_bounds__(kEightThreads) formats_sum_kernel(ReduceArgs args) {
   // Later buffers begin aligned only where their length is a multiple of eight.
-  const bool aligned = on_16_bytes(args.codes) && args.numel % kEight == 0;
+  const bool aligned = is_aligned_16(args.codes) && args.numel % kEight == 0;
   EightEncoder<kFormat> encoder(args.seed);
   for_eights(args.numel, [&](int64_t i) {
     float total[kEight] = {};
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kEightThreads) formats_sum_kernel(ReduceArgs a
       for (int j = 0; j < kEight; ++j) total[j] += __uint_as_float(decode<kFormat>(codes[j]));
     }
     encoder.encode_eight(i, total, codes);
-    store_codes(args.sum + i, args.numel - i, on_16_bytes(args.sum), codes);
+    store_codes(args.sum + i, args.numel - i, is_aligned_16(args.sum), codes);
   });
   encoder.add_to(args.counts);
 }

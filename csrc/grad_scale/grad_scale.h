@@ -14,7 +14,7 @@ struct StorageLimits {
 };
 DALLE_HOST_DEVICE StorageLimits storage_limits(ElementKind kind) {
   switch (kind) {
-    case ElementKind::kHalf:  // 2^-25 is a tie and goes to zero; 65520 one that goes up
+    case ElementKind::kHalf:  // ties: 2^-25 rounds to zero, 65520 to infinity
       return {0x33000000u, 0x387FE000u, 0x477FF000u};
     case ElementKind::kBFloat16:
       return {0x00008000u, 0x007F8000u, 0x7F7F8000u};
@@ -89,7 +89,7 @@ struct UnscaleArgs {
 // divided by the scale and stored.
 enum GroupCount : int { kNonfiniteGrads, kZeros, kSubnormals, kUnderflowed, kNumGroupCounts };
 
-// What one chunk of the table found; summed in the order of the chunks.
+// Statistics of one chunk of the table; summed in the order of the chunks.
 struct ChunkStats {
   double squares;                   // of finite gradients, before the division
   uint32_t largest;                 // magnitude of a finite gradient, before the division, as bits

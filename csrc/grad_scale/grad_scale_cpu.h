@@ -29,7 +29,7 @@ namespace {
 
 inline Word magnitude(Float x) { return (Word)x & 0x7FFFFFFFu; }
 
-inline int64_t total(Word lanes) {
+inline int64_t sum_of_lanes(Word lanes) {
   int64_t sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += lanes[i];
   return sum;
@@ -50,7 +50,7 @@ void scale_units(const ScaleArgs& args, int64_t begin, int64_t end) {
   const StorageLimits limits = storage_limits(args.to);
   const float scale = *args.scale;
   const Span span = span_of_units(args.numel, begin, end);
-  Word found[kNumScaleCounts] = {};
+  Word lane_counts[kNumScaleCounts] = {};
   for_vectors(span.begin, span.end, [&](int64_t i, int64_t count) {
     const Float x = load_up_to(grad + i, count, 0.0f);
     const Float y = x * scale;
@@ -58,14 +58,14 @@ void scale_units(const ScaleArgs& args, int64_t begin, int64_t end) {
     const Word finite = (Word)(before < kInfinityBits);
     const Word fits = (Word)(after < limits.infinite);
     const Word small = (Word)(after < limits.normal), zero = (Word)(after <= limits.zero);
-    found[kOverflowed] -= finite & ~fits;  // a mask is -1 where it holds
-    found[kFlushedGrads] -= finite & zero & (Word)(before != 0);
-    found[kSubnormalGrads] -= finite & small & ~zero;
-    found[kFiltered] -= ~finite;
+    lane_counts[kOverflowed] -= finite & ~fits;  // a mask is -1 where it holds
+    lane_counts[kFlushedGrads] -= finite & zero & (Word)(before != 0);
+    lane_counts[kSubnormalGrads] -= finite & small & ~zero;
+    lane_counts[kFiltered] -= ~finite;
     store_up_to(out + i, count, (Float)((Word)y & fits & finite));
   });
   for (int c = 0; c < kNumScaleCounts; ++c) {
-    __atomic_fetch_add(args.counts + c, total(found[c]), __ATOMIC_RELAXED);
+    __atomic_fetch_add(args.counts + c, sum_of_lanes(lane_counts[c]), __ATOMIC_RELAXED);
   }
 }
 
@@ -82,53 +82,54 @@ void unscale_units(const UnscaleArgs& args, int64_t begin, int64_t end) {
   });
 }
 
-// The magnitudes that separate kinds of elements, as bits of a float.
-struct Edges {
+// Magnitudes at which elements become subnormal or zero, as bits of a float.
+struct Thresholds {
   uint32_t normal, flushed;
-  uint16_t flushed_half;  // the largest half not above `flushed`, as its own bits
+  uint16_t flushed_half;  // the largest half not above `flushed`, as bits of a half
 };
 
 // Squares are added in one order on every instruction set, and no addition is fused with a product
-// (same_bits_ops in CMakeLists.txt): element i of a part in sum i % kSums.
+// (same_bits_ops in CMakeLists.txt): element i of a block in sum i % kSums.
 constexpr int kSums = 16, kSumVectors = kSums / kLanes;
 
-// What neighbouring elements held. Zeros count as subnormal and as underflowed until the end.
-struct PartStats {
+// Counts and sums by lane. Zeros count as subnormal and as underflowed until the end.
+struct BlockStats {
   Word nonfinite, zeros, subnormals, underflowed, largest;
   Float squares[kSumVectors];
 };
 
-// Adds elements to what was found; the first belongs to the first of the sums.
+// `stats` with `count` elements added; element 0 goes to the first of the sums.
 template <bool kAllFinite, typename scalar_t>
-PartStats examine(const scalar_t* data, int64_t count, const Edges& edges, PartStats found) {
+BlockStats add_stats(const scalar_t* data, int64_t count, const Thresholds& thresholds,
+                     BlockStats stats) {
   // As signed numbers, which magnitudes are as well: AVX2 and SSE compare no others.
-  const auto normal = static_cast<int32_t>(edges.normal);
-  const auto flushed = static_cast<int32_t>(edges.flushed);
+  const auto normal = static_cast<int32_t>(thresholds.normal);
+  const auto flushed = static_cast<int32_t>(thresholds.flushed);
   const auto add = [&](int64_t i, int64_t some, int sum) DALLE_INLINE {
     const Word bits = magnitude(load_up_to(data + i, some, 0.0f));
-    Word kept = bits;
+    Word finite_bits = bits;
     if constexpr (!kAllFinite) {
       const Word finite = (Word)(bits < kInfinityBits);
-      found.nonfinite -= ~finite;  // a mask is -1 where it holds
-      kept &= finite;
+      stats.nonfinite -= ~finite;  // a mask is -1 where it holds
+      finite_bits &= finite;
     }
-    found.zeros -= (Word)(bits == 0);
-    found.subnormals -= (Word)((Int)bits < normal);
-    found.underflowed -= (Word)((Int)bits <= flushed);
-    found.largest = kept > found.largest ? kept : found.largest;
-    found.squares[sum] += (Float)kept * (Float)kept;
+    stats.zeros -= (Word)(bits == 0);
+    stats.subnormals -= (Word)((Int)bits < normal);
+    stats.underflowed -= (Word)((Int)bits <= flushed);
+    stats.largest = finite_bits > stats.largest ? finite_bits : stats.largest;
+    stats.squares[sum] += (Float)finite_bits * (Float)finite_bits;
   };
-  const int64_t whole = count / kSums * kSums;
-  for (int64_t i = 0; i < whole; i += kSums) {
+  const int64_t full = count / kSums * kSums;
+  for (int64_t i = 0; i < full; i += kSums) {
 #pragma GCC unroll 4
     for (int sum = 0; sum < kSumVectors; ++sum) add(i + sum * kLanes, kLanes, sum);
   }
 #pragma GCC unroll 4
   for (int sum = 0; sum < kSumVectors; ++sum) {
-    const int64_t left = count - whole - sum * kLanes;
-    if (left > 0) add(whole + sum * kLanes, left < kLanes ? left : kLanes, sum);
+    const int64_t left = count - full - sum * kLanes;
+    if (left > 0) add(full + sum * kLanes, left < kLanes ? left : kLanes, sum);
   }
-  return found;
+  return stats;
 }
 
 inline uint32_t float_of_half(uint32_t bits) {  // of a finite magnitude
@@ -136,20 +137,21 @@ inline uint32_t float_of_half(uint32_t bits) {  // of a finite magnitude
                        : (bits << 13) + (112u << 23);
 }
 
-inline Edges edges_of(ElementKind kind, float scale) {
-  Edges edges = {storage_limits(kind).normal, flushed_by(kind, scale), 0};
+inline Thresholds thresholds_of(ElementKind kind, float scale) {
+  Thresholds thresholds = {storage_limits(kind).normal, flushed_by(kind, scale), 0};
   for (uint32_t bit = 1u << 14; kind == ElementKind::kHalf && bit != 0; bit >>= 1) {
-    const uint32_t bits = edges.flushed_half | bit;
-    if (bits < 0x7C00 && float_of_half(bits) <= edges.flushed) edges.flushed_half = bits;
+    const uint32_t bits = thresholds.flushed_half | bit;
+    if (bits < 0x7C00 && float_of_half(bits) <= thresholds.flushed) thresholds.flushed_half = bits;
   }
-  return edges;
+  return thresholds;
 }
 
-// Of elements that are all finite. Where they are not `largest` tells, and nothing else counts.
+// The same for elements that are all finite. Where one is not, `largest` shows it and the rest is
+// undefined.
 template <typename scalar_t>
-PartStats examine_finite(const scalar_t* data, int64_t count, const Edges& edges) {
-  const PartStats found = {};
-  return examine<true>(data, count, edges, found);
+BlockStats stats_of_finite(const scalar_t* data, int64_t count, const Thresholds& thresholds) {
+  const BlockStats stats = {};
+  return add_stats<true>(data, count, thresholds, stats);
 }
 
 // Halves are compared and counted as they are, twice as many in a vector as floats.
@@ -157,14 +159,14 @@ typedef uint16_t Halves __attribute__((vector_size(kBytes)));
 
 inline Word in_pairs(Halves lanes) { return ((Word)lanes & 0xFFFF) + ((Word)lanes >> 16); }
 
-inline PartStats examine_finite(const Half* data, int64_t count, const Edges& edges) {
-  const Halves flushed = Halves{} + edges.flushed_half;
+inline BlockStats stats_of_finite(const Half* data, int64_t count, const Thresholds& thresholds) {
+  const Halves flushed = Halves{} + thresholds.flushed_half;
   Halves zeros = {}, subnormals = {}, underflowed = {}, largest = {};
-  PartStats found = {};
+  BlockStats stats = {};
   Float squares[kSumVectors] = {};
   constexpr int kStep = 2 * kLanes > kSums ? 2 * kLanes : kSums;
-  const int64_t whole = count / kStep * kStep;  // of a part: the lanes cannot wrap around
-  for (int64_t i = 0; i < whole; i += kStep) {
+  const int64_t full = count / kStep * kStep;  // of a block: 16-bit counts cannot wrap around
+  for (int64_t i = 0; i < full; i += kStep) {
 #pragma GCC unroll 4
     for (int at = 0; at < kStep; at += 2 * kLanes) {
       const Halves bits = load_as<Halves>(data + i + at) & 0x7FFF;
@@ -179,19 +181,20 @@ inline PartStats examine_finite(const Half* data, int64_t count, const Edges& ed
       squares[at / kLanes % kSumVectors] += x * x;
     }
   }
-  for (int sum = 0; sum < kSumVectors; ++sum) found.squares[sum] = squares[sum];
-  found = examine<true>(data + whole, count - whole, edges, found);
-  found.zeros += in_pairs(zeros);
-  found.subnormals += in_pairs(subnormals);
-  found.underflowed += in_pairs(underflowed);
+  for (int sum = 0; sum < kSumVectors; ++sum) stats.squares[sum] = squares[sum];
+  stats = add_stats<true>(data + full, count - full, thresholds, stats);
+  stats.zeros += in_pairs(zeros);
+  stats.subnormals += in_pairs(subnormals);
+  stats.underflowed += in_pairs(underflowed);
   const Word low = (Word)largest & 0xFFFF, high = (Word)largest >> 16;
-  const Word most = (Word)widened_half(__builtin_convertvector(low > high ? low : high, Short));
-  found.largest = most > found.largest ? most : found.largest;
-  return found;
+  const Word largest_bits =
+      (Word)widened_half(__builtin_convertvector(low > high ? low : high, Short));
+  stats.largest = largest_bits > stats.largest ? largest_bits : stats.largest;
+  return stats;
 }
 
-inline bool any_nonfinite(const PartStats& found) {
-  return any((Word)(found.largest >= kInfinityBits));
+inline bool any_nonfinite(const BlockStats& stats) {
+  return any((Word)(stats.largest >= kInfinityBits));
 }
 
 template <typename scalar_t>
@@ -200,43 +203,43 @@ void unscale_chunk(const GroupStatsArgs& args, const TableRow& row, int64_t chun
   const ChunkSpan span = span_of(row, chunk);
   scalar_t* const data = data_of<scalar_t>(row, 0) + span.begin;
   const float scale = args.scales[row.group];
-  const Edges edges = edges_of(kind, scale);
-  const PartStats nothing = {};
-  PartStats all = {};
+  const Thresholds thresholds = thresholds_of(kind, scale);
+  const BlockStats zero = {};
+  BlockStats all = {};
   double squares[kSums] = {};
-  constexpr int64_t kPart = 4096;  // stays in the first cache; sums of more stay in double
-  for (int64_t begin = 0; begin < span.count; begin += kPart) {
-    scalar_t* const part = data + begin;
-    const int64_t count = span.count - begin < kPart ? span.count - begin : kPart;
-    // Nearly all parts are finite, and need half as many instructions then.
-    PartStats found = examine_finite(part, count, edges);
-    if (any_nonfinite(found)) found = examine<false>(part, count, edges, nothing);
-    all.nonfinite += found.nonfinite;
-    all.zeros += found.zeros;
-    all.subnormals += found.subnormals;
-    all.underflowed += found.underflowed;
-    all.largest = found.largest > all.largest ? found.largest : all.largest;
-    const auto* const sums = reinterpret_cast<const float*>(found.squares);
+  constexpr int64_t kBlock = 4096;  // stays in L1; sums over blocks are in double
+  for (int64_t begin = 0; begin < span.count; begin += kBlock) {
+    scalar_t* const block = data + begin;
+    const int64_t count = span.count - begin < kBlock ? span.count - begin : kBlock;
+    // Nearly all blocks are finite, and need half as many instructions then.
+    BlockStats block_stats = stats_of_finite(block, count, thresholds);
+    if (any_nonfinite(block_stats)) block_stats = add_stats<false>(block, count, thresholds, zero);
+    all.nonfinite += block_stats.nonfinite;
+    all.zeros += block_stats.zeros;
+    all.subnormals += block_stats.subnormals;
+    all.underflowed += block_stats.underflowed;
+    all.largest = block_stats.largest > all.largest ? block_stats.largest : all.largest;
+    const auto* const sums = reinterpret_cast<const float*>(block_stats.squares);
     for (int i = 0; i < kSums; ++i) squares[i] += static_cast<double>(sums[i]);
     if (args.check_only) continue;
     for_vectors(0, count, [&](int64_t i, int64_t some) {
-      store_up_to(part + i, some, load_up_to(part + i, some, 0.0f) / scale);
+      store_up_to(block + i, some, load_up_to(block + i, some, 0.0f) / scale);
     });
   }
-  // The places beyond the end held zeros; zeros are not subnormal, and do not underflow.
+  // Elements beyond the end were zeros; zeros are not subnormal and do not underflow.
   const int64_t padding = ceil_div(span.count, kLanes) * kLanes - span.count;
   ChunkStats& stats = args.chunks[chunk];
-  const int64_t zeros = total(all.zeros);
+  const int64_t zeros = sum_of_lanes(all.zeros);
   stats.squares = 0;
   for (const double sum : squares) stats.squares += sum;
   stats.largest = 0;
   for (int i = 0; i < kLanes; ++i) {
     stats.largest = all.largest[i] > stats.largest ? all.largest[i] : stats.largest;
   }
-  stats.counts[kNonfiniteGrads] = static_cast<int32_t>(total(all.nonfinite));
+  stats.counts[kNonfiniteGrads] = static_cast<int32_t>(sum_of_lanes(all.nonfinite));
   stats.counts[kZeros] = static_cast<int32_t>(zeros - padding);
-  stats.counts[kSubnormals] = static_cast<int32_t>(total(all.subnormals) - zeros);
-  stats.counts[kUnderflowed] = static_cast<int32_t>(total(all.underflowed) - zeros);
+  stats.counts[kSubnormals] = static_cast<int32_t>(sum_of_lanes(all.subnormals) - zeros);
+  stats.counts[kUnderflowed] = static_cast<int32_t>(sum_of_lanes(all.underflowed) - zeros);
 }
 
 void scale(const ScaleArgs& args, int64_t begin, int64_t end) {

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kEightThreads) grad_scale_scale_kernel(ScaleAr
   auto* const out = static_cast<to_t*>(args.out);
   const StorageLimits limits = storage_limits(args.to);
   const float scale = *args.scale;
-  int found[kNumScaleCounts] = {};
+  int thread_counts[kNumScaleCounts] = {};
   for_eights(args.numel, [&](int64_t i) {
     float x[kEight];
     Neighbours<from_t, kEight>::load(grad + i, args.numel - i, 0.0f, x);
@@ -26,15 +26,15 @@ __global__ void __launch_bounds__(kEightThreads) grad_scale_scale_kernel(ScaleAr
       const float y = x[j] * scale;
       const uint32_t before = magnitude_of(x[j]), after = magnitude_of(y);
       const bool finite = before < kInfinityBits, fits = after < limits.infinite;
-      found[kOverflowed] += finite && !fits;
-      found[kFlushedGrads] += finite && before != 0 && after <= limits.zero;
-      found[kSubnormalGrads] += finite && after > limits.zero && after < limits.normal;
-      found[kFiltered] += !finite;
+      thread_counts[kOverflowed] += finite && !fits;
+      thread_counts[kFlushedGrads] += finite && before != 0 && after <= limits.zero;
+      thread_counts[kSubnormalGrads] += finite && after > limits.zero && after < limits.normal;
+      thread_counts[kFiltered] += !finite;
       x[j] = finite && fits ? y : 0.0f;
     }
     Neighbours<to_t, kEight>::store(out + i, args.numel - i, x);
   });
-  add_counts(found, args.counts);
+  add_counts(thread_counts, args.counts);
 }
 
 // A thread unscales eight neighbouring elements at a time and adds them to the stream.
@@ -55,29 +55,29 @@ __global__ void __launch_bounds__(kEightThreads) grad_scale_unscale_kernel(Unsca
   });
 }
 
-// What threads found, added up: first the lanes of a warp, then the warps, each in order. Every
-// thread of the block calls it; thread 0 has the sum.
-__device__ __forceinline__ ChunkStats add_up(ChunkStats mine) {
+// Sums the statistics of a block's threads: the lanes of a warp, then the warps, each in order.
+// Every thread of the block calls it; thread 0 returns the sum.
+__device__ __forceinline__ ChunkStats block_sum(ChunkStats stats) {
   DALLE_SHARED(ChunkStats, parts, [kEightThreads / kWarpSize]);
-  mine.largest = __reduce_max_sync(kAllLanes, mine.largest);
+  stats.largest = __reduce_max_sync(kAllLanes, stats.largest);
 #pragma unroll
   for (int c = 0; c < kNumGroupCounts; ++c) {
-    mine.counts[c] = __reduce_add_sync(kAllLanes, mine.counts[c]);
+    stats.counts[c] = __reduce_add_sync(kAllLanes, stats.counts[c]);
   }
 #pragma unroll
   for (int step = kWarpSize / 2; step > 0; step /= 2) {
-    mine.squares += __shfl_down_sync(kAllLanes, mine.squares, step);
+    stats.squares += __shfl_down_sync(kAllLanes, stats.squares, step);
   }
-  if (threadIdx.x % kWarpSize == 0) parts[threadIdx.x / kWarpSize] = mine;
+  if (threadIdx.x % kWarpSize == 0) parts[threadIdx.x / kWarpSize] = stats;
   __syncthreads();
   if (threadIdx.x == 0) {
     for (int w = 1; w < kEightThreads / kWarpSize; ++w) {
-      mine.squares += parts[w].squares;
-      mine.largest = parts[w].largest > mine.largest ? parts[w].largest : mine.largest;
-      for (int c = 0; c < kNumGroupCounts; ++c) mine.counts[c] += parts[w].counts[c];
+      stats.squares += parts[w].squares;
+      stats.largest = parts[w].largest > stats.largest ? parts[w].largest : stats.largest;
+      for (int c = 0; c < kNumGroupCounts; ++c) stats.counts[c] += parts[w].counts[c];
     }
   }
-  return mine;
+  return stats;
 }
 
 template <typename scalar_t>
@@ -90,52 +90,52 @@ __device__ __forceinline__ ChunkStats unscale_chunk(const GroupStatsArgs& args, 
   const uint32_t normal = storage_limits(kind).normal, flushed = flushed_by(kind, scale);
   const int count = static_cast<int>(span.count);
   float squares = 0;  // of at most kTableChunk / kEightThreads = 128 elements
-  ChunkStats found = {};
+  ChunkStats stats = {};
   for (int i = static_cast<int>(threadIdx.x) * kEight; i < count; i += kEightThreads * kEight) {
     float x[kEight];
     Neighbours<scalar_t, kEight>::load(data + i, count - i, 1.0f, x);
 #pragma unroll
     for (int j = 0; j < kEight; ++j) {
       const uint32_t bits = magnitude_of(x[j]);
-      const bool there = j < count - i, finite = bits < kInfinityBits;
-      const uint32_t kept = there && finite ? bits : 0;
-      found.counts[kNonfiniteGrads] += there && !finite;
-      found.counts[kZeros] += there && bits == 0;
-      found.counts[kSubnormals] += there && bits != 0 && bits < normal;
-      found.counts[kUnderflowed] += there && bits != 0 && bits <= flushed;
-      found.largest = kept > found.largest ? kept : found.largest;
-      squares = fmaf(float_of(kept), float_of(kept), squares);
+      const bool inside = j < count - i, finite = bits < kInfinityBits;
+      const uint32_t finite_bits = inside && finite ? bits : 0;
+      stats.counts[kNonfiniteGrads] += inside && !finite;
+      stats.counts[kZeros] += inside && bits == 0;
+      stats.counts[kSubnormals] += inside && bits != 0 && bits < normal;
+      stats.counts[kUnderflowed] += inside && bits != 0 && bits <= flushed;
+      stats.largest = finite_bits > stats.largest ? finite_bits : stats.largest;
+      squares = fmaf(float_of(finite_bits), float_of(finite_bits), squares);
     }
     if (args.check_only) continue;
 #pragma unroll
     for (int j = 0; j < kEight; ++j) x[j] /= scale;
     Neighbours<scalar_t, kEight>::store(data + i, count - i, x);
   }
-  found.squares = static_cast<double>(squares);
-  return found;
+  stats.squares = static_cast<double>(squares);
+  return stats;
 }
 
 // A block takes one chunk of one gradient, a thread eight neighbouring elements of it at a time.
 __global__ void __launch_bounds__(kEightThreads) grad_scale_chunks_kernel(GroupStatsArgs args) {
   const int64_t chunk = blockIdx.x;
   const TableRow row = args.table.rows[row_of_chunk(args.table, chunk)];
-  ChunkStats found = {};
+  ChunkStats stats = {};
   switch (kind_of(row, 0)) {
     case ElementKind::kHalf:
-      found = unscale_chunk<__half>(args, row, chunk);
+      stats = unscale_chunk<__half>(args, row, chunk);
       break;
     case ElementKind::kBFloat16:
-      found = unscale_chunk<__nv_bfloat16>(args, row, chunk);
+      stats = unscale_chunk<__nv_bfloat16>(args, row, chunk);
       break;
     case ElementKind::kFloat:
     case ElementKind::kNone:
     case ElementKind::kShort:
     case ElementKind::kLong:
     case ElementKind::kDouble:
-      found = unscale_chunk<float>(args, row, chunk);  // the op has refused all others
+      stats = unscale_chunk<float>(args, row, chunk);  // the op has refused all others
   }
-  found = add_up(found);
-  if (threadIdx.x == 0) args.chunks[chunk] = found;
+  stats = block_sum(stats);
+  if (threadIdx.x == 0) args.chunks[chunk] = stats;
 }
 
 // A block takes one group; a thread adds every 256th of its chunks: 65,536 times 32,768 elements
@@ -144,21 +144,21 @@ __global__ void __launch_bounds__(kEightThreads) grad_scale_groups_kernel(GroupS
   const int64_t group = blockIdx.x;
   const int64_t begin = first_chunk_of_group(args.table, group);
   const int64_t end = first_chunk_of_group(args.table, group + 1);
-  ChunkStats found = {};
+  ChunkStats stats = {};
   for (int64_t chunk = begin + threadIdx.x; chunk < end; chunk += kEightThreads) {
     const ChunkStats& part = args.chunks[chunk];
-    found.squares += part.squares;
-    found.largest = part.largest > found.largest ? part.largest : found.largest;
+    stats.squares += part.squares;
+    stats.largest = part.largest > stats.largest ? part.largest : stats.largest;
 #pragma unroll
-    for (int c = 0; c < kNumGroupCounts; ++c) found.counts[c] += part.counts[c];
+    for (int c = 0; c < kNumGroupCounts; ++c) stats.counts[c] += part.counts[c];
   }
-  found = add_up(found);
+  stats = block_sum(stats);
   if (threadIdx.x != 0) return;
   const float scale = args.scales[group];
-  args.squares[group] = found.squares / scale / scale;
-  args.largest[group] = float_of(found.largest) / scale;
+  args.squares[group] = stats.squares / scale / scale;
+  args.largest[group] = float_of(stats.largest) / scale;
   for (int c = 0; c < kNumGroupCounts; ++c) {
-    args.counts[group * kNumGroupCounts + c] = found.counts[c];
+    args.counts[group * kNumGroupCounts + c] = stats.counts[c];
   }
 }
 

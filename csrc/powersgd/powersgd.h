@@ -12,7 +12,7 @@
 
 namespace dalle {
 
-inline constexpr int64_t kMostLines = int64_t{1} << 30;  // m and n are below: kernels count in int
+inline constexpr int64_t kMaxLines = int64_t{1} << 30;  // m and n are below: kernels count in int
 
 struct PowerMatrix {
   uint16_t* error;     // (m, n)

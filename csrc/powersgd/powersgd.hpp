@@ -55,8 +55,7 @@ inline std::vector<PowerMatrix> prepare_matrices(const char* op, const Tensors& 
     DALLE_CHECK(factor.dim() == 2 && factor.size(1) >= 1, op, "factors", "(m or n, r) with r >= 1",
                 shape_text(factor));
     const int64_t r = factor.size(1);
-    DALLE_CHECK(m < kMostLines && n < kMostLines, op, "errors", "under 2^30 long",
-                shape_text(error));
+    DALLE_CHECK(m < kMaxLines && n < kMaxLines, op, "errors", "under 2^30 long", shape_text(error));
     check_matrix(op, "errors", error, m, n, ScalarType::Short, errors[0]);
     PowerMatrix matrix{};
     matrix.error = static_cast<uint16_t*>(error.mutable_data_ptr());

@@ -3,8 +3,8 @@
 //
 // A task is a panel of a matrix: kPanelRows rows of E, or kPanelColumns of its columns. It decodes
 // what it needs of E into the cache and multiplies it there. The other factor comes packed: blocks
-// of kPowerBlock columns, each (depth, kPowerBlock), padded with zeros. In compress a few columns
-// that would be a block of their own come transposed behind the blocks (tail_columns).
+// of kPowerBlock columns, each (depth, kPowerBlock), padded with zeros. In compress, a last
+// block of few columns is stored transposed after the others instead (tail_columns).
 #pragma once
 
 #include "common/isa.h"
@@ -18,13 +18,13 @@ DALLE_HOST_DEVICE int64_t padded_to_block(int64_t columns) {
   return ceil_div(columns, kPowerBlock) * kPowerBlock;
 }
 
-// Columns of Q in compress that are left behind whole blocks, where they are few; else 0. Their
+// Columns of Q in compress that are left after the full blocks, where they are few; else 0. Their
 // products are sums along the depth: each column lies padded_to_block(depth) from the next, with
-// zeros behind the depth, and behind the last of every kTailTogether columns.
-inline constexpr int64_t kMostTail = 8, kTailTogether = 4;
+// zeros behind the depth, and behind the last of every kTailColumns columns.
+inline constexpr int64_t kMaxTail = 8, kTailColumns = 4;
 
 DALLE_HOST_DEVICE int64_t tail_columns(int64_t rank) {
-  return rank % kPowerBlock <= kMostTail ? rank % kPowerBlock : 0;
+  return rank % kPowerBlock <= kMaxTail ? rank % kPowerBlock : 0;
 }
 
 struct PowersgdCpu {
@@ -56,9 +56,9 @@ namespace DALLE_ISA_NAMESPACE {
 namespace {
 
 constexpr int kRows = 6;  // of a product that stay in registers
-static_assert(kPanelRows % kRows == 0 && kPanelColumns % kRows == 0, "whole products");
+static_assert(kPanelRows % kRows == 0 && kPanelColumns % kRows == 0, "full products");
 
-// The first `columns` of out (kRows, width) += A B, whole blocks. A's element (row, k) lies at
+// The first `columns` of out (kRows, width) += A B, in full blocks. A's element (row, k) lies at
 // a[row * a_row + k * a_depth]; the blocks of B lie `block_step` apart, and `depth` of their rows
 // are taken.
 inline void product(const float* a, int64_t a_row, int64_t a_depth, const float* b,
@@ -87,27 +87,27 @@ inline void product(const float* a, int64_t a_row, int64_t a_depth, const float*
   }
 }
 
-// Columns of out (rows, width) = A B for kTailTogether columns of B, which are `pitch` apart;
-// A's rows are `stride` apart, and there are zeros behind both up to whole vectors.
+// Columns of out (rows, width) = A B for kTailColumns columns of B, which are `pitch` apart;
+// A's rows are `stride` apart; both are padded with zeros to full vectors.
 inline void tail_product(const float* a, int64_t stride, const float* b, int64_t pitch,
                          int64_t depth, float* out, int64_t width) {
   constexpr int kTailRows = kBytes == 64 ? kRows : kRows / 2;  // sums stay in registers
-  constexpr int kTogether = kTailTogether;
+  constexpr int kColumns = kTailColumns;
   for (int row = 0; row < kRows; row += kTailRows) {
-    Float sums[kTailRows][kTogether] = {};
+    Float sums[kTailRows][kColumns] = {};
     for (int64_t k = 0; k < depth; k += kLanes) {
       Float lines[kTailRows];
 #pragma GCC unroll 6
       for (int i = 0; i < kTailRows; ++i) lines[i] = load(a + (row + i) * stride + k);
 #pragma GCC unroll 4
-      for (int c = 0; c < kTogether; ++c) {
+      for (int c = 0; c < kColumns; ++c) {
         const Float column = load(b + c * pitch + k);
 #pragma GCC unroll 6
         for (int i = 0; i < kTailRows; ++i) sums[i][c] += lines[i] * column;
       }
     }
     for (int i = 0; i < kTailRows; ++i) {
-      for (int c = 0; c < kTogether; ++c) out[(row + i) * width + c] = sum_of<float>(sums[i][c]);
+      for (int c = 0; c < kColumns; ++c) out[(row + i) * width + c] = sum_of<float>(sums[i][c]);
     }
   }
 }
@@ -126,7 +126,7 @@ inline void fill_zeros(float* p, int64_t count) {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// One row of E into `out`, after adding the gradient times `factor` to what is kept.
+// Adds the gradient times `factor` to one row of E, and decodes the row into `out`.
 template <typename grad_t>
 void accumulate_row(uint16_t* error, const grad_t* grad, float factor, int64_t count, float* out) {
   for_vectors(0, count, [&](int64_t i, int64_t some) DALLE_INLINE {
@@ -160,15 +160,15 @@ void compress(const PowerMatrix& m, const PowerFactors& f, const float* packed, 
       }
     }
   });
-  const int64_t tail = tail_columns(m.rank), whole = padded_to_block(m.rank - tail);
+  const int64_t tail = tail_columns(m.rank), full = padded_to_block(m.rank - tail);
   const int64_t pitch = padded_to_block(m.columns);
   for (int64_t i = 0; i < kPanelRows; i += kRows) {
     const float* const lines = values + i * stride;
     float* const out = sums + i * width;
-    product(lines, stride, 1, packed, m.columns * kPowerBlock, m.columns, out, width, whole);
-    for (int64_t c = 0; c < tail; c += kTailTogether) {
-      tail_product(lines, stride, packed + whole * m.columns + c * pitch, pitch, m.columns,
-                   out + whole + c, width);
+    product(lines, stride, 1, packed, m.columns * kPowerBlock, m.columns, out, width, full);
+    for (int64_t c = 0; c < tail; c += kTailColumns) {
+      tail_product(lines, stride, packed + full * m.columns + c * pitch, pitch, m.columns,
+                   out + full + c, width);
     }
   }
   const float inverse = 1.0f / f.error_scale;

@@ -2,16 +2,16 @@
 // without one of them ever waiting for another inside a launch. No torch here. Not yet measured on
 // a GPU.
 //
-// A strip is kWidth neighbouring columns; one block of threads owns it, each thread whole rows of
-// it in registers. Launch s has a block for each of the strips s, s + 1, ... of each matrix: they
-// take off the reflectors of strip s - 1 all at once, as I - V T^T V^T, and strip s is factored
-// where it lies. So a factorisation is one launch a strip, and the strip that the next launch waits
-// for is always the first to be done. The last launch makes Q: a strip of I takes the reflectors of
-// its own strip and of those before it, last first; no strip needs another.
+// A strip is kWidth neighbouring columns; a block of threads takes one, and each thread keeps full
+// rows of it in registers. Launch s has a block for each of the strips s, s + 1, ... of each
+// matrix: it applies the reflectors of strip s - 1 all at once, as I - V T^T V^T, and strip s is
+// factored in place. So a factorisation is one launch a strip, and the strip that the next launch
+// waits for is always the first to be done. The last launch makes Q: to a strip of I it applies the
+// reflectors of the same strip and of those before it, last first; no strip needs another.
 //
 // The work memory of a matrix: its columns one after another, which become V (zeros above the
-// pivots, ones on them); then T of each strip. Columns are there for whole strips, rows for whole
-// threads, zeros where the matrix has none, so that nothing in the loops asks where it ends.
+// pivots, ones on them); then T of each strip. Columns are padded to full strips, rows to full
+// threads, with zeros, so that no loop checks a bound.
 //
 // As LAPACK's geqrf and orgqr: the sign of R's diagonal is opposite to the pivot's, a column that
 // is zero below its pivot gives no reflection. Columns are first scaled by powers of two, which
@@ -23,12 +23,12 @@
 
 namespace dalle {
 
-constexpr int kMostWidth = 8;
-constexpr int kMostResident = 8192;  // rows that a block's registers hold
+constexpr int kMaxWidth = 8;
+constexpr int kMaxResidentRows = 8192;  // rows that a block's registers hold
 
 // Floats from one column to the next: the rows that the kernel for this length has.
 inline int64_t householder_stride(int64_t length) {
-  for (const int64_t rows : {256, 1024, 2048, 4096, kMostResident}) {
+  for (const int64_t rows : {256, 1024, 2048, 4096, kMaxResidentRows}) {
     if (length <= rows) return rows;
   }
   return length;
@@ -36,11 +36,11 @@ inline int64_t householder_stride(int64_t length) {
 
 // Of one matrix: the columns, and T of each strip.
 inline int64_t householder_floats(int64_t length, int64_t rank) {
-  return ceil_div(rank, kMostWidth) * kMostWidth * (householder_stride(length) + kMostWidth);
+  return ceil_div(rank, kMaxWidth) * kMaxWidth * (householder_stride(length) + kMaxWidth);
 }
 
 // Folds kN values of each lane by `combine`, so that lane l holds value l % kN of all lanes: half
-// as many in each turn, in one order.
+// as many in each step, in one order.
 template <int kN, typename Combine>
 __device__ __forceinline__ float fold(const float (&values)[kN], const Combine& combine) {
   const int lane = threadIdx.x % kWarpSize;
@@ -52,9 +52,9 @@ __device__ __forceinline__ float fold(const float (&values)[kN], const Combine& 
     float fewer[kHalf];
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) {
-      const float own = upper ? values[i + kHalf] : values[i];
-      const float other = upper ? values[i] : values[i + kHalf];
-      fewer[i] = combine(own, __shfl_xor_sync(kAllLanes, other, kHalf));
+      const float keep = upper ? values[i + kHalf] : values[i];
+      const float send = upper ? values[i] : values[i + kHalf];
+      fewer[i] = combine(keep, __shfl_xor_sync(kAllLanes, send, kHalf));
     }
     return fold(fewer, combine);
   }
@@ -83,14 +83,13 @@ struct HouseholderShared {
   static constexpr int kAtOnce = kWidth < 16 / kWidth ? kWidth : 16 / kWidth;
   static constexpr int kSums = kAtOnce * kWidth;  // reflectors and columns, of a thread at once
   static constexpr int kPasses = kWidth / kAtOnce;
-  float parts[kPasses < 2 ? 2 : kPasses][kThreads / kWarpSize]
-             [kWarpSize];  // of each warp, in turns
+  float parts[kPasses < 2 ? 2 : kPasses][kThreads / kWarpSize][kWarpSize];  // of each warp
   float pivots[2][kWidth];
   float t[kWidth][kWidth], dots[kWidth][kWidth], by[kWidth][kWidth];
 };
 
-// A strip of a matrix in the hands of a block. kRows: rows of one thread, each kThreads below the
-// one before; 0: the rows stay in memory, for matrices that registers cannot hold.
+// The strip of a matrix that a block works on. kRows: rows of one thread, each kThreads below the
+// previous one; 0: the rows stay in memory, for matrices that registers cannot hold.
 template <int kThreads, int kRows, int kWidth>
 struct Strip {
   using Shared = HouseholderShared<kThreads, kWidth>;
@@ -98,22 +97,23 @@ struct Strip {
   static constexpr bool kResident = kRows > 0;
 
   Shared& shared;
-  float* home;  // element (row, c) at home[row * row_stride + c * column_stride]
+  float* base;  // element (row, c) at base[row * row_stride + c * column_stride]
   int64_t row_stride, column_stride;
-  int length, columns;  // that are there in `home`
-  float kept[kResident ? kRows : 1][kWidth];
+  int length, columns;  // in range at `base`
+  float x_of_row[kResident ? kRows : 1][kWidth];
 
   // Calls body(row, x) for this thread's rows, x of kWidth floats. kChanges: x is kept.
   template <bool kChanges, typename Body>
   __device__ __forceinline__ void each(const Body& body) {
     if constexpr (kResident) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) body(static_cast<int>(threadIdx.x) + i * kThreads, kept[i]);
+      for (int i = 0; i < kRows; ++i)
+        body(static_cast<int>(threadIdx.x) + i * kThreads, x_of_row[i]);
     } else {
       for (int row = threadIdx.x; row < length; row += kThreads) {
-        load(row, kept[0]);
-        body(row, kept[0]);
-        if (kChanges) store(row, kept[0]);
+        load(row, x_of_row[0]);
+        body(row, x_of_row[0]);
+        if (kChanges) store(row, x_of_row[0]);
       }
     }
   }
@@ -122,21 +122,21 @@ struct Strip {
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
       const bool inside = row < length && c < columns;
-      x[c] = inside ? home[row * row_stride + c * column_stride] : 0.0f;
+      x[c] = inside ? base[row * row_stride + c * column_stride] : 0.0f;
     }
   }
   __device__ __forceinline__ void store(int row, const float (&x)[kWidth]) const {
     if (row >= length) return;
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
-      if (c < columns) home[row * row_stride + c * column_stride] = x[c];
+      if (c < columns) base[row * row_stride + c * column_stride] = x[c];
     }
   }
   // Between registers and memory; nothing where the rows are in memory anyway.
   __device__ __forceinline__ void fetch() {
     if constexpr (kResident) each<true>([&](int row, float (&x)[kWidth]) { load(row, x); });
   }
-  __device__ __forceinline__ void put_back() {
+  __device__ __forceinline__ void write_back() {
     if constexpr (kResident) each<false>([&](int row, float (&x)[kWidth]) { store(row, x); });
   }
 
@@ -159,9 +159,9 @@ struct Strip {
     float scale[kWidth];
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
-      float most = 0;
-      for (int w = 0; w < kWarps; ++w) most = fmaxf(most, shared.parts[0][w][c]);
-      const uint32_t exponent = __float_as_uint(most) & 0x7F800000u;
+      float max_abs = 0;
+      for (int w = 0; w < kWarps; ++w) max_abs = fmaxf(max_abs, shared.parts[0][w][c]);
+      const uint32_t exponent = __float_as_uint(max_abs) & 0x7F800000u;
       const uint32_t highest = 253u << 23;  // of more, the inverse would be no normal number
       scale[c] = __uint_as_float((254u << 23) - (exponent < highest ? exponent : highest));
     }
@@ -223,22 +223,22 @@ struct Strip {
   }
 
   // The sums over the block of one value for each column, in every thread.
-  __device__ __forceinline__ void sum_columns(float (&sums)[kWidth], int turn) {
+  __device__ __forceinline__ void sum_columns(float (&sums)[kWidth], int buffer) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    shared.parts[turn][warp][lane] = join<kWidth>(fold(sums, Plus()), Plus());
+    shared.parts[buffer][warp][lane] = join<kWidth>(fold(sums, Plus()), Plus());
     __syncthreads();
     float total = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; w += kWarpSize / kWidth) {
       const int from = w + lane / kWidth;
-      total += from < kWarps ? shared.parts[turn][from][lane % kWidth] : 0.0f;
+      total += from < kWarps ? shared.parts[buffer][from][lane % kWidth] : 0.0f;
     }
     total = join<kWidth>(total, Plus());
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) sums[c] = __shfl_sync(kAllLanes, total, c);
   }
 
-  // Makes the strip, whose first pivot is in row `first`, its own V, and writes T.
+  // Factors the strip, whose first pivot is in row `first`: V replaces it, and T is written.
   __device__ __forceinline__ void factor(int first, float* t) {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(kThreads)
     strip.template reflect<true>(m.strip(done - 1), m.stride, m.block(done - 1));
   }
   if (at == done) strip.factor(first, m.block(at));
-  strip.put_back();
+  strip.write_back();
 }
 
 // A block makes one strip of kWidth columns of Q, a thread every kThreads-th row of it.
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(kThreads) powersgd_form_kernel(OrthogonalizeAr
   for (int block = at; block >= 0; --block) {
     strip.template reflect<false>(m.strip(block), m.stride, m.block(block));
   }
-  strip.put_back();
+  strip.write_back();
 }
 
 template <int kThreads, int kRows, int kWidth>
@@ -373,7 +373,7 @@ inline cudaError_t launch_powersgd_orthogonalize(const OrthogonalizeArgs& args, 
   if (args.length <= 1024) return launch_householder<256, 4, 8>(args, stream);
   if (args.length <= 2048) return launch_householder<512, 4, 8>(args, stream);
   if (args.length <= 4096) return launch_householder<512, 8, 8>(args, stream);
-  if (args.length <= kMostResident) return launch_householder<512, 16, 2>(args, stream);
+  if (args.length <= kMaxResidentRows) return launch_householder<512, 16, 2>(args, stream);
   return launch_householder<512, 0, 8>(args, stream);
 }
 

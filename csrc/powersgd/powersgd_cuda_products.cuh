@@ -2,9 +2,9 @@
 // Not yet measured on a GPU.
 //
 // A block makes 128 lines (rows of P, or of Q) by 128 columns of the rank, over one part of the
-// depth, which is what both operands have in common. It walks the depth in slabs of 32: raw codes
-// of E and the factor's numbers come by cp.async, a slab or two ahead. ldmatrix hands the codes to
-// the warps as they are (transposed for E^T), and they are decoded in registers; the factor is made
+// depth, the dimension that is summed over. It walks the depth in slabs of 32: raw codes
+// of E and the factor's numbers come by cp.async, a slab or two ahead. ldmatrix loads the
+// raw codes (transposed for E^T), and they are decoded in registers; the factor is made
 // into words of the matrix units in shared memory, once.
 //
 //   exact  A code has 9 bits of mantissa and so is a tf32 word as it is. The factor is the sum of
@@ -12,8 +12,8 @@
 //   fast   Codes times 2^11 (at most 32736) and the factor, both rounded to half: one mma of twice
 //          the depth.
 //
-// The parts of the depth hang on a matrix' shape alone; a second kernel adds their sums in order.
-// So bits depend neither on the device nor on what shares the launch.
+// The parts of the depth depend on the shape of a matrix alone; a second kernel adds their sums in
+// order. So bits depend neither on the device nor on the other matrices of the launch.
 #pragma once
 
 #include "powersgd/powersgd_cuda_window.cuh"
@@ -48,7 +48,7 @@ struct FactorBlock {
   static constexpr int kBytes = Windows::kBytes + kFactorBytes + kAhead * kArrivedBytes;
   static constexpr int kLineTiles = 2, kRankTiles = 8;  // 16 x 8, of one warp
   static constexpr int kStep = kFast ? 16 : 8;          // of the depth, of one mma
-  static_assert(kBytes <= kMostShared);
+  static_assert(kBytes <= kMaxSharedBytes);
   static_assert(kProductThreads == 2 * kFactorRanks, "half a slab of a column each");
 
   const PowerMatrix& m;
@@ -68,7 +68,7 @@ struct FactorBlock {
         windows(matrix, shared, first, k0),
         factors(shared + Windows::kBytes),
         arrived(factors + kFactorBytes),
-        vectors(matrix.rank % 4 == 0 && on_vectors(kProject ? matrix.left : matrix.right)) {}
+        vectors(matrix.rank % 4 == 0 && is_aligned_16(kProject ? matrix.left : matrix.right)) {}
 
   __device__ __forceinline__ int32_t lines() const {
     return static_cast<int32_t>(kProject ? m.columns : m.rows);
@@ -100,10 +100,10 @@ struct FactorBlock {
   template <int kN>  // numbers a copy
   __device__ __forceinline__ void copy_factor(unsigned char* to, int slab) const {
     constexpr int kRow = kFactorRanks / kN, kStep = kProductThreads / kRow;
-    const int rank = static_cast<int>(m.rank), own = static_cast<int>(threadIdx.x) / kRow;
+    const int rank = static_cast<int>(m.rank), thread_row = static_cast<int>(threadIdx.x) / kRow;
     const int column = begin + static_cast<int>(threadIdx.x) % kRow * kN;
     const float* const other = kProject ? m.left : m.right;
-    const int k = k0 + slab * kFactorSlab + own, left = column < rank ? depth() - k : 0;
+    const int k = k0 + slab * kFactorSlab + thread_row, left = column < rank ? depth() - k : 0;
     const float* from = other + int64_t{k} * rank + column;
     to += static_cast<int>(threadIdx.x) * kN * 4;
 #pragma unroll(kN)
@@ -119,7 +119,7 @@ struct FactorBlock {
     start_factor(slab);
   }
 
-  // Makes of it the words that the matrix units take: each thread half a slab of one column.
+  // Converts a slab of the factor to the words of mma: each thread half a slab of one column.
   __device__ __forceinline__ void split_factor(int slab) const {
     const int row = static_cast<int>(threadIdx.x) % kFactorRanks;
     const int half = static_cast<int>(threadIdx.x) / kFactorRanks;
@@ -127,22 +127,24 @@ struct FactorBlock {
         reinterpret_cast<const float*>(arrived + slab % kAhead * kArrivedBytes) + row;
 #pragma unroll
     for (int eight = 2 * half; eight < 2 * half + 2; ++eight) {
-      float own[8];
+      float values[8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) own[i] = from[(eight * 8 + i) * kFactorRanks];
+      for (int i = 0; i < 8; ++i) values[i] = from[(eight * 8 + i) * kFactorRanks];
       if constexpr (kFast) {
-        const uint4 words{pack_pair<__half>(own[0], own[1]), pack_pair<__half>(own[2], own[3]),
-                          pack_pair<__half>(own[4], own[5]), pack_pair<__half>(own[6], own[7])};
-        store_vector(factors + chunk_place<kChunks>(row, eight), words);
+        const uint4 words{
+            pack_pair<__half>(values[0], values[1]), pack_pair<__half>(values[2], values[3]),
+            pack_pair<__half>(values[4], values[5]), pack_pair<__half>(values[6], values[7])};
+        store_vector(factors + chunk_offset<kChunks>(row, eight), words);
       } else {
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
-          const SplitTf32 a = split_tf32(own[odd]), b = split_tf32(own[2 + odd]);
-          const SplitTf32 c = split_tf32(own[4 + odd]), d = split_tf32(own[6 + odd]);
+          const SplitTf32 a = split_tf32(values[odd]), b = split_tf32(values[2 + odd]);
+          const SplitTf32 c = split_tf32(values[4 + odd]), d = split_tf32(values[6 + odd]);
           const int high = 2 * eight + odd, low = high + kChunks / 2;
-          store_vector(factors + chunk_place<kChunks>(row, high),
+          store_vector(factors + chunk_offset<kChunks>(row, high),
                        uint4{a.high, b.high, c.high, d.high});
-          store_vector(factors + chunk_place<kChunks>(row, low), uint4{a.low, b.low, c.low, d.low});
+          store_vector(factors + chunk_offset<kChunks>(row, low),
+                       uint4{a.low, b.low, c.low, d.low});
         }
       }
     }
@@ -156,14 +158,14 @@ struct FactorBlock {
     const int which = lane() / 16, at = line + which * kLineStep + lane() / 8 % 2 * 8;
     const int k = (eight + which * kEightStep) * 8;
     if constexpr (kProject) {
-      ldmatrix_trans(words, window + chunk_place<Windows::kChunks>(k + lane() % 8, at / 8));
+      ldmatrix_trans(words, window + chunk_offset<Windows::kChunks>(k + lane() % 8, at / 8));
     } else {
-      ldmatrix(words, window + chunk_place<Windows::kChunks>(at + lane() % 8, k / 8));
+      ldmatrix(words, window + chunk_offset<Windows::kChunks>(at + lane() % 8, k / 8));
     }
   }
 
   // Two codes as halves, times kHalfScale. A code's exponent and mantissa are those of a float that
-  // is 2^67 times too small; codes of under 2^-59 come out wrong, but as halves they are zero.
+  // is 2^67 times too small; codes under 2^-59 convert wrongly, but as halves they are zero.
   __device__ __forceinline__ static uint32_t halves_of(uint32_t word) {
     constexpr float kMove = 0x1p67f * kHalfScale;
     const uint32_t low = (word << 14 & 0x1FFFC000u) | (word << 16 & 0x80000000u);
@@ -193,17 +195,17 @@ struct FactorBlock {
 #pragma unroll
       for (int w = 0; w < 4; ++w) a[i][w] = halves_of(a[i][w]);
     }
-    const unsigned char* const own =
-        factors +
-        chunk_place<kChunks>(lane() / 16 * 16 + warp_column() + lane() % 8, k / 8 + lane() / 8 % 2);
+    const unsigned char* const fragments =
+        factors + chunk_offset<kChunks>(lane() / 16 * 16 + warp_column() + lane() % 8,
+                                        k / 8 + lane() / 8 % 2);
     uint32_t b[2][4];  // of two tiles, one pair ahead
-    ldmatrix(b[0], own);
+    ldmatrix(b[0], fragments);
 #pragma unroll
     for (int tile = 0; tile < kRankTiles; ++tile) {
       if (tile >= tiles) break;
       const int pair = tile / 2;
       if (tile % 2 == 0 && tile + 2 < kRankTiles) {
-        ldmatrix(b[(pair + 1) % 2], own + chunk_place<kChunks>((tile + 2) * 16, 0));
+        ldmatrix(b[(pair + 1) % 2], fragments + chunk_offset<kChunks>((tile + 2) * 16, 0));
       }
       const uint32_t words[2] = {b[pair % 2][tile % 2 * 2], b[pair % 2][tile % 2 * 2 + 1]};
 #pragma unroll
@@ -221,16 +223,16 @@ struct FactorBlock {
       const uint32_t word = codes[i / 4 * 2 + i % 2];
       a[i / 4][i % 4] = decode<Format::k169>(i % 4 < 2 ? word & 0xFFFFu : word >> 16);
     }
-    const unsigned char* const own =
-        factors + chunk_place<kChunks>(warp_column() + lane() % 8,
-                                       k / 4 + lane() / 8 % 2 + lane() / 16 * (kChunks / 2));
+    const unsigned char* const fragments =
+        factors + chunk_offset<kChunks>(warp_column() + lane() % 8,
+                                        k / 4 + lane() / 8 % 2 + lane() / 16 * (kChunks / 2));
     uint32_t b[2][4];  // high and low of a tile, one tile ahead
-    ldmatrix(b[0], own);
+    ldmatrix(b[0], fragments);
 #pragma unroll
     for (int tile = 0; tile < kRankTiles; ++tile) {
       if (tile >= tiles) break;
       if (tile + 1 < kRankTiles) {
-        ldmatrix(b[(tile + 1) % 2], own + chunk_place<kChunks>((tile + 1) * 16, 0));
+        ldmatrix(b[(tile + 1) % 2], fragments + chunk_offset<kChunks>((tile + 1) * 16, 0));
       }
       const uint32_t (&words)[4] = b[tile % 2];
 #pragma unroll
@@ -244,7 +246,7 @@ struct FactorBlock {
     }
   }
 
-  __device__ __forceinline__ void store(float* out, float by) const {
+  __device__ __forceinline__ void store(float* out, float scale) const {
     const int rank = static_cast<int>(m.rank);
     const bool pairs = rank % 2 == 0 && reinterpret_cast<uintptr_t>(out) % 8 == 0;
 #pragma unroll
@@ -256,8 +258,8 @@ struct FactorBlock {
 #pragma unroll
       for (int tile = 0; tile < kRankTiles; ++tile) {
         const int left = rank - column - tile * 16;
-        const float (&own)[4] = sums[i / 2][tile];
-        const float2 pair{own[i % 2 * 2] * by, own[i % 2 * 2 + 1] * by};
+        const float (&d)[4] = sums[i / 2][tile];
+        const float2 pair{d[i % 2 * 2] * scale, d[i % 2 * 2 + 1] * scale};
         if (pairs && left > 0) store_vector(to + tile * 16, pair);
         if (!pairs && left > 0) to[tile * 16] = pair.x;
         if (!pairs && left > 1) to[tile * 16 + 1] = pair.y;
@@ -280,7 +282,7 @@ struct FactorBlock {
       for (int i = 0; i < kLineTiles * kRankTiles * 4; ++i) {
         sums[i / 4 / kRankTiles][i / 4 % kRankTiles][i % 4] = 0.0f;
       }
-      __syncthreads();  // before this: E is written, its windows are read
+      __syncthreads();  // E is written and its windows are read
 #pragma unroll
       for (int slab = 0; slab < kAhead; ++slab) {
         if (slab < slabs) start(slab);
@@ -290,9 +292,9 @@ struct FactorBlock {
       for (int slab = 0; slab < slabs; ++slab) {
         cp_async_wait<kAhead - 1>();
         windows.add(slab);
-        __syncthreads();  // this slab is there; the one before is read
+        __syncthreads();  // this slab has arrived; the previous one is read
         split_factor(slab);
-        __syncthreads();  // its words are there; where it arrived is free
+        __syncthreads();  // its words are stored; its buffer is free
         if (slab + kAhead < slabs) start(slab + kAhead);
         cp_async_commit();
         multiply(slab);
@@ -303,7 +305,8 @@ struct FactorBlock {
 };
 
 // A block takes 128 lines of one matrix over one part of its depth, for all columns of the rank.
-// Each of its 8 warps has 32 lines and every other 8 columns, a lane its places of mma (ptx.cuh).
+// Each of its 8 warps has 32 lines and every other 8 columns, a lane its elements of the mma
+// fragments (ptx.cuh).
 template <bool kProject, bool kFast, typename grad_t>
 __global__ void __launch_bounds__(kProductThreads, 2)
     powersgd_factor_kernel(PowerGroup group, PowerFactors f) {

@@ -8,12 +8,12 @@
 namespace dalle {
 
 constexpr int kProductThreads = 256;
-constexpr int kMostMatrices = 40;
-constexpr int kMostShared = 99 * 1024;  // of a block, on every card from sm_80 on
+constexpr int kMaxMatrices = 40;
+constexpr int kMaxSharedBytes = 99 * 1024;  // of a block, on every card from sm_80 on
 
 // The matrices of a launch, in its arguments.
 struct PowerGroup {
-  PowerMatrix matrix[kMostMatrices];
+  PowerMatrix matrix[kMaxMatrices];
   int count;
 };
 static_assert(sizeof(PowerGroup) + sizeof(PowerFactors) <= 4096, "the arguments of a launch");
@@ -25,21 +25,17 @@ __device__ __forceinline__ const PowerMatrix& matrix_of_tile(const PowerGroup& g
   return group.matrix[at];
 }
 
-// Where 16-byte chunk `chunk` of a row of kChunks lies in a tile. A row is an odd number of chunks
-// apart from the next, so that 8 neighbouring rows have any one chunk in 8 different groups of
-// banks; and places differ by constants where rows and chunks do.
+// Byte offset of 16-byte chunk `chunk` of a row of kChunks in a tile. Rows are an odd number of
+// chunks apart, so that any one chunk of 8 neighbouring rows is in 8 different groups of banks; and
+// offsets differ by constants where rows and chunks do.
 template <int kChunks>
-__device__ __forceinline__ int chunk_place(int row, int chunk) {
+__device__ __forceinline__ int chunk_offset(int row, int chunk) {
   static_assert(kChunks % 2 == 0);
   return (row * (kChunks + 1) + chunk) * 16;
 }
 template <int kChunks>
 constexpr int tile_bytes(int rows) {
   return rows * (kChunks + 1) * 16;
-}
-
-__device__ __forceinline__ bool on_vectors(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
 __device__ __forceinline__ float decoded_code(uint32_t code) {
@@ -66,7 +62,7 @@ __device__ __forceinline__ SplitTf32 split_tf32(float x) {
   return {high, to_tf32(x - __uint_as_float(high))};
 }
 
-// Launches `kernel` over the tiles of [begin, end), at most kMostMatrices matrices.
+// Launches `kernel` over the tiles of [begin, end), at most kMaxMatrices matrices.
 template <typename Kernel, typename Tiles>
 cudaError_t launch_group(Kernel kernel, size_t shared_bytes, const PowerMatrix* begin,
                          const PowerMatrix* end, const PowerFactors& f, const Tiles& tiles,
@@ -89,7 +85,7 @@ template <typename LaunchOf>
 cudaError_t launch_matrices(const PowerMatrix* matrices, int64_t count, const LaunchOf& launch_of) {
   for (int64_t i = 0; i < count;) {
     int64_t end = i + 1;
-    while (end < count && end - i < kMostMatrices &&
+    while (end < count && end - i < kMaxMatrices &&
            matrices[end].grad_kind == matrices[i].grad_kind) {
       ++end;
     }

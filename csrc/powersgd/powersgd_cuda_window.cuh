@@ -8,18 +8,18 @@ namespace dalle {
 
 constexpr int kFactorLines = 128, kFactorSlab = 32;
 
-// A window is what a tile of kFactorLines lines needs of E for one slab of the depth, as it lies in
-// memory: lines x depth (compress) or depth x lines (project). Each thread copies chunks of 8
+// A window is the block of E that a tile of kFactorLines lines reads for one slab of the depth, in
+// E's layout: lines x depth (compress) or depth x lines (project). Each thread copies chunks of 8
 // codes, kAhead slabs ahead, and adds the gradients to them when they have arrived.
 template <bool kProject, int kAhead, typename grad_t>
 struct ErrorWindows {
   static constexpr int kRows = kProject ? kFactorSlab : kFactorLines;
   static constexpr int kChunks = (kProject ? kFactorLines : kFactorSlab) / 8;
   static constexpr int kWindowBytes = tile_bytes<kChunks>(kRows);
-  static constexpr int kOwnChunks = kRows * kChunks / kProductThreads;  // of a thread
-  static constexpr int kRowStep = kProductThreads / kChunks;            // from one to the next
+  static constexpr int kThreadChunks = kRows * kChunks / kProductThreads;  // of a thread
+  static constexpr int kRowStep = kProductThreads / kChunks;               // from one to the next
   static constexpr int kGradChunks = kProject ? 0 : static_cast<int>(sizeof(grad_t)) / 2;
-  static constexpr int kGradBytes = kOwnChunks * kGradChunks * kProductThreads * 16;
+  static constexpr int kGradBytes = kThreadChunks * kGradChunks * kProductThreads * 16;
   static constexpr int kBytes = (kAhead + 1) * kWindowBytes + kAhead * kGradBytes;
 
   const PowerMatrix& m;
@@ -33,33 +33,33 @@ struct ErrorWindows {
                                           int32_t line, int32_t k0)
       : m(matrix),
         shared(bytes),
-        row((kProject ? k0 : line) + own_row()),
-        column((kProject ? line : k0) + own_chunk() * 8),
-        vectors(matrix.columns % 8 == 0 && on_vectors(matrix.error) &&
-                (kProject || on_vectors(matrix.grad))) {}
+        row((kProject ? k0 : line) + thread_row()),
+        column((kProject ? line : k0) + thread_chunk() * 8),
+        vectors(matrix.columns % 8 == 0 && is_aligned_16(matrix.error) &&
+                (kProject || is_aligned_16(matrix.grad))) {}
 
-  __device__ __forceinline__ static int own_row() {
+  __device__ __forceinline__ static int thread_row() {
     return static_cast<int>(threadIdx.x) / kChunks;
   }
-  __device__ __forceinline__ static int own_chunk() {
+  __device__ __forceinline__ static int thread_chunk() {
     return static_cast<int>(threadIdx.x) % kChunks;
   }
   __device__ __forceinline__ unsigned char* window(int slab) const {
     return shared + slab % (kAhead + 1) * kWindowBytes;
   }
-  // Where this thread's chunk j lies in a window.
-  __device__ __forceinline__ static int place(int j) {
-    return chunk_place<kChunks>(own_row() + j * kRowStep, own_chunk());
+  // Byte offset of this thread's chunk j in a window.
+  __device__ __forceinline__ static int offset(int j) {
+    return chunk_offset<kChunks>(thread_row() + j * kRowStep, thread_chunk());
   }
-  // The same of the gradients that belong to it: nobody else reads them.
-  __device__ __forceinline__ unsigned char* grad_place(int slab, int j, int part) const {
+  // The gradients of that chunk: no other thread reads them.
+  __device__ __forceinline__ unsigned char* grad_chunk(int slab, int j, int part) const {
     const int at = (j * kGradChunks + part) * kProductThreads + static_cast<int>(threadIdx.x);
     return shared + (kAhead + 1) * kWindowBytes + slab % kAhead * kGradBytes + at * 16;
   }
 
-  // Where it is in E, and how many of its codes are inside.
+  // Offset of its first code in E, and how many of its codes are inside.
   struct Chunk {
-    int64_t at;
+    int64_t begin;
     int32_t count;
   };
   __device__ __forceinline__ Chunk chunk(int slab, int j) const {
@@ -73,37 +73,37 @@ struct ErrorWindows {
   // Starts copying a slab of E, and of the gradients where they are to be added.
   __device__ __forceinline__ void start(int slab) const {
 #pragma unroll
-    for (int j = 0; j < kOwnChunks; ++j) {
-      const Chunk own = chunk(slab, j);
-      unsigned char* const to = window(slab) + place(j);
+    for (int j = 0; j < kThreadChunks; ++j) {
+      const Chunk c = chunk(slab, j);
+      unsigned char* const to = window(slab) + offset(j);
       if (!vectors) {
-        copy_scalars(to, own);
+        copy_scalars(to, c);
         continue;
       }
-      const int64_t at = own.count ? own.at : 0;
-      cp_async<16>(to, m.error + at, own.count * 2);
+      const int64_t at = c.count ? c.begin : 0;
+      cp_async<16>(to, m.error + at, c.count * 2);
       if constexpr (!kProject) {
         if (!adds) continue;
         const auto* const from =
             reinterpret_cast<const unsigned char*>(static_cast<const grad_t*>(m.grad) + at);
 #pragma unroll
         for (int part = 0; part < kGradChunks; ++part) {
-          cp_async<16>(grad_place(slab, j, part), from + part * 16, own.count * 2);
+          cp_async<16>(grad_chunk(slab, j, part), from + part * 16, c.count * 2);
         }
       }
     }
   }
 
   // The codes one by one, for rows that begin anywhere; gradients are added at once.
-  __device__ __forceinline__ void copy_scalars(unsigned char* to, const Chunk& own) const {
+  __device__ __forceinline__ void copy_scalars(unsigned char* to, const Chunk& c) const {
 #pragma unroll 1
     for (int i = 0; i < 8; ++i) {
-      uint32_t code = i < own.count ? m.error[own.at + i] : 0;
+      uint32_t code = i < c.count ? m.error[c.begin + i] : 0;
       if constexpr (!kProject) {
-        if (adds && i < own.count) {
-          const grad_t grad = static_cast<const grad_t*>(m.grad)[own.at + i];
+        if (adds && i < c.count) {
+          const grad_t grad = static_cast<const grad_t*>(m.grad)[c.begin + i];
           code = encoded_code(decoded_code(code) + static_cast<float>(grad) * factor);
-          m.error[own.at + i] = static_cast<uint16_t>(code);
+          m.error[c.begin + i] = static_cast<uint16_t>(code);
         }
       }
       reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(code);
@@ -115,15 +115,15 @@ struct ErrorWindows {
     if constexpr (!kProject) {
       if (!adds || !vectors) return;
 #pragma unroll 1
-      for (int j = 0; j < kOwnChunks; ++j) {
-        const Chunk own = chunk(slab, j);
-        if (own.count == 0) continue;
-        unsigned char* const at = window(slab) + place(j);
+      for (int j = 0; j < kThreadChunks; ++j) {
+        const Chunk c = chunk(slab, j);
+        if (c.count == 0) continue;
+        unsigned char* const at = window(slab) + offset(j);
         const uint4 before = load_vector<uint4>(at);
         uint32_t words[4] = {before.x, before.y, before.z, before.w};
 #pragma unroll
         for (int part = 0; part < kGradChunks; ++part) {
-          const uint4 grads = load_vector<uint4>(grad_place(slab, j, part));
+          const uint4 grads = load_vector<uint4>(grad_chunk(slab, j, part));
           const uint32_t each[4] = {grads.x, grads.y, grads.z, grads.w};
 #pragma unroll
           for (int w = 0; w < 4 / kGradChunks; ++w) {
@@ -141,7 +141,7 @@ struct ErrorWindows {
         }
         const uint4 after{words[0], words[1], words[2], words[3]};
         store_vector(at, after);
-        store_vector(m.error + own.at, after);
+        store_vector(m.error + c.begin, after);
       }
     }
   }

@@ -25,16 +25,16 @@ inline std::vector<float> packed_blocks(const float* b, int64_t depth, int64_t c
   return packed;
 }
 
-// The Q of compress: its whole blocks, and behind them its tail.
+// The Q of compress: its full blocks, then its tail.
 inline std::vector<float> packed_with_tail(const PowerMatrix& m) {
-  const int64_t tail = tail_columns(m.rank), whole = m.rank - tail;
+  const int64_t tail = tail_columns(m.rank), full = m.rank - tail;
   const int64_t pitch = padded_to_block(m.columns);
-  std::vector<float> packed = packed_blocks(m.right, m.columns, whole, m.rank, 1);
+  std::vector<float> packed = packed_blocks(m.right, m.columns, full, m.rank, 1);
   const size_t begin = packed.size();
-  packed.resize(begin + static_cast<size_t>(ceil_div(tail, kTailTogether) * kTailTogether * pitch));
+  packed.resize(begin + static_cast<size_t>(ceil_div(tail, kTailColumns) * kTailColumns * pitch));
   for (int64_t c = 0; c < tail; ++c) {
     float* const column = packed.data() + begin + c * pitch;
-    for (int64_t k = 0; k < m.columns; ++k) column[k] = m.right[k * m.rank + whole + c];
+    for (int64_t k = 0; k < m.columns; ++k) column[k] = m.right[k * m.rank + full + c];
   }
   return packed;
 }

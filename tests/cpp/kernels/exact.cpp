@@ -102,22 +102,23 @@ struct AdamCase {
       const int64_t chunk = row.first_chunk + static_cast<int64_t>(i) / kTableChunk;
       const int64_t at = static_cast<int64_t>(i) % kTableChunk;
       const AdamFactors f = adam_factors(args, row, chunk);
-      const float g = grad.at(i) * f.grad;
+      const float g = grad.at(i) * f.grad_factor;
       const float m = coded ? float_with(decode<Format::k169>(uint32_t{mean[i]})) : exact_mean[i];
       const float v =
           coded ? float_with(decode<Format::k0610>(uint32_t{variance[i]})) : exact_variance[i];
-      const float new_mean = f.keep_mean * m + f.add_mean * g;
-      float new_variance = f.keep_variance * v + f.add_variance * (g * g);
-      new_variance = new_variance > f.most ? f.most : new_variance;
-      const float update = new_mean / (std::sqrt(new_variance) * f.root + f.eps);
+      const float new_mean = f.beta1 * m + f.one_minus_beta1 * g;
+      float new_variance = f.beta2 * v + f.one_minus_beta2 * (g * g);
+      new_variance = new_variance > f.variance_max ? f.variance_max : new_variance;
+      const float update =
+          new_mean / (std::sqrt(new_variance) * f.inverse_sqrt_correction2 + f.eps);
       float value = param.at(i) * f.decay - f.step_size * update;
       if (coded) {
-        const uint32_t word = moments_word(f.offset + static_cast<uint32_t>(at) * kPlace);
+        const uint32_t word = moments_word(f.offset + static_cast<uint32_t>(at) * kWeylIncrement);
         const uint32_t bits = bits_of(new_variance);
-        const float scaled = new_variance * kChance;
-        const auto chance = bits < kCode1 ? static_cast<uint32_t>(scaled) : 0;
+        const float scaled = new_variance * kProbabilityScale;
+        const auto probability = bits < kCode1 ? static_cast<uint32_t>(scaled) : 0;
         mean[i] = static_cast<uint16_t>(mean_code(bits_of(new_mean), word));
-        variance[i] = static_cast<uint16_t>(variance_code(bits, chance, word));
+        variance[i] = static_cast<uint16_t>(variance_code(bits, probability, word));
       } else {
         exact_mean[i] = new_mean;
         exact_variance[i] = new_variance;
