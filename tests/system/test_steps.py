@@ -125,6 +125,14 @@ def test_which_recipe(preset, recipe, processes, expected):
     assert presets.chosen_recipe("x", recipe, preset, processes) == expected
 
 
+def test_the_prior_s_updates_follow_from_the_number_of_pairs():
+    tiny = [presets.prior_steps("tiny", pairs, 16) for pairs in (30, 283, 10**6)]
+    assert tiny == [500, 707, 10_000]
+    assert presets.prior_steps("tiny", 283, 8) == 1415
+    assert presets.prior_steps("small", 10_000, 16) == 62_500
+    assert presets.prior_steps("12b", 10**7, 16) == 100_000
+
+
 @pytest.mark.parametrize("steps", [2, 10, 100, 5000])
 def test_the_quick_recipes_fit_any_run(steps):
     train = quick_dvae(steps, image_size=40).train
@@ -202,6 +210,9 @@ def test_the_paper_recipe_is_one_word_away(tmp_path):
     assert made.config.loop.steps == 3_000_000 and made.model.stem == "released"
     made = dvae.plan(parsed("dvae", "train", "--data", data, "--preset", "base"), 1)
     assert made.config.recipe == "paper" and made.train.image_size == 256
+    words = ("--steps", "1000", "--warm-start-steps", "100")
+    made = dvae.plan(parsed("dvae", "train", "--data", data, *words), 1)
+    assert made.train.lr_steps == 900 and made.train.tau_steps == 540
     words = ("--preset", "emoji", "--steps", "500", "--lr-start", "0.5", "--vocab-size", "64")
     made = dvae.plan(parsed("dvae", "train", "--data", data, *words), 1)
     assert (made.train.warm_start_steps, made.train.lr_start, made.train.lr_steps) == (

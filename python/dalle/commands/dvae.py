@@ -67,7 +67,7 @@ class DvaeCommandConfig:
         validation: share of the pictures held out for scores, by their hashes; 0 for none. Left
             out, 0.1 with quick and 0 with paper.
         device: cpu, cuda or auto.
-        loop: folder, updates (1,000 with quick and tiny, 3,000,000 in the paper), checkpoints,
+        loop: folder, updates (800 with quick and tiny, 3,000,000 in the paper), checkpoints,
             seed.
         training: the training; what is left out is the recipe's.
         cluster: how the processes of torchrun work together.
@@ -160,8 +160,9 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
         scaled_train = scaled(built_in.train, steps / built_in.steps)
         model, base = built_in.model, replace(scaled_train, image_size=size)
     elif recipe == "quick":
-        steps = loop.steps or presets.QUICK_STEPS[preset]
-        made = presets.quick_model(owner, preset, size, len(pairs), config.vocab_size, steps)
+        steps = loop.steps or presets.QUICK_SIZES[preset].dvae_steps
+        warm = changes.get("warm_start_steps")
+        made = presets.quick_model(owner, preset, size, len(pairs), config.vocab_size, steps, warm)
         left = max(1, steps - made.train.warm_start_steps)
         model, base = made.model, replace(made.train, health_every=min(100, max(1, left // 4)))
     else:

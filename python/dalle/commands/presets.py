@@ -37,7 +37,6 @@ QUICK_PRESETS = ("tiny", "small")  # whose recipe is "quick" where nothing is sa
 LOOKED_AT = 256  # pictures of a folder whose sizes are read
 VALIDATION = 0.1  # share held out by the quick recipe
 HELD_OUT = {"emoji": "heldout", "shapes": "test"}  # splits of the built-in sets
-QUICK_STEPS = {"tiny": 1000, "small": 4000, "base": 20_000, "paper": 20_000}
 PAPER_GRID = {"tiny": 8, "small": 16, "base": 32, "paper": 32}  # tokens along a side
 # What `dalle train` takes for minutes, an hour, and a night on a GPU.
 QUICK_SIZES = {
@@ -153,7 +152,13 @@ def quick_patch(owner: str, image_size: int, grid: int) -> int:
 
 
 def quick_model(
-    owner: str, preset: str, image_size: int, pictures: int, codes: int, steps: int
+    owner: str,
+    preset: str,
+    image_size: int,
+    pictures: int,
+    codes: int,
+    steps: int,
+    warm: int | None = None,
 ) -> DvaeRecipe:
     """The quick recipe of a dVAE: as many codes as the pictures can fill, unless it is said."""
     tier = QUICK_SIZES[preset]
@@ -171,6 +176,7 @@ def quick_model(
     return quick_dvae(
         steps,
         image_size=image_size,
+        warm=warm,
         model=sizes,
         lr_start=4e-4,
         codebook_sharpness=1.0,
@@ -184,6 +190,13 @@ def length(loop: LoopConfig, steps: int, recipe: str, held_out: bool) -> LoopCon
     if recipe == "quick" and held_out and not every:
         every = max(1, steps // 10)
     return dataclasses.replace(loop, steps=steps, evaluate_every=every)
+
+
+def prior_steps(preset: str, pairs: int, batch_size: int) -> int:
+    """Updates of the prior with the quick recipe: the epochs of the tier, at least 500 updates, at
+    most 10,000 for tiny and 100,000 for others."""
+    epochs = QUICK_SIZES.get(preset, QUICK_SIZES["base"]).epochs
+    return min(max(500, epochs * pairs // batch_size), 10_000 if preset == "tiny" else 100_000)
 
 
 def paper_side(preset: str) -> int:

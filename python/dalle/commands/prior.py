@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 else:
     PriorOptions = presets.overrides(PriorTrainConfig)
 
-QUICK_STEPS = {"tiny": 1500, "small": 6000}
 PAPER_STEPS = 430_000
 QUICK_GAIN = 0.5  # of the first weights: a short run does not grow them
 
@@ -81,7 +80,8 @@ class PriorCommandConfig:
         half_weights: store the resblocks' matrices in 16 bits too, as the paper did.
         checkpointing: recompute each resblock in the backward pass.
         device: cpu, cuda or auto.
-        loop: folder, updates (1,500 with quick and tiny, 430,000 in the paper), checkpoints, seed.
+        loop: folder, updates (those of 40 epochs with quick and tiny, 430,000 in the paper),
+            checkpoints, seed.
         training: the training; what is left out is the recipe's.
         cluster: how the processes of torchrun work together.
     """
@@ -146,7 +146,8 @@ def plan(config: PriorCommandConfig, world: World) -> Plan:
     pairs, validation, share = presets.split_pairs(
         owner, config.data, pairs, config.validation, recipe, size, config.loop.seed
     )
-    steps = config.loop.steps or (QUICK_STEPS.get(preset, 20_000))
+    batch_size = presets.given(config.training).get("batch_size", 16)
+    steps = config.loop.steps or presets.prior_steps(preset, len(pairs), batch_size)
     if recipe == "paper":
         steps = config.loop.steps or PAPER_STEPS
         base = PriorTrainConfig()

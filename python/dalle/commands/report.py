@@ -115,7 +115,7 @@ def end_block(
     print(f"{owner}: {result.step} updates{took}, model in {folder}{left_out}")
     for line in lines:
         print(printable(f"{owner}: {line}"))
-    print(f"{owner}: next: {then}")
+    print(printable(f"{owner}: next: {then}"))
 
 
 def newest_picture(out: Path) -> Iterable[str]:
