@@ -170,7 +170,7 @@ def test_arguments_without_a_name_may_stand_in_a_file(tmp_path, monkeypatch, cap
     config = parsed(("sample",), "--config", "o.yaml")
     assert (config.captions, config.num_candidates) == (("a red circle", "-x", "no"), 4)
     assert parsed(("sample",), "one", "--config", "o.yaml").captions == ("one",)
-    Path("o.yaml").write_text("caption: a red circle\nimages: x\n")
+    Path("o.yaml").write_text("caption: a red circle\ndata: x\n")
     assert parsed(("rerank",), "--config", "o.yaml").caption == "a red circle"
     assert parsed(("rerank",), "--config", "o.yaml", "mine").caption == "mine"
     Path("o.yaml").write_text("caption: [a, b]")
