@@ -44,6 +44,7 @@ LINES = [
     PRIOR.replace("--steps 2 --out out", "--steps 4 --out run-prior"),
     f"{PRIOR} --resume run-prior/step-00000002",
     f"{SAMPLE} --file long.txt", f"{SAMPLE} --prime-image pairs/0.png --prime-rows 1",
+    f"{SAMPLE} --overwrite --temperature 0.5 --top-k 3", f"{RERANK} --data .",
     "data check --data pairs --contact out/sheet.png", "data check --data pairs --verify none",
     "data check --data pairs --image-size 16 --tokenizer tok --text-len 8",
     "data make-shapes --out out --count 3", "tokenizer train --data pairs --out out",

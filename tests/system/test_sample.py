@@ -323,12 +323,14 @@ def test_rerank_leaves_out_sheets_of_commands(folder, tmp_path, capsys):
     words = ["rerank", CAPTION, "--data", out, "--ranker", folder / "ranker"]
     for sheets, target in ((3, out), (4, tmp_path / "ranked")):
         assert run(*words, "--out", target) == 0
-        assert f"rerank: left out {sheets} contact sheets, such as {out}" in capsys.readouterr().err
+        assert (
+            f"rerank: contact sheets left out: {sheets}, such as {out}" in capsys.readouterr().err
+        )
         report = json.loads((target / "scores.json").read_text())
         assert {entry["file"] for entry in report["ranking"]} == singles
         assert report["skipped"] == {"contact sheet": sheets}
     assert run(*words[:3], tmp_path / "ranked", *words[4:]) == 3
-    assert "data must hold single pictures, got 1 contact sheets" in capsys.readouterr().err
+    assert "data must hold single pictures, got contact sheets only" in capsys.readouterr().err
 
 
 def test_rerank_finds_the_ranker_of_the_pipeline(folder, tmp_path, monkeypatch, capsys):

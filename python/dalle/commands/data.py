@@ -56,7 +56,8 @@ class CheckConfig:
         contact: where to write a contact sheet of the first pictures (PNG).
         show: how many problems of a kind to print.
         image_size: side in pixels that is to be trained with; says what is smaller.
-        tokenizer: folder of `dalle tokenizer train`; says which captions are longer than the prior.
+        tokenizer: folder of `dalle tokenizer train` (run/tokenizer); says which captions are
+            longer than the prior.
         text_len: text positions of that prior; 0 stands for those of each preset.
     """
 

@@ -92,7 +92,7 @@ class ReconstructConfig:
 
     Args:
         data: a folder of pictures, shapes or emoji.
-        model: folder of a discrete VAE.
+        model: model folder of `dalle dvae train`.
         out: the PNG to write.
         image_size: side in pixels the pictures are cropped to; 0 takes that of the training, or
             without its config.yaml beside the model the demo's for shapes and emoji, else 256.

@@ -26,11 +26,13 @@ class PipelineMakeConfig:
     """Checks that trained parts fit each other, and copies them into one folder.
 
     Attributes:
-        tokenizer: folder of `dalle tokenizer train`, the one the prior was trained with.
-        vae: model folder of `dalle dvae train`, the one the prior was trained with.
-        prior: model folder of `dalle prior train`.
-        ranker: model folder of `dalle ranker train`; without one the samples stay in the order in
-            which they were drawn.
+        tokenizer: folder of `dalle tokenizer train` (run/tokenizer), the one that the prior was
+            trained with.
+        vae: model folder of `dalle dvae train` (run/dvae/model), the one that the prior was trained
+            with.
+        prior: model folder of `dalle prior train` (run/prior/model).
+        ranker: model folder of `dalle ranker train` (run/ranker/model); without one the samples
+            stay in the order in which they were drawn.
         out: folder of the pipeline, new or empty.
         sampling: how `dalle sample` and `Pipeline.generate` draw a code where they are not told.
         num_candidates: how many samples a caption these choose from where they are not told; left
@@ -40,7 +42,7 @@ class PipelineMakeConfig:
     tokenizer: Path
     vae: Path
     prior: Path
-    out: Path
+    out: Path = Path("run/pipeline")
     ranker: Path | None = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     num_candidates: int | None = None

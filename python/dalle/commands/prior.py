@@ -64,8 +64,8 @@ class PriorCommandConfig:
 
     Attributes:
         data: shapes, emoji, or a folder of pictures with .txt captions.
-        tokenizer: folder of `dalle tokenizer train`.
-        vae: folder of a trained dVAE.
+        tokenizer: folder of `dalle tokenizer train` (run/tokenizer).
+        vae: model folder of `dalle dvae train` (run/dvae/model).
         preset: tiny, small, base, 1b or 12b; vocabularies and grid come from tokenizer and dVAE.
         recipe: quick (a start from the codebook, Muon, a cosine to zero that fits the run) or
             paper. Left out, quick for tiny and small on one process, paper else.

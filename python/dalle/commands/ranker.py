@@ -48,9 +48,9 @@ class RankerCommandConfig:
 
     Attributes:
         data: shapes, emoji, or a folder of pictures with .txt captions; the prior's.
-        tokenizer: folder of `dalle tokenizer train`.
-        vae: folder of a trained dVAE. Pictures are then also shown as it gives them back, which is
-            what samples look like, and broken ones are made of its codes.
+        tokenizer: folder of `dalle tokenizer train` (run/tokenizer).
+        vae: model folder of `dalle dvae train` (run/dvae/model). Pictures are then also shown as it
+            gives them back, which is what samples look like, and broken ones are made of its codes.
         preset: tiny, small or base.
         recipe: quick (a warm-up that fits the run, two halves of a batch side by side) or paper
             (a warm-up of 50; the paper itself takes a ready CLIP). Left out, quick for tiny and

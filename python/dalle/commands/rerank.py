@@ -83,9 +83,9 @@ def rerank(config: RerankConfig) -> None:
     sheets = own_sheets(found)
     files = [path for path in found if path not in sheets]
     if sheets:
-        say(f"rerank: left out {len(sheets)} contact sheets, such as {min(sheets)}")
+        say(f"rerank: contact sheets left out: {len(sheets)}, such as {min(sheets)}")
     if not files:
-        raise DataError(f"rerank: data must hold single pictures, got {len(found)} contact sheets")
+        raise DataError("rerank: data must hold single pictures, got contact sheets only")
     ranker_folder = find_model("rerank", "ranker", config.ranker, "ranker")
     make_folder(config.out, "rerank")
     check_targets("rerank", config.out / "scores.json", config.out / "sorted.png")

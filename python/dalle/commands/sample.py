@@ -33,6 +33,7 @@ from dalle.version import __version__
 
 CANDIDATES = 64  # where neither the command line nor the pipeline says
 PIPELINES = (Path("run/pipeline"), Path("out/demo/pipeline"))  # of `dalle train`, of `dalle demo`
+WORDS = {"cond_scale": "guidance (cond_scale)", "top_k": "top-k", "top_p": "top-p"}
 RECORD = "samples.json"
 PAGE = "index.html"
 SINGLE = re.compile(r"[0-9]+-[a-z0-9-]+/[0-9]+\.png")  # a picture of a run, as `slug` names it
@@ -224,10 +225,9 @@ def page(run: dict[str, Any]) -> bytes:
         alt = [f"{entry['caption']}: drawn, {words}".rstrip(" ,") for words in below]
         row = zip(entry["files"], alt, below, strict=True)
         groups.append(tiles.group([tiles.picture(*each) for each in row], entry["caption"]))
-    options = {**run["sampling"], "candidates": run["num_candidates"], "seed": run["seed"]}
-    words = ", ".join(
-        f"{name.replace('_', ' ')} {value}" for name, value in options.items() if value is not None
-    )
+    options = {WORDS.get(name, name): value for name, value in run["sampling"].items()}
+    options = {**options, "candidates": run["num_candidates"], "seed": run["seed"]}
+    words = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
     ranked = any(score is not None for entry in run["records"] for score in entry["scores"])
     order = "the best first, with the ranker's scores" if ranked else "in the order of sampling"
     head = f"<p>Drawn with {escape(words)}; {order}. Model: {escape(run['model']['path'])}</p>"

@@ -25,7 +25,7 @@ class TokenizerTrainConfig:
     """
 
     data: str
-    out: Path
+    out: Path = Path("run/tokenizer")
     vocab_size: int = 16384
 
 
