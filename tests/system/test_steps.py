@@ -111,6 +111,10 @@ def test_the_options_of_a_run_repeat_it_bit_for_bit(tmp_path, capsys):
     before = (tmp_path / "a" / "config.yaml").read_bytes()
     assert main([*again, "--lr-start", "2e-3"]) == 3  # refused to go on: another training
     assert (tmp_path / "a" / "config.yaml").read_bytes() == before
+    sheet = tmp_path / "sheet.png"
+    words = ["dvae", "reconstruct", "--data", str(data), "--model", str(a.parent)]
+    assert main([*words, "--out", str(sheet)]) == 0
+    assert Image.open(sheet).height == 4 + 2 * (24 * 4 + 4)  # pictures of 24 pixels, not 256
 
 
 @pytest.mark.parametrize(
