@@ -29,6 +29,7 @@ import gpu_checks as checks  # noqa: E402
 
 sys.path[:0] = checks.PATHS  # so that it runs from any folder, without PYTHONPATH
 import harness  # noqa: E402
+import row_text  # noqa: E402
 from gpu_worker import Bench, Worker  # noqa: E402
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ class Session:
             add_floor(row, rates)
             self.rows[number, None if row["rival"] == harness.H200 else row["rival"]] = row
             if not is_late(row):
-                print(harness.line(row), flush=True)
+                print(row_text.line(row), flush=True)
         self.save()
 
     def tests(self) -> None:
@@ -283,7 +284,7 @@ class Session:
         rows = list(self.rows.values())
         wrong = {row["what"]: row for row in rows if is_wrong(row)}
         for row in list(wrong.values())[:20]:
-            print(f"WRONG: {harness.line(row)}")
+            print(f"WRONG: {row_text.line(row)}")
         judged = [row for row in rows if row["goal"] is not None and row["ratio"] is not None]
         met, late = sum(row["ratio"] >= row["goal"] for row in judged), sum(map(is_late, rows))
         if not self.dry:
@@ -304,8 +305,8 @@ def is_late(row: Row) -> bool:
 
 def is_wrong(row: Row) -> bool:
     """Whether ours was off or failed; not where time or the card's memory was too short."""
-    skipped = str(row.get("not_measured")).startswith(("skipped", OUT_OF_TIME))
-    return not skipped and not harness.is_right(row)
+    why = str(row.get("not_measured", row.get("unchecked")))
+    return not why.startswith(("skipped", OUT_OF_TIME)) and not harness.is_right(row)
 
 
 def add_floor(row: Row, rates: dict[str, float | None]) -> None:

@@ -20,6 +20,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from row_text import table
+
 Call = Callable[[], Any]
 Clock = Callable[[Call], float]
 """Runs a function of no arguments once and returns the seconds that it took."""
@@ -212,6 +214,8 @@ def prepare(name: str, ready: Ready, timer: Timer, found: Row) -> Call | None:
                 found["error"], found["error_limit"] = error
         except AssertionError as problem:
             found["wrong"] = reason(problem)
+        except Exception as problem:  # of the definition: too little memory for it, say
+            found["unchecked"] = reason(problem)
         del result
         if timer.memory is not None:
             found["peak_bytes"] = peak_bytes(call, timer.memory)
@@ -224,7 +228,7 @@ def prepare(name: str, ready: Ready, timer: Timer, found: Row) -> Call | None:
 def is_right(found: Row) -> bool:
     """Whether a candidate was measured, and its result held (NaN does not)."""
     held = "error" not in found or found["error"] <= found["error_limit"]
-    return held and "wrong" not in found and "not_measured" not in found
+    return held and not {"wrong", "unchecked", "not_measured"} & found.keys()
 
 
 def assert_right(rows: list[Row]) -> None:
@@ -239,8 +243,8 @@ def measure(case: Case, timer: Timer = CPU, rivals: Iterable[str] | None = None)
 
     Returns:
         A row for each rival; one without a rival where there is none. Keys as `compare` gives
-        them, and op, bytes, flops; of ours error, error_limit, peak_bytes, wrong or not_measured,
-        and the same with rival_ before.
+        them, and op, bytes, flops; of ours error, error_limit, peak_bytes, wrong, unchecked,
+        not_measured, and the same with rival_ before.
     """
     names = list(case.rivals if rivals is None else rivals)
     found: dict[str, Row] = {name: {} for name in ("ours", *names)}
@@ -314,50 +318,6 @@ def compare(
     rows = rows_of(what, seconds, list(rivals), work, unit, goals)
     ROWS.extend(rows)
     return rows
-
-
-def line(row: Row) -> str:
-    """One row as text: ours, how far off it is and over its floor, the rival, ratio and goal."""
-    text = f"{row['what']:62} "
-    if row["seconds"] is None:
-        text += f"not measured: {row.get('not_measured')}"
-    else:
-        text += f"{_time(row['seconds'])} {row['rate']:9.4g} {row['unit']:8}"
-    text += _held(row, "")
-    if row.get("over_floor"):
-        text += f" {row['over_floor']:.2f}x floor"
-    if row["rival"] is None:
-        return text
-    rival = f"not measured: {row.get('rival_not_measured')}"
-    if row["rival_seconds"] is not None:
-        rival = _time(row["rival_seconds"]) + _held(row, "rival_")
-    text += f" | {row['rival']:24} {rival}"
-    if row["ratio"] is not None:
-        goal = "" if row["goal"] is None else f", goal {row['goal']:.1f}x"
-        text += f" {row['ratio']:6.2f}x{goal}"
-    return text
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:8.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:8.1f} us"
-
-
-def _held(row: Row, who: str) -> str:
-    """Error, its limit where it is missed, and memory of one candidate."""
-    text = ""
-    if f"{who}error" in row:
-        error, most = row[f"{who}error"], row[f"{who}error_limit"]
-        text += f" error {error:.1e}" + ("" if error <= most else f", WRONG, limit {most:.1e}")
-    if f"{who}wrong" in row:
-        text += f" WRONG: {row[f'{who}wrong']}"
-    if row.get(f"{who}peak_bytes") is not None:
-        text += f" {row[f'{who}peak_bytes'] / 2**20:.0f} MiB"
-    return text
-
-
-def table(rows: list[Row]) -> str:
-    """The rows as text, one line each."""
-    return "\n".join(map(line, rows))
 
 
 def commit() -> str | None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,19 @@ def test_a_wrong_result_is_timed_and_said(dry, capsys):
     assert nan["seconds"] > 0 and right["seconds"] > 0
     out = capsys.readouterr().out
     assert "error 2.0e+00, WRONG, limit 1.0e+00" in out and "2 cases wrong" in out
+
+
+def test_a_check_that_fails_costs_no_timing(dry, capsys):
+    def ready(device, error):
+        calls = {"ours": lambda: lambda: None}
+        return Ready(calls, lambda name, result: raising(error)(device), 1.0, "GB/s")
+
+    errors = {"bug": RuntimeError("no such op"), "large": torch.OutOfMemoryError("20 GiB")}
+    code, file = dry(*(case(what, partial(ready, error=error)) for what, error in errors.items()))
+    assert code == 1 and all(row["seconds"] > 0 for row in file["rows"])
+    out = capsys.readouterr().out
+    assert "not checked: RuntimeError: no such op" in out and "1 cases wrong" in out
+    assert "not checked: skipped, too little memory: 20 GiB" in out
 
 
 def test_too_little_memory_skips_a_case_with_a_line(dry, capsys):
@@ -383,12 +397,3 @@ def test_a_missing_module_is_a_case_that_says_so(dry, capsys):
     code, file = dry(gpu_worker.missing("new_op", ImportError("no module named x")), case())
     assert code == 1 and file["rows"][0]["not_measured"] == "ImportError: no module named x"
     assert file["rows"][1]["seconds"] > 0
-
-
-def test_floors_are_made_of_what_the_card_reaches():
-    rates = {"card copy": 4000.0, "card product float16": 700.0, "card product float32": 50.0}
-    row = {"op": "x", "bytes": 4 * 10**8, "flops": 42 * 10**9, "product": "float16"}
-    gpu.add_floor(done := {**row, "seconds": 200e-6}, rates)
-    assert (done["floor_us"], done["over_floor"]) == (pytest.approx(100), pytest.approx(2.0))
-    gpu.add_floor(done := {**row, "product": "float32", "seconds": None}, rates)
-    assert done["floor_us"] == pytest.approx(840) and "over_floor" not in done

@@ -14,6 +14,7 @@ import bench_sparse_attention as attention
 import gpu
 import gpu_checks as checks
 import harness
+import row_text
 import sanitizer_cases
 from dalle_ext import AttentionPattern
 
@@ -194,9 +195,9 @@ def test_a_row_holds_time_error_memory_and_why_a_rival_is_missing():
     assert (there["seconds"], there["rate"], there["ratio"], there["goal"]) == (*(1e-3, 2e3), 1, 2)
     assert (there["error"], there["peak_bytes"], there["rival_error"]) == (0.5, 40, 0.5)
     assert gone["rival_not_measured"] == "RuntimeError: no such" and gone["ratio"] is None
-    line = harness.line(there)
+    line = row_text.line(there)
     assert "1.00 ms" in line and "error 5.0e-01" in line and "1.00x, goal 2.0x" in line
-    assert harness.line(gone).endswith(
+    assert row_text.line(gone).endswith(
         "gone                     not measured: RuntimeError: no such"
     )
     (alone,) = harness.measure(case, timer, ())
@@ -217,3 +218,12 @@ def test_column_order_makes_columns_contiguous():
 
 def test_sanitizer_cases_run():
     assert sanitizer_cases.run("cpu") == 3 * (2 * 4 * 2 * 5 + 5 + 5 + 1 + 8)
+
+
+def test_floors_are_made_of_what_the_card_reaches():
+    rates = {"card copy": 4000.0, "card product float16": 700.0, "card product float32": 50.0}
+    row = {"op": "x", "bytes": 4 * 10**8, "flops": 42 * 10**9, "product": "float16"}
+    gpu.add_floor(done := {**row, "seconds": 200e-6}, rates)
+    assert (done["floor_us"], done["over_floor"]) == (pytest.approx(100), pytest.approx(2.0))
+    gpu.add_floor(done := {**row, "product": "float32", "seconds": None}, rates)
+    assert done["floor_us"] == pytest.approx(840) and "over_floor" not in done

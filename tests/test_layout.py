@@ -40,7 +40,6 @@ LONGER = {  # files that are one topic and longer than their kind: lines, and wh
     "python/dalle/distributed/hooks.py": 420,  # one class, on FSDP2 and on DDP
     "python/dalle/distributed/powersgd.py": 420,  # one algorithm, its agreement and its state
     "benchmarks/bench_sparse_attention.py": 280,  # rivals, sizes, layouts and goals on CPU and GPU
-    "benchmarks/harness.py": 420,  # cases, timers and rows, and how one comes of another
     "dalle_ext/reference/adam16.py": 110,  # one rule with its random words and roundings
 }
 HEAD_OF_TESTS = """# What each test file proves
