@@ -9,6 +9,8 @@ print versions before that.
 from __future__ import annotations
 
 import contextlib
+import gc
+import hashlib
 import json
 import platform
 import statistics
@@ -221,8 +223,10 @@ def prepare(name: str, ready: Ready, timer: Timer, found: Row) -> Call | None:
             found["peak_bytes"] = peak_bytes(call, timer.memory)
     except Exception as problem:  # a rival that is missing or refuses is a result, too
         found["not_measured"] = reason(problem)
-        return None
-    return call
+    else:
+        return call
+    gc.collect()  # what failed holds memory, and a checkpoint's hooks on every later graph
+    return None
 
 
 def is_right(found: Row) -> bool:
@@ -320,13 +324,18 @@ def compare(
     return rows
 
 
-def commit() -> str | None:
-    """What git says of this checkout; None without git or outside of a checkout."""
-    run = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
+def commit() -> str:
+    """What git says of this checkout; without git or outside of one a hash of the sources."""
+    root = RESULTS.parents[1]
+    run = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    found = hashlib.sha256()
+    for folder in ("csrc", "dalle_ext", "python", "benchmarks"):
+        for path in sorted((root / folder).rglob("*.*")):
+            if path.suffix in (".py", ".h", ".hpp", ".cpp", ".cu", ".cuh"):
+                found.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return f"sources {found.hexdigest()[:12]}"
 
 
 def machine() -> dict[str, Any]:

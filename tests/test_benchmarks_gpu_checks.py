@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import re
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -121,9 +124,15 @@ def test_versions_without_torch_imported():
     subprocess.run([sys.executable, "-c", script], check=True, env=checks.child_env())
 
 
-def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
+def test_without_git_the_sources_have_a_hash(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert harness.commit() is None and checks.card() is None
+    found = harness.commit()
+    assert re.fullmatch("sources [0-9a-f]{12}", found) and checks.card() is None
+    (tmp_path / "csrc").mkdir()
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "benchmarks" / "results")
+    empty = harness.commit()
+    (tmp_path / "csrc" / "a.cu").write_text("x")
+    assert len({found, empty, harness.commit()}) == 3
 
 
 class FakeEvent:
@@ -204,6 +213,25 @@ def test_a_row_holds_time_error_memory_and_why_a_rival_is_missing():
     assert (alone["rival"], alone["ratio"]) == (harness.H200, pytest.approx(5e-3))
     assert harness.reason(ValueError()) == "ValueError: no message"
     assert len(harness.reason(RuntimeError("x" * 999))) == 240
+
+
+def test_a_rival_that_fails_leaves_nothing_behind():
+    """Its frames hold memory; in torch 2.11 a checkpoint in them goes on hooking saved tensors."""
+    held = []
+
+    def fails():
+        tensor = torch.ones(3)
+        held.append(weakref.ref(tensor))
+        error = RuntimeError("no such rival")
+        error.circle = error  # as a compiler's may: it lives on with its frames
+        raise error
+
+    ready = harness.Ready({"rival": lambda: fails}, lambda *_: None, 1.0, "GB/s")
+    gc.disable()
+    try:
+        assert harness.prepare("rival", ready, harness.CPU, {}) is None and held[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_column_order_makes_columns_contiguous():
