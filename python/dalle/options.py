@@ -96,7 +96,8 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
 def _of_today(word: str, old_names: Mapping[str, str]) -> str:
     """An option with its name of today where `word` has one of before."""
     name, equals, value = word.partition("=")
-    return f"{old_names.get(name, name)}{equals}{value}"
+    today = old_names.get(name.removeprefix("--")) if name.startswith("--") else None
+    return word if today is None else f"--{today}{equals}{value}"
 
 
 def _parse(config_type: type[T], words: list[str], prog: str, output: io.StringIO) -> T:
@@ -203,9 +204,10 @@ class _FileOptions:
         self._take(config_type, read_options(path), str(path))
 
     def _take(self, config_type: type, values: dict[str, Any], where: str) -> None:
-        fields = _file_fields(config_type)
+        fields, old_names = _file_fields(config_type), getattr(config_type, "OLD_NAMES", {})
         for key, value in values.items():
             name = key.replace("-", "_")
+            name = old_names.get(name, name)
             if name not in fields:
                 choices = {n.replace("_", "-") if "-" in key else n for n in fields}
                 raise UsageError(f"{where}: {key} is not an option{did_you_mean(key, choices)}")

@@ -11,6 +11,7 @@ import pytest
 
 from dalle.cli import COMMANDS, load_target, main
 from dalle.config_files import write_resolved
+from dalle.errors import UsageError
 from dalle.options import option_names, parse_options
 from support import cli_target
 from support.cli_target import LoopOptions, ToyConfig
@@ -173,6 +174,12 @@ def test_arguments_without_a_name_may_stand_in_a_file(tmp_path, monkeypatch, cap
     Path("o.yaml").write_text("caption: a red circle\ndata: x\n")
     assert parsed(("rerank",), "--config", "o.yaml").caption == "a red circle"
     assert parsed(("rerank",), "--config", "o.yaml", "mine").caption == "mine"
+    Path("o.yaml").write_text("images: x\n")  # the name of before
+    for words in (("--config", "o.yaml"), ("--images", "x"), ("--images=x",)):
+        assert parsed(("rerank",), "mine", *words).data == Path("x")
+    Path("o.yaml").write_text("images: x\ndata: y\n")
+    with pytest.raises(UsageError, match="data must be given once, got also .*images$"):
+        parsed(("rerank",), "mine", "--config", "o.yaml")
     Path("o.yaml").write_text("caption: [a, b]")
     assert main(["rerank", "--config", "o.yaml"]) == 2
     assert line_of(capsys) == "o.yaml: caption must be one value, got 2"

@@ -61,7 +61,7 @@ class CheckConfig:
         text_len: text positions of that prior; 0 stands for those of each preset.
     """
 
-    OLD_NAMES: ClassVar[Mapping[str, str]] = {"--folder": "--data"}
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {"folder": "data"}
 
     data: Path
     image_size: int = 0

@@ -45,7 +45,7 @@ class RerankConfig:
         device: "cpu", "cuda" or "auto".
     """
 
-    OLD_NAMES: ClassVar[Mapping[str, str]] = {"--images": "--data"}
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {"images": "data"}
 
     caption: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CAPTION")]
     data: Path
