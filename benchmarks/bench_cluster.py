@@ -91,9 +91,9 @@ def box_here(request):
 
 
 @pytest.mark.timeout(0)  # each run has a limit of its own
-def test_step_times(benchmark, request, tmp_path):
+def test_step_times(request, tmp_path):
     """Twelve minutes, in which nothing else may run."""
-    found = benchmark.pedantic(time_steps, (tmp_path,), rounds=1, iterations=1)
+    found = time_steps(tmp_path)
     if request.config.getoption("--record"):
         harness.record("cluster_steps", found.pop("rows"), **found)
     at = found["times"]["100mbit"]
@@ -103,11 +103,10 @@ def test_step_times(benchmark, request, tmp_path):
 
 
 @pytest.mark.timeout(0)
-def test_losses(benchmark, request, tmp_path):
+def test_losses(request, tmp_path):
     """Most of an hour; how fast it runs does not matter."""
-    found = benchmark.pedantic(train, (tmp_path, CURVES), rounds=1, iterations=1)
+    found = train(tmp_path, CURVES)
     found["hard"] = train(tmp_path, HARD_CURVES, *HARD)
-    benchmark.extra_info["losses"] = found["ends"]
     if request.config.getoption("--record"):
         harness.record("cluster_losses", [], **found)
         for times in sorted(harness.RESULTS.glob("*_cluster_steps.json"))[-1:]:

@@ -316,10 +316,11 @@ def compare(
     `what`, `goals` and `rounds` are as in `Case`, `work` and `unit` as in `Ready`.
 
     Returns:
-        A row a rival: what, seconds, rate, unit, rival, rival_seconds, ratio (rival / ours), goal.
+        A row a rival, or one: what, seconds, rate, unit, rival, rival_seconds, ratio (rival /
+        ours), goal.
     """
     seconds = medians({"ours": ours, **rivals}, rounds=rounds)
-    rows = rows_of(what, seconds, list(rivals), work, unit, goals)
+    rows = rows_of(what, seconds, list(rivals) or [None], work, unit, goals)
     ROWS.extend(rows)
     return rows
 
