@@ -252,7 +252,8 @@ def saved_scores(made: Plan, out: Path, device: torch.device) -> Iterator[str]:
     OUT/pictures/saved.png.
     """
     vae = DiscreteVAE.from_pretrained(out / "model").to(device).eval()
-    size, counts = made.train.image_size, torch.zeros(vae.num_tokens, dtype=torch.int64)
+    size = made.train.image_size
+    counts = torch.zeros(vae.num_tokens, dtype=torch.int64, device="cpu")
     shown, values = [], {}
     for name, pairs in (("training", made.pairs), ("held-out", made.validation)):
         if pairs is None:

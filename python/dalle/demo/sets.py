@@ -283,13 +283,14 @@ class FolderSet(DataSet):
             crops, items = self._usable(pairs, sorted({*drawn, *others.tolist()}))
             pool += crops
             labels += [names.setdefault(pairs.captions[i], len(names)) for i in items]
-        target = torch.tensor([names[caption] for caption in columns.captions], dtype=torch.int64)
+        numbers = [names[caption] for caption in columns.captions]
+        target = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         count = images.shape[1]
         ranks = nearest_rank(
             images.flatten(0, 1),
             target.repeat_interleave(count),
             to_tensor(pool),
-            torch.tensor(labels, dtype=torch.int64),
+            torch.tensor(labels, dtype=torch.int64, device="cpu"),
         )
         table, result = ranks.view(-1, count).numpy(), {"true_pictures": len(pool)}
         for split, prefix in (("train", "train"), ("heldout", "held_out")):
