@@ -186,8 +186,9 @@ class Session:
         for number, rivals in self.steps(phase):
             op, what, _ = self.plan[number]
             seen = self.spent.setdefault((op, rivals), [])
-            needed = sum(seen) / len(seen) if seen else GUESS[phase]
-            if self.left() < (1.0 if phase == OURS else needed):
+            guess = 0.0 if self.dry else GUESS[phase]
+            needed = sum(seen) / len(seen) if seen else guess
+            if self.left() <= (1.0 if phase == OURS else needed):
                 rows = self.unmeasured(what, rivals, OUT_OF_TIME)
             else:
                 begin = time.monotonic()

@@ -206,14 +206,14 @@ def test_a_disk_that_stays_full_fails_the_run_at_its_end(dry, capsys, monkeypatc
 
 
 def test_no_time_left_is_said_in_the_rows(dry, monkeypatch):
-    monkeypatch.setattr(gpu.Session, "left", lambda self: 0.5)
+    monkeypatch.setattr(gpu.Session, "left", lambda self: 0.0)
     code, file = dry(case(rivals={"a": "eager", "b": "flex"}))
     assert code == 0 and len(file["rows"]) == 3
     assert all(gpu.is_late(row) and row["seconds"] is None for row in file["rows"])
 
 
 def test_a_step_is_left_out_where_its_like_took_too_long():
-    session = gpu.Session(gpu.arguments(["--dry-run"]))
+    session = gpu.Session(gpu.arguments([]))
     session.plan = [("op", f"case {i}", {"a": "flex", "b": "flex"}) for i in range(2)]
     session.spent = {("op", ("a",)): [50.0, 170.0]}
     kept, session.left = [], lambda: 100.0
@@ -223,6 +223,10 @@ def test_a_step_is_left_out_where_its_like_took_too_long():
     late = [number for number, rows in kept if isinstance(rows[0], dict) and gpu.is_late(rows[0])]
     assert late == [0, 1] and kept[1] == (0, [(("b",), 100.0)]) and kept[3][0] == 1
     assert len(session.spent["op", ("b",)]) == 2, "its time is learned"
+    session.left, session.spent = (lambda: gpu.GUESS[gpu.FLEX] - 1), {}
+    kept.clear()
+    session.measure(gpu.FLEX)
+    assert all(gpu.is_late(rows[0]) for _, rows in kept), "a guess, before one is seen"
 
 
 class Fake:
@@ -369,20 +373,6 @@ def test_a_process_that_hangs_or_dies_loses_one_step(target, why, monkeypatch, c
     process = session.bench.process
     session.stop()
     assert not process.is_alive()
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--minutes", "0"], "--minutes must be positive and finite, got 0.0"),
-        (["--minutes", "nan"], "--minutes must be positive and finite, got nan"),
-        (["--fast"], "unrecognized arguments: --fast"),
-    ],
-)
-def test_bad_arguments(capsys, given, message):
-    with pytest.raises(SystemExit) as ended:
-        gpu.main(given)
-    assert ended.value.code == 2 and capsys.readouterr().err == f"benchmarks.gpu: {message}\n"
 
 
 def test_out_that_cannot_be_written(capsys, monkeypatch):

@@ -248,6 +248,20 @@ def test_sanitizer_cases_run():
     assert sanitizer_cases.run("cpu") == 3 * (2 * 4 * 2 * 5 + 5 + 5 + 1 + 8)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--minutes", "0"], "--minutes must be positive and finite, got 0.0"),
+        (["--minutes", "nan"], "--minutes must be positive and finite, got nan"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_bad_arguments(capsys, given, message):
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(given)
+    assert ended.value.code == 2 and capsys.readouterr().err == f"benchmarks.gpu: {message}\n"
+
+
 def test_floors_are_made_of_what_the_card_reaches():
     rates = {"card copy": 4000.0, "card product float16": 700.0, "card product float32": 50.0}
     row = {"op": "x", "bytes": 4 * 10**8, "flops": 42 * 10**9, "product": "float16"}
