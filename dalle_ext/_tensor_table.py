@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from operator import attrgetter
 
 import torch
 
@@ -39,8 +41,17 @@ def flat(op: str, name: str, tensor: Tensor) -> Tensor:
     return ordered.reshape(-1)
 
 
-def _address(tensor: Tensor) -> tuple[int, int, torch.dtype]:
-    return tensor.data_ptr(), tensor.numel(), tensor.dtype
+PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def in_memory(op: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors whose elements lie as `flat` orders them: of any shape where they are contiguous
+    already, so that a step of many parameters makes no views. Raises as `flat`.
+    """
+    if PLAIN.issuperset(map(type, tensors)):
+        contiguous = map(Tensor.is_contiguous, tensors)
+        return [t if c else flat(op, "params", t) for t, c in zip(tensors, contiguous, strict=True)]
+    return [flat(op, "params", tensor) for tensor in tensors]
 
 
 class TensorTable:
@@ -70,22 +81,24 @@ class TensorTable:
         for name, listed in [("groups", groups), *(("columns", column) for column in columns)]:
             if len(listed) != count:
                 raise ValueError(f"TensorTable: {name} must be of {count} rows, got {len(listed)}")
-        groups = [integer("TensorTable", "groups", group) for group in groups]
+        if set(map(type, groups)) - {int}:
+            groups = [integer("TensorTable", "groups", group) for group in groups]
         for dtype in {t.dtype for column in columns for t in column} - KINDS.keys():
             known = "float32, float16, bfloat16, int16 or int64"
             raise TypeError(f"TensorTable: tensors must be {known}, got {dtype}")
-        self.order = sorted(range(count), key=lambda i: groups[i])
+        self.order = sorted(range(count), key=groups.__getitem__)
         self.columns = self.arranged(columns)
         self._addresses = self._key(columns, groups)
-        rows, chunks = [], 0
-        for r, i in enumerate(self.order):
-            tensors = [column[r] for column in self.columns]
-            numel = tensors[0].numel()
-            data = [t.data_ptr() for t in tensors] + [0] * (COLUMNS - len(tensors))
-            kinds = sum(KINDS[t.dtype] << 4 * c for c, t in enumerate(tensors))
-            rows.append([*data, numel, chunks, kinds, groups[i]])
-            chunks += -(-numel // CHUNK)
-        self.host = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(count, COLUMNS + 4)
+        numels = [t.numel() for t in self.columns[0]]
+        chunks = [-(-numel // CHUNK) for numel in numels]
+        kinds = [0] * count
+        for c, column in enumerate(self.columns):
+            kinds = [k + (KINDS[t.dtype] << 4 * c) for k, t in zip(kinds, column, strict=True)]
+        data = [[t.data_ptr() for t in column] for column in self.columns]
+        data += [[0] * count] * (COLUMNS - len(data))
+        numbers = [*data, numels, [0, *accumulate(chunks)][:count], kinds]
+        numbers.append([groups[i] for i in self.order])
+        self.host = torch.tensor(numbers, dtype=torch.int64, device="cpu").t().contiguous()
         device = columns[0][0].device if count else torch.device("cpu")
         if device.type == "cuda":  # from pinned memory, so that the host does not wait
             self.rows = self.host.pin_memory().to(device, non_blocking=True)
@@ -98,7 +111,10 @@ class TensorTable:
 
     @staticmethod
     def _key(columns: Sequence[Sequence[Tensor]], groups: Sequence[int]) -> list[object]:
-        return [list(groups), *(_address(t) for column in columns for t in column)]
+        def read(what: Callable[[Tensor], object]) -> list[list[object]]:
+            return [list(map(what, column)) for column in columns]
+
+        return [list(groups), read(Tensor.data_ptr), read(Tensor.numel), read(attrgetter("dtype"))]
 
     def fits(
         self, columns: Sequence[Sequence[Tensor]], groups: Sequence[int] | None = None

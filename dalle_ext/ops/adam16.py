@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from dalle_ext import _adam16_state, _native
 from dalle_ext._adam16_state import STATE
 from dalle_ext._checks import plain_memory, real, seed_word
 from dalle_ext._switch import reference_in_use
-from dalle_ext._tensor_table import TensorTable, flat
+from dalle_ext._tensor_table import TensorTable, in_memory
 from dalle_ext.reference import adam16 as reference
 
 Tensor = torch.Tensor
@@ -63,16 +63,19 @@ def _check_group(group: Mapping[str, Any]) -> None:
         )
 
 
-def _check_grad(param: Tensor) -> Tensor:
-    """The parameter's gradient, in the parameter's memory order."""
-    grad = param.grad
-    assert grad is not None
-    if grad.layout != torch.strided:
-        raise TypeError(f"AdamW16: gradients must be dense, got {grad.layout}")
-    _native.require_floating("AdamW16", "gradients", grad.dtype)
-    if grad.stride() != param.stride():
-        grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-    return grad
+def _check_grads(params: Sequence[Tensor]) -> list[Tensor]:
+    """The parameters' gradients, each in its parameter's memory order."""
+    grads: list[Any] = [param.grad for param in params]
+    for layout in {grad.layout for grad in grads} - {torch.strided}:
+        raise TypeError(f"AdamW16: gradients must be dense, got {layout}")
+    for dtype in {grad.dtype for grad in grads}:
+        _native.require_floating("AdamW16", "gradients", dtype)
+    return [
+        grad
+        if grad.stride() == param.stride()
+        else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+        for param, grad in zip(params, grads, strict=True)
+    ]
 
 
 def _one_float(name: str, value: float | Tensor | None, device: torch.device) -> Tensor | None:
@@ -206,7 +209,9 @@ class AdamW16(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                scale_index = [0 if groups is None else groups.get(p, 0) for p in params]
+                scale_index = [0] * len(params)
+                if groups is not None:
+                    scale_index = [groups.get(p, 0) for p in params]
                 self._step_group(index, params, scale_index, scales, clip_factor, found_nonfinite)
         return loss
 
@@ -221,11 +226,12 @@ class AdamW16(torch.optim.Optimizer):
     ) -> None:
         group, device = self.param_groups[index], params[0].device
         plain_memory("AdamW16", gradients=[p.grad for p in params], params=params)
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = _adam16_state.initial_state(p, group)
-        rows = [[p, _check_grad(p), *map(self.state[p].get, STATE)] for p in params]
-        columns = [[flat("AdamW16", "params", t) for t in c] for c in zip(*rows, strict=True)]
+        states = [self.state[p] for p in params]
+        for p, values in zip(params, states, strict=True):
+            if not values:
+                values.update(_adam16_state.initial_state(p, group))
+        moments = [[values[name] for values in states] for name in STATE]
+        columns = [in_memory("AdamW16", c) for c in (params, _check_grads(params), *moments)]
         table = self._tables.get(index)
         if table is None or not table.fits(columns, scale_index):
             table = self._tables[index] = TensorTable(columns, scale_index)
@@ -234,10 +240,12 @@ class AdamW16(torch.optim.Optimizer):
         tensors = _device_scalars(index, group, scales, clip_factor, found_nonfinite, device)
         numbers = _host_scalars(group)
         if reference_in_use():
-            reference.step_(columns, table.host, tensors, numbers)
+            one_axis = [[t.detach().reshape(-1) for t in column] for column in columns]
+            reference.step_(one_axis, table.host, tensors, numbers)
             return
         _native.require("AdamW16", device)
-        _adam16_step_(*columns, table.host, table.rows, *tensors, *numbers)
+        with torch._C._AutoDispatchBelowAutograd():  # `plain_memory` has looked for derivatives
+            _adam16_step_(*columns, table.host, table.rows, *tensors, *numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with the codes of `DTensor` parameters as bytes (they share memory).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -240,3 +241,50 @@ def test_layouts_schedulers_and_missing_gradients(device):
     assert optimizer.param_groups[0]["lr"] == 0.1 / 8
     assert torch.equal(plain, turned) and torch.equal(unused, torch.ones_like(unused))
     assert unused not in optimizer.state
+
+
+def test_a_step_makes_no_python_calls_for_each_parameter():
+    """The host's cost: what a step does for each of many parameters, it does inside C."""
+
+    def calls_of_a_step(count):
+        params = [torch.nn.Parameter(torch.ones(4, 4)) for _ in range(count)]
+        optimizer, counted = dalle_ext.AdamW16(params), [0]
+
+        def count_call(frame, event, _):
+            hashing = frame.f_code.co_name == "__hash__"  # torch's tensors hash in Python
+            counted[0] += event == "call" and not hashing
+
+        kept = []  # so that the second gradients lie elsewhere: the table is made again
+        for profiled in (False, True):
+            for param in params:
+                kept.append(param.grad)
+                param.grad = torch.ones(4, 4)
+            sys.setprofile(count_call if profiled else None)
+            try:
+                optimizer.step()
+            finally:
+                sys.setprofile(None)
+        return counted[0]
+
+    assert calls_of_a_step(60) == calls_of_a_step(3)
+
+
+def test_tensors_that_moved_between_steps():
+    """New memory of a parameter, gradient or moment is found, and the bits are the same."""
+    numbers_of = [numbers((64, 160), i, "cpu") for i in range(5)]
+    moved, plain = ([torch.nn.Parameter(numbers_of[0].clone())] for _ in range(2))
+    optimizers = [dalle_ext.AdamW16(params, lr=0.1) for params in (moved, plain)]
+    for step in range(1, 5):
+        for params, optimizer in zip((moved, plain), optimizers, strict=True):
+            params[0].grad = numbers_of[step].clone()
+            if params is moved and step == 2:
+                params[0].data = params[0].data.clone()
+            if params is moved and step == 3:
+                state = optimizer.state[params[0]]
+                state["exp_avg"] = state["exp_avg"].clone()
+            if params is moved and step == 4:
+                state = optimizer.state[params[0]]
+                optimizer.state[params[0]] = {name: t.clone() for name, t in state.items()}
+            optimizer.step()
+    assert torch.equal(moved[0], plain[0])
+    assert same(*(snapshot(optimizer) for optimizer in optimizers))
