@@ -249,12 +249,15 @@ class DemoRecipe:
     seconds: dict[str, float] = field(default_factory=dict)
     fixed: dict[str, float] = field(default_factory=dict)
 
-    def prior_config(self, tokenizer: Tokenizer, vae: DiscreteVAE) -> PriorConfig:
+    def prior_config(
+        self, tokenizer: Tokenizer, vae: DiscreteVAE, precision: str = "fp32"
+    ) -> PriorConfig:
         """The prior's sizes, with the vocabularies and the grid of the other parts."""
         return PriorConfig(
             text_vocab=tokenizer.vocab_size,
             image_vocab=vae.num_tokens,
             grid=vae.grid(self.image_size),
+            precision=precision,
             **self.prior,
         )
 

@@ -26,7 +26,7 @@ from dalle.commands.training import check_model_target, keep_options
 from dalle.configs import did_you_mean
 from dalle.console import is_main_process, number, say
 from dalle.data.pairs import Pairs, all_captions, left_out
-from dalle.devices import pick_device
+from dalle.devices import default_precision, pick_device
 from dalle.distributed.config import ClusterConfig
 from dalle.distributed.parallelize import parallelize
 from dalle.distributed.world import World, join, shared_options
@@ -76,7 +76,7 @@ class PriorCommandConfig:
         text_len: text positions, start-of-text included; 0 is the preset's, or with quick enough
             for nineteen of twenty captions, up to 32 for tiny.
         precision: inside the resblocks; fp16-scaled is the paper's, with a gradient scale for
-            each resblock; auto is fp32 on the CPU and with quick, fp16-scaled elsewhere.
+            each resblock; auto is fp32 on the CPU, and on a GPU fp16-scaled, or bf16 with quick.
         half_weights: store the resblocks' matrices in 16 bits too, as the paper did.
         checkpointing: recompute each resblock in the backward pass.
         device: cpu, cuda or auto.
@@ -161,8 +161,7 @@ def plan(config: PriorCommandConfig, world: World) -> Plan:
     base = replace(base, **changes)
     precision = config.precision
     if precision == "auto":
-        plain = world.device.type == "cpu" or recipe == "quick"
-        precision = "fp32" if plain else "fp16-scaled"
+        precision = default_precision(world.device, scaled=recipe == "paper")
     if precision == "fp16-scaled" and recipe == "quick" and "parts" not in changes:
         base = replace(base, parts=1)  # threads would share the scales
     if config.half_weights and recipe == "quick" and "optimizer" not in changes:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -23,7 +23,7 @@ from dalle.console import argument_text, progress_shown, say
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.images import decode, read_bytes
 from dalle.demo import tiles
-from dalle.devices import pick_device
+from dalle.devices import default_precision, pick_device
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.files import make_folder, read_json, saving, to_json
 from dalle.pipeline import MAX_CANDIDATES, Generation, Pipeline
@@ -58,6 +58,8 @@ class SampleConfig:
         sampling: how a code is drawn; what is left out is as the pipeline says.
         prime_image: a picture whose top rows are given.
         prime_rows: how many rows of codes of it; 0 is half of them.
+        precision: in which the prior draws: fp32, bf16, or auto, which is as it was trained, but
+            bf16 on a GPU for one of fp32; codes of nearly equal chance may change.
         device: "cpu", "cuda" or "auto".
         scale: screen pixels per pixel in the grids.
     """
@@ -73,6 +75,7 @@ class SampleConfig:
     sampling: SamplingChanges = field(default_factory=SamplingChanges)
     prime_image: Path | None = None
     prime_rows: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     scale: int = 2
 
@@ -234,6 +237,15 @@ def page(run: dict[str, Any]) -> bytes:
     return tiles.html_page("dalle sample", [head, tiles.contact(groups, 4)])
 
 
+def set_precision(pipeline: Pipeline, precision: str, device: torch.device) -> None:
+    """Makes the prior draw in a precision; see `SampleConfig`."""
+    trained = pipeline.prior.config.precision
+    if precision == "auto":
+        precision = trained if trained != "fp32" else default_precision(device)
+    if precision != trained:
+        pipeline.prior.compute_in_(precision)
+
+
 def sample(config: SampleConfig) -> None:
     """Draws, writes, and says where."""
     captions = read_captions(config)
@@ -279,6 +291,8 @@ def sample(config: SampleConfig) -> None:
         "prime": None if prime is None else {"image": str(config.prime_image), "rows": rows},
         "records": [],
     }
+    set_precision(pipeline, config.precision, device)  # once the weights' fingerprints are taken
+    run["precision"] = pipeline.prior.config.precision
     for number, caption in enumerate(captions):
         drawn_as = pipeline.tokenizer.shape(caption)
         if drawn_as != clean(caption):

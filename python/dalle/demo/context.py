@@ -8,6 +8,7 @@ import torch
 
 from dalle.demo.sets import DataSet
 from dalle.demo.workspace import Workspace
+from dalle.devices import default_precision
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError
 from dalle.pipeline import Pipeline
@@ -36,6 +37,16 @@ class Demo:
     ) -> None:
         self.space, self.recipe, self.data, self.device = space, recipe, data, device
         self.seed = space.seed
+
+    @cached_property
+    def precision(self) -> str:
+        """The prior's: that of the device where the run began, since its checkpoints hold it."""
+        path = self.space.work / "precision.json"
+        begun = self.space.read(path)
+        if not begun:
+            begun = {"prior": default_precision(self.device)}
+            self.space.write(path, begun)
+        return str(begun["prior"])
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

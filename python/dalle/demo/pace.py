@@ -13,6 +13,7 @@ import torch
 
 from dalle.data.pairs import Pairs, all_captions
 from dalle.data.split import Subset
+from dalle.devices import default_precision
 from dalle.dvae.model import DiscreteVAE
 from dalle.prior.model import Prior
 from dalle.ranker.model import ContrastiveRanker
@@ -72,7 +73,8 @@ def measure(recipe: DemoRecipe, pairs: Pairs, device: torch.device, drawn: int) 
             "tiny", tokenizer=tokenizer, image_size=recipe.image_size, **recipe.ranker
         ).to(device)
         ranker = RankerTask(ranker_model, few, recipe.ranker_train, vae, steps=1000)
-        prior_model = Prior(recipe.prior_config(tokenizer, vae)).to(device)
+        sizes = recipe.prior_config(tokenizer, vae, default_precision(device))
+        prior_model = Prior(sizes).to(device)
         prior = PriorTask(prior_model, tokenizer, vae, few, recipe.prior_train)
         text = tokenizer.encode(list(few.captions[:DRAWN]), prior_model.config.text_len - 1)
         paces = {

@@ -97,7 +97,7 @@ def ranker_stage(demo: Demo) -> None:
 def prior_stage(demo: Demo) -> None:
     """Trains the transformer on captions and codes."""
     if not demo.space.trained("prior"):
-        sizes = demo.recipe.prior_config(demo.tokenizer, demo.vae)
+        sizes = demo.recipe.prior_config(demo.tokenizer, demo.vae, demo.precision)
         torch.manual_seed(start_seed(demo.seed, "prior"))  # loading models may draw numbers
         prior = Prior(sizes).to(demo.device)
         task = PriorTask(

@@ -55,6 +55,13 @@ class Resblock(nn.Module):
         self.norm = nn.LayerNorm(d_model, dtype=torch.float32)
         self.ends: BlockEnds | None = None
 
+    def compute_in_(self, dtype: torch.dtype) -> None:
+        """Computes in `dtype` from now on, with the matrices stored in it."""
+        self.dtype = dtype
+        for part in self.children():
+            if isinstance(part, nn.Linear):
+                part.weight.data = part.weight.data.to(dtype)
+
     def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, d) -> the identity path and what the norm reads."""
         return (x, x) if self.ends is None else self.ends.enter(x)

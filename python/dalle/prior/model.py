@@ -10,6 +10,7 @@ Letters: B batch, T = text_len + N, d width, V text vocabulary, K image vocabula
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -100,6 +101,17 @@ class Prior(Pretrained[PriorConfig]):
     def resblocks(self) -> dict[str, Resblock]:
         """Name -> residual block, two for each layer, in the order in which they run."""
         return {n: m for n, m in self.named_modules() if isinstance(m, Resblock)}
+
+    def compute_in_(self, precision: str) -> None:
+        """Draws in another precision: the resblocks' matrices are rounded to it, and stored in it.
+
+        Args:
+            precision: as of `PriorConfig`. Of a prior of 16 bits, "fp32" restores no digits.
+        """
+        half = precision != "fp32"
+        self.config = replace(self.config, precision=precision, half_weights=half)
+        for block in self.resblocks().values():
+            block.compute_in_(self.config.compute_dtype)
 
     @property
     def embedding_tables(self) -> list[nn.Parameter]:
