@@ -2,7 +2,8 @@
 //
 // - fp16 and bf16 with an even D <= 128: tensor cores, D padded with zeros to 32, 64, 80, 96
 //   or 128.
-// - fp32 and fp64, a larger or odd D, rows that begin between multiples of 4 bytes, offsets over
+// - fp32 with D <= 128: plain products in tiles (sparse_attention_cuda_float.cuh).
+// - fp64, a larger or (16 bits) odd D, rows that begin between multiples of 4 bytes, offsets over
 //   8,096: the kernels of sparse_attention_cuda_exact.cuh.
 #pragma once
 
@@ -10,6 +11,7 @@
 
 #include "sparse_attention/sparse_attention_cuda_backward.cuh"
 #include "sparse_attention/sparse_attention_cuda_exact.cuh"
+#include "sparse_attention/sparse_attention_cuda_float.cuh"
 
 namespace dalle {
 
@@ -78,6 +80,7 @@ constexpr int row_tiles() {  // accumulators of 32 rows of a larger head do not 
 // q, k, v (B, H, T, D) -> heads b * H + h times parts of T -> blocks -> 4 warps of 16 or 32 queries
 // -> out (B, H, T, D) and lse (B, H, T).
 inline cudaError_t launch_sparse_attention_forward(const SparseAttentionParams& p, void* stream) {
+  if (takes_float_tiles(p)) return launch_float_forward(p, stream);
   if (!takes_tensor_cores(p)) return launch_exact_forward(p, stream);
   return for_tensor_cores(p, [&](auto scalar, auto size) {
     constexpr int kHeadSize = decltype(size)::value, kRowTiles = row_tiles<kHeadSize>();
@@ -92,6 +95,7 @@ inline cudaError_t launch_sparse_attention_forward(const SparseAttentionParams& 
 // -> grad_k, grad_v (B, H, T, D).
 inline cudaError_t launch_sparse_attention_backward(const SparseAttentionParams& p, void* scratch,
                                                     void* stream) {
+  if (takes_float_tiles(p)) return launch_float_backward(p, static_cast<double*>(scratch), stream);
   if (!takes_tensor_cores(p)) {
     return launch_exact_backward(p, static_cast<double*>(scratch), stream);
   }
