@@ -79,6 +79,7 @@ def write_report(demo: Demo, *, complete: bool) -> dict[str, Any]:
         "cpu_seconds": round(sum(entry["cpu_seconds"] for entry in timings.values()), 1),
         "complete": complete,
         "timings": timings,
+        "command": space.command,
         "options": {**space.options, "seed": space.seed},
         "recipe": to_dict(recipe),
         "dalle_version": __version__,
