@@ -94,6 +94,15 @@ class PatchBlock(nn.Module):
         return x + branch
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """x (B, C, H, W) with C innermost in memory, which all that follows keeps.
+
+    Then 1x1 convolutions are products without copies, and the Gumbel-softmax finds the codes of a
+    position side by side.
+    """
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def _sequence(*parts: tuple[str, nn.Module]) -> nn.Sequential:
     return nn.Sequential(OrderedDict(parts))
 
@@ -135,7 +144,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, mapped: Tensor) -> Tensor:
-        logits: Tensor = self.blocks(mapped)
+        logits: Tensor = self.blocks(channels_last(mapped))
         return logits
 
     def logits_conv(self) -> Conv2d:
@@ -146,7 +155,7 @@ class Encoder(nn.Module):
 
     def features(self, mapped: Tensor) -> Tensor:
         """What the logits convolution takes: (B, width, h, w)."""
-        x = mapped
+        x = channels_last(mapped)
         for name, part in self.blocks.named_children():
             x = part.get_submodule("relu")(x) if name == "output" else part(x)
         return x
