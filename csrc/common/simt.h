@@ -10,10 +10,11 @@
 // - kArchitecture in a kernel is the architecture it is compiled for, 80 for sm_80 and 90 for sm_90
 //   and sm_90a, so that `if constexpr` can choose instructions; kArchitectureSpecific is true for
 //   sm_90a and its like, which alone have wgmma. device_architecture() on the host is that of the
-//   current device, so that a launcher can choose a kernel.
+//   current device, so that a launcher can choose a kernel; device_limits() is what it has.
 // The instructions that CUDA C++ does not name (mma, ldmatrix, cp.async, ...) are in ptx.cuh.
 #pragma once
 
+#include "common/device_limits.h"
 #include "common/warp.h"
 
 #if defined(__CUDACC__)
@@ -34,9 +35,14 @@ template <typename... parameters_t, typename... arguments_t>
 cudaError_t launch(void (*kernel)(parameters_t...), dim3 grid, dim3 block, size_t shared_bytes,
                    void* stream, const arguments_t&... arguments) {
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
+    const void* const entry = reinterpret_cast<const void*>(kernel);
+    cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(shared_bytes));
+    // As many blocks side by side as the shared memory of a multiprocessor holds, before L1.
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(entry, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared);
+    }
     if (error != cudaSuccess) return error;
   }
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
@@ -66,15 +72,20 @@ inline int device_architecture() {
   return 10 * major + minor;
 }
 
-// Bytes of shared memory that a block of the current device may have, static and dynamic.
-inline size_t max_shared_bytes() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
-          cudaSuccess) {
-    return 48 * 1024;  // the launch will say what is wrong
-  }
-  return static_cast<size_t>(bytes);
+// Those of the current device. Where there is none, what every device has: the launch will say
+// what is wrong.
+inline DeviceLimits device_limits() {
+  constexpr int64_t kShared = 48 * 1024;
+  const auto ask = [](cudaDeviceAttr attribute, int64_t otherwise) {
+    int device = 0, value = 0;
+    const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
+    return known ? int64_t{value} : otherwise;
+  };
+  return {ask(cudaDevAttrMultiProcessorCount, 1),
+          ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, kShared),
+          ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor, kShared),
+          ask(cudaDevAttrReservedSharedMemoryPerBlock, 0)};
 }
 
 }  // namespace dalle

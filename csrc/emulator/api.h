@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <source_location>
 
+#include "common/device_limits.h"
 #include "common/warp.h"
 
 namespace dalle::emulator {
@@ -19,8 +20,14 @@ using Location = std::source_location;
 #define DALLE_HERE ::dalle::emulator::Location location = ::dalle::emulator::Location::current()
 
 // -- a launch ----------------------------------------------------------------------------------
-constexpr int kArchitecture = 80;                 // sm_80: the emulator knows nothing newer
-constexpr size_t kMaxShared = size_t{163} << 10;  // bytes of a block of it
+constexpr int kArchitecture = 80;  // of the code: the emulator knows no instructions of sm_90
+constexpr size_t kMaxShared = size_t{227} << 10;  // bytes of a block on the largest device
+struct Device {
+  int architecture;
+  DeviceLimits limits;
+};
+// What DALLE_EMULATOR_DEVICE names, by default an sm_90, which runs code for sm_80 too.
+Device device();
 
 // Runs body(argument) as every thread of the grid, one block after another, and returns what CUDA
 // would for a launch that no device accepts. Throws std::runtime_error, one line, where the kernel

@@ -72,7 +72,7 @@ struct Block {
   char* arena = nullptr;
   size_t arena_used = 0;
   std::vector<SharedArray> arrays;  // the dynamic one first
-  size_t shared_bytes = 0;
+  size_t shared_bytes = 0, max_shared_bytes = 0;
 
   uint64_t random = 0;  // state of the random schedule; 0 for the ordered one
   std::string failure;

@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "emulator/api.h"
+#include "emulator/approximate.h"
 
 // CUDA's headers define some of these as attributes that g++ does not know.
 #undef __global__
@@ -61,10 +62,10 @@ cudaError_t launch(void (*kernel)(parameters_t...), dim3 grid, dim3 block, size_
                        &call);
 }
 
-inline size_t max_shared_bytes() { return emulator::kMaxShared; }
 constexpr int kArchitecture = emulator::kArchitecture;
 constexpr bool kArchitectureSpecific = false;
-inline int device_architecture() { return kArchitecture; }
+inline int device_architecture() { return emulator::device().architecture; }
+inline DeviceLimits device_limits() { return emulator::device().limits; }
 
 }  // namespace dalle
 
@@ -217,21 +218,21 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t count) {
   return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (count & 31));
 }
 
-// -- floats: the approximations are exact here ---------------------------------------------------
+// -- floats --------------------------------------------------------------------------------------
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __log2f(float x) { return std::log2(x); }
-inline float __fdividef(float a, float b) { return a / b; }
+inline float __expf(float x) { return dalle::emulator::fast_exp(x); }
+inline float __logf(float x) { return dalle::emulator::fast_log(x); }
+inline float __log2f(float x) { return dalle::emulator::fast_log2(x); }
+inline float __fdividef(float a, float b) { return dalle::emulator::fast_divide(a, b); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float rsqrtf(float x) { return dalle::emulator::rsqrt(x); }
 
 // CUDA's overloads of the global namespace.
 template <typename a_t, typename b_t>

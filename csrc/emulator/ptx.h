@@ -49,13 +49,9 @@ void cp_async_wait() {
   emulator::cp_async_wait(kGroups);
 }
 
-// Exact up to rounding; subnormal arguments and results are zero as on the device.
-namespace emulator {
-inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
-}  // namespace emulator
-inline float exp2_approx(float x) { return emulator::flushed(std::exp2(x)); }
-inline float log2_approx(float x) { return std::log2(emulator::flushed(x)); }
-inline float reciprocal_approx(float x) { return emulator::flushed(1.0f / emulator::flushed(x)); }
+inline float exp2_approx(float x) { return emulator::ex2(x); }
+inline float log2_approx(float x) { return emulator::lg2(x); }
+inline float reciprocal_approx(float x) { return emulator::rcp(x); }
 
 // The copy is not instrumented: vector_access has checked it and told the race detector.
 template <typename vector_t>

@@ -112,9 +112,10 @@ void* static_shared(const void* declaration, const char* name, size_t bytes, siz
     if (declaration && array.declaration == declaration) return array.begin;
     total += array.declaration ? array.bytes : 0;
   }
-  if (total > kMaxStaticShared || total + block.shared_bytes > kMaxShared) {
+  if (total > kMaxStaticShared || total + block.shared_bytes > block.max_shared_bytes) {
     fail("static shared memory must be at most " + std::to_string(kMaxStaticShared) +
-         " bytes, with dynamic " + std::to_string(kMaxShared) + ", got " + std::to_string(total));
+         " bytes, with dynamic " + std::to_string(block.max_shared_bytes) + ", got " +
+         std::to_string(total));
   }
   return add_array(declaration, name, bytes, alignment);
 }

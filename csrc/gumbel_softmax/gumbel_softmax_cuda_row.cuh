@@ -57,7 +57,9 @@ __device__ __forceinline__ void philox_calls(const uint64_t (&subsequences)[kCal
 }
 
 // logit - log(-log u), u = (word + 1/2) 2^-32. Near 1 the logarithm's approximation has no digits
-// left of 1 - u = v: there a polynomial in v gives -log(1 - v) / v, to 2e-8.
+// left of 1 - u = v: there a polynomial in v gives -log(1 - v) / v, to 2e-8. What lg2.approx may be
+// off by leaves -log u right to 2^-21 of it, as log2(v) is -1/2 at most, and the noise g to
+// 2^-21 + 2^-22 max(ln 2, |g|), besides rounding.
 __device__ __forceinline__ float add_gumbel(float logit, uint32_t word) {
   const bool near_one = word >= kNearOne;
   const float v = static_cast<float>(near_one ? ~word : word) * 0x1p-32f + 0x1p-33f;

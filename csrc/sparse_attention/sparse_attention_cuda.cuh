@@ -7,8 +7,6 @@
 //   8,096: the kernels of sparse_attention_cuda_exact.cuh.
 #pragma once
 
-#include <algorithm>
-
 #include "sparse_attention/sparse_attention_cuda_backward.cuh"
 #include "sparse_attention/sparse_attention_cuda_exact.cuh"
 #include "sparse_attention/sparse_attention_cuda_float.cuh"
@@ -52,24 +50,20 @@ inline TilePlan tile_plan(const SparseAttentionParams& p, double scale) {
   return {static_cast<float>(scale * kLog2E), row_alignment(p) == 16};
 }
 
-// Launches a kernel that walks queries, kQueries at a time: all text tiles that fit stay in shared
-// memory, and few heads are split until there are blocks for every multiprocessor.
+// Launches a kernel that walks queries, kQueries at a time, as plan_walk deals them out.
 template <int kQueries, int kHeadSize, typename... parameters_t, typename... arguments_t>
 cudaError_t launch_walk(void (*kernel)(parameters_t...), const SparseAttentionParams& p,
                         double scale, void* stream, const arguments_t&... arguments) {
-  constexpr int64_t kPair = 2 * TileLayout<kHeadSize>::kBytes;
-  const int64_t heads = int64_t{p.batch} * p.heads;
-  const int64_t room =
-      static_cast<int64_t>(max_shared_bytes() - kOffsetWords * sizeof(uint32_t)) / kPair - kSlots;
-  if (room < 0) return cudaErrorInvalidConfiguration;
-  const int64_t text = std::min(ceil_div(p.rule.text_len, kTileSize), room);
-  const int64_t parts =
-      std::clamp<int64_t>(ceil_div(kWantedBlocks, heads), 1, ceil_div(p.length, kQueries));
-  if (heads * parts > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  const QueryPlan plan = {tile_plan(p, scale), static_cast<int32_t>(parts),
-                          static_cast<int32_t>(text)};
-  return launch(kernel, static_cast<unsigned>(heads * parts), kWarps * kWarpSize,
-                static_cast<size_t>((text + kSlots) * kPair), stream, p, plan, arguments...);
+  const int64_t pair_bytes = 2 * TileLayout<kHeadSize>::kBytes, heads = int64_t{p.batch} * p.heads;
+  const WalkPlan walk =
+      plan_walk(p.rule, {heads, p.length, kQueries, pair_bytes, kOffsetWords * sizeof(uint32_t)},
+                device_limits());
+  if (walk.parts == 0 || heads * walk.parts > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  const QueryPlan plan = {tile_plan(p, scale), static_cast<int32_t>(walk.parts),
+                          static_cast<int32_t>(walk.resident)};
+  return launch(kernel, static_cast<unsigned>(heads * walk.parts), kWarps * kWarpSize,
+                static_cast<size_t>((walk.resident + kSlots) * pair_bytes), stream, p, plan,
+                arguments...);
 }
 
 template <int kHeadSize>

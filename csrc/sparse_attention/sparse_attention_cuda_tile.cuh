@@ -5,11 +5,9 @@
 #include <type_traits>
 
 #include "common/simt.h"
-#include "sparse_attention/sparse_attention.h"
+#include "sparse_attention/sparse_attention_plan.h"
 
 namespace dalle {
-
-constexpr int kTileSize = 64;  // keys or queries of a tile
 
 // What the host worked out for a launch.
 struct TilePlan {

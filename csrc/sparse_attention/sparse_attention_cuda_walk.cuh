@@ -12,9 +12,6 @@
 namespace dalle {
 
 constexpr int kWarps = 4;
-constexpr int kSlots = 2;
-
-constexpr int64_t kWantedBlocks = 264;  // two for each multiprocessor of an H100 or H200
 
 // How the queries of B * H heads are dealt out to blocks, and what a block keeps.
 struct QueryPlan {
@@ -24,18 +21,9 @@ struct QueryPlan {
 };
 
 // The tiles that one block of queries visits, ascending.
-struct TileRange {
-  int32_t text_tiles;   // tiles with a text key
-  int32_t first_image;  // the first one to visit of the others
-  int32_t last;         // the one on the diagonal
-
-  __device__ TileRange(const AttentionMask& mask, int32_t first_query, int32_t num_queries) {
-    const int32_t end = first_query + num_queries;
-    last = ((end < mask.length ? end : mask.length) - 1) / kTileSize;
-    text_tiles = (mask.rule.text_len + kTileSize - 1) / kTileSize;
-    const int32_t earliest = earliest_image_index(mask.rule, first_query) / kTileSize;
-    first_image = earliest < text_tiles ? text_tiles : earliest;
-  }
+struct VisitedTiles : TileRange {
+  __device__ VisitedTiles(const AttentionMask& mask, int32_t first_query, int32_t num_queries)
+      : TileRange(tile_range(mask.rule, mask.length, first_query, num_queries)) {}
   // `tile` if it is to be visited, else the next that is.
   __device__ __forceinline__ int32_t from(int32_t tile) const {
     return tile >= text_tiles && tile < first_image ? first_image : tile;
@@ -52,7 +40,7 @@ struct TileStep {
                       int32_t from_query, int32_t from_tile, int32_t end)
       : query(from_query), tile(from_tile) {
     for (; query < end; query += num_queries, tile = 0) {
-      const TileRange range(mask, query, num_queries);
+      const VisitedTiles range(mask, query, num_queries);
       tile = range.from(tile < resident_tiles ? resident_tiles : tile);
       if (tile <= range.last) return;
     }
@@ -136,7 +124,7 @@ __device__ void walk_queries(const SparseAttentionParams& p, const QueryPlan& pl
   constexpr int32_t kQueries = Warp::kRows * 8 * kWarps;
   const uint32_t parts = static_cast<uint32_t>(plan.parts), part = blockIdx.x % parts;
   const HeadIndex head(p, blockIdx.x / parts);
-  // Indices are below 2^25 and parts at most kWantedBlocks: the products stay below 2^32.
+  // Indices are below 2^25 and parts at most kMostParts: the products stay below 2^32.
   const uint32_t blocks = static_cast<uint32_t>(p.length + kQueries - 1) / kQueries;
   const int32_t begin = static_cast<int32_t>(part * blocks / parts) * kQueries;
   const int32_t end = static_cast<int32_t>((part + 1) * blocks / parts) * kQueries;
@@ -160,7 +148,7 @@ __device__ void walk_queries(const SparseAttentionParams& p, const QueryPlan& pl
   Warp warp(p, plan.tile, head, more...);
 #pragma unroll 1
   for (int32_t query = begin; query < end; query += kQueries) {
-    const TileRange range(mask, query, kQueries);
+    const VisitedTiles range(mask, query, kQueries);
     warp.begin(query + warp_offset);
 #pragma unroll 1
     for (int32_t tile = range.from(0); tile <= range.last; tile = range.from(tile + 1)) {

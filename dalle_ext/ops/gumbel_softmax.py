@@ -147,10 +147,10 @@ def gumbel_softmax(
             tensor that requires one is refused.
         dim: the codebook axis.
         hard: give the one-hot vector of `index` forward, the gradient of the soft sample backward.
-        seed: of the noise, an int or a 0-d int64 tensor on the logits' device. The same seed gives
-            the same noise on every device: element number row * K + k takes word (number % 4) of
-            Philox4x32-10 call number // 4. None draws a seed from torch's default generator, so
-            that `torch.manual_seed` fixes it.
+        seed: of the noise, an int or a 0-d int64 tensor on the logits' device; None draws one from
+            torch's default generator. Element number row * K + k takes word (number % 4) of
+            Philox4x32-10 call number // 4 on every device. A GPU's logarithms are less exact than
+            a CPU's (`docs/ops.md`): `index` may differ where two noisy logits are nearly equal.
         first_row: rows of a larger batch before these, whose noise these get as its part.
 
     Returns:

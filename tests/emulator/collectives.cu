@@ -278,14 +278,15 @@ CASE(numbers) {
 }
 __global__ void flushes(float* out) {
   out[0] = dalle::exp2_approx(-127.0f);
-  out[1] = dalle::exp2_approx(-126.0f);
+  out[1] = dalle::exp2_approx(-125.0f);
   out[2] = dalle::exp2_approx(-INFINITY);
   out[3] = __uint_as_float(dalle::to_tf32(1.0f + 0x1p-11f));  // a tie: away from zero
 }
 CASE(small_powers_are_zero) {
   Buffer<float> out(4, -1.0f);
   finish(launch(flushes, 1, 1, 0, nullptr, out.data()));
-  expect(out[0] == 0 && out[1] == 0x1p-126f && out[2] == 0, "flushed powers");
+  expect(out[0] == 0 && out[2] == 0, "flushed powers");
+  expect(std::fabs(out[1] * 0x1p125f - 1) <= 0x1p-22f, "a small power");
   expect(out[3] == 1.0f + 0x1p-10f, "tf32 tie");
 }
 

@@ -102,7 +102,8 @@ def test_what_tensor_cores_cannot_take(device, size, padding):
 
 @pytest.mark.parametrize("kind", ["causal", "conv"])
 def test_text_beyond_shared_memory(device, kind):
-    pattern = AttentionPattern(kind, text_len=700, grid=(4, 8), kernel_size=3)
+    """13 tiles; an A100 keeps 8 of them, an H100 12."""
+    pattern = AttentionPattern(kind, text_len=830, grid=(4, 8), kernel_size=3)
     assert_matches(pattern, 1, 64, torch.float16, device)
 
 
