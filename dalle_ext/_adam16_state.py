@@ -13,11 +13,12 @@ from dalle_ext.ops.formats import pack, unpack
 
 Tensor = torch.Tensor
 FORMATS = {"exp_avg": "1-6-9", "exp_avg_sq": "0-6-10"}
-LARGEST = 15.984375  # of 1-6-9
+MAX_CODED = 15.984375  # of 1-6-9
 STATE = (*FORMATS, "step")
 MIN_CODED_NUMEL = 8192  # smaller tensors keep float32 moments (paper, earlier code)
-OWN = ("variance_clip", "stochastic_rounding", "seed", "fp32_moments")  # options of AdamW16 alone
-TORCH = {  # of `torch.optim.AdamW` alone, with its defaults
+# Options of AdamW16 alone.
+ADAMW16_OPTIONS = ("variance_clip", "stochastic_rounding", "seed", "fp32_moments")
+TORCH_OPTIONS = {  # of `torch.optim.AdamW` alone, with its defaults
     "amsgrad": False,
     "maximize": False,
     "foreach": None,
@@ -65,13 +66,18 @@ def codes_as_bytes(value: Any) -> Any:
 
 def of_adamw(group: Mapping[str, Any]) -> bool:
     """Whether a group of a state dict was saved by `torch.optim.AdamW`."""
-    return OWN[0] not in group
+    return ADAMW16_OPTIONS[0] not in group
 
 
 def as_adamw(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict of `AdamW16` as `torch.optim.AdamW` takes it, with float32 moments."""
     groups = [
-        TORCH | {name: value for name, value in group.items() if name not in (*OWN, *TORCH)}
+        TORCH_OPTIONS
+        | {
+            name: value
+            for name, value in group.items()
+            if name not in (*ADAMW16_OPTIONS, *TORCH_OPTIONS)
+        }
         for group in state_dict["param_groups"]
     ]
     state = {
@@ -103,7 +109,7 @@ def _widened(name: str, value: Tensor) -> Tensor:
     )
 
 
-def own_options(
+def adamw16_options(
     groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """The groups of a state dict with AdamW16's options alone; missing ones stay what they are.
@@ -135,8 +141,8 @@ def own_options(
                     f"{group['weight_decay']} of an Adam that adds it to the gradient"
                 )
     return [
-        {name: value for name, value in loaded.items() if name not in TORCH}
-        | {name: group[name] for name in OWN if name not in loaded}
+        {name: value for name, value in loaded.items() if name not in TORCH_OPTIONS}
+        | {name: group[name] for name in ADAMW16_OPTIONS if name not in loaded}
         for group, loaded in zip(groups, saved, strict=True)
     ]
 
@@ -151,7 +157,7 @@ def check_state(
     Args:
         groups: of the optimizer.
         state_dict: as it was given.
-        options: its groups, from `own_options`.
+        options: its groups, from `adamw16_options`.
     """
     saved = state_dict["param_groups"]
     ids = [(i, of_adamw(group)) for group in saved for i in group["params"]]
@@ -199,9 +205,9 @@ def _check_moment(
             raise ValueError(f"{what} 0 or more and finite, got {low:g} to {high:g}")
         if name == "exp_avg" and not -math.inf < low <= high < math.inf:
             raise ValueError(f"{what} finite, got {low:g} to {high:g}")
-        if dtype == torch.int16 and name == "exp_avg" and max(-low, high) > LARGEST:
+        if dtype == torch.int16 and name == "exp_avg" and max(-low, high) > MAX_CODED:
             raise ValueError(
-                f"{what} at most {LARGEST} to fit 16 bits, got {max(-low, high):g}; "
+                f"{what} at most {MAX_CODED} to fit 16 bits, got {max(-low, high):g}; "
                 "AdamW16(fp32_moments=True) takes it"
             )
 

@@ -275,7 +275,7 @@ class AdamW16(torch.optim.Optimizer):
             ValueError: a state of other parameters or of another optimizer, AMSGrad, or a mean that
                 16 bits do not hold; nothing is changed.
         """
-        saved = _adam16_state.own_options(self.param_groups, state_dict["param_groups"])
+        saved = _adam16_state.adamw16_options(self.param_groups, state_dict["param_groups"])
         for group, options in zip(self.param_groups, saved, strict=True):
             _check_group({**group, **options, "params": group["params"]})
         _adam16_state.check_state(self.param_groups, state_dict, saved)

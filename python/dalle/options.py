@@ -200,7 +200,7 @@ class _FileOptions:
     def __init__(self, config_type: type, path: Path) -> None:
         self.words: list[str] = []
         self.positional: dict[str, tuple[str, ...]] = {}
-        self._seen: dict[str, str] = {}
+        self._given_as: dict[str, str] = {}
         self._take(config_type, read_options(path), str(path))
 
     def _take(self, config_type: type, values: dict[str, Any], where: str) -> None:
@@ -217,9 +217,9 @@ class _FileOptions:
                     raise UsageError(f"{here} must be a mapping of options, got {kind_of(value)}")
                 self._take(inner, value, here)
                 continue
-            if name in self._seen:
-                raise UsageError(f"{here} must be given once, got also {self._seen[name]}")
-            self._seen[name] = here
+            if name in self._given_as:
+                raise UsageError(f"{here} must be given once, got also {self._given_as[name]}")
+            self._given_as[name] = here
             self._add(name, fields[name], value, here)
 
     def _add(self, name: str, annotation: Any, value: Any, where: str) -> None:

@@ -34,6 +34,11 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     return levels.movedim(-3, -1).contiguous().numpy()
 
 
+def default_scale(size: int) -> int:
+    """Screen pixels for a pixel of a picture of `size` pixels: 96 in all at most, one at least."""
+    return max(1, 96 // size)
+
+
 def grid(
     images: torch.Tensor,
     *,

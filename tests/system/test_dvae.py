@@ -113,6 +113,14 @@ def test_encode_decode_round_trip_of_shapes(sizes):
 
 
 @BOTH
+def test_reconstruct_gives_what_encode_and_decode_give_in_any_batches(sizes):
+    vae, images = small_vae(sizes), some_images(size=8)
+    again, tokens = vae.reconstruct(images, batch_size=2)
+    assert torch.equal(tokens, vae.encode(images)) and again.dtype == torch.float32
+    torch.testing.assert_close(again, vae.decode(tokens))
+
+
+@BOTH
 def test_decoding_tokens_equals_the_one_hot_through_the_first_convolution(sizes):
     vae = small_vae(sizes)
     torch.nn.init.normal_(vae.decoder.codebook_conv().b)

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from dalle.data.augment import center_crop, to_tensor
+from dalle.data.augment import center_crop, load_cropped, to_tensor
+from dalle.data.pairs import evenly_spaced
 from dalle.data.split import hold_out
 from dalle.dvae.model import DiscreteVAE
-from dalle.errors import UsageError
+from dalle.errors import DataError, UsageError
 from dalle.pretrained import fingerprint
 from dalle.train.config import LoopConfig
 from dalle.train.held_out import held_out_scores, save_better
@@ -20,6 +21,23 @@ from support.dvae import WARM, make_task, some_pairs
 from support.prior import make_task as make_prior_task
 from support.ranker import SMALL, toy_pairs, toy_task
 from support.tiny_task import TinyTask
+
+
+def test_pictures_that_are_scored_are_evenly_spaced_and_usable():
+    assert evenly_spaced(5, 3).tolist() == [0, 2, 4] and evenly_spaced(2, 9).tolist() == [0, 1]
+    pairs = some_pairs(6, 12)
+    load = pairs.load
+
+    def broken(item):
+        if item == 5:
+            raise DataError("5.png: does not decode")
+        return load(item)
+
+    pairs.load = broken
+    crops, items = load_cropped(pairs, [5, 1], 12)
+    assert items == [1] and len(crops) == 1 and (crops[0] == load(1)).all()
+    with pytest.raises(DataError, match="must hold a picture that can be used"):
+        load_cropped(pairs, [5], 12)
 
 
 def test_scores_of_the_dvae_are_those_of_its_reconstructions_of_held_out_pictures():

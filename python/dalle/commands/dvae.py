@@ -258,12 +258,11 @@ def saved_scores(made: Plan, out: Path, device: torch.device) -> Iterator[str]:
     for name, pairs in (("training", made.pairs), ("held-out", made.validation)):
         if pairs is None:
             continue
-        images = to_tensor(held_out_pictures(pairs, size)[0]).to(device)
-        tokens = torch.cat([vae.encode(part) for part in images.split(64)])
-        decoded = torch.cat([vae.decode(part) for part in tokens.split(64)])
-        counts += torch.bincount(tokens.flatten().cpu(), minlength=vae.num_tokens)
-        values[name] = float(set_psnr(images, decoded.clamp(0, 1))), len(images)
-        shown.append(pictures.beside([images[:16].cpu(), decoded[:16].cpu()]))
+        images = to_tensor(held_out_pictures(pairs, size)[0])
+        decoded, tokens = vae.reconstruct(images)
+        counts += torch.bincount(tokens.flatten(), minlength=vae.num_tokens)
+        values[name] = set_psnr(images, decoded), len(images)
+        shown.append(pictures.beside([images[:16], decoded[:16]]))
     for name, (value, count) in values.items():
         yield f"PSNR {value:.2f} dB on {count} {name} pictures"
     health = codebook_health(counts)
@@ -272,7 +271,7 @@ def saved_scores(made: Plan, out: Path, device: torch.device) -> Iterator[str]:
         yield COLLAPSED.format(words=health.in_words())
     if not made.config.loop.picture_every:
         return
-    sheet = pictures.grid(torch.cat(shown), columns=8, scale=max(1, 96 // size))
+    sheet = pictures.grid(torch.cat(shown), columns=8, scale=pictures.default_scale(size))
     yield f"picture: {pictures.save_png(out / 'pictures' / 'saved.png', sheet)}"
 
 
@@ -336,19 +335,17 @@ def reconstruct(config: ReconstructConfig) -> None:
     )
     if is_picture_folder(config.data):
         check_not_input("dvae reconstruct", config.out, find_pictures(Path(config.data)))
-    pictures.check_sheet("dvae reconstruct", 2 * config.limit, size, max(1, 96 // size))
+    pictures.check_sheet("dvae reconstruct", 2 * config.limit, size, pictures.default_scale(size))
     images = load_pictures(config, size)
-    device = next(vae.parameters()).device
-    tokens = torch.cat([vae.encode(part.to(device)) for part in images.split(64)])
-    reconstructions = torch.cat([vae.decode(part).cpu() for part in tokens.split(64)])
+    reconstructions, tokens = vae.reconstruct(images)
     sheet = pictures.grid(
         pictures.beside([images, reconstructions]),
         columns=2 * config.columns,
-        scale=max(1, 96 // size),
+        scale=pictures.default_scale(size),
     )
     pictures.save_png(config.out, sheet)
     values = psnr(images, reconstructions)
-    health = codebook_health(torch.bincount(tokens.flatten().cpu(), minlength=vae.num_tokens))
+    health = codebook_health(torch.bincount(tokens.flatten(), minlength=vae.num_tokens))
     print(
         f"{len(images)} pictures: PSNR {float(values.mean()):.2f} dB "
         f"({float(values.min()):.2f} .. {float(values.max()):.2f}), {health.in_words()}: "

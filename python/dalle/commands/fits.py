@@ -92,18 +92,18 @@ def require_samples_fit(owner: str, pipeline: Pipeline, candidates: int, guided:
 
     free = free_memory(pipeline.device)
     if free is not None and needed(candidates) > free:
-        fits = _largest(candidates, lambda count: needed(count) <= free)
+        fits = _max_fitting(candidates, lambda count: needed(count) <= free)
         advice = f"--num-candidates {fits} would fit" if fits else "take a smaller model"
         description = f"{candidates} candidates of {side} pixels"
         require_memory(owner, needed(candidates), description, advice, pipeline.device)
 
 
 def _batch(batch: int, fits: Callable[[int], bool]) -> str | None:
-    size = _largest(batch, fits)
+    size = _max_fitting(batch, fits)
     return f"--batch-size {size} would fit" if size else None
 
 
-def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+def _max_fitting(limit: int, fits: Callable[[int], bool]) -> int:
     """The largest number from 1 to `limit` that fits, to a power of two; 0 where 1 does not."""
     sizes: Iterable[int] = (1 << power for power in range(limit.bit_length()))
     return max((size for size in sizes if fits(size)), default=0)

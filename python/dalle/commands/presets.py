@@ -11,19 +11,18 @@ import statistics
 import typing
 from typing import Annotated, Any, Literal, TypeVar
 
-import numpy as np
 import tyro
 
 from dalle.config_files import CONFIG_NAME, Scalar, read_options
 from dalle.console import say
 from dalle.data.images import open_checked, read_bytes
-from dalle.data.pairs import Pairs
+from dalle.data.pairs import Pairs, evenly_spaced
 from dalle.data.sources import BUILT_IN, load_pairs
 from dalle.data.split import hold_out
-from dalle.demo.sizing import CUDA_TIERS, POINTS_A_CODE, TIERS
+from dalle.demo.sizing import CUDA_TIERS, TIERS, fitted_dvae, num_codes
 from dalle.dvae.model import PRESETS as DVAE_PRESETS
 from dalle.errors import DataError, UsageError
-from dalle.recipes import DvaeRecipe, quick_dvae
+from dalle.recipes import DvaeRecipe
 from dalle.train.config import LoopConfig
 
 if typing.TYPE_CHECKING:
@@ -109,13 +108,13 @@ def sides(pairs: Pairs) -> list[int]:
     paths = getattr(pairs, "paths", None)
     if not paths:
         return [pairs.image_size] if pairs.image_size else []
-    found = []
-    for item in np.unique(np.linspace(0, len(paths) - 1, min(LOOKED_AT, len(paths))).astype(int)):
+    lengths = []
+    for item in evenly_spaced(len(paths), LOOKED_AT):
         try:
-            found.append(min(open_checked(read_bytes(paths[item]), paths[item]).size))
+            lengths.append(min(open_checked(read_bytes(paths[item]), paths[item]).size))
         except (DataError, OSError):
             continue  # left out, and said, where it is loaded
-    return found
+    return lengths
 
 
 def fitting_size(preset_size: int, pairs: Pairs, multiple: int) -> int:
@@ -164,23 +163,13 @@ def quick_model(
     tier = QUICK_SIZES[preset]
     patch = quick_patch(owner, image_size, tier.grid)
     points = pictures * (image_size // patch) ** 2
-    fill = max(16, min(points // POINTS_A_CODE, tier.codes))
-    sizes = {
-        "patch": patch,
-        "n_hid": tier.dvae_width,
-        "n_blk_per_group": 2,
-        "n_init": min(32, tier.dvae_width),
-        "vocab_size": codes or 1 << (fill.bit_length() - 1),
-    }
-    points_read = max(sizes["vocab_size"], 40_000)
-    return quick_dvae(
+    return fitted_dvae(
         steps,
         image_size=image_size,
+        patch=patch,
+        width=tier.dvae_width,
+        codes=codes or num_codes(points, tier, 16),
         warm=warm,
-        model=sizes,
-        lr_start=4e-4,
-        codebook_sharpness=1.0,
-        codebook_points=points_read,
     )
 
 

@@ -32,7 +32,7 @@ from dalle.distributed.parallelize import parallelize
 from dalle.distributed.world import World, join, shared_options
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import UsageError
-from dalle.pictures import save_png, to_uint8
+from dalle.pictures import default_scale, save_png, to_uint8
 from dalle.pretrained import from_presets
 from dalle.prior.config import PRESETS
 from dalle.prior.model import Prior
@@ -289,6 +289,6 @@ def _saved(made: Plan, task: PriorTask, out: Path, scores: Mapping[str, float]) 
     model = Prior.from_pretrained(out / "model").to(task.device).eval()
     quick = made.config.recipe == "quick"
     rows = task.samples(model, temperature=QUICK_TEMPERATURE if quick else 1.0)
-    picture, scale = Image.fromarray(to_uint8(rows)), max(1, 96 // task.image_size)
+    picture, scale = Image.fromarray(to_uint8(rows)), default_scale(task.image_size)
     picture = picture.resize((picture.width * scale, picture.height * scale), NEAREST)
     yield f"picture: {save_png(out / 'pictures' / 'saved.png', picture)}"

@@ -22,7 +22,7 @@ from dalle.demo.sizing import ranker_grid
 from dalle.devices import pick_device
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import UsageError
-from dalle.pictures import grid, save_png
+from dalle.pictures import default_scale, grid, save_png
 from dalle.ranker.blocks import PRESETS
 from dalle.ranker.model import ContrastiveRanker
 from dalle.recipes import quick_ranker
@@ -171,7 +171,7 @@ def choices_sheet(ranker: ContrastiveRanker, pairs: Pairs) -> Image.Image:
         best = scores[row].topk(min(CHOICES, len(images)))
         cells += [images[row], *images[best.indices]]
         labels += [caption, *(f"{number}. {score:.2f}" for number, score in enumerate(best[0], 1))]
-    columns, scale = 1 + min(CHOICES, len(images)), max(1, 96 // ranker.config.image_size)
+    columns, scale = 1 + min(CHOICES, len(images)), default_scale(ranker.config.image_size)
     return grid(torch.stack(cells), columns=columns, scale=scale, labels=labels)
 
 

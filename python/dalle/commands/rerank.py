@@ -55,7 +55,7 @@ class RerankConfig:
     device: str = "auto"
 
 
-def own_sheets(paths: Sequence[Path]) -> set[Path]:
+def contact_sheets(paths: Sequence[Path]) -> set[Path]:
     """Those of `paths` that show many pictures, by the record of the command beside them."""
     sheets: set[Path] = set()
     for folder in {path.parent for path in paths}:
@@ -77,11 +77,11 @@ def rerank(config: RerankConfig) -> None:
         raise UsageError(f"rerank: caption must hold a word, got {config.caption!r}")
     if config.top < 1:
         raise UsageError(f"rerank: top must be at least 1, got {config.top}")
-    found = find_pictures(config.data)
-    if not found:
+    candidates = find_pictures(config.data)
+    if not candidates:
         raise DataError(f"rerank: data must be a folder with pictures, got {config.data}")
-    sheets = own_sheets(found)
-    files = [path for path in found if path not in sheets]
+    sheets = contact_sheets(candidates)
+    files = [path for path in candidates if path not in sheets]
     if sheets:
         say(f"rerank: contact sheets left out: {len(sheets)}, such as {min(sheets)}")
     if not files:
@@ -130,7 +130,10 @@ def rerank(config: RerankConfig) -> None:
     pictures.save_bytes(config.out / "scores.json", to_json(report))
     best = order[: config.top]
     sheet = pictures.grid(
-        stack[best], columns=8, scale=max(1, 96 // size), labels=[f"{scores[i]:.3f}" for i in best]
+        stack[best],
+        columns=8,
+        scale=pictures.default_scale(size),
+        labels=[f"{scores[i]:.3f}" for i in best],
     )
     pictures.save_png(config.out / "sorted.png", sheet)
     print(

@@ -137,7 +137,7 @@ def slug(caption: str, number: int) -> str:
     return f"{number:02d}-{words[:48].strip('-') or 'caption'}"
 
 
-def own_folder(config: SampleConfig) -> Path:
+def output_folder(config: SampleConfig) -> Path:
     """The folder of this run: never one with samples of another, unless they are to be replaced.
 
     Raises:
@@ -254,7 +254,7 @@ def sample(config: SampleConfig) -> None:
         num_candidates = integer("sample", "num_candidates", num_candidates, 1, MAX_CANDIDATES)
     integer("sample", "top", config.top, 1)
     model = find_model("sample", "model", config.model)
-    out, names = own_folder(config), [slug(text, i) for i, text in enumerate(captions)]
+    out, names = output_folder(config), [slug(text, i) for i, text in enumerate(captions)]
     earlier = earlier_pictures(out)
     files.check_targets("sample", out / RECORD, out / PAGE)
     for name in names:

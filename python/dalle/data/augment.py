@@ -14,6 +14,7 @@ from torch import Tensor
 
 import dalle_ext
 from dalle.configs import integer
+from dalle.data.pairs import Pairs, load_or_skip
 from dalle.errors import DataError, UsageError
 
 
@@ -133,6 +134,18 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     row, column = (image.shape[0] - shorter) // 2, (image.shape[1] - shorter) // 2
     image = image[row : row + shorter, column : column + shorter]
     return np.array(_area(image, size))
+
+
+def load_cropped(
+    pairs: Pairs, items: Sequence[int], size: int
+) -> tuple[list[np.ndarray], list[int]]:
+    """Pictures by `center_crop`, and their items, without those that cannot be used.
+
+    Raises:
+        DataError: none can be used.
+    """
+    crops, positions = load_or_skip(pairs, items, lambda image, _: center_crop(image, size))
+    return crops, [items[position] for position in positions]
 
 
 def to_tensor(images: Sequence[np.ndarray] | np.ndarray) -> Tensor:

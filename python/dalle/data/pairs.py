@@ -253,11 +253,16 @@ def fingerprints(pairs: Pairs) -> dict[str, str]:
         for digest in pairs.digests():
             pictures.update(digest)
     else:
-        for i in np.linspace(0, len(pairs) - 1, min(SAMPLES, len(pairs))).astype(int):
+        for i in evenly_spaced(len(pairs), SAMPLES):
             with suppress(DataError):
                 pictures.update(np.ascontiguousarray(pairs.load(int(i))).data)
     digests = {"captions": captions, "pictures": pictures}
     return {name: f"SHA-256 {digest.hexdigest()[:16]}" for name, digest in digests.items()}
+
+
+def evenly_spaced(count: int, limit: int) -> np.ndarray:
+    """Up to `limit` of the integers below `count`, ascending; the first and the last among them."""
+    return np.linspace(0, count - 1, min(limit, count)).astype(int)
 
 
 class BatchSampler:

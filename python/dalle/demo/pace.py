@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dalle.data.pairs import Pairs, all_captions
+from dalle.data.pairs import Pairs, all_captions, evenly_spaced
 from dalle.data.split import Subset
 from dalle.devices import default_precision
 from dalle.dvae.model import DiscreteVAE
@@ -50,8 +50,7 @@ def measure(recipe: DemoRecipe, pairs: Pairs, device: torch.device, drawn: int) 
         device: where to compute.
         drawn: pictures that the samples' stage draws.
     """
-    items = np.linspace(0, len(pairs) - 1, min(ITEMS, len(pairs))).astype(int)
-    few = Subset(pairs, items)
+    few = Subset(pairs, evenly_spaced(len(pairs), ITEMS))
     tokenizer = Tokenizer.train(all_captions(few), vocab_size=recipe.vocab_size)
     with torch.random.fork_rng(devices=[]):
         vae = DiscreteVAE(recipe.vae).to(device)

@@ -6,7 +6,6 @@ Shape letters: B captions, N samples of each, P true pictures, H = W side of a p
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from threading import Event, Lock
 
@@ -14,9 +13,9 @@ import numpy as np
 import torch
 
 from dalle import pictures
-from dalle.console import duration, say
-from dalle.data.augment import center_crop, to_tensor
-from dalle.data.pairs import load_or_skip
+from dalle.console import progress_shown, say
+from dalle.data.augment import load_cropped, to_tensor
+from dalle.data.pairs import evenly_spaced
 from dalle.demo import tiles
 from dalle.demo.context import SHOWN, Demo
 from dalle.demo.measures import code_use
@@ -29,27 +28,20 @@ from dalle.pretrained import MAX_HEADER_BYTES, tensors_from_bytes, tensors_to_by
 from dalle.train.parts import PARTS, run_parts_no_grad
 
 ROW = 8  # pictures shown of a caption, the true one among them
-MOST = 2048  # training pictures that are sent through the codes
-
-
-@torch.no_grad()
-def round_trip(demo: Demo, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reconstructions (N, 3, H, W) in [0, 1] and codes (N, h, w), both on the CPU."""
-    tokens = [demo.vae.encode(part.to(demo.device)) for part in images.split(256)]
-    decoded = [demo.vae.decode(part).float().cpu() for part in tokens]
-    return torch.cat(decoded).clamp(0, 1), torch.cat(tokens).cpu()
+BATCH = 256  # pictures that go through the codes at a time
+MAX_PICTURES = 2048  # training pictures that are sent through the codes
 
 
 def score_reconstructions(demo: Demo) -> None:
     """PSNR of unseen pictures, the set's own scores of their reconstructions, code use."""
     unseen = [some_images(pairs, demo.recipe.image_size) for pairs in demo.data.unseen]
-    reconstructions = [round_trip(demo, images)[0] for images in unseen]
+    reconstructions = [demo.vae.reconstruct(images, BATCH)[0] for images in unseen]
     result = demo.data.reconstruction_scores(reconstructions)
     true, reconstructed = torch.cat(unseen), torch.cat(reconstructions)
     pairs = demo.data.train
-    indices = np.random.default_rng(demo.seed).permutation(len(pairs))[:MOST]
+    indices = np.random.default_rng(demo.seed).permutation(len(pairs))[:MAX_PICTURES]
     train_images, _ = images_of(demo, indices.tolist())
-    train_reconstructed, tokens = round_trip(demo, train_images)
+    train_reconstructed, tokens = demo.vae.reconstruct(train_images, BATCH)
     use = code_use(tokens, demo.vae.num_tokens)
     result |= {
         "psnr": set_psnr(true, reconstructed),
@@ -69,8 +61,8 @@ def images_of(demo: Demo, items: Sequence[int]) -> tuple[torch.Tensor, list[int]
     """Training pictures, (N, 3, S, S) in [0, 1], and their items; without those that cannot be
     used."""
     size = demo.recipe.image_size
-    crops, positions = load_or_skip(demo.data.train, items, lambda x, _: center_crop(x, size))
-    return to_tensor(crops), [items[i] for i in positions]
+    crops, usable = load_cropped(demo.data.train, items, size)
+    return to_tensor(crops), usable
 
 
 def samples_stage(demo: Demo) -> None:
@@ -97,22 +89,16 @@ def draw_samples(demo: Demo, captions: list[str]) -> torch.Tensor:
     """(B, N, h, w) codes on the CPU; a caption that comes again gets other candidates."""
     count = demo.recipe.num_samples
     first = [captions[:i].count(caption) * count for i, caption in enumerate(captions)]
-    begin = reported = time.monotonic()
     counts: dict[int, int] = {}
     lock, stop = Lock(), Event()
 
     def part(rows: slice) -> tuple[torch.Tensor]:
         def progress(number: int, _: int) -> None:
-            nonlocal reported
             if stop.is_set():  # after Ctrl-C the process would wait for its threads
                 raise Interrupted("samples: stopped")
             with lock:
                 counts[rows.start] = number
-                now, drawn, total = time.monotonic(), sum(counts.values()), len(captions) * count
-                if now - reported > 5 or drawn == total:
-                    reported = now
-                    left = duration((now - begin) / drawn * (total - drawn))
-                    say(f"samples {drawn}/{total} | ETA {left}")
+                show(sum(counts.values()), len(captions) * count)
 
         tokens = demo.pipeline.sample(
             captions[rows],
@@ -124,10 +110,11 @@ def draw_samples(demo: Demo, captions: list[str]) -> torch.Tensor:
         )
         return (tokens.cpu(),)
 
-    try:
-        outputs = run_parts_no_grad(part, len(captions), PARTS)
-    finally:
-        stop.set()
+    with progress_shown("samples") as show:
+        try:
+            outputs = run_parts_no_grad(part, len(captions), PARTS)
+        finally:
+            stop.set()
     return torch.cat([tokens for (tokens,) in outputs])
 
 
@@ -192,6 +179,4 @@ def draw_strips(
 def _evenly_spaced(splits: list[str], split: str, count: int) -> list[int]:
     """Indices of up to `count` captions of a split, spread over all of them."""
     rows = [i for i, name in enumerate(splits) if name == split]
-    if len(rows) <= count:
-        return rows
-    return [rows[int(i)] for i in np.linspace(0, len(rows) - 1, count)]
+    return [rows[i] for i in evenly_spaced(len(rows), count)]

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dalle.data.augment import center_crop, to_tensor
+from dalle.data.augment import load_cropped, to_tensor
 from dalle.data.folder import FolderPairs
-from dalle.data.pairs import ArrayPairs, Pairs, load_or_skip
+from dalle.data.pairs import ArrayPairs, Pairs, evenly_spaced
 from dalle.data.shapes import parse, split_scenes
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.data.sources import load_pairs
@@ -88,8 +88,8 @@ class DataSet(ABC):
 
 def some_images(pairs: Pairs, image_size: int, limit: int = POOL) -> torch.Tensor:
     """Up to `limit` pictures, evenly spaced, cropped to the centre: (N, 3, S, S) in [0, 1]."""
-    items = np.linspace(0, len(pairs) - 1, min(limit, len(pairs))).astype(int)
-    return to_tensor(load_or_skip(pairs, items, lambda x, _: center_crop(x, image_size))[0])
+    items = evenly_spaced(len(pairs), limit).tolist()
+    return to_tensor(load_cropped(pairs, items, image_size)[0])
 
 
 class EmojiSet(DataSet):
@@ -207,16 +207,14 @@ def decoded(pairs: Pairs, image_size: int) -> Pairs:
     """
     if 3 * image_size**2 * len(pairs) > IN_MEMORY:
         return pairs
-    crops, positions = load_or_skip(
-        pairs, range(len(pairs)), lambda image, _: center_crop(image, image_size)
-    )
+    crops, items = load_cropped(pairs, range(len(pairs)), image_size)
     several = getattr(pairs, "several", {})
     return ArrayPairs(
         pairs.name,
         np.stack(crops),
-        [pairs.captions[i] for i in positions],
+        [pairs.captions[i] for i in items],
         Counter(pairs.skipped),
-        {k: several[i] for k, i in enumerate(positions) if i in several},
+        {k: several[i] for k, i in enumerate(items) if i in several},
     )
 
 
@@ -251,9 +249,10 @@ class FolderSet(DataSet):
         return [decoded(self._parts[1], self.image_size)]
 
     def captions(self, count: int) -> Columns:
-        held_out = self._usable(self.unseen[0], _some(self.unseen[0], count // 2))[1]
-        train = self._usable(self.train, _some(self.train, count - len(held_out)))[1]
-        captions = [self.unseen[0].captions[i] for i in held_out]
+        unseen, size = self.unseen[0], self.image_size
+        held_out = load_cropped(unseen, _some(unseen, count // 2), size)[1]
+        train = load_cropped(self.train, _some(self.train, count - len(held_out)), size)[1]
+        captions = [unseen.captions[i] for i in held_out]
         captions += [self.train.captions[i] for i in train]
         splits = ["heldout"] * len(held_out) + ["train"] * len(train)
         return Columns(captions, splits, held_out + train)
@@ -261,14 +260,11 @@ class FolderSet(DataSet):
     def _part(self, split: str) -> Pairs:
         return self.train if split == "train" else self.unseen[0]
 
-    def _usable(self, pairs: Pairs, items: Sequence[int]) -> tuple[list[np.ndarray], list[int]]:
-        """Cropped pictures and their items, without those that cannot be used."""
-        crops, positions = load_or_skip(pairs, items, lambda x, _: center_crop(x, self.image_size))
-        return crops, [items[position] for position in positions]
-
     def originals(self, columns: Columns) -> torch.Tensor | None:
-        pairs = zip(columns.splits, columns.items, strict=True)
-        return to_tensor([self._usable(self._part(split), [item])[0][0] for split, item in pairs])
+        crops: list[np.ndarray] = []
+        for split, item in zip(columns.splits, columns.items, strict=True):
+            crops += load_cropped(self._part(split), [item], self.image_size)[0]
+        return to_tensor(crops)
 
     def sample_scores(
         self, columns: Columns, images: torch.Tensor, scores: np.ndarray
@@ -279,8 +275,9 @@ class FolderSet(DataSet):
         for split in ("train", "heldout"):
             pairs = self._part(split)
             drawn = [i for s, i in zip(columns.splits, columns.items, strict=True) if s == split]
-            others = np.linspace(0, len(pairs) - 1, min(len(pairs), POOL // 2)).astype(int)
-            crops, items = self._usable(pairs, sorted({*drawn, *others.tolist()}))
+            others = evenly_spaced(len(pairs), POOL // 2)
+            indices = sorted({*drawn, *others.tolist()})
+            crops, items = load_cropped(pairs, indices, self.image_size)
             pool += crops
             labels += [names.setdefault(pairs.captions[i], len(names)) for i in items]
         numbers = [names[caption] for caption in columns.captions]
@@ -304,8 +301,7 @@ def _some(pairs: Pairs, count: int) -> list[int]:
     """Up to `count` items of different captions, evenly spaced."""
     first = {caption: item for item, caption in reversed(list(enumerate(pairs.captions)))}
     items = sorted(first.values())
-    positions = np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)
-    return [items[i] for i in positions]
+    return [items[i] for i in evenly_spaced(len(items), count)]
 
 
 def open_folder(folder: str, share: float) -> tuple[Subset, Subset]:

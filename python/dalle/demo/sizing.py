@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dalle.configs import check_numbers, require
-from dalle.data.pairs import Pairs
+from dalle.data.pairs import Pairs, evenly_spaced
 from dalle.errors import DataError, UsageError
 from dalle.prior.sampling import SamplingConfig
-from dalle.recipes import DemoRecipe, quick_dvae, quick_prior, quick_ranker
+from dalle.recipes import DemoRecipe, DvaeRecipe, quick_dvae, quick_prior, quick_ranker
 from dalle.tokenizer import Tokenizer
 
 SAMPLED = 64  # pictures whose sizes are looked at
@@ -125,7 +125,7 @@ def picture_side(pairs: Pairs) -> int:
         DataError: none decodes.
     """
     sides = []
-    for item in np.linspace(0, len(pairs) - 1, min(SAMPLED, len(pairs))).astype(int):
+    for item in evenly_spaced(len(pairs), SAMPLED):
         try:
             sides.append(min(pairs.load(int(item)).shape[:2]))
         except DataError:
@@ -178,8 +178,7 @@ def choose(given: SizesConfig, pairs: Pairs, tier: Tier) -> SizesConfig:
             f"got {values['image_size']}"
         )
     points = len(pairs) * (values["image_size"] // patch) ** 2
-    max_codes = max(2, min(tier.codes, points // POINTS_A_CODE))
-    fill("codes", 1 << (max_codes.bit_length() - 1))
+    fill("codes", num_codes(points, tier, 2))
     if values["codes"] > points:
         raise UsageError(
             f"train: codes must be at most {points}, as many as the pictures have parts, "
@@ -205,22 +204,50 @@ def ranker_grid(image_size: int) -> int:
     return min(even, key=lambda g: max(g / 8, 8 / g))
 
 
-def build(sizes: SizesConfig, num_pairs: int) -> DemoRecipe:
-    """The recipe of all stages at sizes that are all chosen."""
-    s: Any = sizes
-    dvae = quick_dvae(
-        s.dvae_steps,
-        image_size=s.image_size,
+def num_codes(points: int, tier: Tier, minimum: int) -> int:
+    """The power of two of codes that so many parts of pictures can fill."""
+    return 1 << (max(minimum, min(tier.codes, points // POINTS_A_CODE)).bit_length() - 1)
+
+
+def fitted_dvae(
+    steps: int, *, image_size: int, patch: int, width: int, codes: int, warm: int | None = None
+) -> DvaeRecipe:
+    """The quick recipe of a dVAE on a folder, at a step size and sharpness that are safe there.
+
+    Args:
+        steps: updates.
+        image_size: side of the pictures in pixels, an even multiple of the patch.
+        patch: pixels along a side of what one code stands for.
+        width: channels.
+        codes: in the codebook.
+        warm: updates of the warm start; two thirds if left out.
+    """
+    return quick_dvae(
+        steps,
+        image_size=image_size,
+        warm=warm,
         model={
-            "patch": s.patch,
-            "n_hid": s.dvae_width,
+            "patch": patch,
+            "n_hid": width,
             "n_blk_per_group": 2,
-            "n_init": min(32, s.dvae_width),
-            "vocab_size": s.codes,
+            "n_init": min(32, width),
+            "vocab_size": codes,
         },
         lr_start=4e-4,
         codebook_sharpness=1.0,
-        codebook_points=max(s.codes, 40_000),
+        codebook_points=max(codes, 40_000),
+    )
+
+
+def build(sizes: SizesConfig, num_pairs: int) -> DemoRecipe:
+    """The recipe of all stages at sizes that are all chosen."""
+    s: Any = sizes
+    dvae = fitted_dvae(
+        s.dvae_steps,
+        image_size=s.image_size,
+        patch=s.patch,
+        width=s.dvae_width,
+        codes=s.codes,
     )
     return DemoRecipe(
         image_size=s.image_size,

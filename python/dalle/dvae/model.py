@@ -214,6 +214,23 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
         maps = self.decoder.from_codes(codes.permute(0, 3, 1, 2))
         return expected_pixels(maps[:, :CHANNELS])
 
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+        """Through the tokens and back, some pictures at a time, on the model's device.
+
+        Args:
+            images: (N, 3, H, W) in [0, 1], N at least 1.
+            batch_size: pictures at a time.
+
+        Returns:
+            The reconstructions, (N, 3, H, W) float32 in [0, 1], and the (N, h, w) int64 tokens,
+            both on the CPU.
+        """
+        device = self.codebook().device
+        tokens = [self.encode(part.to(device)) for part in images.split(batch_size)]
+        decoded = [self.decode(part).float().cpu() for part in tokens]
+        return torch.cat(decoded), torch.cat(tokens).cpu()
+
     def forward(
         self,
         images: Tensor,

@@ -36,7 +36,7 @@ IDENTITY = (
     "an identity path inside, or its input as a second argument: "
     "a block of two residual sums is two blocks, each with a hook"
 )
-OWN_SUM = "a block that adds its own input: hook the branch inside the sum"
+ADDS_INPUT = "a block that adds its own input: hook the branch inside the sum"
 
 
 def fault_of(
@@ -69,7 +69,7 @@ def fault_of(
     if stray and len(stray) < len(leaves):
         shape = tuple(stray[0].shape)
         return f"a tensor {shape} in it that needs a gradient and is no parameter of the block"
-    return OWN_SUM if _adds_input(output, enter) else None
+    return ADDS_INPUT if _adds_input(output, enter) else None
 
 
 def has_input(output: Tensor, enter: type) -> bool:

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from dalle.console import number, say
-from dalle.data.augment import center_crop
-from dalle.data.pairs import Pairs, load_or_skip
+from dalle.data.augment import load_cropped
+from dalle.data.pairs import Pairs, evenly_spaced
 from dalle.files import saving
 from dalle.pretrained import Pretrained
 from dalle.train.averaging import FIRST_SHARE
 from dalle.train.task import Task, averaged_model
 
-MOST = 512  # held-out pictures that are scored
+MAX_PICTURES = 512  # held-out pictures that are scored
 
 
 @runtime_checkable
@@ -35,9 +35,7 @@ class HeldOutTask(Protocol):
 
 def held_out_pictures(pairs: Pairs, size: int) -> tuple[list[np.ndarray], list[int]]:
     """Up to 512 pictures, evenly spaced, cropped to the centre; and their items."""
-    items = np.unique(np.linspace(0, len(pairs) - 1, min(MOST, len(pairs))).astype(int))
-    crops, positions = load_or_skip(pairs, items, lambda image, _: center_crop(image, size))
-    return crops, items[positions].tolist()
+    return load_cropped(pairs, evenly_spaced(len(pairs), MAX_PICTURES).tolist(), size)
 
 
 @torch.no_grad()

@@ -170,10 +170,10 @@ class RankerTask:
         self.caption_ids = ids
         if len(ids[: len(pairs)].unique()) < 2:
             raise UsageError("ranker: pairs must hold two different captions, got fewer")
-        largest = pool_size(len(pairs)) + 1
-        if config.group > largest:
+        max_group = pool_size(len(pairs)) + 1
+        if config.group > max_group:
             raise UsageError(
-                f"ranker: group must be at most {largest} for {len(pairs)} pairs, "
+                f"ranker: group must be at most {max_group} for {len(pairs)} pairs, "
                 f"got {config.group}"
             )
         self.caption_vectors = caption_vectors(self.text, ranker.config.vocab_size)
