@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kFloatThreads, 2)
 #pragma unroll
     for (int n = 0; n < Tile::kColumns; ++n) out[i][n] = 0.0f;
   }
-  const TileRange range(mask, first, kTileSize);
+  const VisitedTiles range(mask, first, kTileSize);
   for (int32_t tile = range.from(0); tile <= range.last; tile = range.from(tile + 1)) {
     __syncthreads();  // all have left the last tiles
     load_float_tile<kHeadSize>(k_tile, k, p, tile * kTileSize);
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kFloatThreads, 2)
 #pragma unroll
     for (int n = 0; n < Tile::kColumns; ++n) grad_q[i][n] = 0.0f;
   }
-  const TileRange range(mask, first, kTileSize);
+  const VisitedTiles range(mask, first, kTileSize);
   for (int32_t tile = range.from(0); tile <= range.last; tile = range.from(tile + 1)) {
     __syncthreads();  // all have left the last tiles
     load_float_tile<kHeadSize>(k_tile, k, p, tile * kTileSize);
@@ -251,7 +251,7 @@ inline bool takes_float_tiles(const SparseAttentionParams& p) {
   bytes += p.head_size <= 32   ? float_tile_bytes<32>(4)
            : p.head_size <= 64 ? float_tile_bytes<64>(4)
                                : float_tile_bytes<128>(4);
-  return bytes <= max_shared_bytes();
+  return static_cast<int64_t>(bytes) <= device_limits().shared_per_block;
 }
 
 inline unsigned float_blocks(const SparseAttentionParams& p) {
