@@ -27,7 +27,8 @@ BAD = {
         "--picture-every", ["5", "6"]],
     "dvae train: powersgd_rank must be 0, got 2": [
         "dvae", "train", "--data", "{given}/pairs", "--out", "{out}", "--preset", "tiny",
-        "--batch-size", "4", "--steps", "1", "--machines", "2", "--powersgd-rank", "2"],
+        "--batch-size", "4", "--steps", "1", "--machines", "2", "--powersgd-rank", "2",
+        "--recipe", "paper"],
     f"data: spec must be one of {', '.join(BUILT_IN)} or a folder, got 'nowhere' (no such folder) "
     "(on process 1)": ["--data", ["{given}/pairs", "nowhere"]],
     "nowhere/config.json: must be a readable file, got: No such file or directory (on process 1)": [
