@@ -46,8 +46,11 @@ PLAIN = {Tensor, torch.nn.Parameter}
 
 def in_memory(op: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors whose elements lie as `flat` orders them: of any shape where they are contiguous
-    already, so that a step of many parameters makes no views. Raises as `flat`.
+    already, so that a step of many parameters makes no views; of a `DTensor`, this process's part.
+    Raises as `flat`.
     """
+    if not PLAIN.issuperset(map(type, tensors)):
+        tensors = [local_part(tensor) for tensor in tensors]
     if PLAIN.issuperset(map(type, tensors)):
         contiguous = map(Tensor.is_contiguous, tensors)
         return [t if c else flat(op, "params", t) for t, c in zip(tensors, contiguous, strict=True)]
