@@ -170,7 +170,8 @@ def deep_one(parts: Parts, seed: int, steps: int) -> dict[str, Any]:
     )
     half = parts.task(config, seed, **DEEP, precision="fp16-scaled")
     half.model.load_state_dict(task.model.state_dict())
-    batch = task.batch(steps)[:2]
+    text, tokens, _ = task.batch(steps)
+    batch = (text.to(tokens.device), tokens)
     found: dict[str, Any] = {"seed": seed, "losses": losses}
     got: dict[str, list[torch.Tensor]] = {}
     for name, shared in (("one scale", True), ("own scales", False), ("a quarter", False)):

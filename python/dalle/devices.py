@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import torch
 
-from dalle.errors import UsageError
+from dalle.errors import EnvironmentProblem, UsageError
 
+CUBLAS_WORKSPACE = ":4096:8"
 Precision = Literal["fp32", "bf16", "fp16-scaled"]
 
 
@@ -30,12 +32,33 @@ def default_precision(device: torch.device, *, scaled: bool = False) -> Precisio
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
-def pick_device(name: str) -> torch.device:
+def prepare_cublas() -> None:
+    """Has cuBLAS give the same bits on every run; it reads this once, before its first product.
+
+    Raises:
+        EnvironmentProblem: a GPU is in use already, without it.
+    """
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    if name not in os.environ and torch.cuda.is_initialized():
+        raise EnvironmentProblem(
+            f"train: {name} must be set to {CUBLAS_WORKSPACE} before a GPU is used, for "
+            "deterministic, got none"
+        )
+    os.environ.setdefault(name, CUBLAS_WORKSPACE)
+
+
+def pick_device(name: str, *, deterministic: bool = False) -> torch.device:
     """A device by name; "auto" is the first GPU where there is one, else the CPU.
+
+    Args:
+        name: of a device, or "auto".
+        deterministic: whether a training on it shall give the same bits on every run.
 
     Raises:
         UsageError: the device is unknown or not there.
     """
+    if deterministic:
+        prepare_cublas()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -196,7 +196,8 @@ def train(config: DvaeCommandConfig) -> None:
         names, hint = ", ".join(choices), did_you_mean(config.preset, choices)
         raise UsageError(f"dvae train: preset must be one of {names}, got {config.preset!r}{hint}")
     owner, out = "dvae train", config.loop.out
-    with join(config.cluster, pick_device(config.device), shared_options(config)) as world:
+    device = pick_device(config.device, deterministic=config.loop.deterministic)
+    with join(config.cluster, device, shared_options(config)) as world:
         with world.raise_on_all():
             check_model_target(owner, out / "model", DiscreteVAE)
             made = plan(config, world.size)

@@ -123,7 +123,8 @@ class Plan(NamedTuple):
 
 def train_command(config: PriorCommandConfig) -> None:
     """Trains, saves the better weights, and says how good they are, where, and what is next."""
-    with join(config.cluster, pick_device(config.device), shared_options(config)) as world:
+    device = pick_device(config.device, deterministic=config.loop.deterministic)
+    with join(config.cluster, device, shared_options(config)) as world:
         _train(config, world)
 
 

@@ -80,7 +80,7 @@ def train_command(config: RankerCommandConfig) -> None:
     """Trains, saves, and says how good it is, where, and what is next."""
     owner, out = "ranker train", config.loop.out
     require_one_process(owner)
-    device = pick_device(config.device)
+    device = pick_device(config.device, deterministic=config.loop.deterministic)
     loop = replace(config.loop, steps=config.loop.steps or STEPS)
     check_model_target(owner, out / "model", ContrastiveRanker)
     tokenizer, vae = Tokenizer.from_pretrained(config.tokenizer), None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import init_device_mesh
 
 from dalle.configs import to_dict
-from dalle.console import say
+from dalle.console import printable, say
 from dalle.distributed.agreement import require_same
 from dalle.distributed.config import ClusterConfig
 from dalle.distributed.heartbeat import Heartbeat
@@ -28,6 +29,8 @@ from dalle.dtensor import gather
 from dalle.errors import DalleError, EnvironmentProblem, UsageError
 from dalle.precision import ResblockScaler
 
+LAST_WORDS = 5.0  # seconds
+LATER = 60.0  # seconds after our own time-out, NCCL's
 SUMMED = ("images",)  # counts among a step's values; the others are means
 
 
@@ -55,15 +58,34 @@ class Cluster:
         self.config = config
         self.psgd: PowerSGD | None = None
         self._postponed: DalleError | None = None
+        self._any_postponed: bool | None = None  # on any process; None where nobody has asked
+        self._step: Callable[[], int] | None = None  # the number of the training's
         self._received: Sequence[object] = ()
         self._stop: bool | None = None  # of the last mean; None once read
         limit = timedelta(seconds=config.timeout)
         try:
             backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-            dist.init_process_group(backend, timeout=limit)
+            store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+            self.device = self._pick_device(device, local_size, store)
+            # NCCL then connects at once, on this process's own GPU, and splits groups off.
+            bound = self.device if device.type == "cuda" else None
+            device_limit = limit
+            if bound is not None:  # else NCCL ends the process before a line says which one is gone
+                os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+                device_limit += timedelta(seconds=LATER)
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=device_limit,
+                device_id=bound,
+            )
             self.control = dist.new_group(backend="gloo", timeout=limit)
             run = self.first(secrets.token_hex(4))
             self.heartbeat = Heartbeat(self.rank, self.size, limit, run)
+            if bound is not None:
+                self.heartbeat.watch(self._end)
             # First of all, since the later collectives depend on the options.
             shared = {"device": device.type, **(options or {"cluster": to_dict(config)})}
             require_same("cluster", shared, self.control)
@@ -72,7 +94,6 @@ class Cluster:
                 raise UsageError(
                     f"cluster: machines must divide the {self.size} processes, got {self.machines}"
                 )
-            self.device = self._pick_device(device, local_size)
             shape = (self.machines, self.size // self.machines)
             self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
         except DalleError:
@@ -83,7 +104,7 @@ class Cluster:
                 f"{_first_line(problem)}"
             ) from problem
         for name in ("replicate", "shard"):  # groups of a mesh do not inherit the time-out
-            c10d._set_pg_timeout(limit, self.mesh[name].get_group())
+            c10d._set_pg_timeout(device_limit, self.mesh[name].get_group())
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if agent and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             say(
@@ -101,21 +122,44 @@ class Cluster:
             )
         return self.size // local_size
 
-    def _pick_device(self, device: torch.device, local_size: int) -> torch.device:
-        """The device of this process: of several GPUs that of its local rank."""
+    def _pick_device(
+        self, device: torch.device, local_size: int, store: dist.Store
+    ) -> torch.device:
+        """The device of this process: of several GPUs that of its local rank. Collective.
+
+        Through the store, since no group can be made before all have a GPU.
+        """
         if device.type != "cuda":
             return device
-        problem, num_gpus = None, torch.cuda.device_count()
+        num_gpus = torch.cuda.device_count()
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        line = ""
         if local_rank >= num_gpus:
-            problem = UsageError(
+            line = (
                 f"cluster: processes of a machine must be at most its {num_gpus} GPUs, "
                 f"got {local_size}"
             )
-        self.raise_first(problem)
+            line += f" (on process {self.rank})" if self.rank else ""
+        store.set(f"dalle/gpu/{self.rank}", line or "ok")
+        if self.rank == 0:
+            lines = [store.get(f"dalle/gpu/{rank}").decode() for rank in range(self.size)]
+            store.set("dalle/gpus", next((text for text in lines if text != "ok"), "ok"))
+        first = store.get("dalle/gpus").decode()
+        if first != "ok":
+            if self.rank == 0:  # it may hold the store
+                self._until_read(store)
+            else:
+                store.add("dalle/gpus/read", 1)
+            raise UsageError(first)
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
+
+    def _until_read(self, store: dist.Store) -> None:
+        """Waits some seconds until the others have read why all of them end."""
+        end = time.monotonic() + LAST_WORDS
+        while store.add("dalle/gpus/read", 0) < self.size - 1 and time.monotonic() < end:
+            time.sleep(0.05)
 
     @property
     def shards(self) -> int:
@@ -147,13 +191,15 @@ class Cluster:
         return total
 
     def weight_async(self, count: int) -> Callable[[], float]:
-        total = torch.tensor(count, dtype=torch.float64, device="cpu")
+        flag = self._postponed is not None
+        total = torch.tensor([count, flag], dtype=torch.float64, device="cpu")
         work = dist.all_reduce(total, group=self.control, async_op=True)
 
         def wait() -> float:
             assert work is not None  # None only outside the group
             work.wait()
-            return count * self.size / max(float(total), 1.0)
+            self._any_postponed = float(total[1]) > 0
+            return count * self.size / max(float(total[0]), 1.0)
 
         return wait
 
@@ -227,16 +273,21 @@ class Cluster:
     def postpone(self, problem: DalleError) -> None:
         self._postponed = problem
 
-    def mean_loss(self, loss: Tensor) -> Tensor:
-        local = loss if self._postponed is None else torch.full_like(loss, math.nan)
-        mean = self.mean({"loss": local})["loss"]
-        if not math.isfinite(float(mean)):  # nonfinite on all: they exchange the reason
+    def raise_postponed(self) -> None:
+        found, self._any_postponed = self._any_postponed, None
+        if self.any(self._postponed is not None) if found is None else found:
             problem, self._postponed = self._postponed, None
             self.raise_first(problem)
+
+    def mean_loss(self, loss: Tensor) -> Tensor:
+        with self.device_exchange():
+            local = loss.cpu()
+        mean = self.mean({"loss": local})["loss"]
         return torch.as_tensor(mean, dtype=torch.float64, device="cpu")
 
     @contextmanager
     def explained(self, step: Callable[[], int] | None = None) -> Iterator[None]:
+        self._step = step or self._step
         try:
             yield
         except RuntimeError as problem:
@@ -253,6 +304,10 @@ class Cluster:
         if not (isinstance(problem, dist.DistError) or "gloo" in str(problem).lower()):
             return None
         kind = "timed out" if "imed out" in str(problem) else "closed"
+        return self._unanswered(kind, step)
+
+    def _unanswered(self, kind: str, step: int | None) -> DalleError:
+        """The error for an exchange that "timed out" or "closed"."""
         when = "outside the training" if step is None else f"in step {step}"
         who = ", ".join(map(str, self.heartbeat.dead_ranks()))
         who = who or "none (the link failed, or not all are in the same exchange)"
@@ -262,12 +317,24 @@ class Cluster:
             "the last checkpoint"
         )
 
+    def _end(self, kind: str) -> None:
+        """Ends this process with a line, while its main thread waits for an exchange on the GPU."""
+        problem = self._unanswered(kind, None if self._step is None else self._step())
+        if sys.stderr is not None:
+            with suppress(OSError, ValueError):  # nobody reads it
+                print(printable(str(problem)), file=sys.stderr, flush=True)
+        os._exit(problem.exit_code)
+
+    def device_exchange(self) -> AbstractContextManager[None]:
+        return self.heartbeat.waiting()
+
     @contextmanager
     def full_model(
         self, model: nn.Module, values: Mapping[str, Tensor] | None = None
     ) -> Iterator[nn.Module | None]:
-        # All collectives end before process 0 works with the copy.
-        yield gather_model(model, self.rank, values)
+        with self.device_exchange():  # all end before process 0 works with the copy
+            gathered = gather_model(model, self.rank, values)
+        yield gathered
 
     def load_full_model(self, model: nn.Module, full: nn.Module | None) -> None:
         scatter_model(model, full, self.control)
@@ -276,7 +343,8 @@ class Cluster:
         psgd = self.psgd
         norm = gather(nn.utils.get_total_norm(gradients)) if psgd is None else psgd.gradient_norm()
         self.broadcast_norm_(norm)
-        return float(norm)
+        with self.device_exchange():
+            return float(norm)
 
     def broadcast_norm_(self, norm: Tensor) -> None:
         # The order of a sum depends on the processor, but replicas must clip by the same bits.

@@ -11,7 +11,8 @@ import os
 import secrets
 import socket
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -41,21 +42,40 @@ def duplicate_group(parent: dist.ProcessGroup | None, owner: object) -> dist.Pro
     token, port = message
     if same_host and not is_leader:
         store = dist.TCPStore("127.0.0.1", port, None, False, timeout)
-    group, _ = c10d._new_process_group_helper(
-        len(ranks),
-        ranks.index(dist.get_rank()),
-        ranks,
-        backend,
-        store,
-        f"powersgd-{token}",  # type: ignore[arg-type]  # a GroupName, new in torch
-        timeout=timeout,
-        group_desc="PowerSGD",
-    )
+    with _unsplit():
+        group, _ = c10d._new_process_group_helper(
+            len(ranks),
+            ranks.index(dist.get_rank()),
+            ranks,
+            backend,
+            store,
+            f"powersgd-{token}",  # type: ignore[arg-type]  # a GroupName, new in torch
+            timeout=timeout,
+            group_desc="PowerSGD",
+        )
     assert isinstance(group, dist.ProcessGroup)
     c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(ranks)}
     if "nccl" not in backend:
         weakref.finalize(owner, _destroy, group).atexit = False
     return group
+
+
+@contextmanager
+def _unsplit() -> Iterator[None]:
+    """A group made inside does not come from `ncclCommSplit`, which waits for all processes.
+
+    It would where the default group was made with `device_id`.
+    """
+    default = c10d._get_default_group()
+    bound = default.bound_device_id
+    if bound is None:
+        yield
+        return
+    default.bound_device_id = None
+    try:
+        yield
+    finally:
+        default.bound_device_id = bound
 
 
 def _backend(group: dist.ProcessGroup) -> dist.Backend:

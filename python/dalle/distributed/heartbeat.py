@@ -6,6 +6,8 @@ import atexit
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -35,6 +37,9 @@ class Heartbeat:
             min(limit.total_seconds(), SILENCE),
         )
         self._dead = ""  # ranks, or "none"; empty while nobody has asked
+        self._timeout = limit.total_seconds()
+        self._waiting_since: float | None = None  # for the device, on the main thread
+        self._next_beats, self._last_beat = -1, time.monotonic()  # of the next process
         self._round = 0  # calls of `wait_for_rank0`
         # A separate connection, since that of the collectives may be blocked.
         self._store = dist.TCPStore(
@@ -53,14 +58,55 @@ class Heartbeat:
         atexit.register(self.stop)
 
     def _run(self) -> None:
+        following = (self.rank + 1) % self.world_size
         while not self._stopped.is_set():
             try:
                 self._store.add(f"{self._prefix}/{self.rank}", 1)
+                beats = self._store.add(f"{self._prefix}/{following}", 0)
+                if beats != self._next_beats:
+                    self._next_beats, self._last_beat = beats, time.monotonic()
                 if self._store.check([f"{self._prefix}/dead"]):
                     self._dead = self._store.get(f"{self._prefix}/dead").decode()
             except RuntimeError:
                 pass  # the process that hosts the store is busy or dead
             self._stopped.wait(BEAT)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for exchanges on a GPU, which no error ends: see `watch`."""
+        self._waiting_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting_since = None
+
+    def watch(self, lost: Callable[[str], object]) -> None:
+        """Calls `lost` from a thread where `waiting` will not come to an end.
+
+        NCCL's exchanges run on the GPU. Where another process is gone the main thread waits for the
+        GPU, and no Python runs there; NCCL's own watchdog knows no ranks.
+
+        Args:
+            lost: takes how the exchange ended: "closed", as a process has no heartbeat or another
+                has said which one is dead, or "timed out". It should end this process.
+        """
+        self._watch_thread = threading.Thread(
+            target=self._watch, args=(lost,), daemon=True, name="Watch"
+        )
+        self._watch_thread.start()
+
+    def _watch(self, lost: Callable[[str], object]) -> None:
+        # Looks at memory alone: reading the store over a dead link blocks for minutes.
+        while not self._stopped.wait(BEAT):
+            since, now = self._waiting_since, time.monotonic()
+            if since is None:
+                continue
+            if self._dead or now - self._last_beat > self._limit:
+                lost("closed")
+                return
+            if now - since > self._timeout:
+                lost("timed out")
+                return
 
     def wait_for_rank0(self) -> None:
         """Waits, as long as process 0 is alive, until it has called this as many times.

@@ -55,6 +55,7 @@ class World(Protocol):
         """As `weight`, where this process has `count` items and others have other counts.
 
         Collective. Starts an all-reduce; the returned function waits for it and gives the factor.
+        Says along with it whether a process has postponed a problem.
         """
 
     def sum(self, values: Tensor) -> Tensor:
@@ -91,18 +92,24 @@ class World(Protocol):
         """Raises UsageError on all unless they have the same JSON values. Collective."""
 
     def postpone(self, problem: DalleError) -> None:
-        """Stores the problem that keeps this process from its part of a step; `mean_loss` raises
-        it on all, before anything has changed. A world of one raises it at once."""
+        """Stores the problem that keeps this process from its part of a step; `raise_postponed`
+        raises it on all, before anything has changed. A world of one raises it at once."""
+
+    def raise_postponed(self) -> None:
+        """Raises the problem that a process has postponed, on all of them. Collective.
+
+        Reads nothing from a device, so that the backward pass is queued behind the forward pass.
+        """
 
     def mean_loss(self, loss: Tensor) -> Tensor:
-        """The mean loss, the same on all, so that all stop or none. Collective.
-
-        Raises:
-            DalleError: the problem that a process has postponed, on all of them.
-        """
+        """The mean loss, the same on all, so that all stop or none. Waits for it. Collective."""
 
     def explained(self, step: Callable[[], int] | None = None) -> AbstractContextManager[None]:
         """Turns a failed collective into an error that names the processes that did not answer."""
+
+    def device_exchange(self) -> AbstractContextManager[None]:
+        """Around what waits for exchanges on a GPU: where one never ends, a line says who is gone,
+        and this process ends."""
 
     def full_model(
         self, model: nn.Module, values: Mapping[str, Tensor] | None = None
@@ -201,10 +208,16 @@ class Solo:
     def postpone(self, problem: DalleError) -> None:
         raise problem
 
+    def raise_postponed(self) -> None:
+        pass
+
     def mean_loss(self, loss: Tensor) -> Tensor:
         return loss
 
     def explained(self, step: Callable[[], int] | None = None) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def device_exchange(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     @contextmanager

@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     """One process's part of a batch.
 
     Attributes:
-        text: (B, text_len - 1) int64.
+        text: (B, text_len - 1) int64, on the CPU, where its tokens are counted.
         tokens: (B, N) int64.
         keep: (B, N) bool, the image tokens that are inputs; or None for all.
     """
@@ -204,13 +204,14 @@ class PriorTask:
                 >= c.token_dropout
             )
             keep = mask.to(self.device)
-        return Batch(text.to(self.device), tokens.to(self.device), keep)
+        return Batch(text, tokens.to(self.device), keep)
 
     def train_step(self, step: int) -> dict[str, float | Tensor]:
         """One update; all its randomness comes from (seed, step)."""
         c = self.config
         cut = self.tokenizer.truncated
-        text, tokens, keep = local_batch(self.world, partial(self.batch, step), self._empty_batch)
+        batch = local_batch(self.world, partial(self.batch, step), self._empty_batch)
+        text, tokens, keep = batch.text.to(self.device), batch.tokens, batch.keep
         cut = self.tokenizer.truncated - cut
 
         def forward() -> PriorOutput:
@@ -219,7 +220,7 @@ class PriorTask:
             output: PriorOutput = self.model(text, tokens, keep=keep)
             return output
 
-        text_loss, image_loss = self._losses(forward, Batch(text, tokens, keep))
+        text_loss, image_loss = self._losses(forward, batch, text)
         loss = TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss
         grad_norm = update(
             self,
@@ -312,14 +313,17 @@ class PriorTask:
     def _empty_batch(self) -> Batch:
         part, sizes = self.world.part(self.config.batch_size), self.model.config
         count = part.stop - part.start
-        text = torch.full((count, sizes.text_len - 1), PAD, device=self.device, dtype=torch.int64)
+        text = torch.full((count, sizes.text_len - 1), PAD, device="cpu", dtype=torch.int64)
         tokens = torch.zeros(count, sizes.num_image_tokens, dtype=torch.int64, device=self.device)
         return Batch(text, tokens, None)
 
-    def _losses(self, forward: Callable[[], PriorOutput], batch: Batch) -> list[Tensor]:
+    def _losses(
+        self, forward: Callable[[], PriorOutput], batch: Batch, on_device: Tensor
+    ) -> list[Tensor]:
         """Text and image loss whose means over the processes are those of the whole batch.
 
-        A process, and each part of its batch, is weighted by the tokens that it holds.
+        A process, and each part of its batch, is weighted by the tokens that it holds. `on_device`
+        is the batch's text there.
         """
         if self.config.parts == 1:
             text_weight = self.world.weight_async(self._text_targets(batch.text))
@@ -329,9 +333,9 @@ class PriorTask:
         targets = max(1, self._text_targets(batch.text))
 
         def run(rows: slice) -> tuple[Tensor, ...]:
-            text, tokens, keep = (x if x is None else x[rows] for x in batch)
-            assert text is not None
-            out = self.model(text, tokens, keep=keep)
+            keep = None if batch.keep is None else batch.keep[rows]
+            out = self.model(on_device[rows], batch.tokens[rows], keep=keep)
+            text = batch.text[rows]
             share = self._text_targets(text) / targets
             return out.text_loss * share, out.image_loss * (len(text) / len(batch.text))
 

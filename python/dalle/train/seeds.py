@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import zlib
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from dalle.configs import integer, seed_number
+from dalle.devices import prepare_cublas
 
 
 def step_seed(seed: int, step: int, stream: int = 0, *indices: int) -> int:
@@ -51,7 +51,7 @@ def reproducible(seed: int, deterministic: bool) -> Iterator[None]:
     np.random.seed(seed % 2**32)
     random.seed(seed)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        prepare_cublas()
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     try:

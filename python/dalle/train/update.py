@@ -81,11 +81,14 @@ def update(
             cannot fall any more; the weights are then untouched.
         DalleError: the problem of a process of the cluster, on all of them; nothing has changed.
     """
-    mean_loss = task.world.mean_loss(loss.detach())
+    # The host reads nothing of the device before the backward pass is queued.
+    task.world.raise_postponed()
     if task.world.size > 1:  # a forward pass is collective: no process repeats it alone
         forward = None
     task.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    with task.world.device_exchange():
+        loss.backward()
+    mean_loss = task.world.mean_loss(loss.detach())
     for group in task.optimizer.param_groups:
         group["lr"] = lr
     if scaler is None:
@@ -94,8 +97,9 @@ def update(
         check_loss(task.name, mean_loss, step, task.model, forward)
         sync_norm = task.world.broadcast_norm_
         result = scaler.step(task.optimizer, clip_norm=clip_norm, sync_norm=sync_norm)
-        norm = float(result.norm)
-        if bool(result.skipped):
+        with task.world.device_exchange():
+            norm, skipped = float(result.norm), bool(result.skipped)
+        if skipped:
             _explain_skip(task, step, scaler, result)
             return norm
     if task.average is not None:
