@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -30,6 +31,18 @@ def default_precision(device: torch.device, *, scaled: bool = False) -> Precisio
     if scaled:
         return "fp16-scaled"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Around a forward pass: bf16 products with fp32 weights, or nothing for "fp32"."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Around what stays in fp32 inside `autocast`; `x` is on its device."""
+    kind = x.device.type
+    on = torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def prepare_cublas() -> None:

@@ -11,15 +11,19 @@ import torch
 
 import dalle_ext
 from dalle import cli
+from dalle.commands import presets
 from dalle.commands import prior as prior_command
 from dalle.commands.sample import set_precision
 from dalle.data.pairs import ArrayPairs
 from dalle.demo.context import Demo
 from dalle.demo.workspace import Workspace
 from dalle.devices import default_precision
-from dalle.dvae.model import DiscreteVAE
+from dalle.dvae.blocks import Conv2d
+from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dalle.recipes import load_recipe
 from dalle.train.config import LoopConfig
+from dalle.train.dvae import DvaeTask, DvaeTrainConfig
+from support.dvae import some_pairs
 from support.toy_pipeline import CAPTION, build
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -105,3 +109,69 @@ def test_of_sample(folder, tmp_path, ampere):
             said[name] = json.loads((tmp_path / name / "samples.json").read_text())
     assert [said[name]["precision"] for name in said] == ["fp32", "bf16"]
     assert said["fp32"]["model"] == said["bf16"]["model"]  # fingerprints of what is in the folder
+
+
+def dvae_task(precision, parts=1, stem="patch"):
+    torch.manual_seed(0)
+    sizes = {"group_count": 2, "n_hid": 16, "n_blk_per_group": 1, "n_init": 8, "vocab_size": 16}
+    vae = DiscreteVAE(DiscreteVAEConfig(**sizes, stem=stem, patch=2))
+    vae.train_precision = precision
+    config = DvaeTrainConfig(image_size=8, batch_size=4, augment="none", lr_start=1e-3, parts=parts)
+    return DvaeTask(vae, some_pairs(), config)
+
+
+@pytest.mark.parametrize("stem", ["released", "patch"])
+def test_a_dvae_trains_in_bf16_between_fp32_ends(stem):
+    task, plain = dvae_task("bf16", stem=stem), dvae_task("fp32", stem=stem)
+    seen = {}
+    for name, part in task.model.named_modules():
+        if isinstance(part, Conv2d):
+            part.register_forward_hook(lambda _, __, y, name=name: seen.update({name: y.dtype}))
+    found = [task.train_step(step) for step in range(3)]
+    ends = {n for n, m in task.model.named_modules() if isinstance(m, Conv2d) and m.fp32}
+    assert {n for n, dtype in seen.items() if dtype == torch.float32} == ends and len(ends) == 2
+    assert {p.dtype for p in task.model.parameters()} == {torch.float32}
+    for step, values in enumerate(found):  # an update differs in what 8 bits leave
+        other = plain.train_step(step)
+        assert float(values["loss"]) == pytest.approx(float(other["loss"]), rel=2e-2, abs=1e-2)
+        assert float(values["loss"]) != float(other["loss"])
+    images = torch.rand(2, 3, 8, 8)
+    seen.clear()
+    task.model.eval()
+    tokens = task.model.encode(images)
+    task.model.train_precision = "fp32"
+    assert torch.equal(tokens, task.model.encode(images)) and set(seen.values()) == {torch.float32}
+
+
+def test_parts_of_a_batch_are_in_bf16_too():
+    """Autocast is of a thread; each part has one."""
+    whole, parts = (dvae_task("bf16", n).train_step(0) for n in (1, 2))
+    assert float(parts["loss"]) == pytest.approx(float(whole["loss"]), rel=1e-3)
+    assert float(parts["loss"]) != float(dvae_task("fp32", 2).train_step(0)["loss"])
+
+
+def test_a_ranker_trains_in_bf16_and_scores_in_fp32():
+    ranker = build().ranker.train()
+    images = torch.rand(2, 3, 16, 16)
+    plain = ranker.encode_images(images)
+    ranker.train_precision = "bf16"
+    half = ranker.encode_images(images)
+    assert half.dtype == torch.float32 and not torch.equal(half, plain)
+    assert torch.allclose(half, plain, atol=0.03)
+    assert torch.allclose(half.norm(dim=1), torch.ones(2), atol=1e-6)
+    scores = ranker.eval().scores([CAPTION, "a blue square"], images)
+    ranker.train_precision = "fp32"
+    assert torch.equal(scores, ranker.scores([CAPTION, "a blue square"], images))
+
+
+def test_the_precision_fixes_a_training():
+    """Another one is refused when it is resumed; fp32, as all before, is not named."""
+    assert "precision" not in dvae_task("fp32").describe()["train"]
+    assert dvae_task("bf16").describe()["train"]["precision"] == "bf16"
+
+
+def test_of_the_commands(ampere):
+    for asked, device, wanted in (
+        ("auto", CPU, "fp32"), ("auto", CUDA, "bf16"), ("fp32", CUDA, "fp32"), ("bf16", CPU, "bf16")
+    ):  # fmt: skip
+        assert presets.precision(asked, device) == wanted

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +66,8 @@ class DvaeCommandConfig:
         vocab_size: codes; 0 takes the preset's, or with quick as many as the pictures can fill.
         validation: share of the pictures held out for scores, by their hashes; 0 for none. Left
             out, 0.1 with quick and 0 with paper.
+        precision: of the products in the forward and backward pass: fp32, bf16, or auto, which is
+            bf16 on a GPU. Weights are fp32, and so are tokens and scores.
         device: cpu, cuda or auto.
         loop: folder, updates (800 with quick and tiny, 3,000,000 in the paper), checkpoints,
             seed.
@@ -80,6 +82,7 @@ class DvaeCommandConfig:
     batch_size: int = 0
     vocab_size: int = 0
     validation: float | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     loop: LoopConfig = field(default_factory=partial(LoopConfig, out=Path("run/dvae"), steps=0))
     training: DvaeOptions = field(default_factory=DvaeOptions)
@@ -207,6 +210,7 @@ def train(config: DvaeCommandConfig) -> None:
         resolved, loop = made.config, made.config.loop
         torch.manual_seed(start_seed(loop.seed, "dvae"))
         vae = DiscreteVAE(made.model)
+        vae.train_precision = presets.precision(config.precision, world.device)
         parameters = sum(p.numel() for p in vae.parameters())
         parallelize(vae, world, vae.resblocks(), owner=owner, forwards=["autoencode"])
         task = DvaeTask(
@@ -223,7 +227,7 @@ def train(config: DvaeCommandConfig) -> None:
             loop=loop,
             parameters=parameters,
             device=world.device,
-            precision="fp32",
+            precision=vae.train_precision,
             enlarges=made.train.augment == "none",
             more=[f"{rows} x {columns} tokens a picture, {made.model.vocab_size:,} codes"],
             notes=[

@@ -11,6 +11,7 @@ import statistics
 import typing
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 import tyro
 
 from dalle.config_files import CONFIG_NAME, Scalar, read_options
@@ -20,6 +21,7 @@ from dalle.data.pairs import Pairs, evenly_spaced
 from dalle.data.sources import BUILT_IN, load_pairs
 from dalle.data.split import hold_out
 from dalle.demo.sizing import CUDA_TIERS, TIERS, fitted_dvae, num_codes
+from dalle.devices import Precision, default_precision
 from dalle.dvae.model import PRESETS as DVAE_PRESETS
 from dalle.errors import DataError, UsageError
 from dalle.recipes import DvaeRecipe
@@ -76,6 +78,12 @@ def filled(options: T, config: Any) -> T:
     """`options` of `overrides` with the values of a whole recipe."""
     names = [f.name for f in dataclasses.fields(options)]
     return dataclasses.replace(options, **{name: getattr(config, name) for name in names})
+
+
+def precision(asked: str, device: torch.device) -> Precision:
+    """The precision asked for, "fp32" or "bf16"; of "auto" that of the device."""
+    chosen = default_precision(device) if asked == "auto" else asked
+    return "bf16" if chosen == "bf16" else "fp32"
 
 
 def chosen_recipe(owner: str, recipe: Recipe | None, preset: str, processes: int) -> Recipe:

@@ -40,13 +40,13 @@ class Demo:
 
     @cached_property
     def precision(self) -> str:
-        """The prior's: that of the device where the run began, since its checkpoints hold it."""
+        """Of all trainings: that of the first run's device, since the checkpoints hold it."""
         path = self.space.work / "precision.json"
         begun = self.space.read(path)
         if not begun:
-            begun = {"prior": default_precision(self.device)}
+            begun = {"all": default_precision(self.device)}
             self.space.write(path, begun)
-        return str(begun["prior"])
+        return str(begun["all"])
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -54,6 +54,7 @@ def measure(recipe: DemoRecipe, pairs: Pairs, device: torch.device, drawn: int) 
     tokenizer = Tokenizer.train(all_captions(few), vocab_size=recipe.vocab_size)
     with torch.random.fork_rng(devices=[]):
         vae = DiscreteVAE(recipe.vae).to(device)
+        vae.train_precision = default_precision(device)
         dvae = DvaeTask(vae, few, recipe.vae_train)
         warm = recipe.vae_train.warm_start_steps
         update = _median(lambda: dvae.train_step(warm + 1), device)
@@ -71,6 +72,7 @@ def measure(recipe: DemoRecipe, pairs: Pairs, device: torch.device, drawn: int) 
         ranker_model = ContrastiveRanker.from_preset(
             "tiny", tokenizer=tokenizer, image_size=recipe.image_size, **recipe.ranker
         ).to(device)
+        ranker_model.train_precision = default_precision(device)
         ranker = RankerTask(ranker_model, few, recipe.ranker_train, vae, steps=1000)
         sizes = recipe.prior_config(tokenizer, vae, default_precision(device))
         prior_model = Prior(sizes).to(device)

@@ -60,6 +60,7 @@ def dvae_stage(demo: Demo) -> None:
     if not demo.space.trained("vae"):
         torch.manual_seed(start_seed(demo.seed, "dvae"))
         vae = DiscreteVAE(demo.recipe.vae).to(demo.device)
+        vae.train_precision = demo.precision
         task = DvaeTask(
             vae,
             demo.data.train,
@@ -81,6 +82,7 @@ def ranker_stage(demo: Demo) -> None:
     ranker = ContrastiveRanker.from_preset(
         "tiny", tokenizer=tokenizer, image_size=demo.recipe.image_size, **demo.recipe.ranker
     ).to(demo.device)
+    ranker.train_precision = demo.precision
     task = RankerTask(
         ranker,
         demo.data.train,

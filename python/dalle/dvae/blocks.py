@@ -21,21 +21,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dalle.devices import without_autocast
+
 ENCODER_KERNELS = (3, 3, 3, 1)
 DECODER_KERNELS = (1, 3, 3, 3)  # mirrored: the 1x1 comes first
 
 
 class Conv2d(nn.Module):
-    """Stride-1, zero-padded convolution whose parameters are named `w` and `b`, as released."""
+    """Stride-1, zero-padded convolution whose parameters are named `w` and `b`, as released.
 
-    def __init__(self, n_in: int, n_out: int, kw: int, *, stride: int = 1) -> None:
+    With `fp32` it is computed so in a training of bf16 too, as the released last ones.
+    """
+
+    def __init__(
+        self, n_in: int, n_out: int, kw: int, *, stride: int = 1, fp32: bool = False
+    ) -> None:
         super().__init__()
-        self.kw, self.stride = kw, stride
+        self.kw, self.stride, self.fp32 = kw, stride, fp32
         self.w = nn.Parameter(torch.empty(n_out, n_in, kw, kw, dtype=torch.float32))
         self.b = nn.Parameter(torch.zeros(n_out, dtype=torch.float32))
         nn.init.normal_(self.w, std=1 / math.sqrt(n_in * kw**2))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp32:
+            with without_autocast(x):
+                return self._convolve(x.float())
+        return self._convolve(x)
+
+    def _convolve(self, x: Tensor) -> Tensor:
         if self.kw == 1:  # a matrix product over channels; free of copies for channels-last x
             y = F.linear(x.permute(0, 2, 3, 1), self.w[:, :, 0, 0], self.b)
             return y.permute(0, 3, 1, 2)
@@ -65,7 +78,7 @@ class Block(nn.Module):
         self.res_path = _sequence(*parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.id_path(x) + self.post_gain * self.res_path(x)
+        out: Tensor = self.id_path(x).float() + self.post_gain * self.res_path(x)
         return out
 
 
@@ -76,7 +89,7 @@ class ChannelNorm(nn.LayerNorm):
         super().__init__(width, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return super().forward(x.float().permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class PatchBlock(nn.Module):
@@ -91,7 +104,7 @@ class PatchBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         branch: Tensor = self.conv_2(F.relu(self.conv_1(self.norm(x))))
-        return x + branch
+        return x.float() + branch
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -140,7 +153,12 @@ class Encoder(nn.Module):
         self.blocks = _sequence(
             ("input", Conv2d(channels, n_hid, 7)),
             *_groups(n_hid, widths, n_blk_per_group, ENCODER_KERNELS, "pool", pool),
-            ("output", _sequence(("relu", nn.ReLU()), ("conv", Conv2d(widths[-1], vocab_size, 1)))),
+            (
+                "output",
+                _sequence(
+                    ("relu", nn.ReLU()), ("conv", Conv2d(widths[-1], vocab_size, 1, fp32=True))
+                ),
+            ),
         )
 
     def forward(self, mapped: Tensor) -> Tensor:
@@ -180,7 +198,10 @@ class Decoder(nn.Module):
         self.blocks = _sequence(
             ("input", Conv2d(vocab_size, n_init, 1)),
             *_groups(n_init, widths, n_blk_per_group, DECODER_KERNELS, "upsample", repeat),
-            ("output", _sequence(("relu", nn.ReLU()), ("conv", Conv2d(n_hid, 2 * channels, 1)))),
+            (
+                "output",
+                _sequence(("relu", nn.ReLU()), ("conv", Conv2d(n_hid, 2 * channels, 1, fp32=True))),
+            ),
         )
 
     def codebook_conv(self) -> Conv2d:
@@ -214,7 +235,12 @@ class PatchEncoder(Encoder):
             ("context", PatchBlock(n_hid, 3)),
             ("norm", ChannelNorm(n_hid)),
             ("code", Conv2d(n_hid, n_init, 1)),
-            ("output", _sequence(("relu", nn.Identity()), ("conv", Conv2d(n_init, vocab_size, 1)))),
+            (
+                "output",
+                _sequence(
+                    ("relu", nn.Identity()), ("conv", Conv2d(n_init, vocab_size, 1, fp32=True))
+                ),
+            ),
         )
 
 
@@ -234,6 +260,6 @@ class PatchDecoder(Decoder):
             ("context_2", PatchBlock(n_hid, 3)),
             ("last", PatchBlock(n_hid, 1)),
             ("norm", ChannelNorm(n_hid)),
-            ("output", Conv2d(n_hid, 2 * channels * patch**2, 1)),
+            ("output", Conv2d(n_hid, 2 * channels * patch**2, 1, fp32=True)),
             ("paint", nn.PixelShuffle(patch)),
         )

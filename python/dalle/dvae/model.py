@@ -5,6 +5,7 @@ Letters: B batch, K codebook size, H and W pixels, h = H / factor, w = W / facto
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import dalle_ext
 from dalle.configs import UPPER_LIMITS, check_numbers, integer
+from dalle.devices import autocast
 from dalle.dvae.blocks import Block, Decoder, Encoder, PatchBlock, PatchDecoder, PatchEncoder
 from dalle.dvae.likelihood import expected_pixels, logit_laplace_log_prob, map_pixels
 from dalle.errors import UsageError
@@ -102,9 +104,14 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
 
     `encoder` and `decoder` carry the released parameter names; the encoder takes mapped pixels
     and gives logits, the decoder takes one-hot or relaxed tokens.
+
+    Attributes:
+        train_precision: "fp32" or "bf16", of the convolutions while in training mode; the identity
+            path, the logits, the likelihood and the weights are fp32. Tokens always are of fp32.
     """
 
     config_type = DiscreteVAEConfig
+    train_precision: str = "fp32"
 
     def __init__(self, config: DiscreteVAEConfig) -> None:
         super().__init__(config)
@@ -249,10 +256,12 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
             seed: of the Gumbel noise; None draws one from torch's generator.
             first: number of images before these in a larger batch, whose noise they then get.
         """
-        logits = self.logits(images)
-        before = first * logits.shape[2] * logits.shape[3]
-        relaxed = dalle_ext.gumbel_softmax(logits, tau, dim=1, seed=seed, first_row=before)
-        mu, nll = self.likelihood(images, self.decoder(relaxed.sample))
+        with self._precision(images):
+            logits = self.logits(images)
+            before = first * logits.shape[2] * logits.shape[3]
+            relaxed = dalle_ext.gumbel_softmax(logits, tau, dim=1, seed=seed, first_row=before)
+            maps = self.decoder(relaxed.sample)
+        mu, nll = self.likelihood(images, maps)
         positions = relaxed.kl.shape[1] * relaxed.kl.shape[2]
         values = images.shape[1] * images.shape[2] * images.shape[3]
         kl = relaxed.kl.mean()
@@ -266,13 +275,18 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
         codebook vectors have the same width.
         """
         self._check_images(images)
-        codes = self.encoder.features(map_pixels(images))
-        return self.likelihood(images, self.decoder.from_codes(codes))
+        with self._precision(images):
+            codes = self.encoder.features(map_pixels(images))
+            maps = self.decoder.from_codes(codes)
+        return self.likelihood(images, maps)
 
     def likelihood(self, images: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
         """(mu, -ln f per value) of `images` under the decoder's six maps."""
         mu, ln_b = maps[:, :CHANNELS], maps[:, CHANNELS:]
         return mu, -logit_laplace_log_prob(map_pixels(images), mu, ln_b).mean()
+
+    def _precision(self, images: Tensor) -> AbstractContextManager[object]:
+        return autocast(images.device, self.train_precision if self.training else "fp32")
 
     def _check_images(self, images: Tensor) -> None:
         fits = images.dim() == 4 and images.shape[1] == CHANNELS and images.is_floating_point()

@@ -105,7 +105,7 @@ class ImageTower(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.fine(self.stem(images * 2 - 1) + self.place)
-        x = F.silu(self.norm(self.coarse(self.down(x))))
+        x = F.silu(self.norm(self.coarse(self.down(x).float())))
         features: torch.Tensor = self.out(F.silu(self.hidden(self.narrow(x).flatten(1))))
         return features
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -21,6 +22,7 @@ from torch import nn
 
 from dalle.captions import clean
 from dalle.configs import integer
+from dalle.devices import autocast
 from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
 from dalle.files import check_regular, read_json
 from dalle.pretrained import Pretrained, from_presets
@@ -46,11 +48,16 @@ class ContrastiveRanker(Pretrained[RankerConfig]):
         config: sizes.
         tokenizer: turns captions into ids; saved beside the weights.
 
+    Attributes:
+        train_precision: "fp32" or "bf16", of the towers' products while in training mode. Scores
+            always are of fp32.
+
     Raises:
         UsageError: the tokenizer has more ids than `config.vocab_size`.
     """
 
     config_type = RankerConfig
+    train_precision: str = "fp32"
 
     def __init__(self, config: RankerConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config)
@@ -97,7 +104,9 @@ class ContrastiveRanker(Pretrained[RankerConfig]):
 
     def encode_text(self, text: torch.Tensor) -> torch.Tensor:
         """(B, L) int64, padded with -1 -> (B, E) of length 1."""
-        return F.normalize(self.text(text), dim=-1)
+        with self._precision():
+            features = self.text(text)
+        return F.normalize(features.float(), dim=-1)
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, E) of length 1.
@@ -110,7 +119,13 @@ class ContrastiveRanker(Pretrained[RankerConfig]):
             raise UsageError(
                 f"ranker: images must be (N, 3, {size}, {size}), got {tuple(images.shape)}"
             )
-        return F.normalize(self.image(images.float()), dim=-1)
+        with self._precision():
+            features = self.image(images.float())
+        return F.normalize(features.float(), dim=-1)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        precision = self.train_precision if self.training else "fp32"
+        return autocast(self.log_scale.device, precision)
 
     @torch.no_grad()
     def scores(self, captions: Sequence[str], images: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dalle.configs import check_numbers, integer, integers, require, require_adamw, to_dict
+from dalle.configs import check_numbers, integer, integers, require, require_adamw
 from dalle.console import say
 from dalle.data.augment import center_crop, dvae_crop, to_tensor
 from dalle.data.pairs import BatchSampler, Pairs, fingerprints, load_or_draw, load_or_skip
@@ -25,7 +25,7 @@ from dalle.train.held_out import held_out_pictures
 from dalle.train.parts import run_parts, run_parts_no_grad, sum_parts
 from dalle.train.schedules import cosine_ramp
 from dalle.train.seeds import start_seed, step_seed
-from dalle.train.task import averaged_model, full_model, local_batch, require_one_part
+from dalle.train.task import averaged_model, described, full_model, local_batch, require_one_part
 from dalle.train.update import update
 
 COLLAPSED = "the codebook has collapsed: {words}; " + (
@@ -170,8 +170,7 @@ class DvaeTask:
 
     def describe(self) -> dict[str, Any]:
         """What fixes the training: model, recipe, data, seed."""
-        model, recipe = to_dict(self.model.config), to_dict(self.config)
-        return {"model": model, "train": recipe, "data": self.data, "seed": self.seed}
+        return {**described(self.model, self.config), "data": self.data, "seed": self.seed}
 
     def images(self, items: np.ndarray, limit: int) -> Tensor:
         """The first `limit` usable pictures among `items`, sorted by index, cropped to the centre:

@@ -38,6 +38,7 @@ from dalle.train.schedules import cosine_ramp, linear_warmup
 from dalle.train.seeds import step_seed
 from dalle.train.similar_captions import caption_vectors, draw_similar, pool_size
 from dalle.train.splicing import patches, pixels, splice
+from dalle.train.task import with_precision
 from dalle.train.update import update
 
 MAX_CACHED = 50_000  # items: larger sets have their codes and reconstructions computed every time
@@ -192,7 +193,7 @@ class RankerTask:
         return {
             **self.inputs,
             "ranker": asdict(self.ranker.config),
-            "train": {**asdict(self.config), "steps": self.steps},
+            "train": {**with_precision(self.config, self.model), "steps": self.steps},
             "seed": self.seed,
         }
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dalle.configs import to_dict
 from dalle.distributed.world import World
 from dalle.errors import DataError, EnvironmentProblem, UsageError
 from dalle.train.averaging import IterateAverage
@@ -58,6 +59,17 @@ class Task(Protocol):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restores `state()`."""
+
+
+def with_precision(config: Any, model: nn.Module) -> dict[str, Any]:
+    """A recipe's JSON values and, where it is not fp32, the precision that `model` trains in."""
+    precision = getattr(model, "train_precision", "fp32")
+    return to_dict(config) | ({} if precision == "fp32" else {"precision": precision})
+
+
+def described(model: Any, config: Any) -> dict[str, Any]:
+    """JSON values of a model and its recipe, for `Task.describe`."""
+    return {"model": to_dict(model.config), "train": with_precision(config, model)}
 
 
 def require_one_part(command: str, parts: int, world: World) -> None:
