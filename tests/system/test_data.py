@@ -15,10 +15,12 @@ from dalle.data import sources
 from dalle.data.augment import dvae_crop
 from dalle.data.pairs import ArrayPairs, BatchSampler, Pairs, left_out, load_or_draw, load_or_skip
 from dalle.data.sources import load_pairs
+from dalle.demo.config import TrainConfig
 from dalle.errors import DataError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 TAKE_DATA = (
+    TrainConfig,
     dvae.DvaeCommandConfig,
     dvae.ReconstructConfig,
     prior.PriorCommandConfig,

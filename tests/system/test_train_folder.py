@@ -14,13 +14,15 @@ from PIL import Image
 
 from dalle import cli
 from dalle.configs import to_dict
+from dalle.data import sources
 from dalle.data.pairs import ArrayPairs
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.demo import run, sets, sizing
 from dalle.demo.config import TrainConfig
 from dalle.demo.pace import Pace
-from dalle.demo.sets import FolderSet, open_folder
+from dalle.demo.sets import FolderSet, open_parts
 from dalle.demo.sizing import CUDA_TIERS, TIERS, SizesConfig, build, choose, ranker_grid, within
+from dalle.demo.train import run_train
 from dalle.demo.verdict import verdict
 from dalle.errors import DataError, UsageError
 from dalle.options import parse_options
@@ -184,6 +186,19 @@ def test_a_short_time_scales_what_was_not_given():
     assert within(sizes, given, 3.0) == sizes
 
 
+def test_a_new_source_is_one_entry_for_dalle_train_too(monkeypatch, tmp_path):
+    pairs, asked = some_pairs(12, 32), []
+    opens = lambda *values: asked.append(values) or pairs  # noqa: E731
+    monkeypatch.setitem(sources.BUILT_IN, "toy", opens)
+    monkeypatch.setattr(sources, "FOLDER_FORMATS", ((Path.is_dir, lambda path: pairs),))
+    for data in ("toy", str(tmp_path)):
+        assert sum(map(len, open_parts(data, 0.2, 36, 3))) == 12
+    assert asked == [(32, "train", 3)]
+    pairs.captions = ["one"] * 12
+    with pytest.raises(DataError, match="noise must hold two different captions, got only 'one'"):
+        run_train(TrainConfig(data="toy", out=tmp_path / "run"))
+
+
 @pytest.mark.parametrize("in_memory", [1 << 30, 0])
 def test_a_picture_keeps_its_caption_and_its_part(folder, tmp_path, monkeypatch, in_memory):
     """Also where the pictures are too many for the memory, and one is broken in its middle."""
@@ -191,7 +206,7 @@ def test_a_picture_keeps_its_caption_and_its_part(folder, tmp_path, monkeypatch,
     damaged = shutil.copytree(folder, tmp_path / "damaged")
     for path in (damaged / "004.jpg", damaged / "005.png"):
         path.write_bytes(path.read_bytes()[:-200])
-    train, held_out = open_folder(str(damaged), 0.2)
+    train, held_out = open_parts(str(damaged), 0.2)
     data = FolderSet(train, held_out, 16)
     columns = data.captions(12)
     originals = data.originals(columns)

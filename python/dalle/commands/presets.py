@@ -18,7 +18,7 @@ from dalle.config_files import CONFIG_NAME, Scalar, read_options
 from dalle.console import say
 from dalle.data.images import open_checked, read_bytes
 from dalle.data.pairs import Pairs, evenly_spaced
-from dalle.data.sources import BUILT_IN, load_pairs
+from dalle.data.sources import BUILT_IN, drawn_size, load_pairs
 from dalle.data.split import hold_out
 from dalle.demo.sizing import CUDA_TIERS, TIERS, fitted_dvae, num_codes
 from dalle.devices import Precision, default_precision
@@ -107,7 +107,7 @@ def open_pairs(data: str, image_size: int, preset_size: int, seed: int) -> Pairs
     """The data set; a built-in one at the size asked for, or about the preset's."""
     size = image_size or preset_size
     if data in BUILT_IN and not image_size:
-        size = max(24, size // 8 * 8)  # what every built-in set can be drawn at
+        size = drawn_size(size)
     return load_pairs(data, image_size=size, seed=seed)
 
 

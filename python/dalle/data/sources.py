@@ -84,6 +84,20 @@ def data_here(spec: str, *, folders: bool = True) -> str:
     return name
 
 
+def open_folder(path: Path) -> Pairs:
+    """A folder of any format of `FOLDER_FORMATS`, without a line on what was left out.
+
+    Raises:
+        DataError: no such folder, or nothing usable in it.
+    """
+    return (_opener(path) or FolderPairs)(path)
+
+
+def drawn_size(size: int) -> int:
+    """The largest size up to `size`, but at least 24, that every built-in set can be drawn at."""
+    return max(24, size // 8 * 8)
+
+
 def _opener(path: Path) -> Callable[[Path], Pairs] | None:
     return next((opens for fits, opens in FOLDER_FORMATS if fits(path)), None)
 

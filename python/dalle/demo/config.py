@@ -10,6 +10,8 @@ from dalle.configs import check_numbers, require
 from dalle.demo.sizing import SizesConfig
 from dalle.errors import UsageError
 
+DEMO_SETS = ("emoji", "shapes")  # with recipes and scores of their own
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
@@ -38,8 +40,8 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_numbers("demo", self)
-        if self.data not in ("emoji", "shapes"):
-            raise UsageError(f"demo: data must be emoji or shapes, got {self.data!r}")
+        if self.data not in DEMO_SETS:
+            raise UsageError(f"demo: data must be {' or '.join(DEMO_SETS)}, got {self.data!r}")
         if self.preset not in ("default", "smoke"):
             raise UsageError(f"demo: preset must be default or smoke, got {self.preset!r}")
         if self.minutes is not None and not 0 < self.minutes < 10_000:
@@ -57,8 +59,8 @@ class TrainConfig:
     was stopped.
 
     Args:
-        data: a folder of JPEG, PNG or WebP pictures, each with a .txt of the same name that holds
-            its caption; or emoji, or shapes.
+        data: shapes, emoji, or a folder of JPEG, PNG or WebP pictures, each with a .txt of the same
+            name that holds its caption.
         out: folder for the page, pictures, summary.json, config.yaml and the trained pipeline.
         time: how long it may take: quick is five minutes, hour, night is eight hours. It chooses
             sizes and numbers of updates, from the pictures and the measured pace as well.

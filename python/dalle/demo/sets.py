@@ -9,17 +9,17 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from dalle.data.augment import load_cropped, to_tensor
-from dalle.data.folder import FolderPairs
 from dalle.data.pairs import ArrayPairs, Pairs, evenly_spaced
 from dalle.data.shapes import parse, split_scenes
 from dalle.data.shapes_pairs import ShapesPairs
-from dalle.data.sources import load_pairs
+from dalle.data.sources import BUILT_IN, drawn_size, load_pairs, open_folder
 from dalle.data.split import Subset, hold_out
 from dalle.demo.measures import (
     nearest_rank,
@@ -304,10 +304,18 @@ def _some(pairs: Pairs, count: int) -> list[int]:
     return [items[i] for i in evenly_spaced(len(items), count)]
 
 
-def open_folder(folder: str, share: float) -> tuple[Subset, Subset]:
-    """The training and the held-out part of a folder of pictures with captions.
+def open_parts(data: str, share: float, side: int = 64, seed: int = 0) -> tuple[Subset, Subset]:
+    """The training and the held-out part of a source (`dalle.data.sources`).
+
+    Args:
+        data: a folder of any format, or the name of a set that has no recipe of its own.
+        share: of the pictures to hold out.
+        side: about how large the pictures of a set with a name are, in pixels.
+        seed: of a set that is drawn.
 
     Raises:
         DataError: no such folder, no usable pair, or too few different pictures.
     """
-    return hold_out(FolderPairs(folder), share)
+    if data in BUILT_IN:
+        return hold_out(load_pairs(data, image_size=drawn_size(side), seed=seed), share)
+    return hold_out(open_folder(Path(data)), share)

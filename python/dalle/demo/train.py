@@ -15,11 +15,11 @@ from dalle.console import duration, say
 from dalle.data.pairs import Pairs, format_counts
 from dalle.data.sources import BUILT_IN
 from dalle.data.split import Subset
-from dalle.demo.config import TrainConfig
+from dalle.demo.config import DEMO_SETS, TrainConfig
 from dalle.demo.context import Demo
 from dalle.demo.pace import with_pace
 from dalle.demo.run import built_in, check_extras, measured, run_stages
-from dalle.demo.sets import EmojiSet, FolderSet, open_folder
+from dalle.demo.sets import EmojiSet, FolderSet, open_parts
 from dalle.demo.sizing import CUDA_TIERS, TIERS, SizesConfig, Tier, build, choose, within
 from dalle.demo.workspace import Workspace
 from dalle.devices import pick_device
@@ -55,7 +55,9 @@ def run_train(config: TrainConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     tier = (CUDA_TIERS if device.type == "cuda" else TIERS)[config.time]
     minutes = tier.minutes if config.minutes is None else config.minutes
-    parts = None if config.data in BUILT_IN else open_folder(config.data, config.validation)
+    parts = None
+    if config.data not in DEMO_SETS:
+        parts = open_parts(config.data, config.validation, tier.side, config.seed)
     space = Workspace("train", config.out, _options(config), config.seed)
     check_targets("train", *space.targets(), space.out / CONFIG_NAME)
     with locked_folder(space.work, "train"), threads_for_parts():
@@ -75,7 +77,7 @@ def run_train(config: TrainConfig) -> dict[str, Any]:
             demo = Demo(space, build(sizes, len(pairs)), data, device)
         demo.recipe = with_pace(demo.recipe, measured(demo))
         factor = factor_for(demo.recipe, minutes, "train")
-        if config.data in BUILT_IN and config.sizes == SizesConfig():
+        if parts is None and config.sizes == SizesConfig():
             if factor < 1 or config.minutes is not None or config.time != "quick":
                 demo.recipe = scale_to(demo.recipe, minutes, "train")
             sizes = config.sizes
