@@ -4,7 +4,8 @@ Compiles each `csrc/<op>/<op>_cuda.cu` for every architecture of a build (`torch
 being errors, and prints one row a kernel: registers, shared memory, the opcodes that matter. It
 fails where a kernel spills, uses local memory, exceeds its registers, lacks an opcode that
 `csrc/<op>/<op>_cuda_budget.txt` promises, or has no row there. A row is for one architecture: a
-kernel that is compiled for another needs another row.
+kernel that is compiled for another needs another row. Last come predicted floors of the kernels'
+times at the sizes of the benchmarks (`kernel_floors.py`).
 
 A build that has kept its cubins and its log is not repeated (`.ci/run`):
 `CUDAFLAGS="-Xptxas=-v --keep --keep-dir=DIR" pip wheel -v ... > LOG`, then `--kept DIR --log LOG`.
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import kernel_floors  # noqa: E402
 import torch_dir  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +46,7 @@ class Kernel:
     spills: int = 0
     shared: int = 0
     opcodes: Counter[str] | None = None  # None where there is no disassembler
+    code: kernel_floors.Code = field(default_factory=list, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -148,10 +151,11 @@ def kernels_of(
     run = [disassembler or "", "-c", str(cubin)]
     text = subprocess.run(run, capture_output=True, text=True, check=True).stdout if run[0] else ""
     kernels = {}
+    codes = kernel_floors.parse_code(text)
     for name, opcodes in parse_machine_code(text).items():
         if name in ptxas:
             kernels[name] = ptxas[name]
-            kernels[name].opcodes = opcodes
+            kernels[name].opcodes, kernels[name].code = opcodes, codes[name]
     kernels = kernels if disassembler else ptxas
     names = demangle(list(kernels)) if kernels else {}
     return {names[mangled]: kernel for mangled, kernel in kernels.items()}
@@ -208,7 +212,7 @@ def report(
     architectures: Sequence[str] = ARCHITECTURES,
 ) -> list[str]:
     """Prints the table of what `read` finds for a source and an architecture; returns problems."""
-    found = []
+    found, floors = [], []
     pairs = [(source, architecture) for source in sources for architecture in architectures]
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
@@ -225,6 +229,14 @@ def report(
                     f" {kernel.shared:6} B shared  {counts}"
                 )
                 found += [f"{architecture}: {line}" for line in problems(name, kernel, budgets)]
+            codes = {name: kernel.code for name, kernel in kernels.items() if kernel.code}
+            if codes:
+                lines, wrong = kernel_floors.table(codes, architecture, source.parent.name)
+                floors += lines
+                found += [f"{architecture}: {line}" for line in wrong]
+    if floors:
+        print("\nLeast microseconds of each unit of a card, predicted; the largest has a star")
+        print("\n".join(sorted(floors, key=lambda line: line.split()[1:2])))
     return found
 
 
