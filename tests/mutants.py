@@ -54,7 +54,7 @@ MUTANTS = [
     Mutant(
         "codes do not saturate",
         "csrc/formats/formats.h",
-        "((above < most ? above : most) + added)",
+        "((above < range ? above : range) + added)",
         "(above + added)",
         "tests/ops/test_formats.py -m cpu_only",
         "cpu",

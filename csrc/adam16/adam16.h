@@ -121,7 +121,7 @@ DALLE_HOST_DEVICE word_t mean_code(word_t bits, word_t random) {
 
 // A variance v below code 1, which is 2^-60 (1 + 2^-10), becomes code 1 with probability v / code
 // 1, else zero, so that its mean is right. In 30 bits that probability is v * kProbabilityScale.
-inline constexpr uint32_t kCode1 = FormatOf<Format::k0610>::kLeast + (1u << 13);
+inline constexpr uint32_t kCode1 = FormatOf<Format::k0610>::kMin + (1u << 13);
 inline constexpr float kProbabilityScale = 0x1p90f / (1.0f + 0x1p-10f);
 
 // The code of a variance, 0 or more.
@@ -137,12 +137,12 @@ DALLE_HOST_DEVICE word_t variance_code(word_t bits, word_t probability, word_t r
 template <Format kFormat, typename word_t>
 DALLE_HOST_DEVICE word_t beyond_codes(word_t magnitude) {
   using F = FormatOf<kFormat>;
-  constexpr uint32_t kLow = F::kLeast + (1u << F::kDropped);
-  return word_t(magnitude - kLow > F::kMost - kLow);
+  constexpr uint32_t kLow = F::kMin + (1u << F::kDropped);
+  return word_t(magnitude - kLow > F::kMax - kLow);
 }
 template <Format kFormat, typename word_t>
 DALLE_HOST_DEVICE word_t magnitude_code(word_t magnitude, word_t added) {
-  return (magnitude - FormatOf<kFormat>::kLeast + added) >> FormatOf<kFormat>::kDropped;
+  return (magnitude - FormatOf<kFormat>::kMin + added) >> FormatOf<kFormat>::kDropped;
 }
 
 }  // namespace dalle

@@ -55,9 +55,9 @@ template <Format kFormat>
 struct FormatOf {
   static constexpr bool kSigned = kFormat == Format::k169;
   static constexpr int kMantissa = kSigned ? 9 : 10;
-  static constexpr int kDropped = 23 - kMantissa;  // bits of a float's mantissa
-  static constexpr uint32_t kLeast = 67u << 23;    // 2^-60 as the bits of a float
-  static constexpr uint32_t kMost = (131u << 23) - (1u << kDropped);  // the largest value
+  static constexpr int kDropped = 23 - kMantissa;                    // bits of a float's mantissa
+  static constexpr uint32_t kMin = 67u << 23;                        // 2^-60 as the bits of a float
+  static constexpr uint32_t kMax = (131u << 23) - (1u << kDropped);  // the largest value
   static constexpr uint32_t kHalfUlp = 1u << (kDropped - 1);
 };
 
@@ -70,10 +70,10 @@ DALLE_HOST_DEVICE word_t encode(word_t bits, word_t added) {
   constexpr uint32_t kInfinity = 0x7F800000u;
   // From the least magnitude on. What is smaller wraps around, to beyond all numbers where NaN is;
   // and so do negative numbers where there is no sign.
-  const word_t above = (F::kSigned ? bits & 0x7FFFFFFFu : bits) - F::kLeast;
-  const word_t most = word_t{} + (F::kMost - F::kLeast);
-  const word_t code = ((above < most ? above : most) + added) >> F::kDropped;
-  const word_t kept = above <= kInfinity - F::kLeast ? code : word_t{};
+  const word_t above = (F::kSigned ? bits & 0x7FFFFFFFu : bits) - F::kMin;
+  const word_t range = word_t{} + (F::kMax - F::kMin);
+  const word_t code = ((above < range ? above : range) + added) >> F::kDropped;
+  const word_t kept = above <= kInfinity - F::kMin ? code : word_t{};
   if constexpr (F::kSigned) return kept != 0 ? kept | ((bits >> 16) & 0x8000u) : word_t{};
   return kept;
 }
@@ -83,7 +83,7 @@ template <Format kFormat, typename word_t>
 DALLE_HOST_DEVICE word_t decode(word_t code) {
   using F = FormatOf<kFormat>;
   const word_t magnitude = F::kSigned ? code & 0x7FFFu : code;
-  const word_t bits = (magnitude << F::kDropped) + F::kLeast;
+  const word_t bits = (magnitude << F::kDropped) + F::kMin;
   if constexpr (F::kSigned) return code != 0 ? bits | ((code & 0x8000u) << 16) : word_t{};
   return code != 0 ? bits : word_t{};
 }

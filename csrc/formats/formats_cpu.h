@@ -61,7 +61,7 @@ class Encoder {
       const Word magnitude = bits & 0x7FFFFFFFu;
       const Word finite = (Word)(magnitude < 0x7F800000u);
       const Word flushed = (Word)(magnitude != 0) & (Word)(codes[j] == 0) & finite;
-      const Word beyond = (Word)(magnitude > FormatOf<kFormat>::kMost) & finite & ~flushed;
+      const Word beyond = (Word)(magnitude > FormatOf<kFormat>::kMax) & finite & ~flushed;
       lane_counts_[kSaturated] -= beyond;  // a mask is -1 where it holds
       lane_counts_[kFlushed] -= flushed;
       lane_counts_[kNonfinite] -= ~finite;

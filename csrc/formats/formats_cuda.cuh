@@ -38,7 +38,7 @@ struct EightEncoder {
         const uint32_t magnitude = bits & 0x7FFFFFFFu;
         const bool finite = magnitude < 0x7F800000u;
         const bool flushed = finite && magnitude != 0 && code == 0;
-        thread_counts[kSaturated] += finite && !flushed && magnitude > FormatOf<kFormat>::kMost;
+        thread_counts[kSaturated] += finite && !flushed && magnitude > FormatOf<kFormat>::kMax;
         thread_counts[kFlushed] += flushed;
         thread_counts[kNonfinite] += !finite;
         codes[half * 4 + i] = code;

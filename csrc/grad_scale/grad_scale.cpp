@@ -39,20 +39,20 @@ std::tuple<Tensor, Tensor, Tensor> unscale_gradients_(std::vector<Tensor> grads,
   for (int64_t g = 0; g < args.num_groups; ++g) {
     const double scale = args.scales[g];
     double squares = 0;
-    uint32_t largest = 0;
+    uint32_t max_abs = 0;
     int64_t counts[kNumGroupCounts] = {};
     const int64_t end = first_chunk_of_group(args.table, g + 1);
     for (int64_t c = first_chunk_of_group(args.table, g); c < end; ++c) {
       const ChunkStats& chunk = args.chunks[c];
       squares += chunk.squares;
-      largest = chunk.largest > largest ? chunk.largest : largest;
+      max_abs = chunk.max_abs > max_abs ? chunk.max_abs : max_abs;
       for (int k = 0; k < kNumGroupCounts; ++k) counts[k] += chunk.counts[k];
     }
     args.squares[g] = squares / scale / scale;
-    args.largest[g] = float_of(largest) / args.scales[g];
+    args.max_abs[g] = float_of(max_abs) / args.scales[g];
     std::memcpy(args.counts + g * kNumGroupCounts, counts, sizeof counts);
   }
-  return {stats.counts, stats.squares, stats.largest};
+  return {stats.counts, stats.squares, stats.max_abs};
 }
 
 void update_scales_(Tensor scales, Tensor since_drop, const Tensor& nonfinite, double growth,
@@ -74,7 +74,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dalle_ext, m) {
   m.def("_grad_scale_unscale(Tensor stream, Tensor grad, Tensor scale) -> Tensor");
   m.def(
       "_grad_scale_unscale_(Tensor(a!)[] grads, Tensor host, Tensor rows, Tensor scales,"
-      " bool check_only) -> (Tensor counts, Tensor squares, Tensor largest)");
+      " bool check_only) -> (Tensor counts, Tensor squares, Tensor max_abs)");
   m.def(
       "_grad_scale_update_(Tensor(a!) scales, Tensor(b!) since_drop, Tensor nonfinite,"
       " float growth, float backoff, int window, float low, float high, bool grow_on_skip) -> ()");

@@ -92,7 +92,7 @@ enum GroupCount : int { kNonfiniteGrads, kZeros, kSubnormals, kUnderflowed, kNum
 // Statistics of one chunk of the table; summed in the order of the chunks.
 struct ChunkStats {
   double squares;                   // of finite gradients, before the division
-  uint32_t largest;                 // magnitude of a finite gradient, before the division, as bits
+  uint32_t max_abs;                 // magnitude of a finite gradient, before the division, as bits
   int32_t counts[kNumGroupCounts];  // of at most kTableChunk elements
   int32_t unused;
 };
@@ -105,7 +105,7 @@ struct GroupStatsArgs {
   ChunkStats* chunks;   // (table.num_chunks)
   int64_t* counts;      // (G, kNumGroupCounts)
   double* squares;      // (G), of the unscaled gradients
-  float* largest;       // (G), of the unscaled gradients
+  float* max_abs;       // (G), of the unscaled gradients
   int64_t num_groups;
   bool check_only;
 };

@@ -59,7 +59,7 @@ inline std::tuple<Tensor, UnscaleArgs> prepare_unscale(const Tensor& stream, con
 }
 
 struct GroupStats {
-  Tensor counts, squares, largest, chunks;
+  Tensor counts, squares, max_abs, chunks;
   GroupStatsArgs args;
 };
 
@@ -77,7 +77,7 @@ inline GroupStats prepare_group_stats(const std::vector<Tensor>& grads, const Te
   const float* const divisors = check_scales(op, "scales", scales, groups, rows);
   Tensor counts = torch::stable::new_empty(scales, {groups, kNumGroupCounts}, ScalarType::Long);
   Tensor squares = torch::stable::new_empty(scales, {groups}, ScalarType::Double);
-  Tensor largest = torch::stable::new_empty(scales, {groups});
+  Tensor max_abs = torch::stable::new_empty(scales, {groups});
   Tensor chunks =
       torch::stable::new_empty(scales, {table.num_chunks, int64_t{4}}, ScalarType::Long);
   const GroupStatsArgs args{table,
@@ -85,10 +85,10 @@ inline GroupStats prepare_group_stats(const std::vector<Tensor>& grads, const Te
                             static_cast<ChunkStats*>(chunks.mutable_data_ptr()),
                             static_cast<int64_t*>(counts.mutable_data_ptr()),
                             static_cast<double*>(squares.mutable_data_ptr()),
-                            static_cast<float*>(largest.mutable_data_ptr()),
+                            static_cast<float*>(max_abs.mutable_data_ptr()),
                             groups,
                             check_only};
-  return {counts, squares, largest, chunks, args};
+  return {counts, squares, max_abs, chunks, args};
 }
 
 inline UpdateScalesArgs prepare_update_scales(Tensor& scales, Tensor& since_drop,

@@ -94,7 +94,7 @@ constexpr int kSums = 16, kSumVectors = kSums / kLanes;
 
 // Counts and sums by lane. Zeros count as subnormal and as underflowed until the end.
 struct BlockStats {
-  Word nonfinite, zeros, subnormals, underflowed, largest;
+  Word nonfinite, zeros, subnormals, underflowed, max_abs;
   Float squares[kSumVectors];
 };
 
@@ -116,7 +116,7 @@ BlockStats add_stats(const scalar_t* data, int64_t count, const Thresholds& thre
     stats.zeros -= (Word)(bits == 0);
     stats.subnormals -= (Word)((Int)bits < normal);
     stats.underflowed -= (Word)((Int)bits <= flushed);
-    stats.largest = finite_bits > stats.largest ? finite_bits : stats.largest;
+    stats.max_abs = finite_bits > stats.max_abs ? finite_bits : stats.max_abs;
     stats.squares[sum] += (Float)finite_bits * (Float)finite_bits;
   };
   const int64_t full = count / kSums * kSums;
@@ -146,7 +146,7 @@ inline Thresholds thresholds_of(ElementKind kind, float scale) {
   return thresholds;
 }
 
-// The same for elements that are all finite. Where one is not, `largest` shows it and the rest is
+// The same for elements that are all finite. Where one is not, `max_abs` shows it and the rest is
 // undefined.
 template <typename scalar_t>
 BlockStats stats_of_finite(const scalar_t* data, int64_t count, const Thresholds& thresholds) {
@@ -161,7 +161,7 @@ inline Word in_pairs(Halves lanes) { return ((Word)lanes & 0xFFFF) + ((Word)lane
 
 inline BlockStats stats_of_finite(const Half* data, int64_t count, const Thresholds& thresholds) {
   const Halves flushed = Halves{} + thresholds.flushed_half;
-  Halves zeros = {}, subnormals = {}, underflowed = {}, largest = {};
+  Halves zeros = {}, subnormals = {}, underflowed = {}, max_abs = {};
   BlockStats stats = {};
   Float squares[kSumVectors] = {};
   constexpr int kStep = 2 * kLanes > kSums ? 2 * kLanes : kSums;
@@ -173,7 +173,7 @@ inline BlockStats stats_of_finite(const Half* data, int64_t count, const Thresho
       zeros -= (Halves)(bits == 0);
       subnormals -= (Halves)(bits < 0x0400);
       underflowed -= (Halves)(bits <= flushed);
-      largest = bits > largest ? bits : largest;
+      max_abs = bits > max_abs ? bits : max_abs;
     }
 #pragma GCC unroll 4
     for (int at = 0; at < kStep; at += kLanes) {
@@ -186,15 +186,15 @@ inline BlockStats stats_of_finite(const Half* data, int64_t count, const Thresho
   stats.zeros += in_pairs(zeros);
   stats.subnormals += in_pairs(subnormals);
   stats.underflowed += in_pairs(underflowed);
-  const Word low = (Word)largest & 0xFFFF, high = (Word)largest >> 16;
-  const Word largest_bits =
+  const Word low = (Word)max_abs & 0xFFFF, high = (Word)max_abs >> 16;
+  const Word max_abs_bits =
       (Word)widened_half(__builtin_convertvector(low > high ? low : high, Short));
-  stats.largest = largest_bits > stats.largest ? largest_bits : stats.largest;
+  stats.max_abs = max_abs_bits > stats.max_abs ? max_abs_bits : stats.max_abs;
   return stats;
 }
 
 inline bool any_nonfinite(const BlockStats& stats) {
-  return any((Word)(stats.largest >= kInfinityBits));
+  return any((Word)(stats.max_abs >= kInfinityBits));
 }
 
 template <typename scalar_t>
@@ -218,7 +218,7 @@ void unscale_chunk(const GroupStatsArgs& args, const TableRow& row, int64_t chun
     all.zeros += block_stats.zeros;
     all.subnormals += block_stats.subnormals;
     all.underflowed += block_stats.underflowed;
-    all.largest = block_stats.largest > all.largest ? block_stats.largest : all.largest;
+    all.max_abs = block_stats.max_abs > all.max_abs ? block_stats.max_abs : all.max_abs;
     const auto* const sums = reinterpret_cast<const float*>(block_stats.squares);
     for (int i = 0; i < kSums; ++i) squares[i] += static_cast<double>(sums[i]);
     if (args.check_only) continue;
@@ -232,9 +232,9 @@ void unscale_chunk(const GroupStatsArgs& args, const TableRow& row, int64_t chun
   const int64_t zeros = sum_of_lanes(all.zeros);
   stats.squares = 0;
   for (const double sum : squares) stats.squares += sum;
-  stats.largest = 0;
+  stats.max_abs = 0;
   for (int i = 0; i < kLanes; ++i) {
-    stats.largest = all.largest[i] > stats.largest ? all.largest[i] : stats.largest;
+    stats.max_abs = all.max_abs[i] > stats.max_abs ? all.max_abs[i] : stats.max_abs;
   }
   stats.counts[kNonfiniteGrads] = static_cast<int32_t>(sum_of_lanes(all.nonfinite));
   stats.counts[kZeros] = static_cast<int32_t>(zeros - padding);

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> unscale_gradients_(std::vector<Tensor> grads,
   const DeviceScope on(scales);
   const GroupStats stats = prepare_group_stats(grads, host, rows, scales, check_only);
   check_launch("unscale_gradients_", launch_grad_scale_stats(stats.args, on.stream()));
-  return {stats.counts, stats.squares, stats.largest};
+  return {stats.counts, stats.squares, stats.max_abs};
 }
 
 void update_scales_(Tensor scales, Tensor since_drop, const Tensor& nonfinite, double growth,

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kEightThreads) grad_scale_unscale_kernel(Unsca
 // Every thread of the block calls it; thread 0 returns the sum.
 __device__ __forceinline__ ChunkStats block_sum(ChunkStats stats) {
   DALLE_SHARED(ChunkStats, parts, [kEightThreads / kWarpSize]);
-  stats.largest = __reduce_max_sync(kAllLanes, stats.largest);
+  stats.max_abs = __reduce_max_sync(kAllLanes, stats.max_abs);
 #pragma unroll
   for (int c = 0; c < kNumGroupCounts; ++c) {
     stats.counts[c] = __reduce_add_sync(kAllLanes, stats.counts[c]);
@@ -73,7 +73,7 @@ __device__ __forceinline__ ChunkStats block_sum(ChunkStats stats) {
   if (threadIdx.x == 0) {
     for (int w = 1; w < kEightThreads / kWarpSize; ++w) {
       stats.squares += parts[w].squares;
-      stats.largest = parts[w].largest > stats.largest ? parts[w].largest : stats.largest;
+      stats.max_abs = parts[w].max_abs > stats.max_abs ? parts[w].max_abs : stats.max_abs;
       for (int c = 0; c < kNumGroupCounts; ++c) stats.counts[c] += parts[w].counts[c];
     }
   }
@@ -103,7 +103,7 @@ __device__ __forceinline__ ChunkStats unscale_chunk(const GroupStatsArgs& args, 
       stats.counts[kZeros] += inside && bits == 0;
       stats.counts[kSubnormals] += inside && bits != 0 && bits < normal;
       stats.counts[kUnderflowed] += inside && bits != 0 && bits <= flushed;
-      stats.largest = finite_bits > stats.largest ? finite_bits : stats.largest;
+      stats.max_abs = finite_bits > stats.max_abs ? finite_bits : stats.max_abs;
       squares = fmaf(float_of(finite_bits), float_of(finite_bits), squares);
     }
     if (args.check_only) continue;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kEightThreads) grad_scale_groups_kernel(GroupS
   for (int64_t chunk = begin + threadIdx.x; chunk < end; chunk += kEightThreads) {
     const ChunkStats& part = args.chunks[chunk];
     stats.squares += part.squares;
-    stats.largest = part.largest > stats.largest ? part.largest : stats.largest;
+    stats.max_abs = part.max_abs > stats.max_abs ? part.max_abs : stats.max_abs;
 #pragma unroll
     for (int c = 0; c < kNumGroupCounts; ++c) stats.counts[c] += part.counts[c];
   }
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kEightThreads) grad_scale_groups_kernel(GroupS
   if (threadIdx.x != 0) return;
   const float scale = args.scales[group];
   args.squares[group] = stats.squares / scale / scale;
-  args.largest[group] = float_of(stats.largest) / scale;
+  args.max_abs[group] = float_of(stats.max_abs) / scale;
   for (int c = 0; c < kNumGroupCounts; ++c) {
     args.counts[group * kNumGroupCounts + c] = stats.counts[c];
   }
@@ -192,7 +192,7 @@ inline cudaError_t launch_grad_scale_unscale(const UnscaleArgs& args, void* stre
 
 // Table of gradients (N_i), scales (G) -> chunks of 32,768 elements -> a block each -> gradients in
 // place and a ChunkStats a chunk -> a block a group -> counts (G, kNumGroupCounts), squares (G),
-// largest (G).
+// max_abs (G).
 inline cudaError_t launch_grad_scale_stats(const GroupStatsArgs& args, void* stream) {
   if (args.table.num_chunks > 0) {
     const cudaError_t error =

@@ -144,17 +144,17 @@ struct Strip {
   // [1, 2), or zero.
   __device__ __forceinline__ void begin(const float* p, int64_t rank, int rows, int first,
                                         float eps) {
-    float largest[kWidth] = {};
+    float column_max[kWidth] = {};
     each<true>([&](int row, float (&x)[kWidth]) {
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
         x[c] = row < rows && first + c < rank ? p[row * rank + first + c] : 0.0f;
         if (row == first + c && row < rank) x[c] += eps;
-        largest[c] = fmaxf(largest[c], fabsf(x[c]));
+        column_max[c] = fmaxf(column_max[c], fabsf(x[c]));
       }
     });
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    shared.parts[0][warp][lane] = join<kWidth>(fold(largest, Larger()), Larger());
+    shared.parts[0][warp][lane] = join<kWidth>(fold(column_max, Larger()), Larger());
     __syncthreads();
     float scale[kWidth];
 #pragma unroll

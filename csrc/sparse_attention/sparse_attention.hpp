@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 
 inline AttentionRule check_rule(const std::string& kind, int64_t text_len, int64_t rows,
                                 int64_t columns, const std::vector<int64_t>& runs) {
-  constexpr int64_t kMost = int64_t{1} << 24;  // positions, so that 32-bit indices are safe
+  constexpr int64_t kMax = int64_t{1} << 24;  // positions, so that 32-bit indices are safe
   AttentionRule rule = {};
   const AttentionKindName* match = nullptr;
   std::string names;
@@ -31,10 +31,10 @@ inline AttentionRule check_rule(const std::string& kind, int64_t text_len, int64
   }
   DALLE_ATTENTION_CHECK(match != nullptr, "kind", "one of " + names, kind);
   rule.kind = match->kind;
-  DALLE_ATTENTION_CHECK(text_len >= 0 && text_len < kMost, "text_len", "from 0 to 2^24", text_len);
+  DALLE_ATTENTION_CHECK(text_len >= 0 && text_len < kMax, "text_len", "from 0 to 2^24", text_len);
   DALLE_ATTENTION_CHECK(
-      rows >= 1 && columns >= 1 && rows < kMost && columns < kMost && rows * columns < kMost,
-      "grid", "at least 1 x 1 and at most 2^24 positions", rows, " x ", columns);
+      rows >= 1 && columns >= 1 && rows < kMax && columns < kMax && rows * columns < kMax, "grid",
+      "at least 1 x 1 and at most 2^24 positions", rows, " x ", columns);
   rule.text_len = static_cast<int32_t>(text_len);
   rule.rows = static_cast<int32_t>(rows);
   rule.columns = static_cast<int32_t>(columns);
@@ -90,8 +90,8 @@ inline SparseAttentionParams check_sparse_attention(const Tensor& q, const Tenso
                         "text_len + rows * columns = " + std::to_string(length), q.size(2));
   DALLE_ATTENTION_CHECK(q.size(3) >= 1 && q.size(3) <= kMaxHeadSize, "D", "from 1 to 256",
                         q.size(3));
-  constexpr int64_t kMost = int64_t{1} << 31;
-  DALLE_ATTENTION_CHECK(q.size(0) < kMost && q.size(1) < kMost, "B and H", "less than 2^31",
+  constexpr int64_t kMax = int64_t{1} << 31;
+  DALLE_ATTENTION_CHECK(q.size(0) < kMax && q.size(1) < kMax, "B and H", "less than 2^31",
                         shape_text(q));
   SparseAttentionParams params = {};
   params.type = check_type(q);

@@ -11,7 +11,7 @@ namespace {
 // of 16.
 constexpr int kMicroRows = DALLE_ISA_BYTES == 64 ? 8 : 4;
 constexpr int kMicroVectors = 2;
-constexpr int kMostDepth = 128;  // products added up before they meet another sum
+constexpr int kMaxDepth = 128;  // products added up before they meet another sum
 
 template <typename acc_t, int kVectors>
 using MicroTile = Vec<acc_t>[kMicroRows][kVectors];
@@ -70,8 +70,8 @@ inline void strip_by_panel(const operand_t* strip, const operand_t* panel, Sum<o
     for (int r = 0; r < num_rows; r += kMicroRows) {
       acc_t* block = to + r * kLead + c;
       // Two shorter sums round less than one long one.
-      for (int d = 0; d < depth; d += kMostDepth) {
-        const int step = depth - d < kMostDepth ? depth - d : kMostDepth;
+      for (int d = 0; d < depth; d += kMaxDepth) {
+        const int step = depth - d < kMaxDepth ? depth - d : kMaxDepth;
         MicroTile<acc_t, kMicroVectors> sum = {}, before = {};
         micro_tile<operand_t, kMicroVectors, 1, kTile>(strip + d * kTile + r, panel + d * kTile + c,
                                                        kTile, step, sum);

@@ -124,7 +124,7 @@ __device__ void walk_queries(const SparseAttentionParams& p, const QueryPlan& pl
   constexpr int32_t kQueries = Warp::kRows * 8 * kWarps;
   const uint32_t parts = static_cast<uint32_t>(plan.parts), part = blockIdx.x % parts;
   const HeadIndex head(p, blockIdx.x / parts);
-  // Indices are below 2^25 and parts at most kMostParts: the products stay below 2^32.
+  // Indices are below 2^25 and parts at most kMaxParts: the products stay below 2^32.
   const uint32_t blocks = static_cast<uint32_t>(p.length + kQueries - 1) / kQueries;
   const int32_t begin = static_cast<int32_t>(part * blocks / parts) * kQueries;
   const int32_t end = static_cast<int32_t>((part + 1) * blocks / parts) * kQueries;

@@ -20,8 +20,8 @@ namespace dalle {
 
 constexpr int kTileSize = 64;  // keys or queries of a tile
 constexpr int kSlots = 2;      // tiles of keys and values that pass through shared memory
-constexpr int kMostParts = 4096;
-constexpr int kMostScheduled = 16;  // blocks a place; more are not scheduled one by one
+constexpr int kMaxParts = 4096;
+constexpr int kMaxScheduled = 16;  // blocks for each that can run at once; more are estimated
 
 // The tiles of keys that a block visits for some of its queries, ascending.
 struct TileRange {
@@ -102,16 +102,16 @@ inline std::vector<double> block_times(const std::vector<double>& steps, int64_t
   return times;
 }
 
-// When the last of heads * blocks.size() blocks ends; each starts as soon as one of `places` is
-// free, in order. Gives up with infinity once it cannot end before `limit`.
-inline double makespan(const std::vector<double>& blocks, int64_t heads, int64_t places,
+// When the last of heads * blocks.size() blocks ends, of which `num_running` run at once and the
+// others follow in order. Gives up with infinity once it cannot end before `limit`.
+inline double makespan(const std::vector<double>& blocks, int64_t heads, int64_t num_running,
                        double limit) {
   std::priority_queue<double, std::vector<double>, std::greater<double>> ends;
   double last = 0;
   for (int64_t head = 0; head < heads; ++head) {
     for (const double time : blocks) {
       double end = time;
-      if (static_cast<int64_t>(ends.size()) == places) {
+      if (static_cast<int64_t>(ends.size()) == num_running) {
         end += ends.top();
         ends.pop();
       }
@@ -129,30 +129,31 @@ inline WalkPlan find_walk_plan(const AttentionRule& rule, const WalkShape& shape
                                const DeviceLimits& device) {
   WalkPlan best;
   for (const int64_t side_by_side : {2, 1}) {
-    const int64_t room =
+    const int64_t shared_bytes =
         std::min(device.shared_per_block,
                  device.shared_per_multiprocessor / side_by_side - device.shared_reserved);
-    const int64_t pairs = (room - shape.static_bytes) / shape.pair_bytes;
-    if (room < shape.static_bytes || pairs < kSlots) continue;
+    const int64_t pairs = (shared_bytes - shape.static_bytes) / shape.pair_bytes;
+    if (shared_bytes < shape.static_bytes || pairs < kSlots) continue;
     const int64_t resident = std::min(ceil_div(rule.text_len, kTileSize), pairs - kSlots);
     const std::vector<double> steps = step_times(rule, shape, side_by_side, resident);
     const double fixed = walk_costs(shape, side_by_side, resident).fixed;
     const double work = std::accumulate(steps.begin(), steps.end(), 0.0);  // of one head
-    const int64_t places = side_by_side * device.multiprocessors;
-    const double heads_a_place = static_cast<double>(shape.heads) / static_cast<double>(places);
-    const int64_t most_parts = std::min<int64_t>(  // more only repeat the fixed part
-        {static_cast<int64_t>(steps.size()), std::max<int64_t>(8 * places / shape.heads, 32),
-         kMostParts});
-    for (int64_t parts = 1; parts <= most_parts; parts += 1 + parts / 32) {
-      const double mean = heads_a_place * (work + fixed * static_cast<double>(parts));
+    const int64_t num_running = side_by_side * device.multiprocessors;
+    const double heads_per_block =
+        static_cast<double>(shape.heads) / static_cast<double>(num_running);
+    const int64_t max_parts = std::min<int64_t>(  // more only repeat the fixed part
+        {static_cast<int64_t>(steps.size()), std::max<int64_t>(8 * num_running / shape.heads, 32),
+         kMaxParts});
+    for (int64_t parts = 1; parts <= max_parts; parts += 1 + parts / 32) {
+      const double mean = heads_per_block * (work + fixed * static_cast<double>(parts));
       const double limit = best.parts ? 0.99 * best.makespan : HUGE_VAL;
       if (mean >= limit) break;  // it grows with parts
       const std::vector<double> blocks = block_times(steps, parts, fixed);
       // Of very many blocks, no schedule in order ends later than this.
       const double latest = mean + *std::max_element(blocks.begin(), blocks.end());
-      const double ends = shape.heads * parts > kMostScheduled * places
+      const double ends = shape.heads * parts > kMaxScheduled * num_running
                               ? latest
-                              : makespan(blocks, shape.heads, places, limit);
+                              : makespan(blocks, shape.heads, num_running, limit);
       if (ends < limit) best = {parts, resident, side_by_side, ends};
     }
   }

@@ -22,9 +22,9 @@ void expect(bool holds, const char* what, const WalkShape& shape, const Attentio
               shape.queries, long(shape.pair_bytes), got);
 }
 
-// The slow and plain way: each block goes to the place that is free first.
-double schedule(const std::vector<double>& blocks, int64_t heads, int64_t places) {
-  std::vector<double> free(static_cast<size_t>(places), 0.0);
+// The slow and plain way: each block goes to the one of `num_running` that is free first.
+double schedule(const std::vector<double>& blocks, int64_t heads, int64_t num_running) {
+  std::vector<double> free(static_cast<size_t>(num_running), 0.0);
   for (int64_t head = 0; head < heads; ++head) {
     for (const double time : blocks) *std::min_element(free.begin(), free.end()) += time;
   }
@@ -128,7 +128,7 @@ int main() {
   expect(many.parts == 1, "many heads: one block each", {}, paper, double(many.parts));
   const WalkShape long_shape = {1, (1 << 25) - 1, 128, 16 << 10, kStatic};
   const WalkPlan longest = plan_walk(rule_of(AttentionKind::kRow, 0, 5792), long_shape, kH100);
-  expect(longest.parts <= kMostParts && longest.parts >= 132, "the longest walk", long_shape, paper,
+  expect(longest.parts <= kMaxParts && longest.parts >= 132, "the longest walk", long_shape, paper,
          double(longest.parts));
   std::printf("ceil(264 / heads) takes up to %.2f times as long\n", worst);
   return failures ? 1 : 0;

@@ -47,7 +47,7 @@ void test_format(Checks& checks, ElementKind kind, bool drawn) {
     const bool finite = std::isfinite(value), flushed = finite && value != 0 && code == 0;
     found[kNonfinite] += !finite;
     found[kFlushed] += flushed;
-    found[kSaturated] += finite && !flushed && magnitude > FormatOf<kFormat>::kMost;
+    found[kSaturated] += finite && !flushed && magnitude > FormatOf<kFormat>::kMax;
     return static_cast<uint16_t>(code);
   };
   for (int64_t i = 0; i < n; ++i) expected[i] = encoded(x.at(i), i, expected_counts);
