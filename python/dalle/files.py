@@ -259,6 +259,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_sha256(value: Any) -> str:
+    """Hex SHA-256 of what `to_json` writes, for a file that guards itself."""
+    return hashlib.sha256(to_json(value)).hexdigest()
+
+
 def to_json(value: Any) -> bytes:
     """`value` as indented UTF-8 JSON with a final newline; numbers of numpy as Python's.
 

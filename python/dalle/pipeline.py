@@ -15,8 +15,8 @@ import torch
 from dalle.configs import UPPER_LIMITS, check_numbers, from_dict, integer
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, UsageError
-from dalle.files import read_object, to_json, write_atomic
-from dalle.pretrained import fingerprint
+from dalle.files import to_json, write_atomic
+from dalle.pretrained import FORMAT_VERSION, fingerprint, read_head
 from dalle.prior.decode import generate
 from dalle.prior.model import Prior
 from dalle.prior.sampling import PAPER, SamplingChanges, SamplingConfig, first_numbers
@@ -24,7 +24,6 @@ from dalle.ranker.model import ContrastiveRanker, ImageTextRanker, load_ranker
 from dalle.tokenizer import Tokenizer
 from dalle.version import __version__
 
-FORMAT_VERSION = 1
 MAX_CANDIDATES = int(UPPER_LIMITS["num_candidates"])
 CANDIDATES, TOP = 512, 8  # where nothing is said: the paper's 512
 SEQUENCES = 256  # sampled or decoded at once
@@ -133,15 +132,7 @@ class Pipeline:
             CheckpointError: the folder is damaged or holds something else.
         """
         directory = Path(directory)
-        head = read_object(directory / "config.json", CheckpointError)
-        if head.get("class") != "Pipeline":
-            class_name = head.get("class") or "none"
-            raise CheckpointError(f"{directory}: class must be Pipeline, got {class_name}")
-        if head.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{directory}: format_version must be {FORMAT_VERSION}, "
-                f"got {head.get('format_version', 'none')}"
-            )
+        head = read_head(directory, "Pipeline")
         ranker = load_ranker(directory / "ranker") if head.get("ranker") else None
         sampling = from_dict(  # older pipelines have none: the paper's
             SamplingConfig,

@@ -15,7 +15,7 @@ from torch import nn
 
 from dalle.configs import did_you_mean, field_types, from_dict, to_dict
 from dalle.errors import CheckpointError, UsageError
-from dalle.files import check_regular, read_bytes, read_json, to_json, write_atomic
+from dalle.files import check_regular, read_bytes, read_json, read_object, to_json, write_atomic
 from dalle.memory import require_memory
 from dalle.version import __version__
 
@@ -213,6 +213,24 @@ def load_trained_on(directory: Path | str) -> dict[str, str]:
     if not isinstance(hashes, dict) or not all(isinstance(v, str) for v in hashes.values()):
         raise CheckpointError(f"{path}: trained_on must be hashes by name, got something else")
     return hashes
+
+
+def read_head(directory: Path, class_name: str) -> dict[str, Any]:
+    """config.json of a folder of `class_name`, which is no module with weights.
+
+    Raises:
+        CheckpointError: it is damaged, of another class or of another version.
+    """
+    head = read_object(directory / CONFIG_FILE, CheckpointError)
+    if head.get("class") != class_name:
+        got = head.get("class") or "none"
+        raise CheckpointError(f"{directory}: class must be {class_name}, got {got}")
+    if head.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{directory}: format_version must be {FORMAT_VERSION}, "
+            f"got {head.get('format_version', 'none')}"
+        )
+    return head
 
 
 def _checked(head: Any, path: Path) -> dict[str, Any]:

@@ -28,14 +28,13 @@ from torch import Tensor
 from dalle.captions import clean, marks, without_marks
 from dalle.configs import integer, integers
 from dalle.errors import CheckpointError, DataError, UsageError
-from dalle.files import parse_json, read_bytes, read_object, to_json, write_atomic
+from dalle.files import parse_json, read_bytes, to_json, write_atomic
 from dalle.memory import require_memory
+from dalle.pretrained import CONFIG_FILE, FORMAT_VERSION, read_head
 from dalle.version import __version__
 from dalle_ext._checks import real
 
-FORMAT_VERSION = 1
 TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "config.json"
 MAX_FILE_BYTES = 64 << 20
 NUM_BYTES = 256
 LONG_WORD = re.compile(r"\S{256}(?=\S)")
@@ -220,15 +219,7 @@ class Tokenizer:
         """
         directory = Path(directory)
         path = directory / TOKENIZER_FILE
-        head = read_object(directory / CONFIG_FILE, CheckpointError)
-        if head.get("class") != "Tokenizer":
-            class_name = head.get("class") or "none"
-            raise CheckpointError(f"{directory}: class must be Tokenizer, got {class_name}")
-        if head.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{directory}: format_version must be {FORMAT_VERSION}, "
-                f"got {head.get('format_version', 'none')}"
-            )
+        head = read_head(directory, "Tokenizer")
         try:
             data = read_bytes(path, MAX_FILE_BYTES)
         except OSError as problem:

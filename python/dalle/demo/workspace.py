@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dalle.console import say
 from dalle.errors import DataError, UsageError
-from dalle.files import read_object, saving, temporary_name, to_json
+from dalle.files import json_sha256, read_object, saving, temporary_name, to_json
 from dalle.pictures import save_bytes
 from dalle.version import __version__
 
@@ -58,7 +57,7 @@ class Workspace:
 
     def write(self, path: Path, values: dict[str, Any]) -> None:
         """Writes a work file: JSON with the SHA-256 of the rest in it."""
-        save_bytes(path, to_json({**values, "sha256": _digest(values)}))
+        save_bytes(path, to_json({**values, "sha256": json_sha256(values)}))
 
     def read(self, path: Path) -> dict[str, Any]:
         """What `write` wrote; empty without a file, or where it is damaged, which is reported.
@@ -83,7 +82,7 @@ class Workspace:
             values = read_object(path, DataError)
         except DataError:
             return None
-        return None if values.pop("sha256", "") != _digest(values) else values
+        return None if values.pop("sha256", "") != json_sha256(values) else values
 
     def targets(self) -> list[Path]:
         """The files that the end of a stage writes."""
@@ -137,7 +136,3 @@ class Workspace:
     def add_scores(self, values: dict[str, Any]) -> None:
         """Adds to the scores."""
         self.write(self.scores, {**self.read_scores(), **values})
-
-
-def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(to_json(values)).hexdigest()

@@ -274,8 +274,10 @@ class Cluster:
         self._postponed = problem
 
     def raise_postponed(self) -> None:
-        found, self._any_postponed = self._any_postponed, None
-        if self.any(self._postponed is not None) if found is None else found:
+        postponed, self._any_postponed = self._any_postponed, None
+        if postponed is None:
+            postponed = self.any(self._postponed is not None)
+        if postponed:
             problem, self._postponed = self._postponed, None
             self.raise_first(problem)
 

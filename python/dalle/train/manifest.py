@@ -9,7 +9,6 @@ the highest number. Old ones are pruned only after the new one is there.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
 import re
@@ -23,6 +22,7 @@ import torch
 from dalle.errors import CheckpointError
 from dalle.files import (
     check_regular,
+    json_sha256,
     parse_json,
     read_bytes,
     sha256,
@@ -108,12 +108,9 @@ def write_manifest(
         },
         "files": files,
     }
-    write_synced(folder / MANIFEST, to_json({**manifest, "sha256": _digest(manifest)}))
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 over the manifest's other keys: it guards the files, this guards it."""
-    return hashlib.sha256(to_json(manifest)).hexdigest()
+    # Over the manifest's other keys: it guards the files, this guards it.
+    guarded = {**manifest, "sha256": json_sha256(manifest)}
+    write_synced(folder / MANIFEST, to_json(guarded))
 
 
 def read_manifest(path: Path, part: slice = ALL) -> dict[str, Any]:
@@ -127,7 +124,7 @@ def read_manifest(path: Path, part: slice = ALL) -> dict[str, Any]:
         written = read_bytes(path / MANIFEST)
         manifest: dict[str, Any] = parse_json(written)
         digest = manifest.pop("sha256")
-        if digest != _digest(manifest) or written != to_json({**manifest, "sha256": digest}):
+        if digest != json_sha256(manifest) or written != to_json({**manifest, "sha256": digest}):
             raise CheckpointError(f"{where}: {MANIFEST} must match its SHA-256, got other bytes")
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{where}: format must be {FORMAT}, got {manifest['format']}")
