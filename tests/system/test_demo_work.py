@@ -34,6 +34,7 @@ def make_space(out):
 def space(tmp_path):
     """A demo's folder with something in every work file."""
     space = make_space(tmp_path / "demo")
+    space.claim()
     space.add_time("dvae", 3.0, 4.0, done=True)
     space.add_scores({"psnr": 22.5})
     strips = [{"caption": "caf\udce9 <b>", "split": "zero", "picture": "pictures/strip-00.png"}]

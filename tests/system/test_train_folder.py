@@ -24,6 +24,7 @@ from dalle.demo.sets import FolderSet, open_parts
 from dalle.demo.sizing import CUDA_TIERS, TIERS, SizesConfig, build, choose, ranker_grid, within
 from dalle.demo.train import run_train
 from dalle.demo.verdict import verdict
+from dalle.demo.workspace import Workspace
 from dalle.errors import DataError, UsageError
 from dalle.options import parse_options
 from dalle.pipeline import Pipeline
@@ -104,8 +105,49 @@ def test_the_same_command_does_nothing_more_and_other_options_are_refused(finish
     assert f'dalle sample "A CAPTION" --model {out / "pipeline"}' in captured.out
     again = json.loads((out / "summary.json").read_text())
     assert again["seconds"] == summary["seconds"]
+    config = str(out / "config.yaml")  # holds sizes that the command left out
+    assert cli.main(["train", "--config", config, "--data", str(folder), "--out", str(out)]) == 0
+    printed_last = capsys.readouterr().out
+    assert f"train: {summary['psnr']:.4g} dB PSNR of reconstructions" in printed_last
+    assert re.search(r"train: [\d.]+ % of training captions have the best of 2 near", printed_last)
     assert cli.main([*words, *SIZES[:-1], "3"]) == 2
     assert "train: num_samples must be 2 as in" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(finished, folder, tmp_path, capsys):
+    """Also where `dalle pipeline make` or `dalle demo` made it: its models would be taken."""
+    out, _ = finished
+    shutil.copytree(out / "pipeline", tmp_path / "steps" / "pipeline")
+    shutil.copytree(out, tmp_path / "demo")
+    (tmp_path / "demo" / "work" / "train.json").rename(tmp_path / "demo" / "work" / "demo.json")
+    for name, there in (("steps", "pipeline"), ("demo", "work/demo.json")):
+        place = tmp_path / name
+        before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+        assert cli.main(["train", "--data", str(folder), "--out", str(place), *SIZES]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error == (
+            f"train: {place} must hold nothing of another run, got {there}; choose another --out"
+        )
+        assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+
+
+def test_options_may_change_until_a_stage_has_begun(folder, tmp_path, capsys, monkeypatch):
+    """A refused call does not bind its folder to the options that were wrong."""
+    monkeypatch.setattr(run, "measure", steady_pace)
+    words = ["train", "--data", str(folder), "--out", str(tmp_path / "run")]
+    for wrong, line in (
+        (["--image-size", "18"], "train: image_size must be a multiple"),
+        (["--minutes", "0.001"], "train: minutes must be"),
+        (["--image-size", "16", "--codes", "100000"], "train: codes must be at most"),
+    ):
+        assert cli.main([*words, "--patch", "4", *wrong]) == 2
+        assert line in capsys.readouterr().err
+    space = Workspace("train", tmp_path / "run", {"data": "right"}, 0)
+    space.claim()
+    assert not (space.work / "sizes.json").exists() and not (space.work / "pace.json").exists()
+    space.add_time("data", 1.0, 1.0, done=True)
+    with pytest.raises(UsageError, match="train: data must be right as in .*, got wrong; choose"):
+        Workspace("train", tmp_path / "run", {"data": "wrong"}, 0)
 
 
 def test_the_options_written_give_the_same_run_again(finished, folder):
@@ -246,6 +288,18 @@ def test_the_verdict_names_the_weak_part(changes, losses, words):
     (sentence,) = verdict({**SCORES, **changes}, losses, "pictures")
     assert words in sentence
     assert verdict(SCORES, [], "pictures") == []
+
+
+def test_the_demo_s_verdict_names_the_command_that_has_the_options():
+    usual = {**SCORES, "psnr": 22.9, "psnr_train": 22.5, "held_out_at_1": 0.82, "samples": 976}
+    (drawn,) = verdict({**usual, "captions_drawn": 122}, [], "emoji", "demo")
+    assert drawn == (
+        "Drawn for held-out captions, the best of 8 is nearest to a right picture of emoji in 82% "
+        "of the cases (chance: 0.8%)."
+    )
+    assert verdict({**SCORES, "psnr": 18.0}, [], "emoji", "demo")[-1] == (
+        "These are options of dalle train --data emoji."
+    )
 
 
 def test_sizes_are_checked():

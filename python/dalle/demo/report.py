@@ -30,15 +30,18 @@ td.number { white-space: nowrap; }
 td code { color: #777; font-size: .85em; }
 """
 KEYS = {  # key of summary.json -> unit, and what it says without the lines around it
-    "held_out_at_1": ("", "of held-out captions the best of 8 is nearest to its own true picture"),
-    "held_out_at_5": ("", "of held-out captions it has its own among the nearest five pictures"),
+    "held_out_at_1": ("", "of held-out captions have the best of 8 nearest to their own picture"),
+    "held_out_at_5": ("", "of held-out captions have their own among its five nearest pictures"),
     "held_out_at_1_single": ("", "nearest to its own, for one sample without reranking"),
     "held_out_at_5_single": ("", "among the nearest five, for one sample without reranking"),
     "held_out_at_1_oracle": ("", "nearest to its own, if the ranker always chose a right sample"),
     "psnr": ("dB", "PSNR of reconstructions of unseen pictures"),
-    "train_at_1": ("", "of training captions the best of 8 is nearest to a right true picture"),
+    "train_at_1": ("", "of training captions have the best of 8 nearest to a right picture"),
     "train_at_1_single": ("", "of training captions, for one sample without reranking"),
-    "ranker_accuracy": ("", "of held-out captions find their own among all held-out pictures"),
+    "ranker_accuracy": (
+        "",
+        "of held-out captions find their own of all held-out pictures (ranker)",
+    ),
     "prior_loss": ("nats", "a token, loss of the prior on held-out pairs"),
     "codes_used": ("codes", "occur in the training pictures"),
     "code_share": ("", "of the codebook occurs in the training pictures"),
@@ -73,7 +76,9 @@ def write_report(demo: Demo, *, complete: bool) -> dict[str, Any]:
     summary: dict[str, Any] = {
         **scores,
         "headline": {key: scores[key] for key in demo.data.headline if key in scores},
-        "verdict": verdict(scores, prior_losses(space), demo.data.train.name) if complete else [],
+        "verdict": verdict(scores, prior_losses(space), demo.data.name, space.command)
+        if complete
+        else [],
         "seconds": round(sum(entry["seconds"] for entry in timings.values()), 1),
         "seconds_predicted": round(sum(recipe.seconds.values()), 1),
         "cpu_seconds": round(sum(entry["cpu_seconds"] for entry in timings.values()), 1),
@@ -143,11 +148,22 @@ def _numbers(summary: dict[str, Any]) -> str:
     """A row a number: how much, of what in words, and its key in summary.json."""
     rows = [
         f"<tr><td class=number>{_number(summary[key], unit)}"
-        f"<td>{escape(words)} <code>{escape(key)}</code>"
+        f"<td>{escape(_of(words, summary))} <code>{escape(key)}</code>"
         for key, (unit, words) in KEYS.items()
         if key in summary
     ]
     return "<h2>In numbers</h2><table>\n" + "\n".join(rows) + "\n</table>" if rows else ""
+
+
+def in_words(summary: dict[str, Any], key: str) -> str:
+    """A score as a line of text: how much, and of what."""
+    unit, words = KEYS[key]
+    number = _number(summary[key], unit).replace("&nbsp;", " ")
+    return f"{number} {_of(words, summary)}"
+
+
+def _of(words: str, summary: dict[str, Any]) -> str:
+    return words.replace("best of 8", f"best of {summary['recipe']['num_samples']}")
 
 
 def _number(value: float, unit: str) -> str:

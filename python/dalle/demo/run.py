@@ -15,7 +15,7 @@ from dalle.demo.config import DemoConfig
 from dalle.demo.context import Demo
 from dalle.demo.pace import Pace, measure, with_pace
 from dalle.demo.plots import draw_plots
-from dalle.demo.report import write_report
+from dalle.demo.report import in_words, write_report
 from dalle.demo.score import samples_stage
 from dalle.demo.sets import DataSet, EmojiSet, ShapesSet
 from dalle.demo.stages import data_stage, dvae_stage, prior_stage, ranker_stage, tokenizer_stage
@@ -145,6 +145,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     space = Workspace("demo", config.out, options, config.seed)
     check_targets("demo", *space.targets())
     with locked_folder(space.work, "demo"):
+        space.claim()
         demo = Demo(space, recipe, data, device)
         if config.preset != "smoke" or config.minutes is not None:
             with threads_for_parts():
@@ -156,10 +157,9 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
 def closing_lines(out: Path, command: str, summary: dict[str, Any]) -> str:
     """What the command prints last: key numbers, the verdict, the page, what to type next."""
-    numbers = ", ".join(f"{key} {value:.3g}" for key, value in summary["headline"].items())
     model = shlex.quote(str(out / "pipeline"))
     lines = [
-        f"{numbers}, {summary['seconds']:.0f} seconds",
+        *(in_words(summary, key) for key in (*summary["headline"], "seconds")),
         *summary["verdict"],
         f"look at {out / 'index.html'}",
         f'now: dalle sample "A CAPTION" --model {model}',

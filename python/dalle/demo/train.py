@@ -61,6 +61,7 @@ def run_train(config: TrainConfig) -> dict[str, Any]:
     space = Workspace("train", config.out, _options(config), config.seed)
     check_targets("train", *space.targets(), space.out / CONFIG_NAME)
     with locked_folder(space.work, "train"), threads_for_parts():
+        space.claim()
         if parts is None:
             demo = _on_built_in(config, space, device, tier)
             pairs = demo.data.train
@@ -84,8 +85,10 @@ def run_train(config: TrainConfig) -> dict[str, Any]:
         else:
             sizes = within(_chosen(space, config.sizes, pairs, tier), config.sizes, factor)
             demo.recipe = with_pace(build(sizes, len(pairs)), measured(demo))
+        space.write(space.work / "chosen.json", {**to_dict(config.sizes), **to_dict(sizes)})
         write_resolved(replace(config, sizes=sizes), space.out / CONFIG_NAME, owner="train")
-        for line in table(demo.recipe, demo.device, len(pairs)):
+        drawn = len(demo.data.captions(demo.recipe.num_captions).captions)
+        for line in table(demo.recipe, demo.device, len(pairs), drawn):
             say(f"train: {line}")
         say(f"train: all options: {space.out / 'config.yaml'}; edit it and give it to --config")
         return run_stages(demo)
@@ -136,7 +139,7 @@ def describe_set(train: Subset, held_out: Subset) -> str:
     )
 
 
-def table(recipe: DemoRecipe, device: torch.device, num_pairs: int) -> list[str]:
+def table(recipe: DemoRecipe, device: torch.device, num_pairs: int, drawn: int) -> list[str]:
     """The plan, a line for each stage: sizes, updates, foretold time."""
     grid = recipe.image_size // recipe.vae.patch
     epochs = recipe.prior_steps * recipe.prior_train.batch_size / num_pairs
@@ -154,7 +157,7 @@ def table(recipe: DemoRecipe, device: torch.device, num_pairs: int) -> list[str]
             f"{prior['num_layers']} layers of width {prior['d_model']}, {epochs:.2g} epochs",
             recipe.prior_steps,
         ),
-        ("samples", f"{recipe.num_samples} of each of {recipe.num_captions} captions", 0),
+        ("samples", f"{recipe.num_samples} of each of {drawn} captions", 0),
     ]
     lines = [f"{'stage':<8} {'what':<44} {'updates':>8} {'time':>8}"]
     for stage, words, updates in rows:

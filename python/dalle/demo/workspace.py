@@ -25,7 +25,7 @@ class Workspace:
         seed: for everything random.
 
     Raises:
-        UsageError: the folder holds a run of other options.
+        UsageError: the folder holds a run of other options, or something of another command.
         DataError: its list of options is damaged.
         EnvironmentProblem: it cannot be written.
     """
@@ -37,23 +37,66 @@ class Workspace:
         self.pipeline = self.out / "pipeline"
         self.samples = self.work / "samples.safetensors"
         self.scores = self.work / "scores.json"
-        identity = {**self.options, "seed": seed}
-        path = self.work / f"{command}.json"
-        if path.exists():
-            saved = self._read(path)
-            if saved is None:
-                raise DataError(
-                    f"{command}: {path} must be as dalle {command} wrote it, got other bytes; "
-                    "choose another --out, or remove it to go on with these options"
-                )
-            for key, value in identity.items():
-                if saved.get(key) != value:
+        self._identity = {**self.options, "seed": seed}
+        self._check()
+        with saving(command, self.work):
+            self.work.mkdir(parents=True, exist_ok=True)
+
+    def _check(self) -> bool:
+        """Refuses a folder that is another run's; whether it is this run's already."""
+        command, path = self.command, self.work / f"{self.command}.json"
+        if not path.exists():
+            others = (self.work / "train.json", self.work / "demo.json", self.pipeline)
+            for other in others:
+                if other.exists():
                     raise UsageError(
-                        f"{command}: {key} must be {saved.get(key)} as in {self.out}, got {value}; "
-                        "choose another --out"
+                        f"{command}: {self.out} must hold nothing of another run, got "
+                        f"{other.relative_to(self.out)}; choose another --out"
                     )
-        else:
-            self.write(path, {**identity, "dalle_version": __version__})
+            return False
+        saved = self._read(path)
+        if saved is None:
+            raise DataError(
+                f"{command}: {path} must be as dalle {command} wrote it, got other bytes; "
+                "choose another --out, or remove it to go on with these options"
+            )
+        chosen = self.read(self.work / "chosen.json")  # as config.yaml holds it
+        changed = [
+            key
+            for key, value in self._identity.items()
+            if saved.get(key) != value and not (saved.get(key) is None and chosen.get(key) == value)
+        ]
+        if changed and self._begun():
+            was, now = (
+                "left out" if values.get(changed[0]) is None else values[changed[0]]
+                for values in (saved, self._identity)
+            )
+            raise UsageError(
+                f"{command}: {changed[0]} must be {was} as in {self.out}, got {now}; "
+                "choose another --out"
+            )
+        return not changed
+
+    def _begun(self) -> bool:
+        """Whether a stage has begun; before that the options may still change."""
+        names = ("timings.json", "scores.json", "training.json")
+        return self.pipeline.exists() or any((self.work / name).exists() for name in names)
+
+    def claim(self) -> None:
+        """Makes the folder this run's, with the lock held.
+
+        Where another call of other options ended before its first stage, what it had chosen and
+        measured is forgotten.
+
+        Raises: as the class does.
+        """
+        if self._check():
+            return
+        for name in ("sizes.json", "pace.json", "precision.json", "chosen.json"):
+            with saving(self.command, self.work / name):
+                (self.work / name).unlink(missing_ok=True)
+        identity = {**self._identity, "dalle_version": __version__}
+        self.write(self.work / f"{self.command}.json", identity)
 
     def write(self, path: Path, values: dict[str, Any]) -> None:
         """Writes a work file: JSON with the SHA-256 of the rest in it."""
