@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -100,6 +101,18 @@ def test_of_sample(folder, tmp_path, ampere):
         assert config.precision == wanted
         assert block.dtype == block.qkv.weight.dtype == config.compute_dtype == config.weight_dtype
         assert block.qkv.bias.dtype == block.norm.weight.dtype == torch.float32
+    for name in ("bf16", "fp16-scaled"):  # matrices of 16 bits: what fp32 ones are rounded to
+        drawn = []
+        for half in (False, True):
+            prior = build().prior
+            prior.config = dataclasses.replace(prior.config, precision=name)
+            for block in prior.resblocks().values():
+                block.dtype = prior.config.compute_dtype
+            if half:
+                prior.compute_in_(name)
+            text = torch.zeros(2, 7, dtype=torch.int64)
+            drawn.append(prior(text, torch.ones(2, 16, dtype=torch.int64)).image_logits)
+        assert torch.equal(*drawn)
     # Drawn on the CPU in bf16: the picture's codes are those of a model so rounded.
     said = {}
     with dalle_ext.use_reference():

@@ -242,7 +242,7 @@ def set_precision(pipeline: Pipeline, precision: str, device: torch.device) -> N
     trained = pipeline.prior.config.precision
     if precision == "auto":
         precision = trained if trained != "fp32" else default_precision(device)
-    if precision != trained:
+    if precision != trained or precision != "fp32":  # 16 bits, once and not at every code
         pipeline.prior.compute_in_(precision)
 
 

@@ -63,6 +63,8 @@ class Demo:
         for part in (pipeline.vae, pipeline.prior, pipeline.ranker):
             assert isinstance(part, torch.nn.Module)
             part.to(self.device)
+        if pipeline.prior.config.precision != "fp32":  # 16 bits, once and not at every code
+            pipeline.prior.compute_in_(pipeline.prior.config.precision)
         return pipeline
 
     def train(self, task: Task, steps: int) -> dict[str, float]:
