@@ -8,7 +8,7 @@ import kernel_floors
 from dalle_ext import AttentionPattern
 from kernel_floors import Card, Case, Work
 
-CARD = Card("card", "sm_80", 10, 1e9, 0.5, 1e12)
+CARD = Card("card", "sm_80", 10, 1e9, 0.5, 2, 1e12)
 LOOPS = """
 \t.section\t.text._Z4loopv,"ax",@progbits
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -50,7 +50,14 @@ def test_loops_without_the_loops_in_them():
 
 def test_stretches_with_exponentials():
     code = kernel_floors.parse_code(STRAIGHT)["_Z4straightv"]
-    assert kernel_floors.exponentials(code) == Work(issue=5, mufu=4)
+    assert kernel_floors.exponentials(code) == Work(issue=5, ffma=1, mufu=4)
+
+
+def test_innermost_loops_with_plain_products():
+    code = kernel_floors.parse_code(LOOPS.replace("HMMA.16816.F32 R4, R4, R8, RZ", "FFMA R1, R2"))
+    inner = Work(issue=5, ffma=1, mufu=1, shared=512 + 256)
+    assert kernel_floors.plain_products(code["_Z4loopv"], least=1) == inner
+    assert kernel_floors.plain_products(code["_Z4loopv"], least=2) == Work()
 
 
 def test_floors_are_work_over_rates():
@@ -62,6 +69,7 @@ def test_floors_are_work_over_rates():
         "issue": (100 * 5 + 300 * 5) / 4 * a_clock,
         "tensor": 500 / 0.5 * a_clock,
         "shared": (100 * 512 + 300 * 768) / 128 * a_clock,
+        "FFMA": 0,
         "MUFU": 300 / 0.5 * a_clock,
         "bytes": 5.0,
     }
@@ -69,7 +77,8 @@ def test_floors_are_work_over_rates():
     straight = kernel_floors.parse_code(STRAIGHT)["_Z4straightv"]
     got = kernel_floors.floors(Case("straight", "", 0, warps=1000), straight, CARD)
     assert got == pytest.approx(
-        {"issue": 1250 * a_clock, "MUFU": 8000 * a_clock, "tensor": 0, "shared": 0, "bytes": 0}
+        {"issue": 1250 * a_clock, "FFMA": 500 * a_clock, "MUFU": 8000 * a_clock}
+        | dict.fromkeys(("tensor", "shared", "bytes"), 0)
     )
 
 
@@ -95,7 +104,7 @@ def test_a_case_without_its_kernel_or_work_is_named():
     idle = kernel_floors.parse_code(STRAIGHT)["_Z4straightv"]
     named = {case.kernel: idle for case in kernel_floors.cases()}
     lines, wrong = kernel_floors.table(named, "sm_80", "sparse_attention")
-    assert lines == [] and all("must find loops with HMMA, got none" in line for line in wrong)
+    assert lines == [] and {line.split()[-3].rstrip(",") for line in wrong} == {"HMMA", "FFMA"}
     named = {case.kernel: codes["_Z4loopv"] for case in kernel_floors.cases()}
     lines, wrong = kernel_floors.table(named, "sm_80", "gumbel_softmax")
     assert lines == [] and all("must find stretches with MUFU, got none" in line for line in wrong)

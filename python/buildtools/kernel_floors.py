@@ -1,11 +1,13 @@
 """Least times of a kernel on a card, from its machine code: `kernel_report.py` prints them.
 
 A floor is what one unit of the card needs alone, all multiprocessors at work: issue slots, tensor
-cores, shared memory, exponentials (MUFU), bytes of global memory. A kernel is never faster than its
-largest floor; how close it comes is not predicted. Nothing here is measured.
+cores, plain products (FFMA), shared memory, exponentials (MUFU), bytes of global memory. A kernel
+is never faster than its largest floor; how close it comes is not predicted. Nothing here is
+measured.
 
-Instructions are counted where the work is: in the loops with HMMA, or in the straight stretches
-with most MUFU. Prologues, address arithmetic between loops and slow paths are left out.
+Instructions are counted where the work is: in the loops with HMMA, the innermost loops with most
+FFMA, or the straight stretches with most MUFU. Prologues, address arithmetic between loops and slow
+paths are left out.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-PIPES = ("issue", "tensor", "shared", "MUFU", "bytes")
+PIPES = ("issue", "tensor", "FFMA", "shared", "MUFU", "bytes")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Card:
     multiprocessors: int
     clock: float
     hmma: float  # m16n8k16 a clock
+    ffma: float  # of a warp, a clock
     bandwidth: float  # bytes a second of a copy, about .9 of what the memory is sold for
 
     def rate(self, per_clock: float) -> float:
@@ -36,9 +39,9 @@ class Card:
 # Four schedulers issue one instruction each; shared memory gives 128 bytes; 16 lanes of MUFU. HMMA:
 # an A100 does 1,024 products a clock, Hopper 2,048 with wgmma, of which mma.sync reaches some 62 %.
 CARDS = (
-    Card("A100", "sm_80", 108, 1.41e9, 0.5, 1.8e12),
-    Card("H100", "sm_90a", 132, 1.755e9, 0.62, 3.0e12),
-    Card("H200", "sm_90a", 132, 1.755e9, 0.62, 4.3e12),
+    Card("A100", "sm_80", 108, 1.41e9, 0.5, 2, 1.8e12),
+    Card("H100", "sm_90a", 132, 1.755e9, 0.62, 4, 3.0e12),
+    Card("H200", "sm_90a", 132, 1.755e9, 0.62, 4, 4.3e12),
 )
 
 
@@ -48,6 +51,7 @@ class Work:
 
     issue: int = 0
     hmma: int = 0
+    ffma: int = 0
     mufu: int = 0
     shared: int = 0  # bytes that ldmatrix reads and cp.async writes
 
@@ -55,6 +59,7 @@ class Work:
         return Work(
             self.issue - other.issue,
             self.hmma - other.hmma,
+            self.ffma - other.ffma,
             self.mufu - other.mufu,
             self.shared - other.shared,
         )
@@ -69,7 +74,7 @@ def work_of(instructions: list[str]) -> Work:
             shared += 128 * int(name.rsplit(".", 1)[-1]) if name[-1].isdigit() else 128
         elif name.startswith("LDGSTS"):
             shared += 32 * (16 if name.endswith(".128") else 8 if name.endswith(".64") else 4)
-    return Work(len(instructions), opcodes["HMMA"], opcodes["MUFU"], shared)
+    return Work(len(instructions), opcodes["HMMA"], opcodes["FFMA"], opcodes["MUFU"], shared)
 
 
 Code = list[tuple[str, str]]  # (label, "") or (opcode with modifiers, operands)
@@ -123,6 +128,17 @@ def products(code: Code) -> list[Work]:
     return sorted(found, key=lambda work: work.issue / work.hmma)
 
 
+def plain_products(code: Code, least: int = 64) -> Work:
+    """All innermost loops with at least `least` FFMA."""
+    loops = loops_of(code)
+    chosen: list[str] = []
+    for first, last in loops:
+        inside = any(x != (first, last) and first <= x[0] and x[1] <= last for x in loops)
+        if not inside and between(code, first, last).ffma >= least:
+            chosen += [name for name, _ in code[first : last + 1] if not name.startswith(".")]
+    return work_of(chosen)
+
+
 def exponentials(code: Code, least: int = 4) -> Work:
     """All straight stretches with at least `least` MUFU."""
     stretch: list[str] = []
@@ -147,11 +163,12 @@ class Case:
     full: float = 0  # HMMA in tiles without a mask
     masked: float = 0  # HMMA in tiles with one
     warps: float = 0  # that run the stretches with MUFU
+    plain: float = 0  # FFMA
 
 
 def floors(case: Case, code: Code, card: Card) -> dict[str, float]:
     """Microseconds of each of PIPES; bytes alone where a case counts no stretches of the code."""
-    total = dict.fromkeys(("issue", "hmma", "mufu", "shared"), 0.0)
+    total = dict.fromkeys(("issue", "hmma", "ffma", "mufu", "shared"), 0.0)
     parts: list[tuple[float, Work]] = []
     if case.full or case.masked:
         regions = products(code)
@@ -159,12 +176,16 @@ def floors(case: Case, code: Code, card: Card) -> dict[str, float]:
         parts += [(case.masked / regions[-1].hmma, regions[-1])]
     if case.warps:
         parts += [(case.warps, exponentials(code))]
+    if case.plain:
+        work = plain_products(code)
+        parts += [(case.plain / work.ffma, work)]
     for times, work in parts:
         for name in total:
             total[name] += times * getattr(work, name)
     seconds = {
         "issue": total["issue"] / card.rate(4),
         "tensor": total["hmma"] / card.rate(card.hmma),
+        "FFMA": total["ffma"] / card.rate(card.ffma),
         "shared": total["shared"] / card.rate(128),
         "MUFU": total["mufu"] / card.rate(0.5),
         "bytes": case.bytes / card.bandwidth,
@@ -221,11 +242,26 @@ def attention(kind: str, heads: int, head: int) -> Iterator[Case]:
     yield Case(f"{name}<__half, {head}, ", size, 6 * tensor + lse, 0, 4 * hmma * pairs)
 
 
+def float_attention(kind: str, heads: int, head: int) -> Iterator[Case]:
+    """The three kernels on fp32, whole tiles of 64 x 64; reads of shared memory are not counted."""
+    tensor, lse = heads * LENGTH * head * 4.0, heads * LENGTH * 8.0
+    size = f"{kind}, {heads} heads, T {LENGTH}"
+    ffma = heads * sum(visible_pairs(kind, 64, 64, 64)) * head / 32
+    for step, count, moved in (
+        ("forward", 2, 4 * tensor + lse),
+        ("backward_query", 3, 6 * tensor + 2 * lse),
+        ("backward_key", 4, 6 * tensor + 2 * lse),
+    ):
+        name = f"sparse_attention_{step}_float_kernel<{head}>"
+        yield Case(name, size, moved, plain=count * ffma)
+
+
 def cases() -> Iterator[Case]:
     """The sizes of benchmarks/."""
     for kind, heads, head in (("row", 496, 64), ("row", 128, 64), ("causal", 496, 64)):
         yield from attention(kind, heads, head)
     yield from attention("row", 248, 128)
+    yield from float_attention("row", 496, 64)
     rows, codes = 8192, 8192
     for scalar, size, back in (("float", 4, "16, false, 4, 2"), ("__half", 2, "8, false, 8, 1")):
         threads = 512 if scalar == "float" else 1024
@@ -262,6 +298,9 @@ def table(codes: dict[str, Code], architecture: str, op: str) -> tuple[list[str]
             continue
         if case.warps and not exponentials(code).mufu:
             wrong.append(f"{name}: kernel_floors must find stretches with MUFU, got none")
+            continue
+        if case.plain and not plain_products(code).ffma:
+            wrong.append(f"{name}: kernel_floors must find loops with FFMA, got none")
             continue
         for card in (card for card in CARDS if card.architecture == architecture):
             times = floors(case, code, card)
