@@ -36,9 +36,9 @@ LAST = ("prior",)  # between them any other op of dalle_ext/ops
 
 def all_cases(scale: str) -> list[Case]:
     """Of every op, most wanted first; one that cannot be imported is a case that says so."""
-    rooms = sorted(path.stem for path in (checks.ROOT / "dalle_ext/ops").glob("[a-z]*.py"))
+    ops = sorted(path.stem for path in (checks.ROOT / "dalle_ext/ops").glob("[a-z]*.py"))
     found = []
-    for op in (*FIRST, *(room for room in rooms if room not in FIRST), *LAST):
+    for op in (*FIRST, *(name for name in ops if name not in FIRST), *LAST):
         try:
             found += importlib.import_module(f"bench_{op}").cases(scale)
         except Exception as error:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_ROOMS = {"common", "emulator", "host"}
-ROOMS = sorted(
+OPS = sorted(
     folder.name
     for folder in (ROOT / "csrc").iterdir()
     if folder.is_dir() and folder.name not in NOT_ROOMS
@@ -141,12 +141,12 @@ def test_no_test_module_is_imported_and_no_path_is_changed():
         assert path.name == "test_layout.py" or "sys.path" not in path.read_text(), where
 
 
-def test_there_are_rooms():
-    assert {"sparse_attention", "gumbel_softmax"} <= set(ROOMS)
+def test_there_are_ops():
+    assert {"sparse_attention", "gumbel_softmax"} <= set(OPS)
 
 
-@pytest.mark.parametrize("op", ROOMS)
-def test_room_has_its_furniture(op):
+@pytest.mark.parametrize("op", OPS)
+def test_op_has_all_its_files(op):
     pieces = [
         f"csrc/{op}/{op}.h",
         f"csrc/{op}/{op}.hpp",
@@ -163,8 +163,8 @@ def test_room_has_its_furniture(op):
     assert [piece for piece in pieces if not (ROOT / piece).exists()] == []
 
 
-@pytest.mark.parametrize("op", ROOMS)
-def test_room_holds_nothing_else(op):
+@pytest.mark.parametrize("op", OPS)
+def test_folder_of_an_op_holds_nothing_else(op):
     strangers = [p.name for p in (ROOT / "csrc" / op).iterdir() if not p.name.startswith(op)]
     assert strangers == []
 
@@ -172,7 +172,7 @@ def test_room_holds_nothing_else(op):
 @pytest.mark.parametrize("folder", ["dalle_ext/ops", "dalle_ext/reference"])
 def test_every_op_is_one_file(folder):
     files = {path.stem for path in (ROOT / folder).glob("*.py")}
-    assert files == {"__init__", *ROOMS}
+    assert files == {"__init__", *OPS}
 
 
 def exported(init: str, op: str) -> set[str]:
@@ -182,7 +182,7 @@ def exported(init: str, op: str) -> set[str]:
     return {alias.name for node in taken for alias in node.names}
 
 
-@pytest.mark.parametrize("op", ROOMS)
+@pytest.mark.parametrize("op", OPS)
 def test_every_op_is_exported_and_in_the_table_of_operators(op):
     init = (ROOT / "dalle_ext/__init__.py").read_text()
     table = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/ops.md").read_text(), re.M)

@@ -242,7 +242,7 @@ def report(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("ops", nargs="*", help="rooms of csrc/; all of them if left out")
+    parser.add_argument("ops", nargs="*", help="folders of csrc/; all of them if left out")
     parser.add_argument("--architecture", choices=ARCHITECTURES, help="that one alone")
     parser.add_argument("--kept", type=Path, help="cubins that a build kept, with --log")
     parser.add_argument("--log", type=Path, help="output of that build, ptxas -v in it")

@@ -40,7 +40,7 @@ double schedule(const AttentionRule& rule, const WalkShape& shape, const DeviceL
 }
 
 // Tiles that fit beside the slots; negative where the slots do not.
-int64_t room(const WalkShape& shape, const DeviceLimits& device, int64_t side_by_side) {
+int64_t spare_tiles(const WalkShape& shape, const DeviceLimits& device, int64_t side_by_side) {
   int64_t tiles = -1 - kSlots;
   while ((tiles + 1 + kSlots) * shape.pair_bytes + kStatic <= device.shared_per_block &&
          side_by_side *
@@ -59,7 +59,7 @@ double check(const AttentionRule& rule, const WalkShape& shape, const DeviceLimi
     expect(false, "1 <= parts <= steps", shape, rule, double(plan.parts));
     return 1;
   }
-  expect(plan.resident == std::min(text, room(shape, device, plan.per_multiprocessor)),
+  expect(plan.resident == std::min(text, spare_tiles(shape, device, plan.per_multiprocessor)),
          "as much text as fits", shape, rule, double(plan.resident));
   const double mine =
       schedule(rule, shape, device, plan.parts, plan.resident, plan.per_multiprocessor);
@@ -67,7 +67,7 @@ double check(const AttentionRule& rule, const WalkShape& shape, const DeviceLimi
          "the makespan of list scheduling", shape, rule, plan.makespan / mine);
   double least = mine;
   for (const int64_t side_by_side : {1, 2}) {
-    const int64_t fits = room(shape, device, side_by_side);
+    const int64_t fits = spare_tiles(shape, device, side_by_side);
     for (int64_t parts = 1; parts <= steps && fits >= 0; ++parts) {
       least =
           std::min(least, schedule(rule, shape, device, parts, std::min(text, fits), side_by_side));
