@@ -319,8 +319,8 @@ def sample(config: SampleConfig) -> None:
         say(f"sample: {number + 1}/{len(captions)} {caption}")
         pictures.save_bytes(out / RECORD, to_json(run))
         pictures.save_bytes(out / PAGE, page(run))
-    number = f"{len(captions)} caption{'s' * (len(captions) > 1)}"
-    print(f"sample: {number}, grids and samples.json in {out}; look at {out / PAGE}")
+    count = f"{len(captions)} caption{'s' * (len(captions) > 1)}"
+    print(f"sample: {count}, grids and samples.json in {out}; look at {out / PAGE}")
 
 
 def save_pictures(out: Path, name: str, generation: Generation, scale: int) -> list[str]:
