@@ -52,7 +52,7 @@ def run(device: str) -> int:
 
 
 def sixteen(device: str, dtype: torch.dtype) -> int:
-    """The 16-bit operators, over sizes with ragged ends and addresses that are no multiple of 16."""
+    """The 16-bit operators, over sizes with ragged ends and addresses no multiple of 16."""
     for size in ELEMENTS:
         x = torch.randn(size + 1, device=device).to(dtype)[1:]
         for kind in ("1-6-9", "0-6-10"):
