@@ -188,12 +188,12 @@ def test_the_backward_pass_is_queued_before_the_host_reads_the_loss():
 def beating(monkeypatch):
     """Heartbeats of two processes in this one, of a store of their own, ten times as fast."""
     monkeypatch.setattr(heartbeat, "BEAT", 0.02)
-    monkeypatch.setattr(heartbeat, "GRACE", 0.2)
+    monkeypatch.setattr(heartbeat, "GRACE", 0.4)
     port = free_port()
     server = dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
-    made = [Heartbeat(rank, 2, timedelta(seconds=0.6), "run") for rank in range(2)]
+    made = [Heartbeat(rank, 2, timedelta(seconds=1.0), "run") for rank in range(2)]
     yield made
     for one in made:
         one.stop()
@@ -214,7 +214,7 @@ def lost_by(one, seconds):
 def test_a_process_that_waits_for_the_device_notices_who_is_gone(beating):
     first, second = beating
     for _ in range(3):  # the other lives; and the time-out counts from where waiting begins
-        assert lost_by(first, 0.25) == ""
+        assert lost_by(first, 0.35) == ""
     second.stop()  # as if it were killed: no signs any more
     begin = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
