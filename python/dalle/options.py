@@ -120,6 +120,7 @@ def _with_positional(config: T, options: _FileOptions | None) -> T:
     """`config` with the file's arguments without a name where the command line gives none."""
     given = {} if options is None else options.positional
     empty = {name: values for name, values in given.items() if getattr(config, name) == ()}
+    # A T is a dataclass, which its bound cannot say (typeshed keeps that type to itself).
     return dataclasses.replace(config, **empty) if empty else config  # type: ignore[type-var]
 
 
