@@ -87,6 +87,7 @@ def test_one_command_leaves_scores_a_page_and_a_pipeline_that_draws(finished, fo
     assert summary["data"]["skipped"] == {"caption without picture": 1}
     assert summary["verdict"] and "nearest to a right picture" in summary["verdict"][-1]
     page = (out / "index.html").read_text()
+    assert re.search(r"<code>--[\w-]+", page)  # an option that no line break cuts
     assert "In words" in page and "dalle train: DIR" in page and "http" not in page
     pipeline = Pipeline.from_pretrained(out / "pipeline")
     assert pipeline.sampling.temperature == 0.5
@@ -305,3 +306,5 @@ def test_the_demo_s_verdict_names_the_command_that_has_the_options():
 def test_sizes_are_checked():
     with pytest.raises(UsageError, match="train: codes must be 2 or more, got 1"):
         SizesConfig(codes=1)
+    with pytest.raises(UsageError, match="train: temperature must be 0 or more, got -1"):
+        SizesConfig(temperature=-1.0)

@@ -7,11 +7,11 @@ import re
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from dalle import cli
+from dalle import Pipeline, cli
 from support.printed import printed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,22 +19,22 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*
 LAB_BOOK = ROOT / "docs" / "log.md"  # its commands are those of their day
 EVERYWHERE = {"--help", "--debug", "--config"}
 LESS = {  # options of these commands that the test gives smaller values
-    "dvae": {"--steps": "2", "--batch-size": "4"},
-    "prior": {"--steps": "2", "--batch-size": "4"},
+    "dvae": {"--steps": "40", "--batch-size": "4"},
+    "prior": {"--steps": "40", "--batch-size": "4"},
     "ranker": {"--steps": "2", "--batch-size": "4", "--num-spliced": "2"},
     "sample": {"--num-candidates": "8"},
 }
 
 
 def test_printed_commands_end_in_pictures(tmp_path, monkeypatch, capsys):
-    """As printed, on 6 pictures, with fewer updates and pictures a batch."""
+    """As printed, on 8 plain pictures, with fewer updates and pictures a batch."""
     monkeypatch.chdir(tmp_path)
     Path("DIR").mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(6):
-        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(f"DIR/{i}.png")
+    colours = [[25 + 200 * (i >> bit & 1) for bit in range(3)] for i in range(8)]
+    for i, colour in enumerate(colours):
+        Image.new("RGB", (20, 16), tuple(colour)).save(f"DIR/{i}.png")
         Path(f"DIR/{i}.txt").write_text(f"picture number {i}")
-    done = []
+    done, said = [], ""
     for words in printed("docs/training.md", "## Commands"):
         if words[0] in ("plan", "plot", "--help"):
             continue
@@ -42,10 +42,21 @@ def test_printed_commands_end_in_pictures(tmp_path, monkeypatch, capsys):
         words += [word for option in less.items() for word in option]  # the last one counts
         assert cli.main(words) == 0, capsys.readouterr().err
         done.append(" ".join(words[:2]))
+        said += capsys.readouterr().out
     assert done[:5] == [
         "tokenizer train", "dvae train", "prior train", "ranker train", "pipeline make"
     ]  # fmt: skip
     assert Image.open("run/samples/00-a-caption.png").width > 8 * 32
+    # The results: a plain colour is given back, and drawn for the caption that it had.
+    psnr = re.search(r"dvae train: PSNR ([\d.]+) dB on 6 training", said)
+    used = re.search(r"dvae train: (\d+) of (\d+) codes used", said)
+    assert psnr and float(psnr[1]) > 22 and used and int(used[1]) / int(used[2]) > 0.6
+    pipeline = Pipeline.from_pretrained("run/pipeline")
+    captions, true = [f"picture number {i}" for i in range(8)], torch.tensor(colours) / 255
+    drawn = pipeline.generate(captions, num_candidates=2, top=1)
+    found = torch.stack([x.images.mean((0, 2, 3)) for x in drawn])
+    right = torch.cdist(found, true).argmin(1) == torch.arange(8)
+    assert right.sum() >= 5, (found, true)  # six of the eight were trained on; chance is one
 
 
 def commands_of(text: str) -> list[list[str]]:

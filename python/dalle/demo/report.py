@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from html import escape
 from pathlib import Path
@@ -27,6 +28,7 @@ figure > img.plot { image-rendering: auto; border: 0; width: 100%; max-width: 32
 .facts caption { text-align: left; font-weight: bold; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
+.verdict code { white-space: nowrap; }
 td code { color: #777; font-size: .85em; }
 """
 KEYS = {  # key of summary.json -> unit, and what it says without the lines around it
@@ -140,7 +142,9 @@ def _draw_your_own(space: Workspace, strips: list[dict[str, Any]]) -> str:
 
 
 def _verdict(sentences: list[str]) -> str:
-    items = "".join(f"<li>{escape(sentence)}" for sentence in sentences)
+    options = re.compile(r"--[\w-]+(?: (?:hour|\d+))?")  # kept on one line
+    texts = [options.sub(r"<code>\g<0></code>", escape(sentence)) for sentence in sentences]
+    items = "".join(f"<li>{text}" for text in texts)
     return f"<h2>In words</h2><ul class=verdict>{items}</ul>" if items else ""
 
 

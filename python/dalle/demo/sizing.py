@@ -109,6 +109,7 @@ class SizesConfig:
         at_least(1, "image_size", "patch", "ranker_steps", "prior_layers", "prior_steps")
         at_least(1, "num_samples", "dvae_width")
         at_least(2, "dvae_steps", "codes", "text_len")
+        at_least(0, "temperature")
         require(
             "train",
             self,
