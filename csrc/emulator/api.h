@@ -22,12 +22,7 @@ using Location = std::source_location;
 // -- a launch ----------------------------------------------------------------------------------
 constexpr int kArchitecture = 80;  // of the code: the emulator knows no instructions of sm_90
 constexpr size_t kMaxShared = size_t{227} << 10;  // bytes of a block on the largest device
-struct Device {
-  int architecture;
-  DeviceLimits limits;
-};
-// What DALLE_EMULATOR_DEVICE names, by default an sm_90, which runs code for sm_80 too.
-Device device();
+DeviceLimits limits();  // of the device that DALLE_EMULATOR_DEVICE names, by default an sm_90
 
 // Runs body(argument) as every thread of the grid, one block after another, and returns what CUDA
 // would for a launch that no device accepts. Throws std::runtime_error, one line, where the kernel

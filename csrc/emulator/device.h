@@ -64,8 +64,8 @@ cudaError_t launch(void (*kernel)(parameters_t...), dim3 grid, dim3 block, size_
 
 constexpr int kArchitecture = emulator::kArchitecture;
 constexpr bool kArchitectureSpecific = false;
-inline int device_architecture() { return emulator::device().architecture; }
-inline DeviceLimits device_limits() { return emulator::device().limits; }
+inline int device_architecture() { return kArchitecture; }  // whatever its limits
+inline DeviceLimits device_limits() { return emulator::limits(); }
 
 }  // namespace dalle
 

@@ -43,7 +43,7 @@ bool fits(dim3 grid, dim3 threads, size_t shared_bytes, size_t max_shared_bytes)
 
 cudaError_t run(const void* kernel, dim3 grid, dim3 threads, size_t shared_bytes,
                 void (*body)(void*), void* argument) {
-  const size_t most = static_cast<size_t>(device().limits.shared_per_block);
+  const size_t most = static_cast<size_t>(limits().shared_per_block);
   if (!fits(grid, threads, shared_bytes, most)) return cudaErrorInvalidConfiguration;
   static std::mutex one_launch;
   const std::lock_guard<std::mutex> lock(one_launch);

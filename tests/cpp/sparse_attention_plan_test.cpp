@@ -117,6 +117,14 @@ int main() {
     expect(b.per_multiprocessor == 2 && b.resident == new_text, "two blocks", shape, paper,
            double(b.resident));
   }
+  // 99 KiB of shared memory a block, 100 KiB a multiprocessor: two blocks only of small heads.
+  constexpr DeviceLimits kSm120 = {170, 99 << 10, 100 << 10, 1 << 10};
+  for (const auto& [head, text, side_by_side] : {std::tuple{32, 4, 2}, {64, 1, 2}, {128, 1, 1}}) {
+    const WalkShape shape = {496, 1280, head <= 64 ? 128 : 64, 256 * head, kStatic};
+    const WalkPlan plan = find_walk_plan(paper, shape, kSm120);
+    expect(plan.per_multiprocessor == side_by_side && plan.resident == text, "sm_120", shape, paper,
+           double(plan.resident));
+  }
   const WalkShape few = {8, 1280, 128, 256 * 64, kStatic};
   const WalkPlan alone = find_walk_plan(paper, few, kH100);
   expect(alone.per_multiprocessor == 1 && alone.resident == 4, "few blocks: one a multiprocessor",
