@@ -132,6 +132,9 @@ class Pipeline:
             CheckpointError: the folder is damaged or holds something else.
         """
         directory = Path(directory)
+        inside = directory / "pipeline"
+        if (inside / "config.json").exists() and not (directory / "config.json").exists():
+            raise CheckpointError(f"{directory}: must be a pipeline, got a run: take {inside}")
         head = read_head(directory, "Pipeline")
         ranker = load_ranker(directory / "ranker") if head.get("ranker") else None
         sampling = from_dict(  # older pipelines have none: the paper's

@@ -25,7 +25,7 @@ from dalle.demo.sizing import CUDA_TIERS, TIERS, SizesConfig, build, choose, ran
 from dalle.demo.train import run_train
 from dalle.demo.verdict import verdict
 from dalle.demo.workspace import Workspace
-from dalle.errors import DataError, UsageError
+from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.options import parse_options
 from dalle.pipeline import Pipeline
 from dalle.recipes import quick_ranker
@@ -89,6 +89,8 @@ def test_one_command_leaves_scores_a_page_and_a_pipeline_that_draws(finished, fo
     page = (out / "index.html").read_text()
     assert re.search(r"<code>--[\w-]+", page)  # an option that no line break cuts
     assert "In words" in page and "dalle train: DIR" in page and "http" not in page
+    with pytest.raises(CheckpointError, match="run: must be a pipeline, got a run: take "):
+        Pipeline.from_pretrained(out)
     pipeline = Pipeline.from_pretrained(out / "pipeline")
     assert pipeline.sampling.temperature == 0.5
     drawn = pipeline.generate("a red circle on a white background", num_candidates=2, top=1)
