@@ -293,6 +293,14 @@ def test_the_verdict_names_the_weak_part(changes, losses, words):
     assert verdict(SCORES, [], "pictures") == []
 
 
+def test_a_prior_that_draws_little_right_is_not_told_to_train_less():
+    losses = [(300, 4.0), (600, 3.0), (900, 2.0), (1200, 3.0)]
+    for share, memorises in ((0.3, False), (0.7, True)):
+        scores = {**SCORES, "train_at_1": share, "true_pictures": 300}
+        said = " ".join(verdict(scores, losses, "pictures"))
+        assert ("The prior memorises" in said) is memorises is ("more updates" not in said)
+
+
 def test_the_demo_s_verdict_names_the_command_that_has_the_options():
     usual = {**SCORES, "psnr": 22.9, "psnr_train": 22.5, "held_out_at_1": 0.82, "samples": 976}
     (drawn,) = verdict({**usual, "captions_drawn": 122}, [], "emoji", "demo")

@@ -9,6 +9,7 @@ from dalle.demo.workspace import Workspace
 from dalle.train.metrics import read_metrics
 
 BLURRED, SOFT = 20.0, 22.0  # dB; the emoji of the demo have 22.9 and are drawn well
+KNOWS = 0.5  # of the captions drawn right, below which the prior needs more updates
 RISE = 1.02  # of the lowest held-out loss, above which it counts as risen
 STILL_FALLS = 0.97  # of the loss after two thirds of the training
 
@@ -32,9 +33,10 @@ def verdict(
         command: "train", or "demo", whose sizes are fixed.
     """
     pairs = scores.get("data", {}).get("pairs", 0)
+    drawn_right = scores.get("train_at_1", 1.0) >= KNOWS
     sentences = [
         *_reconstructions(scores),
-        *_prior(pairs, losses),
+        *_prior(pairs, losses, drawn_right),
         *_ranker(scores),
         *_drawings(scores, name),
     ]
@@ -62,12 +64,13 @@ def _reconstructions(scores: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def _prior(pairs: int, losses: list[tuple[int, float]]) -> list[str]:
+def _prior(pairs: int, losses: list[tuple[int, float]], drawn_right: bool) -> list[str]:
+    """`drawn_right`: whether captions of the training are; else nothing is memorised yet."""
     if len(losses) < 4:
         return []
     step, lowest = min(losses, key=lambda point: point[1])
     last_step, last = losses[-1]
-    if last > RISE * lowest and step < last_step:
+    if last > RISE * lowest and step < last_step and drawn_right:
         return [
             f"The prior memorises: {pairs} pictures, its held-out loss rises after step {step} "
             f"({lowest:.2f}, at the end {last:.2f}). That suits captions of the training; for new "
@@ -106,6 +109,6 @@ def _drawings(scores: Mapping[str, Any], name: str) -> list[str]:
     )
     for words, share in more:
         sentence += f", for {words} in {share:.0%}"
-    if cases[0][1] < 0.5:
+    if cases[0][1] < KNOWS:
         sentence += ": the prior needs more updates (--time hour, or --prior-steps)"
     return [sentence + "."]
