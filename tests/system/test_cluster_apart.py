@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from dalle.data.pairs import ArrayPairs, load_or_draw
-from dalle.distributed.cluster import Cluster
-from dalle.errors import CheckpointError, DataError, UsageError
+from dalle.errors import CheckpointError, DataError
 from dalle.train.checkpoint import load_checkpoint
 from dalle.train.loop import write_pictures
 from dalle.train.seeds import step_seed
@@ -125,17 +122,6 @@ def test_a_dvae_that_does_not_fit_is_told_on_all(two):
 def test_an_error_of_more_than_a_line_is_told_on_all(two):
     line = "a.png: image must decode, got: empty (on process 1)"
     assert two["told"] == [["DataError", line]] * 2
-
-
-def test_fewer_gpus_than_processes(monkeypatch):
-    def together(problem):
-        raise problem
-
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    line = "cluster: processes of a machine must be at most its 2 GPUs, got 4"
-    with pytest.raises(UsageError, match=line):
-        Cluster._pick_device(SimpleNamespace(raise_first=together), torch.device("cuda"), 4)
 
 
 def test_a_shard_that_no_manifest_lists_is_refused(tmp_path, tmp_path_factory):
