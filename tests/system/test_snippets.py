@@ -51,7 +51,7 @@ def run(page, number, names=None):
 
 def test_every_block_is_run_here():
     assert {page: len(blocks) for page, blocks in BLOCKS.items()} == {
-        "README.md": 2,
+        "README.md": 3,
         "docs/distributed.md": 2,
         "docs/ops.md": 2,
         "docs/precision.md": 2,
@@ -101,6 +101,22 @@ def test_readme(home, monkeypatch):
     names = run("README.md", 0)
     check_best(names["best"], 4)
     check_attention("README.md", names)
+
+
+def test_readme_scales_two_branches():
+    """The gradient norm is that of the same layer without the hooks."""
+    names = run("README.md", 2, {"torch": torch})
+    layer, scaler = names["layer"].eval(), names["scaler"]
+    plain = torch.nn.TransformerEncoderLayer(64, 4, 256, norm_first=True).eval()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(8, 10, 64, requires_grad=True)
+    for model in (layer, plain):
+        model(x).square().mean().backward()
+    wanted = torch.cat([p.grad.flatten() for p in plain.parameters()]).norm()
+    scaled = torch.cat([p.grad.flatten() for p in layer.parameters()]).norm()
+    result = scaler.step(torch.optim.SGD(layer.parameters(), lr=1e-3))
+    assert len(scaler) == 2 and not bool(result.skipped) and float(scaled) > 100 * float(wanted)
+    assert float(result.norm) == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_ops():

@@ -72,7 +72,8 @@ def banner(
         return
     left = f"; left out {pairs.skipped.total()}: {format_counts(pairs.skipped)}"
     held = "" if validation is None else f" and {len(validation):,} held out"
-    say(f"{owner}: {len(pairs):,} pairs of {pairs.name}{held}{left if pairs.skipped else ''}")
+    count = f"{len(pairs):,} pair{'s' * (len(pairs) != 1)}"
+    say(f"{owner}: {count} of {pairs.name}{held}{left if pairs.skipped else ''}")
     known = sides(pairs)
     small = sum(side < image_size for side in known)
     fate = "enlarged" if enlarges else "left out"
