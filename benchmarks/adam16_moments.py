@@ -8,13 +8,17 @@ the repository's root with `benchmarks/` on PYTHONPATH.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import dalle_ext
-from harness import record
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `python -m`
+from harness import record  # noqa: E402
 
 COUNT, BETA1, LR, EPS = 8192, 0.9, 1e-3, 1e-8
 BETAS2 = (0.95, 0.99, 0.999, 0.9999)

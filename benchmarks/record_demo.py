@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
-from benchmarks.harness import record
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `python -m`
+from harness import record  # noqa: E402
 
 HELD = ("DALLE_EXT_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS")
 

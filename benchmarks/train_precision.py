@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
@@ -24,7 +25,6 @@ from typing import Any
 
 import torch
 
-from benchmarks import precision_plots
 from dalle.data.pairs import Pairs
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.dvae.model import DiscreteVAE
@@ -33,7 +33,10 @@ from dalle.prior.model import Prior
 from dalle.tokenizer import Tokenizer
 from dalle.train.prior import PriorTask
 from dalle.train.prior_recipe import PriorTrainConfig
-from harness import RESULTS, machine
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `python -m`
+import precision_plots  # noqa: E402
+from harness import RESULTS, machine  # noqa: E402
 
 SIDE, STEPS, BATCH = 24, 2000, 8
 PRECISIONS = {"fp32": "AdamW", "bf16": "AdamW16", "fp16-scaled": "AdamW16, ResblockScaler"}
