@@ -10,6 +10,15 @@ from typing import Literal
 from dalle.errors import Interrupted, NumericalError, UsageError
 
 SEEN = []
+TOY = ["toy", "train", "--out", "x"]
+
+
+def line_of(capsys):
+    """The one line that a refused command has printed."""
+    heard = capsys.readouterr()
+    assert heard.out == "" and heard.err.count("\n") == 1, heard
+    assert "Traceback" not in heard.err
+    return heard.err.strip()
 
 
 @dataclass(frozen=True, kw_only=True)

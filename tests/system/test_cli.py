@@ -16,22 +16,13 @@ import dalle
 from dalle import cli
 from dalle.cli import COMMANDS, load_target, main
 from support import cli_target
-from support.cli_target import LoopOptions, ToyConfig
-
-TOY = ["toy", "train", "--out", "x"]
+from support.cli_target import TOY, LoopOptions, ToyConfig, line_of
 
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
     monkeypatch.setitem(COMMANDS, ("toy", "train"), ("support.cli_target:train", "trains a toy"))
     cli_target.SEEN.clear()
-
-
-def line_of(capsys):
-    heard = capsys.readouterr()
-    assert heard.out == "" and heard.err.count("\n") == 1, heard
-    assert "Traceback" not in heard.err
-    return heard.err.strip()
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])

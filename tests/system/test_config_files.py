@@ -14,21 +14,13 @@ from dalle.config_files import write_resolved
 from dalle.errors import UsageError
 from dalle.options import option_names, parse_options
 from support import cli_target
-from support.cli_target import LoopOptions, ToyConfig
-
-TOY = ["toy", "train", "--out", "x"]
+from support.cli_target import TOY, LoopOptions, ToyConfig, line_of
 
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
     monkeypatch.setitem(COMMANDS, ("toy", "train"), ("support.cli_target:train", "trains a toy"))
     cli_target.SEEN.clear()
-
-
-def line_of(capsys):
-    heard = capsys.readouterr()
-    assert heard.out == "" and heard.err.count("\n") == 1, heard
-    return heard.err.strip()
 
 
 def test_config_file_fills_and_the_command_line_wins(tmp_path):

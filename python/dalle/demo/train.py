@@ -90,7 +90,7 @@ def run_train(config: TrainConfig) -> dict[str, Any]:
         drawn = len(demo.data.captions(demo.recipe.num_captions).captions)
         for line in table(demo.recipe, demo.device, len(pairs), drawn):
             say(f"train: {line}")
-        say(f"train: all options: {space.out / 'config.yaml'}; edit it and give it to --config")
+        say(f"train: all options: {space.out / CONFIG_NAME}; edit it and give it to --config")
         return run_stages(demo)
 
 
