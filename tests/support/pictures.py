@@ -23,3 +23,6 @@ JPEG = encode(photo(), format="JPEG")
 
 
 PNG = encode(photo(), format="PNG")
+
+
+WIDE_GIF = encode(photo(), format="GIF")

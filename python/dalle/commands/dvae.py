@@ -23,7 +23,14 @@ from dalle.console import is_main_process, printable
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.folder import find_pictures
 from dalle.data.images import decode, read_bytes
-from dalle.data.pairs import MAX_NAMED, Pairs, format_counts, left_out, load_or_skip
+from dalle.data.pairs import (
+    MAX_NAMED,
+    Pairs,
+    format_counts,
+    input_files,
+    left_out,
+    load_or_skip,
+)
 from dalle.data.sources import BUILT_IN, is_picture_folder, load_pairs
 from dalle.devices import pick_device
 from dalle.distributed.config import ClusterConfig
@@ -288,7 +295,7 @@ def load_pictures(config: ReconstructConfig, size: int) -> torch.Tensor:
     """
     if not is_picture_folder(config.data):
         pairs = load_pairs(config.data, image_size=size, split=config.split)
-        check_not_input("dvae reconstruct", config.out, getattr(pairs, "paths", ()))
+        check_not_input("dvae reconstruct", config.out, input_files(pairs))
         loaded, _ = load_or_skip(pairs, np.arange(min(config.limit, len(pairs))))
         return to_tensor(loaded)
     folder = Path(config.data)

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from dalle.commands.presets import value_of_run
-from dalle.data.folder import read_captions
+from dalle.data.texts import read_captions
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.files import atomic_folder, make_folder, saving

@@ -16,9 +16,9 @@ import tyro
 
 from dalle.config_files import CONFIG_NAME, Scalar, read_options
 from dalle.console import say
-from dalle.data.images import open_checked, read_bytes
+from dalle.data.images import open_checked
 from dalle.data.pairs import Pairs, evenly_spaced
-from dalle.data.sources import BUILT_IN, drawn_size, load_pairs
+from dalle.data.sources import BUILT_IN, drawn_size, held_out_split, load_pairs
 from dalle.data.split import hold_out
 from dalle.demo.sizing import CUDA_TIERS, TIERS, fitted_dvae, num_codes
 from dalle.devices import Precision, default_precision
@@ -37,7 +37,6 @@ Recipe = Literal["quick", "paper"]
 QUICK_PRESETS = ("tiny", "small")  # whose recipe is "quick" where nothing is said
 LOOKED_AT = 256  # pictures of a folder whose sizes are read
 VALIDATION = 0.1  # share held out by the quick recipe
-HELD_OUT = {"emoji": "heldout", "shapes": "test"}  # splits of the built-in sets
 PAPER_GRID = {"tiny": 8, "small": 16, "base": 32, "paper": 32}  # tokens along a side
 # What `dalle train` takes for minutes, an hour, and a night on a GPU.
 QUICK_SIZES = {
@@ -112,14 +111,13 @@ def open_pairs(data: str, image_size: int, preset_size: int, seed: int) -> Pairs
 
 
 def sides(pairs: Pairs) -> list[int]:
-    """The shorter sides of up to 256 pictures, evenly spaced, of a folder; else of one."""
-    paths = getattr(pairs, "paths", None)
-    if not paths:
+    """The shorter sides of up to 256 pictures, evenly spaced, where they differ; else of one."""
+    if pairs.image_size or not hasattr(pairs, "read_bytes"):
         return [pairs.image_size] if pairs.image_size else []
     lengths = []
-    for item in evenly_spaced(len(paths), LOOKED_AT):
+    for item in evenly_spaced(len(pairs), LOOKED_AT):
         try:
-            lengths.append(min(open_checked(read_bytes(paths[item]), paths[item]).size))
+            lengths.append(min(open_checked(*pairs.read_bytes(int(item))).size))
         except (DataError, OSError):
             continue  # left out, and said, where it is loaded
     return lengths
@@ -234,10 +232,10 @@ def split_pairs(
     wanted = (VALIDATION if recipe == "quick" else 0.0) if share is None else share
     if not wanted:
         return pairs, None, 0.0
-    if data in HELD_OUT:
+    if split := held_out_split(data):
         if share is not None:
-            say(f"{owner}: note: the split {HELD_OUT[data]} of {data} is held out, whole")
-        held = load_pairs(data, image_size=size, split=HELD_OUT[data], seed=seed)
+            say(f"{owner}: note: the split {split} of {data} is held out, whole")
+        held = load_pairs(data, image_size=size, split=split, seed=seed)
         return pairs, held, wanted
     try:
         train, validation = hold_out(pairs, wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -25,7 +26,7 @@ from dalle.commands.report import (
 from dalle.commands.training import check_model_target, keep_options
 from dalle.configs import did_you_mean
 from dalle.console import is_main_process, number, say
-from dalle.data.pairs import Pairs, all_captions, left_out
+from dalle.data.pairs import Pairs, each_caption, left_out
 from dalle.devices import default_precision, pick_device
 from dalle.distributed.config import ClusterConfig
 from dalle.distributed.parallelize import parallelize
@@ -170,7 +171,7 @@ def plan(config: PriorCommandConfig, world: World) -> Plan:
     text_len = config.text_len
     if recipe == "quick" and not text_len:
         limit = presets.QUICK_SIZES.get(preset, presets.QUICK_SIZES["base"]).text_len
-        text_len = _text_len(tokenizer, all_captions(pairs)[:MAX_CAPTIONS], limit)
+        text_len = _text_len(tokenizer, [*islice(each_caption(pairs), MAX_CAPTIONS)], limit)
     resolved = replace(
         config,
         recipe=recipe,
@@ -219,7 +220,7 @@ def _new_prior(made: Plan, world: World) -> Prior:
 
 def _cut_captions(made: Plan, text_len: int) -> Iterator[str]:
     """A line where captions do not fit into the text positions."""
-    captions = all_captions(made.pairs)[:MAX_CAPTIONS]
+    captions = [*islice(each_caption(made.pairs), MAX_CAPTIONS)]
     before = made.tokenizer.truncated
     for begin in range(0, len(captions), 1024):
         made.tokenizer.encode(captions[begin : begin + 1024], text_len - 1)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from dalle.configs import integer
 from dalle.data.pairs import ArrayPairs
+from dalle.data.source import Source
 from dalle.errors import DataError, EnvironmentProblem, UsageError
 
 SPLITS = ("train", "heldout")
@@ -148,13 +149,14 @@ def held_out(captions: tuple[str, ...], unique: np.ndarray | None = None) -> lis
     return sorted(indices)
 
 
-def load_emoji(image_size: int = 48, split: str = "train") -> ArrayPairs:
+def load_emoji(image_size: int = 48, split: str = "train", seed: int = 0) -> ArrayPairs:
     """The emoji in one size.
 
     Args:
         image_size: side in pixels, 8 to 512; the artwork has 72.
         split: "train", or "heldout": captions that are in no training pair, each a new combination
             of person, gender and skin tone whose parts all occur in training.
+        seed: of no effect; the set is always the same.
 
     Returns:
         ArrayPairs; `skipped` counts the emoji without a picture.
@@ -173,3 +175,6 @@ def load_emoji(image_size: int = 48, split: str = "train") -> ArrayPairs:
     out[held_out(captions, unique)] = True
     keep = np.flatnonzero(out if split == "heldout" else ~out)
     return ArrayPairs("emoji", images[keep], [captions[i] for i in keep], skipped)
+
+
+SOURCE = Source(name="emoji", opens=load_emoji, held_out="heldout", recipe="emoji")

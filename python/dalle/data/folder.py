@@ -7,7 +7,6 @@ unless verification is asked for.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import unicodedata
@@ -18,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dalle import files as limited
-from dalle.captions import caption_lines
 from dalle.data.images import BadPicture, decode, open_checked, read_bytes
-from dalle.data.pairs import format_counts
+from dalle.data.pairs import format_counts, hashed_fingerprint
+from dalle.data.source import Source
+from dalle.data.texts import MAX_CAPTION_BYTES as MAX_CAPTION_BYTES
+from dalle.data.texts import read_captions
 from dalle.errors import DataError, UsageError
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
@@ -29,40 +29,6 @@ OTHER_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".pbm", ".pgm", ".pnm"),
     *(".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff"),
 )
-MAX_CAPTION_BYTES = 64 << 10
-
-
-def read_captions(path: Path) -> list[str]:
-    """The captions of a file, one a line, clean; at least one.
-
-    Raises:
-        BadPicture: above 64 KiB, not UTF-8, empty, or unreadable.
-    """
-
-    def bad(reason: str, requirement: str, detail: str = "") -> BadPicture:
-        return BadPicture(path, reason, requirement, detail, what="caption")
-
-    try:
-        if not path.is_file():
-            dangling = path.is_symlink()
-            reason = "caption is a link to nothing" if dangling else "caption is not a file"
-            raise bad(reason, "be a plain file")
-        content = limited.read_bytes(path, MAX_CAPTION_BYTES)
-    except OSError as error:
-        if error.errno == errno.EFBIG:
-            raise bad("caption too long", f"have at most {MAX_CAPTION_BYTES} bytes") from error
-        raise bad("caption is not readable", "be readable", error.strerror or "") from error
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        detail = f"byte {error.start}"
-        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-            detail = "it begins as UTF-16 does"
-        raise bad("caption is not UTF-8", "be text in UTF-8", detail) from error
-    captions = caption_lines(text)
-    if not captions:
-        raise bad("caption is empty", "hold text")
-    return captions
 
 
 def _digest(content: bytes) -> bytes:
@@ -256,6 +222,14 @@ class FolderPairs:
             except BadPicture:
                 yield b""
 
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of "captions" and "pictures"; every file that was not verified is read."""
+        return hashed_fingerprint(self)
+
+    def read_bytes(self, i: int) -> tuple[bytes, str]:
+        """The file of picture i, and its name for messages. Raises DataError where it has gone."""
+        return read_bytes(self.paths[i]), str(self.paths[i])
+
     def load(self, i: int) -> np.ndarray:
         """Picture i, (H, W, 3) uint8.
 
@@ -263,3 +237,8 @@ class FolderPairs:
             DataError: the file has gone or does not decode.
         """
         return decode(read_bytes(self.paths[i]), self.paths[i])
+
+
+SOURCE = Source(
+    name="a folder of pictures with .txt captions", fits=Path.is_dir, opens=FolderPairs, plain=True
+)

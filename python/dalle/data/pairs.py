@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
@@ -17,7 +18,6 @@ from dalle.console import printable
 from dalle.errors import DataError, UsageError
 
 MAX_NAMED = 10  # files named as left out; further ones are only counted
-SAMPLES = 64  # pictures hashed of a data set of unknown type
 DRAWS = 1000  # pictures tried in place of one that cannot be used
 
 
@@ -25,9 +25,13 @@ DRAWS = 1000  # pictures tried in place of one that cannot be used
 class Pairs(Protocol):
     """Pictures with their captions.
 
-    A set may also have `several`, a mapping from an item to all of its captions where it has more
-    than one; `paths`, the file of each picture, which no output replaces; and `digests()`, a hash
-    of each picture's bytes, by which a resumed run notices that pictures have changed.
+    A set may also have:
+    - `several`, a mapping from an item to all of its captions where it has more than one, and
+      `captions_at(i)`, all captions of item i, where they are read when they are asked for;
+    - `paths`, the file of each picture, or `files`, the files it reads: no output replaces them;
+    - `read_bytes(i)`, the file of picture i and its name for messages;
+    - `digests()`, a hash of each picture's bytes, or `hold_hashes()` (`split.hold_out`);
+    - `parts()`, part -> what is in it, by which a changed set is described.
 
     Attributes:
         name: of the set, in reports.
@@ -45,6 +49,11 @@ class Pairs(Protocol):
 
     def load(self, i: int) -> np.ndarray:
         """Picture i, (H, W, 3) uint8. Raises DataError where it does not decode."""
+        ...
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes, by name, of all captions and all pictures in their order: two sets that differ
+        in one of them differ in a hash, so that a resumed run notices it."""
         ...
 
 
@@ -95,9 +104,16 @@ class ArrayPairs:
         image: np.ndarray = self.images[i]
         return image
 
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of "captions" and "pictures"."""
+        return _fingerprint(self, [np.ascontiguousarray(self.images).data])
+
 
 def captions_of(pairs: Pairs, item: int) -> Sequence[str]:
     """All captions of an item, at least one."""
+    read: Callable[[int], Sequence[str]] | None = getattr(pairs, "captions_at", None)
+    if read is not None:
+        return read(item)
     captions: Sequence[str] | None = getattr(pairs, "several", {}).get(item)
     return captions or (pairs.captions[item],)
 
@@ -112,24 +128,56 @@ def draw_caption(pairs: Pairs, item: int, seed: Callable[[], int]) -> str:
 
 def all_captions(pairs: Pairs) -> list[str]:
     """The captions of all items; of items with several, all of them."""
-    return [caption for item in range(len(pairs)) for caption in captions_of(pairs, item)]
+    return list(each_caption(pairs))
+
+
+def each_caption(pairs: Pairs) -> Iterator[str]:
+    """`all_captions` one by one."""
+    return (caption for item in range(len(pairs)) for caption in captions_of(pairs, item))
+
+
+def input_files(pairs: Pairs) -> list[Path]:
+    """The files that a set reads, which no output replaces."""
+    return [*getattr(pairs, "paths", ()), *getattr(pairs, "files", ())]
+
+
+def number_of_captions(pairs: Pairs) -> int:
+    """How many `all_captions` are."""
+    count: Callable[[], int] | None = getattr(pairs, "number_of_captions", None)
+    if count is not None:
+        return count()
+    several: Mapping[int, Sequence[str]] = getattr(pairs, "several", {})
+    return len(pairs) + sum(len(captions) - 1 for captions in several.values())
 
 
 def leave_out(pairs: Pairs, item: int, error: DataError) -> None:
-    """Counts a picture that cannot be used in `pairs.skipped`, once, and reports the reason."""
-    reasons: dict[int, str] | None = getattr(pairs, "left_out", None)
-    if reasons is None:
-        reasons = {}
-        with suppress(AttributeError):  # a class with __slots__ counts again each time
-            object.__setattr__(pairs, "left_out", reasons)  # works for frozen dataclasses too
+    """Counts a picture that cannot be used in `pairs.skipped`, once, and reports the reason.
+
+    Of pictures with one cause, such as a shard that has gone (`error.group`), one is reported.
+    """
+    reasons: dict[int, str] = _kept(pairs, "left_out")
     if item in reasons:
         return
     reasons[item] = getattr(error, "reason", "does not decode")
     pairs.skipped[reasons[item]] += 1
-    if len(reasons) <= MAX_NAMED:
-        line = _describe(pairs, item, error)
-        suffix = "; further ones are counted, not named" if len(reasons) == MAX_NAMED else ""
-        tqdm.write(printable(f"{pairs.name}: left out: {line}{suffix}"), file=sys.stderr)
+    named: dict[object, int] = _kept(pairs, "named")
+    cause = getattr(error, "group", item)
+    if cause in named or len(named) >= MAX_NAMED:
+        return
+    named[cause] = item
+    line = _describe(pairs, item, error)
+    suffix = "; further ones are counted, not named" if len(named) == MAX_NAMED else ""
+    tqdm.write(printable(f"{pairs.name}: left out: {line}{suffix}"), file=sys.stderr)
+
+
+def _kept(pairs: Pairs, name: str) -> dict[Any, Any]:
+    """A dict that stays with a set; of a class with __slots__ it does not."""
+    kept: dict[Any, Any] | None = getattr(pairs, name, None)
+    if kept is None:
+        kept = {}
+        with suppress(AttributeError):
+            object.__setattr__(pairs, name, kept)  # works for frozen dataclasses too
+    return kept
 
 
 def _describe(pairs: Pairs, item: int, error: DataError) -> str:
@@ -239,25 +287,53 @@ def load_or_draw(
 
 
 def fingerprints(pairs: Pairs) -> dict[str, str]:
-    """Hashes of "captions" (all captions of each item) and "pictures", in their order.
+    """`Pairs.fingerprint`, and its like for a set without one: all pictures are hashed."""
+    own: Callable[[], dict[str, str]] | None = getattr(pairs, "fingerprint", None)
+    return _fingerprint(pairs, picture_hashes(pairs)) if own is None else own()
 
-    A folder's pictures are hashed in full; of an unknown type of data set, some samples are.
-    """
+
+def hashed_fingerprint(pairs: Pairs) -> dict[str, str]:
+    """`fingerprint` of a set: hashes of all captions and of `picture_hashes`."""
+    return _fingerprint(pairs, picture_hashes(pairs))
+
+
+def describe_pairs(pairs: Pairs) -> dict[str, Any]:
+    """What a checkpoint says about its data, as JSON values: number, hashes, parts."""
+    parts: Callable[[], dict[str, str]] | None = getattr(pairs, "parts", None)
+    more = {} if parts is None else {"parts": parts()}
+    return {"pairs": len(pairs), **fingerprints(pairs), **more}
+
+
+def picture_hashes(pairs: Pairs) -> Iterator[bytes]:
+    """A hash of each picture: of its file where the set knows it, else of its pixels; b"" of one
+    that cannot be read."""
+    known: Callable[[], Iterator[bytes]] | None = getattr(pairs, "digests", None)
+    if known is not None:
+        yield from known()
+        return
+    for i in range(len(pairs)):
+        try:
+            image = np.ascontiguousarray(pairs.load(i))
+        except DataError:
+            yield b""
+        else:
+            yield hashlib.blake2b(image.data, digest_size=16).digest()
+
+
+def _fingerprint(pairs: Pairs, contents: Iterable[bytes | memoryview]) -> dict[str, str]:
     captions, pictures = hashlib.sha256(), hashlib.sha256()
     for item in range(len(pairs)):
-        encoded = [caption.encode("utf-8", "surrogatepass") for caption in captions_of(pairs, item)]
-        captions.update(b"%d " % len(encoded) + b"".join(b"%d %s" % (len(c), c) for c in encoded))
-    if isinstance(pairs, ArrayPairs):
-        pictures.update(np.ascontiguousarray(pairs.images).data)
-    elif hasattr(pairs, "digests"):
-        for digest in pairs.digests():
-            pictures.update(digest)
-    else:
-        for i in evenly_spaced(len(pairs), SAMPLES):
-            with suppress(DataError):
-                pictures.update(np.ascontiguousarray(pairs.load(int(i))).data)
+        captions.update(caption_bytes(captions_of(pairs, item)))
+    for content in contents:
+        pictures.update(content)
     digests = {"captions": captions, "pictures": pictures}
     return {name: f"SHA-256 {digest.hexdigest()[:16]}" for name, digest in digests.items()}
+
+
+def caption_bytes(captions: Sequence[str]) -> bytes:
+    """The captions of an item in the form that they are hashed in."""
+    encoded = [caption.encode("utf-8", "surrogatepass") for caption in captions]
+    return b"%d " % len(encoded) + b"".join(b"%d %s" % (len(c), c) for c in encoded)
 
 
 def evenly_spaced(count: int, limit: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from dalle.data.shapes import (
     ShapesConfig,
     split_scenes,
 )
+from dalle.data.source import Source
 from dalle.errors import UsageError
 from dalle.memory import require_memory
 
@@ -171,3 +172,11 @@ class ShapesPairs(ArrayPairs):
             images[i] = render(scene, rng, config)
             self.scenes.append(scene)
         super().__init__(f"shapes ({split})", images, [scene.caption for scene in self.scenes])
+
+
+def load_shapes(image_size: int, split: str, seed: int) -> ShapesPairs:
+    """`ShapesPairs` of a split's own number of pictures."""
+    return ShapesPairs(split, image_size=image_size, seed=seed)
+
+
+SOURCE = Source(name="shapes", opens=load_shapes, held_out="test", recipe="shapes")

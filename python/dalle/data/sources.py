@@ -1,29 +1,33 @@
-"""Data sets by name: the built-in ones, and folders of pictures with captions.
+"""The registry of data sources: what `--data` takes.
 
-A new source is one entry of `BUILT_IN` or of `FOLDER_FORMATS` (CONTRIBUTING.md).
+A new source is one file with a `Source` and one line in `SOURCES` (CONTRIBUTING.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from dalle.console import say
-from dalle.data.emoji import load_emoji
-from dalle.data.folder import FolderPairs
-from dalle.data.pairs import Pairs, all_captions, format_counts
-from dalle.data.shapes_pairs import ShapesPairs
+from dalle.data import emoji, folder, shapes_pairs, shards
+from dalle.data.pairs import Pairs, format_counts, number_of_captions
+from dalle.data.source import Source
 from dalle.errors import DataError, UsageError
 
+SOURCES: tuple[Source, ...] = (  # of the forms, the first that fits is taken
+    shapes_pairs.SOURCE,
+    emoji.SOURCE,
+    shards.SOURCE,
+    folder.SOURCE,
+)
 # name -> function of (image_size, split, seed) that opens the set, and refuses an unknown split.
-BUILT_IN: Mapping[str, Callable[[int, str, int], Pairs]] = {
-    "shapes": lambda size, split, seed: ShapesPairs(split, image_size=size, seed=seed),
-    "emoji": lambda size, split, seed: load_emoji(size, split),
+BUILT_IN: dict[str, Callable[[int, str, int], Pairs]] = {
+    source.name: source for source in SOURCES if source.fits is None
 }
 CHOOSE_SET = "built-in:"  # before a name: the set, also where a folder has that name
-# (whether a path has the format, what opens it); the first that fits is taken.
-FOLDER_FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Pairs]], ...] = (
-    (Path.is_dir, FolderPairs),
+# (whether a path has the form, what opens it); the first that fits is taken.
+FOLDER_FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Pairs]], ...] = tuple(
+    (source.fits, source) for source in SOURCES if source.fits is not None
 )
 
 
@@ -31,9 +35,9 @@ def load_pairs(spec: str, *, image_size: int, split: str = "train", seed: int = 
     """Opens a data set by name.
 
     Args:
-        spec: a name of `BUILT_IN`, or the path of a folder of a format of `FOLDER_FORMATS`, such as
-            pictures with .txt captions.
-        image_size: side in pixels of the built-in sets; folders keep their own sizes.
+        spec: a name of `BUILT_IN`, or the path of a file or folder of a form of `SOURCES`, such as
+            a folder of pictures with .txt captions, or of tar shards.
+        image_size: side in pixels of the built-in sets; others keep their own sizes.
         split: "train", "test", "zero" for shapes; "train", "heldout" for emoji; a folder is all
             "train".
         seed: which pictures of the endless set `shapes`; unused elsewhere.
@@ -41,7 +45,7 @@ def load_pairs(spec: str, *, image_size: int, split: str = "train", seed: int = 
     Raises:
         UsageError: unknown split.
         DataError: no such folder, or nothing usable in it.
-        EnvironmentProblem: the emoji packages are not installed.
+        EnvironmentProblem: a package that the source needs is not installed.
     """
     if spec in BUILT_IN:
         return BUILT_IN[spec](image_size, split, seed)
@@ -56,6 +60,11 @@ def load_pairs(spec: str, *, image_size: int, split: str = "train", seed: int = 
     pairs = opens(Path(spec))
     _report_skipped(pairs)
     return pairs
+
+
+def held_out_split(spec: str) -> str:
+    """The split of a set with a name that is held out for scores; "" where it has none."""
+    return getattr(BUILT_IN.get(spec), "held_out", "")
 
 
 def data_here(spec: str, *, folders: bool = True) -> str:
@@ -85,12 +94,12 @@ def data_here(spec: str, *, folders: bool = True) -> str:
 
 
 def open_folder(path: Path) -> Pairs:
-    """A folder of any format of `FOLDER_FORMATS`, without a line on what was left out.
+    """A file or folder of any form of `SOURCES`, without a line on what was left out.
 
     Raises:
-        DataError: no such folder, or nothing usable in it.
+        DataError: nothing there, or nothing usable in it.
     """
-    return (_opener(path) or FolderPairs)(path)
+    return (_opener(path) or folder.FolderPairs)(path)
 
 
 def drawn_size(size: int) -> int:
@@ -107,21 +116,24 @@ def is_picture_folder(spec: str) -> bool:
 
     True also where nothing exists: reading it then fails with a clear message.
     """
-    return spec not in BUILT_IN and _opener(Path(spec)) in (FolderPairs, None)
+    if spec in BUILT_IN:
+        return False
+    opens = _opener(Path(spec))
+    return opens is None or bool(getattr(opens, "plain", False))
 
 
 def _report_skipped(pairs: Pairs) -> None:
     """Reports files that a training leaves out, and captions of which it draws one each time."""
     if pairs.skipped:
         total = pairs.skipped.total()
-        hint = " (`dalle data check` names them)" if isinstance(pairs, FolderPairs) else ""
+        hint = " (`dalle data check` names them)" if hasattr(pairs, "problems") else ""
         say(
             f"data: {len(pairs)} pairs in {pairs.name}, left out {total}: "
             f"{format_counts(pairs.skipped)}{hint}"
         )
     several = getattr(pairs, "several", {})
-    if several:
+    if len(several):
         say(
             f"data: {len(several)} caption files hold several lines, "
-            f"{len(all_captions(pairs))} captions in all; one of a picture's is drawn each time"
+            f"{number_of_captions(pairs)} captions in all; one of a picture's is drawn each time"
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dalle.configs import check_numbers, integer, integers, require, require_adamw
 from dalle.console import say
 from dalle.data.augment import center_crop, dvae_crop, to_tensor
-from dalle.data.pairs import BatchSampler, Pairs, fingerprints, load_or_draw, load_or_skip
+from dalle.data.pairs import BatchSampler, Pairs, describe_pairs, load_or_draw, load_or_skip
 from dalle.distributed.world import Solo, World
 from dalle.dvae.codebook import codebook_health, init_codebook
 from dalle.dvae.likelihood import expected_pixels, map_pixels, psnr, set_psnr
@@ -140,7 +140,7 @@ class DvaeTask:
         self.validation = validation
         self.device = next(vae.parameters()).device
         self.world: World = world or Solo(self.device)
-        self.data = {"pairs": len(pairs), **fingerprints(pairs)}
+        self.data = describe_pairs(pairs)
         self.world.require_same(self.describe())
         require_one_part("dvae train", config.parts, self.world)
         vae.grid(config.image_size)

@@ -16,8 +16,8 @@ from dalle.data.augment import center_crop, prior_crop, to_tensor
 from dalle.data.pairs import (
     BatchSampler,
     Pairs,
+    describe_pairs,
     draw_caption,
-    fingerprints,
     load_or_draw,
     load_or_skip,
 )
@@ -96,7 +96,7 @@ class PriorTask:
         self.config, self.seed, self.device = config, seed, prior.start_of_text.device
         self.world: World = world or Solo(self.device)
         distributed = self.world.size > 1
-        self.data = {"pairs": len(pairs), **fingerprints(pairs)}
+        self.data = describe_pairs(pairs)
         prior.trained_on = {"tokenizer": tokenizer.fingerprint(), "vae": fingerprint(vae)}
         self.world.require_same(self.describe())
         require_one_part("prior train", config.parts, self.world)

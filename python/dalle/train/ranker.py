@@ -24,7 +24,7 @@ from torch import nn
 
 from dalle.configs import check_numbers, integer, seed_number
 from dalle.data.augment import center_crop, to_tensor
-from dalle.data.pairs import Pairs, captions_of, fingerprints, load_or_draw, load_or_skip
+from dalle.data.pairs import Pairs, captions_of, describe_pairs, load_or_draw, load_or_skip
 from dalle.distributed.world import Solo, World
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import UsageError
@@ -157,7 +157,7 @@ class RankerTask:
         self.inputs = {
             "tokenizer": ranker.tokenizer.fingerprint(),
             "vae": None if vae is None else fingerprint(vae),
-            "data": {"pairs": len(pairs), **fingerprints(pairs)},
+            "data": describe_pairs(pairs),
         }
         self.vae_cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         captions = list(pairs.captions)  # the first of each item, then all further ones

@@ -1,0 +1,209 @@
+"""Tar shards below a folder, and their indexes: found, checked, made anew.
+
+An index stands beside its shard, as 00000.tar.index. Where that folder cannot be written it goes
+into a folder for the indexes of many sets, and a line says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from dalle import files
+from dalle.console import is_main_process, say
+from dalle.data import shard_index
+from dalle.data.folder import SUFFIXES, walk
+from dalle.data.shard_index import Head, read_head
+from dalle.errors import DataError, EnvironmentProblem
+
+CACHE = "DALLE_CACHE"  # variable with the folder for the indexes of folders that cannot be written
+COMPRESSED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
+
+
+class Shard(NamedTuple):
+    """A tar and its index.
+
+    Attributes:
+        path: of the tar.
+        index_path: of its index.
+        start: offset of the columns in the index.
+        head: what the index says.
+    """
+
+    path: Path
+    index_path: Path
+    start: int
+    head: Head
+
+
+def cache_folder() -> Path:
+    """Where indexes go that cannot stand beside their shards: `$DALLE_CACHE`, else below
+    `$XDG_CACHE_HOME` or `~/.cache`."""
+    given = os.environ.get(CACHE)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(given) if given else Path(base) / "dalle-ext"
+
+
+def index_in(folder: Path, shard: Path) -> Path:
+    """The index of a shard in a folder for the indexes of many sets."""
+    place = hashlib.blake2b(os.fsencode(shard.resolve()), digest_size=8).hexdigest()
+    return folder / f"{shard.name}-{place}{shard_index.SUFFIX}"
+
+
+def find_shards(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """The tars below a folder, sorted by path, and counts of what else a reader may miss."""
+    shards: list[Path] = []
+    skipped: Counter[str] = Counter()
+    for entry in walk(folder):
+        if isinstance(entry, str):
+            skipped[entry] += 1
+            continue
+        parent, names = entry
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix == ".tar":
+                shards.append(parent / name)
+            elif name.lower().endswith(COMPRESSED):
+                skipped["compressed tar"] += 1
+            elif suffix in SUFFIXES:
+                skipped["picture beside the shards"] += 1
+    return sorted(shards), skipped
+
+
+def is_shard_folder(path: Path) -> bool:
+    """Whether a folder has tars, and no pictures above or beside the first of them."""
+    if not path.is_dir():
+        return False
+    compressed = False
+    for entry in walk(path):
+        if isinstance(entry, str):
+            continue
+        suffixes = {os.path.splitext(name)[1].lower() for name in entry[1]}
+        if suffixes & set(SUFFIXES):
+            return False
+        if ".tar" in suffixes:
+            return True
+        compressed = compressed or any(n.lower().endswith(COMPRESSED) for n in entry[1])
+    return compressed
+
+
+def find_index(shard: Path, cache: Path | None = None) -> Shard | str:
+    """The shard with its index, from beside it or from the cache; or why there is none."""
+    why = "no index"
+    for place in (index_beside(shard), index_in(cache or cache_folder(), shard)):
+        try:
+            head, start = read_head(place)
+            with open(shard, "rb", buffering=0, opener=files.regular_opener) as file:
+                shard_index.check_fresh(file.fileno(), head, shard)
+            return Shard(shard, place, start, head)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, TypeError, DataError) as problem:
+            why = str(problem)
+    return why
+
+
+def index_beside(shard: Path) -> Path:
+    """The place of a shard's index beside it."""
+    return shard.with_name(shard.name + shard_index.SUFFIX)
+
+
+def make_index(shard: Path, out: Path | None = None, cache: Path | None = None) -> Shard | str:
+    """Reads a shard and writes its index; returns why where the shard cannot be read.
+
+    Args:
+        shard: the tar.
+        out: folder for the index; beside the shard, or else in the cache, if left out.
+        cache: instead of `cache_folder()`.
+
+    Raises:
+        EnvironmentProblem: neither can be written.
+    """
+    try:
+        head, columns = shard_index.build(shard)
+    except (OSError, DataError) as problem:
+        reason = problem.strerror or "" if isinstance(problem, OSError) else str(problem)
+        return f"{shard}: {reason}" if isinstance(problem, OSError) else reason
+    places = [index_beside(shard), index_in(cache or cache_folder(), shard)]
+    if out is not None:
+        places = [index_in(out, shard)]
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shard_index.write(place, head, columns)
+        except OSError as problem:
+            refused = problem
+            continue
+        return Shard(shard, place, read_head(place)[1], head)
+    raise EnvironmentProblem(
+        f"data index: {places[-1]} must be writable, got {refused.strerror or refused}; "
+        f"{CACHE}=DIR names another folder"
+    )
+
+
+def open_shards(
+    paths: Sequence[Path],
+    *,
+    out: Path | None = None,
+    cache: Path | None = None,
+    force: bool = False,
+) -> tuple[list[Shard], list[str]]:
+    """The shards with their indexes, and lines on those that cannot be read.
+
+    Indexes that are missing, or are not of their tar as it is now, are made, several at a time; a
+    line says so.
+
+    Args:
+        paths: of the tars.
+        out: as for `make_index`.
+        cache: as for `make_index`.
+        force: makes all of them anew.
+
+    Raises:
+        EnvironmentProblem: an index cannot be written anywhere.
+    """
+    where = out if out is not None else cache
+    found: dict[Path, Shard | str] = {
+        path: "no index" if force else find_index(path, where) for path in paths
+    }
+    missing = [path for path, shard in found.items() if isinstance(shard, str)]
+    if missing:
+        began = time.perf_counter()
+        stale = [path for path in missing if found[path] != "no index"]
+        if stale:
+            more = f" and {len(stale) - 1} more" if len(stale) > 1 else ""
+            say(f"data: index is made anew: {found[stale[0]]}{more}")
+        build = partial(make_index, out=out, cache=cache)
+        bar = tqdm(total=len(missing), desc="index", disable=None if is_main_process() else True)
+        with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for path, made in zip(missing, pool.map(build, missing), strict=True):
+                found[path] = made
+                bar.update()
+        _say_made([found[path] for path in missing], time.perf_counter() - began)
+    shards = [shard for shard in found.values() if isinstance(shard, Shard)]
+    return shards, [shard for shard in found.values() if isinstance(shard, str)]
+
+
+def _say_made(made: Sequence[Shard | str], seconds: float) -> None:
+    """A line on new indexes: how many, and where they are."""
+    shards = [shard for shard in made if isinstance(shard, Shard)]
+    if not shards:
+        return
+    pairs = sum(shard.head.pairs for shard in shards)
+    folders = sorted({str(shard.index_path.parent) for shard in shards})
+    more = f" and {len(folders) - 1} more folders" if len(folders) > 1 else ""
+    apart = any(shard.index_path.parent != shard.path.parent for shard in shards)
+    why = f" (beside the shards they cannot be; {CACHE} names another folder)" if apart else ""
+    say(
+        f"data: indexed {len(shards)} shards of {pairs:,} pairs in {seconds:.1f} s; "
+        f"the indexes are in {folders[0]}{more}{why}"
+    )
