@@ -7,6 +7,7 @@ from dalle_ext._switch import use_reference
 from dalle_ext._tensor_table import TensorTable, local_part
 from dalle_ext.images import area_resize
 from dalle_ext.ops.adam16 import AdamW16
+from dalle_ext.ops.decode_attention import DecodeCache, decode_attention
 from dalle_ext.ops.formats import Packed, pack, pack_counted, sum_codes, unpack
 from dalle_ext.ops.grad_scale import (
     GradientStats,
@@ -32,6 +33,7 @@ from dalle_ext.ops.sparse_attention import (
 __all__ = [
     "AdamW16",
     "AttentionPattern",
+    "DecodeCache",
     "GradientStats",
     "GumbelSoftmax",
     "Packed",
@@ -39,6 +41,7 @@ __all__ = [
     "TensorTable",
     "area_resize",
     "build_info",
+    "decode_attention",
     "gumbel_softmax",
     "local_part",
     "orthogonalize",

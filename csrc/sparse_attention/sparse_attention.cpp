@@ -7,31 +7,12 @@
 #include <tuple>
 
 #include "common/isa.h"
+#include "common/tasks.hpp"
 #include "sparse_attention/sparse_attention_cpu.h"
 #include "sparse_attention/sparse_attention_tiles.h"
 
 namespace dalle {
 namespace {
-
-using torch::stable::parallel_for;
-
-// Runs body(workspace, begin, end) over [0, tasks) on torch's threads, each with a piece of
-// workspace aligned to 64 bytes. A thread gets at least `grain` tasks.
-template <typename Body>
-void run_tasks(const Tensor& like, int64_t tasks, int64_t grain, size_t bytes, const Body& body) {
-  if (tasks == 0) return;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t pieces = std::clamp<int64_t>(ceil_div(tasks, grain), 1, threads);
-  const int64_t piece_bytes = static_cast<int64_t>(bytes + 127) / 64 * 64;
-  Tensor space = torch::stable::new_empty(like, {pieces * piece_bytes + 64}, ScalarType::Byte);
-  const auto raw = reinterpret_cast<uintptr_t>(space.mutable_data_ptr());
-  char* base = reinterpret_cast<char*>((raw + 63) / 64 * 64);
-  parallel_for(0, pieces, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      body(base + i * piece_bytes, i * tasks / pieces, (i + 1) * tasks / pieces);
-    }
-  });
-}
 
 // Tasks worth a thread: about 50 us of a core at 20 attended-pair elements a nanosecond.
 int64_t grain_of(const AttentionTiles& walk, const SparseAttentionParams& params, int64_t tasks) {

@@ -20,7 +20,8 @@ using torch::stable::Tensor;
   DALLE_CHECK(condition, "sparse_attention", argument, requirement, __VA_ARGS__)
 
 inline AttentionRule check_rule(const std::string& kind, int64_t text_len, int64_t rows,
-                                int64_t columns, const std::vector<int64_t>& runs) {
+                                int64_t columns, const std::vector<int64_t>& runs,
+                                const char* op = "sparse_attention") {
   constexpr int64_t kMax = int64_t{1} << 24;  // positions, so that 32-bit indices are safe
   AttentionRule rule = {};
   const AttentionKindName* match = nullptr;
@@ -29,23 +30,22 @@ inline AttentionRule check_rule(const std::string& kind, int64_t text_len, int64
     if (kind == known.name) match = &known;
     names += (names.empty() ? "" : ", ") + std::string(known.name);
   }
-  DALLE_ATTENTION_CHECK(match != nullptr, "kind", "one of " + names, kind);
+  DALLE_CHECK(match != nullptr, op, "kind", "one of " + names, kind);
   rule.kind = match->kind;
-  DALLE_ATTENTION_CHECK(text_len >= 0 && text_len < kMax, "text_len", "from 0 to 2^24", text_len);
-  DALLE_ATTENTION_CHECK(
-      rows >= 1 && columns >= 1 && rows < kMax && columns < kMax && rows * columns < kMax, "grid",
-      "at least 1 x 1 and at most 2^24 positions", rows, " x ", columns);
+  DALLE_CHECK(text_len >= 0 && text_len < kMax, op, "text_len", "from 0 to 2^24", text_len);
+  DALLE_CHECK(rows >= 1 && columns >= 1 && rows < kMax && columns < kMax && rows * columns < kMax,
+              op, "grid", "at least 1 x 1 and at most 2^24 positions", rows, " x ", columns);
   rule.text_len = static_cast<int32_t>(text_len);
   rule.rows = static_cast<int32_t>(rows);
   rule.columns = static_cast<int32_t>(columns);
   const size_t bounds = reads_runs(rule.kind) ? runs.size() : 0;
-  DALLE_ATTENTION_CHECK(bounds <= 2 * kMaxRuns, "offsets", "at most 128 runs", bounds / 2, " runs");
+  DALLE_CHECK(bounds <= 2 * kMaxRuns, op, "offsets", "at most 128 runs", bounds / 2, " runs");
   bool valid = bounds % 2 == 0 && (!reads_runs(rule.kind) || bounds > 0);
   for (size_t i = 0; i < bounds; ++i) {
     valid = valid && (i == 0 ? runs[i] == 0 : runs[i] > runs[i - 1]) && runs[i] <= rows * columns;
     if (valid) rule.runs[i] = static_cast<int32_t>(runs[i]);
   }
-  DALLE_ATTENTION_CHECK(valid, "runs", "ascending half-open runs from 0 on", bounds, " bounds");
+  DALLE_CHECK(valid, op, "runs", "ascending half-open runs from 0 on", bounds, " bounds");
   rule.num_runs = static_cast<int32_t>(bounds / 2);
   return rule;
 }

@@ -1,0 +1,125 @@
+// Checks the arguments of decode attention once, for every device, and makes plain data of them.
+#pragma once
+
+#include <optional>
+
+#include "decode_attention/decode_attention.h"
+#include "sparse_attention/sparse_attention.hpp"
+
+namespace dalle {
+
+#define DALLE_DECODE_CHECK(condition, argument, requirement, ...) \
+  DALLE_CHECK(condition, "decode_attention", argument, requirement, __VA_ARGS__)
+
+inline DecodeRows decode_rows_of(const Tensor& x) {
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+inline void check_decode_device(const Tensor& x, const char* name, const Tensor& q) {
+  DALLE_DECODE_CHECK(x.is_cuda() == q.is_cuda() && x.get_device_index() == q.get_device_index(),
+                     name, "on q's device", x.is_cuda() ? "cuda:" : "cpu, index ",
+                     x.get_device_index());
+}
+
+// A contiguous tensor of these sizes and this type.
+inline void check_decode_store(const Tensor& x, const char* name, const Tensor& q, ScalarType type,
+                               const std::vector<int64_t>& sizes) {
+  bool same = x.dim() == static_cast<int64_t>(sizes.size()) && x.is_contiguous();
+  std::string wanted;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    same = same && x.size(static_cast<int64_t>(d)) == sizes[d];
+    wanted += (d ? ", " : "(") + std::to_string(sizes[d]);
+  }
+  DALLE_DECODE_CHECK(same, name, "contiguous " + wanted + ")", shape_text(x));
+  DALLE_DECODE_CHECK(x.scalar_type() == type, name, toString(type), toString(x.scalar_type()));
+  check_decode_device(x, name, q);
+}
+
+inline void check_decode_row(const Tensor& x, const char* name, const Tensor& q) {
+  bool same = x.dim() == 4;
+  for (int64_t d = 0; same && d < 4; ++d) same = x.size(d) == q.size(d);
+  DALLE_DECODE_CHECK(same, name, "of q's shape " + shape_text(q), shape_text(x));
+  DALLE_DECODE_CHECK(x.scalar_type() == q.scalar_type(), name,
+                     std::string("of q's dtype ") + toString(q.scalar_type()),
+                     toString(x.scalar_type()));
+  check_decode_device(x, name, q);
+  DALLE_DECODE_CHECK(x.numel() == 0 || x.size(3) == 1 || x.stride(3) == 1, name,
+                     "contiguous along D", "stride ", x.stride(3));
+}
+
+// The caches of a call, as the schema has them.
+struct DecodeTensors {
+  const Tensor &text_keys, &text_values, &image_keys, &image_values;
+  const std::optional<Tensor>&key_scales, &value_scales;
+};
+
+// All but `out`, which the caller adds.
+inline DecodeAttentionParams check_decode_attention(const Tensor& q, const Tensor& k,
+                                                    const Tensor& v, const DecodeTensors& cache,
+                                                    const Tensor& slot, const std::string& kind,
+                                                    int64_t rows, int64_t columns,
+                                                    const std::vector<int64_t>& runs,
+                                                    double scale) {
+  DALLE_DECODE_CHECK(q.dim() == 4, "q", "(B, S, H, D)", shape_text(q));
+  const int64_t b = q.size(0), s = q.size(1), h = q.size(2), d = q.size(3);
+  DALLE_DECODE_CHECK(d >= 1 && d <= kMaxHeadSize, "D", "from 1 to 256", d);
+  constexpr int64_t kMax = int64_t{1} << 31;
+  DALLE_DECODE_CHECK(b < kMax && s < kMax && h < kMax, "B, S and H", "less than 2^31",
+                     shape_text(q));
+  DecodeAttentionParams params = {};
+  params.type = element_kind(q.scalar_type());
+  const bool floating = params.type == ElementKind::kFloat || params.type == ElementKind::kDouble ||
+                        params.type == ElementKind::kHalf || params.type == ElementKind::kBFloat16;
+  DALLE_DECODE_CHECK(floating, "q", "float32, float64, float16 or bfloat16",
+                     toString(q.scalar_type()));
+  check_decode_row(q, "q", q);
+  check_decode_row(k, "k", q);
+  check_decode_row(v, "v", q);
+
+  const Tensor& text = cache.text_keys;
+  DALLE_DECODE_CHECK(text.dim() == 4, "text_keys", "(B, H, T, D)", shape_text(text));
+  params.rule = check_rule(kind, text.size(2), rows, columns, runs, "decode_attention");
+  params.capacity = decode_capacity(params.rule);
+  const ScalarType type = q.scalar_type();
+  for (const Tensor* x : {&cache.text_keys, &cache.text_values}) {
+    const char* name = x == &cache.text_keys ? "text_keys" : "text_values";
+    check_decode_store(*x, name, q, type, {b, h, text.size(2), d});
+  }
+  params.coded = cache.key_scales.has_value();
+  DALLE_DECODE_CHECK(params.coded == cache.value_scales.has_value(), "scales",
+                     "of keys and values, or of neither", "one of them");
+  const ScalarType stored = params.coded ? ScalarType::Char : type;
+  check_decode_store(cache.image_keys, "image_keys", q, stored, {b, s, h, params.capacity, d});
+  check_decode_store(cache.image_values, "image_values", q, stored, {b, s, h, params.capacity, d});
+  if (params.coded) {
+    for (const auto* x : {&cache.key_scales, &cache.value_scales}) {
+      check_decode_store(**x, "scales", q, ScalarType::Float, {b, s, h, params.capacity});
+    }
+    params.key_scales = static_cast<float*>((*cache.key_scales).data_ptr());
+    params.value_scales = static_cast<float*>((*cache.value_scales).data_ptr());
+  }
+  DALLE_DECODE_CHECK(slot.dim() == 0 && slot.scalar_type() == ScalarType::Long, "slot",
+                     "one int64, 0-d", shape_text(slot), " ", toString(slot.scalar_type()));
+  check_decode_device(slot, "slot", q);
+
+  params.batch = static_cast<int32_t>(b);
+  params.samples = static_cast<int32_t>(s);
+  params.heads = static_cast<int32_t>(h);
+  params.head_size = static_cast<int32_t>(d);
+  params.scale = scale;
+  params.slot = static_cast<const int64_t*>(slot.data_ptr());
+  params.q = decode_rows_of(q);
+  params.k = decode_rows_of(k);
+  params.v = decode_rows_of(v);
+  params.text_keys = cache.text_keys.data_ptr();
+  params.text_values = cache.text_values.data_ptr();
+  params.image_keys = cache.image_keys.data_ptr();
+  params.image_values = cache.image_values.data_ptr();
+  return params;
+}
+
+inline Tensor empty_decoded(const Tensor& q) {
+  return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+}
+
+}  // namespace dalle
