@@ -52,6 +52,7 @@ LINES = [
     "plot scales --run scales", "plan --preset tiny", "plan --preset 12b --gpus 8 --json",
     f"{PRIOR} --config options.yaml", f"{SAMPLE} --config options.yaml", "data check --data odd",
     "ranker train --data pairs --image-size 16 --tokenizer tok --steps 2 --batch-size 2 --out out",
+    "eval fid --real pairs --fake pairs --weights pipe --bootstrap 3 --cache out/c --out out",
     "pipeline make --tokenizer tok --vae pipe/vae --prior pipe/prior --out out",
 ]  # fmt: skip
 DEMO = "demo --data shapes --preset smoke --out demo"

@@ -22,6 +22,7 @@ from dalle.prior.config import PriorConfig
 from dalle.prior.model import Prior
 from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
+from support.evaluation import make_eval_home
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB_BOOK = "docs/log.md"  # its code is that of its day
@@ -53,6 +54,7 @@ def test_every_block_is_run_here():
     assert {page: len(blocks) for page, blocks in BLOCKS.items()} == {
         "README.md": 3,
         "docs/distributed.md": 2,
+        "docs/evaluation.md": 1,
         "docs/ops.md": 2,
         "docs/precision.md": 2,
         "docs/released_dvae.md": 1,
@@ -221,3 +223,11 @@ def test_released_dvae(tmp_path, monkeypatch):
     )
     for name, tensor in vae.state_dict().items():
         assert torch.equal(tensor, found.state_dict()[name]), name
+
+
+def test_evaluation_distance_and_function(tmp_path, monkeypatch):
+    make_eval_home(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    a, b = torch.randn(40, 4), torch.randn(30, 4)
+    names = run("docs/evaluation.md", 0, {"a": a, "b": b})
+    assert 0 < names["frechet_distance"](a, b) < 3 and 0 < names["value"] < 4

@@ -1,0 +1,327 @@
+"""Numbers for one pair of sets, each with its interval, size, network and hashes.
+
+`fid`, `kid`, `is_`, `prc`, `clip_score`: functions that take sets (`dalle.evaluate.sets`) and give
+a dict; with `out` they also write NAME.json, NAME.md and NAME.png there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle import pictures
+from dalle.data.augment import center_crop, to_tensor
+from dalle.data.pairs import Pairs
+from dalle.errors import DataError, UsageError
+from dalle.evaluate import distances
+from dalle.evaluate.cache import Features
+from dalle.evaluate.distances import Score
+from dalle.evaluate.extractors import TextExtractor
+from dalle.evaluate.results import few_warnings, finish, png, prepare, sheet, table
+from dalle.evaluate.session import Session, make_setup
+from dalle.files import write_atomic
+from dalle.pipeline import Pipeline
+from dalle.pretrained import tensors_to_bytes
+
+Set = str | Path | Pairs | Pipeline
+
+
+def _start(name: str, out: Path | str | None, options: dict[str, Any]) -> tuple[Session, Any]:
+    """The session of a measure and its folder, which is made before the work."""
+    owner = f"eval {name}"
+    folder = None if out is None else Path(out)
+    session = Session(owner, make_setup(owner, options))
+    prepare(owner, name, folder)
+    return session, folder
+
+
+def _both(session: Session, real: Set, fake: Set) -> tuple[Features, Features]:
+    opened = session.take("real", real)
+    drawn = session.take("fake", fake, opened)
+    return session.features("real", opened), session.features("fake", drawn)
+
+
+def _value_table(metric: str, value: float, interval: Any, n: dict[str, int]) -> dict[str, Any]:
+    rows = [[metric, value, interval["interval"], *n.values()]]
+    return table(["metric", "value", "95 % interval", *(f"n {k}" for k in n)], rows)
+
+
+def features(source: Set, *, out: Path | str | None = None, **options: Any) -> dict[str, Any]:
+    """Features of a set, written as OUT/features.safetensors ("features", "items").
+
+    Args:
+        source: the set.
+        out: folder of features.safetensors, features.json and features.png.
+        options: of `session.Setup`.
+
+    Returns:
+        The record; "features" (n, d) is a tensor in it only where `out` is None.
+    """
+    session, folder = _start("features", out, options)
+    found = session.features("data", session.take("data", source), minimum=1)
+    record = {
+        "title": f"Features of {session.extractor.name}",
+        **session.record(data=found),
+        "shape": list(found.values.shape),
+        "cached_parts": found.cached,
+    }
+    if folder is None:
+        return {**finish("features", record, None), "features": found.values, "items": found.items}
+    content = tensors_to_bytes({"features": found.values, "items": found.items})
+    write_atomic(folder / "features.safetensors", content)
+    record["tables"] = [table(["pictures", "numbers each"], [list(found.values.shape)])]
+    return finish("features", record, folder, sheet({"data": found.source}))
+
+
+def fid(
+    real: Set, fake: Set, *, out: Path | str | None = None, infinite: bool = False, **options: Any
+) -> dict[str, Any]:
+    """The Fréchet distance of two sets' features; FID only for the network of that name.
+
+    Args:
+        real, fake: the sets.
+        out: folder of fid.json, fid.md and fid.png.
+        infinite: extrapolate to infinitely many generated pictures as well.
+        options: of `session.Setup`, such as extractor, weights, count, seed.
+
+    Returns:
+        "metric" (FID, FD-ranker, ...), "value", "interval", "n", and all that defines them.
+
+    Raises:
+        DalleError: in one line, for sets or weights that do not fit.
+    """
+    session, folder = _start("fid", out, options)
+    a, b = _both(session, real, fake)
+    if infinite and len(b) < distances.ROWS_TO_EXTRAPOLATE:
+        raise DataError(
+            f"eval fid: fake must hold {distances.ROWS_TO_EXTRAPOLATE} or more pictures for "
+            f"infinite, got {len(b)}"
+        )
+    x, y = a.values.double(), b.values.double()
+    value = distances.frechet_distance(x, y)
+    interval = session.interval(distances.frechet_distance, [x, y], value)
+    metric, record = session.extractor.distance, session.record(real=a, fake=b)
+    result = {
+        "title": f"{metric}: {value:.4g}",
+        "metric": metric,
+        "value": value,
+        **interval,
+        **record,
+        "warnings": few_warnings(metric, record["n"]),
+        "tables": [_value_table(metric, value, interval, record["n"])],
+    }
+    if infinite:
+        line = distances.frechet_distance_infinite(x, y, seed=session.seed)
+        result["infinite"] = line._asdict()
+        result["tables"].append(
+            table([f"{metric}, n to infinity"], [[line.value]], "Chong and Forsyth 2020")
+        )
+    return finish("fid", result, folder, _examples(folder, a, b))
+
+
+def kid(
+    real: Set,
+    fake: Set,
+    *,
+    out: Path | str | None = None,
+    subsets: int = distances.SUBSETS,
+    subset_size: int = distances.SUBSET_SIZE,
+    **options: Any,
+) -> dict[str, Any]:
+    """The kernel distance of two sets' features (KID for the network of FID).
+
+    Args:
+        real, fake, out, options: as of `fid`.
+        subsets, subset_size: see `distances.kernel_distance`.
+    """
+    session, folder = _start("kid", out, options)
+    a, b = _both(session, real, fake)
+    x, y = a.values.double(), b.values.double()
+    numbers = {"subsets": subsets, "subset_size": subset_size, "seed": session.seed % 2**32}
+    value = distances.kernel_distance(x, y, **numbers)
+
+    def statistic(p: Tensor, q: Tensor) -> float:
+        return distances.kernel_distance(p, q, **{**numbers, "subsets": min(subsets, 10)})
+
+    interval = session.interval(statistic, [x, y], value)
+    metric, record = session.extractor.kernel, session.record(real=a, fake=b)
+    result = {
+        "title": f"{metric}: {value:.4g}",
+        "metric": metric,
+        "value": float(value),
+        "std": value.std,
+        "subsets": subsets,
+        "subset_size": subset_size,
+        **interval,
+        **record,
+        "tables": [_value_table(metric, float(value), interval, record["n"])],
+    }
+    return finish("kid", result, folder, _examples(folder, a, b))
+
+
+def class_probabilities(session: Session, found: Features, captions: list[str]) -> Tensor:
+    """The class distributions of a set's pictures: (n, classes) float64."""
+    return session.extractor.probabilities(found.values, captions)
+
+
+def is_(
+    fake: Set,
+    *,
+    real: Set | None = None,
+    out: Path | str | None = None,
+    splits: int = 10,
+    **options: Any,
+) -> dict[str, Any]:
+    """The Inception Score; of networks without classes, a score over captions (IS-ranker).
+
+    Args:
+        fake: the set.
+        real: a set whose captions are the classes where the network has none; `fake` if left out.
+        out: folder of is.json, is.md and is.png.
+        splits: see `distances.inception_score`; fewer for fewer pictures.
+        options: of `session.Setup`.
+    """
+    session, folder = _start("is", out, options)
+    opened = None if real is None else session.take("real", real)
+    found = session.features("fake", session.take("fake", fake, opened))
+    of_classes = (opened or found.source).pairs.captions
+    p = class_probabilities(session, found, list(of_classes))
+    value = inception_of(p, splits)
+    interval = session.interval(lambda q: float(inception_of(q, splits)), [p], float(value))
+    metric, record = session.extractor.score, session.record(fake=found)
+    result = {
+        "title": f"{metric}: {float(value):.4g}",
+        "metric": metric,
+        "value": float(value),
+        "std": value.std,
+        "splits": min(splits, len(p)),
+        "classes": {"what": session.extractor.classes, "count": p.shape[1]},
+        **interval,
+        **record,
+        "warnings": few_warnings(metric, record["n"]),
+        "tables": [_value_table(metric, float(value), interval, record["n"])],
+    }
+    picture = None if folder is None else sheet({"fake": found.source})
+    return finish("is", result, folder, picture)
+
+
+def inception_of(p: Tensor, splits: int) -> Score:
+    """`distances.inception_score` of at least 2 rows a split, so that few pictures do as well."""
+    if splits < 1:
+        raise UsageError(f"eval is: splits must be 1 or more, got {splits}")
+    return distances.inception_score(p, max(1, min(splits, len(p) // 2)))
+
+
+def prc(
+    real: Set, fake: Set, *, out: Path | str | None = None, k: int = 3, **options: Any
+) -> dict[str, Any]:
+    """Precision and recall of generated features against real ones.
+
+    Args:
+        real, fake, out, options: as of `fid`.
+        k: neighbours, see `distances.precision_recall`.
+    """
+    session, folder = _start("prc", out, options)
+    a, b = _both(session, real, fake)
+    x, y = a.values.double(), b.values.double()
+    both = distances.precision_recall(x, y, k)
+    inside_real = distances.inside(y, x, distances.radii(x, k)).double()[:, None]
+    inside_fake = distances.inside(x, y, distances.radii(y, k)).double()[:, None]
+    record = session.record(real=a, fake=b)
+    # Rows drawn twice would be each other's neighbours: only the shares are drawn again.
+    intervals = {
+        name: session.interval(lambda s: float(s.mean()), [shares], value)
+        for name, shares, value in (
+            ("precision", inside_real, both.precision),
+            ("recall", inside_fake, both.recall),
+        )
+    }
+    rows = [[name, getattr(both, name), intervals[name]["interval"]] for name in intervals]
+    result = {
+        "title": f"Precision {both.precision:.3f}, recall {both.recall:.3f}",
+        "metric": "precision and recall",
+        **both._asdict(),
+        "k": k,
+        "intervals": intervals,
+        **record,
+        "tables": [table(["metric", "value", "95 % interval"], rows)],
+    }
+    return finish("prc", result, folder, _examples(folder, a, b))
+
+
+def _examples(folder: Path | None, a: Features, b: Features) -> bytes | None:
+    return None if folder is None else sheet({"real": a.source, "fake": b.source})
+
+
+def clip_score(
+    fake: Set, *, real: Set | None = None, out: Path | str | None = None, **options: Any
+) -> dict[str, Any]:
+    """How well pictures fit their captions: the mean of 100 max(cosine, 0).
+
+    It is the CLIP score for the extractor clip, and the ranker's score for ranker. A pipeline is
+    best judged by another network than the one that chose its samples.
+
+    Args:
+        fake: pictures with captions.
+        real: whose captions a pipeline draws.
+        out: folder of clip-score.json, .md and .png (the pictures that fit least and best).
+        options: of `session.Setup`.
+
+    Raises:
+        UsageError: an extractor without captions.
+        DataError: pictures without captions.
+    """
+    session, folder = _start("clip-score", out, options)
+    opened = None if real is None else session.take("real", real)
+    source = session.take("fake", fake, opened)
+    network = session.extractor
+    if not isinstance(network, TextExtractor):
+        raise UsageError(f"eval clip-score: extractor must be ranker or clip, got {network.name}")
+    found = session.features("fake", source, minimum=1)
+    captions = [source.pairs.captions[i] for i in found.items.tolist()]
+    missing = sum(not caption for caption in captions)
+    if missing:
+        raise DataError(
+            f"eval clip-score: every picture must have a caption, got {missing} of "
+            f"{len(captions)} without"
+        )
+    unique = sorted(set(captions))
+    text = network.text_features(unique)[_rows(captions, unique)]
+    cosines = (text.double() * found.values.double()).sum(1)
+    fits = 100 * cosines.clamp_min(0)
+    value = float(fits.mean())
+    interval = session.interval(lambda s: float(s.mean()), [fits[:, None]], value)
+    metric = "CLIP score" if network.name == "clip" else f"{network.name} score"
+    record = session.record(fake=found)
+    result = {
+        "title": f"{metric}: {value:.4g}",
+        "metric": metric,
+        "value": value,
+        "mean_cosine": float(cosines.mean()),
+        **interval,
+        **record,
+        "tables": [_value_table(metric, value, interval, record["n"])],
+    }
+    picture = None if folder is None else _ends(source.pairs, found, fits.numpy())
+    return finish("clip-score", result, folder, picture)
+
+
+def _rows(captions: list[str], unique: list[str]) -> Tensor:
+    """Where each caption stands in `unique`: (n,) int64."""
+    places = {caption: i for i, caption in enumerate(unique)}
+    rows = np.array([places[caption] for caption in captions], np.int64)
+    return torch.from_numpy(rows)
+
+
+def _ends(pairs: Pairs, found: Features, values: np.ndarray, side: int = 96) -> bytes:
+    """A sheet with the eight pictures that fit best and the eight that fit least."""
+    order = np.argsort(-values, kind="stable")
+    chosen = order if len(order) <= 16 else np.concatenate([order[:8], order[-8:]])
+    items = [int(found.items[i]) for i in chosen]
+    tiles = to_tensor([center_crop(pairs.load(i), side) for i in items])
+    labels = [f"{values[r]:.1f} {pairs.captions[i]}" for r, i in zip(chosen, items, strict=True)]
+    return png(pictures.grid(tiles, columns=8, labels=labels))

@@ -1,0 +1,267 @@
+"""`dalle eval` measures sets of all kinds, keeps features, names a distance after its network."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import dalle.evaluate as evaluate
+from dalle.cli import main
+from dalle.errors import DataError, UsageError
+from dalle.evaluate import cache, drawings
+from dalle.evaluate.extractors import Extractor, RankerExtractor, load_extractor
+from dalle.evaluate.inception import InceptionTorchvision, load_module
+from dalle.evaluate.session import Session, Setup
+from dalle.pipeline import Pipeline
+from support.evaluation import make_eval_home, refused
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_eval_home(tmp_path_factory.mktemp("eval"))
+
+
+@pytest.fixture(autouse=True)
+def here(home, monkeypatch):
+    monkeypatch.chdir(home)
+
+
+def test_a_distance_has_the_name_of_its_network_and_all_that_defines_it(home, capsys):
+    words = ["eval", "fid", "--real", "real", "--fake", "fake", "--extractor", "ranker"]
+    assert main([*words, "--weights", "pipe", "--out", "out", "--infinite"]) == 0
+    heard = capsys.readouterr().out
+    assert "FD-ranker" in heard and "FID" not in heard
+    result = json.loads((home / "out/fid.json").read_text())
+    assert result["metric"] == "FD-ranker" and result["n"] == {"real": 24, "fake": 30}
+    assert result["interval"][0] < result["value"] < result["interval"][1]
+    assert len(result["warnings"]) == 2 and "10,000" in result["warnings"][0]
+    assert result["extractor"]["name"] == "ranker" and "16 x 16" in result["resize"]
+    prints = [result["sets"][name]["fingerprint"] for name in ("real", "fake")]
+    assert len(set(prints)) == 2 and result["seed"] == 0 and "value" in result["infinite"]
+    assert Image.open(home / "out/fid.png").size[0] > 500
+    assert "| FD-ranker |" in (home / "out/fid.md").read_text()
+    # The value is that of the features by hand.
+    ranker = Pipeline.from_pretrained("pipe").ranker
+    sets = [
+        RankerExtractor(ranker).features(
+            [np.asarray(Image.open(p)) for p in sorted((home / name).glob("*.png"))]
+        )
+        for name in ("real", "fake")
+    ]
+    assert result["value"] == pytest.approx(evaluate.frechet_distance(*sets), rel=1e-9)
+
+
+def test_the_function_gives_what_the_command_writes(home):
+    got = evaluate.fid("real", "fake", weights="pipe", bootstrap=0)
+    assert got["interval"] is None and got["metric"] == "FD-ranker"
+    again = evaluate.fid("real", "fake", weights="pipe", out=home / "o", bootstrap=5)
+    assert got["value"] == again["value"] == json.loads((home / "o/fid.json").read_text())["value"]
+
+
+def test_a_pipeline_draws_the_captions_of_the_real_set(home):
+    options = {"num_candidates": 2, "count": 12, "bootstrap": 0}
+    got = evaluate.fid("real", "pipe", **options)
+    drawn = got["sets"]["fake"]
+    assert drawn["kind"] == "pipeline" and drawn["pictures"] == 12
+    assert drawn["drawn"]["num_candidates"] == 2
+    assert got == evaluate.fid("real", "pipe", **options)
+    # Captions repeat in the set, pictures do not.
+    pipeline = Pipeline.from_pretrained("pipe")
+    made = drawings.draw("t", pipeline, ["a", "a", "b"], [1, 4])
+    assert len(np.unique(made.images.reshape(6, -1), axis=0)) >= 4
+    # The best of the first n is what n candidates alone would have kept.
+    alone = pipeline.generate("b", num_candidates=1, top=1)
+    assert (made.images[2, 0] == drawings.to_uint8(alone.images)[0]).all()
+    best = pipeline.generate("b", num_candidates=4, top=1)
+    assert (made.images[2, 1] == drawings.to_uint8(best.images)[0]).all()
+
+
+def test_samples_of_dalle_sample_are_a_set(home):
+    assert main(
+        ["sample", "a red circle", "a blue square", "--model", "pipe", "--num-candidates", "4",
+         "--top", "3", "--out", "samples"]
+    ) == 0  # fmt: skip
+    found = evaluate.features("samples", weights="pipe")
+    assert found["n"] == {"data": 6}
+    assert evaluate.features("samples", weights="pipe", first_only=True)["n"] == {"data": 2}
+    score = evaluate.clip_score("samples", weights="pipe", bootstrap=0)
+    records = json.loads((home / "samples/samples.json").read_text())["records"]
+    wanted = np.mean([max(s, 0) for r in records for s in r["scores"]])
+    assert score["value"] == pytest.approx(100 * wanted, rel=1e-2)  # PNGs are rounded to 8 bits
+    assert score["metric"] == "ranker score"
+
+
+def test_features_are_kept_and_a_stopped_run_goes_on(home, monkeypatch, capsys):
+    monkeypatch.setattr(cache, "PART", 10)
+    calls, stop_at = [], [3]
+    whole = RankerExtractor.features
+
+    def counted(self, images):
+        calls.append(len(images))
+        if len(calls) in stop_at:
+            stop_at.clear()
+            raise KeyboardInterrupt
+        return whole(self, images)
+
+    monkeypatch.setattr(RankerExtractor, "features", counted)
+    options = {"weights": "pipe", "cache": home / "kept", "batch_size": 5}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.features("real", **options)
+    assert calls == [5, 5, 5]
+    first = evaluate.features("real", **options)
+    assert calls[3:] == [5, 5, 4] and first["cached_parts"] == 1
+    del calls[:]
+    assert torch.equal(evaluate.features("real", **options)["features"], first["features"])
+    assert calls == []
+    damaged = sorted((home / "kept/features").rglob("*.safetensors"))[1]
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    again = evaluate.features("real", **options)
+    assert torch.equal(again["features"], first["features"]) and calls == [5, 5]
+    assert "is damaged and is computed again" in capsys.readouterr().err
+    # Other pictures or another network: another place.
+    Image.new("RGB", (16, 16)).save(home / "real/000.png")
+    assert not torch.equal(evaluate.features("real", **options)["features"], first["features"])
+
+
+def test_features_command_writes_what_can_be_read(home, capsys):
+    assert main(["eval", "features", "--data", "fake", "--weights", "pipe", "--out", "f"]) == 0
+    assert "(30 data)" in capsys.readouterr().out
+    read = load_file(home / "f/features.safetensors")
+    assert read["features"].shape == (30, 16) and read["items"].tolist() == list(range(30))
+    for name in ("features.json", "features.png", "features.md"):
+        assert (home / "f" / name).stat().st_size > 100
+
+
+@pytest.mark.parametrize("verb", ["kid", "is", "prc"])
+def test_each_verb_leaves_its_files(home, verb, capsys):
+    words = ["eval", verb, "--real", "real", "--fake", "fake", "--weights", "pipe"]
+    assert main([*words, "--out", f"of-{verb}", "--bootstrap", "10"]) == 0, capsys.readouterr()
+    result = json.loads((home / f"of-{verb}/{verb}.json").read_text())
+    names = {"kid": "KD-ranker", "is": "IS-ranker", "prc": "precision and recall"}
+    assert result["metric"] == names[verb]
+    assert {p.name for p in (home / f"of-{verb}").iterdir()} == {
+        f"{verb}.json", f"{verb}.md", f"{verb}.png"}  # fmt: skip
+    if verb == "is":  # the captions of the real set are the classes
+        assert result["classes"]["count"] == 5 and 1 <= result["value"] <= 5
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("real must hold 2 or more pictures that can be used, got 1 in one", 3, "--real one"),
+        ("real must hold pictures, got none in empty", 3, "--real empty"),
+        ("real must hold 2 or more pictures that can be used, got 0", 3, "--real broken"),
+        ("fake must be a folder of pictures", 3, "--fake nowhere"),
+        ("weights: pipe/vae/config.json: class must be ContrastiveRanker, got DiscreteVAE", 3,
+         "--weights pipe/vae"),
+        ("weights must be there, got no such path: nowhere", 3, "--weights nowhere"),
+        ("(did you mean ranker?)", 2, "--extractor rankr"),
+        ("fetch https://github.com/toshas", 2, "--extractor inception-tf"),
+        ("put it at weights/inception-torchvision.safetensors", 2,
+         "--extractor inception-torchvision"),
+        ("weights must be those of inception-tf, got pipe/vae/model.safetensors", 3,
+         "--extractor inception-tf --weights pipe/vae/model.safetensors"),
+        ("must be a safetensors file, got: ", 3, "--extractor inception-tf --weights real/000.png"),
+        ("may run code when read", 2, "--extractor inception-tf --weights x.pth"),
+        ("weights must be a folder with a CLIP", 2, "--extractor clip"),
+        ("count must be 1 or more, got 0", 2, "--count 0"),
+        ("bootstrap must be 0 or more, got -1", 2, "--bootstrap -1"),
+        ("fake must hold 20 or more pictures for infinite, got 5", 3, "--infinite --count 5"),
+        ("got fake/000.png: it is a file", 4, "--out fake/000.png"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_gets_one_line(home, capsys, line, code, words):
+    (home / "x.pth").write_bytes(b"x")
+    given = {"--real": "real", "--fake": "fake", "--weights": "pipe", "--out": "bad"}
+    options = words.split()
+    if "--extractor" in words:
+        del given["--weights"]
+    base = [x for name, value in given.items() if name not in options for x in (name, value)]
+    said = refused(capsys, ["eval", "fid", *base, *options], code)
+    assert said.startswith("eval fid: ") and line in said, said
+
+
+def test_features_that_are_not_finite_are_refused(home):
+    class Broken:
+        name = distance = kernel = score = resize = classes = "broken"
+        dimensions, fingerprint = 2, "x"
+
+        def features(self, images):
+            return torch.full((len(images), 2), torch.nan)
+
+        def probabilities(self, features, captions):
+            return features
+
+    assert isinstance(Broken(), Extractor)
+    with pytest.raises(DataError, match="features of real must be finite, got NaN .* in 24 of 24"):
+        evaluate.fid("real", "fake", extractor=Broken())
+    with pytest.raises(UsageError, match="extractor must be ranker or clip, got broken"):
+        evaluate.clip_score("real", extractor=Broken())
+    with pytest.raises(UsageError, match="option must be one of .*, got colour"):
+        evaluate.fid("real", "fake", colour=1)
+    with pytest.raises(DataError, match="every picture must have a caption, got 30 of 30 without"):
+        evaluate.clip_score("fake", weights="pipe")
+
+
+def test_inception_networks_are_the_ones_of_their_packages(home):
+    """With random weights: pool features and logits agree with the packages' own forward pass."""
+    models = load_module("torchvision.models", "test")
+    torch.manual_seed(0)
+    network = models.inception_v3(weights=None, aux_logits=True, init_weights=False).eval()
+    save_file(network.state_dict(), home / "tv.safetensors")
+    mine = load_extractor("inception-torchvision", home / "tv.safetensors")
+    image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    found = mine.features([image])
+    wide = Image.fromarray(image).resize((299, 299), Image.Resampling.BILINEAR)
+    x = torch.from_numpy(np.array(wide)).permute(2, 0, 1)[None] / 255
+    network.transform_input = True  # torchvision's own form of DM-GAN's affine
+    with torch.no_grad():
+        wanted = network(x).softmax(1)
+    torch.testing.assert_close(mine.probabilities(found, []), wanted.double(), rtol=1e-4, atol=1e-6)
+    assert mine.distance == "FID (torchvision weights)" and found.shape == (1, 2048)
+    assert isinstance(mine, InceptionTorchvision)
+
+    module = load_module("torch_fidelity.feature_extractor_inceptionv3", "test")
+    del network, mine
+    shapes = {}
+    with torch.device("meta"):
+        keep, module.load_state_dict_from_url = module.load_state_dict_from_url, lambda *_, **__: {}
+        load = module.FeatureExtractorInceptionV3.load_state_dict
+        module.FeatureExtractorInceptionV3.load_state_dict = lambda *_: None
+        try:
+            shapes = module.FeatureExtractorInceptionV3("t", ["2048"]).state_dict()
+        finally:
+            module.load_state_dict_from_url = keep
+            module.FeatureExtractorInceptionV3.load_state_dict = load
+    weights = {
+        name: torch.ones(t.shape) if "var" in name else torch.randn(t.shape) / 20
+        for name, t in shapes.items()
+        if "tracked" not in name
+    }
+    save_file(weights, home / "tf.safetensors")
+    mine = load_extractor("inception-tf", home / "tf.safetensors")
+    other = image[:, ::-1][:30].copy()
+    found = mine.features([image, other, image])
+    mine.network.features_list = ["2048", "logits_unbiased"]
+    with torch.no_grad():
+        pool, logits = mine.network(torch.from_numpy(image).permute(2, 0, 1)[None])
+    torch.testing.assert_close(found[0:1], pool)
+    torch.testing.assert_close(found[2:3], pool)
+    torch.testing.assert_close(
+        mine.probabilities(found[:1], []), logits.double().softmax(1), rtol=1e-4, atol=1e-7
+    )
+    assert (mine.distance, mine.kernel, mine.score) == ("FID", "KID", "IS")
+
+
+def test_a_session_opens_built_in_sets_by_name_and_split(home):
+    session = Session("t", Setup(image_size=24, count=7))
+    for spec, kind in (("shapes:zero", "built-in"), ("shapes", "built-in"), ("real", "folder")):
+        opened = session.take("real", spec)
+        assert (opened.kind, len(opened)) == (kind, 7)
+    with pytest.raises(UsageError, match="split must be one of train, test, zero, got 'none'"):
+        session.take("real", "shapes:none")

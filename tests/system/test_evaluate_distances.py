@@ -1,0 +1,192 @@
+"""Distances of features agree with torch-fidelity and torchmetrics to 1e-6, for few rows too."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dalle.errors import DataError, UsageError
+from dalle.evaluate import (
+    frechet_distance,
+    frechet_distance_infinite,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from dalle.evaluate.inception import load_module
+from dalle.evaluate.intervals import bootstrap, wilson
+
+RNG = np.random.default_rng(0)
+
+
+def fidelity(name):
+    """A module of torch-fidelity."""
+    return load_module(f"torch_fidelity.{name}", "test")
+
+
+def features(n, d, shift=0.0):
+    """Correlated features."""
+    return torch.from_numpy(RNG.normal(size=(n, d)) @ RNG.normal(size=(d, d)) + shift)
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(500, 400, 64), (30, 40, 64), (2, 3, 9), (64, 64, 64)])
+def test_frechet_distance_is_that_of_torch_fidelity(n, m, d):
+    a, b = features(n, d), features(m, d, 0.3)
+    fid = fidelity("metric_fid")
+    of = [fid.fid_features_to_statistics(x) for x in (a, b)]
+    wanted = fid.fid_statistics_to_metric(*of, False)["frechet_inception_distance"]
+    assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-6)
+    assert frechet_distance(b.numpy(), a.tolist()) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_frechet_distance_is_that_of_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Same(torch.nn.Module):
+        num_features = 24
+
+        def forward(self, x):
+            return x
+
+    a, b = features(300, 24), features(200, 24, 0.2)
+    metric = FrechetInceptionDistance(feature=Same(), input_img_size=(24,)).set_dtype(torch.float64)
+    metric.update(a, real=True)
+    metric.update(b, real=False)
+    assert frechet_distance(a, b) == pytest.approx(float(metric.compute()), rel=1e-6)
+
+
+def test_frechet_distance_in_closed_form():
+    """Diagonal Gaussians, and covariances of rank one in other directions."""
+    a = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])  # covariance diag(2, 0)
+    b = torch.tensor([[3.0, -2.0], [3.0, 2.0]])  # diag(0, 8), mean 3 away
+    assert frechet_distance(a, b) == pytest.approx(9 + 2 + 8, rel=1e-12)
+    assert frechet_distance(a, 3 * a) == pytest.approx(2 * (3 - 1) ** 2, rel=1e-12)
+    assert frechet_distance(a.int(), a.int()) == 0
+
+
+def test_frechet_distance_of_nearly_singular_sets_loses_no_digits():
+    """Two columns differ by a billionth, where eigenvalues of C1 C2 may turn complex."""
+    a, b = features(200, 8), features(150, 8, 0.1)
+    alike = [torch.cat([x, x[:, :1] + 1e-9 * x[:, 1:2]], 1) for x in (a, b)]
+    twice = [torch.cat([x, x[:, :1]], 1) for x in (a, b)]
+    assert frechet_distance(*alike) == pytest.approx(frechet_distance(*twice), rel=1e-7)
+    assert frechet_distance(alike[0], alike[0]) == pytest.approx(0, abs=1e-9)
+
+
+def test_kernel_distance_is_that_of_the_oracles():
+    from torchmetrics.image.kid import poly_mmd
+
+    a, b = features(1100, 16), features(1050, 16, 0.2)
+    wanted = fidelity("metric_kid").kid_features_to_metric(a, b, kid_subsets=7, verbose=False)
+    got = kernel_distance(a, b, subsets=7)
+    assert tuple(got) == pytest.approx(
+        (wanted["kernel_inception_distance_mean"], wanted["kernel_inception_distance_std"]),
+        rel=1e-6,
+    )
+    whole = kernel_distance(a[:50], b[:50])
+    assert whole == pytest.approx(float(poly_mmd(a[:50], b[:50])), rel=1e-6) and whole.std == 0
+    assert kernel_distance(a, b, subset_size=9) != kernel_distance(a, b, subset_size=9, seed=2)
+
+
+def test_kernel_distance_is_unbiased_for_sets_of_different_sizes():
+    """The mean over many pairs of small sets of one distribution is 0."""
+    sets = torch.from_numpy(RNG.normal(size=(1000, 12, 4)))
+    values = [kernel_distance(x[:5], x[5:]) for x in sets]
+    error = np.std(values) / len(values) ** 0.5
+    assert abs(np.mean(values)) < 4 * error
+
+
+def test_inception_score_is_that_of_the_oracles():
+    from torchmetrics.image.inception import InceptionScore
+
+    logits = torch.from_numpy(RNG.normal(size=(1001, 30)) * 2)
+    wanted = fidelity("metric_isc").isc_features_to_metric(logits, splits=10, shuffle=False)
+    mean, std = inception_score(logits.softmax(1))
+    assert mean == pytest.approx(wanted["inception_score_mean"], rel=1e-6)
+    assert std == pytest.approx(wanted["inception_score_std"], rel=1e-6)
+
+    class Same(torch.nn.Module):
+        def forward(self, x):
+            return x
+
+    metric = InceptionScore(feature=Same(), splits=1).set_dtype(torch.float64)
+    metric.update(logits)
+    assert inception_score(logits.softmax(1), splits=1) == pytest.approx(
+        float(metric.compute()[0]), rel=1e-6
+    )
+
+
+def test_inception_score_of_known_cases():
+    """Sure pictures of all classes: the number of classes. All alike: 1."""
+    assert inception_score(np.eye(8), splits=1) == pytest.approx(8)
+    assert inception_score(np.full((20, 5), 0.2), splits=2) == pytest.approx(1)
+
+
+def test_precision_and_recall_are_those_of_torch_fidelity():
+    a, b = features(300, 8), features(200, 8, 0.5)
+    wanted = fidelity("metric_prc").prc_features_to_metric(b, a, verbose=False)
+    got = precision_recall(a, b)
+    assert got.precision == pytest.approx(wanted["precision"], rel=1e-6)
+    assert got.recall == pytest.approx(wanted["recall"], rel=1e-6)
+
+
+def test_a_generator_that_knows_one_of_two_modes():
+    """All it makes is real (precision 1), half of what is real it makes (recall 1/2)."""
+    mode = torch.from_numpy(RNG.normal(size=(100, 4)))
+    real = torch.cat([mode, mode + 100])
+    assert precision_recall(real, mode) == (1, 0.5)
+    assert precision_recall(mode, real) == (0.5, 1)
+    assert precision_recall(real, real) == (1, 1)
+
+
+def test_extrapolation_takes_the_bias_away():
+    """Of one distribution the distance is 0; of few rows it is far from it."""
+    a, b = (torch.from_numpy(RNG.normal(size=(n, 32))) for n in (20_000, 2000))
+    line = frechet_distance_infinite(a, b)
+    assert abs(line.value) < 0.15 * frechet_distance(a, b)
+    assert line.sizes[0] == 200 and line.sizes[-1] == 2000 and len(line.values) == 15
+
+
+def test_intervals_hold_the_value_as_often_as_they_say():
+    """95 % of the intervals of a mean hold the true mean (R: 90 to 99 % of 100)."""
+    hits = 0
+    for i in range(100):
+        x = torch.from_numpy(RNG.normal(size=(60, 1)))
+        found = bootstrap(lambda s: float(s.mean()), [x], count=200, seed=i)
+        low, high = found["interval"]
+        hits += low <= 0 <= high
+    assert 88 <= hits <= 99
+    assert bootstrap(float, [x], count=0)["interval"] is None
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == pytest.approx(1)
+    assert wilson(5, 10) == pytest.approx([0.2366, 0.7634], abs=1e-4)
+
+
+GOOD = np.ones((4, 3))
+NAN = np.array([[0.0, np.nan, 1.0], [0, 0, 0], [1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda: frechet_distance(GOOD[:1], GOOD), "a must hold 2 or more rows, got 1"),
+        (lambda: frechet_distance(GOOD, GOOD[:0]), "b must hold 2 or more rows, got 0"),
+        (lambda: frechet_distance(GOOD, GOOD[:, :2]), "b must have the 3 columns of a, got 2"),
+        (lambda: frechet_distance(GOOD, NAN), "got NaN or infinity in 1 of 3 rows"),
+        (lambda: frechet_distance(GOOD[0], GOOD), r"a must be \(n, d\) features, got \(3,\)"),
+        (lambda: frechet_distance("x", GOOD), r"a must be \(n, d\) numbers, got str"),
+        (lambda: frechet_distance(GOOD, GOOD * 1j), "b must be real numbers, got complex128"),
+        (lambda: kernel_distance(NAN, GOOD), "kernel_distance: a must hold finite numbers"),
+        (lambda: kernel_distance(GOOD, GOOD, subsets=0), "subsets must be 1 or more, got 0"),
+        (lambda: inception_score(GOOD, splits=1), "add up to 1 in each row"),
+        (lambda: inception_score(np.eye(3)), "splits must be at most the 3 rows, got 10"),
+        (lambda: inception_score(np.eye(3), splits=0), "splits must be 1 or more, got 0"),
+        (lambda: precision_recall(GOOD[:3], GOOD), "a must hold more than k = 3 rows, got 3"),
+        (lambda: precision_recall(GOOD, GOOD, k=0), "k must be 1 or more, got 0"),
+        (lambda: frechet_distance_infinite(GOOD, GOOD), "b must hold 20 or more rows, got 4"),
+    ],
+)
+def test_bad_input_gets_one_line(call, line):
+    with pytest.raises((DataError, UsageError), match=line) as caught:
+        call()
+    assert "\n" not in str(caught.value)
