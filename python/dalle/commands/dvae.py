@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from dalle.memory import require_memory
 from dalle.recipes import DVAE_RECIPES, scaled
 from dalle.train.config import LoopConfig
 from dalle.train.dvae import COLLAPSED, DvaeTask, DvaeTrainConfig
+from dalle.train.fine_tune import LR_SHARE, FineTuneConfig, freeze, load_start, start_from
 from dalle.train.held_out import held_out_pictures, save_better
 from dalle.train.loop import train as run_loop
 from dalle.train.seeds import start_seed
@@ -79,6 +80,7 @@ class DvaeCommandConfig:
         loop: folder, updates (800 with quick and tiny, 3,000,000 in the paper), checkpoints,
             seed.
         training: the training; what is left out is the recipe's.
+        start: a saved model to start from, and what stays frozen.
         cluster: how the processes of torchrun work together.
     """
 
@@ -93,6 +95,7 @@ class DvaeCommandConfig:
     device: str = "auto"
     loop: LoopConfig = field(default_factory=partial(LoopConfig, out=Path("run/dvae"), steps=0))
     training: DvaeOptions = field(default_factory=DvaeOptions)
+    start: FineTuneConfig = field(default_factory=FineTuneConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
@@ -130,6 +133,7 @@ class Plan(NamedTuple):
     train: DvaeTrainConfig
     pairs: Pairs
     validation: Pairs | None
+    saved: DiscreteVAE | None  # to start from
 
 
 def plan(config: DvaeCommandConfig, processes: int) -> Plan:
@@ -140,7 +144,11 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
         DataError: no usable data.
     """
     owner, preset, loop = "dvae train", config.preset, config.loop
-    built_in = DVAE_RECIPES.get(preset)
+    built_in, saved = DVAE_RECIPES.get(preset), None
+    if config.start.init_from is not None:
+        saved = load_start(DiscreteVAE, config.start.init_from)
+        of_saved = presets.size_of_run(config.start.init_from)
+        config = replace(config, image_size=config.image_size or of_saved)
     recipe = (
         presets.chosen_recipe(owner, config.recipe, preset, processes) if not built_in else "quick"
     )
@@ -180,6 +188,11 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
         model, base = PRESETS[preset], DvaeTrainConfig()
     if config.vocab_size:
         model = replace(model, vocab_size=config.vocab_size)
+    if saved is not None:
+        if config.vocab_size not in (0, saved.num_tokens):
+            want = f"the {saved.num_tokens} of {config.start.init_from}"
+            raise UsageError(f"dvae train: vocab_size must be {want}, got {config.vocab_size}")
+        model, base = saved.config, of_fine_tuning(base)
     train_config = replace(base, **(presets.one_process_only(recipe, processes) | changes))
     if steps <= train_config.warm_start_steps:
         raise UsageError(
@@ -196,7 +209,15 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
         loop=presets.length(loop, steps, recipe, validation is not None),
         training=presets.filled(config.training, train_config),
     )
-    return Plan(resolved, model, train_config, pairs, validation)
+    return Plan(resolved, model, train_config, pairs, validation, saved)
+
+
+def of_fine_tuning(recipe: DvaeTrainConfig) -> DvaeTrainConfig:
+    """A recipe for weights that are good already: a quarter of its step sizes, the temperature and
+    the KL weight that it ends with, no warm start."""
+    rates = {name: LR_SHARE * getattr(recipe, name) for name in ("lr_start", "lr_end")}
+    no_ramps: dict[str, Any] = {"tau_steps": 0, "kl_steps": 0, "warm_start_steps": 0}
+    return replace(recipe, **rates, **no_ramps)
 
 
 def train(config: DvaeCommandConfig) -> None:
@@ -216,7 +237,11 @@ def train(config: DvaeCommandConfig) -> None:
             require_dvae_fits(owner, made.model, *sizes, world.device)
         resolved, loop = made.config, made.config.loop
         torch.manual_seed(start_seed(loop.seed, "dvae"))
-        vae = DiscreteVAE(made.model)
+        vae, start = DiscreteVAE(made.model), []
+        with world.raise_on_all():
+            if made.saved is not None:
+                start = start_from(owner, vae, made.saved, config.start)
+            start += freeze(owner, vae, config.start.freeze)
         vae.train_precision = presets.precision(config.precision, world.device)
         parameters = sum(p.numel() for p in vae.parameters())
         parallelize(vae, world, vae.resblocks(), owner=owner, forwards=["autoencode"])
@@ -236,7 +261,10 @@ def train(config: DvaeCommandConfig) -> None:
             device=world.device,
             precision=vae.train_precision,
             enlarges=made.train.augment == "none",
-            more=[f"{rows} x {columns} tokens a picture, {made.model.vocab_size:,} codes"],
+            more=[
+                f"{rows} x {columns} tokens a picture, {made.model.vocab_size:,} codes",
+                *start,
+            ],
             notes=[
                 *dvae_notes(config.training, made.train, loop.steps),
                 *loop_notes(config.loop, made.validation is not None),

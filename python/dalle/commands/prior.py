@@ -34,12 +34,13 @@ from dalle.distributed.world import World, join, shared_options
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import UsageError
 from dalle.pictures import default_scale, save_png, to_uint8
-from dalle.pretrained import from_presets
+from dalle.pretrained import fingerprint, from_presets
 from dalle.prior.config import PRESETS
 from dalle.prior.model import Prior
 from dalle.recipes import quick_prior
 from dalle.tokenizer import Tokenizer
 from dalle.train.config import LoopConfig
+from dalle.train.fine_tune import LR_SHARE, FineTuneConfig, freeze, load_start, start_from
 from dalle.train.held_out import save_better
 from dalle.train.loop import train, write_pictures
 from dalle.train.prior import PriorTask
@@ -84,6 +85,7 @@ class PriorCommandConfig:
         loop: folder, updates (those of 40 epochs with quick and tiny, 430,000 in the paper),
             checkpoints, seed.
         training: the training; what is left out is the recipe's.
+        start: a saved model to start from, and what stays frozen.
         cluster: how the processes of torchrun work together.
     """
 
@@ -101,6 +103,7 @@ class PriorCommandConfig:
     checkpointing: bool = False
     device: str = "auto"
     training: PriorOptions = field(default_factory=PriorOptions)
+    start: FineTuneConfig = field(default_factory=FineTuneConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
@@ -120,6 +123,7 @@ class Plan(NamedTuple):
     vae: DiscreteVAE
     pairs: Pairs
     validation: Pairs | None
+    saved: Prior | None  # to start from
 
 
 def train_command(config: PriorCommandConfig) -> None:
@@ -139,6 +143,9 @@ def plan(config: PriorCommandConfig, world: World) -> Plan:
     owner, preset = "prior train", config.preset
     tokenizer = Tokenizer.from_pretrained(config.tokenizer)
     vae = DiscreteVAE.from_pretrained(config.vae).to(world.device)
+    saved = None
+    if config.start.init_from is not None:
+        saved = load_start(Prior, config.start.init_from)
     recipe = presets.chosen_recipe(owner, config.recipe, preset, world.size)
     of_vae = presets.size_of_run(config.vae)
     of_vae = 0 if of_vae % vae.factor else of_vae
@@ -158,6 +165,8 @@ def plan(config: PriorCommandConfig, world: World) -> Plan:
         if world.size > 1:  # Muon is of one process
             base = replace(base, parts=1, optimizer="auto", lr=base.lr / 4)
     changes = presets.given(config.training)
+    if saved is not None:
+        base = of_fine_tuning(base, steps)
     if changes.get("decay") == "cosine" and recipe == "paper":
         base = replace(base, decay_steps=steps)
     base = replace(base, **changes)
@@ -169,7 +178,12 @@ def plan(config: PriorCommandConfig, world: World) -> Plan:
     if config.half_weights and recipe == "quick" and "optimizer" not in changes:
         base = replace(base, optimizer="auto", lr=changes.get("lr", base.lr / 4))
     text_len = config.text_len
-    if recipe == "quick" and not text_len:
+    if saved is not None:
+        text_len = text_len or saved.config.text_len
+        if base.image_init != "random":
+            want = "random with init-from, whose tables stay"
+            raise UsageError(f"{owner}: image_init must be {want}, got {base.image_init}")
+    elif recipe == "quick" and not text_len:
         limit = presets.QUICK_SIZES.get(preset, presets.QUICK_SIZES["base"]).text_len
         text_len = _text_len(tokenizer, [*islice(each_caption(pairs), MAX_CAPTIONS)], limit)
     resolved = replace(
@@ -182,7 +196,14 @@ def plan(config: PriorCommandConfig, world: World) -> Plan:
         loop=presets.length(config.loop, steps, recipe, validation is not None),
         training=presets.filled(config.training, base),
     )
-    return Plan(resolved, base, tokenizer, vae, pairs, validation)
+    return Plan(resolved, base, tokenizer, vae, pairs, validation, saved)
+
+
+def of_fine_tuning(recipe: PriorTrainConfig, steps: int) -> PriorTrainConfig:
+    """A recipe for weights that are good already: a quarter of its step size, a warm-up over a
+    tenth of the run at most, tables that stay."""
+    warmup = min(recipe.warmup_steps, max(1, steps // 10))
+    return replace(recipe, lr=LR_SHARE * recipe.lr, warmup_steps=warmup, image_init="random")
 
 
 def _text_len(tokenizer: Tokenizer, captions: list[str], limit: int) -> int:
@@ -211,7 +232,10 @@ def _new_prior(made: Plan, world: World) -> Prior:
         sizes["text_len"] = config.text_len
     if config.checkpointing:
         sizes["checkpointing"] = True
-    shape = from_presets("Prior", PRESETS, config.preset, **sizes)
+    if made.saved is not None:
+        shape = replace(made.saved.config, **sizes | {"text_vocab": made.saved.config.text_vocab})
+    else:
+        shape = from_presets("Prior", PRESETS, config.preset, **sizes)
     if world.size == 1:
         require_prior_fits("prior train", shape, made.train.batch_size, world.device)
     torch.manual_seed(start_seed(config.loop.seed, "prior"))
@@ -237,7 +261,11 @@ def _train(config: PriorCommandConfig, world: World) -> None:
     with world.raise_on_all():
         check_model_target(owner, out / "model", Prior)
         made = plan(config, world)
-        prior = _new_prior(made, world)
+        prior, start = _new_prior(made, world), []
+        if made.saved is not None:
+            now = {"tokenizer": made.tokenizer.fingerprint(), "vae": fingerprint(made.vae)}
+            start = start_from(owner, prior, made.saved, config.start, now)
+        start += freeze(owner, prior, config.start.freeze)
     resolved, loop = made.config, made.config.loop
     parameters, shape = sum(p.numel() for p in prior.parameters()), prior.config
     blocks = prior.resblocks().values()
@@ -259,6 +287,7 @@ def _train(config: PriorCommandConfig, world: World) -> None:
         more=[
             f"{shape.text_len} text positions, {shape.grid[0]} x {shape.grid[1]} image tokens of "
             f"{shape.image_vocab:,} codes",
+            *start,
             *_cut_captions(made, shape.text_len),
         ],
         notes=[

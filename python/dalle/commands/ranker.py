@@ -28,6 +28,7 @@ from dalle.ranker.model import ContrastiveRanker
 from dalle.recipes import quick_ranker
 from dalle.tokenizer import Tokenizer
 from dalle.train.config import LoopConfig
+from dalle.train.fine_tune import LR_SHARE, FineTuneConfig, freeze, load_start, start_from
 from dalle.train.held_out import held_out_pictures, save_better
 from dalle.train.loop import train
 from dalle.train.ranker import RankerTask, RankerTrainConfig
@@ -64,6 +65,7 @@ class RankerCommandConfig:
         device: cpu, cuda or auto.
         loop: folder, updates (600 if nothing is said), checkpoints, seed.
         training: the training; what is left out is the recipe's.
+        start: a saved model to start from, and what stays frozen.
     """
 
     data: str
@@ -77,6 +79,7 @@ class RankerCommandConfig:
     device: str = "auto"
     loop: LoopConfig = field(default_factory=partial(LoopConfig, out=Path("run/ranker"), steps=0))
     training: RankerOptions = field(default_factory=RankerOptions)
+    start: FineTuneConfig = field(default_factory=FineTuneConfig)
 
 
 def train_command(config: RankerCommandConfig) -> None:
@@ -86,7 +89,10 @@ def train_command(config: RankerCommandConfig) -> None:
     device = pick_device(config.device, deterministic=config.loop.deterministic)
     loop = replace(config.loop, steps=config.loop.steps or STEPS)
     check_model_target(owner, out / "model", ContrastiveRanker)
-    tokenizer, vae = Tokenizer.from_pretrained(config.tokenizer), None
+    tokenizer, vae, saved = Tokenizer.from_pretrained(config.tokenizer), None, None
+    if config.start.init_from is not None:
+        saved = load_start(ContrastiveRanker, config.start.init_from)
+        saved.trained_on["tokenizer"] = saved.tokenizer.fingerprint()
     if config.vae is not None:
         vae = DiscreteVAE.from_pretrained(config.vae).to(device)
     recipe = presets.chosen_recipe(owner, config.recipe, config.preset, 1)
@@ -94,6 +100,7 @@ def train_command(config: RankerCommandConfig) -> None:
         names, hint = ", ".join(PRESETS), did_you_mean(config.preset, PRESETS)
         raise UsageError(f"{owner}: preset must be one of {names}, got {config.preset!r}{hint}")
     of_vae = presets.size_of_run(config.vae) if config.vae is not None else 0
+    of_vae = of_vae if saved is None else saved.config.image_size
     side = of_vae or presets.QUICK_SIZES[config.preset].side
     pairs = presets.open_pairs(config.data, config.image_size, side, loop.seed)
     size = config.image_size or of_vae or presets.quick_size(config.preset, pairs)
@@ -104,23 +111,32 @@ def train_command(config: RankerCommandConfig) -> None:
     )
     loop = presets.length(loop, loop.steps, recipe, validation is not None)
     base = quick_ranker(loop.steps) if recipe == "quick" else RankerTrainConfig()
+    if saved is not None:
+        base = replace(base, learning_rate=LR_SHARE * base.learning_rate)
     train_config = replace(base, **presets.given(config.training))
     torch.manual_seed(start_seed(loop.seed, "ranker"))
-    sizes = {}
+    sizes: dict[str, int] = {}
     if recipe == "quick" and size % PRESETS[config.preset].grid and not size % 2:
         sizes["grid"] = ranker_grid(size)
-    ranker = ContrastiveRanker.from_preset(
-        config.preset, tokenizer=tokenizer, image_size=size, **sizes
-    ).to(device)
+    lines = []
+    if saved is None:
+        ranker = ContrastiveRanker.from_preset(
+            config.preset, tokenizer=tokenizer, image_size=size, **sizes
+        )
+    else:
+        ranker = ContrastiveRanker(replace(saved.config, image_size=size), tokenizer)
+        now = {"tokenizer": tokenizer.fingerprint()}
+        lines += start_from(owner, ranker, saved, config.start, now)
+    lines += freeze(owner, ranker, config.start.freeze)
+    ranker = ranker.to(device)
     ranker.train_precision = presets.precision(config.precision, device)
     cut = tokenizer.truncated
     task = RankerTask(
         ranker, pairs, train_config, vae, steps=loop.steps, seed=loop.seed, validation=validation
     )
-    lines = []
     if tokenizer.truncated > cut:
         count, slots = tokenizer.truncated - cut, ranker.config.text_len
-        lines = [f"{count} captions have more than {slots} tokens, the rest is cut off"]
+        lines += [f"{count} captions have more than {slots} tokens, the rest is cut off"]
     banner(
         owner,
         pairs,

@@ -21,6 +21,7 @@ from dalle.dvae.likelihood import expected_pixels, map_pixels, psnr, set_psnr
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.train.averaging import IterateAverage
+from dalle.train.fine_tune import frozen, started_from
 from dalle.train.held_out import held_out_pictures
 from dalle.train.parts import run_parts, run_parts_no_grad, sum_parts
 from dalle.train.schedules import cosine_ramp
@@ -154,7 +155,7 @@ class DvaeTask:
         self.world.part(config.batch_size)
         self.sampler = BatchSampler(len(pairs), config.batch_size, seed)
         self.optimizer = torch.optim.AdamW(
-            vae.parameters(),
+            [p for p in vae.parameters() if p.requires_grad],
             lr=config.lr_start,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
@@ -170,7 +171,9 @@ class DvaeTask:
 
     def describe(self) -> dict[str, Any]:
         """What fixes the training: model, recipe, data, seed."""
-        return {**described(self.model, self.config), "data": self.data, "seed": self.seed}
+        start = {**started_from(self.model), **frozen(self.model)}
+        fixed = {**described(self.model, self.config), **start}
+        return {**fixed, "data": self.data, "seed": self.seed}
 
     def images(self, items: np.ndarray, limit: int) -> Tensor:
         """The first `limit` usable pictures among `items`, sorted by index, cropped to the centre:

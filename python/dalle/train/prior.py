@@ -31,6 +31,7 @@ from dalle.prior.config import IMAGE_WEIGHT, PAD, TEXT_WEIGHT
 from dalle.prior.model import Prior, PriorOutput
 from dalle.tokenizer import Tokenizer
 from dalle.train.averaging import IterateAverage
+from dalle.train.fine_tune import frozen, started_from
 from dalle.train.held_out import held_out_pictures
 from dalle.train.parts import run_parts, run_parts_no_grad, sum_parts
 from dalle.train.prior_recipe import PriorTrainConfig, init_from_codebook, make_optimizer
@@ -97,7 +98,8 @@ class PriorTask:
         self.world: World = world or Solo(self.device)
         distributed = self.world.size > 1
         self.data = describe_pairs(pairs)
-        prior.trained_on = {"tokenizer": tokenizer.fingerprint(), "vae": fingerprint(vae)}
+        now = {"tokenizer": tokenizer.fingerprint(), "vae": fingerprint(vae)}
+        prior.trained_on = {**started_from(prior), **now}
         self.world.require_same(self.describe())
         require_one_part("prior train", config.parts, self.world)
         if config.optimizer == "muon" and distributed:
@@ -151,7 +153,8 @@ class PriorTask:
 
     def describe(self) -> dict[str, Any]:
         """What fixes the training: model, recipe, data, seed."""
-        fixed = {**self.model.trained_on, "data": self.data, "seed": self.seed}
+        model = {**self.model.trained_on, **frozen(self.model)}
+        fixed = {**model, "data": self.data, "seed": self.seed}
         return {**fixed, "model": to_dict(self.model.config), "train": to_dict(self.config)}
 
     def batch(self, step: int) -> Batch:

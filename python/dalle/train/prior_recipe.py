@@ -119,10 +119,13 @@ class PriorTrainConfig:
 
 
 def parameter_groups(prior: Prior, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices of the resblocks with decay; embeddings, heads, gains and biases without."""
+    """Matrices of the resblocks with decay; embeddings, heads, gains and biases without; nothing
+    that is frozen."""
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in prior.named_parameters():
+        if not parameter.requires_grad:
+            continue
         decayed = parameter.dim() == 2 and name.startswith("layers.")
         (matrices if decayed else rest).append(parameter)
     return [
@@ -166,6 +169,7 @@ def make_optimizer(prior: Prior, config: PriorTrainConfig, seed: int) -> torch.o
     }
     if name == "adamw16":
         groups[1]["fp32_moments"] = True
+        groups = [group for group in groups if group["params"]]
         rounding = config.stochastic_rounding
         return dalle_ext.AdamW16(groups, **numbers, stochastic_rounding=rounding, seed=seed)
     if sizes.half_weights or config.stochastic_rounding:

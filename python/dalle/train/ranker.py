@@ -32,6 +32,7 @@ from dalle.pictures import rows_of
 from dalle.pretrained import fingerprint
 from dalle.ranker.model import ContrastiveRanker
 from dalle.train.averaging import IterateAverage
+from dalle.train.fine_tune import frozen, started_from
 from dalle.train.held_out import held_out_pictures
 from dalle.train.parts import run_parts, run_parts_no_grad
 from dalle.train.schedules import cosine_ramp, linear_warmup
@@ -178,8 +179,9 @@ class RankerTask:
                 f"got {config.group}"
             )
         self.caption_vectors = caption_vectors(self.text, ranker.config.vocab_size)
-        matrices = [p for p in ranker.parameters() if p.dim() > 1]
-        rest = [p for p in ranker.parameters() if p.dim() <= 1]
+        trained = [p for p in ranker.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.dim() > 1]
+        rest = [p for p in trained if p.dim() <= 1]
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": config.weight_decay},
@@ -192,6 +194,8 @@ class RankerTask:
     def describe(self) -> dict[str, Any]:
         return {
             **self.inputs,
+            **started_from(self.ranker),
+            **frozen(self.ranker),
             "ranker": asdict(self.ranker.config),
             "train": {**with_precision(self.config, self.model), "steps": self.steps},
             "seed": self.seed,
