@@ -189,8 +189,8 @@ MUTANTS = [
     Mutant(
         "guidance points away from the caption",
         "python/dalle/prior/decode.py",
-        "logits = base + cond_scale * (logits - base)",
-        "logits = base - cond_scale * (logits - base)",
+        "logits = base + self.cond_scale * (logits - base)",
+        "logits = base - self.cond_scale * (logits - base)",
         "tests/system/test_decode.py",
     ),
     Mutant(

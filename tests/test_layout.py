@@ -32,7 +32,7 @@ BUDGETS = [  # (glob, lines)
     ("setup.py", 120),
 ]
 LONGER = {  # files that are one topic and longer than their kind: lines, and what they hold
-    "python/dalle/pipeline.py": 450,  # one class with its folder: checks, drawing, choosing
+    "python/dalle/pipeline.py": 520,  # one class with its folder: checks, drawing, choosing
     "dalle_ext/ops/adam16.py": 300,  # the optimizer, its checks, its groups
     "dalle_ext/ops/decode_attention.py": 300,  # the cache with its stores, the op, their checks
     "dalle_ext/ops/grad_scale.py": 300,  # five public functions and their two results
@@ -60,7 +60,7 @@ FLOORS = (
     set(GROUND.split()),
     {"precision", "tokenizer"},
     {"dvae", "prior", "ranker", "plan"},
-    {"pipeline", "data", "distributed"},
+    {"candidates", "pipeline", "data", "distributed"},
     {"train", "recipes", "evaluate"},
     {"commands", "demo", "serve", "cli", "options", "config_files", "env", "__main__"},
 )

@@ -5,19 +5,28 @@ Shape letters: B captions, N candidates of each, k kept, h x w code grid, H = W 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
 import torch
 
+from dalle.candidates import (
+    CandidateFinished,
+    Event,
+    Finished,
+    Generation,
+    RowsFinished,
+    choose,
+    counted,
+)
 from dalle.configs import UPPER_LIMITS, check_numbers, from_dict, integer
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import to_json, write_atomic
 from dalle.pretrained import FORMAT_VERSION, fingerprint, read_head
-from dalle.prior.decode import generate
+from dalle.prior.decode import Drawn, Progress, draw_parts
 from dalle.prior.model import Prior
 from dalle.prior.sampling import PAPER, SamplingChanges, SamplingConfig, first_numbers
 from dalle.ranker.model import ContrastiveRanker, ImageTextRanker, load_ranker
@@ -26,24 +35,9 @@ from dalle.version import __version__
 
 MAX_CANDIDATES = int(UPPER_LIMITS["num_candidates"])
 CANDIDATES, TOP = 512, 8  # where nothing is said: the paper's 512
-SEQUENCES = 256  # sampled or decoded at once
+SEQUENCES = 64  # sampled or decoded at once, at most
 
-
-@dataclass(frozen=True)
-class Generation:
-    """What was drawn for one caption, best first.
-
-    Attributes:
-        images: (k, 3, H, W) float32 in [0, 1].
-        scores: (k,) float32, higher is better; NaN where there is no ranker.
-        tokens: (k, h, w) int64.
-        order: (k,) int64, which candidate each was, in the order of sampling.
-    """
-
-    images: torch.Tensor
-    scores: torch.Tensor
-    tokens: torch.Tensor
-    order: torch.Tensor
+__all__ = ["CandidateFinished", "Event", "Finished", "Generation", "Pipeline", "RowsFinished"]
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -56,8 +50,11 @@ class GenerateOptions(TypedDict, total=False):
     top_k: int | None
     top_p: float | None
     cond_scale: float | None
+    sampling: SamplingConfig | None
     prime_image: torch.Tensor | None
     prime_rows: int
+    first_candidate: int | Sequence[int]
+    max_batch: int | None
     progress: Callable[[int, int], None] | None
     code_progress: Callable[[int, int], None] | None
 
@@ -200,7 +197,6 @@ class Pipeline:
             tokens = self.vae.encode(image[None].to(next(self.vae.parameters()).device))
         return tokens[0, :rows].flatten()
 
-    @torch.no_grad()
     def sample(
         self,
         captions: Sequence[str],
@@ -210,10 +206,11 @@ class Pipeline:
         seed: int = 0,
         first_candidate: int | Sequence[int] = 0,
         prime: torch.Tensor | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        code_progress: Callable[[int, int], None] | None = None,
+        max_batch: int | None = None,
+        progress: Progress | None = None,
+        code_progress: Progress | None = None,
     ) -> torch.Tensor:
-        """Codes for many captions: (B, N, h, w) int64, `SEQUENCES` at a time.
+        """Codes for many captions: (B, N, h, w) int64.
 
         A candidate's noise is a function of seed, caption and its own number alone: it is the
         same picture drawn alone, beside other captions, or as one of more candidates. A caption
@@ -227,53 +224,72 @@ class Pipeline:
             first_candidate: number of the first, to go on from an earlier call; or one number for
                 each caption.
             prime: (n,) codes every sample begins with.
-            progress: called with (sequences done, sequences in all) after each chunk.
-            code_progress: called with (codes done, codes in all) after each code of a chunk.
+            max_batch: candidates drawn at a time; None: what fits, up to `SEQUENCES`.
+            progress: called with (sequences done, sequences in all) after each part.
+            code_progress: called with (codes done, codes in all) after each code of a part.
         """
-        num_candidates = self._resolved(num_candidates)
-        sampling = self.sampling if sampling is None else sampling
         if isinstance(captions, str):
             raise UsageError(f"pipeline: captions must be a list of strings, got {captions!r}")
-        shaped = [self.tokenizer.shape(caption) for caption in _captions(list(captions))]
-        text = self.tokenizer.encode(shaped, self.prior.config.text_len - 1)
-        text = text.to(self.device)
-        first = first_numbers("pipeline", "first_candidate", first_candidate, len(text))
-        total, done, codes = len(text) * num_candidates, 0, []
-        width = min(num_candidates, SEQUENCES)
-        height = max(1, SEQUENCES // width)
-        for top in range(0, len(text), height):
-            rows = text[top : top + height]
-            primes = None if prime is None else prime.to(self.device).expand(len(rows), -1)
-            parts = []
-            for left in range(0, num_candidates, width):
-                count = min(width, num_candidates - left)
-                now = done, len(rows) * count
-                report = code_progress and _in_codes(code_progress, *now, total, self.grid)
-                parts.append(
-                    generate(
-                        self.prior,
-                        rows,
-                        num_samples=count,
-                        sampling=sampling,
-                        prime=primes,
-                        seed=seed,
-                        first_sample=[number + left for number in first[top : top + height]],
-                        progress=report,
-                    )
-                )
-                done += len(rows) * count
-                if progress is not None:
-                    progress(done, total)
-            codes.append(torch.cat(parts, 1))
-        empty = torch.empty(0, num_candidates, *self.grid, dtype=torch.int64, device="cpu")
-        return torch.cat(codes) if codes else empty
+        text = self._encoded(_captions(list(captions)))
+        num_candidates = self._resolved(num_candidates)
+        out = torch.empty(len(text), num_candidates, *self.grid, dtype=torch.int64, device="cpu")
+        steps = self._steps(
+            text,
+            num_candidates,
+            self.sampling if sampling is None else sampling,
+            seed=seed,
+            first=first_numbers("pipeline", "first_candidate", first_candidate, len(text)),
+            prime=prime,
+            max_batch=max_batch,
+        )
+        for drawn in counted(steps, out[..., 0, 0].numel(), progress, code_progress):
+            if drawn.done:
+                rows, columns = drawn.captions, drawn.samples
+                part = drawn.tokens.unflatten(2, self.grid).cpu()
+                out[rows.start : rows.stop, columns.start : columns.stop] = part
+        return out
+
+    def _encoded(self, captions: list[str]) -> torch.Tensor:
+        """Captions, spelt as in the training, as tokens (B, text_len - 1) on the prior's device."""
+        shaped = [self.tokenizer.shape(caption) for caption in captions]
+        return self.tokenizer.encode(shaped, self.prior.config.text_len - 1).to(self.device)
+
+    def _steps(
+        self,
+        text: torch.Tensor,
+        num_candidates: int,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        first: list[int],
+        prime: torch.Tensor | None,
+        max_batch: int | None,
+    ) -> Generator[Drawn]:
+        """`draw_parts` with parts that fit the memory."""
+        return draw_parts(
+            self.prior,
+            text,
+            num_samples=num_candidates,
+            sampling=sampling,
+            prime=None if prime is None else prime.to(self.device).expand(len(text), -1),
+            seed=seed,
+            first_sample=first,
+            max_batch=SEQUENCES if max_batch is None else max_batch,
+        )
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(…, h, w) codes -> (…, 3, H, W) float32 in [0, 1] on the CPU."""
+        """(…, h, w) codes -> (…, 3, H, W) float32 in [0, 1] on the CPU.
+
+        A picture's bits do not depend on the others: torch convolves one alone in another way
+        than several, so no picture is decoded alone.
+        """
         device = next(self.vae.parameters()).device
         flat = tokens.flatten(0, -3).to(device)
-        parts = [self.vae.decode(part).float().cpu() for part in flat.split(SEQUENCES)]
+        parts = []
+        for part in flat.split(SEQUENCES):
+            several = part.expand(2, -1, -1) if len(part) == 1 else part
+            parts.append(self.vae.decode(several)[: len(part)].float().cpu())
         images: torch.Tensor = torch.cat(parts).unflatten(0, tokens.shape[:-2])
         return images.clamp(0, 1)
 
@@ -286,6 +302,23 @@ class Pipeline:
     ) -> list[Generation]: ...
 
     def generate(
+        self, caption: str | list[str] | tuple[str, ...], **options: Unpack[GenerateOptions]
+    ) -> Generation | list[Generation]:
+        """Draws candidates for a caption and keeps the best by the ranker: the end of `stream`.
+
+        Args:
+            caption: what to draw; see `stream`. For a list of captions the result is a list, and
+                each caption gets the pictures that it gets alone.
+            options: of `stream`.
+
+        Raises:
+            UsageError: an argument is out of range, or a caption is no string.
+        """
+        ends = (e for e in self.stream(caption, **options) if isinstance(e, Finished))
+        results = [end.generation for end in sorted(ends, key=lambda end: end.caption)]
+        return results[0] if isinstance(caption, str) else results
+
+    def stream(
         self,
         caption: str | list[str] | tuple[str, ...],
         *,
@@ -296,25 +329,39 @@ class Pipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         cond_scale: float | None = None,
+        sampling: SamplingConfig | None = None,
         prime_image: torch.Tensor | None = None,
         prime_rows: int = 0,
-        progress: Callable[[int, int], None] | None = None,
-        code_progress: Callable[[int, int], None] | None = None,
-    ) -> Generation | list[Generation]:
-        """Draws candidates for a caption and keeps the best by the ranker.
+        first_candidate: int | Sequence[int] = 0,
+        max_batch: int | None = None,
+        cancel: Callable[[], bool] = lambda: False,
+        progress: Progress | None = None,
+        code_progress: Progress | None = None,
+    ) -> Generator[Event]:
+        """Draws candidates for captions, and hands over what happens as it happens.
+
+        `RowsFinished` comes with every row of codes, `CandidateFinished` with every picture, and
+        one `Finished` for each caption with its best pictures. Candidates are drawn, decoded and
+        scored in parts and only the best are kept, so memory does not grow with their number.
+        Closing the iterator ends the work. Arguments are checked before it is returned.
 
         Args:
-            caption: what to draw; cleaned as captions of training are, and without punctuation that
-                none of them has. For a list of captions the
-                result is a list, and each caption gets the pictures that it gets alone.
+            caption: what to draw, or a list; cleaned as captions of training are, and without
+                punctuation that none of them has.
             num_candidates: how many to choose from for each caption; None: the pipeline's, else the
                 paper's 512.
             top: how many to keep; None: 8, or all candidates where they are fewer.
             seed: same seed, same pictures.
-            temperature, top_k, top_p, cond_scale: of `SamplingConfig`; None: the pipeline's. The
-                paper's are 1, none, none, 1.
+            temperature, top_k, top_p, cond_scale: of `SamplingConfig`; None: as `sampling` says.
+                The paper's are 1, none, none, 1.
+            sampling: how a code is drawn; None: the pipeline's.
             prime_image: (3, H, W) in [0, 1] whose top `prime_rows` rows of codes are given.
             prime_rows: 1 to h - 1 with `prime_image`, 0 for half of the rows; 0 without.
+            first_candidate: number of the first candidate, or one for each caption: 256 candidates
+                and 256 more from number 256 on are those of 512.
+            max_batch: candidates drawn at a time; None: what fits the memory, up to `SEQUENCES`.
+            cancel: asked after every code; once it is true the work ends, and each caption's
+                `Finished` has the best of the candidates that were finished.
             progress, code_progress: of `sample`.
 
         Raises:
@@ -336,33 +383,48 @@ class Pipeline:
                 f"pipeline: prime_rows must be 0 without a prime_image, got {prime_rows}"
             )
         rows = prime_rows or self.grid[0] // 2
-        prime = None if prime_image is None else self.prime_tokens(prime_image, rows)
-        tokens = self.sample(
-            captions,
+        first = first_numbers("pipeline", "first_candidate", first_candidate, len(captions))
+        steps = self._steps(
+            self._encoded(captions),
             num_candidates,
-            changes.applied(self.sampling),
+            changes.applied(self.sampling if sampling is None else sampling),
             seed=seed,
-            prime=prime,
-            progress=progress,
-            code_progress=code_progress,
+            first=first,
+            prime=None if prime_image is None else self.prime_tokens(prime_image, rows),
+            max_batch=max_batch,
         )
-        # Decoded caption by caption: the pictures of all candidates of all would not fit.
-        results = [self._best(*pair, top) for pair in zip(captions, tokens, strict=True)]
-        return results[0] if isinstance(caption, str) else results
+        steps = counted(steps, len(captions) * num_candidates, progress, code_progress)
+        return self.choose(captions, steps, num_candidates, top, first=first, cancel=cancel)
 
-    def _best(self, caption: str, tokens: torch.Tensor, top: int) -> Generation:
-        """The best `top` of a caption's candidates, (N, h, w) codes."""
-        images = self.decode(tokens)
-        if self.ranker is None:
-            scores, order = (
-                torch.full((len(images),), torch.nan, dtype=torch.float32, device="cpu"),
-                torch.arange(len(images), dtype=torch.int64, device="cpu"),
-            )
-        else:
-            scores = self.ranker.scores([self.tokenizer.shape(caption)] * len(images), images)
-            order = scores.argsort(descending=True, stable=True)
-        best = order[:top]
-        return Generation(images[best], scores[best], tokens.cpu()[best], best)
+    def choose(
+        self,
+        captions: list[str],
+        steps: Generator[Drawn],
+        num_candidates: int,
+        top: int,
+        *,
+        first: Sequence[int],
+        cancel: Callable[[], bool] = lambda: False,
+    ) -> Generator[Event]:
+        """Decodes and scores what `steps` draws; see `dalle.candidates.choose`."""
+        shaped = [self.tokenizer.shape(caption) for caption in captions]
+
+        def score(caption: int, images: torch.Tensor) -> torch.Tensor:
+            if self.ranker is None:
+                return torch.full((len(images),), torch.nan, dtype=torch.float32, device="cpu")
+            return self.ranker.scores([shaped[caption]] * len(images), images).float().cpu()
+
+        return choose(
+            steps,
+            self.decode,
+            score,
+            first=first,
+            num_candidates=num_candidates,
+            top=top,
+            grid=self.grid,
+            image_size=self.image_size,
+            cancel=cancel,
+        )
 
     def _resolved(self, num_candidates: int | None) -> int:
         """The argument if there is one, else the pipeline's number of candidates, else 512."""
@@ -373,14 +435,6 @@ class Pipeline:
 
 def _candidates(number: int) -> int:
     return integer("pipeline", "num_candidates", number, 1, MAX_CANDIDATES)
-
-
-def _in_codes(
-    call: Callable[[int, int], None], before: int, now: int, total: int, grid: tuple[int, int]
-) -> Callable[[int, int], None]:
-    """A callback for a chunk of `now` sequences, `before` of `total` are done: counts codes."""
-    slots = grid[0] * grid[1]
-    return lambda done, all_: call(slots * before + now * slots * done // all_, slots * total)
 
 
 def _captions(caption: str | list[str] | tuple[str, ...]) -> list[str]:

@@ -9,8 +9,9 @@ import torch
 import dalle_ext
 from dalle.errors import NumericalError, UsageError
 from dalle.prior.config import PAD
-from dalle.prior.decode import DecodeState, attended_slots, generate
+from dalle.prior.decode import Decoder, generate
 from dalle.prior.sampling import SamplingConfig, caption_key, draw, uniform_noise
+from dalle.prior.step import Step
 from dalle_ext.ops.sparse_attention import KINDS
 from support.prior import make, sample
 
@@ -38,15 +39,6 @@ def uncached(model, text, *, samples, seed, cond_scale=1.0, prime=None, **option
     return tokens.view(-1, samples, *model.config.grid)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_attended_slots_are_the_mask(kind):
-    pattern = dalle_ext.AttentionPattern(kind, text_len=2, grid=(4, 5), kernel_size=3)
-    mask = pattern.mask()[2:, 2:]
-    for slot in range(20):
-        wanted = mask[slot].nonzero()[:, 0].tolist()
-        assert torch.arange(20)[attended_slots(pattern, slot)].tolist() == wanted
-
-
 @pytest.mark.parametrize("attention", [*((kind,) * 3 for kind in KINDS), MIXED, ()])
 @pytest.mark.parametrize("given", [0, 1, 5])
 def test_cached_logits_equal_uncached(attention, given):
@@ -54,12 +46,63 @@ def test_cached_logits_equal_uncached(attention, given):
     text, image = sample(model, batch=3)
     with torch.no_grad():
         wanted = model(text, image).image_logits
-        state = DecodeState(model, text, 2, image[:, :given])
+        state = Decoder(model, 3, 2)
+        state.set_text(text, image[:, :given])
         for slot in range(given, 20):
             previous = image[:, None, slot - 1].expand(-1, 2) if slot else None
             logits = state.step(slot, previous)
             for copy in range(2):
                 torch.testing.assert_close(logits[:, copy], wanted[:, slot], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cond_scale", [1.0, 2.0])
+def test_reordered_samples_go_on_as_copies(cond_scale):
+    """And a decoder that is given other captions has forgotten the ones before."""
+    model = make(attention=("row", "column", "causal"))
+    text, image = sample(model, batch=2)
+    with torch.no_grad():
+        wanted = model(text, image).image_logits
+        if cond_scale != 1:
+            base = model(torch.full_like(text, PAD), image).image_logits
+            wanted = base + cond_scale * (wanted - base)
+    decoder = Decoder(model, 2, 3, cond_scale=cond_scale)
+    index = torch.tensor([[2, 2, 0], [1, 1, 1]])
+    for _ in range(2):  # the second time over what the first has left
+        decoder.set_text(text, image[:, :2])
+        for slot in range(2, 12):
+            if slot == 6:
+                decoder.reorder(index)
+            previous = image[:, None, slot - 1].repeat(1, 3)
+            if slot < 6:  # the sample that is copied has the tokens, the others have not
+                previous = torch.where(
+                    torch.tensor([[False, False, True], [False, True, False]]), previous, 0
+                )
+            logits = decoder.step(slot, previous)
+            for caption, copy in ((0, 0), (0, 1), (1, 0), (1, 2)) if slot >= 6 else ():
+                torch.testing.assert_close(
+                    logits[caption, copy], wanted[caption, slot], atol=1e-4, rtol=1e-4
+                )
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda d, t: Decoder(d.prior, 0, 1), "Decoder: captions must be 1 or more, got 0"),
+        (lambda d, t: Decoder(d.prior, 1, 0), "Decoder: samples must be 1 or more, got 0"),
+        (lambda d, t: d.set_text(t[:1]), "Decoder: text must have 2 rows, got 1"),
+        (lambda d, t: d.step(12, t[:, :1]), "Decoder: slot must be 0 .. 11, got 12"),
+        (lambda d, t: d.step(-1, t[:, :1]), "Decoder: slot must be 0 .. 11, got -1"),
+        (lambda d, t: d.step(1, None), "previous must be None at slot 0 alone, got None at 1"),
+        (lambda d, t: d.step(1, t), r"Decoder: previous must be \(2, 1\), got \(2, 4\)"),
+        (lambda d, t: d.reorder(t), r"Decoder: index must be \(2, 1\) int64, got \(2, 4\)"),
+        (lambda d, t: d.reorder(t[:, :1] * 0 + 1), "Decoder: index must lie in 0 .. 0, got 1"),
+    ],
+)
+def test_a_decoder_refuses_what_does_not_fit(call, line):
+    model = make()
+    text, _ = sample(model)
+    with pytest.raises(UsageError, match=line):
+        call(Decoder(model, 2, 1), text)
 
 
 def test_cached_equals_uncached_with_a_narrow_table():
@@ -74,8 +117,8 @@ def test_cached_bf16_is_near_uncached():
     text, image = sample(model)
     with torch.no_grad():
         wanted = model(text, image).image_logits
-        state = DecodeState(model, text, 1, image[:, :0])
-        assert state.image[0][0].dtype == torch.bfloat16
+        state = Decoder(model, 2, 1)
+        state.set_text(text)
         for slot in range(12):
             logits = state.step(slot, image[:, slot - 1 : slot] if slot else None)
             torch.testing.assert_close(logits[:, 0], wanted[:, slot], atol=0.05, rtol=0.05)
@@ -91,7 +134,7 @@ def test_the_cache_is_really_used(monkeypatch):
         lambda qkv, *a: lengths.append(qkv.shape[1]) or attend(qkv, *a),
     )
     generate(model, sample(model)[0], num_samples=3)
-    assert lengths == [5, 5, 5]  # one prefill of the text, three layers, and nothing after
+    assert lengths == [5] * 6  # the text of each caption, three layers, and nothing after
 
 
 @pytest.mark.parametrize(
@@ -154,12 +197,12 @@ def test_scale_one_is_no_guidance_and_costs_nothing(monkeypatch):
     text, _ = sample(model)
     plain = model.generate(text, num_samples=2, seed=1)
     made = []
-    build = DecodeState.__init__
-    monkeypatch.setattr(DecodeState, "__init__", lambda s, *a: made.append(1) or build(s, *a))
+    build = Step.__init__
+    monkeypatch.setattr(Step, "__init__", lambda s, p, *a: made.append(a) or build(s, p, *a))
     assert torch.equal(plain, model.generate(text, num_samples=2, seed=1, cond_scale=1.0))
-    assert len(made) == 1
+    assert made == [(2, 2)]
     model.generate(text, num_samples=2, seed=1, cond_scale=3.0)
-    assert len(made) == 3
+    assert made[1:] == [(4, 2)]  # both branches in one batch
 
 
 def test_scale_zero_is_unconditional():

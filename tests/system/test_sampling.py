@@ -16,6 +16,7 @@ from dalle.prior.sampling import (
     draw,
     filter_logits,
     first_numbers,
+    log_likelihood,
     uniform_noise,
 )
 
@@ -74,6 +75,20 @@ def test_draws_follow_the_distribution(options, wanted):
     found = draw(LOGITS.expand(count, -1), noise, SamplingConfig(**options))
     shares = torch.bincount(found, minlength=5) / count
     torch.testing.assert_close(shares, wanted.float(), atol=1e-4, rtol=0)
+
+
+def test_log_likelihood_is_that_of_the_draw():
+    tokens = torch.tensor([1, 3, 4])
+    logits = LOGITS.expand(3, -1)
+    for options, wanted in (
+        ({}, [0.4, 0.3, 0.15]),
+        ({"temperature": 0.5}, (torch.tensor([0.4, 0.3, 0.15]) ** 2 / CHANCES.square().sum())),
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0]),
+        ({"temperature": 0}, [0.4, 0.3, 0.15]),
+    ):
+        found = log_likelihood(logits, tokens, SamplingConfig(**options))
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found.exp(), torch.as_tensor(wanted).double())
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300, np.float64(5e-324)])

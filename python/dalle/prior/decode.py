@@ -1,25 +1,25 @@
 """Drawing images token by token with a cache (paper 2.6).
 
-The text is read once per caption and shared by all samples of it. Each layer keeps the keys and
-values of the image slots in tensors of fixed size, and a step reads only those its pattern sees.
+`Decoder` holds the cache and the buffers of a step; `draw_parts` cuts the work into parts that
+fit, and is the one place that does; `generate` collects what it draws.
 
-Letters: B captions, S samples of each, H heads, D head size, N image slots, K image vocabulary.
+Letters: B captions, S samples of each, R = B * S rows (twice as many with guidance), H heads, D
+head size, d width, N image slots, K image vocabulary.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Protocol, Self
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import dalle_ext
 from dalle.configs import integer
 from dalle.errors import NumericalError, UsageError
-from dalle.prior.blocks import AttentionBlock, KeysValues, Layer
-from dalle.prior.config import PAD, PriorConfig
+from dalle.prior.blocks import KeysValues
+from dalle.prior.config import PAD
 from dalle.prior.sampling import (
     MAX_SEED,
     PAPER,
@@ -29,144 +29,263 @@ from dalle.prior.sampling import (
     first_numbers,
     uniform_noise,
 )
+from dalle.prior.step import Step, SupportsDecoding
 
 Progress = Callable[[int, int], None]
 
 
-class SupportsDecoding(Protocol):
-    """What this file needs of a `Prior`, which calls it."""
+class Decoder:
+    """Draws B * S images side by side, slot after slot, in buffers that stay where they are.
 
-    training: bool
-    patterns: tuple[dalle_ext.AttentionPattern, ...]
-    layers: nn.ModuleList
-    norm: nn.LayerNorm
-    start_of_text: nn.Parameter
-    start_of_image: nn.Parameter
-    image_embedding: nn.Embedding
-    image_head: nn.Linear
-
-    @property
-    def config(self) -> PriorConfig: ...
-    @property
-    def image_widen(self) -> nn.Module: ...
-    @property
-    def image_narrow(self) -> nn.Module: ...
-    def embed_text(self, text: Tensor) -> Tensor: ...
-    def embed_image(self, image_tokens: Tensor) -> Tensor: ...
-    def image_positions(self) -> Tensor: ...
-    def run_layers(
-        self, x: Tensor, patterns: tuple[dalle_ext.AttentionPattern, ...]
-    ) -> tuple[Tensor, list[KeysValues]]: ...
-    def check_text(self, text: Tensor) -> None: ...
-    def check_image_tokens(self, tokens: Tensor, length: int, batch: int) -> None: ...
-    def eval(self) -> Self: ...
-    def train(self, mode: bool = True) -> Self: ...
-
-
-def attended_slots(pattern: dalle_ext.AttentionPattern, slot: int) -> slice | Tensor:
-    """The image slots that `slot` sees, itself included, as an index along the slots.
-
-    Row, column and causal are slices, so reading them copies nothing.
-    """
-    columns = pattern.grid[1]
-    if pattern.kind == "row":
-        return slice(max(0, slot - columns), slot + 1)
-    if pattern.kind == "column":
-        return slice(slot % columns, slot + 1, columns)
-    if pattern.kind == "causal":
-        return slice(0, slot + 1)
-    return torch.tensor(
-        [slot - o for o in reversed(pattern.offsets) if o <= slot],
-        dtype=torch.int64,
-        device="cpu",
-    )
-
-
-class DecodeState:
-    """The cache of one branch (with or without the caption) of B captions with S samples each.
+    With guidance, rows without the caption stand in the same batch. What a row computes does not
+    depend on the others: see docs/sampling.md for where that holds bit for bit.
 
     Args:
-        prior: in evaluation mode.
-        text: (B, text_len - 1) with PAD; prefilled here in one pass.
-        num_samples: S.
-        prime: (B, n) image tokens that every sample starts with, n < N.
+        prior: in evaluation mode, and not trained while this lives.
+        captions: B.
+        samples: S.
+        cond_scale: of `SamplingConfig`; 0 and 1 cost no second branch.
+
+    Attributes:
+        batch, samples, slots, vocab: B, S, N, K.
+        num_bytes: bytes of the image keys and values of all rows.
     """
 
+    @torch.no_grad()
     def __init__(
-        self, prior: SupportsDecoding, text: Tensor, num_samples: int, prime: Tensor
+        self, prior: SupportsDecoding, captions: int, samples: int, *, cond_scale: float = 1.0
     ) -> None:
-        self.prior, self.num_samples = prior, num_samples
-        c = prior.config
-        batch, primed = prime.shape
-        x = prior.embed_text(text)
-        if primed:  # attention is causal: the filler after the prime has no effect
-            filler = prime.new_zeros(batch, c.num_image_tokens - primed)
-            x = torch.cat([x, prior.embed_image(torch.cat([prime, filler], 1))], 1)
-            _, keys_values = prior.run_layers(x, prior.patterns)
-        else:
-            text_only = dalle_ext.AttentionPattern("causal", text_len=c.text_len - 1, grid=(1, 1))
-            _, keys_values = prior.run_layers(x, (text_only,) * c.num_layers)
-        self.positions = prior.image_positions()
-        self.text: list[tuple[Tensor, Tensor]] = []
-        self.image: list[tuple[Tensor, Tensor]] = []
-        for pair in keys_values:
-            self.text.append((pair.keys[:, :, : c.text_len], pair.values[:, :, : c.text_len]))
-            heads, size = pair.keys.shape[1], pair.keys.shape[3]
-            cache = []
-            for states in pair:
-                slots = states.new_empty(batch, num_samples, heads, c.num_image_tokens, size)
-                slots[:, :, :, :primed] = states[:, None, :, c.text_len : c.text_len + primed]
-                cache.append(slots)
-            self.image.append((cache[0], cache[1]))
+        self.prior, self.cond_scale = prior, cond_scale
+        self.batch = integer("Decoder", "captions", captions, 1)
+        self.samples = integer("Decoder", "samples", samples, 1)
+        self.slots, self.vocab = prior.config.num_image_tokens, prior.config.image_vocab
+        self.guided = cond_scale not in (0, 1)
+        self._given = 0
+        self._step = Step(prior, self.batch * (1 + self.guided), self.samples)
 
-    def step(self, slot: int, previous: Tensor | None) -> Tensor:
-        """Logits of the token at `slot`.
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the image keys and values of all rows."""
+        return self._step.num_bytes
+
+    @torch.no_grad()
+    def set_text(self, text: Tensor, prime: Tensor | None = None) -> None:
+        """Reads other captions; the next step is that of the first slot not given.
 
         Args:
-            slot: image slots are filled in order.
-            previous: (B, S) tokens of slot - 1; None at slot 0.
+            text: (B, text_len - 1) int64 with PAD.
+            prime: (B, n) int64, the first n tokens of every sample of a caption, n < N.
+
+        Raises:
+            UsageError: shapes or tokens that do not fit.
+        """
+        self.prior.check_text(text)
+        if len(text) != self.batch:
+            raise UsageError(f"Decoder: text must have {self.batch} rows, got {len(text)}")
+        prime = text.new_empty(self.batch, 0) if prime is None else prime
+        check_prime(self.prior, prime, self.batch)
+        device = self.prior.start_of_text.device
+        text, prime = text.to(device), prime.to(device)
+        none = torch.full_like(text[:1], PAD)
+        branches = [none.expand_as(text) if self.cond_scale == 0 else text]
+        if self.guided:
+            branches.append(none.expand_as(text))
+        # One caption at a time: its keys do not depend on its neighbours. Equal ones are read once.
+        known: dict[bytes, list[KeysValues]] = {}
+        read = []
+        for branch in branches:
+            for row, given in zip(branch, prime, strict=True):
+                key = torch.cat([row, given]).cpu().numpy().tobytes()
+                if key not in known:
+                    known[key] = prefill(self.prior, row[None], given[None])
+                read.append(known[key])
+        self._step.fill(read, prime.shape[1])
+        self._given = prime.shape[1]
+
+    @torch.no_grad()
+    def step(self, slot: int, previous: Tensor | None) -> Tensor:
+        """Logits of the token at `slot`, guided where `cond_scale` says so.
+
+        Args:
+            slot: slots come in order, from the first that was not given.
+            previous: (B, S) int64, tokens of slot - 1; None at slot 0.
 
         Returns:
-            (B, S, K) fp32.
+            (B, S, K) fp32, overwritten by the next step.
+
+        Raises:
+            UsageError: a slot out of range, or tokens of another shape.
         """
-        prior = self.prior
-        batch = self.image[0][0].shape[0]
-        if previous is None:
-            x = prior.start_of_image.expand(batch * self.num_samples, 1, -1)
-        else:
-            x = prior.image_widen(prior.image_embedding(previous.reshape(-1, 1)))
-        x = x + self.positions[slot]
-        for index, layer in enumerate(prior.layers):
-            assert isinstance(layer, Layer)
-            x = self._attend(index, layer.attention, slot, x)
-            x = layer.mlp(x)
-        logits: Tensor = prior.image_head(prior.image_narrow(prior.norm(x)))
-        return logits.view(batch, self.num_samples, -1)
+        if not 0 <= slot < self.slots:
+            raise UsageError(f"Decoder: slot must be 0 .. {self.slots - 1}, got {slot}")
+        if (previous is None) != (slot == 0):
+            got = "None" if previous is None else "tokens"
+            raise UsageError(f"Decoder: previous must be None at slot 0 alone, got {got} at {slot}")
+        if previous is not None and tuple(previous.shape) != (self.batch, self.samples):
+            want = (self.batch, self.samples)
+            raise UsageError(f"Decoder: previous must be {want}, got {tuple(previous.shape)}")
+        logits = self._step(slot, previous)  # (G * B, S, K)
+        if self.guided:
+            logits, base = logits.view(2, self.batch, self.samples, -1).unbind(0)
+            logits = base + self.cond_scale * (logits - base)
+        return logits
 
-    def _attend(self, index: int, block: AttentionBlock, slot: int, x: Tensor) -> Tensor:
-        """The attention resblock for one position of every sample; x is (B * S, 1, d)."""
-        query, key, value = block.project(x)  # (B * S, H, 1, D)
-        image_keys, image_values = self.image[index]
-        text_keys, text_values = self.text[index]
-        batch, samples, heads, _, size = image_keys.shape
-        image_keys[:, :, :, slot] = key.view(batch, samples, heads, size)
-        image_values[:, :, :, slot] = value.view(batch, samples, heads, size)
-        visible = attended_slots(self.prior.patterns[index], slot)
-        queries = query.view(batch, samples, heads, 1, size)
-        shared = queries[:, :, :, 0].transpose(1, 2)  # (B, H, S, D): all samples against one text
-        text_scores = (shared @ text_keys.transpose(-2, -1)).transpose(1, 2)  # (B, S, H, text)
-        image_scores = (queries @ image_keys[:, :, :, visible].transpose(-2, -1))[:, :, :, 0]
-        scores = torch.cat([text_scores, image_scores], -1).float() / math.sqrt(size)
-        weights = scores.softmax(-1).to(query.dtype)
-        text_weights, image_weights = weights.split(
-            [text_keys.shape[2], scores.shape[-1] - text_keys.shape[2]], -1
-        )
-        mixed = (text_weights.transpose(1, 2) @ text_values).transpose(1, 2)
-        mixed = mixed + (image_weights[:, :, :, None] @ image_values[:, :, :, visible])[:, :, :, 0]
-        return block.merge(x, mixed.reshape(batch * samples, heads, 1, size))
+    @torch.no_grad()
+    def reorder(self, index: Tensor) -> None:
+        """Makes sample s of caption b a copy of its sample index[b, s], in all branches.
+
+        Args:
+            index: (B, S) int64 in 0 .. S - 1.
+
+        Raises:
+            UsageError: another shape or dtype, or a number out of range.
+        """
+        want = (self.batch, self.samples)
+        if tuple(index.shape) != want or index.dtype != torch.int64:
+            got = f"{tuple(index.shape)} {index.dtype}"
+            raise UsageError(f"Decoder: index must be {want} int64, got {got}")
+        if index.device.type == "cpu" and not 0 <= int(index.min()) <= int(index.max()) < want[1]:
+            got = f"{int(index.min())} .. {int(index.max())}"
+            raise UsageError(f"Decoder: index must lie in 0 .. {want[1] - 1}, got {got}")
+        self._step.reorder(index.repeat(1 + self.guided, 1))
 
 
-@torch.no_grad()
+def prefill(prior: SupportsDecoding, text: Tensor, prime: Tensor) -> list[KeysValues]:
+    """Keys and values of every layer, (B, H, text_len + n, D), of captions and n given tokens."""
+    c = prior.config
+    x, given = prior.embed_text(text), prime.shape[1]
+    if not given:
+        text_only = dalle_ext.AttentionPattern("causal", text_len=c.text_len - 1, grid=(1, 1))
+        return prior.run_layers(x, (text_only,) * c.num_layers)[1]
+    # Attention is causal: the filler after the prime has no effect.
+    filler = prime.new_zeros(len(prime), c.num_image_tokens - given)
+    x = torch.cat([x, prior.embed_image(torch.cat([prime, filler], 1))], 1)
+    _, read = prior.run_layers(x, prior.patterns)
+    length = c.text_len + given
+    return [KeysValues(kv.keys[:, :, :length], kv.values[:, :, :length]) for kv in read]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a part has drawn after a step.
+
+    Attributes:
+        captions, samples: which of the call: rows of `text`, columns of the result.
+        slots: image slots that are filled.
+        tokens: (b, s, N) int64 on the prior's device; those behind `slots` mean nothing. The next
+            step writes into it.
+        done: whether the part is finished.
+        part, parts: number of the part, and how many there are.
+    """
+
+    captions: range
+    samples: range
+    slots: int
+    tokens: Tensor
+    done: bool
+    part: int
+    parts: int
+
+
+def draw_parts(
+    prior: SupportsDecoding,
+    text: Tensor,
+    *,
+    num_samples: int = 1,
+    sampling: SamplingConfig = PAPER,
+    prime: Tensor | None = None,
+    seed: int = 0,
+    first_sample: int | Sequence[int] = 0,
+    max_batch: int = 256,
+) -> Generator[Drawn]:
+    """Draws like `generate`, and hands over after every step what there is.
+
+    A part is the samples of as many captions as `max_batch` holds, or some samples of one caption.
+    Closing the iterator ends the work and puts the prior's mode back.
+
+    Raises:
+        UsageError: shapes, token ranges or options that do not fit; before anything is drawn.
+        NumericalError: logits that are NaN or infinite.
+    """
+    prior.check_text(text)
+    num_samples = integer("generate", "num_samples", num_samples, 1)
+    max_batch = integer("generate", "max_batch", max_batch, 1)
+    seed = integer("generate", "seed", seed, 0, MAX_SEED)
+    first = first_numbers("generate", "first_sample", first_sample, len(text))
+    prime = text.new_empty(len(text), 0) if prime is None else prime
+    check_prime(prior, prime, len(text))
+    width = min(num_samples, max_batch)
+    height = max(1, max_batch // width)
+    parts = [
+        (range(top, min(top + height, len(text))), range(left, min(left + width, num_samples)))
+        for top in range(0, len(text), height)
+        for left in range(0, num_samples, width)
+    ]
+    return _drawn(prior, text, sampling, prime, seed, first, parts)
+
+
+def _drawn(
+    prior: SupportsDecoding,
+    text: Tensor,
+    sampling: SamplingConfig,
+    prime: Tensor,
+    seed: int,
+    first: list[int],
+    parts: list[tuple[range, range]],
+) -> Generator[Drawn]:
+    """The work of `draw_parts`, whose arguments have been checked."""
+    device, slots = prior.start_of_text.device, prior.config.num_image_tokens
+    # With a scale of 0 all captions are the empty one.
+    keys = [caption_key(row[:0] if sampling.cond_scale == 0 else row) for row in text.cpu()]
+    training = prior.training
+    prior.eval()
+    decoder: Decoder | None = None
+    try:
+        for number, (rows, columns) in enumerate(parts):
+            shape = len(rows), len(columns)
+            if decoder is None or (decoder.batch, decoder.samples) != shape:
+                del decoder  # its cache goes before the next one comes
+                decoder = Decoder(prior, *shape, cond_scale=sampling.cond_scale)
+            inside = slice(rows.start, rows.stop)
+            decoder.set_text(text[inside], prime[inside])
+            noise = torch.stack(
+                [
+                    uniform_noise(
+                        seed,
+                        keys[row],
+                        range(first[row] + columns.start, first[row] + columns.stop),
+                        slots,
+                    )
+                    for row in rows
+                ],
+                -1,
+            )  # (s, N, b)
+            noise = noise.permute(1, 2, 0).contiguous().to(device)  # (N, b, s)
+            tokens = torch.empty(*shape, slots, dtype=torch.int64, device=device)
+            given = prime.shape[1]
+            tokens[:, :, :given] = prime[inside, None].to(device)
+            # Read once, at the end: reading it makes the host wait for a GPU.
+            finite = torch.ones((), dtype=torch.bool, device=device)
+            for slot in range(given, slots):
+                with torch.no_grad():
+                    logits = decoder.step(slot, tokens[:, :, slot - 1] if slot else None)
+                    finite &= logits.isfinite().all()
+                    drawn = draw(logits.flatten(0, 1), noise[slot].flatten(), sampling)
+                    tokens[:, :, slot] = drawn.view(shape)
+                done = slot + 1 == slots
+                if done and not finite:
+                    raise _not_finite(sampling)
+                yield Drawn(rows, columns, slot + 1, tokens, done, number, len(parts))
+    finally:
+        prior.train(training)
+
+
+def _not_finite(sampling: SamplingConfig) -> NumericalError:
+    scale = sampling.cond_scale
+    hint = "" if scale in (0, 1) else f"; cond_scale {scale} may be too large"
+    return NumericalError(f"generate: logits must be finite, got NaN or infinity{hint}")
+
+
 def generate(
     prior: SupportsDecoding,
     text: Tensor,
@@ -190,105 +309,43 @@ def generate(
             scales above 1.
         prime: (B, n) int64, the first n tokens of each image in raster order, kept as they are.
         seed: the noise is a function of (seed, caption, number of the sample, step) alone, so an
-            image does not depend on what else is drawn, nor on `max_batch` (but logits of batches
-            of other sizes may differ in their last bits). A caption that comes twice gets the same
-            images twice. With `cond_scale` 0 all captions are the empty one.
+            image does not depend on what else is drawn, nor on `max_batch`. A caption that comes
+            twice gets the same images twice. With `cond_scale` 0 all captions are the empty one.
         first_sample: number of the first sample, to continue an earlier call; or one number for
             each caption.
         max_batch: images drawn at a time.
         progress: called as progress(tokens drawn, tokens in all).
 
     Returns:
-        (B, S, rows, columns) int64.
+        (B, S, rows, columns) int64 on the CPU.
 
     Raises:
         UsageError: shapes, token ranges or options that do not fit.
         NumericalError: logits that are NaN or infinite.
     """
-    c = prior.config
-    prior.check_text(text)
-    num_samples = integer("generate", "num_samples", num_samples, 1)
-    max_batch = integer("generate", "max_batch", max_batch, 1)
-    seed = integer("generate", "seed", seed, 0, MAX_SEED)
-    first = first_numbers("generate", "first_sample", first_sample, len(text))
-    if prime is None:
-        prime = text.new_empty(len(text), 0)
-    _check_prime(prior, prime, len(text))
-    if sampling.cond_scale == 0:
-        text = torch.full_like(text, PAD)
-    keys = [caption_key(row) for row in text.cpu()]
-    device = prior.start_of_text.device
-    text, prime = (x.to(device) for x in (text, prime))
-    slots, max_samples = c.num_image_tokens, min(num_samples, max_batch)
-    max_captions = max(1, max_batch // max_samples)
-    parts = [
-        (rows, columns)
-        for rows in torch.arange(len(text), dtype=torch.int64, device="cpu").split(max_captions)
-        for columns in torch.arange(num_samples, dtype=torch.int64, device="cpu").split(max_samples)
-        if len(rows)
-    ]
+    steps = draw_parts(
+        prior,
+        text,
+        num_samples=num_samples,
+        sampling=sampling,
+        prime=prime,
+        seed=seed,
+        first_sample=first_sample,
+        max_batch=max_batch,
+    )
+    slots = prior.config.num_image_tokens
     out = torch.empty(len(text), num_samples, slots, dtype=torch.int64, device="cpu")
-    training = prior.training
-    prior.eval()
-    try:
-        for index, (rows, columns) in enumerate(parts):
-
-            def report(done: int, before: int = index) -> None:
-                if progress is not None:
-                    progress(before * slots + done, len(parts) * slots)
-
-            start, stop = int(columns[0]), int(columns[-1]) + 1
-            noise = [
-                uniform_noise(seed, keys[row], range(first[row] + start, first[row] + stop), slots)
-                for row in rows.tolist()
-            ]
-            out[rows[:, None], columns[None]] = _generate(
-                prior,
-                text[rows],
-                prime[rows],
-                torch.stack(noise).to(device),
-                sampling,
-                report,
-            )
-    finally:
-        prior.train(training)
-    return out.view(len(text), num_samples, *c.grid)
+    for drawn in steps:
+        if progress is not None:
+            progress(drawn.part * slots + drawn.slots, drawn.parts * slots)
+        if drawn.done:
+            rows, columns = drawn.captions, drawn.samples
+            out[rows.start : rows.stop, columns.start : columns.stop] = drawn.tokens.cpu()
+    return out.view(len(text), num_samples, *prior.config.grid)
 
 
-def _generate(
-    prior: SupportsDecoding,
-    text: Tensor,
-    prime: Tensor,
-    noise: Tensor,
-    sampling: SamplingConfig,
-    report: Callable[[int], None],
-) -> Tensor:
-    """(B, S, N) tokens on the CPU for B captions; `noise` is (B, S, N) on the prior's device."""
-    batch, samples, slots = noise.shape
-    state = DecodeState(prior, text, samples, prime)
-    uncond, cond_scale = None, sampling.cond_scale
-    if cond_scale not in (0, 1):
-        uncond = DecodeState(prior, torch.full_like(text, PAD), samples, prime)
-    tokens = prime.new_empty(batch, samples, slots)
-    tokens[:, :, : prime.shape[1]] = prime[:, None]
-    finite = torch.ones((), dtype=torch.bool, device=tokens.device)  # read once, at the end
-    for slot in range(prime.shape[1], slots):
-        previous = tokens[:, :, slot - 1] if slot else None
-        logits = state.step(slot, previous)
-        if uncond is not None:
-            base = uncond.step(slot, previous)
-            logits = base + cond_scale * (logits - base)
-        finite &= logits.isfinite().all()
-        drawn = draw(logits.flatten(0, 1), noise[:, :, slot].flatten(), sampling)
-        tokens[:, :, slot] = drawn.view(batch, samples)
-        report(slot + 1)
-    if not finite:
-        hint = "" if uncond is None else f"; cond_scale {cond_scale} may be too large"
-        raise NumericalError(f"generate: logits must be finite, got NaN or infinity{hint}")
-    return tokens.cpu()
-
-
-def _check_prime(prior: SupportsDecoding, prime: Tensor, batch: int) -> None:
+def check_prime(prior: SupportsDecoding, prime: Tensor, batch: int) -> None:
+    """Raises UsageError unless prime is (batch, n) tokens with a slot left to draw."""
     slots = prior.config.num_image_tokens
     if prime.dim() != 2 or len(prime) != batch or prime.shape[1] >= slots:
         want = f"({batch}, n) with n below {slots} for the grid {prior.config.grid}"

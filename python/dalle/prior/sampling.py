@@ -140,6 +140,23 @@ def draw(logits: Tensor, noise: Tensor, sampling: SamplingConfig = PAPER) -> Ten
     return torch.minimum(index, last)
 
 
+def log_likelihood(logits: Tensor, tokens: Tensor, sampling: SamplingConfig = PAPER) -> Tensor:
+    """Log of the chance with which `draw` takes given tokens; at temperature 0 that of 1.
+
+    Args:
+        logits: (..., K).
+        tokens: (...) int64 in 0 .. K - 1.
+        sampling: its `cond_scale` has been applied.
+
+    Returns:
+        (...) float64, in nats; -inf where top_k or top_p leaves a token out.
+    """
+    relative = logits.double() - logits.amax(-1, keepdim=True).double()
+    scaled = relative / max(float(sampling.temperature) or 1.0, MIN_TEMPERATURE)
+    filtered = filter_logits(scaled, top_k=sampling.top_k, top_p=sampling.top_p)
+    return filtered.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+
 def first_numbers(owner: str, name: str, first: Any, batch: int) -> list[int]:
     """The number of each caption's first sample: `first` for all, or one for each of `batch`.
 

@@ -30,6 +30,7 @@ from dalle.ranker.blocks import PRESETS, ImageTower, RankerConfig, TextTower
 from dalle.tokenizer import Tokenizer
 
 MAX_LOGIT_SCALE = 100.0  # as CLIP clips its temperature
+ROWS = 16  # of a product whose rows have the same bits among any others (docs/sampling.md)
 
 
 @runtime_checkable
@@ -140,10 +141,9 @@ class ContrastiveRanker(Pretrained[RankerConfig]):
             rows = torch.tensor(
                 [unique.index(caption) for caption in part], device=device, dtype=torch.int64
             )
-            vectors = self.encode_text(text.to(device))[rows]
-            cosines.append(
-                (vectors * self.encode_images(images[start : start + 256].to(device))).sum(1)
-            )
+            vectors = self.encode_text(_padded(text).to(device))[rows]
+            pictures = _padded(images[start : start + 256]).to(device)
+            cosines.append((vectors * self.encode_images(pictures)[: len(part)]).sum(1))
         return (
             torch.cat(cosines).float().cpu()
             if cosines
@@ -224,6 +224,16 @@ class TransformersCLIP:
             similarity = F.cosine_similarity(out.text_embeds, out.image_embeds, dim=-1)
             cosines.append(similarity.float().cpu())
         return torch.cat(cosines) if cosines else torch.zeros(0, dtype=torch.float32, device="cpu")
+
+
+def _padded(batch: torch.Tensor) -> torch.Tensor:
+    """Copies of the last item behind a batch, to a multiple of `ROWS`.
+
+    Then products give each row the same bits, and a picture the same score, whatever stands beside
+    it (docs/sampling.md).
+    """
+    missing = -len(batch) % ROWS
+    return torch.cat([batch, batch[-1:].expand(missing, *batch.shape[1:])]) if missing else batch
 
 
 def load_ranker(directory: Path | str) -> ImageTextRanker:

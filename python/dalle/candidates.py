@@ -1,0 +1,216 @@
+"""Best of N as a stream: candidates are drawn in parts, decoded and scored, the best are kept.
+
+Memory holds one part and the best k of each caption in work, however many candidates there are.
+Shape letters: k pictures kept, h x w code grid, H = W side in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dalle.prior.decode import Drawn, Progress
+
+Score = Callable[[int, Tensor], Tensor]
+"""Index of a caption, its pictures (n, 3, H, W) -> (n,) float32; NaN where nothing scores."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was drawn for one caption, best first.
+
+    Attributes:
+        images: (k, 3, H, W) float32 in [0, 1].
+        scores: (k,) float32, higher is better; NaN where there is no ranker.
+        tokens: (k, h, w) int64.
+        order: (k,) int64, which candidate each was, in the order of sampling.
+    """
+
+    images: Tensor
+    scores: Tensor
+    tokens: Tensor
+    order: Tensor
+
+
+@dataclass(frozen=True)
+class RowsFinished:
+    """Candidates of a part of the work have one more row of codes.
+
+    Attributes:
+        caption: index of the caption.
+        candidates: their numbers.
+        rows: finished rows, 1 to h.
+        tokens: (n, rows, w) int64 on the CPU; `Pipeline.decode` turns them into the pictures' top.
+    """
+
+    caption: int
+    candidates: range
+    rows: int
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class CandidateFinished:
+    """A candidate is drawn, decoded and scored.
+
+    Attributes:
+        caption: index of the caption.
+        candidate: its number.
+        image: (3, H, W) float32 in [0, 1].
+        score: higher is better; NaN where there is no ranker.
+        tokens: (h, w) int64.
+    """
+
+    caption: int
+    candidate: int
+    image: Tensor
+    score: float
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A caption is done, or the work was cancelled.
+
+    Attributes:
+        caption: index of the caption.
+        generation: the best of the candidates that were finished; of none where there is none.
+        drawn: how many were finished.
+        cancelled: whether candidates are missing because `cancel` said so.
+    """
+
+    caption: int
+    generation: Generation
+    drawn: int
+    cancelled: bool
+
+
+Event = RowsFinished | CandidateFinished | Finished
+
+
+class Best:
+    """Keeps the k best of a caption's candidates; of equal scores, and of NaN, the first.
+
+    Args:
+        top: k.
+        grid: (h, w) of the codes.
+        image_size: H.
+    """
+
+    def __init__(self, top: int, grid: tuple[int, int], image_size: int) -> None:
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(0, *shape, dtype=dtype, device="cpu")
+
+        self.top, self.drawn = top, 0
+        self.kept = Generation(
+            empty(3, image_size, image_size, dtype=torch.float32),
+            empty(dtype=torch.float32),
+            empty(*grid, dtype=torch.int64),
+            empty(dtype=torch.int64),
+        )
+
+    def add(self, images: Tensor, scores: Tensor, tokens: Tensor, numbers: Tensor) -> None:
+        """Candidates with their scores and numbers; see `Generation` for the shapes."""
+        self.drawn += len(numbers)
+        kept = self.kept
+        scores = torch.cat([kept.scores, scores])
+        order = scores.nan_to_num(-math.inf, posinf=math.inf, neginf=-math.inf)
+        best = order.argsort(descending=True, stable=True)[: self.top]
+
+        def chosen(before: Tensor, new: Tensor) -> Tensor:  # copies no picture that is not kept
+            old = [before[i] if i < len(before) else new[i - len(before)] for i in best.tolist()]
+            return torch.stack(old) if old else before
+
+        self.kept = Generation(
+            chosen(kept.images, images),
+            scores[best],
+            chosen(kept.tokens, tokens),
+            torch.cat([kept.order, numbers])[best],
+        )
+
+
+def choose(
+    steps: Generator[Drawn],
+    decode: Callable[[Tensor], Tensor],
+    score: Score,
+    *,
+    first: Sequence[int],
+    num_candidates: int,
+    top: int,
+    grid: tuple[int, int],
+    image_size: int,
+    cancel: Callable[[], bool] = lambda: False,
+) -> Generator[Event]:
+    """Turns steps of drawing into events; every caption has one `Finished`.
+
+    Args:
+        steps: of `draw_parts` or what draws likewise: all parts of a caption before the next.
+        decode: (n, h, w) codes -> (n, 3, H, W) on the CPU.
+        score: see `Score`.
+        first: number of the first candidate of each caption.
+        num_candidates: of each caption.
+        top: how many of them to keep.
+        grid, image_size: (h, w) and H.
+        cancel: asked after every code; once it is true, what is finished is handed over.
+    """
+    columns = grid[1]
+    best = {i: Best(top, grid, image_size) for i in range(len(first))}
+    stopped = False
+    with closing(steps):
+        for drawn in steps:
+            stopped = cancel()
+            if drawn.slots % columns == 0:
+                rows = drawn.slots // columns
+                for row, caption in enumerate(drawn.captions):
+                    so_far = drawn.tokens[row, :, : drawn.slots].unflatten(1, (rows, columns)).cpu()
+                    yield RowsFinished(
+                        caption, _numbers(first[caption], drawn), rows, so_far.clone()
+                    )
+            for row, caption in enumerate(drawn.captions if drawn.done else ()):
+                tokens = drawn.tokens[row].unflatten(1, grid)
+                images = decode(tokens)
+                scores, tokens = score(caption, images), tokens.cpu().clone()
+                numbers = _numbers(first[caption], drawn)
+                number = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+                best[caption].add(images, scores, tokens, number)
+                for each in zip(numbers, images, scores.tolist(), tokens, strict=True):
+                    yield CandidateFinished(caption, *each)
+                if best[caption].drawn == num_candidates:
+                    keeper = best.pop(caption)
+                    yield Finished(caption, keeper.kept, keeper.drawn, False)
+            if stopped:
+                break
+    for caption, keeper in best.items():
+        yield Finished(caption, keeper.kept, keeper.drawn, True)
+
+
+def _numbers(first: int, drawn: Drawn) -> range:
+    return range(first + drawn.samples.start, first + drawn.samples.stop)
+
+
+def counted(
+    steps: Generator[Drawn], total: int, progress: Progress | None, code_progress: Progress | None
+) -> Generator[Drawn]:
+    """The same steps, reported on: see `Pipeline.sample`.
+
+    Args:
+        steps: of `draw_parts`.
+        total: sequences in all.
+        progress: called with (sequences done, total) after each part.
+        code_progress: called with (codes done, codes in all) after each step.
+    """
+    before = 0
+    with closing(steps):
+        for drawn in steps:
+            count, slots = len(drawn.captions) * len(drawn.samples), drawn.tokens.shape[-1]
+            if code_progress is not None:
+                code_progress(before * slots + count * drawn.slots, total * slots)
+            yield drawn
+            before += count if drawn.done else 0
+            if drawn.done and progress is not None:
+                progress(before, total)
