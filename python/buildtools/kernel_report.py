@@ -28,7 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import kernel_code  # noqa: E402
 import kernel_floors  # noqa: E402
+import kernel_sizes  # noqa: E402
 import torch_dir  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +48,7 @@ class Kernel:
     spills: int = 0
     shared: int = 0
     opcodes: Counter[str] | None = None  # None where there is no disassembler
-    code: kernel_floors.Code = field(default_factory=list, compare=False, repr=False)
+    code: kernel_code.Code = field(default_factory=list, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def kernels_of(
     run = [disassembler or "", "-c", str(cubin)]
     text = subprocess.run(run, capture_output=True, text=True, check=True).stdout if run[0] else ""
     kernels = {}
-    codes = kernel_floors.parse_code(text)
+    codes = kernel_code.parse_code(text)
     for name, opcodes in parse_machine_code(text).items():
         if name in ptxas:
             kernels[name] = ptxas[name]
@@ -231,7 +233,11 @@ def report(
                 found += [f"{architecture}: {line}" for line in problems(name, kernel, budgets)]
             codes = {name: kernel.code for name, kernel in kernels.items() if kernel.code}
             if codes:
-                lines, wrong = kernel_floors.table(codes, architecture, source.parent.name)
+                op = source.parent.name
+                if op not in kernel_sizes.SIZES:
+                    found.append(f"kernel_sizes: SIZES must have {op}, got none of that name")
+                cases = kernel_sizes.SIZES.get(op, tuple)()
+                lines, wrong = kernel_floors.table(codes, architecture, cases)
                 floors += lines
                 found += [f"{architecture}: {line}" for line in wrong]
     if floors:
