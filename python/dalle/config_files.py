@@ -178,6 +178,8 @@ def write_resolved(config: Any, path: Path, *, owner: str = "dalle") -> None:
     head = f"# The options of this run. To repeat it: dalle {owner} --config THIS_FILE\n"
     head += f"# dalle {__version__}; options on the command line win over those here.\n"
     options = flat_options(config)
+    if isinstance(options.get("data"), str) and "\n" in options["data"]:
+        options["data"] = options["data"].split("\n")
     text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=1 << 16)
     try:
         data = (head + text).encode()

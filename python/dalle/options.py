@@ -23,6 +23,7 @@ from dalle.configs import check_numbers, did_you_mean, field_types
 from dalle.errors import UsageError
 
 WIDE = 40_000  # columns
+SOURCES = "data"  # the option that may be given several times where it is a text
 T = TypeVar("T")
 _REWRITES = [  # Python's own and tyro's -> ours
     (r"invalid literal for int\(\) with base 10: ", "must be an integer, got "),
@@ -57,6 +58,8 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
             hint = did_you_mean(name, {f"--{k}" for k in names})
             raise UsageError(f"{prog}: {name} is not an option{hint}")
     options = None if file is None else _FileOptions(config_type, file)
+    if _plain(field_types(config_type).get(SOURCES)) is str:
+        words = _joined_sources(words)
     if options is not None:
         words = options.words + words
     words = _spelled(words, config_type)
@@ -91,6 +94,36 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
         message = _condense(lines)
         refused = re.match(r"Error parsing (?!-)\S+: (.*)", message)  # by the dataclass itself
         raise UsageError(refused[1] if refused else f"{prog}: {message}") from None
+
+
+def _joined_sources(words: list[str]) -> list[str]:
+    """`words` with the values of several `--data` as one, a line each, where one has a weight.
+
+    Without weights the last counts, as of every option.
+    """
+    values: list[str] = []
+    rest, i = [], 0
+    while i < len(words):
+        name, equals, value = words[i].partition("=")
+        if name == f"--{SOURCES}" and (equals or i + 1 < len(words)):
+            i, value = (i, value) if equals else (i + 1, words[i + 1])
+            values.append(value)
+        else:
+            rest.append(words[i])
+        i += 1
+    if len(values) < 2 or "" in values or not any(map(_has_weight, values)):
+        return words
+    return [*rest, f"--{SOURCES}=" + "\n".join(values)]
+
+
+def _has_weight(source: str) -> bool:
+    """Whether a source ends in =NUMBER, and is no path with such a name."""
+    name, _, text = source.rpartition("=")
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return bool(name) and not os.path.exists(source)
 
 
 def _of_today(word: str, old_names: Mapping[str, str]) -> str:
@@ -242,6 +275,9 @@ class _FileOptions:
                     f"{where} must be true or false, got {repr(got) if quoted else got}"
                 )
             self.words.append(f"--{option}" if switch else f"--no-{option}")
+        elif isinstance(value, list) and name == SOURCES and plain is str and value:
+            joined = "\n".join(_text(item, where) for item in value)
+            self.words.append(f"--{option}={joined}")
         elif isinstance(value, list):
             if not _takes_list(annotation):
                 raise UsageError(f"{where} must be one value, got a list")

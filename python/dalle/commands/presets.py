@@ -17,8 +17,9 @@ import tyro
 from dalle.config_files import CONFIG_NAME, Scalar, read_options
 from dalle.console import say
 from dalle.data.images import open_checked
+from dalle.data.mixture import CaptionChoice, file_of, with_choice
 from dalle.data.pairs import Pairs, evenly_spaced
-from dalle.data.sources import BUILT_IN, drawn_size, held_out_split, load_pairs
+from dalle.data.sources import drawn_size, has_built_in, held_out_split, load_pairs
 from dalle.data.split import hold_out
 from dalle.demo.sizing import CUDA_TIERS, TIERS, fitted_dvae, num_codes
 from dalle.devices import Precision, default_precision
@@ -102,22 +103,32 @@ def one_process_only(recipe: str, processes: int) -> dict[str, Any]:
     return {"parts": 1} if recipe == "quick" and processes > 1 else {}
 
 
-def open_pairs(data: str, image_size: int, preset_size: int, seed: int) -> Pairs:
-    """The data set; a built-in one at the size asked for, or about the preset's."""
+def open_pairs(
+    data: str, image_size: int, preset_size: int, seed: int, captions: CaptionChoice = "draw"
+) -> Pairs:
+    """The data set; a built-in one at the size asked for, or about the preset's.
+
+    Args:
+        data: as `load_pairs` takes it.
+        image_size: side of the pictures; 0 where it is not given.
+        preset_size: the preset's.
+        seed: of a set that is drawn.
+        captions: which of a picture's captions are trained on.
+    """
     size = image_size or preset_size
-    if data in BUILT_IN and not image_size:
+    if has_built_in(data) and not image_size:
         size = drawn_size(size)
-    return load_pairs(data, image_size=size, seed=seed)
+    return with_choice(load_pairs(data, image_size=size, seed=seed), captions)
 
 
 def sides(pairs: Pairs) -> list[int]:
     """The shorter sides of up to 256 pictures, evenly spaced, where they differ; else of one."""
-    if pairs.image_size or not hasattr(pairs, "read_bytes"):
-        return [pairs.image_size] if pairs.image_size else []
+    if pairs.image_size:
+        return [pairs.image_size]
     lengths = []
     for item in evenly_spaced(len(pairs), LOOKED_AT):
         try:
-            lengths.append(min(open_checked(*pairs.read_bytes(int(item))).size))
+            lengths.append(min(open_checked(*file_of(pairs, int(item))).size))
         except (DataError, OSError):
             continue  # left out, and said, where it is loaded
     return lengths

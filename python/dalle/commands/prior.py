@@ -26,6 +26,7 @@ from dalle.commands.report import (
 from dalle.commands.training import check_model_target, keep_options
 from dalle.configs import did_you_mean
 from dalle.console import is_main_process, number, say
+from dalle.data.mixture import CaptionChoice
 from dalle.data.pairs import Pairs, each_caption, left_out
 from dalle.devices import default_precision, pick_device
 from dalle.distributed.config import ClusterConfig
@@ -73,6 +74,8 @@ class PriorCommandConfig:
             paper. Left out, quick for tiny and small on one process, paper else.
         image_size: side in pixels of the pictures, a multiple of the dVAE's factor; 0 takes that
             of the dVAE's training, or the preset's grid.
+        captions: which of a picture's captions are trained on: draw (one of them each epoch),
+            first, or join (all, with spaces between).
         validation: share of the pairs held out for scores, by their hashes; 0 for none. Left out,
             0.1 with quick and 0 with paper.
         text_len: text positions, start-of-text included; 0 is the preset's, or with quick enough
@@ -96,6 +99,7 @@ class PriorCommandConfig:
     preset: str = "tiny"
     recipe: presets.Recipe | None = None
     image_size: int = 0
+    captions: CaptionChoice = "draw"
     validation: float | None = None
     text_len: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16-scaled"] = "auto"
@@ -150,7 +154,9 @@ def plan(config: PriorCommandConfig, world: World) -> Plan:
     of_vae = presets.size_of_run(config.vae)
     of_vae = 0 if of_vae % vae.factor else of_vae
     side = of_vae or PRESETS[preset].grid[0] * vae.factor
-    pairs = presets.open_pairs(config.data, config.image_size, side, config.loop.seed)
+    pairs = presets.open_pairs(
+        config.data, config.image_size, side, config.loop.seed, config.captions
+    )
     size = config.image_size or of_vae or presets.fitting_size(side, pairs, vae.factor)
     pairs, validation, share = presets.split_pairs(
         owner, config.data, pairs, config.validation, recipe, size, config.loop.seed

@@ -17,6 +17,7 @@ from dalle.commands.report import banner, end_block, next_command
 from dalle.commands.training import check_model_target, keep_options, require_one_process
 from dalle.configs import did_you_mean
 from dalle.data.augment import to_tensor
+from dalle.data.mixture import CaptionChoice
 from dalle.data.pairs import Pairs, left_out
 from dalle.demo.sizing import ranker_grid
 from dalle.devices import pick_device
@@ -58,6 +59,8 @@ class RankerCommandConfig:
             small, paper for base.
         image_size: side in pixels of the pictures, the prior's; 0 takes that of the dVAE's
             training, or the preset's.
+        captions: which of a picture's captions are trained on: draw (one of them each epoch),
+            first, or join (all, with spaces between).
         validation: share of the pairs held out for scores, by their hashes; 0 for none. Left out,
             0.1 with quick and 0 with paper.
         precision: of the products in the forward and backward pass: fp32, bf16, or auto, which is
@@ -74,6 +77,7 @@ class RankerCommandConfig:
     preset: str = "tiny"
     recipe: presets.Recipe | None = None
     image_size: int = 0
+    captions: CaptionChoice = "draw"
     validation: float | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
@@ -102,7 +106,7 @@ def train_command(config: RankerCommandConfig) -> None:
     of_vae = presets.size_of_run(config.vae) if config.vae is not None else 0
     of_vae = of_vae if saved is None else saved.config.image_size
     side = of_vae or presets.QUICK_SIZES[config.preset].side
-    pairs = presets.open_pairs(config.data, config.image_size, side, loop.seed)
+    pairs = presets.open_pairs(config.data, config.image_size, side, loop.seed, config.captions)
     size = config.image_size or of_vae or presets.quick_size(config.preset, pairs)
     if vae is not None:
         vae.grid(size)

@@ -147,7 +147,9 @@ def next_command(data: str, preset: str, run: Path, **known: Path | None) -> str
             words += ["--temperature", QUICK_TEMPERATURE]
         return shlex.join([str(word) for word in [*words, "--out", run / "pipeline"]])
     stage = missing[0]
-    words += [stage, "train", "--data", data]
+    words += [stage, "train"]
+    for source in data.split("\n"):
+        words += ["--data", source]
     if stage != "tokenizer":
         nearest = "base" if preset in ("paper", "1b", "12b") else "tiny"
         words += ["--preset", preset if preset in PRESETS[stage] else nearest]

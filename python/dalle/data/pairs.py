@@ -1,4 +1,4 @@
-"""Caption-picture pairs: the protocol, the in-memory form, and the batch order."""
+"""Caption-picture pairs: the protocol, the in-memory form, and how batches are loaded."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from tqdm import tqdm
 
-from dalle.configs import integer, integers, seed_number
+from dalle.configs import integer, integers
 from dalle.console import printable
-from dalle.errors import DataError, UsageError
+from dalle.data.order import BatchSampler as BatchSampler
+from dalle.errors import DataError
 
 MAX_NAMED = 10  # files named as left out; further ones are only counted
 DRAWS = 1000  # pictures tried in place of one that cannot be used
@@ -339,48 +340,3 @@ def caption_bytes(captions: Sequence[str]) -> bytes:
 def evenly_spaced(count: int, limit: int) -> np.ndarray:
     """Up to `limit` of the integers below `count`, ascending; the first and the last among them."""
     return np.linspace(0, count - 1, min(limit, count)).astype(int)
-
-
-class BatchSampler:
-    """The order of training: each item once an epoch, batches run across epoch ends.
-
-    Batch `step` is a slice of the concatenated permutations of epochs 0, 1, 2, ..., so it is a pure
-    function of (seed, step) and a resumed run needs no state.
-
-    Args:
-        num_items: size of the set, at least 1.
-        batch_size: items a batch, at least 1; need not divide num_items and may exceed it.
-        seed: which order.
-
-    Raises:
-        UsageError: a size below 1, or a seed that is not 0 .. 2^63 - 1.
-    """
-
-    def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
-        for label, value in (("num_items", num_items), ("batch_size", batch_size)):
-            if integer("BatchSampler", label, value) < 1:
-                raise UsageError(f"BatchSampler: {label} must be at least 1, got {value}")
-        self.num_items, self.batch_size = int(num_items), int(batch_size)
-        self.seed = seed_number("BatchSampler", seed)
-        self._orders: dict[int, np.ndarray] = {}  # of the epochs in use; at most a few
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            rng = np.random.default_rng((self.seed, epoch))
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = rng.permutation(self.num_items)
-        return self._orders[epoch]
-
-    def indices(self, step: int) -> np.ndarray:
-        """The items of batch `step` >= 0, (batch_size,) int64."""
-        step = integer("BatchSampler", "step", step)
-        if step < 0:
-            raise UsageError(f"BatchSampler: step must be at least 0, got {step}")
-        position, end = step * self.batch_size, (step + 1) * self.batch_size
-        pieces = []
-        while position < end:
-            epoch, offset = divmod(position, self.num_items)
-            piece = self._order(epoch)[offset : offset + end - position]
-            pieces.append(piece)
-            position += len(piece)
-        return np.concatenate(pieces).astype(np.int64, copy=False)

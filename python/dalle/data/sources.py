@@ -5,11 +5,14 @@ A new source is one file with a `Source` and one line in `SOURCES` (CONTRIBUTING
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dalle.console import say
 from dalle.data import emoji, folder, shapes_pairs, shards
+from dalle.data.mixture import MixedPairs
 from dalle.data.pairs import Pairs, format_counts, number_of_captions
 from dalle.data.source import Source
 from dalle.errors import DataError, UsageError
@@ -31,22 +34,42 @@ FOLDER_FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Pairs]], ..
 )
 
 
-def load_pairs(spec: str, *, image_size: int, split: str = "train", seed: int = 0) -> Pairs:
+def load_pairs(
+    spec: str, *, image_size: int, split: str = "train", seed: int = 0, report: bool = True
+) -> Pairs:
     """Opens a data set by name.
 
     Args:
         spec: a name of `BUILT_IN`, or the path of a file or folder of a form of `SOURCES`, such as
-            a folder of pictures with .txt captions, or of tar shards.
+            a folder of pictures with .txt captions, or of tar shards; several are one a line, each
+            with `=WEIGHT` behind it or none (`join_specs`).
         image_size: side in pixels of the built-in sets; others keep their own sizes.
         split: "train", "test", "zero" for shapes; "train", "heldout" for emoji; a folder is all
             "train".
         seed: which pictures of the endless set `shapes`; unused elsewhere.
+        report: whether a line says what was left out.
 
     Raises:
-        UsageError: unknown split.
+        UsageError: unknown split, or weights that are given for some only.
         DataError: no such folder, or nothing usable in it.
         EnvironmentProblem: a package that the source needs is not installed.
     """
+    specs = split_specs(spec)
+    names, weights = [name for name, _ in specs], [weight for _, weight in specs]
+    if len(specs) == 1:
+        return _load_one(names[0], image_size, split, seed, report)
+    if weights.count(None) not in (0, len(weights)):
+        lone = names[weights.index(None)]
+        raise UsageError(f"data: weights must be given for all or for none, got none for {lone}")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"data: sources must differ, got {twice} twice")
+    parts = [_load_one(name, image_size, split, seed, report) for name in names]
+    given = [weight for weight in weights if weight is not None]
+    return MixedPairs(parts, given or None, names)
+
+
+def _load_one(spec: str, image_size: int, split: str, seed: int, report: bool) -> Pairs:
     if spec in BUILT_IN:
         return BUILT_IN[spec](image_size, split, seed)
     opens = _opener(Path(spec))
@@ -58,8 +81,41 @@ def load_pairs(spec: str, *, image_size: int, split: str = "train", seed: int = 
     if split != "train":
         raise UsageError(f"data: split of a folder must be 'train', got {split!r}")
     pairs = opens(Path(spec))
-    _report_skipped(pairs)
+    if report:
+        _report_skipped(pairs)
     return pairs
+
+
+def join_specs(specs: Iterable[str]) -> str:
+    """Several `--data` as one value, a line each."""
+    return "\n".join(specs)
+
+
+def split_specs(spec: str) -> list[tuple[str, float | None]]:
+    """The sources in a value of `--data`, each with its weight; None where it has none.
+
+    What exists under the whole name is a path, whatever stands in it.
+
+    Raises:
+        UsageError: a weight that is not positive and finite.
+    """
+    if spec in BUILT_IN or os.path.exists(spec):
+        return [(spec, None)]
+    specs: list[tuple[str, float | None]] = []
+    for line in spec.split("\n"):
+        name, equals, text = line.rpartition("=")
+        if not name or line in BUILT_IN or os.path.exists(line):
+            specs.append((line, None))
+            continue
+        try:
+            weight = float(text)
+        except ValueError:
+            specs.append((line, None))
+            continue
+        if not 0 < weight < math.inf:
+            raise UsageError(f"data: weight must be positive and finite, got {text} for {name}")
+        specs.append((name, weight))
+    return specs
 
 
 def held_out_split(spec: str) -> str:
@@ -74,9 +130,25 @@ def data_here(spec: str, *, folders: bool = True) -> str:
     "built-in:shapes". Where both are there, a line says which is taken and how to take the other.
 
     Args:
-        spec: as typed.
+        spec: as typed; several are one a line.
         folders: whether the command takes folders at all; if not, the set is taken.
     """
+    return join_specs(
+        _here(name, folders) + ("" if weight is None else f"={weight:.17g}")
+        for name, weight in split_specs(spec)
+    )
+
+
+def absolute(spec: str) -> str:
+    """The same sources, whatever the current directory."""
+    return join_specs(
+        (name if name in BUILT_IN else str(Path(name).resolve()))
+        + ("" if weight is None else f"={weight:.17g}")
+        for name, weight in split_specs(spec)
+    )
+
+
+def _here(spec: str, folders: bool) -> str:
     name = spec.removeprefix(CHOOSE_SET)
     if name not in BUILT_IN:
         return spec
@@ -102,6 +174,11 @@ def open_folder(path: Path) -> Pairs:
     return (_opener(path) or folder.FolderPairs)(path)
 
 
+def has_built_in(spec: str) -> bool:
+    """Whether a built-in set is among the sources, so that a size must be chosen for it."""
+    return any(name in BUILT_IN for name, _ in split_specs(spec))
+
+
 def drawn_size(size: int) -> int:
     """The largest size up to `size`, but at least 24, that every built-in set can be drawn at."""
     return max(24, size // 8 * 8)
@@ -116,9 +193,10 @@ def is_picture_folder(spec: str) -> bool:
 
     True also where nothing exists: reading it then fails with a clear message.
     """
-    if spec in BUILT_IN:
+    specs = split_specs(spec)
+    if len(specs) > 1 or specs[0][0] in BUILT_IN:
         return False
-    opens = _opener(Path(spec))
+    opens = _opener(Path(specs[0][0]))
     return opens is None or bool(getattr(opens, "plain", False))
 
 

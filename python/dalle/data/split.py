@@ -143,6 +143,18 @@ class Subset:
         """The files that the set reads, besides `paths`."""
         return list(getattr(self.pairs, "files", ()))
 
+    def mixture(self) -> tuple[list[int], list[float]] | None:
+        """The ends of the set's parts among the items, and their weights; None without parts."""
+        read: Any = getattr(self.pairs, "mixture", lambda: None)
+        mixture: tuple[list[int], list[float]] | None = read()
+        if mixture is None:
+            return None
+        if isinstance(self.items, Without):
+            ends = [end - int(np.searchsorted(self.items.out, end)) for end in mixture[0]]
+        else:
+            ends = [bisect_left(self.items, end) for end in mixture[0]]
+        return ends, mixture[1]
+
     def captions_at(self, i: int) -> Sequence[str]:
         """All captions of item i."""
         return captions_of(self.pairs, self.items[i])

@@ -19,7 +19,7 @@ from dalle.data.augment import load_cropped, to_tensor
 from dalle.data.pairs import ArrayPairs, Pairs, evenly_spaced
 from dalle.data.shapes import parse, split_scenes
 from dalle.data.shapes_pairs import ShapesPairs
-from dalle.data.sources import BUILT_IN, drawn_size, load_pairs, open_folder
+from dalle.data.sources import BUILT_IN, drawn_size, load_pairs, open_folder, split_specs
 from dalle.data.split import Subset, hold_out
 from dalle.demo.measures import (
     nearest_rank,
@@ -316,6 +316,8 @@ def open_parts(data: str, share: float, side: int = 64, seed: int = 0) -> tuple[
     Raises:
         DataError: no such folder, no usable pair, or too few different pictures.
     """
-    if data in BUILT_IN:
-        return hold_out(load_pairs(data, image_size=drawn_size(side), seed=seed), share)
-    return hold_out(open_folder(Path(data)), share)
+    specs = split_specs(data)
+    if len(specs) == 1 and specs[0][0] not in BUILT_IN:
+        return hold_out(open_folder(Path(specs[0][0])), share)
+    pairs = load_pairs(data, image_size=drawn_size(side), seed=seed, report=False)
+    return hold_out(pairs, share)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from dalle.config_files import CONFIG_NAME, write_resolved
 from dalle.configs import from_dict, to_dict
 from dalle.console import duration, say
 from dalle.data.pairs import Pairs, format_counts
-from dalle.data.sources import BUILT_IN
+from dalle.data.sources import absolute
 from dalle.data.split import Subset
 from dalle.demo.config import DEMO_SETS, TrainConfig
 from dalle.demo.context import Demo
@@ -97,7 +96,7 @@ def run_train(config: TrainConfig) -> dict[str, Any]:
 def _options(config: TrainConfig) -> dict[str, Any]:
     """What the folder of a run is for; another run is refused there."""
     return {
-        "data": config.data if config.data in BUILT_IN else str(Path(config.data).resolve()),
+        "data": absolute(config.data),
         "time": config.time,
         "minutes": config.minutes,
         "validation": config.validation,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dalle.configs import check_numbers, integer, integers, require, require_adamw
 from dalle.console import say
 from dalle.data.augment import center_crop, dvae_crop, to_tensor
-from dalle.data.pairs import BatchSampler, Pairs, describe_pairs, load_or_draw, load_or_skip
+from dalle.data.order import sampler_for
+from dalle.data.pairs import Pairs, describe_pairs, load_or_draw, load_or_skip
 from dalle.distributed.world import Solo, World
 from dalle.dvae.codebook import codebook_health, init_codebook
 from dalle.dvae.likelihood import expected_pixels, map_pixels, psnr, set_psnr
@@ -153,7 +154,7 @@ class DvaeTask:
             with self.world.raise_on_all():
                 self._check_codebook()
         self.world.part(config.batch_size)
-        self.sampler = BatchSampler(len(pairs), config.batch_size, seed)
+        self.sampler = sampler_for(pairs, config.batch_size, seed)
         self.optimizer = torch.optim.AdamW(
             [p for p in vae.parameters() if p.requires_grad],
             lr=config.lr_start,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from dalle.configs import to_dict
 from dalle.data.augment import center_crop, prior_crop, to_tensor
+from dalle.data.order import sampler_for
 from dalle.data.pairs import (
-    BatchSampler,
     Pairs,
     describe_pairs,
     draw_caption,
@@ -60,7 +60,7 @@ class PriorTask:
 
     In the place of a pair whose picture cannot be used (broken, or smaller than the crop) another
     is drawn; with `augment` "none", where all are encoded at the start, such pairs leave the set.
-    Of a pair's several captions one is drawn each time.
+    Of a pair's several captions one is drawn each epoch, by (seed, epoch, item).
 
     Args:
         prior: the model to train, where `parallelize` has put it.
@@ -127,7 +127,7 @@ class PriorTask:
         if config.image_init == "codebook":
             start = (config.embedding_scale, config.head_scale)
             init_from_codebook(prior, vae.codebook(), *start, seed=start_seed(seed, "rotation"))
-        self.sampler = BatchSampler(len(self.usable), config.batch_size, seed)
+        self.sampler = sampler_for(pairs, config.batch_size, seed, self.usable)
         self.plateau = PlateauHalving(
             window=config.plateau_window,
             patience=config.plateau_patience,
@@ -177,8 +177,8 @@ class PriorTask:
             images, items = load_or_draw(self.pairs, local, draws, crop)
             tokens = self._encode(images)
         captions = [
-            draw_caption(self.pairs, int(i), partial(step_seed, self.seed, step, 6, int(position)))
-            for position, i in zip(positions, items, strict=True)
+            draw_caption(self.pairs, int(i), partial(step_seed, self.seed, int(epoch), 6, int(i)))
+            for epoch, i in zip(self.sampler.epochs(step)[part], items, strict=True)
         ]
         text = self.tokenizer.encode(
             captions,

@@ -240,12 +240,13 @@ class RankerTask:
         return torch.tensor(item_ids, dtype=torch.int64, device="cpu"), images, spliced
 
     def caption_rows(self, items: torch.Tensor, step: int) -> torch.Tensor:
-        """(B,) row of `text` for each item; of several captions one is drawn."""
-        rows = items.clone()
+        """(B,) row of `text` for each item; of several captions one is drawn each epoch, that is as
+        often as the batches so far have as many items as the set."""
+        rows, epoch = items.clone(), step * self.config.batch_size // len(self.pairs)
         for position, item in enumerate(items.tolist()):
             choices = self.rows.get(item)
             if choices:
-                draw = np.random.default_rng(step_seed(self.seed, step, 2, position))
+                draw = np.random.default_rng(step_seed(self.seed, epoch, 2, item))
                 rows[position] = choices[int(draw.integers(len(choices)))]
         return rows
 

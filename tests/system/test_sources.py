@@ -1,0 +1,113 @@
+"""What `--data` may be: several sources with weights, and which of a picture's captions count."""
+
+from __future__ import annotations
+
+import pickle
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dalle.cli import main
+from dalle.commands.prior import PriorCommandConfig
+from dalle.config_files import write_resolved
+from dalle.data import sources
+from dalle.data.mixture import MixedPairs, with_choice
+from dalle.data.pairs import ArrayPairs, all_captions, captions_of, fingerprints
+from dalle.data.shapes_pairs import ShapesPairs
+from dalle.data.sources import load_pairs, split_specs
+from dalle.errors import DataError, UsageError
+from dalle.options import parse_options
+from support.pictures import PNG
+from support.shards import write_shards
+
+
+def plain(folder, *captions):
+    folder.mkdir()
+    for i, caption in enumerate(captions):
+        (folder / f"{i}.png").write_bytes(PNG)
+        (folder / f"{i}.txt").write_text(caption)
+    return folder
+
+
+def test_a_source_is_one_line_of_the_registry():
+    names = [source.name for source in sources.SOURCES]
+    assert len(set(names)) == len(names) and {"shapes", "emoji"} <= set(names)
+    assert {source.name for source in sources.SOURCES if source.held_out} == {"shapes", "emoji"}
+    assert set(sources.BUILT_IN) == {"shapes", "emoji"}
+
+
+def test_several_sources_with_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain(Path("a"), "one", "two")
+    write_shards(Path("b"), 1, 3)
+    plain(Path("c=0.5"), "a folder with a weight in its name")
+    pairs = load_pairs("a=0.25\nb=0.75", image_size=8)
+    assert isinstance(pairs, MixedPairs) and pairs.mixture() == ([2, 5], [0.25, 0.75])
+    assert list(pairs.captions) == ["one", "two", "picture 0", "picture 1", "picture 2"]
+    assert load_pairs("a\nb", image_size=8).mixture() is None
+    assert split_specs("c=0.5") == [("c=0.5", None)]
+    assert split_specs("c=0.5=2\na=1e-3") == [("c=0.5", 2.0), ("a", 1e-3)]
+    assert split_specs("a=1") == [("a", 1.0)] and len(load_pairs("a=1", image_size=8)) == 2
+    few = partial(ShapesPairs, image_size=24, size=3)
+    monkeypatch.setitem(sources.BUILT_IN, "shapes", lambda size, split, seed: few(split))
+    both = load_pairs("a=1\nshapes=1", image_size=24)
+    assert both.image_size == 0 and len(both) == 5
+    for spec, line in {
+        "a=0.5\nb": "data: weights must be given for all or for none, got none for b",
+        "a=0\nb=1": "data: weight must be positive and finite, got 0 for a",
+        "a=-1\nb=1": "data: weight must be positive and finite, got -1 for a",
+        "a=nan\nb=1": "data: weight must be positive and finite, got nan for a",
+        "a=1\na=2": "data: sources must differ, got a twice",
+    }.items():
+        with pytest.raises(UsageError, match=line):
+            load_pairs(spec, image_size=8)
+    with pytest.raises(DataError, match="got 'none' \\(no such folder\\)"):
+        load_pairs("a=1\nnone=1", image_size=8)
+    copy = pickle.loads(pickle.dumps(pairs))
+    np.testing.assert_array_equal(copy.load(4), pairs.load(4))
+
+
+def test_data_may_be_given_several_times(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    plain(Path("a"), "red", "green")
+    plain(Path("b"), "blue")
+    words = ["--data", "a=0.7", "--tokenizer", "t", "--data=b=0.3", "--vae", "v"]
+    config = parse_options(PriorCommandConfig, words, prog="dalle prior train")
+    assert config.data == "a=0.7\nb=0.3" and config.captions == "draw"
+    write_resolved(config, Path("config.yaml"))
+    assert "data:\n- a=0.7\n- b=0.3\n" in Path("config.yaml").read_text()
+    again = ["--config", "config.yaml"]
+    assert parse_options(PriorCommandConfig, again, prog="p").data == config.data
+    assert parse_options(PriorCommandConfig, [*again, "--data", "b"], prog="p").data == "b"
+    last = parse_options(PriorCommandConfig, [*words, "--data", "b"][4:], prog="p").data
+    assert last == "b=0.3\nb"  # refused when it is opened
+    assert (
+        parse_options(PriorCommandConfig, [*again, "--data", "a", "--data", "b"], prog="p").data
+        == "b"
+    )
+    assert main(["tokenizer", "train", "--data", "a=1", "--data", "b=2", "--out", "run/tok"]) == 0
+    out = capsys.readouterr().out
+    assert " from 3 different captions" in out
+    assert "dalle dvae train --data a=1 --data b=2 --preset" in out
+    assert main(["tokenizer", "train", "--data", "a=1", "--data"]) == 2
+    assert main(["tokenizer", "train", "--data", "a=1", "--data="]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2 and err[1].endswith("--data must have a value, got an empty one")
+    assert sources.data_here("a=1\nbuilt-in:shapes=2") == "a=1\nshapes=2"
+
+
+def test_which_captions_count():
+    images = np.zeros((3, 4, 4, 3), np.uint8)
+    several = {0: ("a", "b"), 2: ("d", "e", "f")}
+    pairs = ArrayPairs("toy", images, ["a", "c", "d"], None, several)
+    first, joined = with_choice(pairs, "first"), with_choice(pairs, "join")
+    assert with_choice(pairs, "draw") is pairs
+    assert all_captions(first) == list(first.captions) == ["a", "c", "d"]
+    assert all_captions(joined) == list(joined.captions) == ["a b", "c", "d e f"]
+    assert captions_of(joined, 2) == ["d e f"] and joined.captions[-1] == "d e f"
+    assert joined.name == "toy" and len(joined) == 3 and joined.skipped is pairs.skipped
+    prints = [fingerprints(p) for p in (pairs, first, joined)]
+    assert prints[0] != prints[1] != prints[2] and prints[0]["pictures"] == prints[2]["pictures"]
+    assert pickle.loads(pickle.dumps(joined)).captions[0] == "a b"
