@@ -14,7 +14,7 @@ import dalle_ext
 from dalle import cli
 from dalle.commands import presets
 from dalle.commands import prior as prior_command
-from dalle.commands.sample import set_precision
+from dalle.commands.drawn import set_precision
 from dalle.data.pairs import ArrayPairs
 from dalle.demo.context import Demo
 from dalle.demo.workspace import Workspace

@@ -326,7 +326,7 @@ def test_rerank_of_nothing_gets_one_line(folder, tmp_path, capsys):
 
 
 def test_a_picture_that_does_not_decode_names_itself(tmp_path):
-    from dalle.commands.sample import read_image
+    from dalle.commands.drawn import read_image
 
     (tmp_path / "x.png").write_bytes(b"x")
     with pytest.raises(DataError, match="x.png: image must be one of JPEG, PNG, WEBP"):

@@ -14,7 +14,7 @@ import tyro
 
 from dalle import pictures
 from dalle.captions import clean
-from dalle.commands.sample import earlier_pictures, find_model, read_image
+from dalle.commands.drawn import earlier_pictures, find_model, read_image
 from dalle.console import argument_text, printable, say
 from dalle.data.folder import find_pictures
 from dalle.devices import pick_device

@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-import math
-import platform
-import re
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from PIL import Image
 
 from dalle import files, pictures
 from dalle.captions import caption_lines, clean
+from dalle.commands.drawn import (
+    PAGE,
+    RECORD,
+    description,
+    earlier_pictures,
+    find_model,
+    output_folder,
+    page,
+    read_image,
+    record,
+    remove_earlier,
+    save_pictures,
+    set_precision,
+    slug,
+)
 from dalle.commands.fits import require_samples_fit
 from dalle.configs import integer
 from dalle.console import argument_text, progress_shown, say
-from dalle.data.augment import center_crop, to_tensor
-from dalle.data.images import decode, read_bytes
-from dalle.demo import tiles
-from dalle.devices import default_precision, pick_device
-from dalle.errors import CheckpointError, DataError, UsageError
-from dalle.files import make_folder, read_json, saving, to_json
-from dalle.pipeline import MAX_CANDIDATES, Generation, Pipeline
-from dalle.pretrained import fingerprint
+from dalle.devices import pick_device
+from dalle.errors import DataError, UsageError
+from dalle.files import to_json
+from dalle.pipeline import MAX_CANDIDATES, Pipeline
 from dalle.prior.sampling import SamplingChanges
-from dalle.version import __version__
 
 CANDIDATES = 64  # where neither the command line nor the pipeline says
-PIPELINES = (Path("run/pipeline"), Path("out/demo/pipeline"))  # of `dalle train`, of `dalle demo`
-WORDS = {"cond_scale": "guidance (cond_scale)", "top_k": "top-k", "top_p": "top-p"}
-RECORD = "samples.json"
-PAGE = "index.html"
-SINGLE = re.compile(r"[0-9]+-[a-z0-9-]+/[0-9]+\.png")  # a picture of a run, as `slug` names it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +79,6 @@ class SampleConfig:
     scale: int = 2
 
 
-def read_image(path: Path, size: int) -> torch.Tensor:
-    """A picture's largest centred square at one size: (3, size, size) in [0, 1].
-
-    Raises:
-        DataError: missing, or not a JPEG, PNG or WebP that decodes.
-    """
-    return to_tensor([center_crop(decode(read_bytes(path), path), size)])[0]
-
-
 def read_captions(config: SampleConfig) -> list[str]:
     """Captions of the arguments, then of the file, clean as those of training; none is empty.
 
@@ -115,137 +105,6 @@ def read_captions(config: SampleConfig) -> list[str]:
     return captions
 
 
-def find_model(owner: str, option: str, given: Path | None, part: str = "") -> Path:
-    """The folder given, else the first of `PIPELINES` that is there, which is said.
-
-    Raises:
-        DataError: neither is.
-    """
-    if given is not None:
-        return given
-    for folder in PIPELINES:
-        if (folder / part / "config.json").exists():
-            say(f"{owner}: {option} {folder / part}")
-            return folder / part
-    names = " nor in ".join(str(folder / part) for folder in PIPELINES)
-    raise DataError(f"{owner}: {option} must be given, got nothing, and there is none in {names}")
-
-
-def slug(caption: str, number: int) -> str:
-    """A file name for a caption: "03-a-red-circle"."""
-    words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")
-    return f"{number:02d}-{words[:48].strip('-') or 'caption'}"
-
-
-def output_folder(config: SampleConfig) -> Path:
-    """The folder of this run: never one with samples of another, unless they are to be replaced.
-
-    Raises:
-        EnvironmentProblem: it cannot be made.
-        UsageError: it holds a samples.json that no run has written.
-    """
-    folder, number = config.out, 1
-    while not config.overwrite and (folder / RECORD).exists():
-        number += 1
-        folder = config.out.with_name(f"{config.out.name}-{number}")
-    make_folder(folder, "sample")
-    if number > 1:
-        say(f"sample: {config.out} holds samples of an earlier run; these go to {folder}")
-    return folder
-
-
-def earlier_pictures(folder: Path) -> list[Path]:
-    """The pictures that samples.json in a folder names: singles, and the grid of each caption."""
-    if not (folder / RECORD).exists():
-        return []
-    named: list[Any] = []
-    with suppress(CheckpointError):  # a damaged one names none
-        content = read_json(folder / RECORD, CheckpointError)
-        records = content.get("records") if isinstance(content, dict) else content
-        for entry in records if isinstance(records, list) else ():
-            files_of_entry = entry.get("files") if isinstance(entry, dict) else None
-            named += files_of_entry if isinstance(files_of_entry, list) else ()
-    singles = sorted({n for n in named if isinstance(n, str) and SINGLE.fullmatch(n)})
-    grids = sorted({f"{name.partition('/')[0]}.png" for name in singles})
-    return [path for name in [*singles, *grids] if (path := folder / name).is_file()]
-
-
-def remove_earlier(folder: Path, paths: list[Path]) -> None:
-    """Removes the pictures of an earlier run from its folder, and nothing else.
-
-    Raises:
-        EnvironmentProblem: one cannot be removed.
-    """
-    if not paths:
-        return
-    with saving("sample", folder):
-        for path in paths:
-            path.unlink(missing_ok=True)
-        for parent in {path.parent for path in paths} - {folder}:
-            with suppress(OSError):  # it holds something else too
-                parent.rmdir()
-    say(f"sample: {len(paths)} pictures of an earlier run removed from {folder}")
-
-
-def description(pipeline: Pipeline, model: Path) -> dict[str, Any]:
-    """What samples.json says of the model and the software."""
-    modules = {"vae": pipeline.vae, "prior": pipeline.prior, "ranker": pipeline.ranker}
-    prints = {n: fingerprint(m) for n, m in modules.items() if isinstance(m, torch.nn.Module)}
-    versions = {
-        "dalle": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    return {
-        "model": {
-            "path": str(model.absolute()),
-            "fingerprints": {"tokenizer": pipeline.tokenizer.fingerprint(), **prints},
-        },
-        "versions": versions,
-    }
-
-
-def record(
-    caption: str, drawn_as: str, seed: int, generation: Generation, names: list[str]
-) -> dict[str, Any]:
-    """The entry of one caption in samples.json; a missing score is null."""
-    scores = [None if math.isnan(s) else round(s, 5) for s in generation.scores.tolist()]
-    return {
-        "caption": caption,
-        "drawn_as": drawn_as,
-        "seed": seed,
-        "scores": scores,
-        "candidates": generation.order.tolist(),
-        "files": names,
-    }
-
-
-def page(run: dict[str, Any]) -> bytes:
-    """The HTML page of a run: each caption over its pictures, the best first, and the options."""
-    groups = []
-    for entry in run["records"]:
-        below = ["" if score is None else f"{score:.3f}" for score in entry["scores"]]
-        alt = [f"{entry['caption']}: drawn, {words}".rstrip(" ,") for words in below]
-        row = zip(entry["files"], alt, below, strict=True)
-        groups.append(tiles.group([tiles.picture(*each) for each in row], entry["caption"]))
-    options = {WORDS.get(name, name): value for name, value in run["sampling"].items()}
-    options = {**options, "candidates": run["num_candidates"], "seed": run["seed"]}
-    words = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
-    ranked = any(score is not None for entry in run["records"] for score in entry["scores"])
-    order = "the best first, with the ranker's scores" if ranked else "in the order of sampling"
-    head = f"<p>Drawn with {escape(words)}; {order}. Model: {escape(run['model']['path'])}</p>"
-    return tiles.html_page("dalle sample", [head, tiles.contact(groups, 4)])
-
-
-def set_precision(pipeline: Pipeline, precision: str, device: torch.device) -> None:
-    """Makes the prior draw in a precision; see `SampleConfig`."""
-    trained = pipeline.prior.config.precision
-    if precision == "auto":
-        precision = trained if trained != "fp32" else default_precision(device)
-    if precision != trained or precision != "fp32":  # 16 bits, once and not at every code
-        pipeline.prior.compute_in_(precision)
-
-
 def sample(config: SampleConfig) -> None:
     """Draws, writes, and says where."""
     captions = read_captions(config)
@@ -254,7 +113,10 @@ def sample(config: SampleConfig) -> None:
         num_candidates = integer("sample", "num_candidates", num_candidates, 1, MAX_CANDIDATES)
     integer("sample", "top", config.top, 1)
     model = find_model("sample", "model", config.model)
-    out, names = output_folder(config), [slug(text, i) for i, text in enumerate(captions)]
+    out, names = (
+        output_folder("sample", config.out, config.overwrite),
+        [slug(text, i) for i, text in enumerate(captions)],
+    )
     earlier = earlier_pictures(out)
     files.check_targets("sample", out / RECORD, out / PAGE)
     for name in names:
@@ -313,7 +175,7 @@ def sample(config: SampleConfig) -> None:
             slots = pipeline.prior.config.text_len - 1
             print(f"sample: caption {number + 1} has more than {slots} tokens, the rest is cut off")
         if number == 0:  # until here nothing that an earlier run has left is lost
-            remove_earlier(out, earlier)
+            remove_earlier("sample", out, earlier)
         singles = save_pictures(out, names[number], generation, config.scale)
         run["records"].append(record(caption, drawn_as, config.seed, generation, singles))
         say(f"sample: {number + 1}/{len(captions)} {caption}")
@@ -321,16 +183,3 @@ def sample(config: SampleConfig) -> None:
         pictures.save_bytes(out / PAGE, page(run))
     count = f"{len(captions)} caption{'s' * (len(captions) > 1)}"
     print(f"sample: {count}, grids and samples.json in {out}; look at {out / PAGE}")
-
-
-def save_pictures(out: Path, name: str, generation: Generation, scale: int) -> list[str]:
-    """Writes the grid out/NAME.png and single pictures; returns the names of these."""
-    labels = ["" if math.isnan(s) else f"{s:.3f}" for s in generation.scores.tolist()]
-    columns = min(8, len(generation.images))
-    sheet = pictures.grid(generation.images, columns=columns, scale=scale, labels=labels)
-    pictures.save_png(out / f"{name}.png", sheet)
-    singles = []
-    for index, image in enumerate(pictures.to_uint8(generation.images)):
-        singles.append(f"{name}/{index}.png")
-        pictures.save_png(out / singles[-1], Image.fromarray(image))
-    return singles
