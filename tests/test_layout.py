@@ -55,12 +55,14 @@ variants of quicker ones and run in `.ci/night`.
 """
 CITATION = re.compile(r"([\w./]+\.\w+):(\w+)")  # path:name, as docs/paper.md cites code
 # Files and packages of python/dalle from the ground up; each imports of its own floor and below.
-GROUND = "errors version configs console files devices memory pictures captions dtensor pretrained"
+GROUND = (
+    "errors version configs console files devices memory pictures masks captions dtensor pretrained"
+)
 FLOORS = (
     set(GROUND.split()),
     {"precision", "tokenizer"},
     {"dvae", "prior", "ranker", "plan"},
-    {"candidates", "pipeline", "data", "distributed"},
+    {"candidates", "editing", "pipeline", "data", "distributed"},
     {"train", "recipes", "evaluate"},
     {"commands", "demo", "serve", "cli", "options", "config_files", "env", "__main__"},
 )

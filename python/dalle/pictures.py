@@ -7,12 +7,14 @@ Shape letters: N pictures, H rows, W columns. Colours are in [0, 1] coming in an
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from dalle.configs import integer
 from dalle.errors import UsageError
@@ -21,6 +23,7 @@ from dalle.files import saving, write_atomic
 MARGIN = 4  # pixels between cells
 MAX_SHEET = 1 << 27  # pixels; in memory a sheet takes four bytes each
 MAX_LINES = 4  # of a label
+METADATA_KEY = "dalle"  # keyword of the text chunk that says how a picture was made
 LABEL_SIZE = 11  # pixels, height of the label's type
 BACKGROUND = (255, 255, 255)
 INK = (40, 40, 40)
@@ -124,15 +127,24 @@ def rows_of(*rows: torch.Tensor) -> torch.Tensor:
     return flat.permute(2, 1, 3, 0, 4).flatten(3, 4).flatten(1, 2).clamp(0, 1)
 
 
-def save_png(path: Path | str, image: Image.Image) -> Path:
+def save_png(
+    path: Path | str, image: Image.Image, metadata: Mapping[str, Any] | None = None
+) -> Path:
     """Writes a PNG whole or not at all: a temporary file in the same folder, then a rename.
+
+    Args:
+        path: the file.
+        image: the picture.
+        metadata: JSON values for a tEXt chunk `dalle` (ASCII: other letters as escapes).
 
     Raises:
         EnvironmentProblem: the folder cannot be written, or the disk is full. An older file of that
             name is left as it was.
     """
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    if metadata is not None:
+        info.add_text(METADATA_KEY, json.dumps(metadata, allow_nan=False))
+    image.save(buffer, "PNG", pnginfo=info)
     return save_bytes(path, buffer.getvalue())
 
 

@@ -23,6 +23,7 @@ from dalle.candidates import (
 )
 from dalle.configs import UPPER_LIMITS, check_numbers, from_dict, integer
 from dalle.dvae.model import DiscreteVAE
+from dalle.editing import Editing
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import to_json, write_atomic
 from dalle.pretrained import FORMAT_VERSION, fingerprint, read_head
@@ -59,7 +60,7 @@ class GenerateOptions(TypedDict, total=False):
     code_progress: Callable[[int, int], None] | None
 
 
-class Pipeline:
+class Pipeline(Editing):
     """Tokenizer, discrete VAE, prior and, where there is one, a ranker.
 
     Args:
@@ -368,16 +369,11 @@ class Pipeline:
             UsageError: an argument is out of range, or a caption is no string.
         """
         captions = _captions(caption)
-        num_candidates = self._resolved(num_candidates)
-        top = min(TOP, num_candidates) if top is None else integer("pipeline", "top", top, 1)
+        num_candidates, top = self.counts(num_candidates, top)
         changes = SamplingChanges(
             temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale
         )
         prime_rows = integer("pipeline", "prime_rows", prime_rows, 0)
-        if top > num_candidates:
-            raise UsageError(
-                f"pipeline: top must be 1 to num_candidates = {num_candidates}, got {top}"
-            )
         if prime_image is None and prime_rows:
             raise UsageError(
                 f"pipeline: prime_rows must be 0 without a prime_image, got {prime_rows}"
@@ -407,17 +403,10 @@ class Pipeline:
         cancel: Callable[[], bool] = lambda: False,
     ) -> Generator[Event]:
         """Decodes and scores what `steps` draws; see `dalle.candidates.choose`."""
-        shaped = [self.tokenizer.shape(caption) for caption in captions]
-
-        def score(caption: int, images: torch.Tensor) -> torch.Tensor:
-            if self.ranker is None:
-                return torch.full((len(images),), torch.nan, dtype=torch.float32, device="cpu")
-            return self.ranker.scores([shaped[caption]] * len(images), images).float().cpu()
-
         return choose(
             steps,
             self.decode,
-            score,
+            lambda caption, images: self.score(captions[caption], images),
             first=first,
             num_candidates=num_candidates,
             top=top,
@@ -425,6 +414,23 @@ class Pipeline:
             image_size=self.image_size,
             cancel=cancel,
         )
+
+    def score(self, caption: str, images: torch.Tensor) -> torch.Tensor:
+        """The ranker's scores of pictures (n, 3, H, W): (n,) float32, NaN without a ranker."""
+        if self.ranker is None:
+            return torch.full((len(images),), torch.nan, dtype=torch.float32, device="cpu")
+        shaped = self.tokenizer.shape(caption)
+        return self.ranker.scores([shaped] * len(images), images).float().cpu()
+
+    def counts(self, num_candidates: int | None, top: int | None) -> tuple[int, int]:
+        """How many candidates to draw and to keep, checked."""
+        num_candidates = self._resolved(num_candidates)
+        top = min(TOP, num_candidates) if top is None else integer("pipeline", "top", top, 1)
+        if top > num_candidates:
+            raise UsageError(
+                f"pipeline: top must be 1 to num_candidates = {num_candidates}, got {top}"
+            )
+        return num_candidates, top
 
     def _resolved(self, num_candidates: int | None) -> int:
         """The argument if there is one, else the pipeline's number of candidates, else 512."""

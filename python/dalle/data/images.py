@@ -197,3 +197,53 @@ def decode(content: bytes, path: Path | str) -> np.ndarray:
     if file.orientation in TRANSPOSES:
         picture = picture.transpose(TRANSPOSES[file.orientation])
     return np.array(picture)
+
+
+def png_text(content: bytes, path: Path | str, key: str) -> str | None:
+    """The value of a PNG's text chunk (tEXt, zTXt or iTXt), or None where it has no such chunk.
+
+    Args:
+        content: the whole file.
+        path: named in errors.
+        key: the chunk's keyword.
+
+    Raises:
+        BadPicture: no PNG, too many chunks, a text beyond Pillow's limit of 1 MiB, or damage.
+    """
+    kind = picture_format(content)
+    if kind != "PNG":
+        raise BadPicture(path, "not a PNG", "be a PNG", kind or "no picture")
+    _open(content, path)  # its limits
+    try:
+        picture = PngImagePlugin.PngImageFile(io.BytesIO(content))
+        text = picture.info.get(key) or picture.text.get(key)  # those behind the pixels decode them
+    except MemoryError:
+        raise
+    except Exception as error:  # as in `decode`
+        raise BadPicture(path, "unreadable text", "have readable text", str(error)) from error
+    return None if text is None else str(text)
+
+
+def decode_mask(content: bytes, path: Path | str) -> np.ndarray:
+    """Decodes a mask: what it marks is white, or transparent where the picture has transparency.
+
+    Args:
+        content: the whole file, JPEG, PNG or WebP.
+        path: named in errors.
+
+    Returns:
+        (H, W) bool, upright: True where a grey level is 128 or more, or the opacity below 128.
+
+    Raises:
+        BadPicture: as `decode`.
+    """
+    levels = np.array(Image.fromarray(decode(content, path)).convert("L"))
+    picture, file = _open(content, path)
+    if file.key or not (picture.has_transparency_data or "A" in picture.getbands()):
+        return levels >= 128
+    opacity = picture.convert("RGBA").getchannel("A")
+    if opacity.getextrema()[0] == 255:
+        return levels >= 128
+    if file.orientation in TRANSPOSES:
+        opacity = opacity.transpose(TRANSPOSES[file.orientation])
+    return np.asarray(opacity) < 128

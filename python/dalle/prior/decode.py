@@ -274,13 +274,13 @@ def _drawn(
                     tokens[:, :, slot] = drawn.view(shape)
                 done = slot + 1 == slots
                 if done and not finite:
-                    raise _not_finite(sampling)
+                    raise not_finite(sampling)
                 yield Drawn(rows, columns, slot + 1, tokens, done, number, len(parts))
     finally:
         prior.train(training)
 
 
-def _not_finite(sampling: SamplingConfig) -> NumericalError:
+def not_finite(sampling: SamplingConfig) -> NumericalError:
     scale = sampling.cond_scale
     hint = "" if scale in (0, 1) else f"; cond_scale {scale} may be too large"
     return NumericalError(f"generate: logits must be finite, got NaN or infinity{hint}")

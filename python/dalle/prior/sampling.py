@@ -17,6 +17,7 @@ from dalle_ext import _checks
 from dalle_ext._checks import real
 
 MAX_SEED = 2**63 - 1  # as in training
+RESAMPLING, CHOOSING = 1, 2  # purposes of noise beside drawing tokens, which is 0
 MIN_TEMPERATURE = 1e-37  # of float32; no two logits are so near that a lower one changes a draw
 
 
@@ -180,20 +181,23 @@ def caption_key(tokens: Tensor) -> int:
     return int.from_bytes(digest, "little")
 
 
-def uniform_noise(seed: int, caption: int, samples: range, steps: int) -> Tensor:
+def uniform_noise(seed: int, caption: int, samples: range, steps: int, purpose: int = 0) -> Tensor:
     """(len(samples), steps) float64 in [0, 1): a pure function of (seed, caption, sample, step).
 
     Philox4x64-10 (Salmon et al. 2011) with the key (seed, caption) and the counter
-    (call, 0, sample, 0): step t is the top 53 bits of word t % 4 of call t // 4 + 1. So no two
-    of these streams meet, and a number depends on no other sample, caption or batch.
+    (call, 0, sample, purpose): step t is the top 53 bits of word t % 4 of call t // 4 + 1. So no
+    two of these streams meet, and a number depends on no other sample, caption or batch.
 
     Args:
         seed: 0 .. `MAX_SEED`.
         caption: its `caption_key`.
         samples: numbers of the samples, 0 .. 2^64 - 1.
         steps: numbers drawn of each stream.
+        purpose: 0 for tokens; `RESAMPLING` and `CHOOSING` of an edit, where the sample is the first
+            of its group.
     """
     key = np.array([seed, caption], dtype=np.uint64)
-    rows = [np.random.Philox(key=key, counter=s << 128).random_raw(steps) for s in samples]
+    counters = (purpose << 192 | s << 128 for s in samples)
+    rows = [np.random.Philox(key=key, counter=c).random_raw(steps) for c in counters]
     words = np.stack(rows) if rows else np.empty((0, steps), np.uint64)
     return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)

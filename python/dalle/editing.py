@@ -1,0 +1,398 @@
+"""Editing a picture: some of its tokens are kept, the others are drawn for a caption.
+
+`Pipeline.edit` and `Pipeline.edit_stream` are what this file does. Shape letters: k pictures kept,
+h x w tokens, H = W side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Protocol, Required, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from dalle.candidates import (
+    Best,
+    CandidateFinished,
+    Event,
+    Finished,
+    Generation,
+    RowsFinished,
+    choose,
+    counted,
+)
+from dalle.captions import clean
+from dalle.configs import integer
+from dalle.errors import UsageError
+from dalle.masks import kept_tokens
+from dalle.prior.decode import Drawn, Progress
+from dalle.prior.editing import GROUP, Weighted, draw_edited, is_weighted
+from dalle.prior.particles import systematic
+from dalle.prior.sampling import (
+    CHOOSING,
+    MAX_SEED,
+    SamplingChanges,
+    SamplingConfig,
+    caption_key,
+    uniform_noise,
+)
+
+AT_ONCE = 64  # pictures decoded and scored
+
+
+class EditOptions(TypedDict, total=False):
+    """Keyword arguments of `Pipeline.edit`."""
+
+    keep: Required[Tensor]
+    paste: bool
+    num_candidates: int | None
+    top: int | None
+    seed: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    cond_scale: float | None
+    sampling: SamplingConfig | None
+    first_candidate: int
+    cancel: Callable[[], bool]
+    progress: Progress | None
+    code_progress: Progress | None
+
+
+class SupportsEditing(Protocol):
+    """What this file needs of a `Pipeline`, which calls it."""
+
+    tokenizer: Any
+    vae: Any
+    prior: Any
+    grid: tuple[int, int]
+    image_size: int
+    sampling: SamplingConfig
+
+    def counts(self, num_candidates: int | None, top: int | None) -> tuple[int, int]: ...
+    def decode(self, tokens: Tensor) -> Tensor: ...
+    def score(self, caption: str, images: Tensor) -> Tensor: ...
+    def edit_stream(
+        self, image: Tensor, caption: str, **options: Unpack[EditOptions]
+    ) -> Generator[Event]: ...
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A checked edit.
+
+    Attributes:
+        caption: as given.
+        text: (1, text_len - 1) int64 tokens of the caption.
+        image: (3, H, W) float32 in [0, 1], on the CPU.
+        given: (N,) int64, its tokens.
+        keep: (N,) bool, which of them are kept.
+        pixels: (H, W) bool, which pixels are kept.
+        paste: whether these are the picture's own in the result.
+    """
+
+    caption: str
+    text: Tensor
+    image: Tensor
+    given: Tensor
+    keep: Tensor
+    pixels: Tensor
+    paste: bool
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a kept token comes after a redrawn one."""
+        return is_weighted(self.keep)
+
+    def finish(self, images: Tensor) -> Tensor:
+        """Decoded candidates (n, 3, H, W) with the kept pixels put in, where these are pasted."""
+        return torch.where(self.pixels, self.image, images) if self.paste else images
+
+
+def checked(
+    pipeline: SupportsEditing, image: Tensor, caption: str, keep: Any, paste: bool = False
+) -> Edit:
+    """The edit of a picture; see `Pipeline.edit`.
+
+    Raises:
+        UsageError: a picture, caption or mask that does not fit.
+    """
+    side = pipeline.image_size
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        got = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise UsageError(f"edit: image must be a float tensor, got {got}")
+    if tuple(image.shape) != (3, side, side):
+        raise UsageError(f"edit: image must be (3, {side}, {side}), got {tuple(image.shape)}")
+    image = image.detach().to("cpu", torch.float32)
+    if not bool(((image >= 0) & (image <= 1)).all()):
+        raise UsageError("edit: image must hold colours in [0, 1], got others")
+    if not isinstance(caption, str):
+        raise UsageError(f"edit: caption must be a string, got {type(caption).__name__}")
+    if not clean(caption):
+        raise UsageError(f"edit: caption must hold a word, got {caption!r:.100}")
+    tokens, pixels = kept_tokens(keep, pipeline.grid, side)
+    length, tokenizer = pipeline.prior.config.text_len - 1, pipeline.tokenizer
+    cut = tokenizer.truncated
+    text = tokenizer.encode([tokenizer.shape(caption)], length)
+    if tokenizer.truncated > cut:
+        tokenizer.truncated = cut
+        raise UsageError(
+            f"edit: caption must have at most {length} tokens, got more in {caption!r:.100}"
+        )
+    device = next(pipeline.vae.parameters()).device
+    with torch.no_grad():
+        given = pipeline.vae.encode(image[None].to(device))[0].flatten().cpu()
+    return Edit(caption, text, image, given, tokens.flatten(), pixels, paste)
+
+
+def steps(
+    pipeline: SupportsEditing,
+    edit: Edit,
+    num_candidates: int,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    first_candidate: int,
+) -> Generator[Drawn]:
+    """`draw_edited` for an edit."""
+    return draw_edited(
+        pipeline.prior,
+        edit.text,
+        edit.given,
+        edit.keep,
+        num_samples=num_candidates,
+        sampling=sampling,
+        seed=seed,
+        first_sample=first_candidate,
+        max_batch=AT_ONCE,
+    )
+
+
+def events(
+    pipeline: SupportsEditing,
+    edit: Edit,
+    num_candidates: int,
+    top: int,
+    sampling: SamplingConfig,
+    *,
+    seed: int = 0,
+    first_candidate: int = 0,
+    cancel: Callable[[], bool] = lambda: False,
+    progress: Progress | None = None,
+    code_progress: Progress | None = None,
+) -> Generator[Event]:
+    """Draws candidates of an edit and keeps the best; see `Pipeline.edit_stream`."""
+    drawing = steps(
+        pipeline, edit, num_candidates, sampling, seed=seed, first_candidate=first_candidate
+    )
+    drawing = counted(drawing, num_candidates, progress, code_progress)
+    if edit.weighted:
+        return choose_weighted(
+            pipeline,
+            edit,
+            drawing,
+            noise=choosing_noise(edit, sampling, seed, first_candidate),
+            first_candidate=first_candidate,
+            top=top,
+            cancel=cancel,
+        )
+    return choose(
+        drawing,
+        lambda tokens: edit.finish(pipeline.decode(tokens)),
+        lambda _, images: pipeline.score(edit.caption, images),
+        first=[first_candidate],
+        num_candidates=num_candidates,
+        top=top,
+        grid=pipeline.grid,
+        image_size=pipeline.image_size,
+        cancel=cancel,
+    )
+
+
+def redrawn(
+    pipeline: SupportsEditing,
+    edit: Edit,
+    candidate: int,
+    num_candidates: int,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One candidate of an edit again: (h, w) tokens, (3, H, W) picture.
+
+    Alone where it has no weight, else with the group that it was weighted in.
+
+    Args:
+        candidate: its number, 0 to num_candidates - 1.
+        num_candidates: of the edit.
+        sampling, seed: of the edit.
+        progress: called with (tokens done, tokens in all).
+    """
+    start = candidate // GROUP * GROUP if edit.weighted else candidate
+    count = min(GROUP, num_candidates - start) if edit.weighted else 1
+    drawing = steps(pipeline, edit, count, sampling, seed=seed, first_candidate=start)
+    *_, drawn = counted(drawing, count, None, progress)
+    tokens = drawn.tokens[0, candidate - start].unflatten(0, pipeline.grid).cpu()
+    return tokens, edit.finish(pipeline.decode(tokens[None]))[0]
+
+
+def choosing_noise(edit: Edit, sampling: SamplingConfig, seed: int, first_candidate: int) -> Tensor:
+    """(1,) float64 in [0, 1) for the last resampling."""
+    key = caption_key(edit.text[0, :0] if sampling.cond_scale == 0 else edit.text[0])
+    own = range(first_candidate, first_candidate + 1)
+    return uniform_noise(seed, key, own, 1, CHOOSING)[0]
+
+
+def choose_weighted(
+    pipeline: SupportsEditing,
+    edit: Edit,
+    drawing: Generator[Drawn],
+    *,
+    noise: Tensor,
+    first_candidate: int,
+    top: int,
+    cancel: Callable[[], bool],
+) -> Generator[Event]:
+    """Draws weighted candidates, takes of them by their weights, and ranks those that are left.
+
+    Candidates taken several times are decoded and ranked once. They fill what is left of the k
+    places once every one has a place, so that with k the number of candidates the result follows
+    the distribution that is drawn from.
+    """
+    rows, columns = pipeline.grid
+    tokens, weights, stopped = [], [], False
+    with closing(drawing):
+        for drawn in drawing:
+            assert isinstance(drawn, Weighted)
+            stopped = cancel()
+            if drawn.slots % columns == 0:
+                done = drawn.slots // columns
+                numbers = _shifted(drawn.samples, first_candidate)
+                so_far = drawn.tokens[0, :, : drawn.slots].unflatten(1, (done, columns))
+                yield RowsFinished(0, numbers, done, so_far.cpu().clone())
+            if drawn.done:
+                tokens.append(drawn.tokens[0].unflatten(1, (rows, columns)).cpu().clone())
+                weights.append(drawn.log_weights[0].cpu().clone())
+            if stopped:
+                break
+    best, repeats = Best(top, pipeline.grid, pipeline.image_size), dict[int, int]()
+    if not tokens:
+        yield Finished(0, best.kept, 0, stopped)
+        return
+    drawn_tokens, log_weights = torch.cat(tokens), torch.cat(weights)
+    taken = systematic(log_weights[None], noise)[0]
+    first, repeats = _distinct(drawn_tokens, taken)
+    for part in first.split(AT_ONCE):
+        images = edit.finish(pipeline.decode(drawn_tokens[part]))
+        scores, numbers = pipeline.score(edit.caption, images), part + first_candidate
+        best.add(images, scores, drawn_tokens[part], numbers)
+        for each in zip(numbers.tolist(), images, scores.tolist(), drawn_tokens[part], strict=True):
+            yield CandidateFinished(0, *each)
+    kept = _filled(best.kept, repeats, min(top, len(taken)), first_candidate)
+    yield Finished(0, kept, len(taken), stopped)
+
+
+def _shifted(numbers: range, first: int) -> range:
+    return range(first + numbers.start, first + numbers.stop)
+
+
+def _distinct(tokens: Tensor, taken: Tensor) -> tuple[Tensor, dict[int, int]]:
+    """The candidates taken, one of those with equal tokens, and how many times it was taken."""
+    found: dict[bytes, int] = {}
+    counts: dict[int, int] = {}
+    for index in taken.tolist():
+        own = found.setdefault(tokens[index].numpy().tobytes(), index)
+        counts[own] = counts.get(own, 0) + 1
+    return torch.tensor(list(counts), dtype=torch.int64, device="cpu"), counts
+
+
+def _filled(kept: Generation, counts: dict[int, int], top: int, first: int) -> Generation:
+    """`kept`, and behind them what was taken several times, up to `top` in all."""
+    numbers = (kept.order - first).tolist()
+    more = [place for place, number in enumerate(numbers) for _ in range(counts[number] - 1)]
+    places = [*range(len(numbers)), *more][:top]
+    return Generation(
+        kept.images[places], kept.scores[places], kept.tokens[places], kept.order[places]
+    )
+
+
+class Editing:
+    """The part of `Pipeline` that edits pictures."""
+
+    def edit(
+        self: SupportsEditing, image: Tensor, caption: str, **options: Unpack[EditOptions]
+    ) -> Generation:
+        """Draws the tokens of a picture that are not kept: the end of `edit_stream`.
+
+        Args:
+            image, caption, options: of `edit_stream`; `keep` is required.
+
+        Raises:
+            UsageError: an argument is out of range.
+        """
+        found = self.edit_stream(image, caption, **options)
+        (end,) = (event for event in found if isinstance(event, Finished))
+        return end.generation
+
+    def edit_stream(
+        self: SupportsEditing,
+        image: Tensor,
+        caption: str,
+        *,
+        keep: Tensor,
+        paste: bool = False,
+        num_candidates: int | None = None,
+        top: int | None = None,
+        seed: int = 0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cond_scale: float | None = None,
+        sampling: SamplingConfig | None = None,
+        first_candidate: int = 0,
+        cancel: Callable[[], bool] = lambda: False,
+        progress: Progress | None = None,
+        code_progress: Progress | None = None,
+    ) -> Generator[Event]:
+        """Edits a picture: keeps some of its tokens and draws the others for a caption.
+
+        Where no kept token comes after a redrawn one, in raster order, this is drawing with a
+        prime. Else candidates are weighted by the likelihood that the model gives those kept
+        tokens, taken by their weights, and then ranked (docs/editing.md). Events are those of
+        `stream`; a candidate that is not taken has no `CandidateFinished`.
+
+        Args:
+            image: (3, H, W) in [0, 1], of the pipeline's size.
+            caption: of what the whole picture shows afterwards.
+            keep: (h, w) bool, True where a token is kept; or (H, W) of pixels: a token is kept only
+                if all its pixels are. `dalle.masks` makes them from boxes and rows.
+            paste: put the kept pixels of `image` into the results, unchanged and unblended.
+            num_candidates, top, seed, sampling, temperature, top_k, top_p, cond_scale, cancel,
+                progress, code_progress: of `stream`. Fewer different pictures than `top` are
+                followed by repetitions.
+            first_candidate: of `stream`; candidates are weighted in groups of 256 from it on.
+
+        Raises:
+            UsageError: an argument is out of range, nothing is kept, or nothing is left to draw.
+        """
+        num_candidates, top = self.counts(num_candidates, top)
+        first_candidate = integer("edit", "first_candidate", first_candidate, 0, MAX_SEED)
+        changes = SamplingChanges(
+            temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale
+        )
+        return events(
+            self,
+            checked(self, image, caption, keep, paste),
+            num_candidates,
+            top,
+            changes.applied(self.sampling if sampling is None else sampling),
+            seed=seed,
+            first_candidate=first_candidate,
+            cancel=cancel,
+            progress=progress,
+            code_progress=code_progress,
+        )
