@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import dalle_ext
 from dalle.prior.blocks import AttentionBlock, KeysValues, Layer, MlpBlock, gelu
 from dalle.prior.config import PriorConfig
+from dalle_ext.reference.decode_attention import decode_capacity
 
 ROWS = 16  # products of a multiple of so many rows give each row the same bits (docs/sampling.md)
 
@@ -77,50 +78,11 @@ def padded(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
-class Cache:
-    """Keys and values of one layer; every slot is kept."""
-
-    def __init__(
-        self, pattern: dalle_ext.AttentionPattern, keys: Tensor, values: Tensor, samples: int
-    ) -> None:
-        self.pattern, self.text_keys, self.text_values = pattern, keys, values
-        batch, heads, _, size = keys.shape
-        slots = pattern.grid[0] * pattern.grid[1]
-        self.keys = keys.new_zeros(batch, samples, heads, slots, size)
-        self.values = torch.zeros_like(self.keys)
-        self.mask = pattern.mask()[pattern.text_len :].to(keys.device)
-
-    @property
-    def num_bytes(self) -> int:
-        return 2 * self.keys.nbytes
-
-    def set_text(self, keys: Tensor, values: Tensor) -> None:
-        self.text_keys.copy_(keys)
-        self.text_values.copy_(values)
-
-    def fill(self, keys: Tensor, values: Tensor) -> None:
-        given = keys.shape[2]
-        self.keys[:, :, :, :given] = keys[:, None]
-        self.values[:, :, :, :given] = values[:, None]
-
-    def reorder(self, index: Tensor) -> None:
-        where = index[:, :, None, None, None].expand_as(self.keys)
-        self.keys.copy_(self.keys.gather(1, where))
-        self.values.copy_(self.values.gather(1, where))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, cache: Cache, slot: Tensor) -> Tensor:
-    """q, k, v (B, S, H, D) -> (B, S, H, D)."""
-    at = int(slot)
-    cache.keys[:, :, :, at] = k
-    cache.values[:, :, :, at] = v
-    keys, values = (
-        torch.cat([text[:, None].expand(-1, q.shape[1], -1, -1, -1), image], 3)
-        for text, image in ((cache.text_keys, cache.keys), (cache.text_values, cache.values))
-    )
-    mask = cache.mask[at]
-    out = F.scaled_dot_product_attention(q[:, :, :, None], keys, values, attn_mask=mask)
-    return out[:, :, :, 0]
+def candidate_bytes(config: PriorConfig, guided: bool) -> int:
+    """Bytes of the cache for one candidate; with guidance of both branches."""
+    size = torch.empty((), dtype=config.compute_dtype, device="cpu").element_size()
+    slots = sum(decode_capacity(pattern) for pattern in config.patterns())
+    return (1 + guided) * 2 * slots * config.d_model * size
 
 
 class Step:
@@ -145,13 +107,15 @@ class Step:
         self.narrow = Product(narrow, torch.float32) if isinstance(narrow, nn.Linear) else None
         device = self.tokens.device
         sizes = batch, c.num_heads, c.text_len, c.d_model // c.num_heads
-        self.layers: list[tuple[AttentionBlock, MlpBlock, list[Product], Cache]] = []
+        self.layers: list[
+            tuple[AttentionBlock, MlpBlock, list[Product], dalle_ext.DecodeCache]
+        ] = []
         for layer, pattern in zip(prior.layers, prior.patterns, strict=True):
             assert isinstance(layer, Layer)
             attention, mlp = layer.attention, layer.mlp
             parts = (attention.qkv, attention.out, mlp.wide_in, mlp.wide_out)
-            keys, values = torch.zeros(2, *sizes, dtype=self.dtype, device=device)
-            cache = Cache(pattern, keys, values, samples)
+            text = torch.zeros(sizes, dtype=self.dtype, device=device)
+            cache = dalle_ext.DecodeCache(pattern, text, text, samples)
             self.layers.append((attention, mlp, [Product(p, self.dtype) for p in parts], cache))
         self.slots = torch.arange(c.num_image_tokens, dtype=torch.int64, device=device)
         self.previous = torch.full(
@@ -191,7 +155,7 @@ class Step:
             packed = qkv(attention.norm(x).to(self.dtype))
             packed = packed.view(self.batch, self.samples, 3, attention.num_heads, -1)
             q, k, v = packed.unbind(2)
-            attended = attend(q, k, v, cache, self.slots[slot])
+            attended = dalle_ext.decode_attention(q, k, v, cache, self.slots[slot])
             x = x + out(attended.reshape(len(x), -1))
             x = x + wide_out(gelu(wide_in(mlp.norm(x).to(self.dtype))))
         x = self.norm(x)
