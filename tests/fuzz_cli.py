@@ -53,6 +53,9 @@ LINES = [
     f"{PRIOR} --config options.yaml", f"{SAMPLE} --config options.yaml", "data check --data odd",
     "ranker train --data pairs --image-size 16 --tokenizer tok --steps 2 --batch-size 2 --out out",
     "eval fid --real pairs --fake pairs --weights pipe --bootstrap 3 --cache out/c --out out",
+    "eval recon --data pairs --model pipe --out out", "eval report --out out",
+    "eval blur --real pairs --fake odd --weights pipe --bootstrap 2 --cache out/c --out out",
+    "eval rerank --real pairs --fake pipe --num-candidates 2 --bootstrap 2 --cache out/c --out out",
     "pipeline make --tokenizer tok --vae pipe/vae --prior pipe/prior --out out",
 ]  # fmt: skip
 DEMO = "demo --data shapes --preset smoke --out demo"

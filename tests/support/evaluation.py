@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import torch
 from PIL import Image
 
 from dalle.cli import main
+from dalle.data.augment import to_tensor
+from dalle.data.shapes import COLOURS, Thing, parse, scenes
+from dalle.data.shapes_pairs import render
+from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
+from dalle.evaluate.inception import load_module
+from dalle.pipeline import Generation, Pipeline
+from dalle.prior.config import PriorConfig
+from dalle.prior.model import Prior
+from dalle.ranker.model import ContrastiveRanker
+from dalle.tokenizer import Tokenizer
 from support.toy_pipeline import build
 
 
@@ -34,6 +47,12 @@ def make_eval_home(root):
     return root
 
 
+def oracle(name):
+    """A module of torch-fidelity or torchmetrics, which both import torchvision."""
+    load_module("torchvision", "test")
+    return load_module(name, "test")
+
+
 def refused(capsys, words, code):
     """The one line of a refused command."""
     capsys.readouterr()
@@ -41,3 +60,51 @@ def refused(capsys, words, code):
     err = capsys.readouterr().err
     assert "Traceback" not in err
     return err.strip().splitlines()[-1]
+
+
+def shapes_pipeline():
+    """Draws 24 x 24 pixels for captions of `shapes`; random weights."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train([scenes()[0].caption] * 4, vocab_size=280)
+    vae = DiscreteVAE(
+        DiscreteVAEConfig(stem="patch", patch=4, n_hid=8, n_blk_per_group=1, n_init=8,
+                          vocab_size=16)
+    )  # fmt: skip
+    prior = Prior(
+        PriorConfig(text_vocab=280, image_vocab=16, text_len=24, grid=(6, 6), d_model=32,
+                    num_heads=2, num_layers=2, kernel_size=3)
+    )  # fmt: skip
+    ranker = ContrastiveRanker.from_preset(
+        "tiny", tokenizer=tokenizer, image_size=24, grid=6, width=32, depth=1, embed_dim=16
+    )
+    return Pipeline(tokenizer, vae.eval(), prior.eval(), ranker.eval())
+
+
+class RightFrom(Pipeline):
+    """Its candidates from number `first` on show every fact, those before the wrong colours.
+
+    Its scores, of a ranker that never errs, prefer the right ones.
+    """
+
+    first = 2
+
+    @classmethod
+    def make(cls, first=2):
+        other = shapes_pipeline()
+        made = cls(other.tokenizer, other.vae, other.prior, other.ranker)
+        made.first = first
+        return made
+
+    def generate(self, captions, *, num_candidates, top, seed):
+        return [self._one(parse(caption), num_candidates, top, seed) for caption in captions]
+
+    def _one(self, scene, count, top, seed):
+        rng, names = np.random.default_rng(seed), list(COLOURS)
+        wrong = replace(scene, things=tuple(
+            Thing(names[(names.index(thing.colour) + 1) % 6], thing.shape) for thing in scene.things
+        ))  # fmt: skip
+        images = [render(scene if i >= self.first else wrong, rng) for i in range(count)]
+        scores = torch.tensor([float(i >= self.first) for i in range(count)])
+        order = scores.argsort(descending=True, stable=True)[:top]
+        pixels = to_tensor(images)
+        return Generation(pixels[order], scores[order], torch.zeros(top, 6, 6).long(), order)

@@ -14,15 +14,10 @@ from dalle.evaluate import (
     kernel_distance,
     precision_recall,
 )
-from dalle.evaluate.inception import load_module
 from dalle.evaluate.intervals import bootstrap, wilson
+from support.evaluation import oracle
 
 RNG = np.random.default_rng(0)
-
-
-def fidelity(name):
-    """A module of torch-fidelity."""
-    return load_module(f"torch_fidelity.{name}", "test")
 
 
 def features(n, d, shift=0.0):
@@ -33,7 +28,7 @@ def features(n, d, shift=0.0):
 @pytest.mark.parametrize(("n", "m", "d"), [(500, 400, 64), (30, 40, 64), (2, 3, 9), (64, 64, 64)])
 def test_frechet_distance_is_that_of_torch_fidelity(n, m, d):
     a, b = features(n, d), features(m, d, 0.3)
-    fid = fidelity("metric_fid")
+    fid = oracle("torch_fidelity.metric_fid")
     of = [fid.fid_features_to_statistics(x) for x in (a, b)]
     wanted = fid.fid_statistics_to_metric(*of, False)["frechet_inception_distance"]
     assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-6)
@@ -41,8 +36,6 @@ def test_frechet_distance_is_that_of_torch_fidelity(n, m, d):
 
 
 def test_frechet_distance_is_that_of_torchmetrics():
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     class Same(torch.nn.Module):
         num_features = 24
 
@@ -50,7 +43,11 @@ def test_frechet_distance_is_that_of_torchmetrics():
             return x
 
     a, b = features(300, 24), features(200, 24, 0.2)
-    metric = FrechetInceptionDistance(feature=Same(), input_img_size=(24,)).set_dtype(torch.float64)
+    metric = (
+        oracle("torchmetrics.image.fid")
+        .FrechetInceptionDistance(feature=Same(), input_img_size=(24,))
+        .set_dtype(torch.float64)
+    )
     metric.update(a, real=True)
     metric.update(b, real=False)
     assert frechet_distance(a, b) == pytest.approx(float(metric.compute()), rel=1e-6)
@@ -75,17 +72,16 @@ def test_frechet_distance_of_nearly_singular_sets_loses_no_digits():
 
 
 def test_kernel_distance_is_that_of_the_oracles():
-    from torchmetrics.image.kid import poly_mmd
-
-    a, b = features(1100, 16), features(1050, 16, 0.2)
-    wanted = fidelity("metric_kid").kid_features_to_metric(a, b, kid_subsets=7, verbose=False)
-    got = kernel_distance(a, b, subsets=7)
-    assert tuple(got) == pytest.approx(
-        (wanted["kernel_inception_distance_mean"], wanted["kernel_inception_distance_std"]),
-        rel=1e-6,
-    )
-    whole = kernel_distance(a[:50], b[:50])
-    assert whole == pytest.approx(float(poly_mmd(a[:50], b[:50])), rel=1e-6) and whole.std == 0
+    a, b = features(130, 16), features(120, 16, 0.2)
+    numbers = {"kid_subsets": 7, "kid_subset_size": 100, "verbose": False}
+    wanted = oracle("torch_fidelity.metric_kid").kid_features_to_metric(a, b, **numbers)
+    got = kernel_distance(a, b, subsets=7, subset_size=100)
+    for value, name in zip(got, ("mean", "std"), strict=True):
+        assert value == pytest.approx(wanted[f"kernel_inception_distance_{name}"], rel=1e-6)
+    a, b = a[:60], b[:60]
+    wanted = oracle("torchmetrics.image.kid").poly_mmd(a, b)
+    whole = kernel_distance(a, b)
+    assert whole == pytest.approx(float(wanted), rel=1e-6) and whole.std == 0
     assert kernel_distance(a, b, subset_size=9) != kernel_distance(a, b, subset_size=9, seed=2)
 
 
@@ -98,10 +94,10 @@ def test_kernel_distance_is_unbiased_for_sets_of_different_sizes():
 
 
 def test_inception_score_is_that_of_the_oracles():
-    from torchmetrics.image.inception import InceptionScore
-
     logits = torch.from_numpy(RNG.normal(size=(1001, 30)) * 2)
-    wanted = fidelity("metric_isc").isc_features_to_metric(logits, splits=10, shuffle=False)
+    wanted = oracle("torch_fidelity.metric_isc").isc_features_to_metric(
+        logits, splits=10, shuffle=False
+    )
     mean, std = inception_score(logits.softmax(1))
     assert mean == pytest.approx(wanted["inception_score_mean"], rel=1e-6)
     assert std == pytest.approx(wanted["inception_score_std"], rel=1e-6)
@@ -110,7 +106,11 @@ def test_inception_score_is_that_of_the_oracles():
         def forward(self, x):
             return x
 
-    metric = InceptionScore(feature=Same(), splits=1).set_dtype(torch.float64)
+    metric = (
+        oracle("torchmetrics.image.inception")
+        .InceptionScore(feature=Same(), splits=1)
+        .set_dtype(torch.float64)
+    )
     metric.update(logits)
     assert inception_score(logits.softmax(1), splits=1) == pytest.approx(
         float(metric.compute()[0]), rel=1e-6
@@ -125,7 +125,7 @@ def test_inception_score_of_known_cases():
 
 def test_precision_and_recall_are_those_of_torch_fidelity():
     a, b = features(300, 8), features(200, 8, 0.5)
-    wanted = fidelity("metric_prc").prc_features_to_metric(b, a, verbose=False)
+    wanted = oracle("torch_fidelity.metric_prc").prc_features_to_metric(b, a, verbose=False)
     got = precision_recall(a, b)
     assert got.precision == pytest.approx(wanted["precision"], rel=1e-6)
     assert got.recall == pytest.approx(wanted["recall"], rel=1e-6)

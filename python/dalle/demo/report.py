@@ -11,26 +11,14 @@ from typing import Any
 from dalle.configs import to_dict
 from dalle.console import duration
 from dalle.demo.context import Demo
-from dalle.demo.tiles import command, contact, group, html_page, load_sheet, tile
+from dalle.demo.tiles import load_sheet, tile
 from dalle.demo.verdict import prior_losses, verdict
 from dalle.demo.workspace import STAGES, Workspace
 from dalle.files import to_json
+from dalle.pages import REPORT_STYLE, command, contact, figure, group, html_page
 from dalle.pictures import save_bytes
 from dalle.version import __version__
 
-STYLE = """
-figure > img { image-rendering: pixelated; max-width: 100%; border: 1px solid #ddd; }
-figure > img.plot { image-rendering: auto; border: 0; width: 100%; max-width: 32rem; }
-.plots { display: grid; gap: 0 2rem; align-items: start;
-         grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-.facts { display: grid; gap: 1rem 2rem; align-items: start;
-         grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
-.facts caption { text-align: left; font-weight: bold; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.number { white-space: nowrap; }
-.verdict code { white-space: nowrap; }
-td code { color: #777; font-size: .85em; }
-"""
 KEYS = {  # key of summary.json -> unit, and what it says without the lines around it
     "held_out_at_1": ("", "of held-out captions have the best of 8 nearest to their own picture"),
     "held_out_at_5": ("", "of held-out captions have their own among its five nearest pictures"),
@@ -128,7 +116,7 @@ def page(demo: Demo, summary: dict[str, Any]) -> bytes:
     parts.append(_training(space, size))
     parts.append(_timings(summary))
     parts.append(f"<p>{escape(demo.data.credit)}</p>" if demo.data.credit else "")
-    return html_page(f"dalle {space.command}: {demo.data.name}", parts, STYLE)
+    return html_page(f"dalle {space.command}: {demo.data.name}", parts, REPORT_STYLE)
 
 
 def _draw_your_own(space: Workspace, strips: list[dict[str, Any]]) -> str:
@@ -258,14 +246,7 @@ def _training(space: Workspace, size: int) -> str:
 
 
 def _figure(space: Workspace, name: str, caption: str, *, plot: bool = False) -> str:
-    if not (space.out / name).exists():
-        return ""
-    kind = " class=plot" if plot else ""
-    words = escape(caption)
-    return (
-        f'<figure><img{kind} src="{escape(name)}" alt="{words}"><figcaption>{words}</figcaption>'
-        "</figure>"
-    )
+    return figure(name, caption, plot=plot) if (space.out / name).exists() else ""
 
 
 def _latest(space: Workspace) -> list[str]:

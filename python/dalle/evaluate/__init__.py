@@ -18,9 +18,14 @@ if TYPE_CHECKING:
         precision_recall,
     )
     from dalle.evaluate.extractors import load_extractor
+    from dalle.evaluate.facts import words
+    from dalle.evaluate.page import report
+    from dalle.evaluate.reconstruction import recon, ssim
     from dalle.evaluate.scores import clip_score, features, fid, is_, kid, prc
+    from dalle.evaluate.sweeps import blur, rerank
 
 __all__ = [
+    "blur",
     "clip_score",
     "features",
     "fid",
@@ -33,6 +38,11 @@ __all__ = [
     "load_extractor",
     "prc",
     "precision_recall",
+    "recon",
+    "report",
+    "rerank",
+    "ssim",
+    "words",
 ]
 
 _HOMES = {  # name -> module
@@ -42,12 +52,18 @@ _HOMES = {  # name -> module
     "kernel_distance": "distances",
     "precision_recall": "distances",
     "load_extractor": "extractors",
+    "report": "page",
+    "recon": "reconstruction",
+    "ssim": "reconstruction",
     "features": "scores",
     "fid": "scores",
     "kid": "scores",
     "is_": "scores",
     "prc": "scores",
     "clip_score": "scores",
+    "blur": "sweeps",
+    "rerank": "sweeps",
+    "words": "facts",
 }
 
 

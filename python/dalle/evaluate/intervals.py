@@ -71,3 +71,19 @@ def wilson(right: int, count: int) -> list[float]:
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
     return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+# Student's t at 97.5 %, for 1 to 30 degrees of freedom.
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+
+def over_seeds(shares: Sequence[float]) -> list[float]:
+    """The 95 % interval of the mean of two or more shares by Student's t, within [0, 1]."""
+    count = len(shares)
+    t = _T[count - 2] if count - 2 < len(_T) else 1.96
+    mean, half = float(np.mean(shares)), t * float(np.std(shares, ddof=1)) / count**0.5
+    return [max(0.0, mean - half), min(1.0, mean + half)]

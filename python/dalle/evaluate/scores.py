@@ -30,7 +30,7 @@ from dalle.pretrained import tensors_to_bytes
 Set = str | Path | Pairs | Pipeline
 
 
-def _start(name: str, out: Path | str | None, options: dict[str, Any]) -> tuple[Session, Any]:
+def start(name: str, out: Path | str | None, options: dict[str, Any]) -> tuple[Session, Any]:
     """The session of a measure and its folder, which is made before the work."""
     owner = f"eval {name}"
     folder = None if out is None else Path(out)
@@ -61,7 +61,7 @@ def features(source: Set, *, out: Path | str | None = None, **options: Any) -> d
     Returns:
         The record; "features" (n, d) is a tensor in it only where `out` is None.
     """
-    session, folder = _start("features", out, options)
+    session, folder = start("features", out, options)
     found = session.features("data", session.take("data", source), minimum=1)
     record = {
         "title": f"Features of {session.extractor.name}",
@@ -94,7 +94,7 @@ def fid(
     Raises:
         DalleError: in one line, for sets or weights that do not fit.
     """
-    session, folder = _start("fid", out, options)
+    session, folder = start("fid", out, options)
     a, b = _both(session, real, fake)
     if infinite and len(b) < distances.ROWS_TO_EXTRAPOLATE:
         raise DataError(
@@ -138,7 +138,7 @@ def kid(
         real, fake, out, options: as of `fid`.
         subsets, subset_size: see `distances.kernel_distance`.
     """
-    session, folder = _start("kid", out, options)
+    session, folder = start("kid", out, options)
     a, b = _both(session, real, fake)
     x, y = a.values.double(), b.values.double()
     numbers = {"subsets": subsets, "subset_size": subset_size, "seed": session.seed % 2**32}
@@ -185,7 +185,7 @@ def is_(
         splits: see `distances.inception_score`; fewer for fewer pictures.
         options: of `session.Setup`.
     """
-    session, folder = _start("is", out, options)
+    session, folder = start("is", out, options)
     opened = None if real is None else session.take("real", real)
     found = session.features("fake", session.take("fake", fake, opened))
     of_classes = (opened or found.source).pairs.captions
@@ -225,7 +225,7 @@ def prc(
         real, fake, out, options: as of `fid`.
         k: neighbours, see `distances.precision_recall`.
     """
-    session, folder = _start("prc", out, options)
+    session, folder = start("prc", out, options)
     a, b = _both(session, real, fake)
     x, y = a.values.double(), b.values.double()
     both = distances.precision_recall(x, y, k)
@@ -275,7 +275,7 @@ def clip_score(
         UsageError: an extractor without captions.
         DataError: pictures without captions.
     """
-    session, folder = _start("clip-score", out, options)
+    session, folder = start("clip-score", out, options)
     opened = None if real is None else session.take("real", real)
     source = session.take("fake", fake, opened)
     network = session.extractor

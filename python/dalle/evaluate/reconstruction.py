@@ -1,0 +1,187 @@
+"""What a discrete VAE gives back of pictures: PSNR, SSIM, and how much of the codebook it uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle import pictures
+from dalle.configs import integer
+from dalle.console import progress_shown
+from dalle.data.augment import center_crop, to_tensor
+from dalle.data.pairs import load_or_skip
+from dalle.dvae.codebook import codebook_health
+from dalle.dvae.model import DiscreteVAE
+from dalle.errors import CheckpointError, DataError, UsageError
+from dalle.evaluate.results import finish, png, table
+from dalle.evaluate.scores import Set, start
+from dalle.evaluate.sets import describe, is_pipeline
+from dalle.pipeline import Pipeline
+from dalle.pretrained import fingerprint
+
+WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian, as its authors have it
+SHOWN = 12
+
+
+def ssim(images: Tensor, others: Tensor) -> Tensor:
+    """Structural similarity of each pair of pictures (Wang et al. 2004): (B, C, H, W) -> (B,).
+
+    A Gaussian window of 11 x 11, less in pictures under 6 pixels; borders are reflected. Mean over
+    places and colours, as torchmetrics has it.
+
+    Args:
+        images, others: values in [0, 1], of one shape.
+
+    Raises:
+        UsageError: shapes that differ.
+    """
+    if images.shape != others.shape or images.dim() != 4:
+        raise UsageError(
+            f"ssim: both sets must have one shape (B, C, H, W), got {tuple(images.shape)} and "
+            f"{tuple(others.shape)}"
+        )
+    a, b = images.double(), others.double()
+    size = min(WINDOW, 2 * min(a.shape[2:]) - 1)
+    at = torch.arange(size, dtype=torch.float64, device=a.device) - (size - 1) / 2
+    line = torch.exp(-(at**2) / (2 * SIGMA**2))
+    line = line / line.sum()
+    channels = a.shape[1]
+    across = line.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
+    down = line.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
+
+    def mean(x: Tensor) -> Tensor:
+        wide = F.pad(x, (size // 2,) * 4, mode="reflect")
+        return F.conv2d(F.conv2d(wide, across, groups=channels), down, groups=channels)
+
+    mu_a, mu_b = mean(a), mean(b)
+    var_a, var_b = mean(a * a) - mu_a**2, mean(b * b) - mu_b**2
+    covariance = mean(a * b) - mu_a * mu_b
+    c1, c2 = 0.01**2, 0.03**2
+    value = (2 * mu_a * mu_b + c1) * (2 * covariance + c2)
+    value = value / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))
+    return value.flatten(1).mean(1)
+
+
+def load_vae(owner: str, model: Any) -> tuple[DiscreteVAE, int]:
+    """A dVAE from its folder or a pipeline's, and the side of the pipeline's pictures (0: none)."""
+    if isinstance(model, DiscreteVAE):
+        return model, 0
+    if isinstance(model, Pipeline):
+        return model.vae, model.image_size
+    try:
+        if is_pipeline(str(model)):
+            pipeline = Pipeline.from_pretrained(model)
+            return pipeline.vae, pipeline.image_size
+        return DiscreteVAE.from_pretrained(model).eval(), 0
+    except CheckpointError as error:
+        raise CheckpointError(f"{owner}: model: {error}") from error
+
+
+@torch.no_grad()
+def recon(
+    data: Set,
+    model: str | Path | DiscreteVAE | Pipeline,
+    *,
+    out: Path | str | None = None,
+    side: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Pictures to tokens and back (Figure 1): PSNR, SSIM, codes used.
+
+    Args:
+        data: the set.
+        model: a dVAE, its folder, a pipeline or its folder.
+        out: folder of recon.json, recon.md and recon.png (originals over reconstructions).
+        side: pictures are cut to a centred square of that side; the pipeline's, else `image_size`
+            of the options, if left out.
+        options: of `session.Setup`.
+
+    Returns:
+        "psnr" (dB, of the mean squared error of the set), "ssim", "codes_used", "perplexity".
+
+    Raises:
+        UsageError: a side that the dVAE's factor does not divide.
+        DataError: no picture that can be used.
+    """
+    session, folder = start("recon", out, options)
+    owner, setup = session.owner, session.setup
+    vae, own = load_vae(owner, model)
+    vae = vae.to(session.device)
+    side = integer(owner, "side", side or own or setup.image_size, 1, 2**14)
+    if side % vae.factor:
+        raise UsageError(f"{owner}: side must be a multiple of {vae.factor}, got {side}")
+    source = session.take("data", data)
+    pairs = source.pairs
+    counts = torch.zeros(vae.num_tokens, dtype=torch.int64, device="cpu")
+    errors, similar = [], []
+    shown: list[tuple[Tensor, Tensor]] = []
+    with progress_shown("reconstructions") as show:
+        for first in range(0, len(pairs), setup.batch_size):
+            items = range(first, min(first + setup.batch_size, len(pairs)))
+            crops, _ = load_or_skip(
+                pairs, items, lambda image, _: center_crop(image, side), require_any=False
+            )
+            if crops:
+                images = to_tensor(crops)
+                tokens = vae.encode(images.to(session.device))
+                back = vae.decode(tokens).float().cpu().clamp(0, 1)
+                counts += torch.bincount(tokens.cpu().flatten(), minlength=vae.num_tokens)
+                errors.append((images.double() - back.double()).square().flatten(1).mean(1))
+                similar.append(ssim(images, back))
+                if sum(len(pair[0]) for pair in shown) < SHOWN:
+                    shown.append((images[:SHOWN], back[:SHOWN]))
+            show(items.stop, len(pairs))
+    if not errors:
+        raise DataError(f"{owner}: data must hold pictures that can be used, got none")
+    error, ssims = torch.cat(errors)[:, None], torch.cat(similar)[:, None]
+    value, mean_ssim = _decibel(error), float(ssims.mean())
+    health = codebook_health(counts)
+    intervals = {
+        "psnr": session.interval(_decibel, [error], value)["interval"],
+        "ssim": session.interval(lambda s: float(s.mean()), [ssims], mean_ssim)["interval"],
+    }
+    grid = tuple(vae.grid(side))
+    rows = [
+        ["PSNR in dB", value, intervals["psnr"]],
+        ["SSIM", mean_ssim, intervals["ssim"]],
+        ["codes used", f"{health.used} of {health.size}", None],
+        ["perplexity of the codes", health.perplexity, None],
+    ]
+    result = {
+        "title": f"Reconstruction: {value:.2f} dB, {health.used} of {health.size} codes",
+        "command": owner,
+        "psnr": value,
+        "ssim": mean_ssim,
+        "codes": health.size,
+        "codes_used": health.used,
+        "perplexity": health.perplexity,
+        "intervals": intervals,
+        "side": side,
+        "grid": list(grid),
+        "n": {"data": len(error)},
+        "seed": session.seed,
+        "resize": f"centred square, area to {side} x {side}",
+        "model": fingerprint(vae),
+        "sets": {"data": describe(source, len(error))},
+        "tables": [table(["measure", "value", "95 % interval"], rows)],
+    }
+    if folder is None:
+        return finish("recon", result, None)
+    originals, returned = (torch.cat([pair[i] for pair in shown])[:SHOWN] for i in range(2))
+    sheet = pictures.grid(
+        torch.cat([originals, returned]),
+        columns=len(originals),
+        scale=pictures.default_scale(side),
+        labels=["original"] * len(originals) + ["given back"] * len(returned),
+    )
+    return finish("recon", result, folder, png(sheet))
+
+
+def _decibel(error: Tensor) -> float:
+    """PSNR of a mean squared error over all pictures, at most 99."""
+    return float(np.minimum(99.0, -10 * np.log10(max(float(error.mean()), 1e-10))))
