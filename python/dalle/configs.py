@@ -69,7 +69,7 @@ UPPER_LIMITS: dict[str, float] = {
     "log_every": 10**9,
     "checkpoint_every": 10**9,
     "picture_every": 10**9,
-    "evaluate_every": 10**9,
+    "validate_every": 10**9,
     "keep": 10**6,
     "count": 10**7,
     "image_size": 2**14,

@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import dalle_ext
 from dalle.data.augment import center_crop, load_cropped, to_tensor
 from dalle.data.pairs import evenly_spaced
 from dalle.data.split import hold_out
@@ -51,6 +53,15 @@ def test_scores_of_the_dvae_are_those_of_its_reconstructions_of_held_out_picture
     assert scores["loss"] == pytest.approx(float(error), rel=1e-5)
     assert scores["psnr"] == pytest.approx(-10 * math.log10(float(error)), rel=1e-5)
     assert scores["codes_used"] == len(vae.encode(images).unique())
+    logits = vae.logits(images).double()
+    q = logits.softmax(1)
+    kl = (q * (logits.log_softmax(1) + math.log(vae.num_tokens))).sum((1, 2, 3))
+    tokens = dalle_ext.gumbel_softmax(logits.float(), 1.0, dim=1, seed=0).index
+    one_hot = F.one_hot(tokens, vae.num_tokens).permute(0, 3, 1, 2).float()
+    nll = [vae.likelihood(images[i : i + 1], vae.decoder(one_hot[i : i + 1]))[1] for i in range(9)]
+    bound = -torch.stack(nll).double() * 3 * 8 * 8 - kl
+    assert scores["elb"] == pytest.approx(float(bound.mean().detach()), rel=1e-5)
+    assert held_out_scores(task, WARM.warm_start_steps + 1) == scores  # draws nothing new
 
 
 def test_scores_of_the_prior_are_its_losses_and_leave_the_training_as_it_was(parts):
@@ -61,19 +72,25 @@ def test_scores_of_the_prior_are_its_losses_and_leave_the_training_as_it_was(par
     state = torch.get_rng_state()
     scores = held_out_scores(task, 0)
     assert torch.equal(state, torch.get_rng_state()) and task.model.training
-    text, tokens = task._held_out
+    text, tokens, _ = task._held_out
     with torch.no_grad():
         output = task.model.eval()(text, tokens)
     assert scores["text_loss"] == pytest.approx(float(output.text_loss), rel=1e-5)
     assert scores["image_loss"] == pytest.approx(float(output.image_loss), rel=1e-5)
     expected = (output.text_loss + 7 * output.image_loss) / 8
     assert scores["loss"] == pytest.approx(float(expected), rel=1e-5)
+    images = to_tensor([center_crop(task.validation.load(i), 8) for i in range(len(text))])
+    maps = vae.decoder(F.one_hot(tokens.view(-1, 4, 4), 32).permute(0, 3, 1, 2).float())
+    likelihood = -float(vae.likelihood(images, maps)[1].detach()) * 3 * 8 * 8
+    written = task._text_targets(text) / len(text)
+    prior = float(output.text_loss) * written + float(output.image_loss) * 16
+    assert scores["elb"] == pytest.approx(likelihood - prior, rel=1e-4)
 
 
 def test_the_loop_writes_the_scores_and_the_ranker_finds_captions_again(tmp_path):
     task = toy_task(SMALL)
     task.validation = toy_pairs(count=24, seed=5)
-    train(task, LoopConfig(out=tmp_path, steps=40, evaluate_every=20, log_every=30))
+    train(task, LoopConfig(out=tmp_path, steps=40, validate_every=20, log_every=30))
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records if "val_accuracy" in r] == [20, 40]
     assert records[-1]["val_accuracy"] > 0.8 and records[-1]["val_choices"] == 24
@@ -124,5 +141,5 @@ def test_without_a_held_out_part_the_average_is_saved_if_it_forgot(copies, tmp_p
 
 def test_a_task_that_cannot_be_scored_and_a_bad_interval(tmp_path):
     assert held_out_scores(TinyTask(), 1) == {}
-    with pytest.raises(UsageError, match="train: evaluate_every must be 0 or more, got -1"):
-        LoopConfig(out=tmp_path, steps=1, evaluate_every=-1)
+    with pytest.raises(UsageError, match="train: validate_every must be 0 or more, got -1"):
+        LoopConfig(out=tmp_path, steps=1, validate_every=-1)

@@ -283,8 +283,8 @@ NOTES = [  # (lines, what one of them says)
         "vae does nothing with reconstructed 0 and num_spliced 0",
     ),
     (
-        notes.loop_notes(LoopConfig(out=Path("x"), steps=1, evaluate_every=5), False),
-        "evaluate_every 5 does nothing without --validation",
+        notes.loop_notes(LoopConfig(out=Path("x"), steps=1, validate_every=5), False),
+        "validate_every 5 does nothing without --validation",
     ),
     (
         notes.cluster_notes(ClusterConfig(machines=2), 1),

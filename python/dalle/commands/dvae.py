@@ -206,7 +206,7 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
         batch_size=train_config.batch_size,
         vocab_size=model.vocab_size,
         validation=share,
-        loop=presets.length(loop, steps, recipe, validation is not None),
+        loop=presets.length(loop, steps, validation is not None),
         training=presets.filled(config.training, train_config),
     )
     return Plan(resolved, model, train_config, pairs, validation, saved)

@@ -119,8 +119,8 @@ def ranker_notes(options: Any, config: RankerTrainConfig, steps: int, vae: bool)
 
 def loop_notes(loop: LoopConfig, held_out: bool) -> Iterator[str]:
     """Of the options of every training."""
-    if loop.evaluate_every and not held_out:
-        yield f"evaluate_every {loop.evaluate_every} does nothing without --validation"
+    if loop.validate_every and not held_out:
+        yield f"validate_every {loop.validate_every} does nothing without --validation"
     if loop.accept_changes and loop.resume == "none":
         yield "accept_changes does nothing with --resume none"
 

@@ -190,12 +190,13 @@ def quick_model(
     )
 
 
-def length(loop: LoopConfig, steps: int, recipe: str, held_out: bool) -> LoopConfig:
-    """The loop's options with the number of updates; with quick, ten scores on a held-out part."""
-    every = loop.evaluate_every
-    if recipe == "quick" and held_out and not every:
-        every = max(1, steps // 10)
-    return dataclasses.replace(loop, steps=steps, evaluate_every=every)
+def length(loop: LoopConfig, steps: int, held_out: bool) -> LoopConfig:
+    """The loop's options with the number of updates; where a part is held out, with ten scores on
+    it, and one at least every 2,000 updates."""
+    every = loop.validate_every
+    if held_out and not every:
+        every = max(1, min(2000, steps // 10))
+    return dataclasses.replace(loop, steps=steps, validate_every=every)
 
 
 def prior_steps(preset: str, pairs: int, batch_size: int) -> int:

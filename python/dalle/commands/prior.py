@@ -199,7 +199,7 @@ def plan(config: PriorCommandConfig, world: World) -> Plan:
         text_len=text_len,
         validation=share,
         precision=precision,
-        loop=presets.length(config.loop, steps, recipe, validation is not None),
+        loop=presets.length(config.loop, steps, validation is not None),
         training=presets.filled(config.training, base),
     )
     return Plan(resolved, base, tokenizer, vae, pairs, validation, saved)

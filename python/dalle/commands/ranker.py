@@ -113,7 +113,7 @@ def train_command(config: RankerCommandConfig) -> None:
     pairs, validation, share = presets.split_pairs(
         owner, config.data, pairs, config.validation, recipe, size, loop.seed
     )
-    loop = presets.length(loop, loop.steps, recipe, validation is not None)
+    loop = presets.length(loop, loop.steps, validation is not None)
     base = quick_ranker(loop.steps) if recipe == "quick" else RankerTrainConfig()
     if saved is not None:
         base = replace(base, learning_rate=LR_SHARE * base.learning_rate)

@@ -80,7 +80,7 @@ class Demo:
             checkpoint_every=max(50, steps // 8),
             keep=1,
             picture_every=max(1, steps // 3),
-            evaluate_every=max(1, steps // 12),
+            validate_every=max(1, steps // 12),
             seed=self.seed,
         )
         command = self.space.command

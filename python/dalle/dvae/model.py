@@ -205,10 +205,19 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
     def decode(self, tokens: Tensor) -> Tensor:
         """(B, h, w) int64 -> (B, 3, H, W) in [0, 1].
 
+        Raises:
+            UsageError: tokens are not (B, h, w) integers in [0, K).
+        """
+        return expected_pixels(self.decoder_maps(tokens)[:, :CHANNELS])
+
+    @torch.no_grad()
+    def decoder_maps(self, tokens: Tensor) -> Tensor:
+        """(B, h, w) int64 -> (B, 6, H, W): location and ln b of the likelihood.
+
         The one-hot through the first 1x1 convolution is a table look-up, so none is formed.
 
         Raises:
-            UsageError: tokens are not (B, h, w) integers in [0, K).
+            UsageError: as `decode`.
         """
         if tokens.dim() != 3 or tokens.dtype != torch.int64:
             got = f"{tuple(tokens.shape)} {tokens.dtype}"
@@ -218,8 +227,8 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
             top = self.num_tokens - 1
             raise UsageError(f"DiscreteVAE.decode: tokens must lie in 0 .. {top}, got {got}")
         codes = nn.functional.embedding(tokens, self.codebook()) + self.decoder.codebook_conv().b
-        maps = self.decoder.from_codes(codes.permute(0, 3, 1, 2))
-        return expected_pixels(maps[:, :CHANNELS])
+        maps: Tensor = self.decoder.from_codes(codes.permute(0, 3, 1, 2))
+        return maps
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:

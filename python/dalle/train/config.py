@@ -22,7 +22,7 @@ class LoopConfig:
         checkpoint_every: updates between checkpoints; one is also written at the end.
         keep: newest checkpoints kept.
         picture_every: updates between pictures, of which one is drawn at the end too; 0 draws none.
-        evaluate_every: updates between scores on the held-out part, which are also taken at the
+        validate_every: updates between scores on the held-out part, which are also taken at the
             end; 0 takes none.
         resume: "auto" (the newest checkpoint in `out`, if any), "none" (a fresh start, refused if
             `out` holds checkpoints) or the path of a checkpoint.
@@ -38,7 +38,7 @@ class LoopConfig:
     checkpoint_every: int = 500
     keep: int = 3
     picture_every: int = 500
-    evaluate_every: int = 0
+    validate_every: int = 0
     resume: str = "auto"
     accept_changes: bool = False
     seed: int = 0
@@ -48,7 +48,7 @@ class LoopConfig:
         check_numbers("train", self)
         for low, names in (
             (1, ("log_every", "checkpoint_every", "keep")),
-            (0, ("steps", "picture_every", "evaluate_every")),
+            (0, ("steps", "picture_every", "validate_every")),
         ):
             require("train", self, f"{low} or more", partial(operator.le, low), *names)
         require("train", self, "0 .. 2^63 - 1", lambda x: 0 <= x < 2**63, "seed")

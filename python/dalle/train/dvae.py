@@ -17,6 +17,7 @@ from dalle.data.augment import center_crop, dvae_crop, to_tensor
 from dalle.data.order import sampler_for
 from dalle.data.pairs import Pairs, describe_pairs, load_or_draw, load_or_skip
 from dalle.distributed.world import Solo, World
+from dalle.dvae.bound import lower_bound
 from dalle.dvae.codebook import codebook_health, init_codebook
 from dalle.dvae.likelihood import expected_pixels, map_pixels, psnr, set_psnr
 from dalle.dvae.model import DiscreteVAE
@@ -308,7 +309,7 @@ class DvaeTask:
     @torch.no_grad()
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Scores of the held-out pictures gone through the codes: "loss" (mean squared error),
-        "psnr" (dB), "codes_used"."""
+        "psnr" (dB), "codes_used"; "elb" is `lower_bound`, the mean in nats a picture."""
         warm = self.config.warm_start_steps
         if self.validation is None or (warm and step <= warm):
             return {}
@@ -318,14 +319,16 @@ class DvaeTask:
 
         def round_trip(rows: slice) -> tuple[Tensor, ...]:
             tokens = vae.encode(images[rows])
-            return vae.decode(tokens).clamp(0, 1), tokens
+            bound = lower_bound(vae, images[rows], first=rows.start)
+            return vae.decode(tokens).clamp(0, 1), tokens, bound
 
         outputs = run_parts_no_grad(
             round_trip, len(images), max(self.config.parts, len(images) // 64)
         )
-        decoded, tokens = (torch.cat(tensors) for tensors in zip(*outputs, strict=True))
+        decoded, tokens, bounds = (torch.cat(tensors) for tensors in zip(*outputs, strict=True))
         return {
             "loss": float((decoded - images).square().mean()),
+            "elb": float(bounds.double().mean()),
             "psnr": float(set_psnr(images, decoded)),
             "codes_used": float(len(tokens.unique())),
         }

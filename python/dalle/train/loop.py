@@ -133,7 +133,7 @@ def train(
                             begun(step)
                 stop = world.stop_requested()
                 last = stop or step >= config.steps
-                score = config.evaluate_every > 0 and (last or step % config.evaluate_every == 0)
+                score = config.validate_every > 0 and (last or step % config.validate_every == 0)
                 record = last or score or step % config.log_every == 0
                 save = last or step % config.checkpoint_every == 0
                 draw = config.picture_every > 0 and step % config.picture_every == 0

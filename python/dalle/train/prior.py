@@ -22,6 +22,7 @@ from dalle.data.pairs import (
     load_or_skip,
 )
 from dalle.distributed.world import Solo, World
+from dalle.dvae.bound import log_likelihood
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.pictures import rows_of
@@ -274,12 +275,14 @@ class PriorTask:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Scores of the held-out pairs, in nats a token: "loss", "text_loss", "image_loss"."""
+        """Scores of the held-out pairs, in nats a token: "loss", "text_loss", "image_loss"; "elb"
+        is the bound of caption and picture together, the mean in nats a pair: the likelihood of the
+        picture by its tokens, and that of text and tokens by the prior."""
         if self.validation is None:
             return {}
         assert isinstance(model, Prior)
         prior = model.to(self.device)
-        text, tokens = (x.to(self.device) for x in self._held_out)
+        text, tokens = (x.to(self.device) for x in self._held_out[:2])
 
         def losses(rows: slice) -> tuple[Tensor, ...]:
             output = prior(text[rows], tokens[rows])
@@ -290,17 +293,24 @@ class PriorTask:
         text_sum, image_loss = (float(total) for total in sum_parts(outputs))
         text_loss = text_sum / max(1, self._text_targets(text))
         loss = TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss
-        return {"loss": loss, "text_loss": text_loss, "image_loss": image_loss}
+        elb = self._held_out[2] - text_sum / len(text) - image_loss * tokens.shape[1]
+        return {"loss": loss, "text_loss": text_loss, "image_loss": image_loss, "elb": elb}
 
     @cached_property
-    def _held_out(self) -> tuple[Tensor, Tensor]:
-        """Text and tokens of the held-out pairs."""
+    def _held_out(self) -> tuple[Tensor, Tensor, float]:
+        """Text and tokens of the held-out pairs, and the mean `log_likelihood` of the pictures."""
         assert self.validation is not None
         crops, items = held_out_pictures(self.validation, self.image_size)
         captions = [self.validation.captions[i] for i in items]
         text = self.tokenizer.encode(captions, self.model.config.text_len - 1)
         pieces = [crops[i : i + 128] for i in range(0, len(crops), 128)]
-        return text, torch.cat([self._encode(piece).cpu() for piece in pieces])
+        tokens = [self._encode(piece).cpu() for piece in pieces]
+        grid, total = self.model.config.grid, 0.0
+        for piece, codes in zip(pieces, tokens, strict=True):
+            images = to_tensor(piece).to(self.device)
+            codes = codes.to(self.device).view(-1, *grid)
+            total += float(log_likelihood(self.vae, images, codes).double().sum())
+        return text, torch.cat(tokens), total / len(crops)
 
     def state(self) -> dict[str, Any]:
         """The plateau's bookkeeping and the gradient scales."""
