@@ -45,6 +45,7 @@ LINES = [
     f"{PRIOR} --resume run-prior/step-00000002",
     f"{SAMPLE} --file long.txt", f"{SAMPLE} --prime-image pairs/0.png --prime-rows 1",
     f"{SAMPLE} --overwrite --temperature 0.5 --top-k 3", f"{RERANK} --data .",
+    "sample --again drawn/00-word/0.png --model pipe --out out",
     "data check --data pairs --contact out/sheet.png", "data check --data pairs --verify none",
     "data check --data pairs --image-size 16 --tokenizer tok --text-len 8",
     "data make-shapes --out out --count 3", "tokenizer train --data pairs --out out",
@@ -118,6 +119,7 @@ def build_home(root: Path, demo: bool = False) -> Path:
     with contextlib.chdir(home):
         lines = [DVAE.replace("--out out", "--out run-dvae --log-every 1")]
         lines += [PRIOR.replace("--out out", "--out run-prior --log-every 1")]
+        lines += [SAMPLE.replace("--out out", "--out drawn")]
         for line in lines + [DEMO] * demo:
             said = io.StringIO()
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):

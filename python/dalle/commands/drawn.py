@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from dalle import pictures
+from dalle.commands.picture_record import PictureRecord
 from dalle.console import say
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.images import decode, read_bytes
@@ -162,7 +163,9 @@ def page(run: dict[str, Any]) -> bytes:
     ranked = any(score is not None for entry in run["records"] for score in entry["scores"])
     order = "the best first, with the ranker's scores" if ranked else "in the order of sampling"
     head = f"<p>Drawn with {escape(words)}; {order}. Model: {escape(run['model']['path'])}</p>"
-    return tiles.html_page("dalle sample", [head, tiles.contact(groups, 4)])
+    return tiles.html_page(
+        f"dalle {run.get('command', 'sample')}", [head, tiles.contact(groups, 4)]
+    )
 
 
 def set_precision(pipeline: Pipeline, precision: str, device: torch.device) -> None:
@@ -174,14 +177,30 @@ def set_precision(pipeline: Pipeline, precision: str, device: torch.device) -> N
         pipeline.prior.compute_in_(precision)
 
 
-def save_pictures(out: Path, name: str, generation: Generation, scale: int) -> list[str]:
-    """Writes the grid out/NAME.png and single pictures; returns the names of these."""
+def load_pipeline(model: Path, device: torch.device) -> Pipeline:
+    """The pipeline in a folder, with all parts on a device."""
+    pipeline = Pipeline.from_pretrained(model)
+    for part in (pipeline.vae, pipeline.prior, pipeline.ranker):
+        if isinstance(part, torch.nn.Module):
+            part.to(device)
+    return pipeline
+
+
+def save_pictures(
+    out: Path, name: str, generation: Generation, scale: int, run: PictureRecord
+) -> list[str]:
+    """Writes the grid out/NAME.png and single pictures; returns the names of these.
+
+    Each says of itself how it was drawn: `run` with its own candidate, score and pixels.
+    """
     labels = ["" if math.isnan(s) else f"{s:.3f}" for s in generation.scores.tolist()]
     columns = min(8, len(generation.images))
     sheet = pictures.grid(generation.images, columns=columns, scale=scale, labels=labels)
-    pictures.save_png(out / f"{name}.png", sheet)
-    singles = []
-    for index, image in enumerate(pictures.to_uint8(generation.images)):
-        singles.append(f"{name}/{index}.png")
-        pictures.save_png(out / singles[-1], Image.fromarray(image))
+    pictures.save_png(out / f"{name}.png", sheet, run.sheet(generation))
+    singles: list[str] = []
+    found = zip(generation.order.tolist(), generation.scores.tolist(), strict=True)
+    for (candidate, score), image in zip(found, pictures.to_uint8(generation.images), strict=True):
+        singles.append(f"{name}/{len(singles)}.png")
+        said = run.of(candidate, score, image).metadata()
+        pictures.save_png(out / singles[-1], Image.fromarray(image), said)
     return singles

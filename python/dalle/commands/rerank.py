@@ -15,12 +15,14 @@ import tyro
 from dalle import pictures
 from dalle.captions import clean
 from dalle.commands.drawn import earlier_pictures, find_model, read_image
+from dalle.commands.picture_record import sheet_metadata
 from dalle.console import argument_text, printable, say
 from dalle.data.folder import find_pictures
 from dalle.devices import pick_device
 from dalle.errors import CheckpointError, DataError, NumericalError, UsageError
 from dalle.files import check_not_input, check_targets, make_folder, read_json, to_json
 from dalle.memory import require_memory
+from dalle.pretrained import fingerprint
 from dalle.ranker.model import ContrastiveRanker, TransformersCLIP, load_ranker
 
 CLIP_SIZE = 224
@@ -135,7 +137,14 @@ def rerank(config: RerankConfig) -> None:
         scale=pictures.default_scale(size),
         labels=[f"{scores[i]:.3f}" for i in best],
     )
-    pictures.save_png(config.out / "sorted.png", sheet)
+    judge = fingerprint(ranker) if isinstance(ranker, torch.nn.Module) else None
+    said = sheet_metadata("rerank", caption) | {
+        "ranking": ranking[: config.top],
+        "scores": {"ranker": [each["score"] for each in ranking[: config.top]]},
+        "options": {"top": config.top},
+        "model": {"ranker": judge},
+    }
+    pictures.save_png(config.out / "sorted.png", sheet, said)
     print(
         f"rerank: best of {len(paths)}: {ranking[0]['file']}; "
         f"scores.json and sorted.png in {config.out}"

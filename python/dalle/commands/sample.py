@@ -6,17 +6,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from dalle import files, pictures
 from dalle.captions import caption_lines, clean
+from dalle.commands import again
 from dalle.commands.drawn import (
     PAGE,
     RECORD,
     description,
     earlier_pictures,
     find_model,
+    load_pipeline,
     output_folder,
     page,
     read_image,
@@ -27,12 +28,19 @@ from dalle.commands.drawn import (
     slug,
 )
 from dalle.commands.fits import require_samples_fit
+from dalle.commands.picture_record import (
+    Input,
+    Options,
+    PictureRecord,
+    image_hash,
+    model_hashes,
+)
 from dalle.configs import integer
 from dalle.console import argument_text, progress_shown, say
 from dalle.devices import pick_device
 from dalle.errors import DataError, UsageError
 from dalle.files import to_json
-from dalle.pipeline import MAX_CANDIDATES, Pipeline
+from dalle.pipeline import MAX_CANDIDATES
 from dalle.prior.sampling import SamplingChanges
 
 CANDIDATES = 64  # where neither the command line nor the pipeline says
@@ -61,6 +69,8 @@ class SampleConfig:
             bf16 on a GPU for one of fp32; codes of nearly equal chance may change.
         device: "cpu", "cuda" or "auto".
         scale: screen pixels per pixel in the grids.
+        again: a PNG that `dalle sample` has written: the same candidate is drawn once more, bit for
+            bit, as the picture itself says. Needs the same model, and the same `prime_image`.
     """
 
     captions: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
@@ -77,6 +87,7 @@ class SampleConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     scale: int = 2
+    again: Path | None = None
 
 
 def read_captions(config: SampleConfig) -> list[str]:
@@ -107,6 +118,8 @@ def read_captions(config: SampleConfig) -> list[str]:
 
 def sample(config: SampleConfig) -> None:
     """Draws, writes, and says where."""
+    if config.again is not None:
+        return sample_again(config)
     captions = read_captions(config)
     num_candidates = config.num_candidates
     if num_candidates is not None:
@@ -125,10 +138,7 @@ def sample(config: SampleConfig) -> None:
         for path in [*earlier, *(out / f"{name}.png" for name in names)]:
             files.check_not_input("sample", path, [config.prime_image])
     device = pick_device(config.device)
-    pipeline = Pipeline.from_pretrained(model)
-    for part in (pipeline.vae, pipeline.prior, pipeline.ranker):
-        if isinstance(part, torch.nn.Module):
-            part.to(device)
+    pipeline = load_pipeline(model, device)
     if num_candidates is None:
         num_candidates = pipeline.num_candidates or CANDIDATES
     top = min(config.top, num_candidates)
@@ -153,8 +163,17 @@ def sample(config: SampleConfig) -> None:
         "prime": None if prime is None else {"image": str(config.prime_image), "rows": rows},
         "records": [],
     }
+    models = model_hashes(run["model"]["fingerprints"])
     set_precision(pipeline, config.precision, device)  # once the weights' fingerprints are taken
     run["precision"] = pipeline.prior.config.precision
+    options = Options(
+        sampling=sampling,
+        num_candidates=num_candidates,
+        top=top,
+        precision=pipeline.prior.config.precision,
+        device=device.type,
+        image=None if prime is None else Input(pixels=image_hash(prime), rows=rows),
+    )
     for number, caption in enumerate(captions):
         drawn_as = pipeline.tokenizer.shape(caption)
         if drawn_as != clean(caption):
@@ -176,10 +195,40 @@ def sample(config: SampleConfig) -> None:
             print(f"sample: caption {number + 1} has more than {slots} tokens, the rest is cut off")
         if number == 0:  # until here nothing that an earlier run has left is lost
             remove_earlier("sample", out, earlier)
-        singles = save_pictures(out, names[number], generation, config.scale)
+        picture = PictureRecord(
+            command="sample",
+            caption=caption,
+            drawn_as=drawn_as,
+            seed=config.seed,
+            options=options,
+            model=models,
+        )
+        singles = save_pictures(out, names[number], generation, config.scale, picture)
         run["records"].append(record(caption, drawn_as, config.seed, generation, singles))
         say(f"sample: {number + 1}/{len(captions)} {caption}")
         pictures.save_bytes(out / RECORD, to_json(run))
         pictures.save_bytes(out / PAGE, page(run))
     count = f"{len(captions)} caption{'s' * (len(captions) > 1)}"
     print(f"sample: {count}, grids and samples.json in {out}; look at {out / PAGE}")
+
+
+def sample_again(config: SampleConfig) -> None:
+    """Draws one candidate of an earlier run again; see `SampleConfig.again`."""
+    job = again.prepare("sample", config, "prime_image", config.prime_image)
+    record, options = job.record, job.record.options
+
+    def draw() -> again.Drawn:
+        with progress_shown("sample --again") as show:
+            found = job.pipeline.generate(
+                record.caption,
+                num_candidates=1,
+                seed=record.seed,
+                sampling=options.sampling,
+                prime_image=job.image,
+                prime_rows=0 if options.image is None else options.image.rows or 0,
+                first_candidate=record.candidate,
+                code_progress=show,
+            )
+        return found.images[0], found.tokens[0], float(found.scores[0])
+
+    job.finish(draw)
