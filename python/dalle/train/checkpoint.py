@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle.configs import differences, integer
+from dalle.configs import integer
 from dalle.console import say
 from dalle.distributed.world import World
 from dalle.errors import CheckpointError, OtherTrainingError
@@ -39,6 +39,7 @@ from dalle.files import (
     write_synced,
 )
 from dalle.pretrained import check_tensors, load_tensors, tensors_from_bytes, tensors_to_bytes
+from dalle.train.changes import changes_of, short
 from dalle.train.manifest import (
     SHARDS,
     checkpoint_name,
@@ -300,12 +301,14 @@ def check_fits(
     if manifest["task"] != task.name:
         raise CheckpointError(f"{where}: task must be {task.name}, got {manifest['task']}")
     description = json.loads(to_json(task.describe()))
-    changes = list(differences(description, manifest["description"]))
+    changes, parts = changes_of(description, manifest["description"])
     if changes and not accept_changes:
         (key, expected, got), *more = changes
-        line = f"{where}: {key} must be {_short(expected)} as in this run, got {_short(got)}"
+        line = f"{where}: {key} must be {short(expected)} as in this run, got {short(got)}"
         if more:
-            line += "; " + ", ".join(f"{k} {_short(a)}, got {_short(b)}" for k, a, b in more)
+            line += "; " + ", ".join(f"{k} {short(a)}, got {short(b)}" for k, a, b in more)
+        if parts:
+            line += f"; {parts}"
         raise OtherTrainingError(line, [key for key, _, _ in changes])
     state: dict[str, Any] = read_json(path / STATE, CheckpointError)
     with checked_form(path):
@@ -322,12 +325,10 @@ def check_fits(
 
 def say_changes(task: Task, manifest: dict[str, Any], path: Path) -> None:
     """Reports the differences between this run and the checkpoint it resumes from, if any."""
-    changes = differences(json.loads(to_json(task.describe())), manifest["description"])
-    changed = ", ".join(f"{key} from {_short(b)} to {_short(a)}" for key, a, b in changes)
+    description = json.loads(to_json(task.describe()))
+    changes, parts = changes_of(description, manifest["description"])
+    changed = ", ".join(f"{key} from {short(b)} to {short(a)}" for key, a, b in changes)
+    if changed and parts:
+        changed += f"; {parts}"
     if changed:
         say(f"{task.name}: goes on from {path} with changes: {changed}")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."
