@@ -71,6 +71,7 @@ UPPER_LIMITS: dict[str, float] = {
     "picture_every": 10**9,
     "validate_every": 10**9,
     "keep": 10**6,
+    "workers": 256,
     "count": 10**7,
     "image_size": 2**14,
     "codes": 2**20,

@@ -246,7 +246,13 @@ def train(config: DvaeCommandConfig) -> None:
         parameters = sum(p.numel() for p in vae.parameters())
         parallelize(vae, world, vae.resblocks(), owner=owner, forwards=["autoencode"])
         task = DvaeTask(
-            vae, made.pairs, made.train, seed=loop.seed, world=world, validation=made.validation
+            vae,
+            made.pairs,
+            made.train,
+            seed=loop.seed,
+            world=world,
+            validation=made.validation,
+            workers=loop.workers,
         )
         rows, columns = vae.grid(made.train.image_size)
         banner(

@@ -277,7 +277,9 @@ def _train(config: PriorCommandConfig, world: World) -> None:
     blocks = prior.resblocks().values()
     parallelize(prior, world, blocks, owner=owner, compressible=True)
     parts = (prior, made.tokenizer, made.vae, made.pairs, made.train)
-    task = PriorTask(*parts, seed=loop.seed, world=world, validation=made.validation)
+    task = PriorTask(
+        *parts, seed=loop.seed, world=world, validation=made.validation, workers=loop.workers
+    )
     banner(
         owner,
         made.pairs,

@@ -136,7 +136,14 @@ def train_command(config: RankerCommandConfig) -> None:
     ranker.train_precision = presets.precision(config.precision, device)
     cut = tokenizer.truncated
     task = RankerTask(
-        ranker, pairs, train_config, vae, steps=loop.steps, seed=loop.seed, validation=validation
+        ranker,
+        pairs,
+        train_config,
+        vae,
+        steps=loop.steps,
+        seed=loop.seed,
+        validation=validation,
+        workers=loop.workers,
     )
     if tokenizer.truncated > cut:
         count, slots = tokenizer.truncated - cut, ranker.config.text_len

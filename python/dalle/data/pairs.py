@@ -20,6 +20,8 @@ from dalle.errors import DataError
 
 MAX_NAMED = 10  # files named as left out; further ones are only counted
 DRAWS = 1000  # pictures tried in place of one that cannot be used
+# In a worker process (`data.loader`): what is left out, to be counted where the training runs.
+collector: list[tuple[int, DataError]] | None = None
 
 
 @runtime_checkable
@@ -156,6 +158,9 @@ def leave_out(pairs: Pairs, item: int, error: DataError) -> None:
 
     Of pictures with one cause, such as a shard that has gone (`error.group`), one is reported.
     """
+    if collector is not None:
+        collector.append((item, error))
+        return
     reasons: dict[int, str] = _kept(pairs, "left_out")
     if item in reasons:
         return

@@ -28,6 +28,8 @@ class LoopConfig:
             `out` holds checkpoints) or the path of a checkpoint.
         accept_changes: whether the checkpoint may be of other options, data or models, as far as
             its tensors fit; differences are reported.
+        workers: processes that read pictures ahead of time; 0 reads them in the training's own.
+            The numbers of a training do not depend on it.
         seed: for everything random.
         deterministic: same bits on every run, at the price of slower kernels on a GPU.
     """
@@ -41,6 +43,7 @@ class LoopConfig:
     validate_every: int = 0
     resume: str = "auto"
     accept_changes: bool = False
+    workers: int = 0
     seed: int = 0
     deterministic: bool = False
 
@@ -48,7 +51,7 @@ class LoopConfig:
         check_numbers("train", self)
         for low, names in (
             (1, ("log_every", "checkpoint_every", "keep")),
-            (0, ("steps", "picture_every", "validate_every")),
+            (0, ("steps", "picture_every", "validate_every", "workers")),
         ):
             require("train", self, f"{low} or more", partial(operator.le, low), *names)
         require("train", self, "0 .. 2^63 - 1", lambda x: 0 <= x < 2**63, "seed")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dalle.configs import check_numbers, integer, integers, require, require_adamw
 from dalle.console import say
 from dalle.data.augment import center_crop, dvae_crop, to_tensor
+from dalle.data.loader import StepLoader
 from dalle.data.order import sampler_for
 from dalle.data.pairs import Pairs, describe_pairs, load_or_draw, load_or_skip
 from dalle.distributed.world import Solo, World
@@ -121,6 +122,7 @@ class DvaeTask:
         world: the processes that train together, each with the same arguments; a batch is shared
             out. The losses do not depend on how many there are.
         validation: the held-out part, for `evaluate`.
+        workers: processes that read pictures ahead of time; 0 reads them in this one.
 
     Raises:
         UsageError: sizes that do not fit, or a warm start without the patch stem.
@@ -138,6 +140,7 @@ class DvaeTask:
         seed: int = 0,
         world: World | None = None,
         validation: Pairs | None = None,
+        workers: int = 0,
     ) -> None:
         self.model, self.pairs, self.config, self.seed = vae, pairs, config, seed
         self.validation = validation
@@ -156,6 +159,8 @@ class DvaeTask:
                 self._check_codebook()
         self.world.part(config.batch_size)
         self.sampler = sampler_for(pairs, config.batch_size, seed)
+        on_gpu = self.device.type == "cuda"
+        self.loader = StepLoader("dvae train", self.load, pairs, workers=workers, pin=on_gpu)
         self.optimizer = torch.optim.AdamW(
             [p for p in vae.parameters() if p.requires_grad],
             lr=config.lr_start,
@@ -212,6 +217,10 @@ class DvaeTask:
 
     def batch(self, step: int) -> Tensor:
         """This process's part of update `step`, (B, 3, S, S) in [0, 1]; crops by position."""
+        return to_tensor(self.loader.get(step).numpy()).to(self.device)
+
+    def load(self, step: int) -> Tensor:
+        """The crops of `batch`, (B, S, S, 3) uint8 on the CPU."""
         part, size = self.part(), self.config.image_size
 
         def crop(image: np.ndarray, position: int) -> np.ndarray:
@@ -226,7 +235,7 @@ class DvaeTask:
             lambda position: step_seed(self.seed, step, 4, part.start + position),
             crop,
         )
-        return to_tensor(crops).to(self.device)
+        return torch.from_numpy(np.stack(crops))
 
     def _empty_batch(self) -> Tensor:
         part, side = self.part(), self.config.image_size
@@ -241,7 +250,9 @@ class DvaeTask:
     def train_step(self, step: int) -> dict[str, float | Tensor]:
         """One update; before the codebook exists the codes are continuous."""
         c = self.config
+        waited = self.loader.seconds
         images = local_batch(self.world, partial(self.batch, step), self._empty_batch)
+        waited = self.loader.seconds - waited
         share = self.world.weight(c.batch_size)
         if step < c.warm_start_steps:
 
@@ -258,7 +269,8 @@ class DvaeTask:
             repeat_forward = partial(self.model.autoencode, images)
             grad_norm = update(self, loss * share, step, lr=lr, forward=repeat_forward)
             means = {"loss": loss, "psnr": quality}
-            return self._global_means(share, means, {"grad_norm": grad_norm, "images": len(images)})
+            others = {"grad_norm": grad_norm, "data_wait": waited, "images": len(images)}
+            return self._global_means(share, means, others)
         if step == c.warm_start_steps and c.warm_start_steps:
             self._make_codebook()
         ramp_step = step - c.warm_start_steps
@@ -286,6 +298,7 @@ class DvaeTask:
         self._count(torch.cat([part[-1] for part in outputs]), step)
         means = {"loss": loss, "nll": nll, "kl": kl, "psnr": quality}
         shared = {"tau": tau, "kl_weight": kl_weight, "grad_norm": grad_norm, **self.health}
+        shared["data_wait"] = waited
         return self._global_means(share, means, {**shared, "images": len(images)})
 
     def pictures(self, step: int) -> dict[str, Tensor]:

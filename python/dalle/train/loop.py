@@ -44,6 +44,7 @@ import torch
 from PIL import Image
 
 from dalle.console import is_main_process, say
+from dalle.data.loader import StepLoader
 from dalle.errors import DataError, EnvironmentProblem, Interrupted, NumericalError
 from dalle.files import make_folder
 from dalle.pictures import save_png, to_uint8
@@ -156,6 +157,8 @@ def train(
             raise
         finally:
             watch.close()
+            if isinstance(loader := getattr(task, "loader", None), StepLoader):
+                loader.close()
             metrics.close()
         interrupted = step < config.steps and stop
         result = TrainResult(

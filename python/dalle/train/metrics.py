@@ -84,7 +84,8 @@ class Metrics:
     A record of `metrics.jsonl`: step (updates done), the mean of every value since the last record
     (lists where a task gives tensors of more than one element), val_NAME (scores on the held-out
     part, where there are any), lr (of the optimizer's first group), steps_per_second,
-    images_per_second (where a task counts "images"), seconds (of this run), eta (seconds left).
+    images_per_second (where a task counts "images"), data_wait (share of the time in which it
+    waited for data, where a task gives the seconds), seconds (of this run), eta (seconds left).
 
     Args:
         folder: where `metrics.jsonl` lies; records of steps after `start` (which a killed run wrote
@@ -128,7 +129,8 @@ class Metrics:
         return time.monotonic() - self._begin
 
     def add(self, values: Mapping[str, float | torch.Tensor]) -> None:
-        """Takes the values of one step; "images" is a count, everything else is averaged."""
+        """Takes the values of one step; "images" is a count, "data_wait" are seconds,
+        everything else is averaged."""
         for key, value in values.items():
             array = value.detach().double().cpu() if isinstance(value, torch.Tensor) else value
             self._sums[key] = self._sums.get(key, 0.0) + np.asarray(array, dtype=np.float64)
@@ -150,13 +152,15 @@ class Metrics:
         elapsed = max(now - self._last_time, 1e-9)
         record: dict[str, Any] = {"step": step}
         for key, total in self._sums.items():
-            if key != "images":
+            if key not in ("images", "data_wait"):
                 record[key] = (total / self._counts[key]).tolist()
         record |= {f"val_{name}": float(score) for name, score in (scores or {}).items()}
         record["lr"] = lr
         record["steps_per_second"] = (step - self._last_step) / elapsed
         if "images" in self._sums:
             record["images_per_second"] = float(self._sums["images"]) / elapsed
+        if "data_wait" in self._sums:
+            record["data_wait"] = float(self._sums["data_wait"]) / elapsed
         record["seconds"] = self.seconds
         record["eta"] = (self._steps - step) * self.seconds / max(step - self._start, 1)
         self._sums, self._counts = {}, {}

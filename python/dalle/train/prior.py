@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dalle.configs import to_dict
 from dalle.data.augment import center_crop, prior_crop, to_tensor
+from dalle.data.loader import StepLoader
 from dalle.data.order import sampler_for
 from dalle.data.pairs import (
     Pairs,
@@ -73,6 +74,7 @@ class PriorTask:
         world: the processes that train together, each with the same arguments; a batch is shared
             out. Only the model's own dropout depends on how many there are.
         validation: the held-out part, for `evaluate`.
+        workers: processes that read pictures ahead of time; 0 reads them in this one.
 
     Raises:
         UsageError: sizes of prior, tokenizer, dVAE and images that do not fit each other.
@@ -92,6 +94,7 @@ class PriorTask:
         seed: int = 0,
         world: World | None = None,
         validation: Pairs | None = None,
+        workers: int = 0,
     ) -> None:
         self.validation = validation
         self.model, self.tokenizer, self.vae, self.pairs = prior, tokenizer, vae.eval(), pairs
@@ -129,6 +132,8 @@ class PriorTask:
             start = (config.embedding_scale, config.head_scale)
             init_from_codebook(prior, vae.codebook(), *start, seed=start_seed(seed, "rotation"))
         self.sampler = sampler_for(pairs, config.batch_size, seed, self.usable)
+        on_gpu = self.device.type == "cuda"
+        self.loader = StepLoader("prior train", self.load, pairs, workers=workers, pin=on_gpu)
         self.plateau = PlateauHalving(
             window=config.plateau_window,
             patience=config.plateau_patience,
@@ -162,21 +167,13 @@ class PriorTask:
         """This process's part of the batch of update `step`, a pure function of the seed."""
         c, indices = self.config, self.sampler.indices(step)
         part = self.world.part(len(indices))
-        local, first = indices[part], part.start
+        local = indices[part]
         positions = np.arange(part.start, part.stop)
         if self.tokens is not None:
             items, tokens = self.usable[local], self.tokens[torch.from_numpy(local)]
         else:
-
-            def crop(image: np.ndarray, position: int) -> np.ndarray:
-                rng = np.random.default_rng(step_seed(self.seed, step, 1, first + position))
-                return prior_crop(image, self.image_size, rng)
-
-            def draws(position: int) -> int:
-                return step_seed(self.seed, step, 5, first + position)
-
-            images, items = load_or_draw(self.pairs, local, draws, crop)
-            tokens = self._encode(images)
+            crops, drawn = self.loader.get(step)
+            items, tokens = drawn.numpy(), self._encode(crops.numpy())
         captions = [
             draw_caption(self.pairs, int(i), partial(step_seed, self.seed, int(epoch), 6, int(i)))
             for epoch, i in zip(self.sampler.epochs(step)[part], items, strict=True)
@@ -210,10 +207,25 @@ class PriorTask:
             keep = mask.to(self.device)
         return Batch(text, tokens.to(self.device), keep)
 
+    def load(self, step: int) -> tuple[Tensor, Tensor]:
+        """The crops of `batch`, (B, S, S, 3) uint8 on the CPU, and their items (B,)."""
+        indices = self.sampler.indices(step)
+        part = self.world.part(len(indices))
+
+        def crop(image: np.ndarray, position: int) -> np.ndarray:
+            rng = np.random.default_rng(step_seed(self.seed, step, 1, part.start + position))
+            return prior_crop(image, self.image_size, rng)
+
+        def draws(position: int) -> int:
+            return step_seed(self.seed, step, 5, part.start + position)
+
+        crops, items = load_or_draw(self.pairs, indices[part], draws, crop)
+        return torch.from_numpy(np.stack(crops)), torch.from_numpy(items)
+
     def train_step(self, step: int) -> dict[str, float | Tensor]:
         """One update; all its randomness comes from (seed, step)."""
         c = self.config
-        cut = self.tokenizer.truncated
+        cut, waited = self.tokenizer.truncated, self.loader.seconds
         batch = local_batch(self.world, partial(self.batch, step), self._empty_batch)
         text, tokens, keep = batch.text.to(self.device), batch.tokens, batch.keep
         cut = self.tokenizer.truncated - cut
@@ -242,6 +254,7 @@ class PriorTask:
             "grad_norm": grad_norm,
             "halvings": self.plateau.halvings,
             "captions_cut": self.world.weight(c.batch_size) * cut / len(text),
+            **({} if self.tokens is not None else {"data_wait": self.loader.seconds - waited}),
             "images": len(text),
             **(self.scaler.metrics() if self.scaler is not None else {}),
         }
@@ -359,7 +372,7 @@ class PriorTask:
         padded = self.model.config.text_targets == "padded"
         return text.numel() if padded else int((text != PAD).sum())
 
-    def _encode(self, images: list[np.ndarray]) -> Tensor:
+    def _encode(self, images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
         """(B, N) tokens of pictures of the right size."""
         stacked, vae = to_tensor(images).to(self.device), self.vae
         outputs = run_parts_no_grad(

@@ -24,6 +24,7 @@ from torch import nn
 
 from dalle.configs import check_numbers, integer, seed_number
 from dalle.data.augment import center_crop, to_tensor
+from dalle.data.loader import StepLoader
 from dalle.data.pairs import Pairs, captions_of, describe_pairs, load_or_draw, load_or_skip
 from dalle.distributed.world import Solo, World
 from dalle.dvae.model import DiscreteVAE
@@ -129,6 +130,7 @@ class RankerTask:
         steps: updates in all; the step size falls along half a cosine over them.
         seed: of batches, splices and choices.
         validation: the held-out part, for `evaluate`.
+        workers: processes that read pictures ahead of time; 0 reads them in this one.
 
     Raises:
         UsageError: no steps, fewer than two different captions, or pairs for a group.
@@ -147,6 +149,7 @@ class RankerTask:
         steps: int,
         seed: int = 0,
         validation: Pairs | None = None,
+        workers: int = 0,
     ) -> None:
         self.model: nn.Module = ranker
         self.validation = validation
@@ -154,6 +157,8 @@ class RankerTask:
         self.steps = integer("ranker", "steps", steps, 1)
         self.ranker, self.pairs, self.config = ranker, pairs, config
         self.seed = seed_number("ranker", seed)
+        on_gpu = ranker.log_scale.device.type == "cuda"
+        self.loader = StepLoader("ranker train", self.load, pairs, workers=workers, pin=on_gpu)
         self.vae = vae.eval().requires_grad_(False) if vae is not None else None
         self.inputs = {
             "tokenizer": ranker.tokenizer.fingerprint(),
@@ -203,6 +208,11 @@ class RankerTask:
 
     def views(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A step's batch: indices (B,), pictures (B, 3, H, W), spliced pictures (M, 3, H, W)."""
+        return self._views(*self.loader.get(step))
+
+    def load(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Crops (B, H, W, 3) uint8 and items (B,) of a step's batch, and the generator's state
+        after they were drawn; on the CPU."""
         rng = torch.Generator().manual_seed(step_seed(self.seed, step))
         drawn = draw_similar(
             self.caption_vectors,
@@ -218,9 +228,15 @@ class RankerTask:
             lambda position: step_seed(self.seed, step, 1, position),
             lambda image, _: center_crop(image, size),
         )
+        return torch.from_numpy(np.stack(crops)), torch.from_numpy(items), rng.get_state()
+
+    def _views(
+        self, crops: torch.Tensor, items: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rng = torch.Generator().set_state(state)
         item_ids = items.tolist()
         device = self.ranker.log_scale.device
-        images = to_tensor(crops).to(device)
+        images = to_tensor(crops.numpy()).to(device)
         # Shuffled, since pictures of one group are neighbours, whose parts would hardly differ.
         order = torch.randperm(len(images), generator=rng, dtype=torch.int64, device="cpu")[
             : self.config.spliced
@@ -237,7 +253,7 @@ class RankerTask:
                     < self.config.reconstructed
                 )
                 images = torch.where(replaced.to(device)[:, None, None, None], decoded, images)
-        return torch.tensor(item_ids, dtype=torch.int64, device="cpu"), images, spliced
+        return items, images, spliced
 
     def caption_rows(self, items: torch.Tensor, step: int) -> torch.Tensor:
         """(B,) row of `text` for each item; of several captions one is drawn each epoch, that is as
@@ -301,7 +317,9 @@ class RankerTask:
         return torch.cat([images for (images,) in outputs])
 
     def train_step(self, step: int) -> Mapping[str, float | torch.Tensor]:
+        waited = self.loader.seconds
         items, images, spliced = self.views(step)
+        waited = self.loader.seconds - waited
         device = images.device
         rows, count = self.caption_rows(items, step), len(items)
         text = self.text[rows].to(device)
@@ -332,12 +350,13 @@ class RankerTask:
             "accuracy": correct.float().mean(),
             "scale": self.ranker.scale.detach(),
             "grad_norm": norm,
+            "data_wait": waited,
             "images": float(count),
         }
 
     def pictures(self, step: int) -> dict[str, torch.Tensor]:
         """Pictures of the step's batch above spliced ones."""
-        _, images, spliced = self.views(step)
+        _, images, spliced = self._views(*self.load(step))
         rows = [part[:8] for part in (images, spliced) if len(part)]
         width = min(len(row) for row in rows)
         return {"views": rows_of(*[row[:width] for row in rows])}
