@@ -31,7 +31,8 @@ OTHER_SUFFIXES = (
 )
 
 
-def _digest(content: bytes) -> bytes:
+def digest_of(content: bytes) -> bytes:
+    """The hash of a picture's file, 16 bytes."""
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
@@ -202,7 +203,7 @@ class FolderPairs:
             if refused is not None:
                 self._skip(refused)
             self.skipped["second picture of a caption"] += len(paths) - index - 1
-            return path, _digest(content) if content else b""
+            return path, digest_of(content) if content else b""
         assert refused is not None
         raise refused
 
@@ -218,7 +219,7 @@ class FolderPairs:
         """Hash of each picture's file when it was verified; b"" of one that has gone since."""
         for path, digest in zip(self.paths, self._digests, strict=True):
             try:
-                yield digest or _digest(read_bytes(path))
+                yield digest or digest_of(read_bytes(path))
             except BadPicture:
                 yield b""
 

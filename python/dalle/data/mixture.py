@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from dalle.data.pairs import (
+    LazyCaptions,
     Pairs,
     captions_of,
     describe_pairs,
@@ -25,28 +26,6 @@ from dalle.data.pairs import (
 from dalle.data.split import hold_hashes, is_indexed
 
 CaptionChoice = Literal["first", "draw", "join"]
-
-
-class Captions(Sequence[str]):
-    """The first caption of each item, by a function that reads all of them."""
-
-    def __init__(self, pairs: Pairs, read: Callable[[int], Sequence[str]]) -> None:
-        self.pairs, self.read = pairs, read
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[str]: ...
-    def __getitem__(self, i: int | slice) -> str | list[str]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        i = i + len(self) if i < 0 else i
-        if not 0 <= i < len(self):
-            raise IndexError(f"item must be 0 .. {len(self) - 1}, got {i}")
-        return self.read(i)[0]
 
 
 class MixedPairs:
@@ -71,7 +50,7 @@ class MixedPairs:
         self.image_size = sizes.pop() if len(sizes) == 1 else 0
         self.indexed = any(is_indexed(part) for part in parts)
         self._ends = list(accumulate(len(part) for part in parts))
-        self.captions: Sequence[str] = Captions(self, self.captions_at)
+        self.captions: Sequence[str] = LazyCaptions(self, self.captions_at)
         self.several: Mapping[int, Sequence[str]] = _Several(self)
         self.skipped: Counter[str] = Counter()
         for part in parts:
@@ -202,7 +181,7 @@ class OneCaption:
 
     def __init__(self, pairs: Pairs, choice: CaptionChoice) -> None:
         self.pairs, self.choice = pairs, choice
-        self.captions = Captions(pairs, self.captions_at)
+        self.captions = LazyCaptions(pairs, self.captions_at)
         self.several: Mapping[int, Sequence[str]] = {}
 
     def __getattr__(self, name: str) -> Any:

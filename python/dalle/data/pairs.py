@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, overload, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
@@ -142,6 +142,57 @@ def each_caption(pairs: Pairs) -> Iterator[str]:
 def input_files(pairs: Pairs) -> list[Path]:
     """The files that a set reads, which no output replaces."""
     return [*getattr(pairs, "paths", ()), *getattr(pairs, "files", ())]
+
+
+class LazyCaptions(Sequence[str]):
+    """The first caption of each item of a set, by a function that reads all captions of one."""
+
+    def __init__(self, pairs: Sized, read: Callable[[int], Sequence[str]]) -> None:
+        self.pairs, self.read = pairs, read
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        i = i + len(self) if i < 0 else i
+        if not 0 <= i < len(self):
+            raise IndexError(f"item must be 0 .. {len(self) - 1}, got {i}")
+        return self.read(i)[0]
+
+
+class LazySeveral(Mapping[int, Sequence[str]]):
+    """The items that have several captions, by a function that reads all captions of one.
+
+    Args:
+        items: sorted, which have several.
+        read: of an item.
+    """
+
+    def __init__(self, items: np.ndarray, read: Callable[[int], Sequence[str]]) -> None:
+        self.chosen, self.read = items, read
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.chosen.tolist()
+
+    def __contains__(self, i: object) -> bool:
+        if not isinstance(i, (int, np.integer)):
+            return False
+        place = int(np.searchsorted(self.chosen, i))
+        return place < len(self.chosen) and int(self.chosen[place]) == i
+
+    def __getitem__(self, i: int) -> Sequence[str]:
+        if i not in self:
+            raise KeyError(i)
+        return self.read(i)
 
 
 def number_of_captions(pairs: Pairs) -> int:

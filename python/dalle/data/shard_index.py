@@ -21,7 +21,7 @@ import numpy as np
 from dalle import files
 from dalle.data import images
 from dalle.data.containers import picture_format
-from dalle.data.folder import OTHER_SUFFIXES, SUFFIXES
+from dalle.data.folder import OTHER_SUFFIXES, SUFFIXES, digest_of
 from dalle.data.images import DECODERS, BadPicture
 from dalle.data.pairs import caption_bytes
 from dalle.data.tar import BLOCK, Member, members
@@ -84,11 +84,6 @@ class Head:
     pictures: str
     skipped: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-
-
-def digest(content: bytes) -> bytes:
-    """The hash of a picture's file, 16 bytes."""
-    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def hold_hash(picture: bytes) -> int:
@@ -217,7 +212,7 @@ def _add(pairs: dict[str, _Pair], member: Member, file: BinaryIO, path: Path) ->
     if is_picture:
         try:
             check_picture(content, member.size, where)
-            pair.pictures.append((member, digest(content)))
+            pair.pictures.append((member, digest_of(content)))
         except BadPicture as problem:
             pair.pictures.append(problem)
         return ""

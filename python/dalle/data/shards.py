@@ -12,14 +12,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dalle import files
 from dalle.data import shard_index
 from dalle.data.images import MAX_FILE_BYTES, BadPicture, decode
-from dalle.data.pairs import format_counts
+from dalle.data.pairs import LazyCaptions, format_counts
 from dalle.data.shard_files import find_shards, is_shard_folder, open_shards
 from dalle.data.shard_index import JSON_TEXT, StaleIndex, read_columns
 from dalle.data.source import Source
@@ -96,7 +96,7 @@ class ShardPairs:
                 f"data: {folder} must hold .tar files with pictures and captions, got no usable "
                 f"pair ({why or 'the folder is empty'}){named}"
             )
-        self.captions: Sequence[str] = ShardCaptions(self)
+        self.captions: Sequence[str] = LazyCaptions(self, self.captions_at)
         self.several: Mapping[int, Sequence[str]] = SeveralCaptions(self)
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._lock = threading.Lock()
@@ -212,25 +212,6 @@ class ShardPairs:
             both = hashlib.sha256((shard.head.captions + shard.head.pictures).encode()).hexdigest()
             named[str(shard.path.relative_to(self.folder))] = f"{shard.head.pairs} {both[:8]}"
         return named
-
-
-class ShardCaptions(Sequence[str]):
-    """The first caption of each item, read when it is asked for."""
-
-    def __init__(self, pairs: ShardPairs) -> None:
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[str]: ...
-    def __getitem__(self, i: int | slice) -> str | list[str]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        return self.pairs.captions_at(i + len(self) if i < 0 else i)[0]
 
 
 class SeveralCaptions(Mapping[int, Sequence[str]]):
