@@ -207,11 +207,10 @@ def test_no_torch_in_kernel_headers_or_host_module():
 
 def test_cpu_kernels_build_and_are_tested_on_any_processor():
     """Intrinsics stand where their portable twins are; each kernel is in `tests/cpp/kernels`."""
-    twins = ("common/vector_intrinsics.h", "common/philox_lanes.h")
-    pairs = "sparse_attention/sparse_attention_cpu_pairs.h"
+    twins = ("common/vector_intrinsics.h", "common/philox_lanes.h", "common/pairs.h")
     intrinsic = re.compile(r"\b_mm\d*_\w+\(|# *include <(immintrin|arm_neon)")
     found = [p for p in ROOT.glob("csrc/*/*.h") if intrinsic.search(p.read_text())]
-    assert {str(p.relative_to(ROOT / "csrc")) for p in found} == {*twins, pairs}
+    assert {str(p.relative_to(ROOT / "csrc")) for p in found} == {*twins}
     tested = "".join(p.read_text() for p in ROOT.glob("tests/cpp/kernels/*.cpp"))
     kernels = [p.stem for p in ROOT.glob("csrc/*/*_cpu.h")]
     assert kernels and [k for k in kernels if f"({k})" not in tested] == []

@@ -76,6 +76,21 @@ inline Word widened(Short v) {
 #endif
 }
 
+// As many signed bytes as there are lanes.
+inline Int widened_bytes(const int8_t* p) {
+#if DALLE_X86_BYTES == 64
+  return (Int)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif DALLE_X86_BYTES == 32
+  return (Int)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#elif DALLE_X86_BYTES == 16
+  return (Int)_mm_cvtepi8_epi32(_mm_cvtsi32_si128(load_as<int32_t>(p)));
+#else
+  Int v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
 // Whether a mask, -1 where it holds, holds in any lane.
 inline bool any(Word mask) {
 #if DALLE_X86_BYTES == 64

@@ -30,10 +30,12 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& t
   DALLE_DECODE_CHECK(at >= 0 && at < slots, "slot", "from 0 to " + std::to_string(slots - 1), at);
   Tensor out = empty_decoded(q);
   params.out = decode_rows_of(out);
-  const DecodeAttentionCpu& cpu = DALLE_SELECT_ISA(decode_attention_cpu);
-  const int64_t samples = cpu.samples < q.size(1) ? cpu.samples : q.size(1);
   if (out.numel() == 0) return out;
-  const int64_t tasks = q.size(0) * q.size(2) * ceil_div(q.size(1), cpu.samples);
+  const DecodeAttentionCpu& cpu = params.type == ElementKind::kBFloat16
+                                      ? DALLE_SELECT_ISA_BFLOAT16(decode_attention_cpu)
+                                      : DALLE_SELECT_ISA(decode_attention_cpu);
+  const int64_t samples = std::min<int64_t>(cpu.task_samples(params.type), q.size(1));
+  const int64_t tasks = q.size(0) * q.size(2) * ceil_div(q.size(1), cpu.task_samples(params.type));
   run_tasks(q, tasks, grain_of(params, samples), cpu.workspace_bytes(params),
             [&](void* space, int64_t begin, int64_t end) {
               cpu.run(params, static_cast<int32_t>(at), space, begin, end);

@@ -109,7 +109,7 @@ inline void add_to_keys(const operand_t* factor, const operand_t* rows, int coun
   for (int key = 0; key < kTile; key += kMicroRows) {
     MicroTile<Sum<operand_t>, kVectors> sum = {};
     if (!first) load_tile<Sum<operand_t>, kVectors>(to + key * padded, padded, nullptr, sum);
-    micro_tile<operand_t, kVectors, 1, kChunk>(factor + key, rows, padded, depth, sum);
+    micro_tile<operand_t, kVectors>(factor + key, 1, kChunk, rows, padded, depth, sum);
     store_tile<Sum<operand_t>, kVectors>(to + key * padded, padded, sum);
   }
 }
@@ -132,8 +132,8 @@ inline void add_gradients(BackwardSpace<operand_t>& space, const AttentionTile* 
     load_tile<Sum<operand_t>, kVectors>(space.grad_q + r * padded + d, padded, nullptr, sum);
     for (int t = 0; t < num_tiles; ++t) {
       const int64_t panel = static_cast<int64_t>(tiles[t].panel) * kDepth * padded;
-      micro_tile<operand_t, kVectors, kRow, 1>(space.ds_along + r * kRow + t * kDepth,
-                                               space.keys + panel + d, padded, kDepth, sum);
+      micro_tile<operand_t, kVectors>(space.ds_along + r * kRow + t * kDepth, kRow, 1,
+                                      space.keys + panel + d, padded, kDepth, sum);
     }
     store_tile<Sum<operand_t>, kVectors>(space.grad_q + r * padded + d, padded, sum);
   }
@@ -155,7 +155,7 @@ struct Backward {
                                         operand_t* across, operand_t* transposed) const {
     const operand_t* gathered =
         gather_across<storage_t>(p, view, rows, head, strip, size, scratch, across);
-    transpose_panel(gathered, size.words, transposed);
+    transpose_panel(gathered, kTile, size.words, transposed);
     return gathered;
   }
 
@@ -164,7 +164,7 @@ struct Backward {
     const int64_t by_rows = int64_t{panel} * (kTile / kElements<operand_t>)*size.padded;
     gather_and_transpose(p.k, panel, space.rows, space.keys + by_rows, space.keys_t + by_channels);
     gather(p.v, panel, space.rows);
-    transpose_panel(space.rows, size.words, space.values_t + by_channels);
+    transpose_panel(space.rows, kTile, size.words, space.values_t + by_channels);
     space.ready[panel] = 1;
   }
 

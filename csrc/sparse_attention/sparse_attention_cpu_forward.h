@@ -115,8 +115,8 @@ inline void weigh_values(ForwardSpace<operand_t>& space, const AttentionTile* ti
     load_tile<Sum<operand_t>, kVectors>(space.out + r * padded + d, padded, space.rescale + r, sum);
     for (int t = 0; t < num_tiles; ++t) {
       const int64_t panel = static_cast<int64_t>(tiles[t].panel) * kDepth * padded;
-      micro_tile<operand_t, kVectors, kRow, 1>(space.weights + r * kRow + t * kDepth,
-                                               space.values + panel + d, padded, kDepth, sum);
+      micro_tile<operand_t, kVectors>(space.weights + r * kRow + t * kDepth, kRow, 1,
+                                      space.values + panel + d, padded, kDepth, sum);
     }
     store_tile<Sum<operand_t>, kVectors>(space.out + r * padded + d, padded, sum);
   }
@@ -144,7 +144,7 @@ void forward_typed(const SparseAttentionParams& p, const AttentionTileView& view
     const int num_rows = (count + kMicroRows - 1) / kMicroRows * kMicroRows;
     const int32_t* position = view.position + strip * kTile;
     gather_strip<storage_t>(p, view, p.q, head, strip, size.words, space.rows);
-    transpose_panel(space.rows, size.words, space.q);
+    transpose_panel(space.rows, kTile, size.words, space.q);
     std::memset(space.out, 0, sizeof(acc_t) * kTile * size.padded);
     for (int r = 0; r < kTile; ++r) {
       space.m[r] = -INFINITY;
@@ -160,7 +160,7 @@ void forward_typed(const SparseAttentionParams& p, const AttentionTileView& view
         operand_t* keys = space.keys + panel * by_channels;
         if (!space.ready[panel]) {
           gather_strip<storage_t>(p, view, p.k, head, panel, size.words, space.rows);
-          transpose_panel(space.rows, size.words, keys);
+          transpose_panel(space.rows, kTile, size.words, keys);
           gather_across<storage_t>(p, view, p.v, head, panel, size, space.rows,
                                    space.values + panel * by_rows);
           space.ready[panel] = 1;

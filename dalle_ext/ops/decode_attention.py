@@ -32,13 +32,12 @@ if _native.CPU_PROBLEM is None:
     _decode_attention = _native.register("_decode_attention", _fake, public=OP)
 
 
-def _no_gradient(op: str, **tensors: Tensor) -> None:
+def _plain(op: str, **tensors: Tensor) -> None:
+    """Raises TypeError for what is no tensor, or one that a gradient would have to flow through."""
     for name, x in tensors.items():
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise NotImplementedError(
-                f"{op}: {name} must be without a gradient, got one that requires it; the op has no "
-                "backward: use torch.no_grad(), or detach it"
-            )
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    numbers_only(op, **tensors)
     plain_memory(op, **tensors)
 
 
@@ -62,9 +61,9 @@ class DecodeCache:
         key_scales, value_scales: (B, S, H, C) float32 with `bits` 8, else None.
 
     Raises:
-        TypeError: pattern is not an AttentionPattern.
+        TypeError: pattern is not an AttentionPattern; text that requires a gradient while gradients
+            are recorded.
         ValueError: shapes, dtypes, devices, samples, or bits that do not fit.
-        NotImplementedError: text that requires a gradient while gradients are recorded.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class DecodeCache:
         if not isinstance(pattern, AttentionPattern):
             name = type(pattern).__name__
             raise TypeError(f"{CACHE}: pattern must be an AttentionPattern, got {name}")
-        _no_gradient(CACHE, text_keys=text_keys, text_values=text_values)
+        _plain(CACHE, text_keys=text_keys, text_values=text_values)
         self.pattern, self.bits = pattern, bits
         self.samples = integer(CACHE, "samples", samples, 1)
         if text_keys.dim() != 4 or text_keys.size(2) != pattern.text_len:
@@ -129,7 +128,7 @@ class DecodeCache:
 
     def set_text(self, text_keys: Tensor, text_values: Tensor) -> None:
         """Other captions in the same memory, so that a CUDA graph reads them; shapes as before."""
-        _no_gradient(CACHE, text_keys=text_keys, text_values=text_values)
+        _plain(CACHE, text_keys=text_keys, text_values=text_values)
         self._like("text_keys", text_keys, self.text_keys)
         self._like("text_values", text_values, self.text_values)
         self.text_keys.copy_(text_keys)
@@ -144,7 +143,7 @@ class DecodeCache:
         Raises:
             ValueError: another shape, dtype or device.
         """
-        _no_gradient(CACHE, keys=keys, values=values)
+        _plain(CACHE, keys=keys, values=values)
         batch, samples, heads, capacity, size = self.image_keys.shape
         n, slots = keys.size(-2) if keys.dim() in (4, 5) else -1, len(self._places)
         shared = keys.dim() == 4
@@ -196,6 +195,7 @@ class DecodeCache:
         Raises:
             ValueError: another shape, dtype or device, or a number out of range.
         """
+        _plain(CACHE, index=index)
         shape = tuple(self.image_keys.shape[:2])
         if tuple(index.shape) != shape or index.dtype != torch.int64:
             got = f"{tuple(index.shape)} {index.dtype}"
@@ -263,15 +263,15 @@ def decode_attention(
         (B, S, H, D), contiguous. No gradient flows.
 
     Raises:
-        TypeError: cache is not a DecodeCache.
+        TypeError: cache is not a DecodeCache; a tensor that requires a gradient while gradients are
+            recorded.
         ValueError: shapes, dtypes or devices other than the cache's; scale is not finite.
-        NotImplementedError: a tensor that requires a gradient while gradients are recorded.
         RuntimeError: slot out of range, on the CPU; no native library for the device.
     """
     if not isinstance(cache, DecodeCache):
         raise TypeError(f"{OP}: cache must be a DecodeCache, got {type(cache).__name__}")
+    _plain(OP, q=q, k=k, v=v)
     _check(q, k, v, cache, slot)
-    _no_gradient(OP, q=q, k=k, v=v)
     factor = 1.0 / math.sqrt(q.size(3)) if scale is None else _number(scale)
     if reference_in_use():
         return reference.decode_attention(q, k, v, cache, slot, factor)

@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "common/host_device.h"
-#include "sparse_attention/sparse_attention_cpu_pairs.h"
+#include "common/pairs.h"
 
 using namespace dalle;
 using namespace dalle::DALLE_ISA_NAMESPACE;

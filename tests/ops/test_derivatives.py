@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import dalle_ext
 
 PATTERN = dalle_ext.AttentionPattern("row", text_len=2, grid=(2, 3))
+SLOT = torch.tensor(1)
 X = torch.linspace(-1, 1, 8 * 4).sin().view(1, 1, 8, 4)
 
 
@@ -75,6 +76,17 @@ def decompressed(x):
     return dalle_ext.powersgd_decompress_(errors(), [x[0, 0, :, :2]], [torch.ones(4, 2)])[0]
 
 
+def decoded(x):
+    rule = dalle_ext.AttentionPattern("row", text_len=8, grid=(2, 3))
+    cache = dalle_ext.DecodeCache(rule, X, X, 1)
+    return dalle_ext.decode_attention(x[:, :, :1], X[:, :, :1], X[:, :, :1], cache, SLOT)
+
+
+def decoded_with(x):
+    rule = dalle_ext.AttentionPattern("row", text_len=8, grid=(2, 3))
+    return dalle_ext.DecodeCache(rule, x, X, 1).text_keys
+
+
 def unscaled_in_place(x):
     return dalle_ext.unscale_gradients_([x.clone()], 2.0).sum_squares
 
@@ -104,6 +116,7 @@ def stepped(x):
 DIFFERENTIABLE = [attention, packed_attention, sample, kl]
 IN_PLACE = [unscaled_in_place, counted, unscaled_by, with_scales_updated, stepped]
 FUNCTIONS = [scaled, unscaled, orthogonal, compressed, compressed_by, projected, decompressed]
+FUNCTIONS += [decoded, decoded_with]
 PACKING = [packed, packed_and_counted]
 EVERY = [*DIFFERENTIABLE, *FUNCTIONS, *IN_PLACE, *PACKING]
 

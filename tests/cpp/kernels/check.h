@@ -163,5 +163,6 @@ void test_gumbel_words(Checks& checks);
 void test_powersgd(Checks& checks);
 void test_gumbel_softmax(Checks& checks);
 void test_sparse_attention(Checks& checks);
+void test_decode_attention(Checks& checks);
 
 }  // namespace dalle

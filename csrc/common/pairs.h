@@ -1,8 +1,8 @@
 // What products multiply: float and double as they are, bfloat16 in pairs. A Pair is two neighbours
 // along the sum in one word; two words give two products, which are added to one float. v4_bf16 has
 // this as one instruction, v4 makes the same sums of shifts and float products. With shorter
-// vectors that costs more than it saves: there bfloat16 becomes float when it is packed. Included
-// by sparse_attention_cpu.h only.
+// vectors that costs more than it saves: there bfloat16 becomes float when it is packed. No torch
+// here.
 #pragma once
 
 #include "common/vector.h"
