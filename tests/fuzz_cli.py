@@ -33,7 +33,7 @@ from pathlib import Path
 
 from dalle.cli import main
 from fuzz_damage import damage_file, damage_out, damage_words
-from support.cli_home import DVAE, PRIOR, RECONSTRUCT, RERANK, SAMPLE, make_home
+from support.cli_home import DVAE, EDIT, PRIOR, RECONSTRUCT, RERANK, SAMPLE, make_home
 
 SLOWEST = 60.0  # seconds, on a machine that others load
 MEMORY = 3 << 30  # bytes a case may map beside what the process has
@@ -46,6 +46,8 @@ LINES = [
     f"{SAMPLE} --file long.txt", f"{SAMPLE} --prime-image pairs/0.png --prime-rows 1",
     f"{SAMPLE} --overwrite --temperature 0.5 --top-k 3", f"{RERANK} --data .",
     "sample --again drawn/00-word/0.png --model pipe --out out",
+    "edit --again edited/00-word/0.png --image pairs/0.png --model pipe --out out",
+    f"{EDIT} --mask pairs/1.png --paste", f"{EDIT} --box 4,4,9,12 --box 3,3 --box-units pixels",
     "data check --data pairs --contact out/sheet.png", "data check --data pairs --verify none",
     "data check --data pairs --image-size 16 --tokenizer tok --text-len 8",
     "data make-shapes --out out --count 3", "tokenizer train --data pairs --out out",
@@ -120,6 +122,7 @@ def build_home(root: Path, demo: bool = False) -> Path:
         lines = [DVAE.replace("--out out", "--out run-dvae --log-every 1")]
         lines += [PRIOR.replace("--out out", "--out run-prior --log-every 1")]
         lines += [SAMPLE.replace("--out out", "--out drawn")]
+        lines += [EDIT.replace("--out out", "--out edited")]
         for line in lines + [DEMO] * demo:
             said = io.StringIO()
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):

@@ -28,6 +28,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("train",): ("dalle.commands.train:train", "a folder of pictures to a model that draws"),
     ("demo",): ("dalle.commands.demo:demo", "train everything on a small set, draw captions"),
     ("sample",): ("dalle.commands.sample:sample", "draw pictures for captions"),
+    ("edit",): ("dalle.commands.edit:edit", "draw parts of a picture anew for a caption"),
     ("rerank",): ("dalle.commands.rerank:rerank", "which pictures of a folder fit a caption best"),
     ("prior", "train"): ("dalle.commands.prior:train_command", "learn captions and image tokens"),
     ("dvae", "train"): ("dalle.commands.dvae:train", "learn to turn pictures into tokens"),

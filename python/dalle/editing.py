@@ -168,6 +168,7 @@ def steps(
         seed=seed,
         first_sample=first_candidate,
         max_batch=AT_ONCE,
+        group=GROUP,
     )
 
 

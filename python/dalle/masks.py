@@ -6,7 +6,9 @@ covers H / h x W / w pixels.
 
 from __future__ import annotations
 
+import base64
 import re
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,3 +131,26 @@ def kept_tokens(keep: Any, grid: tuple[int, int], side: int) -> tuple[Tensor, Te
             "dalle sample draws whole pictures"
         )
     return tokens, pixels
+
+
+def packed(pixels: Tensor) -> str:
+    """(H, W) bool as text: its bits, deflated, in base64."""
+    bits = np.packbits(pixels.cpu().numpy())
+    return base64.b64encode(zlib.compress(bits.tobytes(), 9)).decode("ascii")
+
+
+def unpacked(text: str, side: int) -> Tensor:
+    """The mask (side, side) of `packed`.
+
+    Raises:
+        UsageError: the text is something else, or of another size.
+    """
+    size = (side * side + 7) // 8
+    try:
+        data = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)
+    except (ValueError, zlib.error) as problem:  # binascii.Error is a ValueError
+        raise UsageError("edit: keep must be a mask in base64, got other text") from problem
+    if len(data) != size:
+        raise UsageError(f"edit: keep must be a mask of {side} x {side} pixels, got another size")
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=side * side)
+    return torch.from_numpy(bits.astype(bool)).view(side, side)

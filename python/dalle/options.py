@@ -23,6 +23,7 @@ from dalle.configs import check_numbers, did_you_mean, field_types
 from dalle.errors import UsageError
 
 WIDE = 40_000  # columns
+REPEATED = "repeated"  # in the annotation of a list whose option may be given once for each value
 SOURCES = "data"  # the option that may be given several times where it is a text
 T = TypeVar("T")
 _REWRITES = [  # Python's own and tyro's -> ours
@@ -60,6 +61,7 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
     options = None if file is None else _FileOptions(config_type, file)
     if _plain(field_types(config_type).get(SOURCES)) is str:
         words = _joined_sources(words)
+    words = _gathered(words, config_type)
     if options is not None:
         words = options.words + words
     words = _spelled(words, config_type)
@@ -94,6 +96,31 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
         message = _condense(lines)
         refused = re.match(r"Error parsing (?!-)\S+: (.*)", message)  # by the dataclass itself
         raise UsageError(refused[1] if refused else f"{prog}: {message}") from None
+
+
+def _gathered(words: list[str], config_type: type) -> list[str]:
+    """`words` with the values of an option of `REPEATED` that is given several times as a list."""
+    hints = typing.get_type_hints(config_type, include_extras=True)
+    for field, annotation in hints.items():
+        if REPEATED not in getattr(annotation, "__metadata__", ()):
+            continue
+        option = f"--{field.replace('_', '-')}"
+        values: list[str] = []
+        rest: list[str] = []
+        inside = False
+        for word in words:
+            name, equals, value = word.partition("=")
+            if name.replace("_", "-") == option:
+                inside = not equals
+                values += [value] if equals else []
+            elif inside and not word.startswith("--"):
+                values.append(word)
+            else:
+                inside = False
+                rest.append(word)
+        if len(values) > 1 and "" not in values:
+            words = [*rest, option, *values]
+    return words
 
 
 def _joined_sources(words: list[str]) -> list[str]:

@@ -24,6 +24,7 @@ PRIOR = (
     "--steps 2 --out out"
 )
 SAMPLE = "sample word --model pipe --num-candidates 2 --top 2 --out out"
+EDIT = "edit --caption word --image pairs/0.png --model pipe --num-candidates 2 --out out"
 RERANK = "rerank word --data pairs --ranker pipe/ranker --out out"
 
 

@@ -29,6 +29,7 @@ from dalle.pipeline import Generation, Pipeline
 from dalle.pretrained import fingerprint
 from dalle.version import __version__
 
+CANDIDATES = 64  # where neither the command line nor the pipeline says
 PIPELINES = (Path("run/pipeline"), Path("out/demo/pipeline"))  # of `dalle train`, of `dalle demo`
 WORDS = {"cond_scale": "guidance (cond_scale)", "top_k": "top-k", "top_p": "top-p"}
 RECORD = "samples.json"

@@ -80,14 +80,19 @@ def require_dvae_fits(
     )
 
 
-def require_samples_fit(owner: str, pipeline: Pipeline, candidates: int, guided: bool) -> None:
-    """Raises EnvironmentProblem where the candidates of one caption cannot fit on their device."""
+def require_samples_fit(
+    owner: str, pipeline: Pipeline, candidates: int, guided: bool, at_once: int = SEQUENCES
+) -> None:
+    """Raises EnvironmentProblem where the candidates of one caption cannot fit on their device.
+
+    At most `at_once` of them are drawn at a time.
+    """
     shape, side = pipeline.prior.config, pipeline.image_size
     cache = memory(shape, 1, "fp32" if shape.precision == "fp32" else "bf16")["cache_per_image"]
 
     def needed(count: int) -> float:
         pictures = count * 2 * 4 * 3 * side**2  # the chunks and their concatenation
-        on_device = min(count, SEQUENCES) * cache * (2 if guided else 1)
+        on_device = min(count, at_once) * cache * (2 if guided else 1)
         return on_device + (pictures if pipeline.device.type == "cpu" else 0)
 
     free = free_memory(pipeline.device)

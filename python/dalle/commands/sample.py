@@ -12,6 +12,7 @@ from dalle import files, pictures
 from dalle.captions import caption_lines, clean
 from dalle.commands import again
 from dalle.commands.drawn import (
+    CANDIDATES,
     PAGE,
     RECORD,
     description,
@@ -42,8 +43,6 @@ from dalle.errors import DataError, UsageError
 from dalle.files import to_json
 from dalle.pipeline import MAX_CANDIDATES
 from dalle.prior.sampling import SamplingChanges
-
-CANDIDATES = 64  # where neither the command line nor the pipeline says
 
 
 @dataclass(frozen=True, kw_only=True)
