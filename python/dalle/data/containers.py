@@ -2,8 +2,8 @@
 
 A decoder refuses a picture with intact pixels for a mistyped tag, a profile beyond its limits or a
 comment of two megabytes. So the decoder gets only those parts of a JPEG or PNG that the pixels
-need. The two values that change how they look are read here: the orientation (from EXIF, else from
-XMP) and a PNG's transparent colour.
+need. The values that change how they look are read here: the orientation (from EXIF, else from
+XMP), the colour profile, and a PNG's transparent colour.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from itertools import count
 from typing import NamedTuple
 
-JPEG, PNG, WEBP = "JPEG", "PNG", "WEBP"
+JPEG, PNG, WEBP, AVIF = "JPEG", "PNG", "WEBP", "AVIF"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 OTHERS = (  # (offset, bytes, name) of formats that are refused by name
     (0, b"GIF8", "GIF"),
     (0, b"BM", "BMP"),
     (0, b"II*\0", "TIFF"),
     (0, b"MM\0*", "TIFF"),
-    (4, b"ftypavi", "AVIF"),
+    (4, b"ftypavi", AVIF),
     (4, b"ftyphei", "HEIC"),
     (4, b"ftyphev", "HEIC"),
     (4, b"ftypmif1", "HEIF"),
@@ -42,6 +42,8 @@ XMP_HEAD = b"http://ns.adobe.com/xap/1.0/\0"
 XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:\s*=\s*[\"']|\s*>\s*)([1-8])\b")
 MAX_PIECES = 100_000  # segments or chunks of a file; a PNG of 64 MiB has about 8,000
 MAX_PROFILE = 1 << 20  # bytes read of a compressed EXIF profile
+MAX_ICC = 4 << 20  # bytes of a colour profile; a larger one is not used
+ICC_HEAD = b"ICC_PROFILE\0"
 
 
 class TooManyPieces(ValueError):
@@ -57,6 +59,7 @@ class PictureFile(NamedTuple):
         size: width and height in the header of a JPEG or PNG; None where there is no such header.
         key: the sample values of a PNG's transparent colour (one of grey, three of RGB), or ().
         depth: bits a sample of a PNG has; 8 elsewhere.
+        profile: the ICC profile of the colours, or b"".
     """
 
     content: bytes
@@ -64,6 +67,7 @@ class PictureFile(NamedTuple):
     size: tuple[int, int] | None = None
     key: tuple[int, ...] = ()
     depth: int = 8
+    profile: bytes = b""
 
 
 def picture_format(content: bytes) -> str | None:
@@ -80,18 +84,23 @@ def picture_format(content: bytes) -> str | None:
 def parse_picture(content: bytes) -> PictureFile:
     """Parses a JPEG, PNG or WebP; from damage in its structure on, bytes are kept as they are.
 
+    Of an AVIF the decoder reads all itself.
+
     Raises:
         TooManyPieces: the file has more than 100,000 segments or chunks.
     """
     kind = picture_format(content)
     if kind == JPEG:
         return _jpeg(content)
+    if kind == AVIF:
+        return PictureFile(content)
     return _png(content) if kind == PNG else _webp(content)
 
 
 def _jpeg(content: bytes) -> PictureFile:
     """Drops all application segments except those that say how colours are stored (JFIF, Adobe)."""
     segments, exif, xmp = [content[:2]], [], []
+    icc: dict[int, bytes] = {}
     size = None
     offset = begin = 2
     pieces = count()
@@ -114,6 +123,8 @@ def _jpeg(content: bytes) -> PictureFile:
             exif.append(body[6:])
         elif marker == 0xE1 and body.startswith(XMP_HEAD):
             xmp.append(body)
+        elif marker == 0xE2 and body.startswith(ICC_HEAD) and len(body) > len(ICC_HEAD) + 2:
+            icc.setdefault(body[len(ICC_HEAD)], body[len(ICC_HEAD) + 2 :])
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and len(body) >= 5:
             size = int.from_bytes(body[3:5], "big"), int.from_bytes(body[1:3], "big")
         # Shorter JFIF and Adobe segments are ignored by libjpeg.
@@ -126,13 +137,15 @@ def _jpeg(content: bytes) -> PictureFile:
         offset = end
     segments.append(content[begin:])
     # An EXIF block above 64 KiB continues in the next segment; else the first valid one counts.
-    return PictureFile(b"".join(segments), _orientation([b"".join(exif), *exif[1:]], xmp), size)
+    orientation = _orientation([b"".join(exif), *exif[1:]], xmp)
+    profile = b"".join(icc[number] for number in sorted(icc))  # numbered from 1
+    return PictureFile(b"".join(segments), orientation, size, profile=_profile(profile))
 
 
 def _png(content: bytes) -> PictureFile:
     """Keeps the critical chunks and a palette's transparency, hence the first frame alone."""
     chunks, exif, xmp = [PNG_SIGNATURE], [], []
-    size, depth, colour, key = None, 8, -1, b""
+    size, depth, colour, key, profile = None, 8, -1, b"", b""
     for kind, begin, end in _png_chunks(content):
         body = content[begin + 8 : end - 4]
         if kind == b"IHDR" and len(body) >= 10:
@@ -142,6 +155,8 @@ def _png(content: bytes) -> PictureFile:
             key = body
         elif kind == b"eXIf":
             exif.append(body)
+        elif kind == b"iCCP":
+            profile = profile or _compressed_profile(body)
         elif kind in (b"tEXt", b"zTXt"):
             exif.append(_text_profile(kind, body))
         elif kind == b"iTXt" and body.startswith(b"XML:com.adobe.xmp\0"):
@@ -153,7 +168,8 @@ def _png(content: bytes) -> PictureFile:
     mask = (1 << depth) - 1  # bits above the sample's depth are ignored
     values = [int.from_bytes(key[2 * i : 2 * i + 2], "big") & mask for i in range(samples)]
     transparent = tuple(values) if len(key) >= 2 * samples else ()
-    return PictureFile(b"".join(chunks), _orientation(exif, xmp), size, transparent, depth)
+    orientation = _orientation(exif, xmp)
+    return PictureFile(b"".join(chunks), orientation, size, transparent, depth, profile)
 
 
 def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -176,6 +192,22 @@ def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
         offset = end
 
 
+def _profile(content: bytes) -> bytes:
+    """An ICC profile, or b"" for what is none: its own length and signature must fit."""
+    length = int.from_bytes(content[:4], "big")
+    fits = 128 <= length <= min(len(content), MAX_ICC) and content[36:40] == b"acsp"
+    return content[:length] if fits else b""
+
+
+def _compressed_profile(body: bytes) -> bytes:
+    """The ICC profile in a PNG's chunk."""
+    _, _, rest = body.partition(b"\0")
+    try:
+        return _profile(zlib.decompressobj().decompress(rest[1:], MAX_ICC))
+    except zlib.error:
+        return b""
+
+
 def _text_profile(kind: bytes, body: bytes) -> bytes:
     """The EXIF block that ImageMagick and ExifTool wrote as text before PNG had a chunk for it."""
     name, _, value = body.partition(b"\0")
@@ -192,7 +224,7 @@ def _text_profile(kind: bytes, body: bytes) -> bytes:
 
 
 def _webp(content: bytes) -> PictureFile:
-    blocks: dict[bytes, list[bytes]] = {b"EXIF": [], b"XMP ": []}
+    blocks: dict[bytes, list[bytes]] = {b"EXIF": [], b"XMP ": [], b"ICCP": []}
     offset = 12
     pieces = count()
     while offset + 8 <= len(content):
@@ -204,7 +236,8 @@ def _webp(content: bytes) -> PictureFile:
         if kind in blocks:
             blocks[kind].append(content[offset + 8 : offset + 8 + size])
         offset += 8 + size + size % 2
-    return PictureFile(content, _orientation(blocks[b"EXIF"], blocks[b"XMP "]))
+    profile = _profile(blocks[b"ICCP"][0]) if blocks[b"ICCP"] else b""
+    return PictureFile(content, _orientation(blocks[b"EXIF"], blocks[b"XMP "]), profile=profile)
 
 
 def _check_pieces(number: int) -> None:

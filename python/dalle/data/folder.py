@@ -17,16 +17,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dalle.data.images import BadPicture, decode, open_checked, read_bytes
+from dalle.data.containers import AVIF
+from dalle.data.images import DECODERS, BadPicture, decode, open_checked, read_bytes
 from dalle.data.pairs import format_counts, hashed_fingerprint
 from dalle.data.source import Source
 from dalle.data.texts import MAX_CAPTION_BYTES as MAX_CAPTION_BYTES
 from dalle.data.texts import read_captions
 from dalle.errors import DataError, UsageError
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", *[".avif"] * (AVIF in DECODERS))
 OTHER_SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".pbm", ".pgm", ".pnm"),
+    *[".avif"] * (AVIF not in DECODERS),
+    *(".bmp", ".gif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".pbm", ".pgm", ".pnm"),
     *(".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff"),
 )
 

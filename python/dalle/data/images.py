@@ -8,15 +8,18 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin, features
 
 from dalle import files
+from dalle.data.colours import to_srgb
 from dalle.data.containers import (
+    AVIF,
     MAX_PIECES,
     PictureFile,
     TooManyPieces,
     parse_picture,
     picture_format,
+    tiff_orientation,
 )
 from dalle.errors import DataError
 
@@ -25,6 +28,10 @@ DECODERS: dict[str, type[ImageFile.ImageFile]] = {
     "PNG": PngImagePlugin.PngImageFile,
     "WEBP": WebPImagePlugin.WebPImageFile,
 }
+if features.check("avif"):
+    from PIL import AvifImagePlugin
+
+    DECODERS[AVIF] = AvifImagePlugin.AvifImageFile
 FORMATS = tuple(DECODERS)
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 16_384
@@ -115,11 +122,17 @@ def _open(content: bytes, path: Path | str) -> tuple[Image.Image, PictureFile]:
     except Image.DecompressionBombError as error:
         raise _too_many_pixels(path, str(error)) from error
     except Exception as error:  # decoders raise many classes on damaged bytes
+        if kind == AVIF:  # or one of a kind that this build of Pillow does not decode
+            raise BadPicture(path, "picture of another format", requirement, kind) from error
         if kind == "WEBP" and int.from_bytes(content[4:8], "little") + 8 > len(content):
             raise BadPicture(path, "does not decode", "decode whole", TRUNCATED) from error
         detail = TRUNCATED if isinstance(error.__cause__, TRUNCATION_ERRORS) else str(error)
         raise BadPicture(path, "unreadable header", "have a readable header", detail) from error
     _check_size(picture.size, path)
+    if kind == AVIF:
+        orientation = tiff_orientation(picture.info.get("exif") or b"") or 1
+        profile = picture.info.get("icc_profile") or b""
+        file = file._replace(orientation=orientation, profile=profile)
     return picture, file
 
 
@@ -136,24 +149,32 @@ def _too_many_pixels(path: Path | str, detail: str) -> BadPicture:
     return BadPicture(path, "too many pixels", limits, detail)
 
 
-def to_rgb(picture: Image.Image, key: tuple[int, ...] = (), depth: int = 8) -> Image.Image:
-    """Converts to RGB; 16-bit grey is scaled to 8 bits, transparency put over white.
+def to_rgb(
+    picture: Image.Image, key: tuple[int, ...] = (), depth: int = 8, profile: bytes = b""
+) -> Image.Image:
+    """Converts to sRGB; 16-bit grey is scaled to 8 bits, transparency put over white.
 
     Args:
         picture: decoded.
         key: sample values of the one transparent colour, or ().
         depth: bits a sample of `key` has.
+        profile: the ICC profile of the colours, or b"" for sRGB.
     """
     transparent = _has_colour(np.asarray(picture), key, depth) if key else None
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         wide = np.asarray(picture).clip(0, 65535).astype(np.uint32)
         picture = Image.fromarray(((wide + 128) // 257).astype(np.uint8))  # to nearest
+    alpha = None
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        grey = picture.mode in ("L", "LA", "La")
         rgba = picture.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        white.alpha_composite(rgba)
-        picture = white
-    picture = picture.convert("RGB")
+        alpha, picture = rgba.getchannel("A"), rgba.convert("L" if grey else "RGB")
+    picture = to_srgb(picture, profile).convert("RGB")
+    if alpha is not None:
+        picture.putalpha(alpha)
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        white.alpha_composite(picture)
+        picture = white.convert("RGB")
     if transparent is not None and transparent.any():
         picture.paste((255, 255, 255), mask=Image.fromarray(transparent))
     return picture
@@ -189,7 +210,7 @@ def decode(content: bytes, path: Path | str) -> np.ndarray:
     try:
         picture.seek(0)
         picture.load()
-        picture = to_rgb(picture, file.key, file.depth)
+        picture = to_rgb(picture, file.key, file.depth, file.profile)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise many classes on damaged bytes
