@@ -21,6 +21,7 @@ from dalle.commands.training import check_model_target, keep_options
 from dalle.configs import did_you_mean
 from dalle.console import is_main_process, printable
 from dalle.data.augment import center_crop, to_tensor
+from dalle.data.codes import require_pictures
 from dalle.data.folder import find_pictures
 from dalle.data.images import decode, read_bytes
 from dalle.data.pairs import (
@@ -160,6 +161,7 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
         quick_side = presets.QUICK_SIZES[preset].side
         side = quick_side if recipe == "quick" else presets.paper_side(preset)
     pairs = presets.open_pairs(config.data, config.image_size, side, loop.seed)
+    require_pictures("dvae train", pairs)
     size = config.image_size
     if not size and (built_in or config.data in BUILT_IN):
         size = side if built_in else pairs.image_size

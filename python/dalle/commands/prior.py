@@ -26,6 +26,7 @@ from dalle.commands.report import (
 from dalle.commands.training import check_model_target, keep_options
 from dalle.configs import did_you_mean
 from dalle.console import is_main_process, number, say
+from dalle.data.codes import stores_of
 from dalle.data.mixture import CaptionChoice
 from dalle.data.pairs import Pairs, each_caption, left_out
 from dalle.devices import default_precision, pick_device
@@ -66,7 +67,8 @@ class PriorCommandConfig:
     averaged or the last weights, whichever are better on the held-out part.
 
     Attributes:
-        data: shapes, emoji, or a folder of pictures with .txt captions.
+        data: shapes, emoji, a folder of pictures with .txt captions, or one of `dalle data
+            encode`, whose codes are read in place of pictures.
         tokenizer: folder of `dalle tokenizer train` (run/tokenizer).
         vae: model folder of `dalle dvae train` (run/dvae/model).
         preset: tiny, small, base, 1b or 12b; vocabularies and grid come from tokenizer and dVAE.
@@ -158,6 +160,8 @@ def plan(config: PriorCommandConfig, world: World) -> Plan:
         config.data, config.image_size, side, config.loop.seed, config.captions
     )
     size = config.image_size or of_vae or presets.fitting_size(side, pairs, vae.factor)
+    for store in stores_of(pairs):
+        size = config.image_size or store.image_size
     pairs, validation, share = presets.split_pairs(
         owner, config.data, pairs, config.validation, recipe, size, config.loop.seed
     )

@@ -17,6 +17,7 @@ from dalle.commands.report import banner, end_block, next_command
 from dalle.commands.training import check_model_target, keep_options, require_one_process
 from dalle.configs import did_you_mean
 from dalle.data.augment import to_tensor
+from dalle.data.codes import require_pictures
 from dalle.data.mixture import CaptionChoice
 from dalle.data.pairs import Pairs, left_out
 from dalle.demo.sizing import ranker_grid
@@ -107,6 +108,7 @@ def train_command(config: RankerCommandConfig) -> None:
     of_vae = of_vae if saved is None else saved.config.image_size
     side = of_vae or presets.QUICK_SIZES[config.preset].side
     pairs = presets.open_pairs(config.data, config.image_size, side, loop.seed, config.captions)
+    require_pictures("ranker train", pairs)
     size = config.image_size or of_vae or presets.quick_size(config.preset, pairs)
     if vae is not None:
         vae.grid(size)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dalle.console import say
-from dalle.data import emoji, folder, shapes_pairs, shards, tables
+from dalle.data import codes, emoji, folder, shapes_pairs, shards, tables
 from dalle.data.mixture import MixedPairs
 from dalle.data.pairs import Pairs, format_counts, number_of_captions
 from dalle.data.source import Source
@@ -20,6 +20,7 @@ from dalle.errors import DataError, UsageError
 SOURCES: tuple[Source, ...] = (  # of the forms, the first that fits is taken
     shapes_pairs.SOURCE,
     emoji.SOURCE,
+    codes.SOURCE,
     shards.SOURCE,
     tables.SOURCE,
     folder.SOURCE,

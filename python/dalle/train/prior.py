@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from dalle.configs import to_dict
 from dalle.data.augment import center_crop, prior_crop, to_tensor
+from dalle.data.codes import check_codes, stores_of, tokens_of
 from dalle.data.loader import StepLoader
 from dalle.data.order import sampler_for
 from dalle.data.pairs import (
     Pairs,
     describe_pairs,
     draw_caption,
+    evenly_spaced,
     load_or_draw,
     load_or_skip,
 )
@@ -34,7 +36,7 @@ from dalle.prior.model import Prior, PriorOutput
 from dalle.tokenizer import Tokenizer
 from dalle.train.averaging import IterateAverage
 from dalle.train.fine_tune import frozen, started_from
-from dalle.train.held_out import held_out_pictures
+from dalle.train.held_out import MAX_PICTURES, held_out_pictures
 from dalle.train.parts import run_parts, run_parts_no_grad, sum_parts
 from dalle.train.prior_recipe import PriorTrainConfig, init_from_codebook, make_optimizer
 from dalle.train.schedules import PlateauHalving
@@ -124,9 +126,12 @@ class PriorTask:
         if sizes.grid[0] != sizes.grid[1]:
             raise UsageError(f"prior train: grid must be square, got {sizes.grid}")
         self.image_size = sizes.grid[0] * vae.factor
+        self.stores = stores_of(pairs)
+        self.reads_pictures = config.augment == "paper" and not self.stores
+        check_codes("prior train", self.stores, now["vae"], sizes.grid, self.image_size)
         self.tokens: Tensor | None = None
         self.usable = np.arange(len(pairs))
-        if config.augment == "none":
+        if config.augment == "none" and not self.stores:
             self.tokens, self.usable = self._encode_all()
         if config.image_init == "codebook":
             start = (config.embedding_scale, config.head_scale)
@@ -169,11 +174,18 @@ class PriorTask:
         part = self.world.part(len(indices))
         local = indices[part]
         positions = np.arange(part.start, part.stop)
-        if self.tokens is not None:
+        if self.stores:
+            items = local
+            crops = [0] * len(local)
+            if c.augment == "paper":
+                seeds = [step_seed(self.seed, step, 7, int(position)) for position in positions]
+                crops = [seed % 2**32 for seed in seeds]
+            tokens = tokens_of(self.pairs, local, crops)
+        elif self.tokens is not None:
             items, tokens = self.usable[local], self.tokens[torch.from_numpy(local)]
         else:
-            crops, drawn = self.loader.get(step)
-            items, tokens = drawn.numpy(), self._encode(crops.numpy())
+            images, drawn = self.loader.get(step)
+            items, tokens = drawn.numpy(), self._encode(images.numpy())
         captions = [
             draw_caption(self.pairs, int(i), partial(step_seed, self.seed, int(epoch), 6, int(i)))
             for epoch, i in zip(self.sampler.epochs(step)[part], items, strict=True)
@@ -254,7 +266,7 @@ class PriorTask:
             "grad_norm": grad_norm,
             "halvings": self.plateau.halvings,
             "captions_cut": self.world.weight(c.batch_size) * cut / len(text),
-            **({} if self.tokens is not None else {"data_wait": self.loader.seconds - waited}),
+            **({"data_wait": self.loader.seconds - waited} if self.reads_pictures else {}),
             "images": len(text),
             **(self.scaler.metrics() if self.scaler is not None else {}),
         }
@@ -277,20 +289,26 @@ class PriorTask:
         """Eight training pictures through the dVAE, above samples of `model` for their captions:
         one picture (3, 2 S, 8 S) in [0, 1]."""
         size = self.image_size
-        images, positions = load_or_skip(
-            self.pairs, self.usable, lambda x, _: center_crop(x, size), limit=8
-        )
+        if self.stores:
+            positions = list(range(min(8, len(self.usable))))
+            tokens = tokens_of(self.pairs, positions, [0] * len(positions)).to(self.device)
+        else:
+            images, positions = load_or_skip(
+                self.pairs, self.usable, lambda x, _: center_crop(x, size), limit=8
+            )
+            tokens = self._encode(images)
         captions = [self.pairs.captions[int(i)] for i in self.usable[positions]]
         text = self.tokenizer.encode(captions, self.model.config.text_len - 1).to(self.device)
         samples = model.generate(text, seed=self.seed, temperature=temperature)
-        originals = self.vae.decode(self._encode(images).view(-1, *self.model.config.grid))
+        originals = self.vae.decode(tokens.view(-1, *self.model.config.grid))
         return rows_of(originals, self.vae.decode(samples[:, 0].to(self.device)))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Scores of the held-out pairs, in nats a token: "loss", "text_loss", "image_loss"; "elb"
         is the bound of caption and picture together, the mean in nats a pair: the likelihood of the
-        picture by its tokens, and that of text and tokens by the prior."""
+        picture by its tokens, and that of text and tokens by the prior. A code store has no
+        pictures, and no "elb"."""
         if self.validation is None:
             return {}
         assert isinstance(model, Prior)
@@ -306,16 +324,25 @@ class PriorTask:
         text_sum, image_loss = (float(total) for total in sum_parts(outputs))
         text_loss = text_sum / max(1, self._text_targets(text))
         loss = TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss
-        elb = self._held_out[2] - text_sum / len(text) - image_loss * tokens.shape[1]
-        return {"loss": loss, "text_loss": text_loss, "image_loss": image_loss, "elb": elb}
+        scores = {"loss": loss, "text_loss": text_loss, "image_loss": image_loss}
+        if not self.stores:
+            nats = text_sum / len(text) + image_loss * tokens.shape[1]
+            scores["elb"] = self._held_out[2] - nats
+        return scores
 
     @cached_property
     def _held_out(self) -> tuple[Tensor, Tensor, float]:
         """Text and tokens of the held-out pairs, and the mean `log_likelihood` of the pictures."""
         assert self.validation is not None
-        crops, items = held_out_pictures(self.validation, self.image_size)
+        crops: list[np.ndarray] = []
+        if self.stores:
+            items = evenly_spaced(len(self.validation), MAX_PICTURES).tolist()
+        else:
+            crops, items = held_out_pictures(self.validation, self.image_size)
         captions = [self.validation.captions[i] for i in items]
         text = self.tokenizer.encode(captions, self.model.config.text_len - 1)
+        if self.stores:
+            return text, tokens_of(self.validation, items, [0] * len(items)), 0.0
         pieces = [crops[i : i + 128] for i in range(0, len(crops), 128)]
         tokens = [self._encode(piece).cpu() for piece in pieces]
         grid, total = self.model.config.grid, 0.0

@@ -1,0 +1,201 @@
+"""A code store trains a prior as pictures do, is bound to its dVAE, and goes on after a stop."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle.commands import encode as command
+from dalle.commands.encode import EncodeConfig, encode
+from dalle.data.codes import CodePairs, stores_of, tokens_of
+from dalle.data.folder import FolderPairs
+from dalle.data.mixture import MixedPairs, with_choice
+from dalle.data.pairs import captions_of
+from dalle.data.sources import load_pairs
+from dalle.data.split import hold_out
+from dalle.errors import DataError, UsageError
+from dalle.train.config import LoopConfig
+from dalle.train.loop import train
+from dalle.train.metrics import read_metrics
+from dalle.train.prior import PriorTask
+from support.prior import SMALL, make_parts, make_task
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Twelve pictures, one of them broken, one with two captions; a dVAE; their codes."""
+    home = tmp_path_factory.mktemp("home")
+    _, vae, toy = make_parts()
+    vae.save_pretrained(home / "vae")
+    (home / "pairs").mkdir()
+    for i, (image, caption) in enumerate(zip(toy.images, toy.captions, strict=True)):
+        Image.fromarray(image).save(home / f"pairs/{i:02d}.png")
+        (home / f"pairs/{i:02d}.txt").write_text(caption + "\nünder" * (i == 3), encoding="utf-8")
+    broken = (home / "pairs/05.png").read_bytes()
+    (home / "pairs/05.png").write_bytes(broken[: len(broken) // 2])
+    encode(options(home))
+    return home
+
+
+def options(home, **changes):
+    folder = {"data": str(home / "pairs"), "vae": home / "vae", "out": home / "codes"}
+    return EncodeConfig(**(folder | {"image_size": 8, "shard_size": 5, "batch_size": 3} | changes))
+
+
+def prior_task(data, config=SMALL, vae=None, validation=None):
+    parts = make_parts()
+    model = make_task(parts).model
+    return PriorTask(model, parts[0], vae or parts[1], data, config, validation=validation)
+
+
+def losses(task, out, steps=5):
+    train(task, LoopConfig(out=out, steps=steps, log_every=1, picture_every=0, validate_every=2))
+    return [
+        (record["loss"], record.get("val_loss")) for record in read_metrics(out / "metrics.jsonl")
+    ]
+
+
+def test_codes_and_captions_are_those_of_the_pictures(home):
+    pairs, codes = FolderPairs(home / "pairs"), load_pairs(str(home / "codes"), image_size=0)
+    usable = [i for i in range(12) if i != 5]
+    assert isinstance(codes, CodePairs) and len(codes) == 11 and codes.grid == (4, 4)
+    assert [captions_of(codes, k) for k in range(11)] == [
+        list(captions_of(pairs, i)) for i in usable
+    ]
+    assert dict(codes.several) == {3: ["red", "ünder"]} and len(codes.several) == 1
+    expected = prior_task(pairs).tokens
+    assert np.array_equal(tokens_of(codes, range(11), [0] * 11), expected)
+    assert codes.number_of_captions() == 12 and codes.skipped.total() == 1
+    assert np.array_equal(pickle.loads(pickle.dumps(codes)).tokens(4), codes.tokens(4))
+
+
+def test_the_loss_curve_is_that_of_the_pictures_bit_for_bit(home, tmp_path):
+    parts = [hold_out(p, 0.2) for p in (FolderPairs(home / "pairs"), CodePairs(home / "codes"))]
+    curves = [
+        losses(prior_task(pairs, validation=held), tmp_path / str(k))
+        for k, (pairs, held) in enumerate(parts)
+    ]
+    assert curves[0] == curves[1] and curves[0][-1][1] is not None
+
+
+def test_crops_of_the_papers_augmentation_are_drawn_from_the_store(home, tmp_path):
+    for i in range(12):
+        (home / "large").mkdir(exist_ok=True)
+        rng = np.random.default_rng(i)
+        picture = Image.fromarray(rng.integers(0, 255, (14, 20, 3), np.uint8))
+        picture.save(home / f"large/{i}.png")
+        (home / f"large/{i}.txt").write_text("word")
+    out = tmp_path / "codes"
+    encode(options(home, data=str(home / "large"), augment="paper", crops=3, out=out))
+    codes = CodePairs(out)
+    assert codes.crops == 3 and len({codes.tokens(0, crop).tobytes() for crop in range(3)}) > 1
+    config = replace(SMALL, augment="paper", batch_size=12)
+    task, again = (prior_task(codes, config) for _ in range(2))
+    assert np.array_equal(task.batch(3).tokens, again.batch(3).tokens)
+    items = task.sampler.indices(0)
+    chosen = [
+        [np.array_equal(row, codes.tokens(int(item), crop)) for crop in range(3)]
+        for item, row in zip(items, task.batch(0).tokens, strict=True)
+    ]
+    assert np.array(chosen).any(1).all() and (np.argmax(chosen, 1) > 0).any()
+
+
+def test_another_dvae_or_grid_is_refused_in_one_line(home):
+    codes = CodePairs(home / "codes")
+    _, vae, _ = make_parts()
+    with_other = make_parts()[1]
+    next(with_other.parameters()).data.add_(1)
+    with pytest.raises(UsageError, match=r"^prior train: vae must be the one that .* \(SHA-256 "):
+        prior_task(codes, vae=with_other)
+    parts = make_parts()
+    model = make_task(parts, grid=(2, 2)).model
+    with pytest.raises(UsageError, match="^prior train: image_size must be 8 for the codes"):
+        PriorTask(model, parts[0], vae, codes, SMALL)
+
+
+def test_a_stopped_encoding_goes_on_and_gives_the_same_files(home, tmp_path, monkeypatch):
+    whole = {p.name: p.read_bytes() for p in (home / "codes").iterdir()}
+    made = command._encode_items
+
+    def stop(config, vae, pairs, size, items, bar):
+        if items[0]:
+            raise KeyboardInterrupt
+        return made(config, vae, pairs, size, items, bar)
+
+    out = tmp_path / "codes"
+    monkeypatch.setattr(command, "_encode_items", stop)
+    with pytest.raises(KeyboardInterrupt):
+        encode(options(home, out=out))
+    with pytest.raises(DataError, match="must be encoded to the end"):
+        CodePairs(out)
+    first = (out / "codes-000000.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(command, "_encode_items", made)
+    encode(options(home, out=out))
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == whole
+    assert (out / "codes-000000.safetensors").stat().st_mtime_ns == first
+    encode(options(home, out=out))  # nothing left to do
+    with pytest.raises(UsageError, match="^data encode: out must hold codes of this data"):
+        encode(options(home, out=out, image_size=4))
+    with pytest.raises(UsageError, match="out must be a new or empty folder"):
+        encode(options(home, out=home / "pairs"))
+
+
+def test_a_damaged_or_missing_shard_is_named(home, tmp_path):
+    out = tmp_path / "codes"
+    encode(options(home, out=out))
+    shard = out / "codes-000001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    codes = CodePairs(out)
+    codes.tokens(0)
+    with pytest.raises(DataError, match="codes-000001.safetensors must have the SHA-256"):
+        codes.tokens(7)
+    shard.write_bytes(content[:-1])
+    with pytest.raises(DataError, match="codes-000001.safetensors must have [0-9,]+ bytes, got"):
+        CodePairs(out)
+    shard.unlink()
+    with pytest.raises(DataError, match="codes-000001.safetensors must be readable, got"):
+        CodePairs(out)
+    head = json.loads((out / "codes.json").read_text())
+    for damage, line in (({"format_version": 9}, "format_version"), ({"shards": [{}]}, "describe")):
+        (out / "codes.json").write_text(json.dumps(head | damage))
+        with pytest.raises(DataError, match=line):
+            CodePairs(out)
+
+
+def test_codes_in_subsets_and_mixtures_but_not_with_pictures(home):
+    codes = CodePairs(home / "codes")
+    both = with_choice(MixedPairs([codes, codes], [1.0, 2.0]), "first")
+    assert len(stores_of(both)) == 2
+    assert np.array_equal(tokens_of(both, [13], [0])[0], codes.tokens(2))
+    held = hold_out(codes, 0.3)[1]
+    assert np.array_equal(tokens_of(held, [0], [0])[0], codes.tokens(held.items[0]))
+    with pytest.raises(UsageError, match="parts must be all pictures or all codes"):
+        stores_of(MixedPairs([codes, FolderPairs(home / "pairs")]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"crops": 2}, "crops must be 1 without --augment paper, got 2"),
+        ({"crops": 0}, "crops must be "),
+        ({"shard_size": 0}, "shard_size must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+    ],
+)
+def test_options_out_of_range(home, changes, line):
+    with pytest.raises(UsageError) as caught:
+        options(home, **changes)
+    assert str(caught.value).startswith("data encode: ") and line in str(caught.value)
+
+
+def test_codes_are_no_pictures(home):
+    codes = str(home / "codes")
+    with pytest.raises(UsageError, match="^data encode: data must be pictures, got the codes of"):
+        encode(options(home, data=codes, out=home / "again"))
