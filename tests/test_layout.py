@@ -40,6 +40,8 @@ LONGER = {  # files that are one topic and longer than their kind: lines, and wh
     "dalle_ext/ops/powersgd.py": 280,  # four public functions that share their checks
     "dalle_ext/ops/sparse_attention.py": 480,  # the pattern, its masks and costs; two ops
     "python/dalle/train/dvae.py": 450,  # one task: its recipe, warm start, codebook and scores
+    "tests/test_layout.py": 440,  # the rules of the tree
+    "python/dalle/commands/dvae.py": 440,  # train and reconstruct, which share how pictures are read
     "python/dalle/train/prior.py": 480,  # one task: its batches, losses, samples and scores
     "python/dalle/train/ranker.py": 450,  # one task: its batches, splices, losses and scores
     "python/dalle/distributed/hooks.py": 420,  # one class, on FSDP2 and on DDP

@@ -150,9 +150,9 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
         saved = load_start(DiscreteVAE, config.start.init_from)
         of_saved = presets.size_of_run(config.start.init_from)
         config = replace(config, image_size=config.image_size or of_saved)
-    recipe = (
-        presets.chosen_recipe(owner, config.recipe, preset, processes) if not built_in else "quick"
-    )
+    recipe: presets.Recipe = "quick"
+    if not built_in:
+        recipe = presets.chosen_recipe(owner, config.recipe, preset, processes)
     if built_in and config.recipe == "paper":
         raise UsageError(f"dvae train: recipe must be quick for preset {preset}, got paper")
     if built_in:
@@ -161,7 +161,7 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
         quick_side = presets.QUICK_SIZES[preset].side
         side = quick_side if recipe == "quick" else presets.paper_side(preset)
     pairs = presets.open_pairs(config.data, config.image_size, side, loop.seed)
-    require_pictures("dvae train", pairs)
+    require_pictures(owner, pairs)
     size = config.image_size
     if not size and (built_in or config.data in BUILT_IN):
         size = side if built_in else pairs.image_size
@@ -217,9 +217,9 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
 def of_fine_tuning(recipe: DvaeTrainConfig) -> DvaeTrainConfig:
     """A recipe for weights that are good already: a quarter of its step sizes, the temperature and
     the KL weight that it ends with, no warm start."""
-    rates = {name: LR_SHARE * getattr(recipe, name) for name in ("lr_start", "lr_end")}
-    no_ramps: dict[str, Any] = {"tau_steps": 0, "kl_steps": 0, "warm_start_steps": 0}
-    return replace(recipe, **rates, **no_ramps)
+    changes: dict[str, Any] = {"tau_steps": 0, "kl_steps": 0, "warm_start_steps": 0}
+    changes |= {name: LR_SHARE * getattr(recipe, name) for name in ("lr_start", "lr_end")}
+    return replace(recipe, **changes)
 
 
 def train(config: DvaeCommandConfig) -> None:

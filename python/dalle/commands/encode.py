@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dalle.commands import presets
 from dalle.config_files import CONFIG_NAME
+from dalle.configs import integer
 from dalle.console import is_main_process, printable
 from dalle.data.augment import center_crop, prior_crop, to_tensor
 from dalle.data.codes import (
@@ -23,7 +24,6 @@ from dalle.data.codes import (
     HEAD_FILE,
     MAX_CODES,
     ShardRecord,
-    crop_count,
     records_of,
     require_pictures,
     shard_bytes,
@@ -74,7 +74,9 @@ class EncodeConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        crop_count(OWNER, self.crops, self.augment)
+        integer(OWNER, "crops", self.crops, 1)
+        if self.crops > 1 and self.augment == "none":
+            raise UsageError(f"{OWNER}: crops must be 1 without --augment paper, got {self.crops}")
         for name in ("shard_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{OWNER}: {name} must be at least 1, got {getattr(self, name)}")

@@ -28,7 +28,6 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor
 
-from dalle.configs import integer
 from dalle.data.mixture import MixedPairs, OneCaption
 from dalle.data.pairs import LazyCaptions, Pairs
 from dalle.data.source import Source
@@ -388,18 +387,6 @@ def require_pictures(owner: str, pairs: Pairs) -> None:
 def is_code_store(path: Path) -> bool:
     """Whether a folder has codes.json."""
     return (path / HEAD_FILE).is_file()
-
-
-def crop_count(owner: str, crops: int, augment: str) -> int:
-    """Checks the number of crops of each picture.
-
-    Raises:
-        UsageError: below 1, or several without augmentation.
-    """
-    crops = integer(owner, "crops", crops, 1)
-    if crops > 1 and augment == "none":
-        raise UsageError(f"{owner}: crops must be 1 without --augment paper, got {crops}")
-    return crops
 
 
 SOURCE = Source(name="a code store", fits=is_code_store, opens=CodePairs)
