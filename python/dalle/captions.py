@@ -53,4 +53,6 @@ def _is_mark(char: str) -> bool:
 
 def caption_lines(text: str) -> list[str]:
     """The captions of a file, one a line, each clean; lines without text are left out."""
+    if text.isascii() and text.isprintable():  # one line
+        return [clean(text)] if text.strip() else []
     return [caption for caption in map(clean, LINE_ENDS.split(text)) if caption]

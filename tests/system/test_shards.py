@@ -163,6 +163,28 @@ def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(
         ShardPairs(folder)
 
 
+def test_processes_begin_at_different_shards(tmp_path, monkeypatch):
+    write_shards(tmp_path / "set", 6, 1)
+    paths, _ = shard_files.find_shards(tmp_path / "set")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    built = []
+    make = shard_files.make_index
+
+    def make_index(path, *places):
+        built.append(path.name)
+        if len(built) == 1:  # another process has made the last one meanwhile
+            make(paths[1])
+        return make(path, *places)
+
+    monkeypatch.setattr(shard_files, "make_index", make_index)
+    monkeypatch.setattr(shard_files, "THREADS_FROM", 0)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setenv("RANK", "1")
+    shards, problems = shard_files.open_shards(paths)
+    assert built == [f"0000{i}.tar" for i in (2, 3, 4, 5, 0)] and problems == []
+    assert [shard.path for shard in shards] == paths
+
+
 def test_data_index(tmp_path, capsys, cache):
     shard(tmp_path / "set", "1.tar", [("a.png", PNG), ("a.txt", b"a"), ("b.txt", b"b")])
     write_shards(tmp_path / "set" / "more", 1, 2)

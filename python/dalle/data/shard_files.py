@@ -10,9 +10,8 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from dalle.data.shard_index import Head, read_head
 from dalle.errors import DataError, EnvironmentProblem
 
 CACHE = "DALLE_CACHE"  # variable with the folder for the indexes of folders that cannot be written
+THREADS_FROM = 32 << 10  # bytes of a tar a pair
 COMPRESSED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 
 
@@ -182,15 +182,43 @@ def open_shards(
         if stale:
             more = f" and {len(stale) - 1} more" if len(stale) > 1 else ""
             say(f"data: index is made anew: {found[stale[0]]}{more}")
-        build = partial(make_index, out=out, cache=cache)
+        begin = process_turn(len(missing))
+        missing = missing[begin:] + missing[:begin]
+
+        def build(path: Path) -> Shard | str:
+            made = found[path] if force else find_index(path, where)  # by another process by now?
+            return made if isinstance(made, Shard) else make_index(path, out, cache)
+
         bar = tqdm(total=len(missing), desc="index", disable=None if is_main_process() else True)
-        with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for path, made in zip(missing, pool.map(build, missing), strict=True):
+        with bar:
+            for path, made in zip(missing, _built(missing, build), strict=True):
                 found[path] = made
                 bar.update()
         _say_made([found[path] for path in missing], time.perf_counter() - began)
     shards = [shard for shard in found.values() if isinstance(shard, Shard)]
     return shards, [shard for shard in found.values() if isinstance(shard, str)]
+
+
+def process_turn(count: int) -> int:
+    """Where this process begins among `count` things that each process would do: `torchrun`'s
+    begin at different ones, and find those of the others done when they come to them."""
+    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
+        return 0
+    return int(rank) * count // int(world)
+
+
+def _built(paths: Sequence[Path], build: Callable[[Path], Shard | str]) -> Iterator[Shard | str]:
+    """The new indexes, several at a time where reading and hashing, which threads share out, take
+    longer than the interpreter, which they do not."""
+    first = build(paths[0])
+    yield first
+    of_pair = first.head.tar_bytes / max(1, first.head.pairs) if isinstance(first, Shard) else 0
+    if of_pair < THREADS_FROM:
+        yield from map(build, paths[1:])
+        return
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        yield from pool.map(build, paths[1:])
 
 
 def _say_made(made: Sequence[Shard | str], seconds: float) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,6 +48,7 @@ COLUMNS: tuple[tuple[str, str], ...] = (
 )
 PAIR_BYTES = sum(np.dtype(kind).itemsize for _, kind in COLUMNS)
 JSON_TEXT = 128
+LIMITS = {".txt": MAX_CAPTION_BYTES, ".json": MAX_JSON_BYTES}
 MAX_HEAD = 1 << 20
 MAX_PROBLEMS = 20
 _PREFIX = len(MAGIC) + 4 + 16
@@ -91,7 +93,7 @@ def hold_hash(picture: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(picture, digest_size=8).digest(), "big")
 
 
-@dataclass
+@dataclass(slots=True)
 class _Pair:
     """What a tar has of one key so far."""
 
@@ -113,7 +115,7 @@ def build(path: Path) -> tuple[Head, dict[str, np.ndarray]]:
     skipped: Counter[str] = Counter()
     problems: list[str] = []
     pairs: dict[str, _Pair] = {}
-    first = last = 0
+    first, last, shard = 0, 0, path.name
 
     def skip(problem: BadPicture) -> None:
         skipped[problem.reason] += 1
@@ -130,8 +132,7 @@ def build(path: Path) -> tuple[Head, dict[str, np.ndarray]]:
                 continue
             last = entry.offset - BLOCK
             first = first or last
-            reason = _add(pairs, entry, file, path)
-            if reason:
+            if reason := _add(pairs, entry, file, shard):
                 skipped[reason] += 1
         headers = _headers(file.fileno(), first, last)
     rows: list[tuple[int, ...]] = []
@@ -139,8 +140,8 @@ def build(path: Path) -> tuple[Head, dict[str, np.ndarray]]:
     several = total = 0
     for key, pair in pairs.items():
         try:
-            (member, content_hash), further = _picture_of(pair, f"{path.name}/{key}")
-            text_member, texts, kind = _text_of(pair, f"{path.name}/{key}")
+            (member, content_hash), further = _picture_of(pair, shard, key)
+            text_member, texts, kind = _text_of(pair)
         except BadPicture as problem:
             skip(problem)
             continue
@@ -184,45 +185,48 @@ def build(path: Path) -> tuple[Head, dict[str, np.ndarray]]:
     return head, columns
 
 
-def _add(pairs: dict[str, _Pair], member: Member, file: BinaryIO, path: Path) -> str:
+def _add(pairs: dict[str, _Pair], member: Member, file: BinaryIO, shard: str) -> str:
     """Puts a member into its pair; returns the reason where it belongs to none."""
     name = member.name
     while name.startswith("./"):
         name = name[2:]
-    stem, suffix = os.path.splitext(name)
-    if os.path.basename(stem).startswith("."):
+    base = name.rfind("/") + 1
+    dot = name.rfind(".", base)
+    if name.startswith(".", base):
         return "hidden file"
-    suffix = suffix.lower()
+    stem, suffix = (name[:dot], name[dot:].lower()) if dot > base else (name, "")
     is_picture = suffix in SUFFIXES
     if suffix in OTHER_SUFFIXES:
         return "picture of another format"
     if not is_picture and suffix not in (".txt", ".json"):
         return "neither picture nor caption"
-    pair = pairs.setdefault(unicodedata.normalize("NFC", stem), _Pair())
+    key = stem if stem.isascii() else unicodedata.normalize("NFC", stem)
+    pair = pairs.get(key)
+    if pair is None:
+        pair = pairs[key] = _Pair()
     if suffix in pair.names:
         return "duplicate key"
     pair.names.add(suffix)
-    where = f"{path.name}/{name}"
-    limit = MAX_JSON_BYTES if suffix == ".json" else MAX_CAPTION_BYTES
-    limit = images.MAX_FILE_BYTES if is_picture else limit
+    where = f"{shard}/{name}"
+    limit = images.MAX_FILE_BYTES if is_picture else LIMITS[suffix]
     content = b""
     if member.size <= limit:
         file.seek(member.offset)
         content = file.read(member.size)
-    if is_picture:
-        try:
+    try:
+        if is_picture:
             check_picture(content, member.size, where)
             pair.pictures.append((member, digest_of(content)))
-        except BadPicture as problem:
-            pair.pictures.append(problem)
-        return ""
-    try:
-        if member.size > limit:
+        elif member.size > limit:
             raise too_long(where, limit)
-        parse = json_captions if suffix == ".json" else text_captions
-        pair.texts[suffix] = member, parse(content, where)
+        else:
+            parse = json_captions if suffix == ".json" else text_captions
+            pair.texts[suffix] = member, parse(content, where)
     except BadPicture as problem:
-        pair.texts[suffix] = problem
+        if is_picture:
+            pair.pictures.append(problem)
+        else:
+            pair.texts[suffix] = problem
     return ""
 
 
@@ -245,25 +249,25 @@ def check_picture(content: bytes, size: int, where: str) -> None:
 
 
 def _picture_of(
-    pair: _Pair, where: str
-) -> tuple[tuple[Member, bytes], list[tuple[Member, bytes] | BadPicture]]:
+    pair: _Pair, shard: str, key: str
+) -> tuple[tuple[Member, bytes], Sequence[tuple[Member, bytes] | BadPicture]]:
     """The first picture of a pair that can be used, and the others."""
     if not pair.pictures:
-        raise BadPicture(where, "caption without picture", "have a picture")
+        raise BadPicture(f"{shard}/{key}", "caption without picture", "have a picture")
     if not pair.texts:
-        raise BadPicture(where, "picture without caption", "have a caption")
+        raise BadPicture(f"{shard}/{key}", "picture without caption", "have a caption")
     for i, found in enumerate(pair.pictures):
         if not isinstance(found, BadPicture):
-            return found, pair.pictures[:i] + pair.pictures[i + 1 :]
+            return found, (*pair.pictures[:i], *pair.pictures[i + 1 :])
     refused = pair.pictures[0]
     assert isinstance(refused, BadPicture)
     raise refused
 
 
-def _text_of(pair: _Pair, where: str) -> tuple[Member, list[str], int]:
+def _text_of(pair: _Pair) -> tuple[Member, list[str], int]:
     """The captions of a pair, their member, and `JSON_TEXT` or 0."""
     found = pair.texts.get(".txt", pair.texts.get(".json"))
-    assert found is not None, where
+    assert found is not None
     if isinstance(found, BadPicture):
         raise found
     return *found, 0 if ".txt" in pair.texts else JSON_TEXT

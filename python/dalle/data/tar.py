@@ -7,6 +7,7 @@ headers for long names and large files are understood.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -116,25 +117,24 @@ def _is_header(header: bytes, lost: bool) -> bool:
     """Whether the checksum fits, and, where the walk is lost, the magic."""
     if lost and header[257:262] != b"ustar":
         return False
-    checksum = _number(header[148:156])
-    total = sum(header) - sum(header[148:156]) + 256
-    if total == checksum:
+    field = header[148:156]
+    checksum = _number(field)
+    # The lower half of Adler-32 is 1 + the sum of the bytes, modulo 65521, at the speed of C.
+    total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(field) + 256
+    if (total - checksum) % 65521 == 0:
         return True
     # Some old programs summed the bytes as signed numbers.
-    high = sum(byte > 127 for byte in header) - sum(byte > 127 for byte in header[148:156])
-    return total - 256 * high == checksum
+    high = sum(byte > 127 for byte in header) - sum(byte > 127 for byte in field)
+    return (total - 256 * high - checksum) % 65521 == 0 and checksum > 0
 
 
 def _number(field: bytes) -> int:
     """A number in octal digits, or in base 256 for large ones; -1 where it is none."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    digits = field.rstrip(b"\0 ").lstrip()
-    digits = digits.partition(b"\0")[0]
-    if not digits:
-        return 0
+    digits = field.partition(b"\0")[0].strip()
     if not digits.isdigit():
-        return -1
+        return -1 if digits or field.strip(b"\0 ") else 0
     try:
         return int(digits, 8)
     except ValueError:
