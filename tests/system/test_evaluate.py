@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -208,11 +210,26 @@ def test_features_that_are_not_finite_are_refused(home):
         evaluate.clip_score("fake", weights="pipe")
 
 
-def test_inception_networks_are_the_ones_of_their_packages(home):
+def random_weights(state):
+    """Fills a state dict: variances 1, the rest small."""
+    for name, tensor in state.items():
+        if "var" in name:
+            tensor.fill_(1)
+        elif tensor.is_floating_point():
+            tensor.uniform_(-0.05, 0.05)
+        else:
+            tensor.zero_()
+    return state
+
+
+def test_inception_networks_are_the_ones_of_their_packages(home, monkeypatch):
     """With random weights: pool features and logits agree with the packages' own forward pass."""
     models = load_module("torchvision.models", "test")
     torch.manual_seed(0)
-    network = models.inception_v3(weights=None, aux_logits=True, init_weights=False).eval()
+    with torch.device("meta"):
+        network = models.inception_v3(weights=None, aux_logits=True, init_weights=False)
+    network = network.to_empty(device="cpu").eval()
+    random_weights(network.state_dict())
     save_file(network.state_dict(), home / "tv.safetensors")
     mine = load_extractor("inception-torchvision", home / "tv.safetensors")
     image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
@@ -227,41 +244,97 @@ def test_inception_networks_are_the_ones_of_their_packages(home):
     assert isinstance(mine, InceptionTorchvision)
 
     module = load_module("torch_fidelity.feature_extractor_inceptionv3", "test")
+    monkeypatch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+    kind = module.FeatureExtractorInceptionV3
+    with monkeypatch.context() as patch, torch.device("meta"):
+        patch.setattr(kind, "load_state_dict", lambda *_: None)
+        network = kind("t", ["2048"])
+    weights = random_weights(network.to_empty(device="cpu").state_dict())
+    save_file({n: t for n, t in weights.items() if "tracked" not in n}, home / "tf.safetensors")
     del network, mine
-    shapes = {}
-    with torch.device("meta"):
-        keep, module.load_state_dict_from_url = module.load_state_dict_from_url, lambda *_, **__: {}
-        load = module.FeatureExtractorInceptionV3.load_state_dict
-        module.FeatureExtractorInceptionV3.load_state_dict = lambda *_: None
-        try:
-            shapes = module.FeatureExtractorInceptionV3("t", ["2048"]).state_dict()
-        finally:
-            module.load_state_dict_from_url = keep
-            module.FeatureExtractorInceptionV3.load_state_dict = load
-    weights = {
-        name: torch.ones(t.shape) if "var" in name else torch.randn(t.shape) / 20
-        for name, t in shapes.items()
-        if "tracked" not in name
-    }
-    save_file(weights, home / "tf.safetensors")
     mine = load_extractor("inception-tf", home / "tf.safetensors")
     other = image[:, ::-1][:30].copy()
-    found = mine.features([image, other, image])
+    found = mine.features([other, image])
     mine.network.features_list = ["2048", "logits_unbiased"]
     with torch.no_grad():
         pool, logits = mine.network(torch.from_numpy(image).permute(2, 0, 1)[None])
-    torch.testing.assert_close(found[0:1], pool)
-    torch.testing.assert_close(found[2:3], pool)
+    torch.testing.assert_close(found[1:], pool)
     torch.testing.assert_close(
-        mine.probabilities(found[:1], []), logits.double().softmax(1), rtol=1e-4, atol=1e-7
+        mine.probabilities(found[1:], []), logits.double().softmax(1), rtol=1e-4, atol=1e-7
     )
     assert (mine.distance, mine.kernel, mine.score) == ("FID", "KID", "IS")
 
 
 def test_a_session_opens_built_in_sets_by_name_and_split(home):
     session = Session("t", Setup(image_size=24, count=7))
-    for spec, kind in (("shapes:zero", "built-in"), ("shapes", "built-in"), ("real", "folder")):
+    for spec, kind in (("shapes:zero", "built-in"), ("real", "folder")):
         opened = session.take("real", spec)
         assert (opened.kind, len(opened)) == (kind, 7)
     with pytest.raises(UsageError, match="split must be one of train, test, zero, got 'none'"):
         session.take("real", "shapes:none")
+
+
+class FakeCLIP(torch.nn.Module):
+    """Picture vector (mean colour, 1), caption vector (length, 1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.logit_scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    @classmethod
+    def from_pretrained(cls, directory, local_files_only):
+        return cls()
+
+    def forward(self, text, pixels):
+        bright = pixels.mean((1, 2, 3))
+        return types.SimpleNamespace(
+            text_embeds=text, image_embeds=torch.stack([bright, torch.ones_like(bright)], 1)
+        )
+
+
+class FakeBatch(dict):
+    def to(self, device):
+        return self
+
+
+class FakeProcessor:
+    @classmethod
+    def from_pretrained(cls, directory, local_files_only):
+        return cls()
+
+    def __call__(self, *, text, images, do_rescale, **_):
+        assert not do_rescale
+        lengths = torch.tensor([[float(len(word)), 1.0] for word in text])
+        return FakeBatch(text=lengths, pixels=torch.stack(images))
+
+
+def test_a_clip_of_transformers_gives_distances_of_its_name(home, monkeypatch):
+    fake = types.ModuleType("transformers")
+    fake.CLIPModel, fake.CLIPProcessor = FakeCLIP, FakeProcessor
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    options = {"extractor": "clip", "weights": home / "pipe", "bootstrap": 0}
+    result = evaluate.fid("real", "fake", **options)
+    assert result["metric"] == "FD-clip" and result["extractor"]["dimensions"] == 2
+    bright = [
+        np.array([np.asarray(Image.open(p)).mean() / 255 for p in sorted((home / s).glob("*.png"))])
+        for s in ("real", "fake")
+    ]
+    vectors = [np.stack([b, np.ones_like(b)], 1) for b in bright]
+    vectors = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in vectors]
+    assert result["value"] == pytest.approx(evaluate.frechet_distance(*vectors), rel=1e-3)
+    score = evaluate.clip_score("real", **options)
+    assert score["metric"] == "CLIP score" and 0 < score["value"] < 100
+    classes = evaluate.is_("fake", real="real", **options)
+    assert classes["metric"] == "IS-clip" and classes["value"] == pytest.approx(1, abs=1e-3)
+
+
+def test_an_interval_of_a_distance_does_not_go_below_zero(home):
+    result = evaluate.fid("real", "real", weights="pipe", bootstrap=20)
+    assert result["value"] < 1e-9 and result["interval"][0] == 0 < result["interval"][1]
+
+
+def test_a_judge_that_chose_the_samples_itself_is_named(home):
+    result = evaluate.kid("real", "pipe", num_candidates=2, count=6, bootstrap=0)
+    assert any("chose the samples" in line for line in result["warnings"])
+    alone = evaluate.kid("real", "pipe", num_candidates=1, count=6, bootstrap=0)
+    assert alone["warnings"] == []

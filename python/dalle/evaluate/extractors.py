@@ -131,17 +131,18 @@ class ClipExtractor:
 
     def __init__(self, clip: TransformersCLIP) -> None:
         self.clip = clip
-        self.dimensions = int(clip.model.config.projection_dim)
         self.fingerprint = fingerprint(clip.model)
+        self.dimensions = self.features([np.zeros((8, 8, 3), np.uint8)]).shape[1]
 
     @torch.no_grad()
     def _embeds(self, captions: Sequence[str], images: Sequence[np.ndarray]) -> Any:
         inputs: Any = self.clip.processor(
             text=[clean(caption) for caption in captions],
-            images=list(images),
+            images=[to_tensor([image])[0] for image in images],
             return_tensors="pt",
             padding=True,
             truncation=True,
+            do_rescale=False,
         )
         return self.clip.model(**inputs.to(self.clip.device))
 
@@ -158,7 +159,8 @@ class ClipExtractor:
 
     def probabilities(self, features: Tensor, captions: Sequence[str]) -> Tensor:
         cosines = features.double() @ self.text_features(as_classes(captions)).double().T
-        return (cosines * float(self.clip.model.logit_scale.detach().exp())).softmax(1)
+        scale = float(self.clip.model.logit_scale.detach().exp())
+        return (cosines * scale).softmax(1)
 
 
 def _ranker_folder(owner: str, weights: Path | None) -> Path:

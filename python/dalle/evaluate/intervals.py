@@ -26,6 +26,7 @@ def bootstrap(
     count: int,
     seed: int = 0,
     value: float | None = None,
+    lowest: float = -np.inf,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """A 95 % interval of a statistic of sets whose rows are drawn again with replacement.
@@ -39,6 +40,7 @@ def bootstrap(
         count: resamples; 0 gives no interval.
         seed: of the draws.
         value: of the statistic on the sets themselves; computed where it is left out.
+        lowest: that the statistic can be.
         progress: called with (resamples done, in all).
 
     Returns:
@@ -57,7 +59,7 @@ def bootstrap(
     tail = (1 - SHARE) / 2
     low, high = np.quantile(values, (tail, 1 - tail)) - np.mean(values) + centre
     return {
-        "interval": [float(low), float(high)],
+        "interval": [max(lowest, float(low)), max(lowest, float(high))],
         "confidence": SHARE,
         "resamples": count,
         "method": "bootstrap over pictures, percentiles shifted by the bootstrap bias",

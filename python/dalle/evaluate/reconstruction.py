@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,15 @@ from torch import Tensor
 
 from dalle import pictures
 from dalle.configs import integer
-from dalle.console import progress_shown
 from dalle.data.augment import center_crop, to_tensor
-from dalle.data.pairs import load_or_skip
+from dalle.data.pairs import evenly_spaced, load_or_skip
 from dalle.dvae.codebook import codebook_health
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, DataError, UsageError
+from dalle.evaluate.cache import PART, in_parts, key_of
 from dalle.evaluate.results import finish, png, table
 from dalle.evaluate.scores import Set, start
-from dalle.evaluate.sets import describe, is_pipeline
+from dalle.evaluate.sets import describe, is_pipeline, picture_hash
 from dalle.pipeline import Pipeline
 from dalle.pretrained import fingerprint
 
@@ -117,28 +118,54 @@ def recon(
         raise UsageError(f"{owner}: side must be a multiple of {vae.factor}, got {side}")
     source = session.take("data", data)
     pairs = source.pairs
-    counts = torch.zeros(vae.num_tokens, dtype=torch.int64, device="cpu")
-    errors, similar = [], []
-    shown: list[tuple[Tensor, Tensor]] = []
-    with progress_shown("reconstructions") as show:
-        for first in range(0, len(pairs), setup.batch_size):
-            items = range(first, min(first + setup.batch_size, len(pairs)))
-            crops, _ = load_or_skip(
-                pairs, items, lambda image, _: center_crop(image, side), require_any=False
-            )
-            if crops:
-                images = to_tensor(crops)
-                tokens = vae.encode(images.to(session.device))
-                back = vae.decode(tokens).float().cpu().clamp(0, 1)
-                counts += torch.bincount(tokens.cpu().flatten(), minlength=vae.num_tokens)
+    description = {
+        "kind": "reconstructions",
+        "model": fingerprint(vae),
+        "set": [picture_hash(pairs), len(pairs)],
+        "side": side,
+    }
+
+    def give_back(images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = vae.encode(images.to(session.device))
+        return tokens.cpu(), vae.decode(tokens).float().cpu().clamp(0, 1)
+
+    def crops(items: Sequence[int], limit: int | None = None) -> list[np.ndarray]:
+        return load_or_skip(
+            pairs, items, lambda image, _: center_crop(image, side), require_any=False, limit=limit
+        )[0]
+
+    def compute(items: Sequence[int], done: Callable[[int], None]) -> dict[str, Tensor]:
+        counts = torch.zeros(vae.num_tokens, dtype=torch.int64, device="cpu")
+        errors = [torch.empty(0, dtype=torch.float64, device="cpu")]
+        similar = list(errors)
+        for first in range(0, len(items), setup.batch_size):
+            part = crops(items[first : first + setup.batch_size])
+            if part:
+                images = to_tensor(part)
+                tokens, back = give_back(images)
+                counts += torch.bincount(tokens.flatten(), minlength=vae.num_tokens)
                 errors.append((images.double() - back.double()).square().flatten(1).mean(1))
                 similar.append(ssim(images, back))
-                if sum(len(pair[0]) for pair in shown) < SHOWN:
-                    shown.append((images[:SHOWN], back[:SHOWN]))
-            show(items.stop, len(pairs))
-    if not errors:
+            done(min(first + setup.batch_size, len(items)))
+        return {"counts": counts, "error": torch.cat(errors), "ssim": torch.cat(similar)}
+
+    def whole(read: dict[str, Tensor], count: int) -> bool:
+        wanted = {"counts", "error", "ssim"} <= set(read)
+        return wanted and read["error"].shape == read["ssim"].shape and len(read["error"]) <= count
+
+    parts, _ = in_parts(
+        owner,
+        Path(setup.cache) / "reconstructions" / key_of(description),
+        len(pairs),
+        PART,
+        compute,
+        name="reconstructions",
+        check=whole,
+    )
+    counts = torch.stack([part["counts"] for part in parts]).sum(0)
+    error, ssims = (torch.cat([part[key] for part in parts])[:, None] for key in ("error", "ssim"))
+    if not len(error):
         raise DataError(f"{owner}: data must hold pictures that can be used, got none")
-    error, ssims = torch.cat(errors)[:, None], torch.cat(similar)[:, None]
     value, mean_ssim = _decibel(error), float(ssims.mean())
     health = codebook_health(counts)
     intervals = {
@@ -172,7 +199,8 @@ def recon(
     }
     if folder is None:
         return finish("recon", result, None)
-    originals, returned = (torch.cat([pair[i] for pair in shown])[:SHOWN] for i in range(2))
+    originals = to_tensor(crops(evenly_spaced(len(pairs), 4 * SHOWN).tolist(), SHOWN))
+    returned = give_back(originals)[1]
     sheet = pictures.grid(
         torch.cat([originals, returned]),
         columns=len(originals),

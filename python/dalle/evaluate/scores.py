@@ -103,7 +103,7 @@ def fid(
         )
     x, y = a.values.double(), b.values.double()
     value = distances.frechet_distance(x, y)
-    interval = session.interval(distances.frechet_distance, [x, y], value)
+    interval = session.interval(distances.frechet_distance, [x, y], value, 0.0)
     metric, record = session.extractor.distance, session.record(real=a, fake=b)
     result = {
         "title": f"{metric}: {value:.4g}",
@@ -111,7 +111,7 @@ def fid(
         "value": value,
         **interval,
         **record,
-        "warnings": few_warnings(metric, record["n"]),
+        "warnings": few_warnings(metric, record["n"]) + session.own_judge(b),
         "tables": [_value_table(metric, value, interval, record["n"])],
     }
     if infinite:
@@ -158,6 +158,7 @@ def kid(
         "subset_size": subset_size,
         **interval,
         **record,
+        "warnings": session.own_judge(b),
         "tables": [_value_table(metric, float(value), interval, record["n"])],
     }
     return finish("kid", result, folder, _examples(folder, a, b))
@@ -191,7 +192,7 @@ def is_(
     of_classes = (opened or found.source).pairs.captions
     p = class_probabilities(session, found, list(of_classes))
     value = inception_of(p, splits)
-    interval = session.interval(lambda q: float(inception_of(q, splits)), [p], float(value))
+    interval = session.interval(lambda q: float(inception_of(q, splits)), [p], float(value), 1.0)
     metric, record = session.extractor.score, session.record(fake=found)
     result = {
         "title": f"{metric}: {float(value):.4g}",
@@ -202,7 +203,7 @@ def is_(
         "classes": {"what": session.extractor.classes, "count": p.shape[1]},
         **interval,
         **record,
-        "warnings": few_warnings(metric, record["n"]),
+        "warnings": few_warnings(metric, record["n"]) + session.own_judge(found),
         "tables": [_value_table(metric, float(value), interval, record["n"])],
     }
     picture = None if folder is None else sheet({"fake": found.source})
@@ -248,6 +249,7 @@ def prc(
         "k": k,
         "intervals": intervals,
         **record,
+        "warnings": session.own_judge(b),
         "tables": [table(["metric", "value", "95 % interval"], rows)],
     }
     return finish("prc", result, folder, _examples(folder, a, b))
@@ -304,6 +306,7 @@ def clip_score(
         "mean_cosine": float(cosines.mean()),
         **interval,
         **record,
+        "warnings": session.own_judge(found),
         "tables": [_value_table(metric, value, interval, record["n"])],
     }
     picture = None if folder is None else _ends(source.pairs, found, fits.numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,8 @@ from dalle.evaluate.extractors import Extractor, load_extractor
 from dalle.evaluate.intervals import bootstrap, resamples
 from dalle.evaluate.sets import DRAWN_SIDE, Source, describe, is_pipeline, open_source
 from dalle.pipeline import Pipeline
+
+OWN_JUDGE = "the features are of the network that chose the samples, which favours its choice"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,15 +171,32 @@ class Session:
             name=name,
         )
 
-    def interval(self, statistic: Any, sets: list[torch.Tensor], value: float) -> dict[str, Any]:
+    def interval(
+        self, statistic: Any, sets: list[torch.Tensor], value: float, lowest: float = -math.inf
+    ) -> dict[str, Any]:
         """`bootstrap` with the options' numbers, shown as progress."""
         count = self.setup.bootstrap
         if count is None:
             count = resamples(max(x.shape[1] for x in sets if x.dim() == 2))
         with progress_shown("interval") as show:
             return bootstrap(
-                statistic, sets, count=count, seed=self.seed, value=value, progress=show
+                statistic,
+                sets,
+                count=count,
+                seed=self.seed,
+                value=value,
+                lowest=lowest,
+                progress=show,
             )
+
+    def own_judge(self, *sets: Features) -> list[str]:
+        """A warning where the network is the one that chose a pipeline's samples."""
+        for found in sets:
+            drawn = found.source.details.get("drawn", {})
+            ranker = drawn.get("pipeline", {}).get("ranker")
+            if ranker == self.extractor.fingerprint and drawn.get("num_candidates", 1) > 1:
+                return [OWN_JUDGE]
+        return []
 
     def record(self, **sets: Features) -> dict[str, Any]:
         """What stands beside every value: the network, the sets, the seed."""

@@ -11,6 +11,7 @@ import torch
 
 from dalle.configs import integer
 from dalle.console import say
+from dalle.data.augment import center_crop
 from dalle.data.pairs import Pairs, load_or_skip
 from dalle.data.shapes import Scene, parse
 from dalle.data.shapes_check import MIN_SIDE, check_batch
@@ -23,7 +24,7 @@ from dalle.evaluate.intervals import wilson
 from dalle.evaluate.plots import curves_png
 from dalle.evaluate.results import few_warnings, finish, table
 from dalle.evaluate.scores import Set, inception_of, start
-from dalle.evaluate.session import Session
+from dalle.evaluate.session import OWN_JUDGE, Session
 from dalle.evaluate.sets import Source, is_pipeline
 from dalle.pipeline import Pipeline
 from dalle.pretrained import fingerprint
@@ -70,18 +71,17 @@ def _point(session: Session, a: Features, b: Features, classes: list[str]) -> di
     """Distance and score of one pair of sets, with intervals."""
     x, y = a.values.double(), b.values.double()
     value = distances.frechet_distance(x, y)
+    found = session.interval(distances.frechet_distance, [x, y], value, 0.0)
     point: dict[str, Any] = {
         "distance": value,
-        "distance_interval": session.interval(distances.frechet_distance, [x, y], value)[
-            "interval"
-        ],
+        "distance_interval": found["interval"],
         "score": None,
         "score_interval": None,
     }
     if classes or not isinstance(session.extractor, TextExtractor):
         p = session.extractor.probabilities(b.values, classes)
         score = inception_of(p, SPLITS)
-        found = session.interval(lambda q: float(inception_of(q, SPLITS)), [p], float(score))
+        found = session.interval(lambda q: float(inception_of(q, SPLITS)), [p], float(score), 1.0)
         point |= {
             "score": float(score),
             "score_std": score.std,
@@ -152,7 +152,9 @@ def blur(
                   "is": _lists(paper.FIGURE_9A_IS), "cub_fid": _lists(paper.FIGURE_9B_FID),
                   "cub_is": _lists(paper.FIGURE_9B_IS)},
         **record,
-        "warnings": few_warnings(network.distance, record["n"]) + warnings,
+        "warnings": few_warnings(network.distance, record["n"])
+        + warnings
+        + session.own_judge(last["fake"]),
         "tables": [_table("radius", metrics, points, _of_paper(paper.RADII, {
             "paper's FID": paper.FIGURE_9A_FID["DALL-E"],
             "paper's IS": paper.FIGURE_9A_IS["DALL-E"]}))],
@@ -215,6 +217,14 @@ def scenes_of(captions: Sequence[str]) -> list[Scene] | None:
         return None
 
 
+def for_checker(images: np.ndarray) -> np.ndarray:
+    """(N, S, S, 3) uint8 at a side that the checker reads: S, or the next multiple of 8 below."""
+    side = images.shape[1]
+    if side % 8 == 0:
+        return images
+    return np.stack([center_crop(image, side // 8 * 8) for image in images])
+
+
 def rerank(
     real: Set,
     fake: Set,
@@ -273,9 +283,7 @@ def rerank(
     if not any("checker_share" in point for point in points):
         warnings.append("no checker share: the captions are not of the set shapes at 24 pixels up")
     if _same_network(session, pipeline):
-        warnings.append(
-            "the features are of the network that chose the samples, which favours its choice"
-        )
+        warnings.append(OWN_JUDGE)
     network, record = session.extractor, session.record(real=truth, fake=found)
     metrics = {"distance": network.distance, "score": network.score}
     more = [name for name in ("checker_share", "ranker_score") if name in points[0]]
@@ -307,11 +315,11 @@ def rerank(
 
 def _share_right(made: Drawn, column: int) -> dict[str, Any]:
     """The share of pictures that show every fact of their caption; {} where that is not known."""
-    side = made.images.shape[2]
     scenes = scenes_of(made.captions)
-    if scenes is None or side % 8 or side < MIN_SIDE:
+    if scenes is None or made.images.shape[2] < MIN_SIDE:
         return {}
-    right = sum(report.all_right for report in check_batch(made.images[:, column], scenes))
+    images = for_checker(made.images[:, column])
+    right = sum(report.all_right for report in check_batch(images, scenes))
     share = right / len(scenes)
     return {"checker_share": share, "checker_interval": wilson(right, len(scenes))}
 
