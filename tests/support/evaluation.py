@@ -13,7 +13,7 @@ from dalle.data.augment import to_tensor
 from dalle.data.shapes import COLOURS, Thing, parse, scenes
 from dalle.data.shapes_pairs import render
 from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
-from dalle.evaluate.inception import load_module
+from dalle.optional import load_module
 from dalle.pipeline import Generation, Pipeline
 from dalle.prior.config import PriorConfig
 from dalle.prior.model import Prior
@@ -49,8 +49,8 @@ def make_eval_home(root):
 
 def oracle(name):
     """A module of torch-fidelity or torchmetrics, which both import torchvision."""
-    load_module("torchvision", "test")
-    return load_module(name, "test")
+    load_module("torchvision", "test", "eval")
+    return load_module(name, "test", "eval")
 
 
 def refused(capsys, words, code):

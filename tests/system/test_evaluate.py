@@ -17,8 +17,9 @@ from dalle.cli import main
 from dalle.errors import DataError, UsageError
 from dalle.evaluate import cache, drawings
 from dalle.evaluate.extractors import Extractor, RankerExtractor, load_extractor
-from dalle.evaluate.inception import InceptionTorchvision, load_module
+from dalle.evaluate.inception import InceptionTorchvision
 from dalle.evaluate.session import Session, Setup
+from dalle.optional import load_module
 from dalle.pipeline import Pipeline
 from support.evaluation import make_eval_home, refused
 
@@ -224,7 +225,7 @@ def random_weights(state):
 
 def test_inception_networks_are_the_ones_of_their_packages(home, monkeypatch):
     """With random weights: pool features and logits agree with the packages' own forward pass."""
-    models = load_module("torchvision.models", "test")
+    models = load_module("torchvision.models", "test", "eval")
     torch.manual_seed(0)
     with torch.device("meta"):
         network = models.inception_v3(weights=None, aux_logits=True, init_weights=False)
@@ -243,7 +244,7 @@ def test_inception_networks_are_the_ones_of_their_packages(home, monkeypatch):
     assert mine.distance == "FID (torchvision weights)" and found.shape == (1, 2048)
     assert isinstance(mine, InceptionTorchvision)
 
-    module = load_module("torch_fidelity.feature_extractor_inceptionv3", "test")
+    module = load_module("torch_fidelity.feature_extractor_inceptionv3", "test", "eval")
     monkeypatch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
     kind = module.FeatureExtractorInceptionV3
     with monkeypatch.context() as patch, torch.device("meta"):

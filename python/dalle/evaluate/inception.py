@@ -7,8 +7,6 @@ Figure 9: torchvision's ImageNet weights; its values differ from FID for the sam
 
 from __future__ import annotations
 
-import importlib
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.data.augment import to_tensor
-from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
+from dalle.errors import CheckpointError, UsageError
+from dalle.optional import load_module
 from dalle.pretrained import fingerprint, read_tensors, tensors_from_bytes
 
 FOLDER = Path("weights")  # where a file is looked for that is not given
@@ -27,36 +26,6 @@ SIDE = 299
 MAX_BYTES = 256 << 20  # of a weights file; these have about 100 MB
 BATCH = 16  # pictures at once, about 1 GB
 PICKLES = {".pkl", ".pt", ".pth", ".bin", ".ckpt"}
-_kept: list[object] = []  # definitions of operators live as long as their Library object
-
-
-def load_module(name: str, owner: str) -> Any:
-    """Imports a module of torchvision or torch-fidelity.
-
-    torchvision's compiled operators do not load beside another build of torch (a CPU torch and the
-    wheel for GPUs). Its Python part then fails, as it describes operators that are not there. No
-    network here uses them, so they are declared without a body.
-
-    Raises:
-        EnvironmentProblem: it is not installed or does not load.
-    """
-    for _ in range(20):
-        try:
-            return importlib.import_module(name)
-        except ImportError as missing:
-            raise EnvironmentProblem(
-                f"{owner}: {name.partition('.')[0]} must be installed for this extractor, got: "
-                f"{str(missing).splitlines()[0]}; type: pip install 'dalle-ext[eval]'"
-            ) from missing
-        except RuntimeError as problem:
-            operator = re.search(r"operator torchvision::(\w+) does not exist", str(problem))
-            if operator is None:
-                reason = str(problem).splitlines()[0]
-                raise EnvironmentProblem(f"{owner}: {name} must load, got: {reason}") from problem
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            library.define(f"{operator[1]}(Tensor dets, Tensor scores, float iou) -> Tensor")
-            _kept.append(library)
-    raise EnvironmentProblem(f"{owner}: {name} must load, got operators missing again and again")
 
 
 def read_weights(owner: str, weights: Path) -> dict[str, Tensor]:
@@ -146,7 +115,7 @@ class InceptionTF(_Inception):
 
     @classmethod
     def build(cls, owner: str, tensors: dict[str, Tensor]) -> Any:
-        module = load_module("torch_fidelity.feature_extractor_inceptionv3", owner)
+        module = load_module("torch_fidelity.feature_extractor_inceptionv3", owner, "eval")
         # The class reads a file with pickle, or fetches one. It gets these tensors instead of the
         # download.
         fetch: Callable[..., object] = module.load_state_dict_from_url
@@ -184,7 +153,7 @@ class InceptionTorchvision(_Inception):
 
     @classmethod
     def build(cls, owner: str, tensors: dict[str, Tensor]) -> Any:
-        models = load_module("torchvision.models", owner)
+        models = load_module("torchvision.models", owner, "eval")
         network = models.inception_v3(
             weights=None, aux_logits=True, init_weights=False, transform_input=False
         )

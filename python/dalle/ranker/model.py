@@ -25,6 +25,7 @@ from dalle.configs import integer
 from dalle.devices import autocast
 from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
 from dalle.files import check_regular, read_json
+from dalle.optional import prepare_torchvision
 from dalle.pretrained import Pretrained, from_presets
 from dalle.ranker.blocks import PRESETS, ImageTower, RankerConfig, TextTower
 from dalle.tokenizer import Tokenizer
@@ -179,6 +180,7 @@ class TransformersCLIP:
     """
 
     def __init__(self, directory: Path | str, device: torch.device | str = "cpu") -> None:
+        prepare_torchvision()  # which transformers imports where it is installed
         try:
             from transformers import CLIPModel, CLIPProcessor
         except ImportError as error:
