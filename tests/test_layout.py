@@ -61,8 +61,8 @@ variants of quicker ones and run in `.ci/night`.
 """
 CITATION = re.compile(r"([\w./]+\.\w+):(\w+)")  # path:name, as docs/paper.md cites code
 # Files and packages of python/dalle from the ground up; each imports of its own floor and below.
-GROUND = "errors version configs console files devices memory optional pages pictures masks captions"
-GROUND += " dtensor pretrained"
+GROUND = "errors version configs console files devices memory optional pages pictures masks"
+GROUND += " captions dtensor pretrained"
 FLOORS = (
     set(GROUND.split()),
     {"precision", "tokenizer"},
