@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +21,11 @@ from dalle.dtensor import gather, local_part
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, DalleError
 from dalle.precision import scaler
+from dalle.train import loop, update
 from dalle.train.checkpoint import load_checkpoint, save_checkpoint
+from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTask
+from dalle.train.loop import train
 from dalle.train.manifest import checkpoints
 from support.dvae import PATCH, WARM, some_pairs
 from support.prior import SMALL, make_parts, make_task
@@ -37,6 +42,7 @@ VARIANTS = {
     "codebook": (replace(SMALL, image_init="codebook"), {}),
 }
 HALF = ("fp16-scaled", replace(SMALL, decay="none"), {"precision": "fp16-scaled", "d_model": 64})
+PLATEAU = {"decay": "plateau", "plateau_window": 1, "plateau_patience": 1, "plateau_min_delta": 1.0}
 _joined: list[Cluster] = []
 
 
@@ -185,6 +191,56 @@ def bad_rest(rank):
 
     task.scaler.step = spoilt
     return said_of(lambda: task.train_step(0))
+
+
+def read_late(_rank, folder, name, machines=1, psgd=0):
+    """A training whose updates are read a step later, beside one that reads them at once."""
+    config, sizes = VARIANTS[name] if name in VARIANTS else HALF[1:]
+    cluster, found, rows = cluster_of(machines, psgd), [], []
+
+    def task_of(changed=config):
+        return make_task(make_parts(), replace(changed, clip_norm=0.5), world=cluster, **sizes)
+
+    def run(task, out, steps=5, **options):
+        given = {"log_every": 2, "picture_every": 0, "steps": steps} | options
+        train(task, LoopConfig(out=Path(folder) / out, **given))
+
+    for late in (True, False):
+        task = task_of(replace(config, **PLATEAU))
+        with pytest.MonkeyPatch.context() as patch:
+            if not late:
+                patch.setattr(update, "skips_on_device", lambda optimizer: False)
+            run(task, f"late {late}")
+        lines = (Path(folder) / f"late {late}" / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        rows.append(
+            [
+                {k: v for k, v in r.items() if "second" not in k and k not in ("eta", "data_wait")}
+                for r in records
+            ]
+        )
+        found.append((task.plateau.halvings, state_hash(task)))
+    task, stopped = task_of(), []
+    step, batch = task.train_step, task.batch
+
+    def asked(at):
+        if at == 2 and cluster.rank == cluster.size - 1:
+            stopped.append("SIGTERM")
+        return step(at)
+
+    task.train_step = asked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "signals", lambda: nullcontext(stopped))
+        said = [said_of(lambda: run(task, "stopped", 9))]
+    task = task_of()
+    if cluster.rank == 1:  # in one process's part, of one step
+        task.batch = lambda at: batch(at)._replace(
+            keep=torch.full((len(batch(at).text), 16), float("nan" if at == 2 else 1))
+        )
+    said.append(said_of(lambda: run(task, "spoilt", 9)))
+    same = rows[0] == rows[1] and found[0] == found[1]
+    steps = [record["step"] for record in rows[0]]
+    return {"same": same, "steps": steps, "halvings": found[0][0], "said": said}
 
 
 def clipped(rank):

@@ -22,6 +22,7 @@ from support.cluster import (
     dvae_losses,
     full_disk,
     losses,
+    read_late,
     resumed,
     saved,
     small_task,
@@ -50,6 +51,8 @@ def two(folder, tmp_path_factory):
         "dvae": (dvae_losses,), "saved": (saved, str(folder / "saved")), "sums": (sums,),
         "damaged": (damaged, str(folder / "damaged")), "full": (full_disk, str(folder / "full")),
         "bad loss": (bad_loss,), "bad rest": (bad_rest,),
+        "late": (read_late, str(folder / "late"), "plain"),
+        "late, half": (read_late, str(folder / "late half"), HALF[0]),
     }  # fmt: skip
     return run(2, calls, tmp_path_factory.mktemp("two"), joined=False)
 
@@ -68,6 +71,7 @@ def machines(folder, tmp_path_factory):
     (folder / "psgd").mkdir()
     calls = {"saved": (saved, str(folder / "psgd"), 2, 2)}
     calls |= {name: (losses, name, 2, 2) for name in ("plain", "not recomputed", "recomputed")}
+    calls["late"] = (read_late, str(folder / "late psgd"), HALF[0], 2, 2)
     return run(4, calls, tmp_path_factory.mktemp("machines"), joined=False)
 
 
@@ -160,6 +164,17 @@ def test_a_bad_loss_on_one_process_stops_all(two):
 def test_a_bad_gradient_in_the_part_of_one_process_stops_all(two):
     for said in two["bad rest"]:
         assert re.fullmatch(r"prior: gradient of .* at step 0 \(on process 1\)", said), said
+
+
+@pytest.mark.parametrize("name", ["late", "late, half", "late, compressed"])
+def test_updates_that_are_read_a_step_later_train_alike(two, machines, name):
+    """Bit for bit, with a plateau; a signal and a bad loss of one process stop all at one step."""
+    found = machines["late"] if name == "late, compressed" else two[name]
+    for process in found:
+        assert process["same"] and process["steps"] == [2, 4, 5] and process["halvings"] > 0
+        stopped, spoilt = process["said"]
+        assert "stopped by" in stopped and "after step 3 of 9" in stopped
+        assert spoilt.startswith("prior: loss must be finite, got nan at step 2")
 
 
 def test_parts_sums_and_agreed_problems(two):

@@ -223,7 +223,7 @@ class Cluster:
         return bool(self.sum(torch.tensor([float(flag)], dtype=torch.float32, device="cpu")) > 0)
 
     def watch(self, received: Sequence[object]) -> None:
-        self._received = received
+        self._received, self._stop = received, None
 
     def stop_requested(self) -> bool:
         requested, self._stop = self._stop, None
@@ -287,6 +287,11 @@ class Cluster:
         mean = self.mean({"loss": local})["loss"]
         return torch.as_tensor(mean, dtype=torch.float64, device="cpu")
 
+    def queue_mean_loss(self, loss: Tensor) -> Tensor:
+        total = loss.detach().double()
+        dist.all_reduce(total)
+        return total / self.size
+
     @contextmanager
     def explained(self, step: Callable[[], int] | None = None) -> Iterator[None]:
         self._step = step or self._step
@@ -342,11 +347,15 @@ class Cluster:
         scatter_model(model, full, self.control)
 
     def gradient_norm(self, gradients: Sequence[Tensor]) -> float:
+        norm = self.queue_gradient_norm(gradients)
+        with self.device_exchange():
+            return float(norm)
+
+    def queue_gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         psgd = self.psgd
         norm = gather(nn.utils.get_total_norm(gradients)) if psgd is None else psgd.gradient_norm()
         self.broadcast_norm_(norm)
-        with self.device_exchange():
-            return float(norm)
+        return norm
 
     def broadcast_norm_(self, norm: Tensor) -> None:
         # The order of a sum depends on the processor, but replicas must clip by the same bits.

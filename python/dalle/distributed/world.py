@@ -104,6 +104,9 @@ class World(Protocol):
     def mean_loss(self, loss: Tensor) -> Tensor:
         """The mean loss, the same on all, so that all stop or none. Waits for it. Collective."""
 
+    def queue_mean_loss(self, loss: Tensor) -> Tensor:
+        """As `mean_loss`, 0-d on the device, which the host does not wait for. Collective."""
+
     def explained(self, step: Callable[[], int] | None = None) -> AbstractContextManager[None]:
         """Turns a failed collective into an error that names the processes that did not answer."""
 
@@ -133,6 +136,9 @@ class World(Protocol):
         Args:
             gradients: those that this process's parameters hold.
         """
+
+    def queue_gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """As `gradient_norm`, 0-d on the device, which the host does not wait for. Collective."""
 
     def broadcast_norm_(self, norm: Tensor) -> None:
         """Replaces a norm (0-d float64) by process 0's, which may round otherwise. Collective."""
@@ -214,6 +220,9 @@ class Solo:
     def mean_loss(self, loss: Tensor) -> Tensor:
         return loss
 
+    def queue_mean_loss(self, loss: Tensor) -> Tensor:
+        return loss
+
     def explained(self, step: Callable[[], int] | None = None) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -231,7 +240,10 @@ class Solo:
         pass  # it is the model itself
 
     def gradient_norm(self, gradients: Sequence[Tensor]) -> float:
-        return float(nn.utils.get_total_norm(gradients))
+        return float(self.queue_gradient_norm(gradients))
+
+    def queue_gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        return nn.utils.get_total_norm(gradients)
 
     def broadcast_norm_(self, norm: Tensor) -> None:
         pass

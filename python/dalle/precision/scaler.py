@@ -16,6 +16,7 @@ from dalle.console import say
 from dalle.dtensor import gradient_stats, local_part
 from dalle.errors import CheckpointError, UsageError
 from dalle.precision.ends import BINS, COUNTS, BlockEnds
+from dalle.precision.queued import HostCopy, skips_on_device, step_unless
 
 Block = nn.Module | Sequence[nn.Module]
 REPORT_EVERY = 10  # updates between reports, while all of them have been skipped
@@ -109,11 +110,14 @@ class ResblockScaler:
         self.scales = torch.full((count + 1,), start, dtype=torch.float32, device=device)
         self.scales[count] = 1
         self.since_drop = torch.full((count,), window, dtype=torch.int64, device=device)
-        # Skipped updates in a row that a block caused at its lowest scale.
-        self._stuck = torch.zeros(count, dtype=torch.int64, device=device)
+        # (blocks,): skipped updates in a row that a block caused at its lowest scale.
+        self.stuck_for = torch.zeros(count, dtype=torch.int64, device=device)
         self._skips = torch.zeros(2, dtype=torch.float64, device=device)  # skipped, updates
         # Number of updates as long as all have been skipped; None after the first that was not.
         self._all_skipped: Tensor | None = torch.zeros((), dtype=torch.int64, device=device)
+        self._report: HostCopy | None = None  # of these updates, on its way to the host
+        # Since the last `metrics`: whether there was an update, and one that counted exponents.
+        self._updated = self._sampled = False
         self._ends = {
             name: BlockEnds(self.scales[i], name, i, self.groups)
             for i, name in enumerate(self.names)
@@ -147,12 +151,14 @@ class ResblockScaler:
         *,
         clip_norm: float | None = None,
         sync_norm: Callable[[Tensor], object] | None = None,
+        found_nonfinite: Tensor | None = None,
     ) -> ScalerStep:
         """Unscales, clips, updates the parameters unless a gradient is nonfinite, and the scales.
 
         With `dalle_ext.AdamW16` the gradients are read as they are and nothing waits for the
-        device. Other optimizers get them unscaled in place, and the host waits to learn whether
-        they are finite; they need fp32 parameters, as unscaled gradients would vanish in fp16.
+        device. Other optimizers get them unscaled in place; they need fp32 parameters, as unscaled
+        gradients would vanish in fp16. Of these, the host waits to learn whether gradients are
+        finite unless it is one of torch's with `fused=True`.
 
         Args:
             optimizer: of all parameters; those without a gradient are left alone.
@@ -160,6 +166,7 @@ class ResblockScaler:
             sync_norm: called with the norm (0-d float64) before it clips, to make it one number on
                 processes that hold equal gradients: the order in which squares are added depends
                 on the processor (`PowerSGD.broadcast_norm_`).
+            found_nonfinite: 0-d bool on the device; where it is set nothing is updated either.
 
         Raises:
             UsageError: no gradients, none of the blocks' parameters (a copy of the scaler alone
@@ -182,7 +189,7 @@ class ResblockScaler:
         norm, nonfinite = gradient_stats(params, self.scales, groups, check_only=fused)
         if sync_norm is not None:
             sync_norm(norm)
-        skipped = nonfinite.sum() > 0
+        skipped = (nonfinite.sum() > 0) | (False if found_nonfinite is None else found_nonfinite)
         factor = None
         if clip_norm is not None:
             factor = (clip_norm / norm.clamp_min(clip_norm)).float()
@@ -191,16 +198,17 @@ class ResblockScaler:
             optimizer.step(
                 clip_factor=factor, found_nonfinite=skipped, scales=self.scales, groups=group_of
             )
-        elif not bool(skipped):
+        elif skips_on_device(optimizer) or not bool(skipped):
             if factor is not None:
                 torch._foreach_mul_([local_part(p.grad) for p in params], factor)
-            optimizer.step()
+            step_unless(optimizer, skipped) if skips_on_device(optimizer) else optimizer.step()
         self._update_scales(nonfinite)
         self._skips += torch.stack([skipped.double(), torch.ones_like(norm)])
         if self._all_skipped is not None:
             self._all_skipped += skipped
-            if self.updates % REPORT_EVERY == 0:  # the host waits, but only at the beginning
-                self._report_start(nonfinite)
+            if self.updates % REPORT_EVERY == 0:
+                self._report = self._copy_report(nonfinite)
+            self._report_start()
         return ScalerStep(norm, nonfinite, skipped)
 
     def _update_scales(self, nonfinite: Tensor) -> None:
@@ -210,7 +218,7 @@ class ResblockScaler:
         if self.shared:
             counts = nonfinite.sum().expand(count)
         at_floor = (scales <= self.low) & (counts > 0)
-        self._stuck = torch.where(at_floor, self._stuck + 1, 0)
+        self.stuck_for = torch.where(at_floor, self.stuck_for + 1, 0)
         before = scales.clone() if not self._grow_on_skip else None
         dalle_ext.update_scales_(
             scales,
@@ -225,47 +233,72 @@ class ResblockScaler:
         )
         if before is not None:  # the op sees the blocks alone
             scales.copy_(torch.where(nonfinite_elsewhere, torch.minimum(scales, before), scales))
+        self._sampled |= self._sampling()
+        self._updated = True
         self.updates += 1
         self._sample()
 
-    def _report_start(self, nonfinite: Tensor) -> None:
-        """Reports a training that begins with nothing but skipped updates or overflow."""
-        probe_counts = [self._ends[name].probe.grad for name in self.names]
-        if self.updates == REPORT_EVERY:
-            overflowing = [
-                i for i, c in enumerate(probe_counts) if c is not None and 2 * c[0] > c[len(COUNTS)]
-            ]
-            self._report_too_high("most scaled gradients that enter block {} overflow", overflowing)
-        if self._all_skipped is None or int(self._all_skipped) < self.updates:
+    def _copy_report(self, nonfinite: Tensor) -> HostCopy:
+        """What a report of the first updates says, on its way to the host."""
+        values = {"nonfinite": nonfinite[:-1], "scales": self.scales, "entered": self._probed()}
+        assert self._all_skipped is not None
+        return HostCopy({**values, "skipped": self._all_skipped, "updates": self.updates})
+
+    def _report_start(self) -> None:
+        """Reports a training that begins with nothing but skipped updates or overflow.
+
+        As soon as its numbers have arrived: at once on the CPU, a few updates later on a GPU.
+        """
+        if self._report is None or not self._report.ready():
+            return
+        values = {name: torch.as_tensor(value) for name, value in self._report.read().items()}
+        self._report = None
+        updates, entered = int(values["updates"]), values["entered"]
+        if updates == REPORT_EVERY:
+            high = (2 * entered[:, 0] > entered[:, len(COUNTS)]).nonzero()[:, 0].tolist()
+            text = "most scaled gradients that enter block {} overflow"
+            self._report_too_high(text, high, values["scales"])
+        if int(values["skipped"]) < updates:
             self._all_skipped = None
             return
-        bad = [i for i, count in enumerate(nonfinite[:-1].tolist()) if count]
         self._report_too_high(
-            f"all of the first {self.updates} updates were skipped, as scaled gradients of block "
+            f"all of the first {updates} updates were skipped, as scaled gradients of block "
             "{} were not finite",
-            bad,
+            values["nonfinite"].nonzero()[:, 0].tolist(),
+            values["scales"],
         )
 
-    def _report_too_high(self, text: str, blocks: list[int]) -> None:
+    def _report_too_high(self, text: str, blocks: list[int], scales: Tensor) -> None:
         if blocks:
             names = self.names[blocks[0]]
             names += f" and {len(blocks) - 1} others" if len(blocks) > 1 else ""
             say(
                 f"ResblockScaler: {text.format(names)}: initial must be lower, got scale "
-                f"{float(self.scales[blocks[0]]):g} by now"
+                f"{float(scales[blocks[0]]):g} by now"
             )
 
-    def stuck(self) -> list[str]:
-        """Blocks whose gradients were nonfinite at the lowest scale for `window` updates."""
-        return [
-            n for n, c in zip(self.names, self._stuck.tolist(), strict=True) if c >= self.window
-        ]
+    def stuck(self, stuck_for: Tensor | None = None) -> list[str]:
+        """Blocks whose gradients were nonfinite at the lowest scale for `window` updates.
+
+        Args:
+            stuck_for: as it was after an earlier update; now if left out.
+        """
+        counts = (self.stuck_for if stuck_for is None else stuck_for).tolist()
+        return [n for n, c in zip(self.names, counts, strict=True) if c >= self.window]
+
+    def _sampling(self) -> bool:
+        """Whether the exponents of this update's gradients are counted."""
+        interval = self.sample_every
+        return interval > 0 and self.updates % interval == interval - 1
 
     def _sample(self) -> None:
-        interval = self.sample_every
-        due = interval > 0 and self.updates % interval == interval - 1
+        due = self._sampling()
         for ends in self._ends.values():
             ends.sampling = due
+
+    def _probed(self) -> Tensor:
+        probes = [self._ends[name].probe for name in self.names]
+        return torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in probes])
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
@@ -277,18 +310,19 @@ class ResblockScaler:
         elements by floor(log2 |g|) from -64, before scaling. "skipped" is the share of skipped
         updates, one number.
         """
-        probes = [self._ends[name].probe for name in self.names]
-        totals = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in probes])
-        for probe in probes:
-            probe.grad = None
+        totals = self._probed()
+        for ends in self._ends.values():
+            ends.probe.grad = None
         values = {"block_scale": self.scales[: len(self)].log2()}
         values["skipped"] = self._skips[0] / self._skips[1].clamp_min(1)
         self._skips.zero_()
         counts, size, bins = totals.split([len(COUNTS), 1, BINS], 1)
         shares = counts / size.clamp_min(1)
         values |= {f"block_{name}": shares[:, i] for i, name in enumerate(COUNTS)}
-        if bool(bins.any()):
+        sampled = self._sampled if self._updated else self._sampling()
+        if sampled:  # known without a look at the device
             values["block_exponents"] = bins / bins.sum(1, keepdim=True).clamp_min(1)
+        self._updated = self._sampled = False
         return values
 
     def state_dict(self) -> dict[str, Any]:
@@ -297,7 +331,7 @@ class ResblockScaler:
             "names": list(self.names),
             "scales": self.scales[: len(self)].tolist(),
             "since_drop": self.since_drop.tolist(),
-            "stuck": self._stuck.tolist(),
+            "stuck": self.stuck_for.tolist(),
             "updates": self.updates,
         }
 
@@ -312,7 +346,7 @@ class ResblockScaler:
             got = state.get("names")
             raise CheckpointError(f"ResblockScaler: blocks must be {self.names}, got {got}")
         scales = torch.tensor(state["scales"], dtype=torch.float32, device="cpu")
-        counts = {"since_drop": self.since_drop, "stuck": self._stuck}
+        counts = {"since_drop": self.since_drop, "stuck": self.stuck_for}
         loaded = {
             name: torch.tensor(state[name], dtype=torch.int64, device="cpu") for name in counts
         }

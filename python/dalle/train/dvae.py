@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -23,9 +24,11 @@ from dalle.dvae.codebook import codebook_health, init_codebook
 from dalle.dvae.likelihood import expected_pixels, map_pixels, psnr, set_psnr
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
+from dalle.precision.queued import HostCopy, Values
 from dalle.train.averaging import IterateAverage
 from dalle.train.fine_tune import frozen, started_from
 from dalle.train.held_out import held_out_pictures
+from dalle.train.late import settle, step_values
 from dalle.train.parts import run_parts, run_parts_no_grad, sum_parts
 from dalle.train.schedules import cosine_ramp
 from dalle.train.seeds import start_seed, step_seed
@@ -247,7 +250,7 @@ class DvaeTask:
         """The slice of a batch that is this process's."""
         return self.world.part(self.config.batch_size)
 
-    def train_step(self, step: int) -> dict[str, float | Tensor]:
+    def train_step(self, step: int) -> Values:
         """One update; before the codebook exists the codes are continuous."""
         c = self.config
         waited = self.loader.seconds
@@ -272,6 +275,7 @@ class DvaeTask:
             others = {"grad_norm": grad_norm, "data_wait": waited, "images": len(images)}
             return self._global_means(share, means, others)
         if step == c.warm_start_steps and c.warm_start_steps:
+            settle(self)  # the average of the steps so far ends here
             self._make_codebook()
         ramp_step = step - c.warm_start_steps
         tau = cosine_ramp(ramp_step, c.tau_start, c.tau_end, c.tau_steps)
@@ -295,11 +299,11 @@ class DvaeTask:
         lr = cosine_ramp(ramp_step, c.lr_start, c.lr_end, c.lr_steps)
         repeat_forward = partial(forward, images, first=first)
         grad_norm = update(self, loss * share, step, lr=lr, forward=repeat_forward)
-        self._count(torch.cat([part[-1] for part in outputs]), step)
+        codes = HostCopy({"codes": torch.cat([part[-1] for part in outputs])})
         means = {"loss": loss, "nll": nll, "kl": kl, "psnr": quality}
-        shared = {"tau": tau, "kl_weight": kl_weight, "grad_norm": grad_norm, **self.health}
-        shared["data_wait"] = waited
-        return self._global_means(share, means, {**shared, "images": len(images)})
+        shared = {"tau": tau, "kl_weight": kl_weight, "grad_norm": grad_norm, "data_wait": waited}
+        more = partial(self._count, codes, step)
+        return self._global_means(share, means, {**shared, "images": len(images)}, more)
 
     def pictures(self, step: int) -> dict[str, Tensor]:
         """Eight training pictures above their reconstructions with the averaged weights."""
@@ -398,22 +402,29 @@ class DvaeTask:
         return psnr(images, expected_pixels(mu)).mean()
 
     def _global_means(
-        self, share: float, means: dict[str, Tensor], others: dict[str, Any]
-    ) -> dict[str, float | Tensor]:
+        self,
+        share: float,
+        means: dict[str, Tensor],
+        others: dict[str, Any],
+        more: Callable[[], Values] | None = None,
+    ) -> Values:
         """A step's values over all processes; `means` are weighted by this process's share."""
-        return self.world.mean({k: v.detach() * share for k, v in means.items()} | others)
+        values = {k: v.detach() * share for k, v in means.items()} | others
+        return step_values(self, values, more=more)
 
-    def _count(self, index: Tensor, step: int) -> None:
-        """Counts this batch's codes, without the noise, which would hide a collapse."""
-        counts = torch.bincount(index.flatten().cpu(), minlength=len(self.counts))
+    def _count(self, codes: HostCopy, step: int) -> dict[str, float]:
+        """Counts this batch's codes, without the noise, which would hide a collapse; the health."""
+        index = torch.as_tensor(codes.read()["codes"]).flatten().long()
+        counts = torch.bincount(index, minlength=len(self.counts))
         counts = self.world.sum(counts).long()
         self.counts += counts
         self.tokens_counted += int(counts.sum())
         if (step + 1) % self.config.health_every:
-            return
+            return self.health
         health = codebook_health(self.counts)
         if health.collapsed(self.tokens_counted):
             say(f"dvae: after step {step + 1}: " + COLLAPSED.format(words=health.in_words()))
         self.health = {"codes_used": health.used, "perplexity": health.perplexity}
         self.counts.zero_()
         self.tokens_counted = 0
+        return self.health

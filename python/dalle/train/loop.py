@@ -48,13 +48,15 @@ from dalle.data.loader import StepLoader
 from dalle.errors import DataError, EnvironmentProblem, Interrupted, NumericalError
 from dalle.files import make_folder
 from dalle.pictures import save_png, to_uint8
+from dalle.precision.queued import Values
 from dalle.train.averaging import FIRST_SHARE
 from dalle.train.config import LoopConfig
 from dalle.train.held_out import held_out_scores
+from dalle.train.late import reading_late
 from dalle.train.lock import training_lock
 from dalle.train.metrics import Metrics
 from dalle.train.resume import resume
-from dalle.train.saver import Saver, StepWatch, can_be_saved
+from dalle.train.saver import Saver, StepWatch, can_be_saved, may_be_read
 from dalle.train.seeds import reproducible, start_seed
 from dalle.train.signals import signals
 from dalle.train.task import Task
@@ -93,7 +95,9 @@ def train(
     Raises:
         TrainingInterrupted: after SIGINT, SIGTERM or SIGHUP, with the step finished and its
             checkpoint written. A second SIGINT or SIGTERM ends the process at once.
-        NumericalError: if loss or gradients are not finite; the last checkpoint stays.
+        NumericalError: if loss or gradients are not finite; the last checkpoint stays, and the
+            weights are those before that step. Known a step later where the optimizer can skip an
+            update on the device (`train.late`).
         UsageError: if another training writes into `out`.
         CheckpointError: if the checkpoint to resume from is damaged or of another training.
         EnvironmentProblem: if `out` cannot be made, or the last checkpoint cannot be written, or
@@ -119,47 +123,63 @@ def train(
             say(f"{task.name}: {step} updates are done already, more than steps {config.steps}")
         start, watch = step, StepWatch(task)
         world.watch(received)
-        try:
-            task.model.train()
-            while step < config.steps:
-                watch.begin()
-                values = task.train_step(step)
-                check_loss(task.name, values["loss"], step)
-                step += 1
-                watch.end()
-                metrics.add(values)
-                if begun is not None and step == start + 1:
-                    with world.raise_on_all():
-                        if is_main_process():
-                            begun(step)
-                stop = world.stop_requested()
-                last = stop or step >= config.steps
-                score = config.validate_every > 0 and (last or step % config.validate_every == 0)
-                record = last or score or step % config.log_every == 0
-                save = last or step % config.checkpoint_every == 0
-                draw = config.picture_every > 0 and step % config.picture_every == 0
-                if record or save or draw:
-                    with world.raise_on_all():
-                        if lock is not None:
-                            lock.renew()
-                if record:
-                    scores = held_out_scores(task, step) if score else {}
-                    metrics.write(step, task.optimizer.param_groups[0]["lr"], scores)
-                if save:
-                    saver.save(step, last=last)
-                if draw:
-                    write_pictures(task, step, out / "pictures")
-                if stop:
-                    break
-        except Exception as problem:
-            if step > start and can_be_saved(task, problem, watch, lock):
-                saver.save_on_error(step)
-            raise
-        finally:
-            watch.close()
-            if isinstance(loader := getattr(task, "loader", None), StepLoader):
-                loader.close()
-            metrics.close()
+
+        def done(at: int, values: Values, lr: float | None) -> None:
+            check_loss(task.name, values["loss"], at)
+            metrics.add(values)
+            if lr is not None:
+                metrics.write(at + 1, lr)
+
+        with reading_late(task, done) as reads:
+            try:
+                task.model.train()
+                while step < config.steps:
+                    watch.begin()
+                    values = task.train_step(step)
+                    step += 1
+                    watch.end()
+                    first = begun is not None and step == start + 1
+                    stop = world.stop_requested()
+                    last = stop or step >= config.steps
+                    score = config.validate_every > 0 and (
+                        last or step % config.validate_every == 0
+                    )
+                    record = last or score or step % config.log_every == 0
+                    save = last or step % config.checkpoint_every == 0
+                    draw = config.picture_every > 0 and step % config.picture_every == 0
+                    at_once = first or score or save or draw  # needs what hangs on the update
+                    lr = task.optimizer.param_groups[0]["lr"]
+                    queued = reads.close(step - 1, values, lr if record and not at_once else None)
+                    if at_once:
+                        reads.settle()
+                    if begun is not None and first:
+                        with world.raise_on_all():
+                            if is_main_process():
+                                begun(step)
+                    if record or save or draw:
+                        with world.raise_on_all():
+                            if lock is not None:
+                                lock.renew()
+                    if record and (at_once or not queued):
+                        scores = held_out_scores(task, step) if score else {}
+                        metrics.write(step, lr, scores)
+                    if save:
+                        saver.save(step, last=last)
+                    if draw:
+                        write_pictures(task, step, out / "pictures")
+                    if stop:
+                        break
+            except Exception as problem:
+                if may_be_read(task, problem):
+                    reads.settle()
+                if step > start and can_be_saved(task, problem, watch, lock):
+                    saver.save_on_error(step)
+                raise
+            finally:
+                watch.close()
+                if isinstance(loader := getattr(task, "loader", None), StepLoader):
+                    loader.close()
+                metrics.close()
         interrupted = step < config.steps and stop
         result = TrainResult(
             step=step, seconds=metrics.seconds, interrupted=interrupted, metrics=metrics.last

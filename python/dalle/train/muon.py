@@ -91,6 +91,9 @@ class MuonAdamW(torch.optim.AdamW):
         return loss
 
     def _muon(self, groups: list[dict[str, Any]]) -> None:
+        # As in torch's fused AdamW: 1 where nothing of this update may remain, read on the device.
+        found: Tensor | None = getattr(self, "found_inf", None)
+        keep = None if found is None else 1 - found
         shapes: dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]] = defaultdict(list)
         for group in groups:
             size = group["lr"] * group["muon_scale"]
@@ -102,9 +105,14 @@ class MuonAdamW(torch.optim.AdamW):
                     # AdamW expects a step when it loads a state.
                     state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                     state["momentum_buffer"] = torch.zeros_like(parameter, dtype=torch.float32)
-                momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                nesterov = parameter.grad.lerp(momentum, group["momentum"])
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                grad, share = parameter.grad, 1 - group["momentum"]
+                decay = group["lr"] * group["weight_decay"]
+                if keep is not None and found is not None:
+                    grad = grad.masked_fill(found.bool(), 0)
+                    share, decay = share * keep, decay * keep
+                momentum = state["momentum_buffer"].lerp_(grad, share)
+                nesterov = grad.lerp(momentum, group["momentum"])
+                parameter.mul_(1 - decay)
                 blocks = (x.chunk(group["muon"]) for x in (parameter, nesterov))
                 for matrix, update in zip(*blocks, strict=True):
                     rows, columns = matrix.shape
@@ -118,6 +126,8 @@ class MuonAdamW(torch.optim.AdamW):
                 partial(_orthogonal_part, stacked), len(entries), self.parts
             )
             updates = torch.cat([part for (part,) in results])
+            if keep is not None:
+                updates = updates * keep
             for (matrix, _, step), update in zip(entries, updates, strict=True):
                 matrix.add_(update, alpha=step)
 

@@ -30,6 +30,7 @@ from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.pictures import rows_of
 from dalle.precision import ResblockScaler
+from dalle.precision.queued import Values
 from dalle.pretrained import fingerprint
 from dalle.prior.config import IMAGE_WEIGHT, PAD, TEXT_WEIGHT
 from dalle.prior.model import Prior, PriorOutput
@@ -37,6 +38,7 @@ from dalle.tokenizer import Tokenizer
 from dalle.train.averaging import IterateAverage
 from dalle.train.fine_tune import frozen, started_from
 from dalle.train.held_out import MAX_PICTURES, held_out_pictures
+from dalle.train.late import step_values
 from dalle.train.parts import run_parts, run_parts_no_grad, sum_parts
 from dalle.train.prior_recipe import PriorTrainConfig, init_from_codebook, make_optimizer
 from dalle.train.schedules import PlateauHalving
@@ -234,7 +236,7 @@ class PriorTask:
         crops, items = load_or_draw(self.pairs, indices[part], draws, crop)
         return torch.from_numpy(np.stack(crops)), torch.from_numpy(items)
 
-    def train_step(self, step: int) -> dict[str, float | Tensor]:
+    def train_step(self, step: int) -> Values:
         """One update; all its randomness comes from (seed, step)."""
         c = self.config
         cut, waited = self.tokenizer.truncated, self.loader.seconds
@@ -254,7 +256,7 @@ class PriorTask:
             self,
             loss,
             step,
-            lr=c.step_size(step) * self.plateau.factor,
+            lr=lambda: c.step_size(step) * self.plateau.factor,
             clip_norm=c.clip_norm,
             scaler=self.scaler,
             forward=forward,
@@ -270,10 +272,8 @@ class PriorTask:
             "images": len(text),
             **(self.scaler.metrics() if self.scaler is not None else {}),
         }
-        values = self.world.mean(values)
-        if c.decay == "plateau":
-            self.plateau.update(float(values["loss"]))
-        return values
+        after = self.plateau.update if c.decay == "plateau" else None
+        return step_values(self, values, after=after)
 
     @torch.no_grad()
     def pictures(self, step: int) -> dict[str, Tensor]:

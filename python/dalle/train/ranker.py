@@ -194,6 +194,8 @@ class RankerTask:
             ],
             lr=config.learning_rate,
             betas=(0.9, 0.98),
+            # There a flag on the device skips an update.
+            fused=ranker.log_scale.device.type == "cuda",
         )
 
     def describe(self) -> dict[str, Any]:

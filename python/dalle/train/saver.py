@@ -103,6 +103,12 @@ class StepWatch:
         self._hook.remove()
 
 
+def may_be_read(task: Task, problem: Exception) -> bool:
+    """Whether the update before the step that failed can still be read, which is collective."""
+    raised_on_all = isinstance(problem, DalleError) and problem.raised_on_all
+    return task.world.size == 1 or raised_on_all
+
+
 def can_be_saved(task: Task, problem: Exception, watch: StepWatch, lock: FolderLock | None) -> bool:
     """Whether the state after the last step is still there when `problem` ends the training, and
     may be saved: not where numbers have gone wrong. Collective where all have the problem."""
