@@ -14,8 +14,9 @@ import pytest
 from dalle.cli import main
 from dalle.data import shard_files, shard_index, sources
 from dalle.data.folder import FolderPairs
+from dalle.data.images import BadPicture
 from dalle.data.pairs import all_captions, captions_of, fingerprints, load_or_draw
-from dalle.data.shards import ShardPairs
+from dalle.data.shards import ShardGone, ShardPairs
 from dalle.data.split import hold_out
 from dalle.errors import DataError, EnvironmentProblem
 from support.pictures import JPEG, PNG, WIDE_GIF
@@ -259,3 +260,14 @@ def test_a_changed_set_has_another_fingerprint_and_says_which_shard(tmp_path):
     assert first.fingerprint()["captions"] != second.fingerprint()["captions"]
     assert first.parts()["00000.tar"] == second.parts()["00000.tar"]
     assert first.parts()["00001.tar"] != second.parts()["00001.tar"]
+
+
+def test_errors_come_back_from_a_worker_process_as_they_were(tmp_path):
+    for error in (
+        BadPicture(tmp_path / "a.png", "not a picture", "be one", "detail"),
+        ShardGone(tmp_path / "0.tar", "shard has gone", "be readable"),
+    ):
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error) and str(again) == str(error)
+        assert again.reason == error.reason
+        assert getattr(again, "group", None) == getattr(error, "group", None)

@@ -109,3 +109,11 @@ def test_which_captions_count():
     prints = [fingerprints(p) for p in (pairs, first, joined)]
     assert prints[0] != prints[1] != prints[2] and prints[0]["pictures"] == prints[2]["pictures"]
     assert pickle.loads(pickle.dumps(joined)).captions[0] == "a b"
+
+
+def test_what_is_taken_of_several_captions_is_said(tmp_path, capsys):
+    plain(tmp_path / "a", "one\ntwo", "three")
+    for choice, words in sources.TAKEN.items():
+        pairs = load_pairs(str(tmp_path / "a"), image_size=8, captions=choice)
+        assert capsys.readouterr().err.endswith(f"3 captions in all; {words}\n")
+        assert len(all_captions(pairs)) == (3 if choice == "draw" else 2)

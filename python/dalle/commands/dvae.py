@@ -65,7 +65,8 @@ class DvaeCommandConfig:
     are better on the held-out part.
 
     Args:
-        data: shapes, emoji, or a folder of pictures with captions (which are not used).
+        data: shapes, emoji, a folder of pictures with captions (which are not used) or of tar
+            shards, or a table (docs/data.md); several by weights: --data a=0.7 --data b=0.3.
         preset: tiny, small, base or paper; shapes or emoji with the sizes and the recipe of the
             demo.
         recipe: quick (a warm start, a codebook of k-means, schedules that fit the run) or paper.

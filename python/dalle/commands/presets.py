@@ -17,7 +17,7 @@ import tyro
 from dalle.config_files import CONFIG_NAME, Scalar, read_options
 from dalle.console import say
 from dalle.data.images import open_checked
-from dalle.data.mixture import CaptionChoice, file_of, with_choice
+from dalle.data.mixture import CaptionChoice, file_of
 from dalle.data.pairs import Pairs, evenly_spaced
 from dalle.data.sources import drawn_size, has_built_in, held_out_split, load_pairs
 from dalle.data.split import hold_out
@@ -118,7 +118,7 @@ def open_pairs(
     size = image_size or preset_size
     if has_built_in(data) and not image_size:
         size = drawn_size(size)
-    return with_choice(load_pairs(data, image_size=size, seed=seed), captions)
+    return load_pairs(data, image_size=size, seed=seed, captions=captions)
 
 
 def sides(pairs: Pairs) -> list[int]:

@@ -67,8 +67,9 @@ class PriorCommandConfig:
     averaged or the last weights, whichever are better on the held-out part.
 
     Attributes:
-        data: shapes, emoji, a folder of pictures with .txt captions, or one of `dalle data
-            encode`, whose codes are read in place of pictures.
+        data: shapes, emoji, a folder of pictures with .txt captions or of tar shards, a table
+            (docs/data.md), or a folder of `dalle data encode`, whose codes are read in place of
+            pictures; several by weights: --data a=0.7 --data b=0.3.
         tokenizer: folder of `dalle tokenizer train` (run/tokenizer).
         vae: model folder of `dalle dvae train` (run/dvae/model).
         preset: tiny, small, base, 1b or 12b; vocabularies and grid come from tokenizer and dVAE.

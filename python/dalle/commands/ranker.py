@@ -50,7 +50,8 @@ class RankerCommandConfig:
     """Trains the model that chooses the best of many samples; it goes to OUT/model.
 
     Attributes:
-        data: shapes, emoji, or a folder of pictures with .txt captions; the prior's.
+        data: shapes, emoji, a folder of pictures with .txt captions or of tar shards, or a table
+            (docs/data.md); the prior's.
         tokenizer: folder of `dalle tokenizer train` (run/tokenizer).
         vae: model folder of `dalle dvae train` (run/dvae/model). Pictures are then also shown as it
             gives them back, which is what samples look like, and broken ones are made of its codes.

@@ -6,6 +6,7 @@ import errno
 import io
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin, features
@@ -67,6 +68,17 @@ class BadPicture(DataError):
         description = f"{reason} ({detail})" if detail else reason
         super().__init__(f"{path}: {what} must {requirement}, got: {description}")
         self.reason = reason
+
+    def __reduce__(self) -> Any:
+        """As a worker process sends it back: by the line and the attributes."""
+        return _again, (type(self), str(self), self.__dict__)
+
+
+def _again(kind: type[BadPicture], line: str, attributes: dict[str, Any]) -> BadPicture:
+    error = kind.__new__(kind, line)
+    error.args = (line,)
+    error.__dict__.update(attributes)
+    return error
 
 
 def read_bytes(path: Path) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dalle.console import say
 from dalle.data import codes, emoji, folder, shapes_pairs, shards, tables
-from dalle.data.mixture import MixedPairs
+from dalle.data.mixture import CaptionChoice, MixedPairs, with_choice
 from dalle.data.pairs import Pairs, format_counts, number_of_captions
 from dalle.data.source import Source
 from dalle.errors import DataError, UsageError
@@ -29,6 +29,11 @@ SOURCES: tuple[Source, ...] = (  # of the forms, the first that fits is taken
 BUILT_IN: dict[str, Callable[[int, str, int], Pairs]] = {
     source.name: source for source in SOURCES if source.fits is None
 }
+TAKEN = {
+    "draw": "one of a picture's is drawn each time",
+    "first": "the first of a picture's is taken",
+    "join": "a picture's are one text, with spaces between",
+}
 CHOOSE_SET = "built-in:"  # before a name: the set, also where a folder has that name
 # (whether a path has the form, what opens it); the first that fits is taken.
 FOLDER_FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Pairs]], ...] = tuple(
@@ -37,7 +42,13 @@ FOLDER_FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Pairs]], ..
 
 
 def load_pairs(
-    spec: str, *, image_size: int, split: str = "train", seed: int = 0, report: bool = True
+    spec: str,
+    *,
+    image_size: int,
+    split: str = "train",
+    seed: int = 0,
+    report: bool = True,
+    captions: CaptionChoice = "draw",
 ) -> Pairs:
     """Opens a data set by name.
 
@@ -50,6 +61,7 @@ def load_pairs(
             "train".
         seed: which pictures of the endless set `shapes`; unused elsewhere.
         report: whether a line says what was left out.
+        captions: which of a picture's several captions are trained on (`mixture.with_choice`).
 
     Raises:
         UsageError: unknown split, or weights that are given for some only.
@@ -58,20 +70,27 @@ def load_pairs(
     """
     specs = split_specs(spec)
     names, weights = [name for name, _ in specs], [weight for _, weight in specs]
+
+    def load(name: str) -> Pairs:
+        pairs = _load_one(name, image_size, split, seed)
+        if report and name not in BUILT_IN:
+            _report_skipped(pairs, captions)
+        return with_choice(pairs, captions)
+
     if len(specs) == 1:
-        return _load_one(names[0], image_size, split, seed, report)
+        return load(names[0])
     if weights.count(None) not in (0, len(weights)):
         lone = names[weights.index(None)]
         raise UsageError(f"data: weights must be given for all or for none, got none for {lone}")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UsageError(f"data: sources must differ, got {twice} twice")
-    parts = [_load_one(name, image_size, split, seed, report) for name in names]
+    parts = [load(name) for name in names]
     given = [weight for weight in weights if weight is not None]
     return MixedPairs(parts, given or None, names)
 
 
-def _load_one(spec: str, image_size: int, split: str, seed: int, report: bool) -> Pairs:
+def _load_one(spec: str, image_size: int, split: str, seed: int) -> Pairs:
     if spec in BUILT_IN:
         return BUILT_IN[spec](image_size, split, seed)
     opens = _opener(Path(spec))
@@ -82,10 +101,7 @@ def _load_one(spec: str, image_size: int, split: str, seed: int, report: bool) -
         )
     if split != "train":
         raise UsageError(f"data: split of a folder must be 'train', got {split!r}")
-    pairs = opens(Path(spec))
-    if report:
-        _report_skipped(pairs)
-    return pairs
+    return opens(Path(spec))
 
 
 def join_specs(specs: Iterable[str]) -> str:
@@ -125,6 +141,11 @@ def held_out_split(spec: str) -> str:
     return getattr(BUILT_IN.get(spec), "held_out", "")
 
 
+def _suffix(weight: float | None) -> str:
+    """A weight as it stands behind its source."""
+    return "" if weight is None else f"={weight!r}".removesuffix(".0")
+
+
 def data_here(spec: str, *, folders: bool = True) -> str:
     """What `--data` stands for in the current directory, as `load_pairs` takes it.
 
@@ -135,17 +156,13 @@ def data_here(spec: str, *, folders: bool = True) -> str:
         spec: as typed; several are one a line.
         folders: whether the command takes folders at all; if not, the set is taken.
     """
-    return join_specs(
-        _here(name, folders) + ("" if weight is None else f"={weight:.17g}")
-        for name, weight in split_specs(spec)
-    )
+    return join_specs(_here(name, folders) + _suffix(weight) for name, weight in split_specs(spec))
 
 
 def absolute(spec: str) -> str:
     """The same sources, whatever the current directory."""
     return join_specs(
-        (name if name in BUILT_IN else str(Path(name).resolve()))
-        + ("" if weight is None else f"={weight:.17g}")
+        (name if name in BUILT_IN else str(Path(name).resolve())) + _suffix(weight)
         for name, weight in split_specs(spec)
     )
 
@@ -202,8 +219,8 @@ def is_picture_folder(spec: str) -> bool:
     return opens is None or bool(getattr(opens, "plain", False))
 
 
-def _report_skipped(pairs: Pairs) -> None:
-    """Reports files that a training leaves out, and captions of which it draws one each time."""
+def _report_skipped(pairs: Pairs, captions: CaptionChoice) -> None:
+    """Reports files that a training leaves out, and what it takes of several captions."""
     if pairs.skipped:
         total = pairs.skipped.total()
         hint = " (`dalle data check` names them)" if hasattr(pairs, "problems") else ""
@@ -215,5 +232,5 @@ def _report_skipped(pairs: Pairs) -> None:
     if len(several):
         say(
             f"data: {len(several)} caption files hold several lines, "
-            f"{number_of_captions(pairs)} captions in all; one of a picture's is drawn each time"
+            f"{number_of_captions(pairs)} captions in all; {TAKEN[captions]}"
         )

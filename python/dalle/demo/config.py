@@ -60,7 +60,7 @@ class TrainConfig:
 
     Args:
         data: shapes, emoji, or a folder of JPEG, PNG or WebP pictures, each with a .txt of the same
-            name that holds its caption.
+            name that holds its caption; or tar shards, or a table (docs/data.md).
         out: folder for the page, pictures, summary.json, config.yaml and the trained pipeline.
         time: how long it may take: quick is five minutes, hour, night is eight hours. It chooses
             sizes and numbers of updates, from the pictures and the measured pace as well.
