@@ -1,0 +1,222 @@
+// The CPU kernel of decode_attention_linear.h, compiled with decode_attention_cpu.h. No torch here.
+//
+// A task is a panel of 16 outputs, for all rows. With __AVX512BF16__ pairs are multiplied at once.
+#pragma once
+
+#include "common/isa.h"
+#include "decode_attention/decode_attention_linear.h"
+
+namespace dalle {
+
+struct DecodeLinearCpu {
+  // Rows of x, normed and in the form that the products read.
+  void (*prepare)(const LinearArgs& args, int64_t row_begin, int64_t row_end);
+  void (*run)(const LinearArgs& args, int64_t panel_begin, int64_t panel_end);
+};
+
+DALLE_FOR_EACH_ISA(DecodeLinearCpu, decode_linear_cpu)
+
+}  // namespace dalle
+
+#ifdef DALLE_ISA
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#if __has_include("common/pairs.h")
+#include "common/pairs.h"
+#else
+#include "sparse_attention/sparse_attention_cpu_pairs.h"
+#endif
+#include "common/vector.h"
+
+namespace dalle::DALLE_ISA_NAMESPACE {
+namespace {
+
+constexpr int kPanelVectors = static_cast<int>(kLinearColumns) / kLanes;
+constexpr int64_t kLinearBlock = 384;  // inputs at a time: panels of a tile stay in the L1 cache
+
+// Rows and panels of a tile of accumulators: 24 of 32 registers, or 12 of 16. Few rows take more
+// panels, since a chain of products waits for itself.
+constexpr int kTileRows = kBytes == 64 ? 8 : kBytes == 32 ? 6 : 3;
+constexpr int tile_panels(int rows) {
+  if (kBytes == 64) return rows <= 2 ? 4 : 3;
+  if (kBytes == 32) return rows == 1 ? 4 : rows == 2 ? 2 : 1;
+  return rows == 1 ? 2 : 1;
+}
+
+inline Float product(Float a, Float b, Float sum) { return sum + a * b; }
+inline Float product(Vec<Pair> a, Vec<Pair> b, Float sum) { return multiply_add(a, b, sum); }
+
+// x sigmoid(slope x).
+inline Float swish(Float x, float slope) {
+  const Float least = splat(-126.0f);  // 2^126 is finite, and x / 2^126 as good as 0
+  return x / (1.0f + exp2_of<float>(-maximum(x * (slope * 1.44269504088896341f), least)));
+}
+
+// out[r][column] of kRows rows and kPanels panels from `panel` on, over inputs k_begin .. k_end;
+// what came before stands in out. step_t is float, or a pair of bfloat16.
+template <typename step_t, int kRows, int kPanels>
+inline void linear_tile(const LinearArgs& args, int64_t row, int64_t panel, int64_t steps,
+                        int64_t k_begin, int64_t k_end) {
+  const step_t* x = reinterpret_cast<const step_t*>(args.normed) + row * steps;
+  const step_t* w =
+      static_cast<const step_t*>(args.weight) + panel * steps * kLinearColumns;
+  float* out = args.out + row * args.outputs + panel * kLinearColumns;
+  const int64_t left = args.outputs - panel * kLinearColumns;
+  float edge[kRows][kLinearColumns];  // of a panel that is wider than what is left
+  const bool whole = left >= kPanels * kLinearColumns;
+  Float sum[kRows][kPanels * kPanelVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kPanels * kPanelVectors; ++j) {
+      sum[r][j] = k_begin == 0 ? Float{} : load(out + r * args.outputs + j * kLanes);
+    }
+  }
+  for (int64_t k = k_begin; k < k_end; ++k) {
+    Vec<step_t> column[kPanels * kPanelVectors];
+#pragma GCC unroll 16
+    for (int j = 0; j < kPanels * kPanelVectors; ++j) {
+      const int64_t p = j / kPanelVectors, part = j % kPanelVectors;
+      column[j] = load(w + (p * steps + k) * kLinearColumns + part * kLanes);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<step_t> factor = splat(x[r * steps + k]);
+#pragma GCC unroll 16
+      for (int j = 0; j < kPanels * kPanelVectors; ++j) {
+        sum[r][j] = product(factor, column[j], sum[r][j]);
+      }
+    }
+  }
+  const bool last = k_end == steps;
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kPanels * kPanelVectors; ++j) {
+      float* at = whole ? out + r * args.outputs + j * kLanes : edge[r] + j * kLanes;
+      Float y = sum[r][j];
+      if (last && whole) {
+        if (args.bias) y += load(args.bias + panel * kLinearColumns + j * kLanes);
+        if (args.slope != 0) y = swish(y, args.slope);
+        if (args.residual) y += load(args.residual + (at - args.out));
+      }
+      store(at, y);
+    }
+  }
+  if (whole) return;
+  for (int r = 0; r < kRows; ++r) {  // one panel, and all of k: see linear_rows
+    for (int64_t n = 0; n < left; ++n) {
+      Float y = splat(edge[r][n]);
+      if (args.bias) y += args.bias[panel * kLinearColumns + n];
+      if (args.slope != 0) y = swish(y, args.slope);
+      const int64_t at = r * args.outputs + n;
+      if (args.residual) y += (args.residual + (out - args.out))[at];
+      out[at] = y[0];
+    }
+  }
+}
+
+// kRows rows from `row` on, kRows more as long as there are, for panels begin .. end.
+template <typename step_t, int kRows>
+void linear_rows(const LinearArgs& args, int64_t row, int64_t row_end, int64_t steps, int64_t begin,
+                 int64_t end) {
+  constexpr int kPanels = tile_panels(kRows);
+  const int64_t whole = args.outputs / kLinearColumns;
+  int64_t panel = begin;
+  while (panel < end) {
+    const bool full = panel + kPanels <= end && panel + kPanels <= whole;
+    // The sums of an edge have no place in out: all of k at once.
+    const int64_t block = panel < whole ? kLinearBlock : steps;
+    for (int64_t k = 0; k < steps; k += block) {
+      const int64_t k_end = std::min(steps, k + block);
+      for (int64_t r = row; r + kRows <= row_end; r += kRows) {
+        if (full) {
+          linear_tile<step_t, kRows, kPanels>(args, r, panel, steps, k, k_end);
+        } else {
+          linear_tile<step_t, kRows, 1>(args, r, panel, steps, k, k_end);
+        }
+      }
+    }
+    panel += full ? kPanels : 1;
+  }
+}
+
+template <typename step_t, int kRows = kTileRows - 1>
+void linear_rest(const LinearArgs& args, int64_t row, int64_t steps, int64_t begin, int64_t end) {
+  if (args.rows - row == kRows) {
+    linear_rows<step_t, kRows>(args, row, args.rows, steps, begin, end);
+  } else if constexpr (kRows > 1) {
+    linear_rest<step_t, kRows - 1>(args, row, steps, begin, end);
+  }
+}
+
+template <typename step_t>
+void linear_panels(const LinearArgs& args, int64_t steps, int64_t begin, int64_t end) {
+  const int64_t full = args.rows / kTileRows * kTileRows;
+  linear_rows<step_t, kTileRows>(args, 0, full, steps, begin, end);
+  if (full < args.rows) linear_rest<step_t>(args, full, steps, begin, end);
+}
+
+void run_linear(const LinearArgs& args, int64_t panel_begin, int64_t panel_end) {
+  if (args.pairs) {
+    linear_panels<Pair>(args, ceil_div(args.inputs, 2), panel_begin, panel_end);
+  } else {
+    linear_panels<float>(args, args.inputs, panel_begin, panel_end);
+  }
+}
+
+// The vector at x + k of a row of `size`; zeros behind its end.
+inline Float load_row(const float* x, int64_t k, int64_t size) {
+  if (k + kLanes <= size) return load(x + k);
+  float rest[kLanes] = {};
+  std::copy(x + k, x + size, rest);
+  return load(rest);
+}
+
+// Rows as the products read them; of bfloat16 rounded, an odd row with a zero behind it.
+void prepare_linear(const LinearArgs& args, int64_t row_begin, int64_t row_end) {
+  const int64_t size = args.inputs, width = args.pairs ? size + size % 2 : size;
+  const float count = static_cast<float>(size);
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const float* x = args.x + row * size;
+    float mean = 0, inverse = 1;
+    if (args.gain) {
+      Float sum{}, squares{};
+      for (int64_t k = 0; k < size; k += kLanes) sum += load_row(x, k, size);
+      mean = sum_of<float>(sum) / count;
+      for (int64_t k = 0; k < size; k += kLanes) {
+        Float v = load_row(x, k, size) - mean;
+        for (int64_t i = size - k; i < kLanes; ++i) v[i] = 0;
+        squares += v * v;
+      }
+      inverse = 1.0f / std::sqrt(sum_of<float>(squares) / count + args.eps);
+    }
+    for (int64_t k = 0; k < size; k += kLanes) {
+      Float v = load_row(x, k, size);
+      if (args.gain) {
+        v = (v - mean) * inverse * load_row(args.gain, k, size) + load_row(args.shift, k, size);
+      }
+      if (args.pairs) {
+        BFloat16* out = reinterpret_cast<BFloat16*>(args.normed) + row * width + k;
+        BFloat16 rest[kLanes];
+        narrow(rest, v);
+        std::copy_n(rest, std::min<int64_t>(kLanes, width - k), out);
+      } else {
+        float rest[kLanes];
+        store(rest, v);
+        std::copy_n(rest, std::min<int64_t>(kLanes, width - k), args.normed + row * width + k);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const DecodeLinearCpu decode_linear_cpu = {prepare_linear, run_linear};
+
+}  // namespace dalle::DALLE_ISA_NAMESPACE
+
+#endif  // DALLE_ISA
