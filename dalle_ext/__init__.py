@@ -7,7 +7,7 @@ from dalle_ext._switch import use_reference
 from dalle_ext._tensor_table import TensorTable, local_part
 from dalle_ext.images import area_resize
 from dalle_ext.ops.adam16 import AdamW16
-from dalle_ext.ops.decode_attention import DecodeCache, decode_attention
+from dalle_ext.ops.decode_attention import DecodeCache, PackedLinear, decode_attention
 from dalle_ext.ops.formats import Packed, pack, pack_counted, sum_codes, unpack
 from dalle_ext.ops.grad_scale import (
     GradientStats,
@@ -37,6 +37,7 @@ __all__ = [
     "GradientStats",
     "GumbelSoftmax",
     "Packed",
+    "PackedLinear",
     "ScaledGradient",
     "TensorTable",
     "area_resize",

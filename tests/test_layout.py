@@ -35,7 +35,8 @@ LONGER = {  # files that are one topic and longer than their kind: lines, and wh
     "python/dalle/pipeline.py": 520,  # one class with its folder: checks, drawing, choosing
     "python/dalle/options.py": 420,  # one walk: words, files, lists, how numbers are spelt
     "dalle_ext/ops/adam16.py": 300,  # the optimizer, its checks, its groups
-    "dalle_ext/ops/decode_attention.py": 300,  # the cache with its stores, the op, their checks
+    "dalle_ext/ops/decode_attention.py": 370,  # the cache, the op, the products of a step
+    "dalle_ext/reference/decode_attention.py": 110,  # the cache's rule, the op, the products
     "dalle_ext/ops/grad_scale.py": 300,  # five public functions and their two results
     "dalle_ext/ops/powersgd.py": 280,  # four public functions that share their checks
     "dalle_ext/ops/sparse_attention.py": 480,  # the pattern, its masks and costs; two ops

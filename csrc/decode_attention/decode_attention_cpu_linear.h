@@ -61,8 +61,7 @@ template <typename step_t, int kRows, int kPanels>
 inline void linear_tile(const LinearArgs& args, int64_t row, int64_t panel, int64_t steps,
                         int64_t k_begin, int64_t k_end) {
   const step_t* x = reinterpret_cast<const step_t*>(args.normed) + row * steps;
-  const step_t* w =
-      static_cast<const step_t*>(args.weight) + panel * steps * kLinearColumns;
+  const step_t* w = static_cast<const step_t*>(args.weight) + panel * steps * kLinearColumns;
   float* out = args.out + row * args.outputs + panel * kLinearColumns;
   const int64_t left = args.outputs - panel * kLinearColumns;
   float edge[kRows][kLinearColumns];  // of a panel that is wider than what is left

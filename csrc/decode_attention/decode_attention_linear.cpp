@@ -79,4 +79,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dalle_ext, m) {
       "_decode_linear(Tensor x, Tensor weight, int outputs, Tensor? bias, Tensor? gain,"
       " Tensor? shift, float eps, float slope, Tensor? residual) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(dalle_ext, CPU, m) { m.impl("_decode_linear", TORCH_BOX(&dalle::linear)); }
+STABLE_TORCH_LIBRARY_IMPL(dalle_ext, CPU, m) {
+  m.impl("_decode_linear", TORCH_BOX(&dalle::linear));
+}

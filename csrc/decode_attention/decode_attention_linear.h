@@ -16,18 +16,18 @@ inline constexpr int64_t kLinearColumns = 16;
 
 // Null where there is none: gain, shift (K), bias (N), residual (M, N).
 struct LinearArgs {
-  const float* x;     // (M, K)
-  const void* weight; // (panels, K, 16) floats or (panels, ceil(K / 2), 16, 2) bfloat16
+  const float* x;      // (M, K)
+  const void* weight;  // (panels, K, 16) floats or (panels, ceil(K / 2), 16, 2) bfloat16
   const float* bias;
   const float* gain;
   const float* shift;
   const float* residual;
-  float* normed;      // (M, K) floats, or (M, ceil(K / 2)) pairs: what the products read
-  float* out;         // (M, N)
+  float* normed;  // (M, K) floats, or (M, ceil(K / 2)) pairs: what the products read
+  float* out;     // (M, N)
   int64_t rows, inputs, outputs;
   float eps;
-  float slope;        // x sigmoid(slope x) follows; 0: nothing does
-  bool pairs;         // the weight is bfloat16
+  float slope;  // x sigmoid(slope x) follows; 0: nothing does
+  bool pairs;   // the weight is bfloat16
 };
 
 }  // namespace dalle

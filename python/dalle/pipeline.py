@@ -27,16 +27,17 @@ from dalle.editing import Editing
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import to_json, write_atomic
 from dalle.pretrained import FORMAT_VERSION, fingerprint, read_head
-from dalle.prior.decode import Drawn, Progress, draw_parts
+from dalle.prior.decode import MAX_BATCH, Drawn, Progress, draw_parts
 from dalle.prior.model import Prior
 from dalle.prior.sampling import PAPER, SamplingChanges, SamplingConfig, first_numbers
+from dalle.prior.step import fitting
 from dalle.ranker.model import ContrastiveRanker, ImageTextRanker, load_ranker
 from dalle.tokenizer import Tokenizer
 from dalle.version import __version__
 
 MAX_CANDIDATES = int(UPPER_LIMITS["num_candidates"])
 CANDIDATES, TOP = 512, 8  # where nothing is said: the paper's 512
-SEQUENCES = 64  # sampled or decoded at once, at most
+SEQUENCES = MAX_BATCH  # sampled or decoded at once, at most
 
 __all__ = ["CandidateFinished", "Event", "Finished", "Generation", "Pipeline", "RowsFinished"]
 
@@ -56,6 +57,7 @@ class GenerateOptions(TypedDict, total=False):
     prime_rows: int
     first_candidate: int | Sequence[int]
     max_batch: int | None
+    weights: str
     progress: Callable[[int, int], None] | None
     code_progress: Callable[[int, int], None] | None
 
@@ -208,6 +210,7 @@ class Pipeline(Editing):
         first_candidate: int | Sequence[int] = 0,
         prime: torch.Tensor | None = None,
         max_batch: int | None = None,
+        weights: str = "fp32",
         progress: Progress | None = None,
         code_progress: Progress | None = None,
     ) -> torch.Tensor:
@@ -226,6 +229,7 @@ class Pipeline(Editing):
                 each caption.
             prime: (n,) codes every sample begins with.
             max_batch: candidates drawn at a time; None: what fits, up to `SEQUENCES`.
+            weights: of `dalle.prior.decode.Decoder`: "fp32" or, on some CPUs, "bf16".
             progress: called with (sequences done, sequences in all) after each part.
             code_progress: called with (codes done, codes in all) after each code of a part.
         """
@@ -242,6 +246,7 @@ class Pipeline(Editing):
             first=first_numbers("pipeline", "first_candidate", first_candidate, len(text)),
             prime=prime,
             max_batch=max_batch,
+            weights=weights,
         )
         for drawn in counted(steps, out[..., 0, 0].numel(), progress, code_progress):
             if drawn.done:
@@ -265,8 +270,12 @@ class Pipeline(Editing):
         first: list[int],
         prime: torch.Tensor | None,
         max_batch: int | None,
+        weights: str,
     ) -> Generator[Drawn]:
         """`draw_parts` with parts that fit the memory."""
+        if max_batch is None:  # of none at all, the line that says so is the decoder's
+            guided = sampling.cond_scale not in (0, 1)
+            max_batch = max(1, fitting(self.prior, SEQUENCES, guided))
         return draw_parts(
             self.prior,
             text,
@@ -275,7 +284,8 @@ class Pipeline(Editing):
             prime=None if prime is None else prime.to(self.device).expand(len(text), -1),
             seed=seed,
             first_sample=first,
-            max_batch=SEQUENCES if max_batch is None else max_batch,
+            max_batch=max_batch,
+            weights=weights,
         )
 
     @torch.no_grad()
@@ -335,6 +345,7 @@ class Pipeline(Editing):
         prime_rows: int = 0,
         first_candidate: int | Sequence[int] = 0,
         max_batch: int | None = None,
+        weights: str = "fp32",
         cancel: Callable[[], bool] = lambda: False,
         progress: Progress | None = None,
         code_progress: Progress | None = None,
@@ -361,6 +372,7 @@ class Pipeline(Editing):
             first_candidate: number of the first candidate, or one for each caption: 256 candidates
                 and 256 more from number 256 on are those of 512.
             max_batch: candidates drawn at a time; None: what fits the memory, up to `SEQUENCES`.
+            weights: of `sample`.
             cancel: asked after every code; once it is true the work ends, and each caption's
                 `Finished` has the best of the candidates that were finished.
             progress, code_progress: of `sample`.
@@ -388,6 +400,7 @@ class Pipeline(Editing):
             first=first,
             prime=None if prime_image is None else self.prime_tokens(prime_image, rows),
             max_batch=max_batch,
+            weights=weights,
         )
         steps = counted(steps, len(captions) * num_candidates, progress, code_progress)
         return self.choose(captions, steps, num_candidates, top, first=first, cancel=cancel)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +30,9 @@ from dalle.prior.sampling import (
     first_numbers,
     uniform_noise,
 )
-from dalle.prior.step import Step, SupportsDecoding
+from dalle.prior.step import ROWS, Step, SupportsDecoding, require_cache
 
+MAX_BATCH = 64  # images drawn at a time; more make a step hardly more efficient, and a larger cache
 Progress = Callable[[int, int], None]
 
 
@@ -45,15 +47,30 @@ class Decoder:
         captions: B.
         samples: S.
         cond_scale: of `SamplingConfig`; 0 and 1 cost no second branch.
+        weights: "fp32", or "bf16" on a CPU with bf16 dot products: the matrices and what they
+            multiply are rounded to it.
+        max_batch: on a GPU, whose library gives a row other bits among another number of rows,
+            products always have so many (twice with guidance). None: B * S.
 
     Attributes:
         batch, samples, slots, vocab: B, S, N, K.
         num_bytes: bytes of the image keys and values of all rows.
+
+    Raises:
+        UsageError: a number or `weights` out of range.
+        EnvironmentProblem: no bf16 dot products here, or too little memory for the cache.
     """
 
     @torch.no_grad()
     def __init__(
-        self, prior: SupportsDecoding, captions: int, samples: int, *, cond_scale: float = 1.0
+        self,
+        prior: SupportsDecoding,
+        captions: int,
+        samples: int,
+        *,
+        cond_scale: float = 1.0,
+        weights: str = "fp32",
+        max_batch: int | None = None,
     ) -> None:
         self.prior, self.cond_scale = prior, cond_scale
         self.batch = integer("Decoder", "captions", captions, 1)
@@ -61,7 +78,11 @@ class Decoder:
         self.slots, self.vocab = prior.config.num_image_tokens, prior.config.image_vocab
         self.guided = cond_scale not in (0, 1)
         self._given = 0
-        self._step = Step(prior, self.batch * (1 + self.guided), self.samples)
+        device = prior.start_of_text.device
+        count, branches = self.batch * self.samples, 1 + self.guided
+        rows = ROWS if device.type == "cpu" else max(count, max_batch or 0) * branches
+        require_cache(prior, count, self.guided)
+        self._step = Step(prior, self.batch * branches, self.samples, rows, weights)
 
     @property
     def num_bytes(self) -> int:
@@ -196,7 +217,8 @@ def draw_parts(
     prime: Tensor | None = None,
     seed: int = 0,
     first_sample: int | Sequence[int] = 0,
-    max_batch: int = 256,
+    max_batch: int = MAX_BATCH,
+    weights: str = "fp32",
 ) -> Generator[Drawn]:
     """Draws like `generate`, and hands over after every step what there is.
 
@@ -221,7 +243,8 @@ def draw_parts(
         for top in range(0, len(text), height)
         for left in range(0, num_samples, width)
     ]
-    return _drawn(prior, text, sampling, prime, seed, first, parts)
+    options = {"cond_scale": sampling.cond_scale, "weights": weights, "max_batch": max_batch}
+    return _drawn(prior, text, sampling, prime, seed, first, parts, options)
 
 
 def _drawn(
@@ -232,6 +255,7 @@ def _drawn(
     seed: int,
     first: list[int],
     parts: list[tuple[range, range]],
+    options: dict[str, Any],
 ) -> Generator[Drawn]:
     """The work of `draw_parts`, whose arguments have been checked."""
     device, slots = prior.start_of_text.device, prior.config.num_image_tokens
@@ -245,7 +269,7 @@ def _drawn(
             shape = len(rows), len(columns)
             if decoder is None or (decoder.batch, decoder.samples) != shape:
                 del decoder  # its cache goes before the next one comes
-                decoder = Decoder(prior, *shape, cond_scale=sampling.cond_scale)
+                decoder = Decoder(prior, *shape, **options)
             inside = slice(rows.start, rows.stop)
             decoder.set_text(text[inside], prime[inside])
             noise = torch.stack(
@@ -295,7 +319,8 @@ def generate(
     prime: Tensor | None = None,
     seed: int = 0,
     first_sample: int | Sequence[int] = 0,
-    max_batch: int = 256,
+    max_batch: int = MAX_BATCH,
+    weights: str = "fp32",
     progress: Progress | None = None,
 ) -> Tensor:
     """Draws image tokens for captions.
@@ -314,6 +339,7 @@ def generate(
         first_sample: number of the first sample, to continue an earlier call; or one number for
             each caption.
         max_batch: images drawn at a time.
+        weights: of `Decoder`.
         progress: called as progress(tokens drawn, tokens in all).
 
     Returns:
@@ -332,6 +358,7 @@ def generate(
         seed=seed,
         first_sample=first_sample,
         max_batch=max_batch,
+        weights=weights,
     )
     slots = prior.config.num_image_tokens
     out = torch.empty(len(text), num_samples, slots, dtype=torch.int64, device="cpu")

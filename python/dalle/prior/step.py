@@ -6,18 +6,28 @@ head size, d width, N image slots, K image vocabulary.
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dalle_ext
-from dalle.prior.blocks import AttentionBlock, KeysValues, Layer, MlpBlock, gelu
+from dalle.errors import EnvironmentProblem, UsageError
+from dalle.memory import free_memory, require_memory
+from dalle.prior.blocks import GELU_SLOPE, KeysValues, Layer, gelu
 from dalle.prior.config import PriorConfig
+from dalle_ext._switch import reference_in_use
 from dalle_ext.reference.decode_attention import decode_capacity
 
+WEIGHTS = ("fp32", "bf16")
 ROWS = 16  # products of a multiple of so many rows give each row the same bits (docs/sampling.md)
+
+
+Multiply = Callable[..., Tensor]
+"""x (R, n), and optionally what to add to the result -> (R, m): `Product`, `PackedProduct`."""
 
 
 class SupportsDecoding(Protocol):
@@ -51,31 +61,61 @@ class SupportsDecoding(Protocol):
 
 
 class Product:
-    """y = x W^T + b with the weight in the dtype in which the layer computes.
+    """add + act(norm(x) W^T + b) in PyTorch, the matrix in the dtype in which the layer computes.
 
-    Rows are padded to a multiple of `ROWS`, so that a row's bits do not depend on how many there
+    Rows are padded to a multiple of `rows`, so that a row's bits do not depend on how many there
     are. fp16 on the CPU is multiplied in fp32 and rounded once, as in `dalle.precision.linear`.
+
+    Args:
+        layer: W and b.
+        dtype: of the product.
+        rows: see above.
+        norm: of the rows; None leaves it out.
+        act: `gelu` of the blocks follows.
     """
 
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(
+        self,
+        layer: nn.Linear,
+        dtype: torch.dtype,
+        rows: int,
+        norm: nn.LayerNorm | None = None,
+        act: bool = False,
+    ) -> None:
+        self.dtype, self.rows, self.norm, self.act = dtype, rows, norm, act
         wide = dtype == torch.float16 and layer.weight.device.type == "cpu"
-        self.weight = layer.weight.detach().to(dtype)
-        self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+        bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+        self.weight, self.bias = layer.weight.detach().to(dtype), bias
         if wide:
             self.weight = self.weight.float()
             self.bias = None if layer.bias is None else layer.bias.detach().float()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        rows = len(x)
-        y = F.linear(padded(x).to(self.weight.dtype), self.weight, self.bias)
-        return y[:rows].to(self.dtype)
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        count = len(x)
+        x = (x if self.norm is None else self.norm(x)).to(self.dtype)
+        x = F.pad(x, (0, 0, 0, -count % self.rows)).to(self.weight.dtype)
+        y = F.linear(x, self.weight, self.bias)[:count].to(self.dtype)
+        y = gelu(y) if self.act else y
+        return y if add is None else add + y.to(add.dtype)
 
 
-def padded(x: Tensor) -> Tensor:
-    """Rows of zeros after those of x (R, n), to a multiple of `ROWS`."""
-    missing = -len(x) % ROWS
-    return F.pad(x, (0, 0, 0, missing)) if missing else x
+class PackedProduct:
+    """The same on the CPU by `dalle_ext.PackedLinear`, whose rows never depend on each other."""
+
+    def __init__(
+        self,
+        layer: nn.Linear,
+        dtype: torch.dtype,
+        norm: nn.LayerNorm | None = None,
+        act: bool = False,
+    ) -> None:
+        self.packed = dalle_ext.PackedLinear(layer.weight, layer.bias, dtype=dtype)
+        self.norm, self.slope = None, GELU_SLOPE if act else 0.0
+        if norm is not None:
+            self.norm = norm.weight.detach(), norm.bias.detach(), norm.eps
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        return self.packed(x.float(), norm=self.norm, slope=self.slope, add=add)
 
 
 def candidate_bytes(config: PriorConfig, guided: bool) -> int:
@@ -85,51 +125,121 @@ def candidate_bytes(config: PriorConfig, guided: bool) -> int:
     return (1 + guided) * 2 * slots * config.d_model * size
 
 
+def fitting(prior: SupportsDecoding, limit: int, guided: bool) -> int:
+    """The most images, up to `limit`, whose cache fits the free memory; 0 where not even one does.
+
+    Fewer than `limit` are a power of two.
+    """
+    free = free_memory(prior.start_of_text.device)
+    each = candidate_bytes(prior.config, guided)
+    if free is None or limit * each <= free:
+        return limit
+    count = free // each
+    return 1 << count.bit_length() - 1 if count else 0
+
+
+def require_cache(prior: SupportsDecoding, count: int, guided: bool) -> None:
+    """Raises EnvironmentProblem where the cache of so many images at a time cannot fit."""
+    fits = fitting(prior, count, guided)
+    if fits < count:
+        advice = f"max_batch {fits} would fit" if fits else "take a smaller model"
+        device = prior.start_of_text.device
+        needed = count * candidate_bytes(prior.config, guided)
+        require_memory("generate", needed, f"{count} candidates at a time", advice, device)
+
+
+def require_bf16(device: torch.device) -> None:
+    """Raises EnvironmentProblem where bf16 weights would be no gain."""
+    isa = dalle_ext.build_info()["cpu_isa"]
+    if device.type != "cpu" or isa != "v4_bf16":
+        got = f"a CPU of level {isa}" if device.type == "cpu" else device
+        raise EnvironmentProblem(
+            f"Decoder: weights bf16 must have a CPU with bf16 dot products (avx512_bf16), got {got}"
+        )
+
+
 class Step:
     """All layers for one slot of R rows, with the cache of every layer.
+
+    On the CPU a layer is five calls. On a GPU a step is one captured graph, replayed.
 
     Args:
         prior: in evaluation mode.
         batch: B.
         samples: S.
+        rows: products are made of a multiple of so many rows, where the device's library gives a
+            row other bits among other numbers of them.
+        weights: "fp32" as stored, "bf16" rounds the matrices and what they multiply.
+
+    Raises:
+        UsageError: weights is neither.
+        EnvironmentProblem: no bf16 dot products here.
     """
 
-    def __init__(self, prior: SupportsDecoding, batch: int, samples: int) -> None:
+    def __init__(
+        self,
+        prior: SupportsDecoding,
+        batch: int,
+        samples: int,
+        rows: int = ROWS,
+        weights: str = "fp32",
+    ) -> None:
         c = prior.config
+        if weights not in WEIGHTS:
+            raise UsageError(f"Decoder: weights must be {' or '.join(WEIGHTS)}, got {weights!r}")
         self.batch, self.samples, self.dtype = batch, samples, c.compute_dtype
-        self.norm = prior.norm
         # One row more than there are tokens: what stands before the first.
         start = prior.start_of_image.detach()[None]
         self.tokens = torch.cat([prior.image_widen(prior.image_embedding.weight), start])
         self.positions = prior.image_positions()
-        self.head = Product(prior.image_head, torch.float32)
-        narrow = prior.image_narrow
-        self.narrow = Product(narrow, torch.float32) if isinstance(narrow, nn.Linear) else None
         device = self.tokens.device
+        if weights == "bf16":
+            require_bf16(device)
+        packed = device.type == "cpu" and not reference_in_use() and self.dtype != torch.float16
+        matrix = torch.bfloat16 if weights == "bf16" else self.dtype
+
+        def product(layer: nn.Linear, dtype: torch.dtype, **options: Any) -> Multiply:
+            if packed:
+                return PackedProduct(layer, dtype, **options)
+            return Product(layer, dtype, rows, **options)
+
+        narrow, norm = prior.image_narrow, prior.norm
+        self.head = []
+        if isinstance(narrow, nn.Linear):
+            self.head.append(product(narrow, torch.float32, norm=norm))
+        last = None if self.head else norm
+        self.head.append(product(prior.image_head, torch.float32, norm=last))
         sizes = batch, c.num_heads, c.text_len, c.d_model // c.num_heads
-        self.layers: list[
-            tuple[AttentionBlock, MlpBlock, list[Product], dalle_ext.DecodeCache]
-        ] = []
+        self.layers: list[tuple[list[Multiply], dalle_ext.DecodeCache]] = []
         for layer, pattern in zip(prior.layers, prior.patterns, strict=True):
             assert isinstance(layer, Layer)
             attention, mlp = layer.attention, layer.mlp
-            parts = (attention.qkv, attention.out, mlp.wide_in, mlp.wide_out)
             text = torch.zeros(sizes, dtype=self.dtype, device=device)
             cache = dalle_ext.DecodeCache(pattern, text, text, samples)
-            self.layers.append((attention, mlp, [Product(p, self.dtype) for p in parts], cache))
+            parts = [
+                product(attention.qkv, matrix, norm=attention.norm),
+                product(attention.out, matrix),
+                product(mlp.wide_in, matrix, norm=mlp.norm, act=True),
+                product(mlp.wide_out, matrix),
+            ]
+            self.layers.append((parts, cache))
+        self.heads = c.num_heads
         self.slots = torch.arange(c.num_image_tokens, dtype=torch.int64, device=device)
+        self.slot = self.slots[0].clone()
         self.previous = torch.full(
             (batch, samples), c.image_vocab, dtype=torch.int64, device=device
         )
+        self._replay: Callable[[], Tensor] | None = None
+        self._capture = device.type == "cuda"
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the image keys and values."""
-        return sum(cache.num_bytes for *_, cache in self.layers)
+        return sum(cache.num_bytes for _, cache in self.layers)
 
     def fill(self, read: list[list[KeysValues]], given: int) -> None:
         """Takes what `prefill` read for each of B captions, the last `given` keys of the image."""
-        for index, (*_, cache) in enumerate(self.layers):
+        for index, (_, cache) in enumerate(self.layers):
             keys, values = (
                 torch.cat(states) for states in zip(*(r[index] for r in read), strict=True)
             )
@@ -140,7 +250,7 @@ class Step:
 
     def reorder(self, index: Tensor) -> None:
         """Sample s of caption b becomes a copy of sample index[b, s]; index (B, S)."""
-        for *_, cache in self.layers:
+        for _, cache in self.layers:
             cache.reorder(index)
 
     @torch.inference_mode()
@@ -150,15 +260,49 @@ class Step:
             self.previous.view(-1, *previous.shape).copy_(previous)
         else:
             self.previous.fill_(len(self.tokens) - 1)
-        x = self.tokens[self.previous.flatten()] + self.positions[slot]
-        for attention, mlp, (qkv, out, wide_in, wide_out), cache in self.layers:
-            packed = qkv(attention.norm(x).to(self.dtype))
-            packed = packed.view(self.batch, self.samples, 3, attention.num_heads, -1)
+        self.slot.copy_(self.slots[slot])
+        if self._capture and self._replay is None:
+            self._capture = False
+            self._replay = captured(self._run)
+        return self._run() if self._replay is None else self._replay()
+
+    def _run(self) -> Tensor:
+        """A step of what stands in the buffers `previous` and `slot`; reads neither on the host."""
+        x = torch.index_select(self.tokens, 0, self.previous.view(-1))
+        x += torch.index_select(self.positions, 0, self.slot.view(1))
+        for (qkv, out, wide_in, wide_out), cache in self.layers:
+            packed = qkv(x).to(self.dtype).view(self.batch, self.samples, 3, self.heads, -1)
             q, k, v = packed.unbind(2)
-            attended = dalle_ext.decode_attention(q, k, v, cache, self.slots[slot])
-            x = x + out(attended.reshape(len(x), -1))
-            x = x + wide_out(gelu(wide_in(mlp.norm(x).to(self.dtype))))
-        x = self.norm(x)
-        if self.narrow is not None:
-            x = self.narrow(x)
-        return self.head(x).view(self.batch, self.samples, -1)
+            attended = dalle_ext.decode_attention(q, k, v, cache, self.slot)
+            x = out(attended.view(len(x), -1), x)
+            x = wide_out(wide_in(x), x)
+        for part in self.head:
+            x = part(x)
+        return x.view(self.batch, self.samples, -1)
+
+
+def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
+    """`run` as a CUDA graph to replay; None, said once, where it cannot be captured.
+
+    It runs once before, on a stream of its own: libraries allocate at their first call.
+    """
+    try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run()
+    except RuntimeError as error:
+        warnings.warn(
+            f"Decoder: steps run one kernel at a time, the graph was refused: {error}", stacklevel=2
+        )
+        return None
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
