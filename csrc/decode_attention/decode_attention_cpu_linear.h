@@ -24,11 +24,7 @@ DALLE_FOR_EACH_ISA(DecodeLinearCpu, decode_linear_cpu)
 #include <cmath>
 #include <cstring>
 
-#if __has_include("common/pairs.h")
 #include "common/pairs.h"
-#else
-#include "sparse_attention/sparse_attention_cpu_pairs.h"
-#endif
 #include "common/vector.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {

@@ -352,9 +352,10 @@ class PackedLinear:
             (M, N) float32. No gradient flows.
 
         Raises:
+            TypeError: x is no tensor, or requires a gradient while gradients are recorded.
             RuntimeError: shapes, dtypes or strides that do not fit.
         """
-        _no_gradient(LINEAR, x=x)
+        _plain(LINEAR, x=x)
         gain, shift, eps = (None, None, 0.0) if norm is None else norm
         options = (self.outputs, self.bias, gain, shift, eps, slope, add)
         if reference_in_use():

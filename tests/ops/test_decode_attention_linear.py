@@ -66,7 +66,7 @@ def test_large_and_nonfinite_numbers():
     layer = dalle_ext.PackedLinear(torch.eye(5))
     x = torch.tensor([[-1e30, -300.0, 0.0, 300.0, 1e30], [0.0, 1.0, -1.0, float("nan"), 2.0]])
     found = layer(x, slope=1.702)
-    assert found[0].tolist() == pytest.approx([0, 0, 0, 300, 1e30], abs=1e-7)
+    assert found[0].tolist() == pytest.approx([0, 0, 0, 300, 1e30], rel=1e-6, abs=1e-7)
     assert found[1].isnan().all()  # 0 times NaN
     assert layer(x[:0]).shape == (0, 5)
 
@@ -79,7 +79,7 @@ def test_large_and_nonfinite_numbers():
         (lambda p: p(torch.zeros(2, 3).double()), "decode_linear: x must be contiguous float32"),
         (lambda p: p(torch.zeros(3, 2).T), "decode_linear: x must be contiguous float32, 3 wide"),
         (lambda p: p(torch.zeros(2, 3), add=torch.zeros(1, 5)), "residual must be contiguous"),
-        (lambda p: p(torch.zeros(2, 3).requires_grad_()), "x must be without a gradient"),
+        (lambda p: p(torch.zeros(2, 3).requires_grad_()), "x must not require a gradient"),
         (lambda p: dalle_ext.PackedLinear(torch.zeros(3)), r"weight must be \(N, K\), got \(3,\)"),
         (lambda p: dalle_ext.PackedLinear(torch.zeros(3, 2), torch.zeros(2)), "bias must be"),
         (
@@ -94,6 +94,6 @@ def test_large_and_nonfinite_numbers():
 )
 def test_bad_input_gets_one_line(call, line):
     layer = dalle_ext.PackedLinear(torch.zeros(5, 3), torch.zeros(5))
-    with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=line) as error:
+    with pytest.raises((ValueError, RuntimeError, TypeError), match=line) as error:
         call(layer)
     assert "\n" not in str(error.value)
