@@ -54,6 +54,7 @@ def test_every_block_is_run_here():
     assert {page: len(blocks) for page, blocks in BLOCKS.items()} == {
         "README.md": 3,
         "docs/distributed.md": 2,
+        "docs/editing.md": 1,
         "docs/evaluation.md": 1,
         "docs/ops.md": 2,
         "docs/precision.md": 2,
@@ -132,6 +133,14 @@ def test_training(home, monkeypatch):
         check_best(generation, 4)
     assert torch.equal(names["best"].images, names["first"].images)
     assert not torch.equal(names["first"].images, names["second"].images)
+
+
+def test_editing(home, monkeypatch):
+    monkeypatch.chdir(home)
+    names = run("docs/editing.md", 0)
+    image, kept = names["image"], names["keep"].repeat_interleave(8, 0).repeat_interleave(8, 1)
+    check_best(names["edited"], 2)
+    assert torch.equal(names["edited"].images[0][:, kept], image[:, kept])
 
 
 def test_precision_hooks():
