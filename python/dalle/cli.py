@@ -46,11 +46,26 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("eval", "is"): ("dalle.commands.eval:inception_score", "Inception Score of a set"),
     ("eval", "prc"): ("dalle.commands.eval:prc", "precision and recall of generated pictures"),
     ("eval", "clip-score"): ("dalle.commands.eval:clip_score", "do pictures fit their captions"),
-    ("eval", "recon"): ("dalle.commands.eval:recon", "pictures through a dVAE and back, measured"),
-    ("eval", "blur"): ("dalle.commands.eval:blur", "distance and score against blur, Figure 9 a"),
-    ("eval", "rerank"): ("dalle.commands.eval:rerank", "best of 1 to 512 candidates, Figure 9 c"),
-    ("eval", "words"): ("dalle.commands.eval:words", "which facts of captions pictures show"),
-    ("eval", "report"): ("dalle.commands.eval:report", "one HTML page of all results in a folder"),
+    ("eval", "recon"): (
+        "dalle.commands.eval_figures:recon",
+        "pictures through a dVAE and back, measured",
+    ),
+    ("eval", "blur"): (
+        "dalle.commands.eval_figures:blur",
+        "distance and score against blur, Figure 9 a",
+    ),
+    ("eval", "rerank"): (
+        "dalle.commands.eval_figures:rerank",
+        "best of 1 to 512 candidates, Figure 9 c",
+    ),
+    ("eval", "words"): (
+        "dalle.commands.eval_figures:words",
+        "which facts of captions pictures show",
+    ),
+    ("eval", "report"): (
+        "dalle.commands.eval_figures:report",
+        "one HTML page of all results in a folder",
+    ),
     ("plot", "scales"): ("dalle.commands.plot:scales", "the gradient scales of a training"),
     ("tokenizer", "train"): ("dalle.commands.tokenizer:train", "learn a byte-level BPE"),
     ("env",): ("dalle.commands.env:env", "versions, devices, native objects and extras found"),

@@ -116,8 +116,13 @@ def test_features_are_kept_and_a_stopped_run_goes_on(home, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         evaluate.features("real", **options)
     assert calls == [5, 5, 5]
+    stop_at.append(4)
+    words = ["eval", "features", "--data", "real", "--weights", "pipe", "--batch-size", "5"]
+    said = refused(capsys, [*words, "--cache", str(home / "kept"), "--out", "kept-out"], 6)
+    assert said.endswith(f"are kept in {home / 'kept'}, and the same command goes on")
+    del calls[:]
     first = evaluate.features("real", **options)
-    assert calls[3:] == [5, 5, 4] and first["cached_parts"] == 1
+    assert calls == [5, 5, 4] and first["cached_parts"] == 1
     del calls[:]
     assert torch.equal(evaluate.features("real", **options)["features"], first["features"])
     assert calls == []

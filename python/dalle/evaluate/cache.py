@@ -25,7 +25,7 @@ from dalle.data.pairs import load_or_skip
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.evaluate.extractors import Extractor
 from dalle.evaluate.sets import Source, picture_hash
-from dalle.files import json_sha256, make_folder, read_bytes, saving, write_atomic
+from dalle.files import json_sha256, read_bytes, saving, write_atomic
 from dalle.pretrained import tensors_from_bytes, tensors_to_bytes
 
 CACHE = Path("run/eval-cache")
@@ -78,7 +78,8 @@ def in_parts(
     Returns:
         The tensors of each part, and how many parts were there.
     """
-    make_folder(folder, owner)
+    with saving(owner, folder):
+        folder.mkdir(parents=True, exist_ok=True)
     parts, found = [], 0
     with progress_shown(name) as show:
         for number, start in enumerate(range(0, total, size)):

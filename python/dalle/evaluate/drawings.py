@@ -231,7 +231,9 @@ def draw_source(
     cache: Path = CACHE,
 ) -> Source:
     """A pipeline's drawings as a SOURCE: the best of `num_candidates` for each caption."""
-    if num_candidates is None:
+    if num_candidates is not None:
+        num_candidates = integer(owner, "num_candidates", num_candidates, 1, MAX_CANDIDATES)
+    else:
         num_candidates = (pipeline.num_candidates or 64) if pipeline.ranker is not None else 1
     made = draw(owner, pipeline, captions, [num_candidates], seed=seed, cache=cache)
     return Source(spec, "pipeline", made.set_of(num_candidates), {"drawn": made.record})

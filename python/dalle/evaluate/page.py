@@ -17,6 +17,8 @@ STYLE = (
     REPORT_STYLE
     + """
 figure > img.plot { max-width: 100%; width: auto; }
+.wide { overflow-x: auto; margin: .8rem 0; } .wide caption { text-align: left; font-weight: bold; }
+.wide th { white-space: nowrap; }
 details { margin: .5rem 0; color: #555; } summary { cursor: pointer; }
 """
 )
@@ -68,7 +70,7 @@ def html_table(content: dict[str, Any]) -> str:
     body = "\n".join(
         "<tr>" + "".join(_td(value) for value in row) for row in rows if isinstance(row, list)
     )
-    return f"<div class=facts><table>{caption}<tr>{head}\n{body}</table></div>"
+    return f"<div class=wide><table>{caption}<tr>{head}\n{body}</table></div>"
 
 
 def _td(value: Any) -> str:

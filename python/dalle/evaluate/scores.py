@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dalle import pictures
+from dalle.configs import integer
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.pairs import Pairs
 from dalle.errors import DataError, UsageError
@@ -139,6 +140,8 @@ def kid(
         subsets, subset_size: see `distances.kernel_distance`.
     """
     session, folder = start("kid", out, options)
+    subsets = integer(session.owner, "subsets", subsets, 1, 10**6)
+    subset_size = integer(session.owner, "subset_size", subset_size, 2)
     a, b = _both(session, real, fake)
     x, y = a.values.double(), b.values.double()
     numbers = {"subsets": subsets, "subset_size": subset_size, "seed": session.seed % 2**32}
@@ -187,6 +190,7 @@ def is_(
         options: of `session.Setup`.
     """
     session, folder = start("is", out, options)
+    splits = integer(session.owner, "splits", splits, 1)
     opened = None if real is None else session.take("real", real)
     found = session.features("fake", session.take("fake", fake, opened))
     of_classes = (opened or found.source).pairs.captions
@@ -212,8 +216,6 @@ def is_(
 
 def inception_of(p: Tensor, splits: int) -> Score:
     """`distances.inception_score` of at least 2 rows a split, so that few pictures do as well."""
-    if splits < 1:
-        raise UsageError(f"eval is: splits must be 1 or more, got {splits}")
     return distances.inception_score(p, max(1, min(splits, len(p) // 2)))
 
 
@@ -227,7 +229,13 @@ def prc(
         k: neighbours, see `distances.precision_recall`.
     """
     session, folder = start("prc", out, options)
+    k = integer(session.owner, "k", k, 1)
     a, b = _both(session, real, fake)
+    for name, found in (("real", a), ("fake", b)):
+        if len(found) <= k:
+            raise DataError(
+                f"eval prc: {name} must hold more than k = {k} pictures, got {len(found)}"
+            )
     x, y = a.values.double(), b.values.double()
     both = distances.precision_recall(x, y, k)
     inside_real = distances.inside(y, x, distances.radii(x, k)).double()[:, None]

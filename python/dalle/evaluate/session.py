@@ -14,7 +14,7 @@ from dalle.configs import integer, seed_number
 from dalle.console import progress_shown
 from dalle.data.pairs import Pairs
 from dalle.devices import pick_device
-from dalle.errors import UsageError
+from dalle.errors import CheckpointError, UsageError
 from dalle.evaluate.cache import CACHE, Features, extract
 from dalle.evaluate.drawings import DrawConfig, captions_to_draw, draw_source
 from dalle.evaluate.extractors import Extractor, load_extractor
@@ -116,7 +116,10 @@ class Session:
         """A pipeline from its folder, on the device."""
         pipeline = source if isinstance(source, Pipeline) else None
         if pipeline is None:
-            pipeline = Pipeline.from_pretrained(Path(str(source)))
+            try:
+                pipeline = Pipeline.from_pretrained(Path(str(source)))
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.owner}: pipeline: {error}") from error
             if pipeline.ranker is not None and self._of_pipeline is None:
                 self._of_pipeline = Path(str(source)) / "ranker"
         for part in (pipeline.vae, pipeline.prior, pipeline.ranker):
