@@ -238,6 +238,7 @@ def test_which_folders_are_of_shards(tmp_path):
 def test_a_shard_that_goes_away_leaves_the_others_and_is_named_once(tmp_path, capsys, monkeypatch):
     write_shards(tmp_path / "set", 3, 20)
     pairs = ShardPairs(tmp_path / "set")
+    assert all(pairs.load(i).size for i in (25, 45))  # which opens both
     (tmp_path / "set" / "00001.tar").unlink()
     (tmp_path / "set" / "00002.tar").write_bytes(b"other")
     capsys.readouterr()
@@ -246,8 +247,18 @@ def test_a_shard_that_goes_away_leaves_the_others_and_is_named_once(tmp_path, ca
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and all("left out: " in line for line in said), said
     assert set(pairs.skipped) == {"shard has gone", "shard has changed"}
-    monkeypatch.setattr("dalle.data.shards.MAX_OPEN", 1)
-    assert pairs.load(3).shape == (16, 16, 3) and len(pairs._open) == 1
+    again = ShardPairs(tmp_path / "set")  # what is there now
+    assert len(again) == 20 and again.skipped["member beyond the end of its tar"] == 1
+
+
+def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
+    write_shards(tmp_path / "set", 4, 2)
+    monkeypatch.setattr("dalle.data.shards.MAX_OPEN", 2)
+    pairs = ShardPairs(tmp_path / "set")
+    assert [pairs.captions[i] for i in range(8)] == [f"picture {i}" for i in range(8)]
+    assert list(pairs._open) == [2, 3]
+    files = [opened.file for opened in pairs._open.values()]
+    assert pairs.load(0).size and list(pairs._open) == [3, 0] and not files[1].closed
 
 
 def test_a_changed_set_has_another_fingerprint_and_says_which_shard(tmp_path):

@@ -133,7 +133,8 @@ def test_corrupt_members_are_counted_exactly_and_the_training_ends(tmp_path, cap
     assert said.count("left out: ") == 2 and "0.tar/0007.png: image must decode whole" in said
 
 
-def test_a_shard_that_disappears_during_training(tmp_path, capsys):
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_shard_that_disappears_during_training(closed, tmp_path, capsys):
     write_shards(tmp_path / "set", 2, 10)
     pairs = ShardPairs(tmp_path / "set")
     task = dvae_task(pairs)
@@ -142,10 +143,30 @@ def test_a_shard_that_disappears_during_training(tmp_path, capsys):
     def train_step(number):
         if number == 1:
             (tmp_path / "set" / "00001.tar").unlink()
-            pairs._open.clear()  # as where more shards are read than are held open
+            if closed:
+                pairs._open.clear()  # as where more shards are read than are held open
         return step(number)
 
     task.train_step = train_step
+    result = train(task, LoopConfig(out=tmp_path / "run", steps=6, picture_every=0))
+    assert result.step == 6 and set(pairs.skipped) == {"shard has gone"}
+    assert capsys.readouterr().err.count("left out: ") == 1
+
+
+def test_a_shard_that_disappears_after_its_pictures_were_encoded(tmp_path, capsys):
+    """Its captions are read at each update: other pairs are drawn in the place of its own."""
+    write_shards(tmp_path / "set", 2, 10, text=text)
+    pairs = ShardPairs(tmp_path / "set")
+    tokenizer, vae, _ = make_parts()
+    task = prior_task((tokenizer, vae, pairs), SMALL)
+    assert task.tokens is not None and len(task.usable) == 20
+    before = task.batch(0)
+    (tmp_path / "set" / "00001.tar").unlink()
+    batch = task.batch(0)
+    assert batch.text.shape == before.text.shape and bool((batch.text != -1).any(1).all())
+    known = {tuple(row) for row in task.tokens[:10].tolist()}
+    assert {tuple(row) for row in batch.tokens.tolist()} <= known
+    assert task.batch(0).tokens.equal(batch.tokens)
     result = train(task, LoopConfig(out=tmp_path / "run", steps=6, picture_every=0))
     assert result.step == 6 and set(pairs.skipped) == {"shard has gone"}
     assert capsys.readouterr().err.count("left out: ") == 1

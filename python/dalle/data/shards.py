@@ -144,15 +144,21 @@ class ShardPairs:
 
     def _read(self, number: int, offset: int, size: int) -> bytes:
         shard, opened = self.shards[number], self._opened(number)
-        if offset + size > shard.head.tar_bytes or size > max(MAX_FILE_BYTES, MAX_JSON_BYTES):
+        head = shard.head
+        if offset + size > head.tar_bytes or size > max(MAX_FILE_BYTES, MAX_JSON_BYTES):
             raise ShardGone(shard.path, "index is damaged", "have an index of its own")
+        handle = opened.file.fileno()
         try:
-            content = os.pread(opened.file.fileno(), size, offset)
+            status = os.fstat(handle)
+            content = os.pread(handle, size, offset)
         except OSError as problem:
             reason = problem.strerror or ""
             raise ShardGone(shard.path, "shard is not readable", "be readable", reason) from problem
-        if len(content) < size:
-            raise ShardGone(shard.path, "shard has changed", "be as long as it was indexed")
+        if not status.st_nlink:  # though this process may hold it open
+            raise ShardGone(shard.path, "shard has gone", "be readable", "it was removed")
+        same = (status.st_size, status.st_mtime_ns) == (head.tar_bytes, head.tar_mtime_ns)
+        if not same or len(content) < size:
+            raise ShardGone(shard.path, "shard has changed", "be as it was indexed")
         return content
 
     def _where(self, number: int, offset: int) -> str:

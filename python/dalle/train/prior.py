@@ -17,10 +17,12 @@ from dalle.data.codes import check_codes, stores_of, tokens_of
 from dalle.data.loader import StepLoader
 from dalle.data.order import sampler_for
 from dalle.data.pairs import (
+    DRAWS,
     Pairs,
     describe_pairs,
     draw_caption,
     evenly_spaced,
+    leave_out,
     load_or_draw,
     load_or_skip,
 )
@@ -188,12 +190,10 @@ class PriorTask:
         else:
             images, drawn = self.loader.get(step)
             items, tokens = drawn.numpy(), self._encode(images.numpy())
-        captions = [
-            draw_caption(self.pairs, int(i), partial(step_seed, self.seed, int(epoch), 6, int(i)))
-            for epoch, i in zip(self.sampler.epochs(step)[part], items, strict=True)
-        ]
+        epochs = self.sampler.epochs(step)[part]
+        read = zip(items, positions, epochs, tokens, strict=True)
         text = self.tokenizer.encode(
-            captions,
+            [self._caption(step, int(i), int(at), int(epoch), row) for i, at, epoch, row in read],
             self.model.config.text_len - 1,
             dropout=c.bpe_dropout,
             seed=step_seed(self.seed, step, 2),
@@ -220,6 +220,32 @@ class PriorTask:
             )
             keep = mask.to(self.device)
         return Batch(text, tokens.to(self.device), keep)
+
+    def _caption(self, step: int, item: int, position: int, epoch: int, codes: Tensor) -> str:
+        """The caption of an item whose tokens are `codes`.
+
+        Where it cannot be read any more (its shard has gone), another item is drawn, whose tokens
+        replace `codes`; where pictures are read at each update, this one just was, and the caption
+        is dropped.
+
+        Raises:
+            DataError: none of those drawn can be read.
+        """
+        draws = None
+        for _ in range(DRAWS):
+            try:
+                seed = partial(step_seed, self.seed, epoch, 6, item)
+                return draw_caption(self.pairs, item, seed)
+            except DataError as error:
+                leave_out(self.pairs, item, error)
+                problem = error
+            if self.tokens is None:
+                return ""
+            draws = draws or np.random.default_rng(step_seed(self.seed, step, 5, position))
+            row = int(draws.integers(len(self.usable)))
+            item = int(self.usable[row])
+            codes.copy_(self.tokens[row])
+        raise problem
 
     def load(self, step: int) -> tuple[Tensor, Tensor]:
         """The crops of `batch`, (B, S, S, 3) uint8 on the CPU, and their items (B,)."""
