@@ -79,13 +79,16 @@ def _check_gradients(op: str, grads: Sequence[Tensor]) -> None:
     """Raises unless there are gradients, dense, of one device and of floating dtypes."""
     if not grads:
         raise ValueError(f"{op}: grads must hold a tensor, got none")
-    for i, grad in enumerate(grads):
-        if grad.layout != torch.strided:
-            raise TypeError(f"{op}: grads must be dense, got {grad.layout} at index {i}")
-        _native.require_floating(op, "grads", grad.dtype)
-        if grad.device != grads[0].device:
-            devices = f"{grads[0].device} and {grad.device}"
-            raise ValueError(f"{op}: grads must be on one device, got {devices}")
+    kinds = {(grad.layout, grad.dtype, grad.device) for grad in grads}  # few, of many gradients
+    for layout, dtype, _ in kinds:
+        if layout != torch.strided:
+            at = [grad.layout for grad in grads].index(layout)
+            raise TypeError(f"{op}: grads must be dense, got {layout} at index {at}")
+        _native.require_floating(op, "grads", dtype)
+    if len({device for _, _, device in kinds}) > 1:
+        other = next(grad.device for grad in grads if grad.device != grads[0].device)
+        devices = f"{grads[0].device} and {other}"
+        raise ValueError(f"{op}: grads must be on one device, got {devices}")
 
 
 def _group_list(op: str, groups: Sequence[int] | None, count: int, scales: Tensor) -> list[int]:
@@ -97,10 +100,13 @@ def _group_list(op: str, groups: Sequence[int] | None, count: int, scales: Tenso
         return [0] * count
     if len(groups) != count:
         raise ValueError(f"{op}: groups must be one a tensor, {count}, got {len(groups)}")
-    indices = [integer(op, "groups", group) for group in groups]
-    for group in indices:
-        if not 0 <= group < len(scales):
-            raise ValueError(f"{op}: groups must be 0 or more and below {len(scales)}, got {group}")
+    indices = list(groups)
+    if set(map(type, indices)) != {int}:  # what a model gives is, and there are many
+        indices = [integer(op, "groups", group) for group in indices]
+    size = len(scales)
+    if not 0 <= min(indices) <= max(indices) < size:
+        outside = next(group for group in indices if not 0 <= group < size)
+        raise ValueError(f"{op}: groups must be 0 or more and below {size}, got {outside}")
     return indices
 
 
@@ -220,7 +226,7 @@ def unscale_gradients_(
         groups: of each gradient, in [0, G); all 0 if left out.
         check_only: count, but leave the gradients as they are.
         table: `TensorTable([grads], groups)` of an earlier call, so that nothing is copied to the
-            device (in a CUDA graph it has to be given).
+            device (in a CUDA graph it has to be given). Its `columns` are not looked at.
 
     Raises:
         TypeError: dtypes, sparse gradients.
@@ -244,7 +250,8 @@ def unscale_gradients_(
             table = TensorTable([flats], group_of)
         elif not table.fits([flats], group_of):
             raise ValueError(f"{op}: table must be of these gradients, got one of other tensors")
-        results = _grad_scale_unscale_(table.columns[0], table.host, table.rows, scales, check_only)
+        (ordered,) = table.arranged([flats])
+        results = _grad_scale_unscale_(ordered, table.host, table.rows, scales, check_only)
     counts, squares, max_abs = results
     return GradientStats(counts[:, 0], counts[:, 1], counts[:, 2], counts[:, 3], squares, max_abs)
 

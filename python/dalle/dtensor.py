@@ -12,7 +12,15 @@ from torch import Tensor
 import dalle_ext
 from dalle_ext import local_part
 
-__all__ = ["fill_", "gather", "gradient_stats", "local_part", "shard_groups", "swapped"]
+__all__ = [
+    "StatsTables",
+    "fill_",
+    "gather",
+    "gradient_stats",
+    "local_part",
+    "shard_groups",
+    "swapped",
+]
 
 
 @torch.no_grad()
@@ -69,12 +77,38 @@ def shard_groups(tensor: Any) -> tuple[Any, ...]:
     return tuple(tensor.device_mesh.get_group(axis) for axis in sharded_axes)
 
 
+class StatsTables:
+    """Where the gradients of earlier `gradient_stats` lay; copies of it begin empty."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[Any, ...], dalle_ext.TensorTable] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_tables": {}}
+
+    def table(
+        self, key: tuple[Any, ...], grads: list[Tensor], groups: list[int]
+    ) -> dalle_ext.TensorTable | None:
+        """The last table of `key` if it says where these are, else a new one.
+
+        None where a gradient is not contiguous, since the op makes another view of it every time.
+        """
+        if not all(map(Tensor.is_contiguous, grads)):
+            return None
+        table = self._tables.get(key)
+        if table is None or not table.fits([grads], groups):
+            table = self._tables[key] = dalle_ext.TensorTable([grads], groups)
+            table.columns = []  # else the gradients would keep their memory
+        return table
+
+
 def gradient_stats(
     params: Sequence[Tensor],
     scales: float | Tensor,
     groups: Sequence[int] | None = None,
     *,
     check_only: bool = True,
+    tables: StatsTables | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Norm of the full gradient, unscaled, and how many elements of each group are not finite.
 
@@ -86,6 +120,7 @@ def gradient_stats(
         scales: as of `dalle_ext.unscale_gradients_`, on the gradients' device.
         groups: index of each parameter's group.
         check_only: False unscales the gradients in place.
+        tables: kept from call to call, so that gradients at the same place cost the host less.
 
     Returns:
         The norm of all finite elements, 0-d float64, and counts (G,) int64.
@@ -101,7 +136,10 @@ def gradient_stats(
     squares = torch.zeros((), dtype=torch.float64, device=device)
     nonfinite = torch.zeros(count, dtype=torch.int64, device=device)
     for process_groups, (grads, group_ids) in by_groups.items():
-        stats = dalle_ext.unscale_gradients_(grads, scales, group_ids, check_only=check_only)
+        table = None if tables is None else tables.table(process_groups, grads, group_ids)
+        stats = dalle_ext.unscale_gradients_(
+            grads, scales, group_ids, check_only=check_only, table=table
+        )
         sums = torch.cat([stats.sum_squares.sum()[None], stats.nonfinite.double()])
         for group in process_groups:
             torch.distributed.all_reduce(sums, group=group)

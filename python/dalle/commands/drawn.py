@@ -5,7 +5,9 @@ A run's folder holds samples.json, index.html, and for each caption a grid and s
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
 import platform
 import re
 from contextlib import suppress
@@ -69,19 +71,53 @@ def slug(caption: str, number: int) -> str:
 
 
 def output_folder(owner: str, out: Path, overwrite: bool) -> Path:
-    """The folder of this run: never one with samples of another, unless they are to be replaced.
+    """The folder of this run: never one with samples of another, unless they are to be replaced,
+    nor one that another process draws into now.
 
     Raises:
         EnvironmentProblem: it cannot be made.
     """
-    folder, number = out, 1
-    while not overwrite and (folder / RECORD).exists():
+    folder, number, why = out, 1, ""
+    while True:
+        if overwrite or not (folder / RECORD).exists():
+            make_folder(folder, owner)
+            if overwrite or (_taken(folder) and not (folder / RECORD).exists()):
+                break
+            why = why or "is drawn into by another process"
+        why = why or "holds samples of an earlier run"
         number += 1
         folder = out.with_name(f"{out.name}-{number}")
-    make_folder(folder, owner)
     if number > 1:
-        say(f"{owner}: {out} holds samples of an earlier run; these go to {folder}")
+        say(f"{owner}: {out} {why}; these go to {folder}")
     return folder
+
+
+_HELD: dict[tuple[int, int], int] = {}  # folders of this process, by device and inode
+
+
+def _taken(folder: Path) -> bool:
+    """Whether the folder is this process's from now on, until it ends, however that ends.
+
+    A file system without locks gives it to everyone.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return True  # may be written, not read
+    status = os.fstat(handle)
+    key = (status.st_dev, status.st_ino)
+    try:
+        if key not in _HELD:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _HELD[key] = handle
+            return True
+    except BlockingIOError:
+        os.close(handle)
+        return False
+    except OSError:
+        pass
+    os.close(handle)
+    return True
 
 
 def earlier_pictures(folder: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from dalle.distributed.shard import (
     parameter_gradients,
     replicas,
 )
-from dalle.dtensor import gradient_stats, local_part, shard_groups
+from dalle.dtensor import StatsTables, gradient_stats, local_part, shard_groups
 from dalle.errors import UsageError
 from dalle.precision import ResblockScaler
 
@@ -111,6 +111,7 @@ class PowerSGD:
         self._thread: ReduceThread | None = None
         self._stream: torch.cuda.Stream | None = None
         self._futures: list[torch.futures.Future[Tensor]] = []  # of reductions in the thread
+        self._tables = StatsTables()  # of `gradient_norm`
         self._backward_id = -1  # of the backward pass that waits for them at its end
 
     def __getstate__(self) -> dict[str, Any]:
@@ -337,9 +338,9 @@ class PowerSGD:
         params = list(self._params.values())
         if isinstance(scaler, ResblockScaler):
             groups = [scaler.groups.get(p, len(scaler)) for p in params]
-            norm, bad = gradient_stats(params, scaler.scales, groups)
+            norm, bad = gradient_stats(params, scaler.scales, groups, tables=self._tables)
         else:
-            norm, bad = gradient_stats(params, _loss_scale(scaler))
+            norm, bad = gradient_stats(params, _loss_scale(scaler), tables=self._tables)
         norm = norm + torch.zeros_like(norm).masked_fill(bad.sum() > 0, torch.nan)
         return norm
 

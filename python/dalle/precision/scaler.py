@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dalle_ext
 from dalle.configs import integer
 from dalle.console import say
-from dalle.dtensor import gradient_stats, local_part
+from dalle.dtensor import StatsTables, gradient_stats, local_part
 from dalle.errors import CheckpointError, UsageError
 from dalle.precision.ends import BINS, COUNTS, BlockEnds
 from dalle.precision.queued import HostCopy, skips_on_device, step_unless
@@ -115,6 +115,7 @@ class ResblockScaler:
         self._skips = torch.zeros(2, dtype=torch.float64, device=device)  # skipped, updates
         # Number of updates as long as all have been skipped; None after the first that was not.
         self._all_skipped: Tensor | None = torch.zeros((), dtype=torch.int64, device=device)
+        self._tables = StatsTables()
         self._report: HostCopy | None = None  # of these updates, on its way to the host
         # Since the last `metrics`: whether there was an update, and one that counted exponents.
         self._updated = self._sampled = False
@@ -186,7 +187,9 @@ class ResblockScaler:
             )
         if not fused:
             _check_fp32(params, optimizer)
-        norm, nonfinite = gradient_stats(params, self.scales, groups, check_only=fused)
+        norm, nonfinite = gradient_stats(
+            params, self.scales, groups, check_only=fused, tables=self._tables
+        )
         if sync_norm is not None:
             sync_norm(norm)
         skipped = (nonfinite.sum() > 0) | (False if found_nonfinite is None else found_nonfinite)
