@@ -40,7 +40,9 @@ VARIANTS = {
     "not recomputed": (RECIPE, {}),
     "padded text": (RECIPE, {"text_targets": "padded"}),
     "codebook": (replace(SMALL, image_init="codebook"), {}),
+    "in three turns": (replace(RECIPE, batch_size=4, accumulate=3), {}),
 }
+WHOLE = "whole", replace(RECIPE, batch_size=12), {}  # what "in three turns" is compared with
 HALF = ("fp16-scaled", replace(SMALL, decay="none"), {"precision": "fp16-scaled", "d_model": 64})
 PLATEAU = {"decay": "plateau", "plateau_window": 1, "plateau_patience": 1, "plateau_min_delta": 1.0}
 _joined: list[Cluster] = []
@@ -66,7 +68,7 @@ def said_of(call):
 
 
 def losses(_rank, name, machines=1, psgd=0):
-    config, sizes = VARIANTS[name] if name in VARIANTS else HALF[1:]
+    config, sizes = {**VARIANTS, WHOLE[0]: WHOLE[1:], HALF[0]: HALF[1:]}[name]
     task = make_task(make_parts(), config, world=cluster_of(machines, psgd), **sizes)
     values = [task.train_step(step) for step in range(STEPS)]
     return {key: [float(v[key]) for v in values] for key in ("loss", "text_loss", "grad_norm")}

@@ -15,6 +15,7 @@ from dalle.train.loop import train
 from support.cluster import (
     HALF,
     VARIANTS,
+    WHOLE,
     bad_loss,
     bad_rest,
     clipped,
@@ -38,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one():
-    found = {name: losses(0, name) for name in [*VARIANTS, HALF[0]]}
+    found = {name: losses(0, name) for name in [*VARIANTS, HALF[0], WHOLE[0]]}
     return {**found, "dvae": dvae_losses(0)}
 
 
@@ -71,6 +72,7 @@ def machines(folder, tmp_path_factory):
     (folder / "psgd").mkdir()
     calls = {"saved": (saved, str(folder / "psgd"), 2, 2)}
     calls |= {name: (losses, name, 2, 2) for name in ("plain", "not recomputed", "recomputed")}
+    calls |= {name: (losses, name, 2, 2) for name in (WHOLE[0], "in three turns")}
     calls["late"] = (read_late, str(folder / "late psgd"), HALF[0], 2, 2)
     return run(4, calls, tmp_path_factory.mktemp("machines"), joined=False)
 
@@ -101,6 +103,17 @@ def test_compressed_gradients_train_alike_with_recomputed_blocks(one, machines):
     for found in machines["plain"]:
         assert found["loss"] == pytest.approx(one["plain"]["loss"], rel=0.1)
         assert found["loss"] != pytest.approx(one["plain"]["loss"], rel=1e-5)
+
+
+def test_a_batch_in_turns_trains_as_a_whole_one_compressed_or_not(one, two, machines):
+    """Compressed, a rounding of the gradients grows from update to update."""
+    whole = one[WHOLE[0]]["loss"]
+    for found in (one["in three turns"], *two["in three turns"]):
+        assert found["loss"] == pytest.approx(whole, rel=1e-5)
+        assert found["loss"][0] == pytest.approx(whole[0], rel=1e-6)
+    for found, other in zip(machines["in three turns"], machines[WHOLE[0]], strict=True):
+        assert found["loss"][:3] == pytest.approx(other["loss"][:3], rel=1e-5)
+        assert found["loss"] == pytest.approx(other["loss"], rel=1e-3)
 
 
 def test_scaled_fp16_and_16_bit_moments_compose(one, two):

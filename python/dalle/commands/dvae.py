@@ -264,7 +264,7 @@ def train(config: DvaeCommandConfig) -> None:
             made.validation,
             recipe=str(resolved.recipe),
             image_size=sizes[0],
-            batch_size=sizes[1],
+            batch_size=made.train.total_batch,
             loop=loop,
             parameters=parameters,
             device=world.device,

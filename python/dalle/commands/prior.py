@@ -166,7 +166,8 @@ def plan(config: PriorCommandConfig, world: World) -> Plan:
     pairs, validation, share = presets.split_pairs(
         owner, config.data, pairs, config.validation, recipe, size, config.loop.seed
     )
-    batch_size = presets.given(config.training).get("batch_size", 16)
+    asked = presets.given(config.training)
+    batch_size = asked.get("batch_size", 16) * asked.get("accumulate", 1)
     steps = config.loop.steps or presets.prior_steps(preset, len(pairs), batch_size)
     if recipe == "paper":
         steps = config.loop.steps or PAPER_STEPS
@@ -291,7 +292,7 @@ def _train(config: PriorCommandConfig, world: World) -> None:
         made.validation,
         recipe=str(resolved.recipe),
         image_size=resolved.image_size,
-        batch_size=made.train.batch_size,
+        batch_size=made.train.total_batch,
         loop=loop,
         parameters=parameters,
         device=world.device,

@@ -157,7 +157,7 @@ def train_command(config: RankerCommandConfig) -> None:
         validation,
         recipe=recipe,
         image_size=size,
-        batch_size=train_config.batch_size,
+        batch_size=train_config.total_batch,
         loop=loop,
         parameters=sum(p.numel() for p in ranker.parameters()),
         device=device,

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 
 from dalle.configs import to_dict
 from dalle.console import printable, say
@@ -334,6 +335,12 @@ class Cluster:
 
     def device_exchange(self) -> AbstractContextManager[None]:
         return self.heartbeat.waiting()
+
+    @contextmanager
+    def accumulating(self, model: nn.Module, *, last: bool) -> Iterator[None]:
+        if isinstance(model, FSDPModule):  # not where `parallelize` was not asked
+            model.set_requires_gradient_sync(last)
+        yield
 
     @contextmanager
     def full_model(

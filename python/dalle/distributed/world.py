@@ -114,6 +114,10 @@ class World(Protocol):
         """Around what waits for exchanges on a GPU: where one never ends, a line says who is gone,
         and this process ends."""
 
+    def accumulating(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        """Around the forward and backward pass of a part of a batch: gradients stay with this
+        process until the `last`, where those of all parts travel together."""
+
     def full_model(
         self, model: nn.Module, values: Mapping[str, Tensor] | None = None
     ) -> AbstractContextManager[nn.Module | None]:
@@ -227,6 +231,9 @@ class Solo:
         return nullcontext()
 
     def device_exchange(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def accumulating(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
 
     @contextmanager

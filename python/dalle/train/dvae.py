@@ -25,6 +25,7 @@ from dalle.dvae.likelihood import expected_pixels, map_pixels, psnr, set_psnr
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.precision.queued import HostCopy, Values
+from dalle.train.accumulate import Accumulated, turns
 from dalle.train.averaging import IterateAverage
 from dalle.train.fine_tune import frozen, started_from
 from dalle.train.held_out import held_out_pictures
@@ -64,6 +65,8 @@ class DvaeTrainConfig:
         codebook_images: pictures whose features are clustered.
         health_every: updates over which codes are counted.
         parts: into which a batch is cut, run at the same time (`train.parts`).
+        accumulate: batches of `batch_size` whose gradients make one update, computed one after
+            the other: what one batch so many times as large gives, in less memory.
     """
 
     image_size: int = 256
@@ -93,6 +96,7 @@ class DvaeTrainConfig:
     codebook_images: int = 2048
     health_every: int = 100
     parts: int = 1
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -102,13 +106,18 @@ class DvaeTrainConfig:
             require("dvae train", self, f"one of {', '.join(choices)}", choices.__contains__, name)
         sizes = ("image_size", "batch_size", "health_every", "tau_start", "tau_end", "lr_start")
         of_codes = ("codebook_sharpness", "codebook_iterations", "codebook_points")
-        more = (*of_codes, "codebook_images", "parts", "mse_weight", "warm_start_lr")
+        more = (*of_codes, "codebook_images", "parts", "accumulate", "mse_weight", "warm_start_lr")
         require("dvae train", self, "positive", lambda x: x > 0, *sizes, *more)
         lengths = ("tau_steps", "kl_steps", "lr_steps", "warm_start_steps")
         require("dvae train", self, "0 or more", lambda x: x >= 0, *lengths, "kl_weight", "lr_end")
         require("dvae train", self, "in [0, 1)", lambda x: 0 <= x < 1, "average_decay")
         require_adamw("dvae train", self)
         check_numbers("dvae train", self)
+
+    @property
+    def total_batch(self) -> int:
+        """Pictures an update, over all turns."""
+        return self.batch_size * self.accumulate
 
 
 class DvaeTask:
@@ -160,8 +169,8 @@ class DvaeTask:
         if config.warm_start_steps:
             with self.world.raise_on_all():
                 self._check_codebook()
-        self.world.part(config.batch_size)
-        self.sampler = sampler_for(pairs, config.batch_size, seed)
+        self.world.part(config.total_batch)
+        self.sampler = sampler_for(pairs, config.total_batch, seed)
         on_gpu = self.device.type == "cuda"
         self.loader = StepLoader("dvae train", self.load, pairs, workers=workers, pin=on_gpu)
         self.optimizer = torch.optim.AdamW(
@@ -248,7 +257,7 @@ class DvaeTask:
 
     def part(self) -> slice:
         """The slice of a batch that is this process's."""
-        return self.world.part(self.config.batch_size)
+        return self.world.part(self.config.total_batch)
 
     def train_step(self, step: int) -> Values:
         """One update; before the codebook exists the codes are continuous."""
@@ -256,7 +265,7 @@ class DvaeTask:
         waited = self.loader.seconds
         images = local_batch(self.world, partial(self.batch, step), self._empty_batch)
         waited = self.loader.seconds - waited
-        share = self.world.weight(c.batch_size)
+        share = self.world.weight(c.total_batch)
         if step < c.warm_start_steps:
 
             def autoencode(rows: slice) -> tuple[Tensor, ...]:
@@ -267,10 +276,11 @@ class DvaeTask:
                 weight = len(part) / len(images)
                 return weight * loss, weight * self._psnr(part, mu)
 
-            loss, quality = sum_parts(run_parts(autoencode, len(images), c.parts, self.model))
+            turn_loss, outputs = self._in_turns(autoencode, len(images), share)
             lr = cosine_ramp(step, c.warm_start_lr, c.warm_start_lr / 10, c.warm_start_steps)
             repeat_forward = partial(self.model.autoencode, images)
-            grad_norm = update(self, loss * share, step, lr=lr, forward=repeat_forward)
+            grad_norm = update(self, turn_loss, step, lr=lr, forward=repeat_forward)
+            loss, quality = sum_parts(outputs)
             means = {"loss": loss, "psnr": quality}
             others = {"grad_norm": grad_norm, "data_wait": waited, "images": len(images)}
             return self._global_means(share, means, others)
@@ -294,16 +304,35 @@ class DvaeTask:
             losses = (loss, out.nll.detach(), out.kl.detach(), self._psnr(part, out.mu))
             return *(len(part) / len(images) * x for x in losses), out.codes
 
-        outputs = run_parts(relax, len(images), c.parts, self.model)
-        loss, nll, kl, quality = sum_parts([part[:-1] for part in outputs])
+        turn_loss, outputs = self._in_turns(relax, len(images), share)
         lr = cosine_ramp(ramp_step, c.lr_start, c.lr_end, c.lr_steps)
         repeat_forward = partial(forward, images, first=first)
-        grad_norm = update(self, loss * share, step, lr=lr, forward=repeat_forward)
+        grad_norm = update(self, turn_loss, step, lr=lr, forward=repeat_forward)
+        loss, nll, kl, quality = sum_parts([part[:-1] for part in outputs])
         codes = HostCopy({"codes": torch.cat([part[-1] for part in outputs])})
         means = {"loss": loss, "nll": nll, "kl": kl, "psnr": quality}
         shared = {"tau": tau, "kl_weight": kl_weight, "grad_norm": grad_norm, "data_wait": waited}
         more = partial(self._count, codes, step)
         return self._global_means(share, means, {**shared, "images": len(images)}, more)
+
+    def _in_turns(
+        self, run: Callable[[slice], tuple[Tensor, ...]], size: int, share: float
+    ) -> tuple[Tensor | Accumulated, list[tuple[Tensor, ...]]]:
+        """The loss for `update`, the first of what `run` gives; and a list that has all that it
+        gave, part by part, once the update is done."""
+        c = self.config
+        outputs: list[tuple[Tensor, ...]] = []
+
+        def turn(rows: slice) -> Tensor:
+            def part(inner: slice) -> tuple[Tensor, ...]:
+                return run(slice(rows.start + inner.start, rows.start + inner.stop))
+
+            made = run_parts(part, rows.stop - rows.start, c.parts, self.model)
+            outputs.extend(tuple(x.detach() for x in one) for one in made)
+            return sum_parts([one[:1] for one in made])[0] * share
+
+        rows = turns(size, c.total_batch, c.accumulate, self.world.size)
+        return (Accumulated(turn, rows) if len(rows) > 1 else turn(rows[0])), outputs
 
     def pictures(self, step: int) -> dict[str, Tensor]:
         """Eight training pictures above their reconstructions with the averaged weights."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,8 +35,9 @@ from dalle.precision import ResblockScaler
 from dalle.precision.queued import Values
 from dalle.pretrained import fingerprint
 from dalle.prior.config import IMAGE_WEIGHT, PAD, TEXT_WEIGHT
-from dalle.prior.model import Prior, PriorOutput
+from dalle.prior.model import Prior
 from dalle.tokenizer import Tokenizer
+from dalle.train.accumulate import Accumulated, turns
 from dalle.train.averaging import IterateAverage
 from dalle.train.fine_tune import frozen, started_from
 from dalle.train.held_out import MAX_PICTURES, held_out_pictures
@@ -140,7 +141,7 @@ class PriorTask:
         if config.image_init == "codebook":
             start = (config.embedding_scale, config.head_scale)
             init_from_codebook(prior, vae.codebook(), *start, seed=start_seed(seed, "rotation"))
-        self.sampler = sampler_for(pairs, config.batch_size, seed, self.usable)
+        self.sampler = sampler_for(pairs, config.total_batch, seed, self.usable)
         on_gpu = self.device.type == "cuda"
         self.loader = StepLoader("prior train", self.load, pairs, workers=workers, pin=on_gpu)
         self.plateau = PlateauHalving(
@@ -154,7 +155,7 @@ class PriorTask:
                 "prior train: half_weights must be off on many processes, where a gathered block "
                 "has one dtype, got True"
             )
-        self.world.part(config.batch_size)
+        self.world.part(config.total_batch)
         self.optimizer = make_optimizer(prior, config, seed)
         self.scaler: ResblockScaler | None = None
         if sizes.precision == "fp16-scaled":
@@ -267,33 +268,39 @@ class PriorTask:
         c = self.config
         cut, waited = self.tokenizer.truncated, self.loader.seconds
         batch = local_batch(self.world, partial(self.batch, step), self._empty_batch)
-        text, tokens, keep = batch.text.to(self.device), batch.tokens, batch.keep
-        cut = self.tokenizer.truncated - cut
+        cut, targets = self.tokenizer.truncated - cut, self._text_targets(batch.text)
+        text = batch.text.to(self.device)
 
-        def forward() -> PriorOutput:
+        text_weight = cache(self.world.weight_async(targets))
+        done: list[list[Tensor]] = []
+
+        def run(rows: slice) -> Tensor:
             # Seeds the model's own dropout.
-            torch.manual_seed(step_seed(self.seed, step, 4, self.world.rank))
-            output: PriorOutput = self.model(text, tokens, keep=keep)
-            return output
+            turn = (rows.start,) if rows.start else ()
+            torch.manual_seed(step_seed(self.seed, step, 4, self.world.rank, *turn))
+            text_loss, image_loss = self._losses(batch, text, rows, targets)
+            losses = [text_loss * text_weight(), image_loss * self.world.weight(c.total_batch)]
+            done.append([loss.detach() for loss in losses])
+            return TEXT_WEIGHT * losses[0] + IMAGE_WEIGHT * losses[1]
 
-        text_loss, image_loss = self._losses(forward, batch, text)
-        loss = TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss
+        rows = turns(len(text), c.total_batch, c.accumulate, self.world.size)
         grad_norm = update(
             self,
-            loss,
+            Accumulated(run, rows) if len(rows) > 1 else run(rows[0]),
             step,
             lr=lambda: c.step_size(step) * self.plateau.factor,
             clip_norm=c.clip_norm,
             scaler=self.scaler,
-            forward=forward,
+            forward=lambda: [run(part) for part in rows],
         )
+        text_loss, image_loss = sum_parts(done[: len(rows)])
         values: dict[str, float | Tensor] = {
-            "loss": loss.detach(),
-            "text_loss": text_loss.detach(),
-            "image_loss": image_loss.detach(),
+            "loss": TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss,
+            "text_loss": text_loss,
+            "image_loss": image_loss,
             "grad_norm": grad_norm,
             "halvings": self.plateau.halvings,
-            "captions_cut": self.world.weight(c.batch_size) * cut / len(text),
+            "captions_cut": self.world.weight(c.total_batch) * cut / len(text),
             **({"data_wait": self.loader.seconds - waited} if self.reads_pictures else {}),
             "images": len(text),
             **(self.scaler.metrics() if self.scaler is not None else {}),
@@ -390,35 +397,24 @@ class PriorTask:
             self.scaler.load_state_dict(state["scaler"])
 
     def _empty_batch(self) -> Batch:
-        part, sizes = self.world.part(self.config.batch_size), self.model.config
+        part, sizes = self.world.part(self.config.total_batch), self.model.config
         count = part.stop - part.start
         text = torch.full((count, sizes.text_len - 1), PAD, device="cpu", dtype=torch.int64)
         tokens = torch.zeros(count, sizes.num_image_tokens, dtype=torch.int64, device=self.device)
         return Batch(text, tokens, None)
 
-    def _losses(
-        self, forward: Callable[[], PriorOutput], batch: Batch, on_device: Tensor
-    ) -> list[Tensor]:
-        """Text and image loss whose means over the processes are those of the whole batch.
+    def _losses(self, batch: Batch, on_device: Tensor, rows: slice, targets: int) -> list[Tensor]:
+        """Text and image loss of some rows: their shares of the means over this process's batch,
+        whose text, there `on_device`, has `targets` tokens that count."""
 
-        A process, and each part of its batch, is weighted by the tokens that it holds. `on_device`
-        is the batch's text there.
-        """
-        if self.config.parts == 1:
-            text_weight = self.world.weight_async(self._text_targets(batch.text))
-            out = forward()
-            weight = self.world.weight(self.config.batch_size)
-            return [out.text_loss * text_weight(), out.image_loss * weight]
-        targets = max(1, self._text_targets(batch.text))
-
-        def run(rows: slice) -> tuple[Tensor, ...]:
-            keep = None if batch.keep is None else batch.keep[rows]
-            out = self.model(on_device[rows], batch.tokens[rows], keep=keep)
-            text = batch.text[rows]
-            share = self._text_targets(text) / targets
+        def run(part: slice) -> tuple[Tensor, ...]:
+            part = slice(rows.start + part.start, rows.start + part.stop)
+            keep, text = None if batch.keep is None else batch.keep[part], batch.text[part]
+            out = self.model(on_device[part], batch.tokens[part], keep=keep)
+            share = self._text_targets(text) / max(1, targets)
             return out.text_loss * share, out.image_loss * (len(text) / len(batch.text))
 
-        size = len(batch.text)
+        size = rows.stop - rows.start
         return sum_parts(run_parts(run, size, self.config.parts, self.model))
 
     def _text_targets(self, text: Tensor) -> int:

@@ -50,6 +50,8 @@ class PriorTrainConfig:
             similar codes share what is learned; "random" is the paper's.
         embedding_scale, head_scale: size of that start; a code has norm 1 on average.
         parts: into which a batch is cut, run at the same time (`train.parts`).
+        accumulate: batches of `batch_size` whose gradients make one update, computed one after
+            the other: what one batch so many times as large gives, in less memory.
     """
 
     batch_size: int = 1024
@@ -80,6 +82,7 @@ class PriorTrainConfig:
     embedding_scale: float = 0.5
     head_scale: float = 1.0
     parts: int = 1
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -101,7 +104,7 @@ class PriorTrainConfig:
             "clip_norm",
             "muon_scale",
         )
-        counts = ("plateau_window", "plateau_patience", "average_every", "parts")
+        counts = ("plateau_window", "plateau_patience", "average_every", "parts", "accumulate")
         require("prior train", self, "1 or more", lambda x: x >= 1, *counts)
         rest = ("plateau_min_delta", "max_halvings", "embedding_scale", "head_scale")
         lengths = ("warmup_steps", "decay_steps")
@@ -111,6 +114,11 @@ class PriorTrainConfig:
         check_numbers("prior train", self)
         if self.decay == "cosine" and self.decay_steps < 1:
             raise UsageError(f"prior train: decay_steps must be 1 or more, got {self.decay_steps}")
+
+    @property
+    def total_batch(self) -> int:
+        """Pairs an update, over all turns."""
+        return self.batch_size * self.accumulate
 
     def step_size(self, step: int) -> float:
         """Step size of update `step` without the halvings."""

@@ -12,7 +12,7 @@ which takes a ready CLIP:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -32,6 +32,7 @@ from dalle.errors import UsageError
 from dalle.pictures import rows_of
 from dalle.pretrained import fingerprint
 from dalle.ranker.model import ContrastiveRanker
+from dalle.train.accumulate import Accumulated, turns
 from dalle.train.averaging import IterateAverage
 from dalle.train.fine_tune import frozen, started_from
 from dalle.train.held_out import held_out_pictures
@@ -43,6 +44,7 @@ from dalle.train.splicing import patches, pixels, splice
 from dalle.train.task import with_precision
 from dalle.train.update import update
 
+Towers = Callable[[slice], tuple[torch.Tensor, ...]]
 MAX_CACHED = 50_000  # items: larger sets have their codes and reconstructions computed every time
 BLOCK = 32  # items that go through the dVAE at once
 
@@ -61,6 +63,8 @@ class RankerTrainConfig:
         weight_decay: AdamW's, on matrices only.
         clip_norm: largest global gradient norm.
         parts: into which a batch is cut, run at the same time (`train.parts`).
+        accumulate: batches of `batch_size` that make one, in which every picture is a negative of
+            every caption; the towers run on one after the other, twice (Gao et al. 2021).
     """
 
     batch_size: int = 96
@@ -72,6 +76,7 @@ class RankerTrainConfig:
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     parts: int = 1
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         check_numbers("ranker", self)
@@ -89,6 +94,7 @@ class RankerTrainConfig:
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more and finite"),
             ("warmup", self.warmup >= 0, "0 or more"),
             ("parts", self.parts >= 1, "at least 1"),
+            ("accumulate", self.accumulate >= 1, "at least 1"),
         )
         for name, holds, requirement in requirements:
             if not holds:
@@ -98,6 +104,11 @@ class RankerTrainConfig:
     def spliced(self) -> int:
         """How many spliced pictures a batch has."""
         return self.batch_size // 2 if self.num_spliced is None else self.num_spliced
+
+    @property
+    def total_batch(self) -> int:
+        """Captions an update, over all turns."""
+        return self.batch_size * self.accumulate
 
 
 def contrastive_loss(
@@ -219,7 +230,7 @@ class RankerTask:
         drawn = draw_similar(
             self.caption_vectors,
             self.caption_ids[: len(self.pairs)],
-            self.config.batch_size,
+            self.config.total_batch,
             self.config.group,
             rng,
         )
@@ -241,7 +252,7 @@ class RankerTask:
         images = to_tensor(crops.numpy()).to(device)
         # Shuffled, since pictures of one group are neighbours, whose parts would hardly differ.
         order = torch.randperm(len(images), generator=rng, dtype=torch.int64, device="cpu")[
-            : self.config.spliced
+            : self.config.spliced * self.config.accumulate
         ]
         with torch.no_grad():
             if self.vae is None:
@@ -260,7 +271,7 @@ class RankerTask:
     def caption_rows(self, items: torch.Tensor, step: int) -> torch.Tensor:
         """(B,) row of `text` for each item; of several captions one is drawn each epoch, that is as
         often as the batches so far have as many items as the set."""
-        rows, epoch = items.clone(), step * self.config.batch_size // len(self.pairs)
+        rows, epoch = items.clone(), step * self.config.total_batch // len(self.pairs)
         for position, item in enumerate(items.tolist()):
             choices = self.rows.get(item)
             if choices:
@@ -332,10 +343,9 @@ class RankerTask:
             size = rows.stop - rows.start
             return self.ranker.encode_text(text[rows]), features[:size], features[size:]
 
-        outputs = run_parts(towers, count, self.config.parts, self.ranker)
-        text_features, image_features, spliced_features = (
-            torch.cat(tensors) for tensors in zip(*outputs, strict=True)
-        )
+        turn = turns(count, count, self.config.accumulate, 1)
+        features = self._features(towers, turn)
+        text_features, image_features, spliced_features = features
         logits = self.ranker.scale * text_features @ torch.cat([image_features, spliced_features]).T
         ids, pictures = self.caption_ids[rows].to(device), items.to(device)
         same = (ids[:, None] == ids[None]) | (pictures[:, None] == pictures[None])
@@ -346,7 +356,8 @@ class RankerTask:
             correct = same.gather(1, best.clamp_max(count - 1)[:, None])[:, 0] & (best < count)
         peak = linear_warmup(step, self.config.learning_rate, self.config.warmup)
         lr = peak * cosine_ramp(step, 1.0, 0.03, self.steps)
-        norm = update(self, loss, step, lr=lr, clip_norm=self.config.clip_norm)
+        turned = loss if len(turn) == 1 else self._in_turns(loss, features, towers, turn)
+        norm = update(self, turned, step, lr=lr, clip_norm=self.config.clip_norm)
         return {
             "loss": loss.detach(),
             "accuracy": correct.float().mean(),
@@ -355,6 +366,50 @@ class RankerTask:
             "data_wait": waited,
             "images": float(count),
         }
+
+    def _features(self, towers: Towers, turn: Sequence[slice]) -> list[torch.Tensor]:
+        """What the towers give for a batch; of several turns, without their graphs."""
+        if len(turn) == 1:
+            outputs = run_parts(towers, turn[0].stop, self.config.parts, self.ranker)
+            return [torch.cat(tensors) for tensors in zip(*outputs, strict=True)]
+        made = []
+        for rows in turn:
+            with torch.no_grad():
+                made += self._of_rows(towers, rows)
+        return [torch.cat(tensors).requires_grad_() for tensors in zip(*made, strict=True)]
+
+    def _of_rows(self, towers: Towers, rows: slice) -> list[tuple[torch.Tensor, ...]]:
+        def part(inner: slice) -> tuple[torch.Tensor, ...]:
+            return towers(slice(rows.start + inner.start, rows.start + inner.stop))
+
+        return run_parts(part, rows.stop - rows.start, self.config.parts, self.ranker)
+
+    def _in_turns(
+        self,
+        loss: torch.Tensor,
+        features: Sequence[torch.Tensor],
+        towers: Towers,
+        turn: list[slice],
+    ) -> Accumulated:
+        """The gradient of a loss of all features, taken into the towers a turn at a time."""
+        scale = self.ranker.log_scale
+        leaves = [*features, *([scale] if scale.requires_grad else [])]
+        gradients = torch.autograd.grad(loss, leaves)
+        count, sizes = len(features[0]), [len(f) for f in features]
+
+        def run(rows: slice) -> torch.Tensor:
+            made = [torch.cat(t) for t in zip(*self._of_rows(towers, rows), strict=True)]
+            ends = [(rows.start * n // count, rows.stop * n // count) for n in sizes]
+            total = sum(
+                (ours * whole[begin:end]).sum()
+                for ours, whole, (begin, end) in zip(made, gradients, ends, strict=False)
+            )
+            if scale.requires_grad and not rows.start:
+                total = total + scale * gradients[-1]
+            assert isinstance(total, torch.Tensor)
+            return total
+
+        return Accumulated(run, turn, lambda: loss.detach())
 
     def pictures(self, step: int) -> dict[str, torch.Tensor]:
         """Pictures of the step's batch above spliced ones."""

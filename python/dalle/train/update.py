@@ -12,6 +12,7 @@ from dalle.dtensor import local_part
 from dalle.errors import NumericalError
 from dalle.precision import ResblockScaler, ScalerStep, first_nonfinite
 from dalle.precision.queued import Values, skips_on_device, step_unless
+from dalle.train.accumulate import Accumulated, backward
 from dalle.train.late import LateReads, late_reads
 from dalle.train.task import Task
 
@@ -55,7 +56,7 @@ def check_gradients(name: str, model: nn.Module, step: int) -> None:
 
 def update(
     task: Task,
-    loss: Tensor,
+    loss: Tensor | Accumulated,
     step: int,
     *,
     lr: float | Callable[[], float],
@@ -67,7 +68,7 @@ def update(
 
     Args:
         task: whose parameters are updated.
-        loss: scalar with a graph.
+        loss: scalar with a graph, or one that is computed in turns.
         step: as given to `train_step`.
         lr: step size of this update, for all parameter groups; a function is called when all that
             hangs on the update before has happened.
@@ -91,14 +92,14 @@ def update(
         forward = None
     task.optimizer.zero_grad(set_to_none=True)
     with task.world.device_exchange():
-        loss.backward()
+        value = backward(task, loss)
     reads = late_reads(task)
     explaining = None if reads is None else reads.explaining
     if reads is not None and explaining is None and skips_on_device(task.optimizer):
         reads.settle()
         _set_lr(task, lr)
-        return _queue(reads, task, loss.detach(), step, clip_norm, scaler)
-    mean_loss = task.world.mean_loss(loss.detach())
+        return _queue(reads, task, value, step, clip_norm, scaler)
+    mean_loss = task.world.mean_loss(value)
     if explaining is not None:
         check_loss(task.name, mean_loss, step, task.model, forward)
         with task.world.raise_on_all():  # it may be in another process's part
