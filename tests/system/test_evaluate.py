@@ -72,7 +72,12 @@ def test_a_pipeline_draws_the_captions_of_the_real_set(home):
     drawn = got["sets"]["fake"]
     assert drawn["kind"] == "pipeline" and drawn["pictures"] == 12
     assert drawn["drawn"]["num_candidates"] == 2
-    assert got == evaluate.fid("real", "pipe", **options)
+    for same in (home / "pipe", Pipeline.from_pretrained("pipe")):
+        again = evaluate.fid(home / "real", same, weights="pipe", **options)
+        assert again["value"] == got["value"] and again["sets"]["fake"]["kind"] == "pipeline"
+    (home / "captions.txt").write_text("a\nb\n\nc\n")
+    given = evaluate.features("pipe", captions=home / "captions.txt", num_candidates=1)
+    assert given["n"] == {"data": 3}
     # Captions repeat in the set, pictures do not.
     pipeline = Pipeline.from_pretrained("pipe")
     made = drawings.draw("t", pipeline, ["a", "a", "b"], [1, 4])

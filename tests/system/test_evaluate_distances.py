@@ -13,6 +13,7 @@ from dalle.evaluate import (
     inception_score,
     kernel_distance,
     precision_recall,
+    ssim,
 )
 from dalle.evaluate.intervals import bootstrap, wilson
 from support.evaluation import oracle
@@ -138,6 +139,20 @@ def test_a_generator_that_knows_one_of_two_modes():
     assert precision_recall(real, mode) == (1, 0.5)
     assert precision_recall(mode, real) == (0.5, 1)
     assert precision_recall(real, real) == (1, 1)
+
+
+def test_ssim_is_that_of_torchmetrics():
+    torch.manual_seed(0)
+    a = torch.rand(3, 3, 32, 40, dtype=torch.float64)
+    b = (a + 0.1 * torch.randn_like(a)).clamp(0, 1)
+    of_oracle = oracle("torchmetrics.functional.image").structural_similarity_index_measure
+    wanted = of_oracle(a, b, data_range=1.0, reduction="none")
+    torch.testing.assert_close(ssim(a, b), wanted, rtol=1e-6, atol=0)
+    assert ssim(a, a).tolist() == [1, 1, 1]
+    small = torch.rand(2, 3, 4, 5)
+    assert torch.isfinite(ssim(small, small.flip(0))).all()
+    with pytest.raises(UsageError, match="both sets must have one shape"):
+        ssim(a, b[:2])
 
 
 def test_extrapolation_takes_the_bias_away():

@@ -23,7 +23,7 @@ from dalle.evaluate.facts import chosen_scenes
 from dalle.evaluate.intervals import over_seeds
 from dalle.evaluate.sweeps import powers
 from dalle.pipeline import Pipeline
-from support.evaluation import RightFrom, make_eval_home, oracle, refused, shapes_pipeline
+from support.evaluation import RightFrom, make_eval_home, refused, shapes_pipeline
 
 FEW = {"bootstrap": 4}
 
@@ -148,20 +148,6 @@ def test_intervals_over_seeds():
     """Mean 0.5, standard deviation 0.1, three seeds: 0.5 +- 4.303 * 0.1 / sqrt 3."""
     assert over_seeds([0.4, 0.5, 0.6]) == pytest.approx([0.5 - 0.24843, 0.5 + 0.24843], abs=1e-4)
     assert over_seeds([0, 1]) == [0, 1]
-
-
-def test_ssim_is_that_of_torchmetrics():
-    torch.manual_seed(0)
-    a = torch.rand(3, 3, 32, 40, dtype=torch.float64)
-    b = (a + 0.1 * torch.randn_like(a)).clamp(0, 1)
-    ssim = oracle("torchmetrics.functional.image").structural_similarity_index_measure
-    wanted = ssim(a, b, data_range=1.0, reduction="none")
-    torch.testing.assert_close(evaluate.ssim(a, b), wanted, rtol=1e-6, atol=0)
-    assert evaluate.ssim(a, a).tolist() == [1, 1, 1]
-    small = torch.rand(2, 3, 4, 5)
-    assert torch.isfinite(evaluate.ssim(small, small.flip(0))).all()
-    with pytest.raises(UsageError, match="both sets must have one shape"):
-        evaluate.ssim(a, b[:2])
 
 
 def test_recon_measures_what_the_dvae_gives_back(home, capsys):

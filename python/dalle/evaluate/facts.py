@@ -25,7 +25,6 @@ from dalle.evaluate.scores import Set, start
 from dalle.evaluate.session import Session
 from dalle.evaluate.sets import describe, is_pipeline
 from dalle.evaluate.sweeps import for_checker, scenes_of, side_of
-from dalle.pipeline import Pipeline
 
 CAPTIONS = 96  # of each split, half of them with one object
 CANDIDATES = 8
@@ -114,7 +113,7 @@ def words(
             raise UsageError(f"{owner}: split must be one of {', '.join(SPLITS)}, got {split!r}")
     if not splits:
         raise UsageError(f"{owner}: splits must be one or more of {', '.join(SPLITS)}, got none")
-    if isinstance(fake, Pipeline) or is_pipeline(str(getattr(fake, "name", fake))):
+    if is_pipeline(fake):
         content = _of_pipeline(session, fake, splits, seeds)
     else:
         content = _of_pictures(session, fake)

@@ -75,7 +75,7 @@ def load_vae(owner: str, model: Any) -> tuple[DiscreteVAE, int]:
     if isinstance(model, Pipeline):
         return model.vae, model.image_size
     try:
-        if is_pipeline(str(model)):
+        if is_pipeline(model):
             pipeline = Pipeline.from_pretrained(model)
             return pipeline.vae, pipeline.image_size
         return DiscreteVAE.from_pretrained(model).eval(), 0

@@ -100,7 +100,7 @@ class Session:
     ) -> Source:
         """Opens a SOURCE; a pipeline draws the captions of the options, else those of `real`."""
         setup = self.setup
-        if isinstance(source, Pipeline) or is_pipeline(str(getattr(source, "name", source))):
+        if isinstance(source, Pipeline) or is_pipeline(source):
             return self._drawn(source, real)
         return open_source(
             self.owner,

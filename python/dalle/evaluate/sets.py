@@ -28,6 +28,7 @@ from dalle.data.split import Subset
 from dalle.errors import CheckpointError, DataError
 from dalle.files import json_sha256, read_json
 from dalle.files import read_bytes as read_file
+from dalle.pipeline import Pipeline
 
 RECORD = "samples.json"  # of `dalle sample`
 SINGLE = re.compile(r"[0-9]+-[a-z0-9-]+/[0-9]+\.png")  # a picture that it names
@@ -90,10 +91,12 @@ class Source:
         return len(self.pairs)
 
 
-def is_pipeline(spec: str) -> bool:
-    """Whether a path is the folder of a pipeline."""
-    file = Path(spec) / "config.json"
-    if spec in BUILT_IN or not file.is_file():
+def is_pipeline(source: object) -> bool:
+    """Whether a set is a pipeline that draws: the object, or the path of its folder."""
+    if not isinstance(source, (str, Path)):
+        return isinstance(source, Pipeline)
+    file = Path(source) / "config.json"
+    if str(source) in BUILT_IN or not file.is_file():
         return False
     try:
         head = read_json(file, CheckpointError)

@@ -260,7 +260,7 @@ def rerank(
         raise UsageError(
             f"{owner}: candidates must be at most the {count} that are drawn, got {max(sizes)}"
         )
-    if not isinstance(fake, Pipeline) and not is_pipeline(str(getattr(fake, "name", fake))):
+    if not is_pipeline(fake):
         raise UsageError(f"{owner}: fake must be the folder of a pipeline, got {fake}")
     opened = session.take("real", real)
     captions = captions_to_draw(owner, setup.draw.captions, opened.pairs, setup.count)
