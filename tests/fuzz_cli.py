@@ -59,6 +59,10 @@ LINES = [
     "eval recon --data pairs --model pipe --out out", "eval report --out out",
     "eval blur --real pairs --fake odd --weights pipe --bootstrap 2 --cache out/c --out out",
     "eval rerank --real pairs --fake pipe --num-candidates 2 --bootstrap 2 --cache out/c --out out",
+    "data index --data shards", "data index --data shards --out out --force",
+    DVAE.replace("--data pairs", "--data shards"),
+    PRIOR.replace("--data pairs", "--data table.csv"),
+    "tokenizer train --data shards=0.7 --data table.csv=0.3 --out out",
     "pipeline make --tokenizer tok --vae pipe/vae --prior pipe/prior --out out",
 ]  # fmt: skip
 DEMO = "demo --data shapes --preset smoke --out demo"

@@ -16,6 +16,7 @@ from dalle.pipeline import Pipeline
 from dalle.prior.model import Prior
 from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
+from support.shards import tar_of
 
 DVAE = "dvae train --data pairs --preset tiny --image-size 16 --batch-size 2 --steps 2 --out out"
 RECONSTRUCT = "dvae reconstruct --data pairs --model pipe/vae --image-size 16 --out out/x.png"
@@ -49,6 +50,11 @@ def make_home(root: Path) -> None:
         pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
         Image.fromarray(pixels).save(root / f"pairs/{i}.png")
         (root / f"pairs/{i}.txt").write_text(f"picture number {i}\n")
+    shards = [(path.name, path.read_bytes()) for path in sorted((root / "pairs").iterdir())]
+    (root / "shards").mkdir()
+    (root / "shards/0.tar").write_bytes(tar_of(shards))
+    rows = [f"pairs/{i}.png,picture number {i}" for i in range(6)]
+    (root / "table.csv").write_text("\n".join(["file_name,caption", *rows]))
     (root / "broken/x.png").write_bytes((root / "pairs/0.png").read_bytes()[:60])
     (root / "bombs/x.png").write_bytes(png_that_claims(60_000, 60_000))
     (root / "one").mkdir()

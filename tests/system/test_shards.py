@@ -282,3 +282,19 @@ def test_errors_come_back_from_a_worker_process_as_they_were(tmp_path):
         assert type(again) is type(error) and str(again) == str(error)
         assert again.reason == error.reason
         assert getattr(again, "group", None) == getattr(error, "group", None)
+
+
+def test_a_part_of_shards_reads_like_the_part_of_the_folder(tmp_path):
+    plain = write_shards(tmp_path / "set", 2, 15, text=lambda n: f"{n}\nzwei" if n % 4 else f"{n}")
+    parts = [hold_out(pairs, 0.3) for pairs in (ShardPairs(tmp_path / "set"), FolderPairs(plain))]
+    for mine, right in zip(*parts, strict=True):
+        assert list(mine.captions) == list(right.captions) and len(mine) == len(right)
+        assert {k: tuple(v) for k, v in mine.several.items()} == dict(right.several)
+        assert len(mine.several) == len(right.several) and mine.captions[-1] == right.captions[-1]
+        assert mine.read_bytes(1)[0] == right.read_bytes(1)[0]
+        hashes = [np.concatenate(list(part.hold_hashes())) for part in (mine, right)]
+        np.testing.assert_array_equal(*hashes)
+        assert hold_out(mine, 0.3)[1].captions[0] == hold_out(right, 0.3)[1].captions[0]
+    train, held = parts[0]
+    assert train.fingerprint()["items"] != held.fingerprint()["items"]
+    assert train.parts() == held.parts() == ShardPairs(tmp_path / "set").parts()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dalle.data.pairs import ArrayPairs, fingerprints
-from dalle.data.split import LEAST, Subset, hold_out
+from dalle.data.split import LEAST, Subset, Without, hold_out
 from dalle.errors import DataError, UsageError
 
 
@@ -62,3 +62,29 @@ def test_too_few_different_pictures():
     same = ArrayPairs("same", np.zeros((20, 4, 4, 3), np.uint8), ["a"] * 20)
     with pytest.raises(DataError, match="different pictures must be at least 4.*got 1"):
         hold_out(same, 0.1)
+
+
+def test_at_most_so_many_are_held_out_those_of_the_lowest_hashes(monkeypatch):
+    pairs = _pairs(400)
+    fewer = [hold_out(pairs, share)[1].items for share in (0.05, 0.5)]
+    assert set(fewer[0]) < set(fewer[1])
+    monkeypatch.setattr("dalle.data.split.MOST", 9)
+    monkeypatch.setattr("dalle.data.split.CHUNK", 30)
+    train, held = hold_out(pairs, 0.5)
+    assert len(held) == 9 and set(held.items) <= set(fewer[0]) and len(train) == 391
+    twice = ArrayPairs("twice", np.concatenate([pairs.images] * 2), [*pairs.captions] * 2)
+    assert len(hold_out(twice, 0.5)[1]) == 8  # copies stay on one side
+
+
+@pytest.mark.parametrize("out", [[], [0], [3, 4, 9], list(range(1, 10)), [0, 2, 4, 6, 8]])
+def test_the_numbers_without_some(out):
+    left = [number for number in range(10) if number not in out]
+    found = Without(10, np.array(out, np.int64))
+    assert list(found) == left and len(found) == len(left)
+    assert [found[k] for k in range(-len(left), 0)] == left and found[1:] == left[1:]
+    assert [found.index(number) for number in left] == list(range(len(left)))
+    for number in out:
+        with pytest.raises(ValueError, match="is not among the items"):
+            found.index(number)
+    with pytest.raises(IndexError):
+        found[len(left)]

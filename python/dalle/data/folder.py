@@ -146,6 +146,7 @@ class FolderPairs:
     """
 
     image_size = 0
+    named_by = "dalle data check"  # the command that names what was left out
 
     def __init__(self, folder: Path | str, *, verify: str = "header") -> None:
         folder = Path(folder)

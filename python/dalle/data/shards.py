@@ -67,6 +67,7 @@ class ShardPairs:
     """
 
     image_size = 0
+    named_by = "dalle data index"  # the command that names what was left out
     indexed = True  # hashes and captions are read when they are asked for
 
     def __init__(self, folder: Path | str, *, cache: Path | None = None) -> None:

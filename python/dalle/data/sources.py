@@ -223,7 +223,8 @@ def _report_skipped(pairs: Pairs, captions: CaptionChoice) -> None:
     """Reports files that a training leaves out, and what it takes of several captions."""
     if pairs.skipped:
         total = pairs.skipped.total()
-        hint = " (`dalle data check` names them)" if hasattr(pairs, "problems") else ""
+        named_by = getattr(pairs, "named_by", "")
+        hint = f" (`{named_by}` names them)" if named_by else ""
         say(
             f"data: {len(pairs)} pairs in {pairs.name}, left out {total}: "
             f"{format_counts(pairs.skipped)}{hint}"

@@ -341,7 +341,7 @@ class DvaeTask:
                 return {}
             assert isinstance(model, DiscreteVAE)
             model.to(self.device)
-            images = self.images(np.arange(len(self.pairs)), 8)
+            images = self.images(np.arange(min(len(self.pairs), 4096)), 8)
             rows = (images, self.reconstruct(model, images, step))
             return {"reconstructions": torch.cat([torch.cat(list(row), 2) for row in rows], 1)}
 

@@ -49,6 +49,8 @@ from dalle.train.seeds import start_seed, step_seed
 from dalle.train.task import averaged_model, local_batch, require_one_part
 from dalle.train.update import update
 
+SHOWN_OF = 4096  # pictures of which some are drawn, where not all are encoded at the start
+
 
 class Batch(NamedTuple):
     """One process's part of a batch.
@@ -135,13 +137,14 @@ class PriorTask:
         self.reads_pictures = config.augment == "paper" and not self.stores
         check_codes("prior train", self.stores, now["vae"], sizes.grid, self.image_size)
         self.tokens: Tensor | None = None
-        self.usable = np.arange(len(pairs))
+        self.usable = np.arange(min(len(pairs), SHOWN_OF))
         if config.augment == "none" and not self.stores:
             self.tokens, self.usable = self._encode_all()
         if config.image_init == "codebook":
             start = (config.embedding_scale, config.head_scale)
             init_from_codebook(prior, vae.codebook(), *start, seed=start_seed(seed, "rotation"))
-        self.sampler = sampler_for(pairs, config.total_batch, seed, self.usable)
+        usable = None if self.tokens is None else self.usable
+        self.sampler = sampler_for(pairs, config.total_batch, seed, usable)
         on_gpu = self.device.type == "cuda"
         self.loader = StepLoader("prior train", self.load, pairs, workers=workers, pin=on_gpu)
         self.plateau = PlateauHalving(
