@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dalle.prior.decode import Drawn, Progress
+from dalle.prior.decode import MAX_BATCH, Drawn, Progress
+from dalle.prior.editing import Weighted
+from dalle.prior.particles import systematic
 
 Score = Callable[[int, Tensor], Tensor]
 """Index of a caption, its pictures (n, 3, H, W) -> (n,) float32; NaN where nothing scores."""
@@ -214,3 +216,80 @@ def counted(
             before += count if drawn.done else 0
             if drawn.done and progress is not None:
                 progress(before, total)
+
+
+def choose_weighted(
+    steps: Generator[Drawn],
+    decode: Callable[[Tensor], Tensor],
+    score: Score,
+    *,
+    noise: Tensor,
+    first: int,
+    top: int,
+    grid: tuple[int, int],
+    image_size: int,
+    cancel: Callable[[], bool],
+) -> Generator[Event]:
+    """Draws weighted candidates, takes of them by their weights, and ranks those that are left.
+
+    Candidates taken several times are decoded and ranked once. They fill what is left of the k
+    places once every one has a place, so that with k the number of candidates the result follows
+    the distribution that is drawn from.
+
+    Args:
+        steps: of `draw_edited`, each one `Weighted`.
+        noise: (1,) float64 in [0, 1), of the last resampling.
+        first: number of the first candidate.
+        decode, score, top, grid, image_size, cancel: of `choose`.
+    """
+    rows, columns = grid
+    tokens, weights, stopped = [], [], False
+    with closing(steps):
+        for drawn in steps:
+            assert isinstance(drawn, Weighted)
+            stopped = cancel()
+            if drawn.slots % columns == 0:
+                done = drawn.slots // columns
+                numbers = _numbers(first, drawn)
+                so_far = drawn.tokens[0, :, : drawn.slots].unflatten(1, (done, columns))
+                yield RowsFinished(0, numbers, done, so_far.cpu().clone())
+            if drawn.done:
+                tokens.append(drawn.tokens[0].unflatten(1, (rows, columns)).cpu().clone())
+                weights.append(drawn.log_weights[0].cpu().clone())
+            if stopped:
+                break
+    best, repeats = Best(top, grid, image_size), dict[int, int]()
+    if not tokens:
+        yield Finished(0, best.kept, 0, stopped)
+        return
+    drawn_tokens, log_weights = torch.cat(tokens), torch.cat(weights)
+    taken = systematic(log_weights[None], noise)[0]
+    own, repeats = _distinct(drawn_tokens, taken)
+    for part in own.split(MAX_BATCH):
+        images = decode(drawn_tokens[part])
+        scores, numbers = score(0, images), part + first
+        best.add(images, scores, drawn_tokens[part], numbers)
+        for each in zip(numbers.tolist(), images, scores.tolist(), drawn_tokens[part], strict=True):
+            yield CandidateFinished(0, *each)
+    kept = _filled(best.kept, repeats, min(top, len(taken)), first)
+    yield Finished(0, kept, len(taken), stopped)
+
+
+def _distinct(tokens: Tensor, taken: Tensor) -> tuple[Tensor, dict[int, int]]:
+    """The candidates taken, one of those with equal tokens, and how many times it was taken."""
+    found: dict[bytes, int] = {}
+    counts: dict[int, int] = {}
+    for index in taken.tolist():
+        own = found.setdefault(tokens[index].numpy().tobytes(), index)
+        counts[own] = counts.get(own, 0) + 1
+    return torch.tensor(list(counts), dtype=torch.int64, device="cpu"), counts
+
+
+def _filled(kept: Generation, counts: dict[int, int], top: int, first: int) -> Generation:
+    """`kept`, and behind them what was taken several times, up to `top` in all."""
+    numbers = (kept.order - first).tolist()
+    more = [place for place, number in enumerate(numbers) for _ in range(counts[number] - 1)]
+    places = [*range(len(numbers)), *more][:top]
+    return Generation(
+        kept.images[places], kept.scores[places], kept.tokens[places], kept.order[places]
+    )

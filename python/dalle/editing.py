@@ -7,30 +7,19 @@ h x w tokens, H = W side in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from dalle.candidates import (
-    Best,
-    CandidateFinished,
-    Event,
-    Finished,
-    Generation,
-    RowsFinished,
-    choose,
-    counted,
-)
+from dalle.candidates import Event, Finished, Generation, choose, choose_weighted, counted
 from dalle.captions import clean
 from dalle.configs import integer
 from dalle.errors import UsageError
 from dalle.masks import kept_tokens
-from dalle.prior.decode import Drawn, Progress
-from dalle.prior.editing import GROUP, Weighted, draw_edited, is_weighted
-from dalle.prior.particles import systematic
+from dalle.prior.decode import MAX_BATCH, Drawn, Progress
+from dalle.prior.editing import GROUP, draw_edited, is_weighted
 from dalle.prior.sampling import (
     CHOOSING,
     MAX_SEED,
@@ -39,8 +28,7 @@ from dalle.prior.sampling import (
     caption_key,
     uniform_noise,
 )
-
-AT_ONCE = 64  # pictures decoded and scored
+from dalle.prior.step import fitting
 
 
 class EditOptions(TypedDict, total=False):
@@ -57,6 +45,7 @@ class EditOptions(TypedDict, total=False):
     cond_scale: float | None
     sampling: SamplingConfig | None
     first_candidate: int
+    weights: str
     cancel: Callable[[], bool]
     progress: Progress | None
     code_progress: Progress | None
@@ -156,8 +145,10 @@ def steps(
     *,
     seed: int,
     first_candidate: int,
+    weights: str = "fp32",
 ) -> Generator[Drawn]:
-    """`draw_edited` for an edit."""
+    """`draw_edited` for an edit, in parts that fit the memory where they are not weighted."""
+    fits = fitting(pipeline.prior, MAX_BATCH, sampling.cond_scale not in (0, 1))
     return draw_edited(
         pipeline.prior,
         edit.text,
@@ -167,8 +158,9 @@ def steps(
         sampling=sampling,
         seed=seed,
         first_sample=first_candidate,
-        max_batch=AT_ONCE,
+        max_batch=max(1, fits),
         group=GROUP,
+        weights=weights,
     )
 
 
@@ -181,29 +173,45 @@ def events(
     *,
     seed: int = 0,
     first_candidate: int = 0,
+    weights: str = "fp32",
     cancel: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
     code_progress: Progress | None = None,
 ) -> Generator[Event]:
     """Draws candidates of an edit and keeps the best; see `Pipeline.edit_stream`."""
     drawing = steps(
-        pipeline, edit, num_candidates, sampling, seed=seed, first_candidate=first_candidate
+        pipeline,
+        edit,
+        num_candidates,
+        sampling,
+        seed=seed,
+        first_candidate=first_candidate,
+        weights=weights,
     )
     drawing = counted(drawing, num_candidates, progress, code_progress)
+
+    def decode(tokens: Tensor) -> Tensor:
+        return edit.finish(pipeline.decode(tokens))
+
+    def score(_: int, images: Tensor) -> Tensor:
+        return pipeline.score(edit.caption, images)
+
     if edit.weighted:
         return choose_weighted(
-            pipeline,
-            edit,
             drawing,
+            decode,
+            score,
             noise=choosing_noise(edit, sampling, seed, first_candidate),
-            first_candidate=first_candidate,
+            first=first_candidate,
             top=top,
+            grid=pipeline.grid,
+            image_size=pipeline.image_size,
             cancel=cancel,
         )
     return choose(
         drawing,
-        lambda tokens: edit.finish(pipeline.decode(tokens)),
-        lambda _, images: pipeline.score(edit.caption, images),
+        decode,
+        score,
         first=[first_candidate],
         num_candidates=num_candidates,
         top=top,
@@ -221,6 +229,7 @@ def redrawn(
     sampling: SamplingConfig,
     *,
     seed: int,
+    weights: str = "fp32",
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One candidate of an edit again: (h, w) tokens, (3, H, W) picture.
@@ -230,12 +239,14 @@ def redrawn(
     Args:
         candidate: its number, 0 to num_candidates - 1.
         num_candidates: of the edit.
-        sampling, seed: of the edit.
+        sampling, seed, weights: of the edit.
         progress: called with (tokens done, tokens in all).
     """
     start = candidate // GROUP * GROUP if edit.weighted else candidate
     count = min(GROUP, num_candidates - start) if edit.weighted else 1
-    drawing = steps(pipeline, edit, count, sampling, seed=seed, first_candidate=start)
+    drawing = steps(
+        pipeline, edit, count, sampling, seed=seed, first_candidate=start, weights=weights
+    )
     *_, drawn = counted(drawing, count, None, progress)
     tokens = drawn.tokens[0, candidate - start].unflatten(0, pipeline.grid).cpu()
     return tokens, edit.finish(pipeline.decode(tokens[None]))[0]
@@ -246,79 +257,6 @@ def choosing_noise(edit: Edit, sampling: SamplingConfig, seed: int, first_candid
     key = caption_key(edit.text[0, :0] if sampling.cond_scale == 0 else edit.text[0])
     own = range(first_candidate, first_candidate + 1)
     return uniform_noise(seed, key, own, 1, CHOOSING)[0]
-
-
-def choose_weighted(
-    pipeline: SupportsEditing,
-    edit: Edit,
-    drawing: Generator[Drawn],
-    *,
-    noise: Tensor,
-    first_candidate: int,
-    top: int,
-    cancel: Callable[[], bool],
-) -> Generator[Event]:
-    """Draws weighted candidates, takes of them by their weights, and ranks those that are left.
-
-    Candidates taken several times are decoded and ranked once. They fill what is left of the k
-    places once every one has a place, so that with k the number of candidates the result follows
-    the distribution that is drawn from.
-    """
-    rows, columns = pipeline.grid
-    tokens, weights, stopped = [], [], False
-    with closing(drawing):
-        for drawn in drawing:
-            assert isinstance(drawn, Weighted)
-            stopped = cancel()
-            if drawn.slots % columns == 0:
-                done = drawn.slots // columns
-                numbers = _shifted(drawn.samples, first_candidate)
-                so_far = drawn.tokens[0, :, : drawn.slots].unflatten(1, (done, columns))
-                yield RowsFinished(0, numbers, done, so_far.cpu().clone())
-            if drawn.done:
-                tokens.append(drawn.tokens[0].unflatten(1, (rows, columns)).cpu().clone())
-                weights.append(drawn.log_weights[0].cpu().clone())
-            if stopped:
-                break
-    best, repeats = Best(top, pipeline.grid, pipeline.image_size), dict[int, int]()
-    if not tokens:
-        yield Finished(0, best.kept, 0, stopped)
-        return
-    drawn_tokens, log_weights = torch.cat(tokens), torch.cat(weights)
-    taken = systematic(log_weights[None], noise)[0]
-    first, repeats = _distinct(drawn_tokens, taken)
-    for part in first.split(AT_ONCE):
-        images = edit.finish(pipeline.decode(drawn_tokens[part]))
-        scores, numbers = pipeline.score(edit.caption, images), part + first_candidate
-        best.add(images, scores, drawn_tokens[part], numbers)
-        for each in zip(numbers.tolist(), images, scores.tolist(), drawn_tokens[part], strict=True):
-            yield CandidateFinished(0, *each)
-    kept = _filled(best.kept, repeats, min(top, len(taken)), first_candidate)
-    yield Finished(0, kept, len(taken), stopped)
-
-
-def _shifted(numbers: range, first: int) -> range:
-    return range(first + numbers.start, first + numbers.stop)
-
-
-def _distinct(tokens: Tensor, taken: Tensor) -> tuple[Tensor, dict[int, int]]:
-    """The candidates taken, one of those with equal tokens, and how many times it was taken."""
-    found: dict[bytes, int] = {}
-    counts: dict[int, int] = {}
-    for index in taken.tolist():
-        own = found.setdefault(tokens[index].numpy().tobytes(), index)
-        counts[own] = counts.get(own, 0) + 1
-    return torch.tensor(list(counts), dtype=torch.int64, device="cpu"), counts
-
-
-def _filled(kept: Generation, counts: dict[int, int], top: int, first: int) -> Generation:
-    """`kept`, and behind them what was taken several times, up to `top` in all."""
-    numbers = (kept.order - first).tolist()
-    more = [place for place, number in enumerate(numbers) for _ in range(counts[number] - 1)]
-    places = [*range(len(numbers)), *more][:top]
-    return Generation(
-        kept.images[places], kept.scores[places], kept.tokens[places], kept.order[places]
-    )
 
 
 class Editing:
@@ -355,6 +293,7 @@ class Editing:
         cond_scale: float | None = None,
         sampling: SamplingConfig | None = None,
         first_candidate: int = 0,
+        weights: str = "fp32",
         cancel: Callable[[], bool] = lambda: False,
         progress: Progress | None = None,
         code_progress: Progress | None = None,
@@ -372,9 +311,9 @@ class Editing:
             keep: (h, w) bool, True where a token is kept; or (H, W) of pixels: a token is kept only
                 if all its pixels are. `dalle.masks` makes them from boxes and rows.
             paste: put the kept pixels of `image` into the results, unchanged and unblended.
-            num_candidates, top, seed, sampling, temperature, top_k, top_p, cond_scale, cancel,
-                progress, code_progress: of `stream`. Fewer different pictures than `top` are
-                followed by repetitions.
+            num_candidates, top, seed, sampling, temperature, top_k, top_p, cond_scale, weights,
+                cancel, progress, code_progress: of `stream`. Where fewer than `top` pictures
+                differ, repetitions follow.
             first_candidate: of `stream`; candidates are weighted in groups of 256 from it on.
 
         Raises:
@@ -393,6 +332,7 @@ class Editing:
             changes.applied(self.sampling if sampling is None else sampling),
             seed=seed,
             first_candidate=first_candidate,
+            weights=weights,
             cancel=cancel,
             progress=progress,
             code_progress=code_progress,

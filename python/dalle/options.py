@@ -61,7 +61,7 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
     options = None if file is None else _FileOptions(config_type, file)
     if _plain(field_types(config_type).get(SOURCES)) is str:
         words = _joined_sources(words)
-    words = _gathered(words, config_type)
+    words = _gathered(words, config_type, prog)
     if options is not None:
         words = options.words + words
     words = _spelled(words, config_type)
@@ -98,8 +98,12 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
         raise UsageError(refused[1] if refused else f"{prog}: {message}") from None
 
 
-def _gathered(words: list[str], config_type: type) -> list[str]:
-    """`words` with the values of an option of `REPEATED` that is given several times as a list."""
+def _gathered(words: list[str], config_type: type, prog: str) -> list[str]:
+    """`words` with the values of an option of `REPEATED` that is given several times as a list.
+
+    Raises:
+        UsageError: one is given without a value.
+    """
     hints = typing.get_type_hints(config_type, include_extras=True)
     for field, annotation in hints.items():
         if REPEATED not in getattr(annotation, "__metadata__", ()):
@@ -108,9 +112,11 @@ def _gathered(words: list[str], config_type: type) -> list[str]:
         values: list[str] = []
         rest: list[str] = []
         inside = False
-        for word in words:
+        for word, after in zip(words, [*words[1:], "--"], strict=False):
             name, equals, value = word.partition("=")
             if name.replace("_", "-") == option:
+                if not equals and after.startswith("--"):
+                    raise UsageError(f"{prog}: {option} must have a value, got none")
                 inside = not equals
                 values += [value] if equals else []
             elif inside and not word.startswith("--"):

@@ -243,6 +243,7 @@ def hostile(good):
             "temperature must be 0 or more, got inf",
         ),
         "precision": (changed(options=options | {"precision": "int1"}), "precision must be one of"),
+        "weights": (changed(options=options | {"weights": "int1"}), "weights must be one of"),
         "device": (changed(options=options | {"device": "moon"}), "device: must be auto, cpu or"),
         "edit": (changed(command="edit"), "type dalle edit --again "),
         "command": (changed(command="rm"), "command must be one of sample, edit"),

@@ -217,6 +217,9 @@ def test_what_does_not_fit_gets_one_line(home, tmp_path, capsys, monkeypatch, wo
 def test_what_is_missing_gets_one_line(home, tmp_path, capsys):
     assert run(home, caption=None, out=tmp_path / "out") == 2
     assert "edit: caption must be given, got nothing" in capsys.readouterr().err
+    for words in (["--box", "--paste"], ["--box", "0,0", "--box"], ["--box", "0,0", "--box", ""]):
+        assert run(home, *words, out=tmp_path / "out") == 2
+        assert "dalle edit: --box must have a value, got" in capsys.readouterr().err
     assert cli.main(["edit", "--caption", "a"]) == 2
     assert "dalle edit: --image must be given, got nothing" in capsys.readouterr().err
 

@@ -24,6 +24,7 @@ from dalle.pictures import METADATA_KEY, to_uint8
 from dalle.pipeline import Generation
 from dalle.prior.config import DTYPES
 from dalle.prior.sampling import MAX_SEED, SamplingConfig
+from dalle.prior.step import WEIGHTS
 from dalle.version import __version__
 
 FORMAT = 1
@@ -83,6 +84,7 @@ class Options:
         sampling: how a token was drawn.
         num_candidates, top: candidates drawn and kept.
         precision: of the prior.
+        weights: of `dalle.prior.decode.Decoder`.
         device: "cpu" or "cuda".
         image: what it was drawn from, if anything.
     """
@@ -92,11 +94,14 @@ class Options:
     top: int
     precision: str
     device: str
+    weights: str = "fp32"
     image: Input | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in DTYPES:
             raise UsageError(f"picture: precision must be one of {', '.join(DTYPES)}")
+        if self.weights not in WEIGHTS:
+            raise UsageError(f"picture: weights must be one of {', '.join(WEIGHTS)}")
         integer("picture", "num_candidates", self.num_candidates, 1)
 
 

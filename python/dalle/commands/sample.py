@@ -223,6 +223,7 @@ def sample_again(config: SampleConfig) -> None:
                 num_candidates=1,
                 seed=record.seed,
                 sampling=options.sampling,
+                weights=options.weights,
                 prime_image=job.image,
                 prime_rows=0 if options.image is None else options.image.rows or 0,
                 first_candidate=record.candidate,

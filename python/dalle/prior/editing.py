@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ def draw_edited(
     first_sample: int = 0,
     max_batch: int = 64,
     group: int = GROUP,
+    weights: str = "fp32",
 ) -> Generator[Drawn]:
     """Draws candidates of one edit, and hands over after every step what there is.
 
@@ -85,6 +87,7 @@ def draw_edited(
         first_sample: number of the first candidate.
         max_batch: candidates drawn at a time where none is weighted.
         group: candidates drawn at a time where they are; another number gives other candidates.
+        weights: of `Decoder`.
 
     Raises:
         UsageError: shapes, token ranges or options that do not fit; before anything is drawn.
@@ -114,9 +117,13 @@ def draw_edited(
             seed=seed,
             first_sample=first_sample,
             max_batch=max_batch,
+            weights=weights,
         )
     groups = [range(left, min(left + group, num_samples)) for left in range(0, num_samples, group)]
-    return _weighted(prior, text, given, keep.tolist(), sampling, seed, first_sample, groups)
+    options = {"cond_scale": sampling.cond_scale, "weights": weights, "max_batch": group}
+    return _weighted(
+        prior, text, given, keep.tolist(), sampling, seed, first_sample, groups, options
+    )
 
 
 @torch.no_grad()
@@ -129,6 +136,7 @@ def _weighted(
     seed: int,
     first_sample: int,
     groups: list[range],
+    options: dict[str, Any],
 ) -> Generator[Drawn]:
     """The work of `draw_edited` where candidates are weighted."""
     device, slots = prior.start_of_text.device, len(kept)
@@ -145,11 +153,11 @@ def _weighted(
             samples = len(columns)
             if decoder is None or decoder.samples != samples:
                 del decoder  # its cache goes before the next one comes
-                decoder = Decoder(prior, 1, samples, cond_scale=sampling.cond_scale)
+                decoder = Decoder(prior, 1, samples, **options)
             decoder.set_text(text, given[:, :first])
             numbers = range(first_sample + columns.start, first_sample + columns.stop)
             noise = uniform_noise(seed, key, numbers, slots).T.contiguous().to(device)  # (N, S)
-            weights = Weights(
+            particles = Weights(
                 1, samples, uniform_noise(seed, key, numbers[:1], slots, RESAMPLING), device
             )
             tokens = given[:, None].repeat(1, samples, 1)
@@ -160,7 +168,7 @@ def _weighted(
                 finite &= logits.isfinite().all()
                 if kept[slot]:
                     likelihood = log_likelihood(logits, tokens[:, :, slot], whole)
-                    index = weights.observe(likelihood, slot, resample=slot < last)
+                    index = particles.observe(likelihood, slot, resample=slot < last)
                     if index is not None:
                         tokens = tokens.gather(1, index[..., None].expand_as(tokens))
                         decoder.reorder(index)
@@ -170,6 +178,6 @@ def _weighted(
                 if done and not finite:
                     raise not_finite(sampling)
                 place = range(1), columns, slot + 1, tokens, done, number, len(groups)
-                yield Weighted(*place, weights.log, weights.resampled)
+                yield Weighted(*place, particles.log, particles.resampled)
     finally:
         prior.train(training)
