@@ -132,6 +132,26 @@ def plain_memory(op: str, **arguments: Any) -> None:
             )
 
 
+def untracked(op: str, **arguments: torch.Tensor) -> None:
+    """`numbers_only` and `plain_memory`, in a microsecond where nothing is tracked.
+
+    Raises:
+        TypeError: as those do, and for what is no tensor.
+    """
+    wanted = False
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+        wanted = wanted or value.requires_grad
+    transformed = (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is not None
+    )
+    if transformed or forward_ad._current_level >= 0 or (wanted and torch.is_grad_enabled()):
+        numbers_only(op, **arguments)
+        plain_memory(op, **arguments)
+
+
 def autograd_only(op: str) -> None:
     """Raises NotImplementedError inside a transform of `torch.func`, for an `autograd.Function`."""
     if torch.compiler.is_compiling():

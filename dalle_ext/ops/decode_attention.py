@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dalle_ext import _native
-from dalle_ext._checks import integer, numbers_only, plain_memory, real
+from dalle_ext._checks import integer, numbers_only, real, untracked
 from dalle_ext._switch import reference_in_use
 from dalle_ext.ops.sparse_attention import AttentionPattern
 from dalle_ext.reference import decode_attention as reference
@@ -35,15 +35,6 @@ def _linear_fake(x: Tensor, weight: Tensor, outputs: int, *rest: Any) -> Tensor:
 if _native.CPU_PROBLEM is None:
     _decode_attention = _native.register("_decode_attention", _fake, public=OP)
     _decode_linear = _native.register("_decode_linear", _linear_fake, public=LINEAR)
-
-
-def _plain(op: str, **tensors: Tensor) -> None:
-    """Raises TypeError for what is no tensor, or one that a gradient would have to flow through."""
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    numbers_only(op, **tensors)
-    plain_memory(op, **tensors)
 
 
 class DecodeCache:
@@ -83,7 +74,7 @@ class DecodeCache:
         if not isinstance(pattern, AttentionPattern):
             name = type(pattern).__name__
             raise TypeError(f"{CACHE}: pattern must be an AttentionPattern, got {name}")
-        _plain(CACHE, text_keys=text_keys, text_values=text_values)
+        untracked(CACHE, text_keys=text_keys, text_values=text_values)
         self.pattern, self.bits = pattern, bits
         self.samples = integer(CACHE, "samples", samples, 1)
         if text_keys.dim() != 4 or text_keys.size(2) != pattern.text_len:
@@ -133,7 +124,7 @@ class DecodeCache:
 
     def set_text(self, text_keys: Tensor, text_values: Tensor) -> None:
         """Other captions in the same memory, so that a CUDA graph reads them; shapes as before."""
-        _plain(CACHE, text_keys=text_keys, text_values=text_values)
+        untracked(CACHE, text_keys=text_keys, text_values=text_values)
         self._like("text_keys", text_keys, self.text_keys)
         self._like("text_values", text_values, self.text_values)
         self.text_keys.copy_(text_keys)
@@ -148,7 +139,7 @@ class DecodeCache:
         Raises:
             ValueError: another shape, dtype or device.
         """
-        _plain(CACHE, keys=keys, values=values)
+        untracked(CACHE, keys=keys, values=values)
         batch, samples, heads, capacity, size = self.image_keys.shape
         n, slots = keys.size(-2) if keys.dim() in (4, 5) else -1, len(self._places)
         shared = keys.dim() == 4
@@ -200,7 +191,7 @@ class DecodeCache:
         Raises:
             ValueError: another shape, dtype or device, or a number out of range.
         """
-        _plain(CACHE, index=index)
+        untracked(CACHE, index=index)
         shape = tuple(self.image_keys.shape[:2])
         if tuple(index.shape) != shape or index.dtype != torch.int64:
             got = f"{tuple(index.shape)} {index.dtype}"
@@ -275,7 +266,7 @@ def decode_attention(
     """
     if not isinstance(cache, DecodeCache):
         raise TypeError(f"{OP}: cache must be a DecodeCache, got {type(cache).__name__}")
-    _plain(OP, q=q, k=k, v=v)
+    untracked(OP, q=q, k=k, v=v)
     _check(q, k, v, cache, slot)
     factor = 1.0 / math.sqrt(q.size(3)) if scale is None else _number(scale)
     if reference_in_use():
@@ -287,7 +278,12 @@ def decode_attention(
         cache.key_scales, cache.value_scales,
     )  # fmt: skip
     rule = (pattern.kind, *pattern.grid, pattern.runs, factor)
-    out: Tensor = _decode_attention(_rows(q), _rows(k), _rows(v), *stores, slot, *rule)
+    given: Any = (_rows(q), _rows(k), _rows(v), *stores, slot, *rule)
+    if torch.compiler.is_compiling():
+        out: Tensor = _decode_attention(*given)
+    else:  # what the op's own guard would find is ruled out; it costs more than a small step
+        with torch._C._AutoDispatchBelowAutograd():
+            out = _decode_attention(*given)
     return out
 
 
