@@ -91,7 +91,23 @@ MUTANTS = [
         "tests/ops/test_grad_scale.py -m cpu_only",
         "cpu",
     ),
+    Mutant(
+        "a ring of a row forgets its oldest slot early",
+        "csrc/decode_attention/decode_attention.h",
+        "return {0, slot + 1 < capacity ? slot + 1 : capacity};",
+        "return {0, slot < capacity ? slot + 1 : capacity - 1};",
+        "tests/ops/test_decode_attention.py -m cpu_only",
+        "cpu",
+    ),
     # -- CPU kernels ---------------------------------------------------------------------------
+    Mutant(
+        "the image of a sample does not rescale its text",
+        "csrc/decode_attention/decode_attention_cpu_image.h",
+        "space.l[r] * rescale + sum_of<acc_t>(sum)",
+        "space.l[r] + sum_of<acc_t>(sum)",
+        "tests/ops/test_decode_attention.py -m cpu_only",
+        "cpu",
+    ),
     Mutant(
         "the softmax gradient lacks delta",
         f"{ATTENTION}_cpu_backward.h",

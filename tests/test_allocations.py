@@ -90,6 +90,7 @@ def a_bit_of_everything():
     x = torch.linspace(-1, 1, 2 * 40 * 16, dtype=torch.float32, device="cpu").view(1, 2, 40, 16)
     pattern = dalle_ext.AttentionPattern("conv", text_len=4, grid=(6, 6), offsets=(0, 1, 6))
     found = [pattern.mask(), dalle_ext.sparse_attention(x, x, x, pattern)]
+    found += decode_attention_of(x)
     found += [*dalle_ext.gumbel_softmax(x, 0.5, seed=1)]
     codes = dalle_ext.pack(x, "1-6-9", rounding="stochastic", seed=2)
     found += [codes, dalle_ext.unpack(codes, "1-6-9")]
@@ -108,6 +109,17 @@ def a_bit_of_everything():
     found += [tokens, pictures, vae.encode(pictures), captions()]
     found += [kmeans(x.view(-1, 16), 4, iterations=2, seed=5)[0]]
     return [tensor.detach() for tensor in found]
+
+
+def decode_attention_of(x):
+    """Of x (1, 2, 40, 16): a column cache in 8 bits, filled, decoded into and reordered."""
+    pattern = dalle_ext.AttentionPattern("column", text_len=4, grid=(6, 6))
+    cache = dalle_ext.DecodeCache(pattern, x[:, :, :4], x[:, :, :4], 3, bits=8)
+    cache.fill(x[:, :, 4:11], x[:, :, 5:12])
+    row, slot = x[:, :, 20:23].transpose(1, 2), torch.tensor(7, dtype=torch.int64, device="cpu")
+    out = dalle_ext.decode_attention(row, row, row, cache, slot)
+    cache.reorder(torch.tensor([[2, 0, 0]], dtype=torch.int64, device="cpu"))
+    return [out, cache.image_keys, cache.key_scales, cache.image_values]
 
 
 def captions():

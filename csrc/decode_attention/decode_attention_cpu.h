@@ -63,7 +63,8 @@ struct Decode {
     const int64_t place = decode_place(p.rule, slot);
     stored_t* keys = static_cast<stored_t*>(p.image_keys) + head * p.head_size;
     stored_t* values = static_cast<stored_t*>(p.image_values) + head * p.head_size;
-    SampleSlots<stored_t> slots = {keys, values, nullptr, nullptr};
+    SampleSlots<stored_t> slots = {keys, values, nullptr, nullptr,
+                                   int64_t{p.heads} * p.capacity * p.head_size};
     const storage_t *k = row_of(p.k, b, s, h), *v = row_of(p.v, b, s, h);
     keys += place * p.head_size, values += place * p.head_size;
     if constexpr (std::is_same_v<stored_t, int8_t>) {

@@ -43,6 +43,13 @@ inline Vec<acc_t> row_at(const stored_t* p, int left) {
   }
 }
 
+// Asks for a row that will be read soon, which may also lie beyond the last one.
+template <typename stored_t>
+inline void fetch_row(const stored_t* row, int size) {
+  const char* const bytes = reinterpret_cast<const char*>(row);
+  for (size_t i = 0; i < size * sizeof(stored_t); i += 64) __builtin_prefetch(bytes + i);
+}
+
 // sum[i] += lane by lane row i times q, over the channels; with kWhole they are whole vectors.
 template <bool kWhole, int kRows, typename acc_t, typename stored_t>
 inline void add_products(const stored_t* const (&rows)[kRows], const acc_t* q, int size,
@@ -60,7 +67,7 @@ inline void add_products(const stored_t* const (&rows)[kRows], const acc_t* q, i
 // scores[count] = the products of q with the keys at `places`.
 template <bool kWhole, typename acc_t, typename stored_t>
 inline void score_places(const stored_t* keys, const int32_t* places, int count, const acc_t* q,
-                         int size, acc_t* scores) {
+                         int size, int64_t ahead, acc_t* scores) {
   constexpr int kWidth = Lanes<acc_t>::kWidth, kRows = kWidth < 8 ? kWidth : 8;
   int t = 0;
   for (; t + kWidth <= count; t += kWidth) {
@@ -70,12 +77,14 @@ inline void score_places(const stored_t* keys, const int32_t* places, int count,
       const stored_t* rows[kRows];
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) rows[i] = keys + int64_t{places[t + half + i]} * size;
+      for (int i = 0; i < kRows; ++i) fetch_row(rows[i] + ahead, size);
       add_products<kWhole, kRows>(rows, q, size, sum + half);
     }
     store(scores + t, sums_of<acc_t>(sum));
   }
   for (; t < count; ++t) {
     const stored_t* const row[1] = {keys + int64_t{places[t]} * size};
+    fetch_row(row[0] + ahead, size);
     Vec<acc_t> sum[1] = {};
     add_products<kWhole, 1>(row, q, size, sum);
     scores[t] = sum_of<acc_t>(sum[0]);
@@ -86,12 +95,14 @@ inline void score_places(const stored_t* keys, const int32_t* places, int count,
 // every other key, so that the products need not wait for one another.
 template <bool kWhole, int kVectors, typename acc_t, typename stored_t>
 inline void weigh_places(const stored_t* values, const int32_t* places, int count,
-                         const acc_t* weights, int size, acc_t rescale, int d, acc_t* out) {
+                         const acc_t* weights, int size, int64_t ahead, acc_t rescale, int d,
+                         acc_t* out) {
   constexpr int kWidth = Lanes<acc_t>::kWidth;
   Vec<acc_t> sum[2][kVectors] = {};
   const auto add = [&](int t, Vec<acc_t>(&to)[kVectors]) DALLE_INLINE {
     const stored_t* row = values + int64_t{places[t]} * size + d;
     const Vec<acc_t> weight = splat(weights[t]);
+    if (d == 0) fetch_row(row + ahead, size);
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
       to[j] += weight * row_at<acc_t, kWhole>(row + j * kWidth, size - d - j * kWidth);
@@ -115,6 +126,7 @@ template <typename stored_t>
 struct SampleSlots {
   const stored_t *keys, *values;
   const float *key_scales, *value_scales;
+  int64_t ahead;  // from a row to that of the next sample
 };
 
 // Adds the slots at space.places to what sample r has; its query lies in space.q_image.
@@ -129,7 +141,7 @@ inline void attend_image(const SampleSlots<stored_t>& slots, int num_places, int
   for (int first = 0; first < num_places; first += kChunk) {
     const int count = num_places - first < kChunk ? num_places - first : kChunk;
     const int32_t* places = space.places + first;
-    score_places<kWhole>(slots.keys, places, count, space.q_image, size.size, scores);
+    score_places<kWhole>(slots.keys, places, count, space.q_image, size.size, slots.ahead, scores);
     if constexpr (kCoded) {
       for (int t = 0; t < count; ++t) scores[t] *= slots.key_scales[places[t]];
     }
@@ -156,11 +168,12 @@ inline void attend_image(const SampleSlots<stored_t>& slots, int num_places, int
     }
     int d = 0;
     for (; d + kVectors * kWidth <= size.padded; d += kVectors * kWidth) {
-      weigh_places<kWhole, kVectors>(slots.values, places, count, scores, size.size, rescale, d,
-                                     out);
+      weigh_places<kWhole, kVectors>(slots.values, places, count, scores, size.size, slots.ahead,
+                                     rescale, d, out);
     }
     for (; d < size.padded; d += kWidth) {
-      weigh_places<kWhole, 1>(slots.values, places, count, scores, size.size, rescale, d, out);
+      weigh_places<kWhole, 1>(slots.values, places, count, scores, size.size, slots.ahead, rescale,
+                              d, out);
     }
   }
 }

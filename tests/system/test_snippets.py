@@ -56,7 +56,7 @@ def test_every_block_is_run_here():
         "docs/distributed.md": 2,
         "docs/editing.md": 1,
         "docs/evaluation.md": 1,
-        "docs/ops.md": 2,
+        "docs/ops.md": 3,
         "docs/precision.md": 2,
         "docs/released_dvae.md": 1,
         "docs/training.md": 1,
@@ -124,6 +124,8 @@ def test_readme_scales_two_branches():
 
 def test_ops():
     check_attention("docs/ops.md", run("docs/ops.md", 0))
+    names = run("docs/ops.md", 2)
+    assert names["out"].shape == (1, 16, 8, 64) and int(names["slot"]) == 1024
 
 
 def test_training(home, monkeypatch):
