@@ -31,7 +31,7 @@ BANDWIDTH, OVERHEAD, LAUNCH_US = 4.8e12, 1.3, 3.0  # of an H200: bytes a second,
 
 @dataclass(frozen=True)
 class Size:
-    """One step of `layers` layers, each with a cache of its own, so that none stays in a core's.
+    """One step of `layers` layers, each with a cache of its own: of several, all from memory.
 
     Attributes:
         share: the slot, as a share of the image; 0.5 is the middle of the middle row.
@@ -46,7 +46,7 @@ class Size:
     head_size: int = 64
     text_len: int = 256
     grid: tuple[int, int] = (32, 32)
-    layers: int = 4
+    layers: int = 1
     share: float = 0.5
 
     @property
@@ -66,7 +66,8 @@ class Size:
     def __str__(self) -> str:
         name = str(self.dtype)[6:] + ("" if self.bits is None else f" {self.bits} bits")
         sizes = f"{self.text_len}+{self.grid[0]}x{self.grid[1]} S{self.samples} H{self.heads}"
-        return f"{sizes} D{self.head_size} {name}"
+        layers = f" {self.layers} layers" if self.layers > 1 else ""
+        return f"{sizes} D{self.head_size} {name}{layers}"
 
     @property
     def bytes(self) -> int:
@@ -167,14 +168,14 @@ def ready(size: Size, names: tuple[str, ...], device: str) -> Ready:
         """Against the definition in float64, three samples; 8 bits: a hundredth of the values."""
         got = result.view(s, h, d)
         length = size.text_len + size.slot + 1
-        worst = Error(0.0, 1.0)
+        worst, factor = Error(0.0, 1.0), 2 if name == "ours" else 4  # torch rounds between its ops
         for sample in {0, s // 2, s - 1}:
             stream = torch.cat([text[:, 0], image[:, 0, sample, :, : size.slot]], 2)
             keys, values = torch.cat([stream, qkv[1:, 0, sample, :, None]], 2)[:, None]
             seen = size.pattern.mask()[length - 1, :length].to(device)
             row = [qkv[0, 0, sample, None, :, None], keys[..., seen, :], values[..., seen, :]]
             near, want = sdpa(*row), sdpa(*(x.double() for x in row))
-            found = Error(*accuracy(got[sample][None, :, None], near, want))
+            found = Error(*accuracy(got[sample][None, :, None], near, want, factor=factor))
             if size.bits is not None:
                 found = Error(found.found, max(found.most, 0.01))
             if not found.found / found.most <= worst.found / worst.most:
@@ -203,24 +204,27 @@ def case(
 def cases(scale: str) -> Iterator[Case]:
     """Of a CPU the base preset's heads, of a GPU the 12b preset's."""
     if scale == "cpu":
-        for kind in ("row", "column", "conv", "causal"):
-            yield case(Size(kind, 64), {OPS: "eager"}, GOALS.get(kind, {}))
+        for kind, goals in GOALS.items():
+            for layers in (1, 6):
+                yield case(Size(kind, 64, layers=layers), {OPS: "eager"}, goals)
+        for kind in ("conv", "causal"):
+            yield case(Size(kind, 64), {OPS: "eager"}, {})
         for samples in (1, 512):
-            yield case(Size("row", samples, layers=2), {OPS: "eager"}, {})
-        yield case(Size("row", 64, torch.bfloat16), {OPS: "eager"}, {})
-        yield case(Size("column", 64, bits=8), {OPS: "eager"}, {})
+            yield case(Size("row", samples), {OPS: "eager"}, {})
+        yield case(Size("row", 64, torch.bfloat16, layers=6), {OPS: "eager"}, {})
+        yield case(Size("column", 64, bits=8, layers=6), {OPS: "eager"}, {})
         return
     short = torch.bfloat16
     for kind in ("row", "column", "conv", "causal"):
         for samples in (64, 1, 512):
-            size = Size(kind, samples, short, heads=62, layers=1)
+            size = Size(kind, samples, short, heads=62)
             us = size.bytes / BANDWIDTH * 1e6 * OVERHEAD + LAUNCH_US
-            tiny = Size(kind, min(samples, 3), short, None, 2, 16, 5, (4, 4), 1)
+            tiny = Size(kind, min(samples, 3), short, None, 2, 16, 5, (4, 4))
             yield case(size if scale == "gpu" else tiny, {SDPA: "eager", FLEX: "flex"}, {}, us)
     for kind in ("column", "causal"):
-        size = Size(kind, 64, short, 8, heads=62, layers=1)
+        size = Size(kind, 64, short, 8, heads=62)
         us = size.bytes / BANDWIDTH * 1e6 * OVERHEAD + LAUNCH_US
-        tiny = Size(kind, 3, short, 8, 2, 16, 5, (4, 4), 1)
+        tiny = Size(kind, 3, short, 8, 2, 16, 5, (4, 4))
         yield case(size if scale == "gpu" else tiny, {SDPA: "eager"}, {}, us)
 
 
