@@ -351,7 +351,7 @@ class PackedLinear:
             TypeError: x is no tensor, or requires a gradient while gradients are recorded.
             RuntimeError: shapes, dtypes or strides that do not fit.
         """
-        _plain(LINEAR, x=x)
+        untracked(LINEAR, x=x)
         gain, shift, eps = (None, None, 0.0) if norm is None else norm
         options = (self.outputs, self.bias, gain, shift, eps, slope, add)
         if reference_in_use():
