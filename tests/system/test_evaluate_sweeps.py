@@ -13,14 +13,17 @@ from PIL import Image, ImageFilter
 
 import dalle.evaluate as evaluate
 from dalle.cli import main
+from dalle.data.pairs import evenly_spaced
 from dalle.data.shapes import split_scenes
 from dalle.data.sources import load_pairs
+from dalle.data.split import Subset
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.evaluate import paper
 from dalle.evaluate.extractors import RankerExtractor
 from dalle.evaluate.facts import chosen_scenes
 from dalle.evaluate.intervals import over_seeds
+from dalle.evaluate.sets import picture_hash
 from dalle.evaluate.sweeps import powers
 from dalle.pipeline import Pipeline
 from support.evaluation import RightFrom, make_eval_home, refused, shapes_pipeline
@@ -92,10 +95,14 @@ def test_best_of_n_is_of_the_first_n_candidates_of_one_drawing(home, monkeypatch
 
 def test_rerank_as_a_command(home, capsys):
     words = ["eval", "rerank", "--real", "shapes:test", "--fake", "shapes-pipe", "--count", "8"]
-    options = ["--image-size", "24", "--num-candidates", "4", "--out", "rc", "--bootstrap", "2"]
+    options = ["--num-candidates", "4", "--out", "rc", "--bootstrap", "2"]
     assert main([*words, *options]) == 0, capsys.readouterr().err
     assert "candidates 4: FD-ranker" in capsys.readouterr().out
-    points = json.loads((home / "rc/rerank.json").read_text())["points"]
+    result = json.loads((home / "rc/rerank.json").read_text())
+    points, wanted = result["points"], load_pairs("shapes", image_size=24, split="test")
+    assert result["sets"]["real"]["fingerprint"] == picture_hash(
+        Subset(wanted, evenly_spaced(len(wanted), 8))
+    )
     assert [point["candidates"] for point in points] == [1, 2, 4]
     scores = [point["ranker_score"] for point in points]
     assert scores == sorted(scores)

@@ -21,7 +21,7 @@ from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.evaluate.cache import PART, in_parts, key_of
 from dalle.evaluate.results import finish, png, table
 from dalle.evaluate.scores import Set, start
-from dalle.evaluate.sets import describe, is_pipeline, picture_hash
+from dalle.evaluate.sets import DRAWN_SIDE, describe, is_pipeline, picture_hash
 from dalle.pipeline import Pipeline
 from dalle.pretrained import fingerprint
 
@@ -113,7 +113,8 @@ def recon(
     owner, setup = session.owner, session.setup
     vae, own = load_vae(owner, model)
     vae = vae.to(session.device)
-    side = integer(owner, "side", side or own or setup.image_size, 1, 2**14)
+    side = integer(owner, "side", side or own or setup.image_size or DRAWN_SIDE, 1, 2**14)
+    session.side = side
     if side % vae.factor:
         raise UsageError(f"{owner}: side must be a multiple of {vae.factor}, got {side}")
     source = session.take("data", data)

@@ -41,6 +41,7 @@ def start(name: str, out: Path | str | None, options: dict[str, Any]) -> tuple[S
 
 
 def _both(session: Session, real: Set, fake: Set) -> tuple[Features, Features]:
+    session.look(real, fake)
     opened = session.take("real", real)
     drawn = session.take("fake", fake, opened)
     return session.features("real", opened), session.features("fake", drawn)
@@ -191,6 +192,7 @@ def is_(
     """
     session, folder = start("is", out, options)
     splits = integer(session.owner, "splits", splits, 1)
+    session.look(real, fake)
     opened = None if real is None else session.take("real", real)
     found = session.features("fake", session.take("fake", fake, opened))
     of_classes = (opened or found.source).pairs.captions
@@ -286,6 +288,7 @@ def clip_score(
         DataError: pictures without captions.
     """
     session, folder = start("clip-score", out, options)
+    session.look(real, fake)
     opened = None if real is None else session.take("real", real)
     source = session.take("fake", fake, opened)
     network = session.extractor

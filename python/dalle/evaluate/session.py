@@ -13,6 +13,7 @@ import torch
 from dalle.configs import integer, seed_number
 from dalle.console import progress_shown
 from dalle.data.pairs import Pairs
+from dalle.data.sources import drawn_size
 from dalle.devices import pick_device
 from dalle.errors import CheckpointError, UsageError
 from dalle.evaluate.cache import CACHE, Features, extract
@@ -36,7 +37,8 @@ class Setup:
             draws, else of run/pipeline, else of out/demo/pipeline.
         count: pictures of each set at most, evenly spaced.
         first_only: of the output of dalle sample, only the best picture of each caption.
-        image_size: side of the pictures of a built-in set.
+        image_size: side of the pictures of a built-in set. Left out, that of the pictures which a
+            pipeline draws, else 64.
         bootstrap: resamples for the interval; 0 for none. Left out, 200, but 20 for features of
             more than 512 numbers.
         seed: of the interval, of random subsets, of a set that is drawn.
@@ -50,7 +52,7 @@ class Setup:
     weights: Path | None = None
     count: int | None = None
     first_only: bool = False
-    image_size: int = DRAWN_SIDE
+    image_size: int | None = None
     bootstrap: int | None = None
     seed: int = 0
     batch_size: int = 64
@@ -93,7 +95,17 @@ class Session:
             integer(owner, "bootstrap", setup.bootstrap, 0, 10**6)
         integer(owner, "batch_size", setup.batch_size, 1)
         self.device = pick_device(setup.device)
+        if setup.image_size is not None:
+            integer(owner, "image_size", setup.image_size, 1)
+        self.side = DRAWN_SIDE  # of a built-in set's pictures, where the options do not say it
         self._of_pipeline: Path | None = None
+        self._pipelines: dict[str, Pipeline] = {}
+
+    def look(self, *sources: object) -> None:
+        """Loads the pipelines among the sets first: their pictures' size goes for built-in sets."""
+        for source in sources:
+            if isinstance(source, (str, Path, Pipeline)) and is_pipeline(source):
+                self.side = self.pipeline(source).image_size
 
     def take(
         self, name: str, source: str | Path | Pairs | Pipeline, real: Source | None = None
@@ -107,25 +119,27 @@ class Session:
             name,
             source,
             count=setup.count,
-            image_size=setup.image_size,
+            image_size=setup.image_size or drawn_size(self.side),
             seed=self.seed,
             first_only=setup.first_only,
         )
 
     def pipeline(self, source: str | Path | Pairs | Pipeline) -> Pipeline:
-        """A pipeline from its folder, on the device."""
-        pipeline = source if isinstance(source, Pipeline) else None
-        if pipeline is None:
-            try:
-                pipeline = Pipeline.from_pretrained(Path(str(source)))
-            except CheckpointError as error:
-                raise CheckpointError(f"{self.owner}: pipeline: {error}") from error
-            if pipeline.ranker is not None and self._of_pipeline is None:
-                self._of_pipeline = Path(str(source)) / "ranker"
-        for part in (pipeline.vae, pipeline.prior, pipeline.ranker):
+        """A pipeline, the object or from its folder, on the device."""
+        if not isinstance(source, Pipeline):
+            folder = Path(str(source))
+            if str(folder) not in self._pipelines:
+                try:
+                    self._pipelines[str(folder)] = Pipeline.from_pretrained(folder)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{self.owner}: pipeline: {error}") from error
+            source = self._pipelines[str(folder)]
+            if source.ranker is not None and self._of_pipeline is None:
+                self._of_pipeline = folder / "ranker"
+        for part in (source.vae, source.prior, source.ranker):
             if isinstance(part, torch.nn.Module):
                 part.to(self.device)
-        return pipeline
+        return source
 
     def _drawn(self, source: str | Path | Pairs | Pipeline, real: Source | None) -> Source:
         setup = self.setup

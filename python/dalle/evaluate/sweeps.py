@@ -124,6 +124,7 @@ def blur(
     radii = checked_radii("eval blur", radii)
     side = None if side is None else integer("eval blur", "side", side, 1, 2**14)
     session, folder = start("blur", out, options)
+    session.look(real, fake)
     opened = session.take("real", real)
     drawn = session.take("fake", fake, opened)
     side = side or side_of("eval blur", "fake", drawn.pairs)
@@ -262,6 +263,7 @@ def rerank(
         )
     if not is_pipeline(fake):
         raise UsageError(f"{owner}: fake must be the folder of a pipeline, got {fake}")
+    session.look(real, fake)
     opened = session.take("real", real)
     captions = captions_to_draw(owner, setup.draw.captions, opened.pairs, setup.count)
     if len(captions) < 2:
