@@ -231,6 +231,9 @@ def test_which_folders_are_of_shards(tmp_path):
     (tmp_path / "n" / "mine.png").write_bytes(PNG)
     assert not shard_files.is_shard_folder(tmp_path / "n")
     assert not shard_files.is_shard_folder(tmp_path / "none")
+    one = shard(tmp_path / "one", "0.tar", [("a.png", PNG), ("a.txt", b"a")]) / "0.tar"
+    assert shard_files.is_shard_folder(one) and not shard_files.is_shard_folder(one.with_name("1"))
+    assert list(sources.load_pairs(str(one), image_size=8).parts()) == ["0.tar"]
     assert sources.is_picture_folder(str(tmp_path / "n"))
     assert not sources.is_picture_folder(str(tmp_path / "n" / "a"))
 

@@ -184,3 +184,9 @@ def test_commands_train_on_shards_and_hold_out_a_part(tmp_path, capsys):
     assert np.isfinite(records[0]["val_elb"])
     said = capsys.readouterr()
     assert " pairs of set and " in said.err and "data: indexed 2 shards of 40 pairs" in said.err
+    words = ["dvae", "reconstruct", "--data", str(tmp_path / "set"), "--model", str(out / "model")]
+    sheet = ["--out", str(tmp_path / "sheet.png"), "--image-size", "8", "--limit", "5"]
+    assert main([*words, *sheet]) == 0  # of pictures that have another size
+    assert capsys.readouterr().out.startswith("5 pictures: PSNR ")
+    shard = tmp_path / "set" / "00000.tar"
+    assert main([*words, "--out", str(shard)]) == 2 and shard.stat().st_size > 9000

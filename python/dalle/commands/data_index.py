@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dalle.console import printable
 from dalle.data.pairs import format_counts
-from dalle.data.shard_files import find_shards, open_shards
-from dalle.errors import DataError
+from dalle.data.shard_files import find_shards, is_tar, open_shards
+from dalle.errors import DataError, UsageError
 from dalle.files import make_folder
 
 
@@ -18,7 +18,8 @@ class IndexConfig:
     """Writes the index of each tar shard below a folder, beside it; one that fits is kept.
 
     Attributes:
-        data: folder of .tar files in webdataset's layout (KEY.jpg with KEY.txt or KEY.json).
+        data: folder of .tar files in webdataset's layout (KEY.jpg with KEY.txt or KEY.json), or one
+            such file.
         out: folder for the indexes instead; DALLE_CACHE=FOLDER lets a training find them there.
         force: make all of them anew.
         show: how many problems to print.
@@ -32,7 +33,9 @@ class IndexConfig:
 
 def index(config: IndexConfig) -> None:
     """Indexes the shards, and says how many pairs they hold and what is left out, and why."""
-    if not config.data.is_dir():
+    if config.show < 0:
+        raise UsageError(f"data index: show must be 0 or more, got {config.show}")
+    if not config.data.is_dir() and not is_tar(config.data):
         kind = "a file" if config.data.exists() else "no such folder"
         raise DataError(
             f"data index: data must be a folder of .tar files, got {config.data}: {kind}"

@@ -333,7 +333,9 @@ def load_pictures(config: ReconstructConfig, size: int) -> torch.Tensor:
     if not is_picture_folder(config.data):
         pairs = load_pairs(config.data, image_size=size, split=config.split)
         check_not_input("dvae reconstruct", config.out, input_files(pairs))
-        loaded, _ = load_or_skip(pairs, np.arange(min(config.limit, len(pairs))))
+        loaded, _ = load_or_skip(
+            pairs, range(len(pairs)), lambda image, _: center_crop(image, size), limit=config.limit
+        )
         return to_tensor(loaded)
     folder = Path(config.data)
     files = find_pictures(folder)

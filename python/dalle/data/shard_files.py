@@ -60,9 +60,12 @@ def index_in(folder: Path, shard: Path) -> Path:
 
 
 def find_shards(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """The tars below a folder, sorted by path, and counts of what else a reader may miss."""
+    """The tars below a folder, sorted by path, and counts of what else a reader may miss; of a tar
+    in place of a folder, itself."""
     shards: list[Path] = []
     skipped: Counter[str] = Counter()
+    if is_tar(folder):
+        return [folder], skipped
     for entry in walk(folder):
         if isinstance(entry, str):
             skipped[entry] += 1
@@ -79,10 +82,15 @@ def find_shards(folder: Path) -> tuple[list[Path], Counter[str]]:
     return sorted(shards), skipped
 
 
+def is_tar(path: Path) -> bool:
+    """Whether a path has the suffix of a tar and is no folder."""
+    return path.suffix.lower() == ".tar" and path.exists() and not path.is_dir()
+
+
 def is_shard_folder(path: Path) -> bool:
-    """Whether a folder has tars, and no pictures above or beside the first of them."""
+    """Whether a folder has tars, and no pictures above or beside the first of them; or a tar."""
     if not path.is_dir():
-        return False
+        return is_tar(path)
     compressed = False
     for entry in walk(path):
         if isinstance(entry, str):

@@ -20,7 +20,7 @@ from dalle import files
 from dalle.data import shard_index
 from dalle.data.images import MAX_FILE_BYTES, BadPicture, decode
 from dalle.data.pairs import LazyCaptions, format_counts
-from dalle.data.shard_files import find_shards, is_shard_folder, open_shards
+from dalle.data.shard_files import find_shards, is_shard_folder, is_tar, open_shards
 from dalle.data.shard_index import JSON_TEXT, StaleIndex, read_columns
 from dalle.data.source import Source
 from dalle.data.tar import BLOCK
@@ -49,7 +49,7 @@ class ShardPairs:
     """Pairs of a folder of tar shards, in the order of the shards' paths and of their members.
 
     Args:
-        folder: searched recursively for .tar files.
+        folder: searched recursively for .tar files; or one of them.
         cache: for indexes that cannot stand beside their shards, instead of `cache_folder()`.
 
     Attributes:
@@ -72,11 +72,11 @@ class ShardPairs:
 
     def __init__(self, folder: Path | str, *, cache: Path | None = None) -> None:
         folder = Path(folder)
-        if not folder.is_dir():
+        if not folder.is_dir() and not is_tar(folder):
             kind = "a file" if folder.exists() else "no such folder"
             raise DataError(f"data: {folder} must be a folder, got {kind}")
         self.name = folder.resolve().name or str(folder)
-        self.folder = folder
+        self.folder = folder if folder.is_dir() else folder.parent
         paths, self.skipped = find_shards(folder)
         shards, self.problems = open_shards(paths, cache=cache)
         if self.problems:
