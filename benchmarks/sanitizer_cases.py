@@ -13,6 +13,7 @@ import torch
 
 import dalle_ext
 from bench_sparse_attention import KINDS
+from dalle_ext import AttentionPattern
 from dalle_ext.testing import gradients
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,7 +29,7 @@ def run(device: str) -> int:
     for dtype in DTYPES:
         for kind in KINDS:
             for text_len, grid in GRIDS:
-                pattern = dalle_ext.AttentionPattern(kind, text_len=text_len, grid=grid)
+                pattern = AttentionPattern(kind, text_len=text_len, grid=grid)
                 for size in HEAD_SIZES:
                     q, k, v, grad = torch.randn(4, 1, 2, pattern.length, size, device=device).to(
                         dtype
@@ -38,7 +39,7 @@ def run(device: str) -> int:
                     packed = lambda x, p=pattern: dalle_ext.sparse_attention_qkvpacked(x, p)  # noqa: E731
                     qkv = torch.stack([x.transpose(1, 2) for x in (q, k, v)], 2)
                     gradients(packed, (qkv,), grad)
-                    count += 2
+                    count += 2 + decode(q, k, v, pattern)
         for shape in LOGITS:
             logits = torch.randn(shape, device=device).to(dtype).requires_grad_()
             out = dalle_ext.gumbel_softmax(logits, 0.5, seed=1)
@@ -48,6 +49,19 @@ def run(device: str) -> int:
         count += sixteen(device, dtype) + powersgd(device, dtype)
     if device == "cuda":
         torch.cuda.synchronize()
+    return count
+
+
+def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> int:
+    """Decode attention of 18 samples, two tiles, at the first, a middle and the last slot."""
+    text, count = pattern.text_len, 0
+    for bits in (None, 8) if pattern.kind in ("column", "causal") else (None,):
+        cache = dalle_ext.DecodeCache(pattern, k[:, :, :text], v[:, :, :text], 18, bits=bits)
+        for slot in (0, 7, pattern.length - text - 1):
+            row = [x[:, None, :, text + slot].expand(-1, 18, -1, -1) for x in (q, k, v)]
+            at = torch.tensor(slot, device=q.device)
+            dalle_ext.decode_attention(*row, cache, at)
+            count += 1
     return count
 
 

@@ -1,4 +1,4 @@
-"""Twenty planted faults, each of one place, that the gate's own tests must catch: R33.
+"""Planted faults, each of one place, that the gate's own tests must catch: R33.
 
     python tests/mutants.py [words]     all of them, or those whose name holds one of the words
 
@@ -41,6 +41,7 @@ class Mutant:
 
 
 ATTENTION = "csrc/sparse_attention/sparse_attention"
+DECODE = "csrc/decode_attention/decode_attention"
 MUTANTS = [
     # -- rules that every back end shares ------------------------------------------------------
     Mutant(
@@ -172,6 +173,22 @@ MUTANTS = [
         "",
         "tests/ops/test_powersgd_products.py -m emulated",
         "race",
+    ),
+    Mutant(
+        "the rows of a tile are written over while they are added up",
+        f"{DECODE}_cuda.cuh",
+        "__syncthreads();  // all have read the rows and the tile",
+        "",
+        "tests/ops/test_decode_attention_cuda.py -m emulated",
+        "race",
+    ),
+    Mutant(
+        "strands of the text are added up as if all had the same maximum",
+        f"{DECODE}_cuda_strand.cuh",
+        "weight_of<scalar_t>(last.x - shift)",
+        "weight_of<scalar_t>(0.0f)",
+        "tests/ops/test_decode_attention_cuda.py -m emulated",
+        "plain",
     ),
     # -- the trainer ---------------------------------------------------------------------------
     Mutant(

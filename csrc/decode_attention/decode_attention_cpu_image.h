@@ -145,11 +145,11 @@ inline void attend_image(const SampleSlots<stored_t>& slots, int num_places, int
     if constexpr (kCoded) {
       for (int t = 0; t < count; ++t) scores[t] *= slots.key_scales[places[t]];
     }
-    for (int t = count; t % kWidth != 0; ++t) scores[t] = -INFINITY;
+    for (int t = 0; t < count; ++t) scores[t] *= factor;
+    for (int t = count; t % kWidth != 0; ++t) scores[t] = -INFINITY;  // whatever the factor's sign
     Vec<acc_t> most = splat<acc_t>(-INFINITY);
     for (int t = 0; t < count; t += kWidth) {
-      const Vec<acc_t> s = load(scores + t) * factor;
-      store(scores + t, s);
+      const Vec<acc_t> s = load(scores + t);
       most = s > most ? s : most;
     }
     const acc_t m_old = space.m[r], chunk = max_of<acc_t>(most);

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kHead <= 64 ? 2 : 1)
   }
 }
 
-// Adds up what several blocks of a tile have left: 16 threads a query.
+// Adds up what several blocks of a tile have left: a thread has a 16th of a query's elements.
 template <typename scalar_t, int kHead>
 __global__ void __launch_bounds__(kDecodeThreads)
     decode_attention_merge_kernel(const DecodeAttentionParams p, const DecodeDeal deal) {
@@ -145,12 +145,18 @@ __global__ void __launch_bounds__(kDecodeThreads)
                                  static_cast<int>(threadIdx.x) % kMergeLanes);
 }
 
-// Whether every row begins at a multiple of 16 bytes (of codes: of 8 or 4) and fits.
-inline bool takes_strands(const DecodeAttentionParams& p) {
+// Whether the kernels that walk strands take such heads.
+inline bool fits_strands(const DecodeAttentionParams& p) {
   const bool wide = p.type == ElementKind::kFloat;
   if (!wide && p.type != ElementKind::kHalf && p.type != ElementKind::kBFloat16) return false;
-  const int64_t bytes = wide ? 4 : 2;
-  uint64_t bits = static_cast<uint64_t>(p.head_size * bytes);
+  return p.head_size <= 128 && p.head_size % (wide ? 4 : 8) == 0;
+}
+
+// Whether all their rows begin at multiples of 16 bytes too (of codes: of 8 or 4).
+inline bool takes_strands(const DecodeAttentionParams& p) {
+  if (!fits_strands(p)) return false;
+  const int64_t bytes = p.type == ElementKind::kFloat ? 4 : 2;
+  uint64_t bits = 0;
   for (const DecodeRows* rows : {&p.q, &p.k, &p.v, &p.out}) {
     bits |= reinterpret_cast<uint64_t>(rows->data);
     bits |= static_cast<uint64_t>((rows->batch | rows->sample | rows->head) * bytes);
@@ -159,7 +165,7 @@ inline bool takes_strands(const DecodeAttentionParams& p) {
                            static_cast<const void*>(p.image_values)}) {
     bits |= reinterpret_cast<uint64_t>(data);
   }
-  return p.head_size <= 128 && bits % 16 == 0;
+  return bits % 16 == 0;
 }
 
 inline bool is_empty(const DecodeAttentionParams& p) {

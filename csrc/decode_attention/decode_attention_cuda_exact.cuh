@@ -1,6 +1,5 @@
 // CUDA kernel of decode attention for every type, head size and stride: fp64, D over 128, rows that
-// 16-byte accesses do not fit. A block takes one sample and head, a warp every 8th of its keys, and
-// lane l the elements l, l + 32, ... of a row. No torch here.
+// 16-byte accesses do not fit. No torch here.
 #pragma once
 
 #include <type_traits>
@@ -99,8 +98,10 @@ __device__ __forceinline__ void fill_not_a_number(scalar_t* row, int head_size, 
   for (int d = lane; d < head_size; d += lanes) row[d] = static_cast<scalar_t>(NAN);
 }
 
+// A warp takes every 8th key of a sample and head, and lane l the elements l, l + 32, ... of its
+// rows.
 template <typename scalar_t, int kPerLane>
-__global__ void __launch_bounds__(kDecodeThreads)
+__global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_attention_exact_kernel(const DecodeAttentionParams p) {
   using Exact = ExactDecode<scalar_t, kPerLane>;
   using acc_t = typename Exact::acc_t;

@@ -178,15 +178,21 @@ struct ImageStrand {
     if (kCoded && column == 0) scales[first + places.new_place] = new_scale;
   }
 
-  // Reads keys or values of the places; zeros where there is none, or the new one.
+  // Reads keys or values of the places; zeros where there is none, or the new one. Addresses come
+  // first and from 32 bits (at most 2^24 places of 128 elements): then no load needs a branch.
   __device__ __forceinline__ void load(void* cache, const float* scales,
                                        const int32_t (&at)[kGroups], Words (&words)[kGroups],
                                        float (&scale)[kGroups]) const {
+    const Stored* const begin = stored(cache, 0);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const bool old = at[g] >= 0 && at[g] != places.new_place;
-      words[g] = old && inside ? load_vector_once<Words>(stored(cache, at[g])) : Words{};
-      scale[g] = kCoded && old ? scales[first + at[g]] : 1.0f;
+      const int32_t place = old ? at[g] : 0;
+      const Stored* const from = begin + place * p.head_size;
+      words[g] = Words{};
+      if (old && inside) words[g] = load_vector_once<Words>(from);
+      scale[g] = 1.0f;
+      if (kCoded && old) scale[g] = scales[first + place];
     }
   }
 
@@ -205,11 +211,21 @@ struct ImageStrand {
 #pragma unroll 1
     for (int32_t key = strand * kBlock + lane / kLanes;; key += strands * kBlock) {
       int32_t at[kGroups];
+      if (places.count == 1) {
+        const DecodeRange range = places.ranges[0];
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          at[g] = range.begin + key + g * kKeys;
+          if (at[g] >= range.end) at[g] = -1;
+        }
+      } else {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) at[g] = cursor.find(key + g * kKeys);
+      }
       uint32_t there = 0;  // bit g: whether there is a key g
       int mine = -1;       // the group of the new key
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        at[g] = cursor.find(key + g * kKeys);
         if (at[g] >= 0) there |= 1u << g;
         if (at[g] == places.new_place) mine = g;
       }

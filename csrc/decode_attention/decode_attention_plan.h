@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "common/device_limits.h"
 #include "decode_attention/decode_attention.h"
@@ -37,6 +38,7 @@ struct DecodeShape {
   int64_t samples;     // S
   double text_bytes;   // keys and values of a head
   double image_bytes;  // keys and values of a sample and head, in the mean over the slots
+  int32_t strands;     // of them
 };
 
 struct DecodePlan {
@@ -60,7 +62,9 @@ inline double decode_microseconds(const DecodeShape& shape, const DecodePlan& pl
       static_cast<double>(ceil_div(blocks, side_by_side * device.multiprocessors));
   const double most = static_cast<double>(
       std::min<int64_t>(shape.samples, int64_t{plan.tiles} * kTileSamples));  // of a block
-  const double bytes = (shape.text_bytes + most * shape.image_bytes) / plan.splits;
+  const double strands = static_cast<double>(ceil_div(shape.strands, plan.splits));
+  const double bytes =
+      shape.text_bytes / plan.splits + most * shape.image_bytes * strands / shape.strands;
   const double from_l2 = rounds * static_cast<double>(side_by_side) * bytes / kBytesFromL2;
   const double from_memory = heads * (shape.text_bytes + samples * shape.image_bytes) /
                              (static_cast<double>(device.multiprocessors) * kBytesFromMemory);
@@ -99,7 +103,7 @@ inline DecodeShape decode_shape(const DecodeAttentionParams& p, int64_t element_
   const double row = static_cast<double>(p.head_size) * static_cast<double>(element_bytes);
   const double stored = p.coded ? p.head_size + 4.0 : row;
   return {int64_t{p.batch} * p.heads, p.samples, 2 * p.rule.text_len * row,
-          2 * mean_image_keys(p.rule) * stored};
+          2 * mean_image_keys(p.rule) * stored, image_strands(p.rule)};
 }
 
 }  // namespace dalle

@@ -119,6 +119,23 @@ def adam16() -> Iterator[Case]:
         yield Case("adam16_step_kernel<true>", size, moved * MANY, ways=(way,))
 
 
+def decode_attention() -> Iterator[Case]:
+    """A layer and step of the 12B model: image keys of the mean slot, for one caption."""
+    heads, head = 62, 64
+    for kind, keys, rounds in (("row", 33, 1), ("column", 16.5, 1), ("conv", 66, 2)):
+        for samples in (1, 64, 512):
+            queries, tiles = heads * samples, heads * ceil(samples / 16)
+            ways = (
+                Way(tiles * TEXT / 16, {"HMMA": 16, "LDG.128": 8}),
+                Way(rounds * queries, {"LDG.128": 18, "SHFL": 9 * 3 + 2}),
+                Way(8 * tiles, {"STG.64": 1}, loop=False),  # what surrounds them, of 8 warps
+            )
+            # Old keys and values, q, the new ones twice, the result; a slot of 16-bit numbers each.
+            moved = 2.0 * head * (2 * heads * TEXT + queries * (2 * (keys - 1) + 6))
+            size = f"{kind}, {samples} x {heads} heads"
+            yield Case("decode_attention_kernel<__half, 64, false>", size, moved, ways=ways)
+
+
 def formats() -> Iterator[Case]:
     pack = {"LDG.128": 2, "STG.128": 1}
     name = "formats_pack_kernel<(Format)0, float>"
@@ -217,6 +234,7 @@ def powersgd() -> Iterator[Case]:
 
 SIZES: dict[str, Callable[[], Iterator[Case]]] = {
     "adam16": adam16,
+    "decode_attention": decode_attention,
     "formats": formats,
     "grad_scale": grad_scale,
     "gumbel_softmax": gumbel_softmax,

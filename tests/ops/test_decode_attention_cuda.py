@@ -63,7 +63,7 @@ def assert_matches(pattern, slot, *, device, scale=None, **more):
 @pytest.mark.parametrize("size", [4, 8, 40, 64, 72, 128, 33, 136, 256])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_head_sizes(device, dtype, size):
-    assert_matches(ROW, 30, dtype=dtype, size=size, device=device)
+    assert_matches(ROW, 30, dtype=dtype, size=size, samples=6, device=device)
 
 
 @pytest.mark.parametrize("text_len", [0, 1, 15, 16, 17, 130, 300])
@@ -111,9 +111,7 @@ def test_rows_of_a_packed_projection(device, dtype, shift):
     for i, x in enumerate((q, k, v)):
         packed[:, :, i] = x
     got = dalle_ext.decode_attention(*packed.unbind(2), cache, at(12, device))
-    if shift == 0:
-        assert torch.equal(got, want)
-    torch.testing.assert_close(got, want, rtol=2e-2 if dtype != torch.float32 else 2e-6, atol=2e-3)
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("size", [64, 100, 128, 33, 200])
@@ -139,7 +137,9 @@ def test_only_the_new_slot_is_written(device, kind):
         before = [x.clone() for x in (cache.image_keys, cache.image_values)]
         dalle_ext.decode_attention(q, k, v, cache, at(17, device))
         place = int(decode_places(pattern)[17])
-        for old, new, row in zip(before, (cache.image_keys, cache.image_values), (k, v), strict=True):
+        for old, new, row in zip(
+            before, (cache.image_keys, cache.image_values), (k, v), strict=True
+        ):
             old[:, :, :, place] = row
             assert torch.equal(new, old)
 
