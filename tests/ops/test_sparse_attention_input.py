@@ -115,3 +115,13 @@ def test_raw_op_wants_contiguous_heads(device):
     rule = (PATTERN.kind, PATTERN.text_len, *PATTERN.grid, PATTERN.runs)
     with pytest.raises(RuntimeError, match="sparse_attention: q must be contiguous along D"):
         torch.ops.dalle_ext._sparse_attention_forward(q, q, q, *rule, 1.0)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no CUDA device here")
+def test_saved_sums_on_another_device():
+    q = zeros(1, 1, PATTERN.length, 16, device="cuda")
+    rule = (PATTERN.kind, PATTERN.text_len, *PATTERN.grid, PATTERN.runs, 1.0)
+    out, lse = torch.ops.dalle_ext._sparse_attention_forward(q, q, q, *rule)
+    with pytest.raises(RuntimeError, match="sparse_attention: lse must be on q's device, got cpu"):
+        torch.ops.dalle_ext._sparse_attention_backward(out, q, q, q, out, lse.cpu(), *rule)

@@ -149,7 +149,6 @@ class Communicator:
 
 def _unflatten(flat: Tensor, tensors: list[Tensor]) -> None:
     """Copies the parts of a flat buffer into the tensors it was concatenated from."""
-    start = 0
-    for tensor in tensors:
-        tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
-        start += tensor.numel()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    views = [p.view_as(t) for p, t in zip(parts, tensors, strict=True)]
+    torch._foreach_copy_(tensors, views)

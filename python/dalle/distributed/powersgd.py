@@ -158,11 +158,14 @@ class Compressor:
         self.prepare(compressed)
         ordered = [*compressed, *rest]
         magnitudes = max_abs([g.grad for g in ordered])
-        peaks = dict(zip((g.name for g in ordered), magnitudes, strict=True))
+        finite = magnitudes.isfinite()
         blocks = sorted({g.block for g in gradients})
-        nonfinite = torch.stack([_any_nonfinite(peaks, gradients, block) for block in blocks])
-        skips = dict(zip(blocks, nonfinite, strict=True))
-        factors = [self._factors(g, peaks[g.name], skips[g.block]) for g in compressed]
+        nonfinite = _any_of_blocks(~finite, [g.block for g in ordered], blocks)
+        skips = dict(zip(blocks, nonfinite.unbind(), strict=True))
+        # What is not finite is not added.
+        peaks = torch.where(finite, magnitudes, 0.0)[: len(compressed)].unbind()
+        pairs = zip(compressed, peaks, strict=True)
+        factors = [self._factors(g, peak, skips[g.block]) for g, peak in pairs]
         flags, sums = nonfinite.clone(), [g.grad.float() for g in rest]
         bounds = torch.stack([f.bound for f in factors]) if factors else flags.new_empty(0)
         with self.stats.timed("exchange_seconds", flags.device):
@@ -184,7 +187,6 @@ class Compressor:
     def _factors(self, gradient: Gradient, peak: Tensor, skip: Tensor) -> Factors:
         """Of a gradient whose largest magnitude is `peak`; `skip` where its block is not finite."""
         matrix, scale = self.matrices[gradient.name], self._scale(gradient.block)
-        peak = torch.where(peak.isfinite(), peak, 0.0)  # what is not finite is not added
         bound = matrix.bound + (peak if scale is None else peak / scale)
         return Factors(matrix, gradient.grad, gradient.block, scale, skip, bound)
 
@@ -398,10 +400,13 @@ def _hash(tensor: Tensor) -> int:
     return zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-def _any_nonfinite(peaks: dict[str, Tensor], gradients: list[Gradient], block: int) -> Tensor:
-    """0-d float32: 1 where a gradient of the block has an Inf or NaN, else 0."""
-    nonfinite = [~peaks[g.name].isfinite() for g in gradients if g.block == block]
-    return torch.stack(nonfinite).any().float()
+def _any_of_blocks(flags: Tensor, block_of: list[int], blocks: list[int]) -> Tensor:
+    """(blocks,) float32: 1 where a flag of the block is set, else 0."""
+    if len(blocks) == 1:
+        return flags.any().float()[None]
+    parts = flags.unbind()
+    members = [[f for f, b in zip(parts, block_of, strict=True) if b == block] for block in blocks]
+    return torch.stack([torch.stack(of_block).any() for of_block in members]).float()
 
 
 def _nan_where(flags: Tensor) -> Tensor:
