@@ -81,6 +81,7 @@ def kept(out):
         (["--box", "0,0,4,4", "12,12"], ".### #### #### ###."),
         (["--box", "1,1,3,2", "--box-units", "tokens"], "#### #..# #### ####"),
         (["--box", "2,2", "--box-units", "tokens", "--invert"], ".... .... ..## ..##"),
+        (["--box", "0,4,9,8", "--box-units", "input"], "#### ..## #### ####"),
     ],
 )
 def test_what_is_redrawn(home, tmp_path, words, wanted):
@@ -187,6 +188,8 @@ def test_packed_masks_come_back():
         (["--box", "0,0,17,4"], "box must have 0 <= x0 < x1 <= 16 and 0 <= y0 < y1 <= 16, got 0,0"),
         (["--box", "0,0,5,4", "--box-units", "tokens"], "box must have 0 <= x0 < x1 <= 4 and"),
         (["--box", "4,4,4,8"], "box must have 0 <= x0 < x1 <= 16"),
+        (["--box", "0,0,25,4", "--box-units", "input"], "box must have 0 <= x0 < x1 <= 24 and 0 <="),
+        (["--box", "0,0,4,9", "--box-units", "input"], "keep must leave a token to draw"),
         (["--box=-1,0,4,4"], "box must have 0 <= x0 < x1 <= 16"),
         (["--box", "0,0"], "keep must keep a whole token"),
         (["--box", "1,2,3"], "box must be x0,y0,x1,y1 or x0,y0, got '1,2,3'"),

@@ -68,7 +68,8 @@ class EditConfig:
             It has the picture's proportions, or is square like the part that is taken.
         box: x0,y0,x1,y1 of a rectangle that is redrawn, x1 and y1 excluded; x0,y0 alone reaches
             the bottom right corner. May be given several times.
-        box_units: of `box`: pixels of the picture at the pipeline's size, or tokens.
+        box_units: of `box`: pixels of the picture at the pipeline's size, tokens, or pixels of the
+            input as it is given.
         keep_rows: how many rows of tokens are kept from the top.
         redraw_rows: how many rows of tokens are redrawn at the bottom: variations.
         invert: redraw what `mask` and `box` leave, and keep what they name.
@@ -95,7 +96,7 @@ class EditConfig:
     model: Path | None = None
     mask: Path | None = None
     box: Annotated[tuple[str, ...], REPEATED] = ()
-    box_units: Literal["pixels", "tokens"] = "pixels"
+    box_units: Literal["pixels", "tokens", "input"] = "pixels"
     keep_rows: int | None = None
     redraw_rows: int | None = None
     invert: bool = False
@@ -133,9 +134,15 @@ def read_mask(path: Path, picture: tuple[int, int], side: int) -> torch.Tensor:
             f"edit: mask must be square or have the proportions of the picture "
             f"({picture[1]} x {picture[0]}), got {width} x {height}"
         )
+    return squared(~marked, side)
+
+
+def squared(mask: np.ndarray, side: int) -> torch.Tensor:
+    """The largest centred square of a mask (H, W), as of the picture: (side, side) bool."""
+    height, width = mask.shape
     shorter = min(height, width)
     top, left = (height - shorter) // 2, (width - shorter) // 2
-    return masks.resized(~marked[top : top + shorter, left : left + shorter], side)
+    return masks.resized(mask[top : top + shorter, left : left + shorter], side)
 
 
 def kept_pixels(
@@ -152,7 +159,10 @@ def kept_pixels(
         parts.append(read_mask(config.mask, picture, side))
     if config.box:
         boxes = [masks.parse_box(text) for text in config.box]
-        if config.box_units == "pixels":
+        if config.box_units == "input":
+            mask = masks.outside_boxes(boxes, picture[1], picture[0])
+            parts.append(squared(mask.numpy(), side))
+        elif config.box_units == "pixels":
             parts.append(masks.outside_boxes(boxes, side, side))
         else:
             parts.append(masks.pixels_of(masks.outside_boxes(boxes, grid[1], grid[0]), factor))
