@@ -138,6 +138,15 @@ def max_abs(tensors: Sequence[Tensor]) -> Tensor:
     return stacked(torch._foreach_norm(nonempty, math.inf) if nonempty else ())
 
 
+def any_of_blocks(flags: Tensor, block_of: list[int], blocks: list[int]) -> Tensor:
+    """(blocks,) float32: 1 where a flag of the block is set, else 0."""
+    if len(blocks) == 1:
+        return flags.any().float()[None]
+    pairs = list(zip(flags.unbind(), block_of, strict=True))
+    members = [torch.stack([flag for flag, b in pairs if b == block]) for block in blocks]
+    return torch.stack([of_block.any() for of_block in members]).float()
+
+
 def new_units(bounds: Tensor, units: Tensor) -> Tensor:
     """Powers of two that bring magnitudes of at most `bounds` into the range of 1-6-9.
 

@@ -22,6 +22,7 @@ from dalle.distributed.buffers import (
     Factors,
     FloatBuffers,
     MatrixState,
+    any_of_blocks,
     gram_triangles,
     max_abs,
     next_power_of_two,
@@ -160,11 +161,10 @@ class Compressor:
         magnitudes = max_abs([g.grad for g in ordered])
         finite = magnitudes.isfinite()
         blocks = sorted({g.block for g in gradients})
-        nonfinite = _any_of_blocks(~finite, [g.block for g in ordered], blocks)
+        nonfinite = any_of_blocks(~finite, [g.block for g in ordered], blocks)
         skips = dict(zip(blocks, nonfinite.unbind(), strict=True))
-        # What is not finite is not added.
-        peaks = torch.where(finite, magnitudes, 0.0)[: len(compressed)].unbind()
-        pairs = zip(compressed, peaks, strict=True)
+        peaks = torch.where(finite, magnitudes, 0.0).unbind()  # what is not finite is not added
+        pairs = zip(compressed, peaks[: len(compressed)], strict=True)
         factors = [self._factors(g, peak, skips[g.block]) for g, peak in pairs]
         flags, sums = nonfinite.clone(), [g.grad.float() for g in rest]
         bounds = torch.stack([f.bound for f in factors]) if factors else flags.new_empty(0)
@@ -398,15 +398,6 @@ def _probe(rows: int, rank: int, device: torch.device) -> Tensor:
 
 def _hash(tensor: Tensor) -> int:
     return zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-
-
-def _any_of_blocks(flags: Tensor, block_of: list[int], blocks: list[int]) -> Tensor:
-    """(blocks,) float32: 1 where a flag of the block is set, else 0."""
-    if len(blocks) == 1:
-        return flags.any().float()[None]
-    parts = flags.unbind()
-    members = [[f for f, b in zip(parts, block_of, strict=True) if b == block] for block in blocks]
-    return torch.stack([torch.stack(of_block).any() for of_block in members]).float()
 
 
 def _nan_where(flags: Tensor) -> Tensor:
