@@ -19,7 +19,7 @@ from dalle.data.sources import load_pairs
 from dalle.data.split import Subset
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
-from dalle.evaluate import paper
+from dalle.evaluate import paper, plots
 from dalle.evaluate.extractors import RankerExtractor
 from dalle.evaluate.facts import chosen_scenes
 from dalle.evaluate.intervals import over_seeds
@@ -63,6 +63,19 @@ def test_blur_is_pils_on_both_sides_before_the_features(home, capsys):
     assert result["side"] == 16 and result["paper"]["fid"]["DALL-E"][0] == 28.4
     assert "paper's FID" in (home / "out/blur.md").read_text()
     assert Image.open(home / "out/blur.png").size[0] > 800
+
+
+@pytest.mark.parametrize(("name", "lines"), [("FID", [5]), ("FD-ranker", [1, 4])])
+def test_published_metrics_share_the_axis_of_the_papers_curves(monkeypatch, name, lines):
+    points = [{"radius": r, "distance": 30.0 + r, "score": None} for r in (0, 1)]
+    figures = []
+    monkeypatch.setattr(plots, "figure_png", lambda _, figure: figures.append(figure) or b"")
+    metrics = {"distance": name, "score": "IS"}
+    greys = {"distance": paper.FIGURE_9A_FID, "score": paper.FIGURE_9A_IS}
+    plots.curves_png("t", points, "radius", "r", metrics, paper.RADII, greys)
+    axes = figures[0].axes
+    assert [len(axis.get_lines()) for axis in axes] == lines
+    assert axes[-1].get_lines()[0].get_ydata().tolist() == list(paper.FIGURE_9A_FID["DALL-E"])
 
 
 def test_without_captions_there_is_no_score_and_a_line_says_so(home):
