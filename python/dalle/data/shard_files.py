@@ -186,10 +186,7 @@ def open_shards(
     missing = [path for path, shard in found.items() if isinstance(shard, str)]
     if missing:
         began = time.perf_counter()
-        stale = [path for path in missing if found[path] != "no index"]
-        if stale:
-            more = f" and {len(stale) - 1} more" if len(stale) > 1 else ""
-            say(f"data: index is made anew: {found[stale[0]]}{more}")
+        stale = [str(found[path]) for path in missing if found[path] != "no index"]
         begin = process_turn(len(missing))
         missing = missing[begin:] + missing[:begin]
 
@@ -202,7 +199,7 @@ def open_shards(
             for path, made in zip(missing, _built(missing, build), strict=True):
                 found[path] = made
                 bar.update()
-        _say_made([found[path] for path in missing], time.perf_counter() - began)
+        _say_made([found[path] for path in missing], time.perf_counter() - began, stale)
     shards = [shard for shard in found.values() if isinstance(shard, Shard)]
     return shards, [shard for shard in found.values() if isinstance(shard, str)]
 
@@ -229,8 +226,8 @@ def _built(paths: Sequence[Path], build: Callable[[Path], Shard | str]) -> Itera
         yield from pool.map(build, paths[1:])
 
 
-def _say_made(made: Sequence[Shard | str], seconds: float) -> None:
-    """A line on new indexes: how many, and where they are."""
+def _say_made(made: Sequence[Shard | str], seconds: float, stale: Sequence[str]) -> None:
+    """A line on new indexes: how many, why those that were there were not taken, where they are."""
     shards = [shard for shard in made if isinstance(shard, Shard)]
     if not shards:
         return
@@ -239,7 +236,8 @@ def _say_made(made: Sequence[Shard | str], seconds: float) -> None:
     more = f" and {len(folders) - 1} more folders" if len(folders) > 1 else ""
     apart = any(shard.index_path.parent != shard.path.parent for shard in shards)
     why = f" (beside the shards they cannot be; {CACHE} names another folder)" if apart else ""
+    anew = f" ({len(stale)} anew: {stale[0]})" if stale else ""
     say(
-        f"data: indexed {len(shards)} shards of {pairs:,} pairs in {seconds:.1f} s; "
+        f"data: indexed {len(shards)} shards of {pairs:,} pairs in {seconds:.1f} s{anew}; "
         f"the indexes are in {folders[0]}{more}{why}"
     )
