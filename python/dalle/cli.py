@@ -25,6 +25,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("data", "check"): ("dalle.commands.data:check", "what a folder of pairs holds and lacks"),
     ("data", "encode"): ("dalle.commands.encode:encode", "image tokens and captions on the disk"),
     ("data", "index"): ("dalle.commands.data_index:index", "where pairs are in tar shards"),
+    ("data", "pack"): ("dalle.commands.data_pack:pack", "any set into tar shards"),
     ("data", "make-shapes"): ("dalle.commands.data:make_shapes", "draw the procedural set"),
     ("train",): ("dalle.commands.train:train", "a folder of pictures to a model that draws"),
     ("demo",): ("dalle.commands.demo:demo", "train everything on a small set, draw captions"),
