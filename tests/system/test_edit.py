@@ -188,7 +188,10 @@ def test_packed_masks_come_back():
         (["--box", "0,0,17,4"], "box must have 0 <= x0 < x1 <= 16 and 0 <= y0 < y1 <= 16, got 0,0"),
         (["--box", "0,0,5,4", "--box-units", "tokens"], "box must have 0 <= x0 < x1 <= 4 and"),
         (["--box", "4,4,4,8"], "box must have 0 <= x0 < x1 <= 16"),
-        (["--box", "0,0,25,4", "--box-units", "input"], "box must have 0 <= x0 < x1 <= 24 and 0 <="),
+        (
+            ["--box", "0,0,25,4", "--box-units", "input"],
+            "box must have 0 <= x0 < x1 <= 24 and 0 <=",
+        ),
         (["--box", "0,0,4,9", "--box-units", "input"], "keep must leave a token to draw"),
         (["--box=-1,0,4,4"], "box must have 0 <= x0 < x1 <= 16"),
         (["--box", "0,0"], "keep must keep a whole token"),

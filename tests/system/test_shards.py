@@ -217,8 +217,10 @@ def test_data_index(tmp_path, capsys, cache):
         assert err.startswith("data index: data must be a folder of .tar") and got in err
 
 
-def test_folders_without_a_pair_get_one_line(tmp_path):
+def test_folders_without_a_pair_get_one_line(tmp_path, capsys):
     empty = shard(tmp_path / "empty", "0.tar", [])
+    assert main(["tokenizer", "train", "--data", str(empty), "--out", str(tmp_path / "t")]) == 3
+    assert len(capsys.readouterr().err.splitlines()) == 1
     with pytest.raises(DataError, match=r"got no usable pair \(1 x shard without a pair\)$"):
         ShardPairs(empty)
     (tmp_path / "zip").mkdir()

@@ -14,9 +14,10 @@ from dalle.commands.prior import PriorCommandConfig
 from dalle.config_files import write_resolved
 from dalle.data import sources
 from dalle.data.mixture import MixedPairs, with_choice
-from dalle.data.pairs import ArrayPairs, all_captions, captions_of, fingerprints
+from dalle.data.pairs import ArrayPairs, Pairs, all_captions, captions_of, fingerprints
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.data.sources import load_pairs, split_specs
+from dalle.data.split import hold_out
 from dalle.errors import DataError, UsageError
 from dalle.options import parse_options
 from support.pictures import PNG
@@ -65,6 +66,11 @@ def test_several_sources_with_weights(tmp_path, monkeypatch):
             load_pairs(spec, image_size=8)
     with pytest.raises(DataError, match="got 'none' \\(no such folder\\)"):
         load_pairs("a=1\nnone=1", image_size=8)
+    Path("x.xlsx").touch()
+    with pytest.raises(DataError, match=r"\(a file; those that are taken are .csv, .*, .tar\)"):
+        load_pairs("x.xlsx", image_size=8)
+    every = [pairs, *pairs.items_of, with_choice(pairs, "join"), *hold_out(both, 0.3)]
+    assert all(isinstance(one, Pairs) and set(fingerprints(one)) > {"captions"} for one in every)
     copy = pickle.loads(pickle.dumps(pairs))
     np.testing.assert_array_equal(copy.load(4), pairs.load(4))
 

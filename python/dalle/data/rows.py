@@ -21,7 +21,10 @@ from dalle.errors import DataError
 
 MAX_ROW = 96 << 20  # bytes: a picture of 64 MiB in base64
 MAX_GROUPS = 4  # row groups of a parquet file that are kept decoded
-FILES = ("file_name", "filename", "filepath", "image_path", "file", "path", "image", "picture")
+FILES = (
+    *("file_name", "filename", "filepath", "file_path", "image_path", "image_file", "file"),
+    *("path", "image", "img", "picture"),
+)
 BYTES = ("bytes", "image_bytes", "image", "jpg", "jpeg", "png", "webp", "picture")
 CAPTIONS = ("caption", "captions", "text", "texts", "title", "description", "prompt")
 

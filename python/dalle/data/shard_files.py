@@ -229,9 +229,9 @@ def _built(paths: Sequence[Path], build: Callable[[Path], Shard | str]) -> Itera
 def _say_made(made: Sequence[Shard | str], seconds: float, stale: Sequence[str]) -> None:
     """A line on new indexes: how many, why those that were there were not taken, where they are."""
     shards = [shard for shard in made if isinstance(shard, Shard)]
-    if not shards:
-        return
     pairs = sum(shard.head.pairs for shard in shards)
+    if not pairs:  # which is an error of its own
+        return
     folders = sorted({str(shard.index_path.parent) for shard in shards})
     more = f" and {len(folders) - 1} more folders" if len(folders) > 1 else ""
     apart = any(shard.index_path.parent != shard.path.parent for shard in shards)

@@ -95,7 +95,9 @@ def _load_one(spec: str, image_size: int, split: str, seed: int) -> Pairs:
         return BUILT_IN[spec](image_size, split, seed)
     opens = _opener(Path(spec))
     if opens is None:
-        kind = "a file" if Path(spec).exists() else "no such folder"
+        kind = "no such folder"
+        if Path(spec).exists():
+            kind = f"a file; those that are taken are {', '.join((*tables.SUFFIXES, '.tar'))}"
         raise DataError(
             f"data: spec must be one of {', '.join(BUILT_IN)} or a folder, got {spec!r} ({kind})"
         )
