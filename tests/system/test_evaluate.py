@@ -217,6 +217,15 @@ def test_features_that_are_not_finite_are_refused(home):
         evaluate.clip_score("real", extractor=Broken())
     with pytest.raises(UsageError, match="option must be one of .*, got colour"):
         evaluate.fid("real", "fake", colour=1)
+    for call, line in (
+        (lambda: evaluate.fid(3, "fake"), "real must be a path, a Pairs or a Pipeline, got int"),
+        (lambda: evaluate.fid("real", "fake", weights=3), "weights must be a path, got int"),
+        (lambda: evaluate.recon("real", 7), "model must be a path, a DiscreteVAE or a Pipeline"),
+        (lambda: evaluate.rerank("real", "pipe", candidates="12"), "candidates must be a list of"),
+        (lambda: evaluate.words("pipe", splits="tset"), "split must be one of train, test, zero"),
+    ):
+        with pytest.raises(UsageError, match=line):
+            call()
     with pytest.raises(DataError, match="every picture must have a caption, got 30 of 30 without"):
         evaluate.clip_score("fake", weights="pipe")
 

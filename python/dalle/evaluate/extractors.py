@@ -271,6 +271,8 @@ def load_extractor(
         hint = did_you_mean(name, EXTRACTORS)
         choices = ", ".join(EXTRACTORS)
         raise UsageError(f"{owner}: extractor must be one of {choices}, got {name!r}{hint}")
+    if weights is not None and not isinstance(weights, (str, Path)):
+        raise UsageError(f"{owner}: weights must be a path, got {type(weights).__name__}")
     path = None if weights is None else Path(weights)
     if path is not None and not path.exists():
         raise CheckpointError(f"{owner}: weights must be there, got no such path: {path}")

@@ -74,6 +74,9 @@ def load_vae(owner: str, model: Any) -> tuple[DiscreteVAE, int]:
         return model, 0
     if isinstance(model, Pipeline):
         return model.vae, model.image_size
+    if not isinstance(model, (str, Path)):
+        got = type(model).__name__
+        raise UsageError(f"{owner}: model must be a path, a DiscreteVAE or a Pipeline, got {got}")
     try:
         if is_pipeline(model):
             pipeline = Pipeline.from_pretrained(model)

@@ -25,7 +25,7 @@ from dalle.data.images import BadPicture, decode, read_bytes
 from dalle.data.pairs import Pairs, evenly_spaced, fingerprints, hashed_fingerprint
 from dalle.data.sources import BUILT_IN, CHOOSE_SET, is_picture_folder, load_pairs, open_folder
 from dalle.data.split import Subset
-from dalle.errors import CheckpointError, DataError
+from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.files import json_sha256, read_json
 from dalle.files import read_bytes as read_file
 from dalle.pipeline import Pipeline
@@ -155,10 +155,14 @@ def open_source(
 
     Raises:
         DataError: no such folder, or no picture in it.
+        UsageError: something else than a set.
     """
     if count is not None:
         count = integer(owner, "count", count, 1)
     if not isinstance(source, (str, Path)):
+        if not all(hasattr(source, part) for part in ("load", "captions", "__len__")):
+            got = type(source).__name__
+            raise UsageError(f"{owner}: {name} must be a path, a Pairs or a Pipeline, got {got}")
         kind, pairs, spec = "pairs", source, source.name
     else:
         spec = str(source)

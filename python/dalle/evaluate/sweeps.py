@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dalle.configs import integer
+from dalle.configs import integer, integers
 from dalle.console import say
 from dalle.data.augment import center_crop
 from dalle.data.pairs import Pairs, load_or_skip
@@ -256,7 +256,9 @@ def rerank(
     owner, setup = session.owner, session.setup
     count = setup.draw.num_candidates or DRAWN
     count = integer(owner, "num_candidates", count, 1)
-    sizes = sorted(set(candidates)) if candidates is not None else powers(count)
+    sizes = powers(count)
+    if candidates is not None:
+        sizes = sorted(set(integers(owner, "candidates", candidates, 1)))
     if sizes and max(sizes) > count:
         raise UsageError(
             f"{owner}: candidates must be at most the {count} that are drawn, got {max(sizes)}"
