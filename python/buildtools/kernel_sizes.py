@@ -128,7 +128,6 @@ def decode_attention() -> Iterator[Case]:
             ways = (
                 Way(tiles * TEXT / 16, {"HMMA": 16, "LDG.128": 8}),
                 Way(rounds * queries, {"LDG.128": 18, "SHFL": 9 * 3 + 2}),
-                Way(8 * tiles, {"STG.64": 1}, loop=False),  # what surrounds them, of 8 warps
             )
             # Old keys and values, q, the new ones twice, the result; a slot of 16-bit numbers each.
             moved = 2.0 * head * (2 * heads * TEXT + queries * (2 * (keys - 1) + 6))
