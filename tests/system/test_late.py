@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import traceback
 from dataclasses import replace
 
@@ -19,7 +21,7 @@ from dalle.precision.queued import HostCopy
 from dalle.train import loop, update
 from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTask
-from dalle.train.loop import train
+from dalle.train.loop import TrainingInterrupted, train
 from dalle.train.manifest import checkpoints
 from dalle.train.muon import MuonAdamW
 from support import dvae, ranker
@@ -320,3 +322,25 @@ def test_which_optimizers_skip_on_the_device():
     optimizer = torch.optim.AdamW(p, fused=True)
     queued.step_unless(optimizer, torch.tensor(True))
     assert p[0].tolist() == [1, 1] and not hasattr(optimizer, "found_inf")
+
+
+@pytest.mark.parametrize("name", ["plateau", "fp16-scaled", "dvae"])
+def test_a_signal_flushes_and_the_training_goes_on_bit_for_bit(tmp_path, name):
+    task, whole = TASKS[name](), TASKS[name]()
+    step = task.train_step
+
+    def interrupted(at):
+        if at == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(at)
+
+    task.train_step = interrupted
+    with pytest.raises(TrainingInterrupted, match="after step 5 of 7"):
+        train(task, options(tmp_path / "cut"))
+    assert [row["step"] for row in rows(tmp_path / "cut")] == [2, 4, 5]
+    task = TASKS[name]()
+    train(task, options(tmp_path / "cut"))
+    train(whole, options(tmp_path / "whole"))
+    assert state_hash(task) == state_hash(whole)
+    assert rows(tmp_path / "cut")[-1]["step"] == rows(tmp_path / "whole")[-1]["step"] == 7
+    assert rows(tmp_path / "cut")[:2] == rows(tmp_path / "whole")[:2]
