@@ -445,6 +445,22 @@ class Pipeline(Editing):
             )
         return num_candidates, top
 
+    def unfinished(self, begun: RowsFinished, top: int) -> Generation:
+        """The first `top` candidates as far as they are drawn, the rest of each picture grey.
+
+        Their tokens behind the finished rows are 0, their scores NaN.
+        """
+        tokens = begun.tokens[:top]
+        count = len(tokens)
+        whole = torch.zeros(count, *self.grid, dtype=torch.int64, device="cpu")
+        whole[:, : begun.rows] = tokens
+        side = self.image_size
+        images = torch.full((count, 3, side, side), 0.5, dtype=torch.float32, device="cpu")
+        images[:, :, : begun.rows * self.vae.factor] = self.decode(tokens)
+        scores = torch.full((count,), torch.nan, dtype=torch.float32, device="cpu")
+        numbers = torch.tensor(begun.candidates[:top], dtype=torch.int64, device="cpu")
+        return Generation(images, scores, whole, numbers)
+
     def _resolved(self, num_candidates: int | None) -> int:
         """The argument if there is one, else the pipeline's number of candidates, else 512."""
         if num_candidates is not None:

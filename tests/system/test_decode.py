@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import dalle_ext
-from dalle.errors import NumericalError, UsageError
+from dalle.errors import EnvironmentProblem, NumericalError, UsageError
 from dalle.prior.config import PAD
 from dalle.prior.decode import Decoder, generate
 from dalle.prior.sampling import SamplingConfig, caption_key, draw, uniform_noise
-from dalle.prior.step import Step
+from dalle.prior.step import Step, candidate_bytes
 from dalle_ext.ops.sparse_attention import KINDS
 from support.prior import make, sample
 
@@ -264,6 +264,108 @@ def test_bad_input(options, line):
     with pytest.raises(UsageError, match=line) as error:
         model.generate(sample(model)[0], **options)
     assert "\n" not in str(error.value)
+
+
+def test_too_little_memory_says_what_would_fit(monkeypatch):
+    model = make()
+    text, _ = sample(model)
+    each = candidate_bytes(model.config, guided=False)
+    decoder = Decoder(model, 2, 3)
+    assert decoder.num_bytes == 6 * each  # the estimate is what the caches hold
+    assert Decoder(model, 1, 2, cond_scale=2.0).num_bytes == 4 * each
+    monkeypatch.setattr("dalle.prior.step.free_memory", lambda _: 5 * each)
+    monkeypatch.setattr("dalle.memory.free_memory", lambda _: 5 * each)
+    line = (
+        r"generate: memory must hold .* for 6 candidates at a time, got .*; max_batch 4 would fit"
+    )
+    with pytest.raises(EnvironmentProblem, match=line):
+        model.generate(text, num_samples=6)
+    model.generate(text, num_samples=6, max_batch=4)
+    with pytest.raises(EnvironmentProblem, match="for 4 candidates .* max_batch 2 would fit"):
+        model.generate(text, num_samples=6, max_batch=4, cond_scale=2.0)
+    monkeypatch.setattr("dalle.prior.step.free_memory", lambda _: each - 1)
+    monkeypatch.setattr("dalle.memory.free_memory", lambda _: each - 1)
+    with pytest.raises(EnvironmentProblem, match="for 1 candidates .* take a smaller model"):
+        model.generate(text, num_samples=6, max_batch=1)
+
+
+@pytest.mark.parametrize("cond_scale", [1.0, 2.0])
+def test_logits_have_the_same_bits_alone_and_among_others(cond_scale):
+    """In any company, on any number of threads, through the kernels."""
+    model = make(d_model=48, num_heads=3, attention=("row", "column", "causal"))
+    text, image = sample(model, batch=3)
+    shapes, logits = [(3, 7), (1, 7), (1, 1), (3, 1), (1, 2)], []
+    before = torch.get_num_threads()
+    try:
+        for index, (captions, samples) in enumerate(shapes):
+            torch.set_num_threads(1 + index % 4)
+            decoder = Decoder(model, captions, samples, cond_scale=cond_scale)
+            decoder.set_text(text[:captions], image[:captions, :2])
+            steps = []
+            for slot in range(2, 12):
+                previous = image[:captions, None, slot - 1] + torch.arange(samples)
+                steps.append(decoder.step(slot, previous % 7).clone())
+            logits.append(torch.stack(steps))
+    finally:
+        torch.set_num_threads(before)
+    for (captions, samples), found in zip(shapes, logits, strict=True):
+        assert torch.equal(found, logits[0][:, :captions, :samples])
+
+
+def test_bf16_weights_change_little():
+    if dalle_ext.build_info()["cpu_isa"] != "v4_bf16":
+        with pytest.raises(EnvironmentProblem, match="weights bf16 must have a CPU with bf16 dot"):
+            Decoder(make(), 1, 1, weights="bf16")
+        return
+    model = make()
+    text, image = sample(model)
+    decoders = [Decoder(model, 2, 1, weights=weights) for weights in ("fp32", "bf16")]
+    for decoder in decoders:
+        decoder.set_text(text)
+    for slot in range(12):
+        previous = image[:, slot - 1 : slot] if slot else None
+        wanted, found = (decoder.step(slot, previous) for decoder in decoders)
+        assert not torch.equal(wanted, found)
+        torch.testing.assert_close(found, wanted, atol=0.05, rtol=0.05)
+    with pytest.raises(UsageError, match="Decoder: weights must be fp32 or bf16, got 'int8'"):
+        Decoder(model, 1, 1, weights="int8")
+
+
+def test_a_step_is_replayed_where_it_can_be_captured(monkeypatch):
+    """A stand-in for CUDA graphs: what the host writes before a replay is all that changes."""
+    model = make()
+    text, image = sample(model)
+    eager, graphed = Decoder(model, 2, 1), Decoder(model, 2, 1)
+    runs = []
+
+    def captured(run):
+        runs.append(run)
+        return run
+
+    monkeypatch.setattr("dalle.prior.step.captured", captured)
+    graphed._step._capture = True
+    for decoder in (eager, graphed):
+        decoder.set_text(text)
+    for slot in range(12):
+        previous = image[:, slot - 1 : slot] if slot else None
+        assert torch.equal(eager.step(slot, previous).clone(), graphed.step(slot, previous))
+    assert len(runs) == 1
+
+
+def test_a_graph_that_is_refused_is_said_once(monkeypatch):
+    model = make()
+    text, image = sample(model)
+    decoder = Decoder(model, 2, 1)
+    decoder._step._capture = True
+    decoder.set_text(text)
+
+    def refuse():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "Stream", refuse)
+    with pytest.warns(UserWarning, match="the graph was refused: operation not permitted"):
+        decoder.step(0, None)
+    decoder.step(1, image[:, :1])  # a second warning would be an error
 
 
 def test_logits_that_are_no_numbers_draw_nothing():

@@ -45,7 +45,9 @@ def home(tmp_path_factory):
          r"a batch of 4096, got 16.0 GiB free; --batch-size \d+ would fit"),
         (f"{DVAE} --preset paper --image-size 256 --batch-size 512", 16,
          r"a batch of 512 pictures of 256 pixels, got 16.0 GiB free; --batch-size \d+ would fit"),
-        (f"{SAMPLE} --num-candidates 1000000", 1, "--num-candidates 131072 would fit"),
+        (f"{SAMPLE} --num-candidates 1000000 --top 1000000", 1, "--top 131072 would fit"),
+        (f"{SAMPLE} --max-batch 1000000 --num-candidates 1000000", 1,
+         r"for 1000000 candidates at a time, got 1.0 GiB free; max_batch \d+ would fit"),
         (f"{RECONSTRUCT} --image-size 16384", 16, "64 pictures of 16384 pixels"),
     ],
 )  # fmt: skip

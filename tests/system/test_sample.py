@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -345,3 +347,54 @@ def test_rerank_finds_the_ranker_of_the_pipeline(folder, tmp_path, monkeypatch, 
     (tmp_path / "run/pipeline").symlink_to(folder)
     assert run("rerank", CAPTION, "--data", ".") == 0
     assert (tmp_path / "run/rerank/scores.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("codes", "words", "finished", "rows"),
+    [
+        (1, [], [], []),  # not even a row
+        (9, [], [0], [2]),
+        (40, ["--max-batch", 4, "--num-candidates", 11], [8], [4]),
+        (16 + 14, [], [None, 0], [None, 3]),
+    ],
+)
+def test_stopped_by_the_keyboard_it_leaves_what_there_is(
+    folder, tmp_path, monkeypatch, capsys, codes, words, finished, rows
+):
+    calls, stream = [], Pipeline.stream
+
+    def stopped(self, caption, *, cancel, code_progress, **options):
+        def count(done, total):
+            calls.append(done)
+            if len(calls) == codes:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return stream(self, caption, cancel=cancel, code_progress=count, **options)
+
+    monkeypatch.setattr(Pipeline, "stream", stopped)
+    out = tmp_path / "out"
+    command = ["sample", CAPTION, "b", "--model", folder, "--out", out, "--top", 2, *words]
+    assert run(*command) == 6
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        said
+        == f"sample: stopped by SIGINT; what was drawn of {len(rows)} of 2 captions is in {out}"
+    )
+    if not rows:
+        assert not (out / "samples.json").exists()
+        return
+    records = read(out)["records"]
+    assert [entry.get("finished") for entry in records] == finished
+    assert [entry.get("rows") for entry in records] == rows
+    page = (out / "index.html").read_text()
+    for entry in records:
+        assert len(entry["files"]) == 2
+        assert all(Image.open(out / name).size == (16, 16) for name in entry["files"])
+        assert all(name in page for name in entry["files"])
+    if rows[-1] < 4:  # grey below, and above as it would have been
+        picture = np.asarray(Image.open(out / records[-1]["files"][0]))
+        assert (picture[4 * rows[-1] :] == 128).all() and picture[: 4 * rows[-1]].std() > 0
+    else:
+        monkeypatch.setattr(Pipeline, "stream", stream)
+        wanted = Pipeline.from_pretrained(folder).generate(CAPTION, num_candidates=8, top=2)
+        assert records[0]["candidates"] == wanted.order.tolist()

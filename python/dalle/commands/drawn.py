@@ -224,20 +224,21 @@ def load_pipeline(model: Path, device: torch.device) -> Pipeline:
 
 
 def save_pictures(
-    out: Path, name: str, generation: Generation, scale: int, run: PictureRecord
+    out: Path, name: str, generation: Generation, scale: int, run: PictureRecord | None
 ) -> list[str]:
     """Writes the grid out/NAME.png and single pictures; returns the names of these.
 
-    Each says of itself how it was drawn: `run` with its own candidate, score and pixels.
+    Each says of itself how it was drawn: `run` with its own candidate, score and pixels. Without a
+    `run`, of pictures that are not finished, it says nothing.
     """
     labels = ["" if math.isnan(s) else f"{s:.3f}" for s in generation.scores.tolist()]
     columns = min(8, len(generation.images))
     sheet = pictures.grid(generation.images, columns=columns, scale=scale, labels=labels)
-    pictures.save_png(out / f"{name}.png", sheet, run.sheet(generation))
+    pictures.save_png(out / f"{name}.png", sheet, run.sheet(generation) if run else None)
     singles: list[str] = []
     found = zip(generation.order.tolist(), generation.scores.tolist(), strict=True)
     for (candidate, score), image in zip(found, pictures.to_uint8(generation.images), strict=True):
         singles.append(f"{name}/{len(singles)}.png")
-        said = run.of(candidate, score, image).metadata()
+        said = run.of(candidate, score, image).metadata() if run else None
         pictures.save_png(out / singles[-1], Image.fromarray(image), said)
     return singles

@@ -15,6 +15,7 @@ from dalle.memory import free_memory, require_memory
 from dalle.pipeline import SEQUENCES, Pipeline
 from dalle.plan import memory
 from dalle.prior.config import PRESETS, PriorConfig
+from dalle.prior.step import candidate_bytes
 
 TRAIN_BYTES = 20  # bytes a parameter: fp32 weight, gradient, two moments, average
 
@@ -101,6 +102,23 @@ def require_samples_fit(
         advice = f"--num-candidates {fits} would fit" if fits else "take a smaller model"
         description = f"{candidates} candidates of {side} pixels"
         require_memory(owner, needed(candidates), description, advice, pipeline.device)
+
+
+def require_best_fit(owner: str, pipeline: Pipeline, top: int, guided: bool) -> None:
+    """Raises EnvironmentProblem where one candidate and the `top` kept ones cannot fit.
+
+    Candidates are drawn in parts that fit, and only the best are kept: how many are drawn does not
+    matter.
+    """
+    cache = candidate_bytes(pipeline.prior.config, guided)
+    picture = 2 * 4 * 3 * pipeline.image_size**2  # the pictures kept, and their next selection
+    require_memory(owner, cache, "one candidate", "take a smaller model", pipeline.device)
+    free = free_memory()
+    if free is not None and top * picture > free:
+        fits = _max_fitting(top, lambda count: count * picture <= free)
+        advice = f"--top {fits} would fit" if fits else "take a smaller model"
+        description = f"{top} pictures of {pipeline.image_size} pixels"
+        require_memory(owner, top * picture, description, advice)
 
 
 def _batch(batch: int, fits: Callable[[int], bool]) -> str | None:

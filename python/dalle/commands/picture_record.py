@@ -87,6 +87,7 @@ class Options:
         weights: of `dalle.prior.decode.Decoder`.
         device: "cpu" or "cuda".
         image: what it was drawn from, if anything.
+        weights: "fp32" or "bf16", of `dalle sample`.
     """
 
     sampling: SamplingConfig
@@ -96,6 +97,7 @@ class Options:
     device: str
     weights: str = "fp32"
     image: Input | None = None
+    weights: str = "fp32"
 
     def __post_init__(self) -> None:
         if self.precision not in DTYPES:

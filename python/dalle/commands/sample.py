@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dalle import files, pictures
+from dalle.candidates import Event, Finished, RowsFinished
 from dalle.captions import caption_lines, clean
 from dalle.commands import again
 from dalle.commands.drawn import (
@@ -28,7 +30,7 @@ from dalle.commands.drawn import (
     set_precision,
     slug,
 )
-from dalle.commands.fits import require_samples_fit
+from dalle.commands.fits import require_best_fit
 from dalle.commands.picture_record import (
     Input,
     Options,
@@ -39,10 +41,12 @@ from dalle.commands.picture_record import (
 from dalle.configs import integer
 from dalle.console import argument_text, progress_shown, say
 from dalle.devices import pick_device
-from dalle.errors import DataError, UsageError
+from dalle.errors import DataError, Interrupted, UsageError
 from dalle.files import to_json
 from dalle.pipeline import MAX_CANDIDATES
 from dalle.prior.sampling import SamplingChanges
+from dalle.prior.step import require_bf16
+from dalle.train.signals import signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,11 @@ class SampleConfig:
         prime_rows: how many rows of codes of it; 0 is half of them.
         precision: in which the prior draws: fp32, bf16, or auto, which is as it was trained, but
             bf16 on a GPU for one of fp32; codes of nearly equal chance may change.
+        weights: bf16 rounds the prior's matrices, and what they multiply, to bf16: faster on a CPU
+            with bf16 dot products, the only place where it is offered. As with `precision`, codes
+            of nearly equal chance may change.
+        max_batch: candidates drawn at a time; left out, what fits the memory, at most 64. It
+            changes no picture.
         device: "cpu", "cuda" or "auto".
         scale: screen pixels per pixel in the grids.
         again: a PNG that `dalle sample` has written: the same candidate is drawn once more, bit for
@@ -84,6 +93,8 @@ class SampleConfig:
     prime_image: Path | None = None
     prime_rows: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    weights: Literal["fp32", "bf16"] = "fp32"
+    max_batch: int | None = None
     device: str = "auto"
     scale: int = 2
     again: Path | None = None
@@ -124,6 +135,8 @@ def sample(config: SampleConfig) -> None:
     if num_candidates is not None:
         num_candidates = integer("sample", "num_candidates", num_candidates, 1, MAX_CANDIDATES)
     integer("sample", "top", config.top, 1)
+    if config.max_batch is not None:
+        integer("sample", "max_batch", config.max_batch, 1)
     model = find_model("sample", "model", config.model)
     out, names = (
         output_folder("sample", config.out, config.overwrite),
@@ -144,7 +157,9 @@ def sample(config: SampleConfig) -> None:
     if top < config.top:
         say(f"sample: of {num_candidates} candidates all are kept, not {config.top}")
     sampling = config.sampling.applied(pipeline.sampling)
-    require_samples_fit("sample", pipeline, num_candidates, sampling.cond_scale != 1)
+    require_best_fit("sample", pipeline, top, sampling.cond_scale not in (0, 1))
+    if config.weights == "bf16":
+        require_bf16(device)
     pictures.check_sheet("sample", top, pipeline.image_size, config.scale)
     prime, rows = None, config.prime_rows
     if config.prime_image is not None:
@@ -165,6 +180,7 @@ def sample(config: SampleConfig) -> None:
     models = model_hashes(run["model"]["fingerprints"])
     set_precision(pipeline, config.precision, device)  # once the weights' fingerprints are taken
     run["precision"] = pipeline.prior.config.precision
+    run["weights"] = config.weights
     options = Options(
         sampling=sampling,
         num_candidates=num_candidates,
@@ -172,43 +188,82 @@ def sample(config: SampleConfig) -> None:
         precision=pipeline.prior.config.precision,
         device=device.type,
         image=None if prime is None else Input(pixels=image_hash(prime), rows=rows),
+        weights=config.weights,
     )
-    for number, caption in enumerate(captions):
-        drawn_as = pipeline.tokenizer.shape(caption)
-        if drawn_as != clean(caption):
-            say(f"sample: caption {number + 1} is drawn as {drawn_as!r}, spelt as in the training")
-        cut = pipeline.tokenizer.truncated
-        with progress_shown(f"sample {number + 1}/{len(captions)}") as show:
-            generation = pipeline.generate(
-                caption,
-                num_candidates=num_candidates,
-                top=top,
+    with signals() as received:
+        for number, caption in enumerate(captions):
+            drawn_as = pipeline.tokenizer.shape(caption)
+            if drawn_as != clean(caption):
+                said = f"caption {number + 1} is drawn as {drawn_as!r}, spelt as in the training"
+                say(f"sample: {said}")
+            cut = pipeline.tokenizer.truncated
+            with progress_shown(f"sample {number + 1}/{len(captions)}") as show:
+                events = pipeline.stream(
+                    caption,
+                    num_candidates=num_candidates,
+                    top=top,
+                    seed=config.seed,
+                    sampling=sampling,
+                    prime_image=prime,
+                    prime_rows=rows,
+                    max_batch=config.max_batch,
+                    weights=config.weights,
+                    cancel=lambda: bool(received),
+                    code_progress=show,
+                )
+                end, begun = last_events(events)
+            if pipeline.tokenizer.truncated > cut:
+                slots = pipeline.prior.config.text_len - 1
+                said = f"more than {slots} tokens, the rest is cut off"
+                print(f"sample: caption {number + 1} has {said}")
+            picture: PictureRecord | None = PictureRecord(
+                command="sample",
+                caption=caption,
+                drawn_as=drawn_as,
                 seed=config.seed,
-                **asdict(sampling),
-                prime_image=prime,
-                prime_rows=rows,
-                code_progress=show,
+                options=options,
+                model=models,
             )
-        if pipeline.tokenizer.truncated > cut:
-            slots = pipeline.prior.config.text_len - 1
-            print(f"sample: caption {number + 1} has more than {slots} tokens, the rest is cut off")
-        if number == 0:  # until here nothing that an earlier run has left is lost
-            remove_earlier("sample", out, earlier)
-        picture = PictureRecord(
-            command="sample",
-            caption=caption,
-            drawn_as=drawn_as,
-            seed=config.seed,
-            options=options,
-            model=models,
+            generation = end.generation
+            if not end.drawn:  # stopped before a candidate was finished: the rows there are
+                if begun is None:
+                    break
+                generation, picture = pipeline.unfinished(begun, top), None
+            if number == 0:  # until here nothing that an earlier run has left is lost
+                remove_earlier("sample", out, earlier)
+            singles = save_pictures(out, names[number], generation, config.scale, picture)
+            entry = record(caption, drawn_as, config.seed, generation, singles)
+            if end.cancelled:
+                entry["finished"] = end.drawn
+                entry["rows"] = pipeline.grid[0] if end.drawn or begun is None else begun.rows
+            run["records"].append(entry)
+            say(f"sample: {number + 1}/{len(captions)} {caption}")
+            pictures.save_bytes(out / RECORD, to_json(run))
+            pictures.save_bytes(out / PAGE, page(run))
+            if end.cancelled:
+                break
+    if (
+        received
+        and len(run["records"]) < len(captions)
+        or any("finished" in entry for entry in run["records"])
+    ):
+        raise Interrupted(
+            f"sample: stopped by {received[0]}; what was drawn of {len(run['records'])} of "
+            f"{len(captions)} captions is in {out}"
         )
-        singles = save_pictures(out, names[number], generation, config.scale, picture)
-        run["records"].append(record(caption, drawn_as, config.seed, generation, singles))
-        say(f"sample: {number + 1}/{len(captions)} {caption}")
-        pictures.save_bytes(out / RECORD, to_json(run))
-        pictures.save_bytes(out / PAGE, page(run))
     count = f"{len(captions)} caption{'s' * (len(captions) > 1)}"
     print(f"sample: {count}, grids and samples.json in {out}; look at {out / PAGE}")
+
+
+def last_events(events: Iterator[Event]) -> tuple[Finished, RowsFinished | None]:
+    """The end of a stream for one caption, and the last row before it."""
+    begun = None
+    for event in events:
+        if isinstance(event, RowsFinished):
+            begun = event
+        elif isinstance(event, Finished):
+            return event, begun
+    raise AssertionError("a stream ends with Finished")
 
 
 def sample_again(config: SampleConfig) -> None:
@@ -227,6 +282,7 @@ def sample_again(config: SampleConfig) -> None:
                 prime_image=job.image,
                 prime_rows=0 if options.image is None else options.image.rows or 0,
                 first_candidate=record.candidate,
+                weights=options.weights,
                 code_progress=show,
             )
         return found.images[0], found.tokens[0], float(found.scores[0])

@@ -115,7 +115,9 @@ class PackedProduct:
             self.norm = norm.weight.detach(), norm.bias.detach(), norm.eps
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        return self.packed(x.float(), norm=self.norm, slope=self.slope, add=add)
+        return self.packed(
+            x if x.dtype == torch.float32 else x.float(), norm=self.norm, slope=self.slope, add=add
+        )
 
 
 def candidate_bytes(config: PriorConfig, guided: bool) -> int:
@@ -271,7 +273,8 @@ class Step:
         x = torch.index_select(self.tokens, 0, self.previous.view(-1))
         x += torch.index_select(self.positions, 0, self.slot.view(1))
         for (qkv, out, wide_in, wide_out), cache in self.layers:
-            packed = qkv(x).to(self.dtype).view(self.batch, self.samples, 3, self.heads, -1)
+            packed = qkv(x).view(self.batch, self.samples, 3, self.heads, -1)
+            packed = packed if packed.dtype == self.dtype else packed.to(self.dtype)
             q, k, v = packed.unbind(2)
             attended = dalle_ext.decode_attention(q, k, v, cache, self.slot)
             x = out(attended.view(len(x), -1), x)
