@@ -87,7 +87,6 @@ class Options:
         weights: of `dalle.prior.decode.Decoder`.
         device: "cpu" or "cuda".
         image: what it was drawn from, if anything.
-        weights: "fp32" or "bf16", of `dalle sample`.
     """
 
     sampling: SamplingConfig
@@ -97,7 +96,6 @@ class Options:
     device: str
     weights: str = "fp32"
     image: Input | None = None
-    weights: str = "fp32"
 
     def __post_init__(self) -> None:
         if self.precision not in DTYPES:

@@ -282,7 +282,6 @@ def sample_again(config: SampleConfig) -> None:
                 prime_image=job.image,
                 prime_rows=0 if options.image is None else options.image.rows or 0,
                 first_candidate=record.candidate,
-                weights=options.weights,
                 code_progress=show,
             )
         return found.images[0], found.tokens[0], float(found.scores[0])
