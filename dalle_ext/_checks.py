@@ -136,12 +136,14 @@ def untracked(op: str, **arguments: torch.Tensor) -> None:
     """`numbers_only` and `plain_memory`, in a microsecond where nothing is tracked.
 
     Raises:
-        TypeError: as those do, and for what is no tensor.
+        TypeError: as those do, and for what is no tensor or is sparse.
     """
     wanted = False
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{op}: {name} must be dense, got {value.layout}")
         wanted = wanted or value.requires_grad
     transformed = (
         not torch.compiler.is_compiling()

@@ -184,6 +184,11 @@ BAD_CACHES = {
         ValueError,
         "D must be from 1 to 256, got 272",
     ),
+    "sparse": (
+        (PATTERN, Z, Z.to_sparse(), 1),
+        TypeError,
+        "text_values must be dense, got torch.sp",
+    ),
     "not a tensor": ((PATTERN, [1.0], Z, 1), TypeError, "text_keys must be a tensor, got list"),
 }
 
@@ -234,6 +239,7 @@ BAD_CALLS = {
     "slot below": ({"slot": torch.tensor(-1)}, RuntimeError, "slot must be from 0 to 34, got -1"),
     "slot above": ({"slot": torch.tensor(35)}, RuntimeError, "slot must be from 0 to 34, got 35"),
     "scale": ({"scale": float("nan")}, ValueError, "scale must be a finite number, got nan"),
+    "sparse": ({"k": Q.to_sparse()}, TypeError, "k must be dense, got torch.sparse_coo"),
     "not a tensor": ({"q": [0.0]}, TypeError, "q must be a tensor, got list"),
 }
 
