@@ -25,6 +25,8 @@ from dalle.data.shard_index import Head, read_head
 from dalle.errors import DataError, EnvironmentProblem
 
 CACHE = "DALLE_CACHE"  # variable with the folder for the indexes of folders that cannot be written
+CHECKED = 2000  # shards of which every byte of the indexes is checked when they are opened; those
+# of larger sets are checked one by one when they are first read
 THREADS_FROM = 32 << 10  # bytes of a tar a pair
 COMPRESSED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 
@@ -104,14 +106,22 @@ def is_shard_folder(path: Path) -> bool:
     return compressed
 
 
-def find_index(shard: Path, cache: Path | None = None) -> Shard | str:
-    """The shard with its index, from beside it or from the cache; or why there is none."""
+def find_index(shard: Path, cache: Path | None = None, *, whole: bool = True) -> Shard | str:
+    """The shard with its index, from beside it or from the cache; or why there is none.
+
+    Args:
+        shard: the tar.
+        cache: instead of `cache_folder()`.
+        whole: whether every byte of the index is checked, or only its head.
+    """
     why = "no index"
     for place in (index_beside(shard), index_in(cache or cache_folder(), shard)):
         try:
             head, start = read_head(place)
             with open(shard, "rb", buffering=0, opener=files.regular_opener) as file:
                 shard_index.check_fresh(file.fileno(), head, shard)
+            if whole:
+                shard_index.read_columns(place, start, head, check=True)
             return Shard(shard, place, start, head)
         except FileNotFoundError:
             continue
@@ -181,7 +191,8 @@ def open_shards(
     """
     where = out if out is not None else cache
     found: dict[Path, Shard | str] = {
-        path: "no index" if force else find_index(path, where) for path in paths
+        path: "no index" if force else find_index(path, where, whole=len(paths) <= CHECKED)
+        for path in paths
     }
     missing = [path for path, shard in found.items() if isinstance(shard, str)]
     if missing:

@@ -12,6 +12,7 @@ import gc
 import hashlib
 import os
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -72,6 +73,7 @@ class Head:
         several: pairs of several captions.
         texts: captions in all.
         captions, pictures: BLAKE2b of all captions and of all pictures' hashes, in order.
+        columns: CRC-32 of the columns.
         skipped: reason -> what was left out.
         problems: lines on the first of them.
     """
@@ -86,6 +88,7 @@ class Head:
     texts: int
     captions: str
     pictures: str
+    columns: int
     skipped: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -195,6 +198,7 @@ def build(path: Path) -> tuple[Head, dict[str, np.ndarray]]:
         total,
         captions.hexdigest(),
         pictures.hexdigest(),
+        zlib.crc32(_column_bytes(columns)),
         dict(sorted(skipped.items())),
         problems,
     )
@@ -294,14 +298,18 @@ def _headers(handle: int, first: int, last: int) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
+def is_as_indexed(status: os.stat_result, head: Head) -> bool:
+    """Whether a tar has the size and the time that its index knows."""
+    return (status.st_size, status.st_mtime_ns) == (head.tar_bytes, head.tar_mtime_ns)
+
+
 def check_fresh(handle: int, head: Head, path: Path) -> None:
     """Refuses an open tar that is not the one of the index.
 
     Raises:
         StaleIndex: in one line.
     """
-    status = os.fstat(handle)
-    same = (status.st_size, status.st_mtime_ns) == (head.tar_bytes, head.tar_mtime_ns)
+    same = is_as_indexed(os.fstat(handle), head)
     if not same or _headers(handle, head.first, head.last) != head.headers:
         raise StaleIndex(f"{path}: tar must be as it was indexed, got one that has changed since")
 
@@ -312,7 +320,11 @@ def write(path: Path, head: Head, columns: dict[str, np.ndarray]) -> None:
     check = hashlib.blake2b(text, digest_size=16).digest()
     prefix = MAGIC + len(text).to_bytes(4, "little") + check + text
     prefix += bytes(-len(prefix) % 64)
-    files.write_atomic(path, prefix + b"".join(columns[name].tobytes() for name, _ in COLUMNS))
+    files.write_atomic(path, prefix + _column_bytes(columns))
+
+
+def _column_bytes(columns: dict[str, np.ndarray]) -> bytes:
+    return b"".join(columns[name].tobytes() for name, _ in COLUMNS)
 
 
 def read_head(path: Path) -> tuple[Head, int]:
@@ -349,12 +361,27 @@ def read_head(path: Path) -> tuple[Head, int]:
     return head, start
 
 
-def read_columns(path: Path, start: int, pairs: int) -> dict[str, np.ndarray]:
-    """The columns of an index, memory-mapped. Raises OSError or ValueError where it has gone."""
+def read_columns(path: Path, start: int, head: Head, *, check: bool) -> dict[str, np.ndarray]:
+    """The columns of an index, memory-mapped.
+
+    Args:
+        path: of the index.
+        start: where they begin.
+        head: of the index.
+        check: whether their CRC is computed, for which all of them are read.
+
+    Raises:
+        OSError: it has gone.
+        ValueError: it is shorter.
+        StaleIndex: the CRC differs.
+    """
     columns: dict[str, np.ndarray] = {}
+    pairs = head.pairs
     if not pairs:  # an empty file cannot be mapped
         return {name: np.empty(0, np.dtype(kind)) for name, kind in COLUMNS}
     whole = np.memmap(path, np.uint8, "r", start, (PAIR_BYTES * pairs,))
+    if check and zlib.crc32(whole.data) != head.columns:
+        raise StaleIndex(f"{path}: index must be as it was written, got damaged columns")
     offset = 0
     for name, kind in COLUMNS:
         size = np.dtype(kind).itemsize * pairs

@@ -20,14 +20,15 @@ from dalle import files
 from dalle.data import shard_index
 from dalle.data.images import MAX_FILE_BYTES, BadPicture, decode
 from dalle.data.pairs import LazyCaptions, format_counts
-from dalle.data.shard_files import find_shards, is_shard_folder, is_tar, open_shards
+from dalle.data.shard_files import CHECKED, find_shards, is_shard_folder, is_tar, open_shards
 from dalle.data.shard_index import JSON_TEXT, StaleIndex, read_columns
 from dalle.data.source import Source
 from dalle.data.tar import BLOCK
 from dalle.data.texts import MAX_JSON_BYTES, json_captions, text_captions
 from dalle.errors import DataError
 
-MAX_OPEN = 128  # shards held open at a time
+MAX_OPEN = 256  # shards held open at a time
+NEW_INDEX = "have an index of its own (dalle data index --force)"
 
 
 class _Open(NamedTuple):
@@ -101,6 +102,8 @@ class ShardPairs:
         self.several: Mapping[int, Sequence[str]] = SeveralCaptions(self)
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._lock = threading.Lock()
+        # Those of larger sets are checked when they are first read.
+        self._checked = np.full(len(self.shards), len(paths) <= CHECKED)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_lock")}
@@ -128,11 +131,11 @@ class ShardPairs:
         shard = self.shards[number]
         try:
             file = open(shard.path, "rb", buffering=0, opener=files.regular_opener)
-            shard_index.check_fresh(file.fileno(), shard.head, shard.path)
-            columns = read_columns(shard.index_path, shard.start, shard.head.pairs)
+            check = not self._checked[number]
+            columns = read_columns(shard.index_path, shard.start, shard.head, check=check)
+            self._checked[number] = True
         except StaleIndex as problem:
-            requirement = "be as it was indexed"
-            raise ShardGone(shard.path, "shard has changed", requirement) from problem
+            raise ShardGone(shard.path, "index is damaged", NEW_INDEX) from problem
         except (OSError, ValueError) as problem:
             reason = getattr(problem, "strerror", None) or str(problem)
             raise ShardGone(shard.path, "shard has gone", "be readable", reason) from problem
@@ -147,7 +150,7 @@ class ShardPairs:
         shard, opened = self.shards[number], self._opened(number)
         head = shard.head
         if offset + size > head.tar_bytes or size > max(MAX_FILE_BYTES, MAX_JSON_BYTES):
-            raise ShardGone(shard.path, "index is damaged", "have an index of its own")
+            raise ShardGone(shard.path, "index is damaged", NEW_INDEX)
         handle = opened.file.fileno()
         try:
             status = os.fstat(handle)
@@ -157,8 +160,7 @@ class ShardPairs:
             raise ShardGone(shard.path, "shard is not readable", "be readable", reason) from problem
         if not status.st_nlink:  # though this process may hold it open
             raise ShardGone(shard.path, "shard has gone", "be readable", "it was removed")
-        same = (status.st_size, status.st_mtime_ns) == (head.tar_bytes, head.tar_mtime_ns)
-        if not same or len(content) < size:
+        if not shard_index.is_as_indexed(status, head) or len(content) < size:
             raise ShardGone(shard.path, "shard has changed", "be as it was indexed")
         return content
 
