@@ -24,6 +24,9 @@ from dalle.version import __version__
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("data", "check"): ("dalle.commands.data:check", "what a folder of pairs holds and lacks"),
     ("data", "encode"): ("dalle.commands.encode:encode", "image tokens and captions on the disk"),
+    ("data", "filter"): ("dalle.commands.data_filter:filter_pairs", "keep what the paper would"),
+    ("data", "dedup"): ("dalle.commands.data_dedup:dedup", "keep one of pictures that are alike"),
+    ("data", "stats"): ("dalle.commands.data_stats:stats", "sizes, caption lengths, tokens"),
     ("data", "index"): ("dalle.commands.data_index:index", "where pairs are in tar shards"),
     ("data", "pack"): ("dalle.commands.data_pack:pack", "any set into tar shards"),
     ("data", "make-shapes"): ("dalle.commands.data:make_shapes", "draw the procedural set"),

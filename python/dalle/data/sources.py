@@ -11,15 +11,26 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dalle.console import say
-from dalle.data import codes, emoji, folder, shapes_pairs, shards, tables
+from dalle.data import codes, emoji, folder, kept, shapes_pairs, shards, tables
 from dalle.data.mixture import CaptionChoice, MixedPairs, with_choice
 from dalle.data.pairs import Pairs, format_counts, number_of_captions
 from dalle.data.source import Source
 from dalle.errors import DataError, UsageError
 
+
+def _open_kept(path: Path) -> Pairs:
+    """What a filter has kept of a set that is opened again."""
+    head, rows = kept.read_kept(path)
+    source = head["source"]
+    size, seed = int(source["image_size"]), int(source["seed"])
+    pairs = load_pairs(str(source["data"]), image_size=size, seed=seed, report=False)
+    return kept.apply_kept(path, head, rows, pairs)
+
+
 SOURCES: tuple[Source, ...] = (  # of the forms, the first that fits is taken
     shapes_pairs.SOURCE,
     emoji.SOURCE,
+    Source(name="a filtered set", fits=kept.is_kept_set, opens=_open_kept),
     codes.SOURCE,
     shards.SOURCE,
     tables.SOURCE,

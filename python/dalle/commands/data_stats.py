@@ -1,0 +1,139 @@
+"""`dalle data stats`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dalle.commands import presets
+from dalle.console import is_main_process
+from dalle.data.codes import stores_of
+from dalle.data.filters import picture_size
+from dalle.data.mixture import file_of
+from dalle.data.pairs import Pairs, captions_of, describe_pairs, evenly_spaced, number_of_captions
+from dalle.data.source import require_packages
+from dalle.errors import DataError, UsageError
+from dalle.files import check_targets, make_folder, to_json
+from dalle.pictures import save_bytes
+from dalle.tokenizer import Tokenizer
+
+OWNER = "data stats"
+BATCH = 1024
+QUANTILES = {"least": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "most": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsConfig:
+    """Writes stats.json and a histogram (PNG) of each number: picture sizes, words a caption,
+    tokens a caption.
+
+    Attributes:
+        data: whatever a training takes.
+        out: a folder for stats.json and the histograms.
+        tokenizer: folder of `dalle tokenizer train`, to count tokens with.
+        limit: pairs that are looked at, evenly spaced; 0 takes all.
+        image_size: side in pixels of shapes and emoji.
+        seed: which pictures of shapes.
+    """
+
+    data: str
+    out: Path
+    tokenizer: Path | None = None
+    limit: int = 100_000
+    image_size: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise UsageError(f"{OWNER}: limit must be 0 or more, got {self.limit}")
+
+
+def stats(config: StatsConfig) -> None:
+    """Counts, writes and prints."""
+    require_packages(OWNER, ("matplotlib",), "eval")
+    tokenizer = None if config.tokenizer is None else Tokenizer.from_pretrained(config.tokenizer)
+    pairs = presets.open_pairs(config.data, config.image_size, 64, config.seed)
+    make_folder(config.out, OWNER)
+    check_targets(OWNER, config.out / "stats.json")
+    items = evenly_spaced(len(pairs), config.limit or len(pairs))
+    values, unreadable = _values(pairs, items, tokenizer)
+    result: dict[str, Any] = {
+        "data": describe_pairs(pairs),
+        "captions": number_of_captions(pairs),
+        "looked_at": len(items),
+        "unreadable": unreadable,
+        "left_out": dict(pairs.skipped),
+    }
+    print(f"{OWNER}: {len(pairs):,} pairs in {pairs.name}, {result['captions']:,} captions")
+    for name, numbers in values.items():
+        if not numbers:
+            continue
+        result[name] = _summary(numbers)
+        row = ", ".join(f"{key} {value:,.4g}" for key, value in result[name].items())
+        print(f"{OWNER}:   {name.replace('_', ' ')}: {row}")
+        _histogram(config.out / f"{name}.png", name, numbers)
+    save_bytes(config.out / "stats.json", to_json(result))
+    print(f"{OWNER}: numbers in {config.out / 'stats.json'}, histograms beside it")
+
+
+def _values(
+    pairs: Pairs, items: np.ndarray, tokenizer: Tokenizer | None
+) -> tuple[dict[str, list[float]], int]:
+    """Name -> a number for each picture or caption; and how many pictures have no size."""
+    values: dict[str, list[float]] = {"width": [], "height": [], "aspect_ratio": []}
+    values |= {"words_a_caption": [], "tokens_a_caption": [], "captions_a_picture": []}
+    pictures, unreadable, texts = not stores_of(pairs), 0, list[str]()
+    for item in tqdm(items.tolist(), desc=OWNER, unit=" pairs", disable=not is_main_process()):
+        try:
+            captions = captions_of(pairs, item)
+            size = picture_size(file_of(pairs, item)[0]) if pictures else None
+        except DataError:
+            unreadable += 1
+            continue
+        values["captions_a_picture"].append(len(captions))
+        texts += captions
+        if size is not None:
+            values["width"].append(size[0])
+            values["height"].append(size[1])
+            values["aspect_ratio"].append(size[0] / size[1])
+        unreadable += pictures and size is None
+    values["words_a_caption"] = [len(text.split()) for text in texts]
+    if tokenizer is not None:
+        for begin in range(0, len(texts), BATCH):
+            ids = tokenizer.encode(texts[begin : begin + BATCH], 1024)
+            values["tokens_a_caption"] += (ids != Tokenizer.PAD).sum(1).tolist()
+    return values, unreadable
+
+
+def _summary(numbers: Sequence[float]) -> dict[str, float]:
+    array = np.array(numbers, np.float64)
+    found = {name: float(np.quantile(array, q)) for name, q in QUANTILES.items()}
+    return {"mean": float(array.mean()), **found}
+
+
+def _histogram(path: Path, name: str, numbers: Sequence[float]) -> None:
+    """A histogram as a PNG, whole or not at all; the highest percent is one bar."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3), dpi=120, layout="constrained")
+    axis = figure.add_subplot()
+    array = np.array(numbers, np.float64)
+    top = float(np.quantile(array, 0.99))
+    whole = bool((array == np.floor(array)).all()) and top - array.min() <= 60
+    bins: Any = np.arange(array.min() - 0.5, top + 1.5) if whole else 50
+    axis.hist(np.minimum(array, top), bins=bins, color="#4477aa")
+    axis.set_xlabel(name.replace("_", " "))
+    axis.set_ylabel("captions" if name.endswith("a_caption") else "pictures")
+    axis.set_title(f"{len(array):,}, median {np.median(array):,.4g}", fontsize=10)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    save_bytes(path, buffer.getvalue())
