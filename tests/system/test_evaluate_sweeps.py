@@ -239,6 +239,8 @@ def test_report_shows_every_result_and_nothing_from_outside(home, capsys):
          "rerank --real real --fake fake --weights pipe"),
         ("eval rerank: captions must be given for a pipeline, as a file or by a real set", 2,
          "rerank --real fake --fake pipe"),
+        ("eval rerank: bootstrap must be at most 10000, got 99999", 2,
+         "rerank --real real --fake pipe --bootstrap 99999"),
         ("eval words: split must be one of train, test, zero, got 'tset'", 2,
          "words --fake shapes-pipe --splits tset"),
         ("eval words: seeds must be different numbers, one or more, got [1, 1]", 2,

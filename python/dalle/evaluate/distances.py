@@ -240,7 +240,7 @@ def kernel_distance(
         UsageError: a number out of range.
     """
     owner = "kernel_distance"
-    subsets = integer(owner, "subsets", subsets, 1, 10**6)
+    subsets = integer(owner, "subsets", subsets, 1, 10_000)
     subset_size = integer(owner, "subset_size", subset_size, 2)
     seed = integer(owner, "seed", seed, 0, 2**32 - 1)
     first, second = _two(owner, a, b)

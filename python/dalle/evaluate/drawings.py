@@ -134,6 +134,9 @@ def draw(
     pixels = len(captions) * len(sizes) * side * side * 3
     what = f"{len(captions) * len(sizes)} pictures of {side} pixels"
     require_memory(owner, pixels, what, "take fewer captions")
+    # All candidates of a caption are there at once, and their chunks beside them.
+    what = f"{count} candidates of {side} pixels"
+    require_memory(owner, count * 2 * 4 * 3 * side**2, what, "take fewer candidates")
     numbers = occurrences(captions)
     record = {
         "pipeline": _description(pipeline),

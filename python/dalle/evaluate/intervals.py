@@ -12,6 +12,7 @@ from torch import Tensor
 from dalle.configs import integer, seed_number
 
 SHARE = 0.95
+MOST = 10_000  # resamples; more tell nothing new
 
 
 def resamples(dimensions: int) -> int:
@@ -46,7 +47,7 @@ def bootstrap(
     Returns:
         "interval" [low, high] or None, "confidence", "resamples", "method".
     """
-    count, seed = integer("bootstrap", "bootstrap", count, 0, 10**6), seed_number("bootstrap", seed)
+    count, seed = integer("bootstrap", "bootstrap", count, 0, MOST), seed_number("bootstrap", seed)
     if count < 2:
         return {"interval": None, "confidence": SHARE, "resamples": count, "method": "none"}
     centre = statistic(*sets) if value is None else value

@@ -141,7 +141,7 @@ def kid(
         subsets, subset_size: see `distances.kernel_distance`.
     """
     session, folder = start("kid", out, options)
-    subsets = integer(session.owner, "subsets", subsets, 1, 10**6)
+    subsets = integer(session.owner, "subsets", subsets, 1, 10_000)
     subset_size = integer(session.owner, "subset_size", subset_size, 2)
     a, b = _both(session, real, fake)
     x, y = a.values.double(), b.values.double()

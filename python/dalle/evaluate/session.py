@@ -19,7 +19,7 @@ from dalle.errors import CheckpointError, UsageError
 from dalle.evaluate.cache import CACHE, Features, extract
 from dalle.evaluate.drawings import DrawConfig, captions_to_draw, draw_source
 from dalle.evaluate.extractors import Extractor, load_extractor
-from dalle.evaluate.intervals import bootstrap, resamples
+from dalle.evaluate.intervals import MOST, bootstrap, resamples
 from dalle.evaluate.sets import DRAWN_SIDE, Source, describe, is_pipeline, open_source
 from dalle.pipeline import Pipeline
 
@@ -92,7 +92,7 @@ class Session:
         self.owner, self.setup = owner, setup
         self.seed = seed_number(owner, setup.seed)
         if setup.bootstrap is not None:
-            integer(owner, "bootstrap", setup.bootstrap, 0, 10**6)
+            integer(owner, "bootstrap", setup.bootstrap, 0, MOST)
         integer(owner, "batch_size", setup.batch_size, 1)
         self.device = pick_device(setup.device)
         if setup.image_size is not None:
