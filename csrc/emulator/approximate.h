@@ -14,14 +14,18 @@ extern uint64_t approximation_seed;  // of the launch
 
 inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 
-// One of the floats that are furthest from `exact` within `error`.
-inline float approximated(double exact, double error, float operand) {
-  if (!(std::fabs(exact) <= 0x1p127)) return static_cast<float>(exact);
+inline bool hashed_bit(float operand) {
   uint32_t bits;
   std::memcpy(&bits, &operand, sizeof bits);
   uint64_t hash = (bits ^ approximation_seed << 32) * 0x9E3779B97F4A7C15ull;
   hash = (hash ^ hash >> 32) * 0xD6E8FEB86659FD93ull;
-  const float result = static_cast<float>(exact + (hash >> 63 ? error : -error));
+  return hash >> 63;
+}
+
+// One of the floats that are furthest from `exact` within `error`.
+inline float approximated(double exact, double error, float operand) {
+  if (!(std::fabs(exact) <= 0x1p127)) return static_cast<float>(exact);
+  const float result = static_cast<float>(exact + (hashed_bit(operand) ? error : -error));
   const bool within = std::fabs(static_cast<double>(result) - exact) <= error;
   return within ? result : std::nextafter(result, static_cast<float>(exact));
 }

@@ -1,8 +1,10 @@
-// mma.sync: fragments of 32 lanes to matrices and back. Products are added in float one after
-// another, ascending in k; the hardware's order and rounding differ.
+// mma.sync: fragments of 32 lanes to matrices and back. Products of 16 bits are added in float one
+// after another, ascending in k; the hardware's order and rounding differ. Products of tf32 are
+// added as badly as hardware may.
 #include <bit>
 #include <vector>
 
+#include "emulator/approximate.h"
 #include "emulator/block.h"
 
 namespace dalle::emulator {
@@ -35,11 +37,56 @@ const std::vector<float>& halves() {
   return table;
 }
 
+// d + a b of 8 products of tf32, as measured on an A100 and an H100 (Fasi et al., "Numerical
+// behavior of NVIDIA tensor cores", 2021; Xie et al., "MMA-Sim", 2025): terms are exact, then cut
+// towards zero to a grid that hangs from the power of two of the largest, 2^-24 of it (A100; 2^-25
+// on an H100), added exactly, and the sum is cut to a float. An A100 takes two halves of 4 one
+// after the other, an H100 all 8 at once; a hash of operands and seed decides here. Each cut term
+// loses the whole of what a cut can take, 2^-24.
+float cut_to_float(double x) {
+  const float nearest = static_cast<float>(x);
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(x) ? std::nextafter(nearest, 0.0f)
+                                                                : nearest;
+}
+template <int kCount>
+float truncated_terms(float d, const float* a, const float* b) {
+  double terms[kCount + 1] = {d}, largest = std::fabs(terms[0]), sum = 0;
+  for (int k = 0; k < kCount; ++k) {
+    terms[k + 1] = static_cast<double>(a[k]) * b[k * kColumns];
+    sum += terms[k + 1];
+    largest = std::fmax(largest, std::fabs(terms[k + 1]));
+  }
+  if (!std::isfinite(sum + d)) return static_cast<float>(sum + d);
+  if (largest == 0) return 0;
+  // The power of two of `largest`, times 2^-24, from its exponent bits: products of floats are
+  // normal doubles.
+  const uint64_t power = std::bit_cast<uint64_t>(largest) & 0x7ff0000000000000u;
+  const double grid = std::bit_cast<double>(power) * 0x1p-24, inverse = 1 / grid;
+  double left = 0;
+  for (const double term : terms) {
+    const double exact = term * inverse;
+    const bool fits = static_cast<double>(static_cast<int64_t>(exact)) == exact;
+    left += fits ? exact : exact > 1 ? exact - 1 : exact < -1 ? exact + 1 : 0.0;
+  }
+  return cut_to_float(left * grid);
+}
+float truncated_sum(float d, const float* a, const float* b) {
+  const float operands = d + a[0] * b[0] + a[7] * b[7 * kColumns];
+  if (hashed_bit(operands)) return truncated_terms<8>(d, a, b);
+  return truncated_terms<4>(truncated_terms<4>(d, a, b), a + 4, b + 4 * kColumns);
+}
+
 template <int kDepth>
 struct Matrices {
   float a[kRows][kDepth], b[kDepth][kColumns], d[kRows][kColumns];
 
   void multiply() {
+    if constexpr (kDepth == 8) {
+      for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < kColumns; ++j) d[i][j] = truncated_sum(d[i][j], a[i], b[0] + j);
+      }
+      return;
+    }
     for (int k = 0; k < kDepth; ++k) {
       for (int i = 0; i < kRows; ++i) {
         for (int j = 0; j < kColumns; ++j) d[i][j] += a[i][k] * b[k][j];

@@ -122,16 +122,20 @@ struct DecompressBlock {
                    tiles + w * kTileBytes + chunk_offset<kChunks>(line, 2 * step + lane / 8 % 2));
         }
 #pragma unroll
-        for (int product = 0; product < (kFast ? 1 : 3); ++product) {
-          const int of_a = !kFast && product == 1, of_b = !kFast && product == 0;
+        for (int which = 0; which < 2; ++which) {
+          if (pair + which >= left) break;
+          float terms[kRowTiles][4] = {};  // from zero and added plainly, as in compress
 #pragma unroll
-          for (int which = 0; which < 2; ++which) {
-            if (pair + which >= left) break;
+          for (int product = 0; product < (kFast ? 1 : 3); ++product) {
+            const int of_a = !kFast && product == 1, of_b = !kFast && product == 0;
 #pragma unroll
             for (int i = 0; i < kRowTiles; ++i) {
-              mma_m16n8k8_tf32(sums[i][pair + which], a[of_a][i],
-                               {b[of_b][2 * which], b[of_b][2 * which + 1]});
+              mma_m16n8k8_tf32(terms[i], a[of_a][i], {b[of_b][2 * which], b[of_b][2 * which + 1]});
             }
+          }
+#pragma unroll
+          for (int i = 0; i < kRowTiles * 4; ++i) {
+            sums[i / 4][pair + which][i % 4] += terms[i / 4][i % 4];
           }
         }
       }

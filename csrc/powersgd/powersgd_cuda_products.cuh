@@ -235,14 +235,18 @@ struct FactorBlock {
         ldmatrix(b[(tile + 1) % 2], fragments + chunk_offset<kChunks>((tile + 1) * 16, 0));
       }
       const uint32_t (&words)[4] = b[tile % 2];
+      // From zero and added plainly: mma truncates, and what it cuts from a long sum piles up.
+      float terms[kLineTiles][4] = {};
 #pragma unroll
       for (int i = 0; i < kLineTiles; ++i) {
-        mma_m16n8k8_tf32(sums[i][tile], a[i], {words[2], words[3]});
+        mma_m16n8k8_tf32(terms[i], a[i], {words[2], words[3]});
       }
 #pragma unroll
       for (int i = 0; i < kLineTiles; ++i) {
-        mma_m16n8k8_tf32(sums[i][tile], a[i], {words[0], words[1]});
+        mma_m16n8k8_tf32(terms[i], a[i], {words[0], words[1]});
       }
+#pragma unroll
+      for (int i = 0; i < kLineTiles * 4; ++i) sums[i / 4][tile][i % 4] += terms[i / 4][i % 4];
     }
   }
 

@@ -68,4 +68,36 @@ CASE(approximate_limits) {
   for (int i = 0; i < 6; ++i) expect(out[i] == wanted[i], "limit " + std::to_string(i));
 }
 
+constexpr int kProducts = 256;
+
+// Each product of a row and a column is 16 x 8 equal sums of 8 terms.
+__global__ void truncated(const float* a, const float* b, float* out) {
+  const int i = static_cast<int>(blockIdx.x), t = static_cast<int>(threadIdx.x) % 4;
+  const float *row = a + i * 8, *column = b + i * 8;
+  const uint32_t left[4] = {dalle::to_tf32(row[t]), dalle::to_tf32(row[t]),
+                            dalle::to_tf32(row[t + 4]), dalle::to_tf32(row[t + 4])};
+  const uint32_t right[2] = {dalle::to_tf32(column[t]), dalle::to_tf32(column[t + 4])};
+  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  dalle::mma_m16n8k8_tf32(sums, left, right);
+  if (threadIdx.x == 0) out[i] = sums[0];
+}
+// Positive terms, so that the power of two of a sum is at least that of each term: at most 10 cuts
+// of 2^-24 of it, and two to a float, all towards zero.
+CASE(approximate_tf32_sums) {
+  Buffer<float> a(kProducts * 8), b(kProducts * 8), out(kProducts);
+  const auto tf32 = [](float x) { return std::ldexp(std::floor(std::ldexp(x, 10)), -10); };
+  for (int i = 0; i < kProducts * 8; ++i) {
+    a[i] = tf32(1.0f + 0.99f * std::fabs(std::sin(1.7f * i)));
+    b[i] = tf32(1.0f + 0.99f * std::fabs(std::cos(2.3f * i)));
+  }
+  finish(launch(truncated, kProducts, 32, 0, nullptr, a.data(), b.data(), out.data()));
+  Range range;
+  for (int i = 0; i < kProducts; ++i) {
+    double exact = 0;
+    for (int k = 0; k < 8; ++k) exact += static_cast<double>(a[i * 8 + k]) * b[i * 8 + k];
+    range.add(out[i] - exact, std::ldexp(14.0, std::ilogb(exact) - 24));
+  }
+  expect(range.least >= -1 && range.most <= 0, "tf32 sums cut towards zero, within the bound");
+}
+
 }  // namespace approximate
