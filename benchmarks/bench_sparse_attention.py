@@ -7,6 +7,7 @@ pattern's block mask, for columns also on tokens in the order of the columns.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -27,6 +28,7 @@ MASK, CAUSAL = "torch SDPA, mask", "torch SDPA, causal"
 FLASH, CUDNN = "torch SDPA flash, causal", "torch SDPA cuDNN, causal"
 FLEX, FLEX_COLUMNS = "FlexAttention", "FlexAttention, column order"
 FLEX_FLASH = "FlexAttention, FLASH backend"  # where flash-attn-4 is installed
+TF32X3 = "ours, 3xTF32"  # fp32 on tensor cores, which a variable asks for
 DENSE = {CAUSAL: None, FLASH: SDPBackend.FLASH_ATTENTION, CUDNN: SDPBackend.CUDNN_ATTENTION}
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 KINDS = ("row", "column", "conv", "causal")
@@ -106,10 +108,24 @@ def column_block_mask(pattern: dalle_ext.AttentionPattern, device: str) -> Any:
     return create_block_mask(rule, None, None, size, size, device=device)
 
 
+def in_3xtf32(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with fp32 products of CUDA kernels on tensor cores."""
+
+    def inside(*inputs: Any) -> Any:
+        before = os.environ.get("DALLE_EXT_CUDA_FP32", "")
+        os.environ["DALLE_EXT_CUDA_FP32"] = "3xtf32"
+        try:
+            return call(*inputs)
+        finally:
+            os.environ["DALLE_EXT_CUDA_FP32"] = before
+
+    return inside
+
+
 @cache  # forward and backward share what was compiled
 def way(name: str, pattern: dalle_ext.AttentionPattern, device: str) -> Attention:
     """A function of q, k and v."""
-    if name == "ours":
+    if name in ("ours", TF32X3):
         return lambda q, k, v: dalle_ext.sparse_attention(q, k, v, pattern)
     if name == MASK:
         return lambda q, k, v: sdpa(q, k, v, attn_mask=mask_of(pattern, device))
@@ -175,19 +191,20 @@ def ready(size: Size, which: str, names: tuple[str, ...], device: str) -> Ready:
         def call(*leaves: Tensor) -> Tensor:
             if not size.packed:
                 return attend(*leaves)
-            if name == "ours":
+            if name in ("ours", TF32X3):
                 return dalle_ext.sparse_attention_qkvpacked(*leaves, pattern)
             return attend(*split(*leaves))
 
         leaves = [x.detach() for x in ([mine] if size.packed else split(mine))]
+        switched = in_3xtf32 if name == TF32X3 else lambda run: run
         if which == FORWARD:
-            forward = torch.no_grad()(call)
+            forward = switched(torch.no_grad()(call))
             return lambda: forward(*leaves)
         leaves = [x.requires_grad_() for x in leaves]
         if which == BOTH:
-            return lambda: torch.autograd.grad(call(*leaves), leaves, out_grad)
-        out = call(*leaves)
-        return lambda: torch.autograd.grad(out, leaves, out_grad, retain_graph=True)
+            return switched(lambda: torch.autograd.grad(call(*leaves), leaves, out_grad))
+        out = switched(call)(*leaves)
+        return switched(lambda: torch.autograd.grad(out, leaves, out_grad, retain_graph=True))
 
     def check(name: str, result: Any) -> Error:
         got = [result] if which == FORWARD else list(result)
@@ -246,7 +263,7 @@ def gpu_sizes() -> Iterator[Size]:
 
 def rivals_of(size: Size) -> dict[str, str]:
     """On a GPU: name -> when it is measured. FlexAttention, which is compiled, in bf16 alone."""
-    eager = (MASK, CAUSAL) if size.dtype == torch.float32 else (FLASH, CUDNN, MASK)
+    eager = (TF32X3, MASK, CAUSAL) if size.dtype == torch.float32 else (FLASH, CUDNN, MASK)
     flex = [FLEX, FLEX_FLASH] if size.dtype == torch.bfloat16 else []
     if flex and size.kind == "column":
         flex.append(FLEX_COLUMNS)

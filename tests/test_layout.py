@@ -50,7 +50,7 @@ LONGER = {  # files that are one topic and longer than their kind: lines, and wh
     "python/dalle/distributed/powersgd.py": 420,  # one algorithm, its agreement and its state
     "benchmarks/bench_decode_attention.py": 240,  # one step, and three rivals as they would do it
     "benchmarks/bench_sampling.py": 230,  # five comparisons, with the sampler of old as a rival
-    "benchmarks/bench_sparse_attention.py": 280,  # rivals, sizes, layouts and goals on CPU and GPU
+    "benchmarks/bench_sparse_attention.py": 300,  # rivals, sizes, layouts and goals on CPU and GPU
     "dalle_ext/reference/adam16.py": 110,  # one rule with its random words and roundings
 }
 HEAD_OF_TESTS = """# What each test file proves

@@ -2,7 +2,8 @@
 //
 // - fp16 and bf16 with an even D <= 128: tensor cores, D padded with zeros to 32, 64, 80, 96
 //   or 128.
-// - fp32 with D <= 128: plain products in tiles (sparse_attention_cuda_float.cuh).
+// - fp32 with D <= 128: tiles of 64 x 64 (sparse_attention_cuda_float.cuh), by plain products, or
+//   from D = 17 on, where DALLE_EXT_CUDA_FP32=3xtf32, by 3xTF32 on tensor cores.
 // - fp64, a larger or (16 bits) odd D, rows that begin between multiples of 4 bytes, offsets over
 //   8,096: the kernels of sparse_attention_cuda_exact.cuh.
 #pragma once

@@ -69,17 +69,25 @@ def attention(kind: str, heads: int, head: int) -> Iterator[Case]:
 
 
 def float_attention(kind: str, heads: int, head: int) -> Iterator[Case]:
-    """The three kernels on fp32, whole tiles of 64 x 64; reads of shared memory are not counted."""
+    """The three kernels on fp32, by plain products and by 3xTF32, whole tiles of 64 keys.
+
+    Plain: reads of shared memory are not counted. 3xTF32: m16n8k8 at the rate of m16n8k16 in 16
+    bits, half the products; three of them for scores (and dp), the cheapest loop, four for sums
+    over keys or queries, the other one.
+    """
     tensor, lse = heads * LENGTH * head * 4.0, heads * LENGTH * 8.0
     size = f"{kind}, {heads} heads, T {LENGTH}"
     ffma = heads * sum(visible_pairs(kind, 64, 64, 64)) * head / 32
-    for step, count, moved in (
-        ("forward", 2, 4 * tensor + lse),
-        ("backward_query", 3, 6 * tensor + 2 * lse),
-        ("backward_key", 4, 6 * tensor + 2 * lse),
+    hmma = heads * sum(visible_pairs(kind, 16, 64, 64)) * head / (16 * 8 * 8)
+    for step, scores, sums, moved in (
+        ("forward", 1, 1, 4 * tensor + lse),
+        ("backward_query", 2, 1, 6 * tensor + 2 * lse),
+        ("backward_key", 2, 2, 6 * tensor + 2 * lse),
     ):
-        name = f"sparse_attention_{step}_float_kernel<{head}>"
-        yield Case(name, size, moved, plain=count * ffma)
+        name = f"sparse_attention_{step}_float_kernel"
+        yield Case(f"{name}<PlainPart<{head}>", size, moved, plain=(scores + sums) * ffma)
+        full, masked = 3 * scores * hmma, 4 * sums * hmma
+        yield Case(f"{name}<Tf32Part<{head}>", size, moved, full, masked)
 
 
 def sparse_attention() -> Iterator[Case]:

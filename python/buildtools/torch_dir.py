@@ -18,7 +18,12 @@ from pathlib import Path
 
 MINIMUM = (2, 11)
 ARCHITECTURES = ("80", "90a")  # of the GPUs that a build holds machine code for
-KNOWN_VARIABLES = {"DALLE_EXT_CUDA", "DALLE_EXT_TORCH_DIR", "DALLE_EXT_CPU_ISA"}
+KNOWN_VARIABLES = {
+    "DALLE_EXT_CUDA",
+    "DALLE_EXT_TORCH_DIR",
+    "DALLE_EXT_CPU_ISA",
+    "DALLE_EXT_CUDA_FP32",
+}
 
 
 def check_variables() -> None:
