@@ -19,6 +19,7 @@ from dalle.data.augment import center_crop, to_tensor
 from dalle.data.images import png_text
 from dalle.pipeline import Pipeline
 from dalle.prior.sampling import SamplingConfig
+from dalle.prior.step import candidate_bytes
 from support.toy_pipeline import CAPTION, build
 
 WARM = SamplingConfig(temperature=3.0)
@@ -220,6 +221,21 @@ def test_what_does_not_fit_gets_one_line(home, tmp_path, capsys, monkeypatch, wo
     assert len([line for line in shown if "tokens" not in line or line == shown[-1]]) == 1
 
 
+def test_candidates_that_do_not_fit_the_memory(home, tmp_path, capsys, monkeypatch):
+    """So many as are weighted together; given rows alone are drawn in parts that fit."""
+    each = candidate_bytes(build().prior.config, guided=False)
+    for module in ("dalle.commands.fits", "dalle.memory", "dalle.prior.step"):
+        monkeypatch.setattr(f"{module}.free_memory", lambda *_: 200_000)
+    assert 1 <= 200_000 // each < 200
+    words = ["--num-candidates", 200, "--top", 1]
+    assert run(home, "--mask", home / "hole.png", *words, out=tmp_path / "a") == 4
+    line = capsys.readouterr().err.splitlines()[-1]
+    fits = 1 << (200_000 // each).bit_length() - 1
+    assert line.startswith("edit: memory must hold ") and " for 200 candidates at a time" in line
+    assert line.endswith(f"; --num-candidates {fits} would fit")
+    assert run(home, *words, out=tmp_path / "b") == 0
+
+
 def test_what_is_missing_gets_one_line(home, tmp_path, capsys):
     assert run(home, caption=None, out=tmp_path / "out") == 2
     assert "edit: caption must be given, got nothing" in capsys.readouterr().err
@@ -239,9 +255,9 @@ def test_boxes_may_stand_in_a_file(home, tmp_path):
     assert kept(tmp_path / "b") == ".### #### #### ####"
 
 
-@pytest.mark.parametrize("after", [3, 15])
-def test_control_c_writes_what_is_finished(home, tmp_path, capsys, monkeypatch, after):
-    """Of two groups the first is finished after 11 codes; the mask's first redrawn code is 5."""
+@pytest.mark.parametrize("after", [2, 3, 15])
+def test_control_c_writes_what_there_is(home, tmp_path, capsys, monkeypatch, after):
+    """The first redrawn code is 5: a row ends after 3 codes, the first of two groups after 11."""
     monkeypatch.setattr("dalle.editing.GROUP", 6)
     calls = []
 
@@ -259,9 +275,14 @@ def test_control_c_writes_what_is_finished(home, tmp_path, capsys, monkeypatch, 
     lines = capsys.readouterr().err.splitlines()
     found = list(tmp_path.rglob("*.png"))
     assert code == 6
-    if after == 3:
-        assert lines[-1] == "edit: stopped by SIGINT before the first candidate was finished"
+    if after == 2:
+        assert lines[-1] == "edit: stopped by SIGINT before the first row was finished"
         assert not found
-    else:
-        assert lines[-1].startswith("edit: stopped by SIGINT after 6 of 12 candidates; the best")
-        assert (tmp_path / "samples.json").exists() and len(found) >= 2
+        return
+    done = 6 if after == 15 else 0
+    assert lines[-1].startswith(f"edit: stopped by SIGINT after {done} of 12 candidates; what was")
+    (entry,) = json.loads((tmp_path / "samples.json").read_text())["records"]
+    assert (entry["finished"], entry["rows"]) == (done, 4 if done else 2) and len(found) >= 2
+    (single,) = tmp_path.glob("*/0.png")
+    text, pixels = png_text(single.read_bytes(), single, "dalle"), np.array(Image.open(single))
+    assert (text is None) == (pixels[8:] == 128).all() == (done == 0)

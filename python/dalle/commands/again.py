@@ -164,6 +164,7 @@ def prepare(owner: str, config: HasAgain, option: str, image: Path | None) -> Ag
         "top": 1,
         "seed": record_.seed,
         "precision": pipeline.prior.config.precision,
+        "weights": options.weights,
         "again": True,
         "records": [],
     }

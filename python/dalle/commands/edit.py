@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dalle import editing, files, masks, pictures
-from dalle.candidates import Finished
+from dalle.candidates import Finished, RowsFinished
 from dalle.captions import clean
 from dalle.commands import again
 from dalle.commands.drawn import (
@@ -29,7 +29,7 @@ from dalle.commands.drawn import (
     set_precision,
     slug,
 )
-from dalle.commands.fits import require_samples_fit
+from dalle.commands.fits import require_best_fit, require_group_fits
 from dalle.commands.picture_record import (
     Input,
     Options,
@@ -45,9 +45,10 @@ from dalle.devices import pick_device
 from dalle.errors import DataError, Interrupted, UsageError
 from dalle.files import to_json
 from dalle.options import REPEATED
-from dalle.pipeline import MAX_CANDIDATES, SEQUENCES, Generation
+from dalle.pipeline import MAX_CANDIDATES, Generation
 from dalle.prior.editing import GROUP
 from dalle.prior.sampling import SamplingChanges
+from dalle.prior.step import require_bf16
 from dalle.train.signals import signals
 
 
@@ -231,8 +232,13 @@ def edit(config: EditConfig) -> None:
     image = square(source, pipeline.image_size)
     keep = kept_pixels(config, source.shape[:2], pipeline.grid, pipeline.image_size)
     work = editing.checked(pipeline, image, caption, keep, config.paste)
-    at_once = GROUP if work.weighted else SEQUENCES
-    require_samples_fit("edit", pipeline, num_candidates, sampling.cond_scale != 1, at_once)
+    guided = sampling.cond_scale not in (0, 1)
+    if work.weighted:  # a group is drawn at a time
+        require_group_fits("edit", pipeline, num_candidates, GROUP, guided)
+    else:
+        require_best_fit("edit", pipeline, top, guided)
+    if config.weights == "bf16":
+        require_bf16(device)
     say(f"edit: {int((~work.keep).sum())} of {work.keep.numel()} tokens are redrawn")
     drawn_as = pipeline.tokenizer.shape(caption)
     if drawn_as != clean(caption):
@@ -254,8 +260,9 @@ def edit(config: EditConfig) -> None:
     }
     models = model_hashes(run["model"]["fingerprints"])
     set_precision(pipeline, config.precision, device)  # once the weights' fingerprints are taken
-    run["precision"] = pipeline.prior.config.precision
+    run |= {"precision": pipeline.prior.config.precision, "weights": config.weights}
     end: Finished | None = None
+    begun: RowsFinished | None = None
     with signals() as received, progress_shown("edit") as show:
         for event in editing.events(
             pipeline,
@@ -269,11 +276,14 @@ def edit(config: EditConfig) -> None:
             code_progress=show,
         ):
             end = event if isinstance(event, Finished) else end
+            begun = event if isinstance(event, RowsFinished) else begun
     assert end is not None
     generation = different(end.generation)
-    if len(generation.images) == 0:
-        raise Interrupted(f"edit: stopped by {received[0]} before the first candidate was finished")
-    if work.weighted:
+    if not end.drawn:  # stopped before a candidate was finished: the rows there are
+        if begun is None:
+            raise Interrupted(f"edit: stopped by {received[0]} before the first row was finished")
+        generation = pipeline.unfinished(begun, top)
+    if work.weighted and end.drawn:
         say(
             f"edit: candidates {end.drawn}, weighted by the kept tokens behind redrawn ones; "
             f"different ones that are kept: {len(generation.images)}"
@@ -299,8 +309,13 @@ def edit(config: EditConfig) -> None:
         ),
         model=models,
     )
-    singles = save_pictures(out, name, generation, config.scale, picture)
-    run["records"].append(record(caption, drawn_as, config.seed, generation, singles))
+    said = picture if end.drawn else None  # a picture that is not finished cannot be drawn again
+    singles = save_pictures(out, name, generation, config.scale, said)
+    entry = record(caption, drawn_as, config.seed, generation, singles)
+    if end.cancelled:
+        entry["finished"] = end.drawn
+        entry["rows"] = pipeline.grid[0] if end.drawn or begun is None else begun.rows
+    run["records"].append(entry)
     pictures.save_bytes(out / RECORD, to_json(run))
     pictures.save_bytes(out / PAGE, page(run))
     count = f"{len(singles)} picture{'s' * (len(singles) > 1)}"
@@ -308,7 +323,7 @@ def edit(config: EditConfig) -> None:
     if end.cancelled:
         raise Interrupted(
             f"edit: stopped by {received[0]} after {end.drawn} of {num_candidates} candidates; "
-            f"the best of them are in {out}"
+            f"what was drawn is in {out}"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dalle.memory import free_memory, require_memory
-from dalle.pipeline import SEQUENCES, Pipeline
+from dalle.pipeline import Pipeline
 from dalle.plan import memory
 from dalle.prior.config import PRESETS, PriorConfig
 from dalle.prior.step import candidate_bytes
@@ -81,27 +81,17 @@ def require_dvae_fits(
     )
 
 
-def require_samples_fit(
-    owner: str, pipeline: Pipeline, candidates: int, guided: bool, at_once: int = SEQUENCES
+def require_group_fits(
+    owner: str, pipeline: Pipeline, candidates: int, group: int, guided: bool
 ) -> None:
-    """Raises EnvironmentProblem where the candidates of one caption cannot fit on their device.
-
-    At most `at_once` of them are drawn at a time.
-    """
-    shape, side = pipeline.prior.config, pipeline.image_size
-    cache = memory(shape, 1, "fp32" if shape.precision == "fp32" else "bf16")["cache_per_image"]
-
-    def needed(count: int) -> float:
-        pictures = count * 2 * 4 * 3 * side**2  # the chunks and their concatenation
-        on_device = min(count, at_once) * cache * (2 if guided else 1)
-        return on_device + (pictures if pipeline.device.type == "cpu" else 0)
-
+    """Raises EnvironmentProblem where the candidates that are weighted together cannot fit."""
+    each, count = candidate_bytes(pipeline.prior.config, guided), min(candidates, group)
     free = free_memory(pipeline.device)
-    if free is not None and needed(candidates) > free:
-        fits = _max_fitting(candidates, lambda count: needed(count) <= free)
+    if free is not None and count * each > free:
+        fits = _max_fitting(count, lambda number: number * each <= free)
         advice = f"--num-candidates {fits} would fit" if fits else "take a smaller model"
-        description = f"{candidates} candidates of {side} pixels"
-        require_memory(owner, needed(candidates), description, advice, pipeline.device)
+        description = f"{count} candidates at a time"
+        require_memory(owner, count * each, description, advice, pipeline.device)
 
 
 def require_best_fit(owner: str, pipeline: Pipeline, top: int, guided: bool) -> None:
