@@ -29,7 +29,7 @@ from dalle.files import to_json, write_atomic
 from dalle.pretrained import FORMAT_VERSION, fingerprint, read_head
 from dalle.prior.decode import MAX_BATCH, Drawn, Progress, draw_parts
 from dalle.prior.model import Prior
-from dalle.prior.sampling import PAPER, SamplingChanges, SamplingConfig, first_numbers
+from dalle.prior.sampling import MAX_SEED, PAPER, SamplingChanges, SamplingConfig, first_numbers
 from dalle.prior.step import fitting
 from dalle.ranker.model import ContrastiveRanker, ImageTextRanker, load_ranker
 from dalle.tokenizer import Tokenizer
@@ -392,6 +392,9 @@ class Pipeline(Editing):
             )
         rows = prime_rows or self.grid[0] // 2
         first = first_numbers("pipeline", "first_candidate", first_candidate, len(captions))
+        if max(first, default=0) > MAX_SEED + 1 - num_candidates:  # numbers fit 64 bits with a sign
+            most = MAX_SEED + 1 - num_candidates
+            raise UsageError(f"pipeline: first_candidate must be at most {most}, got {max(first)}")
         steps = self._steps(
             self._encoded(captions),
             num_candidates,

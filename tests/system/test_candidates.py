@@ -116,6 +116,11 @@ def test_arguments_are_checked_before_the_first_event(pipeline):
         ({"max_batch": 0}, "generate: max_batch must be 1 or more, got 0"),
         ({"seed": -1}, "generate: seed must be 0 or more, got -1"),
         ({"first_candidate": [0, 1]}, "first_candidate must be one number or one for each of 1"),
+        (
+            {"first_candidate": 2**63 - 1, "num_candidates": 2},
+            "first_candidate must be at most 922",
+        ),
+        ({"weights": "int8"}, "Decoder: weights must be fp32 or bf16, got 'int8'"),
         ({"top": 9, "num_candidates": 8}, "top must be 1 to num_candidates = 8, got 9"),
     ):
         with pytest.raises(UsageError, match=line):

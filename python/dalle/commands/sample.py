@@ -45,7 +45,7 @@ from dalle.errors import DataError, Interrupted, UsageError
 from dalle.files import to_json
 from dalle.pipeline import MAX_CANDIDATES
 from dalle.prior.sampling import SamplingChanges
-from dalle.prior.step import require_bf16
+from dalle.prior.step import check_weights
 from dalle.train.signals import signals
 
 
@@ -158,8 +158,7 @@ def sample(config: SampleConfig) -> None:
         say(f"sample: of {num_candidates} candidates all are kept, not {config.top}")
     sampling = config.sampling.applied(pipeline.sampling)
     require_best_fit("sample", pipeline, top, sampling.cond_scale not in (0, 1))
-    if config.weights == "bf16":
-        require_bf16(device)
+    check_weights(config.weights, device)
     pictures.check_sheet("sample", top, pipeline.image_size, config.scale)
     prime, rows = None, config.prime_rows
     if config.prime_image is not None:

@@ -30,7 +30,7 @@ from dalle.prior.sampling import (
     first_numbers,
     uniform_noise,
 )
-from dalle.prior.step import ROWS, Step, SupportsDecoding, require_cache
+from dalle.prior.step import ROWS, Step, SupportsDecoding, check_weights, require_cache
 
 MAX_BATCH = 64  # images drawn at a time; more make a step hardly more efficient, and a larger cache
 Progress = Callable[[int, int], None]
@@ -236,6 +236,7 @@ def draw_parts(
     first = first_numbers("generate", "first_sample", first_sample, len(text))
     prime = text.new_empty(len(text), 0) if prime is None else prime
     check_prime(prior, prime, len(text))
+    check_weights(weights, prior.start_of_text.device)
     width = min(num_samples, max_batch)
     height = max(1, max_batch // width)
     parts = [

@@ -150,10 +150,17 @@ def require_cache(prior: SupportsDecoding, count: int, guided: bool) -> None:
         require_memory("generate", needed, f"{count} candidates at a time", advice, device)
 
 
-def require_bf16(device: torch.device) -> None:
-    """Raises EnvironmentProblem where bf16 weights would be no gain."""
+def check_weights(weights: str, device: torch.device) -> None:
+    """Raises unless `weights` is of `WEIGHTS` and, where it is bf16, a gain on `device`.
+
+    Raises:
+        UsageError: another word.
+        EnvironmentProblem: no bf16 dot products here.
+    """
+    if weights not in WEIGHTS:
+        raise UsageError(f"Decoder: weights must be {' or '.join(WEIGHTS)}, got {weights!r}")
     isa = dalle_ext.build_info()["cpu_isa"]
-    if device.type != "cpu" or isa != "v4_bf16":
+    if weights == "bf16" and (device.type != "cpu" or isa != "v4_bf16"):
         got = f"a CPU of level {isa}" if device.type == "cpu" else device
         raise EnvironmentProblem(
             f"Decoder: weights bf16 must have a CPU with bf16 dot products (avx512_bf16), got {got}"
@@ -187,16 +194,13 @@ class Step:
         weights: str = "fp32",
     ) -> None:
         c = prior.config
-        if weights not in WEIGHTS:
-            raise UsageError(f"Decoder: weights must be {' or '.join(WEIGHTS)}, got {weights!r}")
         self.batch, self.samples, self.dtype = batch, samples, c.compute_dtype
         # One row more than there are tokens: what stands before the first.
         start = prior.start_of_image.detach()[None]
         self.tokens = torch.cat([prior.image_widen(prior.image_embedding.weight), start])
         self.positions = prior.image_positions()
         device = self.tokens.device
-        if weights == "bf16":
-            require_bf16(device)
+        check_weights(weights, device)
         packed = device.type == "cpu" and not reference_in_use() and self.dtype != torch.float16
         matrix = torch.bfloat16 if weights == "bf16" else self.dtype
 
