@@ -177,12 +177,13 @@ def test_pasted_pixels_are_the_pictures_own(pipeline):
         ({"first_candidate": -1}, "first_candidate must be 0 or more"),
         ({"num_candidates": 0}, "num_candidates must be 1 or more"),
         ({"top": 9}, "top must be 1 to num_candidates = 8"),
+        ({"weights": "int1"}, "weights must be fp32 or bf16, got 'int1'"),
         ({"temperature": -1.0}, "temperature must be 0 or more"),
     ],
 )
 def test_refused_before_anything_is_drawn(pipeline, changes, message):
     options = {"image": IMAGE, "caption": CAPTION, "keep": HOLE, "num_candidates": 8, **changes}
-    with pytest.raises(UsageError, match=f"^(edit|pipeline|generate): {message}") as error:
+    with pytest.raises(UsageError, match=f"^(edit|pipeline|generate|Decoder): {message}") as error:
         pipeline.edit_stream(**options)
     assert "\n" not in str(error.value)
 

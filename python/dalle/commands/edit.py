@@ -48,7 +48,7 @@ from dalle.options import REPEATED
 from dalle.pipeline import MAX_CANDIDATES, Generation
 from dalle.prior.editing import GROUP
 from dalle.prior.sampling import SamplingChanges
-from dalle.prior.step import require_bf16
+from dalle.prior.step import check_weights
 from dalle.train.signals import signals
 
 
@@ -237,8 +237,7 @@ def edit(config: EditConfig) -> None:
         require_group_fits("edit", pipeline, num_candidates, GROUP, guided)
     else:
         require_best_fit("edit", pipeline, top, guided)
-    if config.weights == "bf16":
-        require_bf16(device)
+    check_weights(config.weights, device)
     say(f"edit: {int((~work.keep).sum())} of {work.keep.numel()} tokens are redrawn")
     drawn_as = pipeline.tokenizer.shape(caption)
     if drawn_as != clean(caption):

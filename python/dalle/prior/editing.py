@@ -29,7 +29,7 @@ from dalle.prior.sampling import (
     log_likelihood,
     uniform_noise,
 )
-from dalle.prior.step import SupportsDecoding
+from dalle.prior.step import SupportsDecoding, check_weights
 
 GROUP = 256  # candidates that are weighted against each other at most
 
@@ -101,6 +101,7 @@ def draw_edited(
     group = integer("edit", "group", group, 1)
     seed = integer("edit", "seed", seed, 0, MAX_SEED)
     first_sample = integer("edit", "first_sample", first_sample, 0, MAX_SEED)
+    check_weights(weights, prior.start_of_text.device)
     if keep.dtype != torch.bool or tuple(keep.shape) != (slots,):
         raise UsageError(f"edit: keep must be ({slots},) bool, got {tuple(keep.shape)}")
     if bool(keep.all()) or not bool(keep.any()):
