@@ -19,6 +19,7 @@ from dalle.dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dalle.pipeline import Pipeline
 from dalle.precision import ResblockScaler
 from dalle.prior.config import PriorConfig
+from dalle.prior.decode import Decoder
 from dalle.prior.model import Prior
 from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
@@ -59,6 +60,7 @@ def test_every_block_is_run_here():
         "docs/ops.md": 3,
         "docs/precision.md": 2,
         "docs/released_dvae.md": 1,
+        "docs/sampling.md": 2,
         "docs/training.md": 1,
     }
 
@@ -143,6 +145,18 @@ def test_editing(home, monkeypatch):
     image, kept = names["image"], names["keep"].repeat_interleave(8, 0).repeat_interleave(8, 1)
     check_best(names["edited"], 2)
     assert torch.equal(names["edited"].images[0][:, kept], image[:, kept])
+
+
+def test_sampling(home, monkeypatch):
+    monkeypatch.chdir(home)
+    names = run("docs/sampling.md", 0)
+    check_best(names["best"], 8)
+    assert torch.equal(names["event"].generation.images, names["best"].images)
+    index = torch.arange(64).flip(0)[None]
+    given = {"prior": names["pipeline"].prior, "text": torch.zeros(1, 7, dtype=torch.int64)}
+    given |= {"prime": torch.zeros(1, 3, dtype=torch.int64), "slot": 3, "index": index}
+    given |= {"previous": torch.zeros(1, 64, dtype=torch.int64), "Decoder": Decoder}
+    assert run("docs/sampling.md", 1, given)["logits"].shape == (1, 64, 16)
 
 
 def test_precision_hooks():
