@@ -111,7 +111,11 @@ def kept_tokens(keep: Any, grid: tuple[int, int], side: int) -> tuple[Tensor, Te
     """
     if not isinstance(keep, Tensor | np.ndarray):
         raise UsageError(f"edit: keep must be a tensor of bool, got {type(keep).__name__}")
-    mask = torch.as_tensor(keep).detach().cpu() if keep.dtype in (torch.bool, np.bool_) else None
+    mask = (
+        torch.as_tensor(keep, dtype=torch.bool, device="cpu").detach()
+        if keep.dtype in (torch.bool, np.bool_)
+        else None
+    )
     if mask is None:
         raise UsageError(f"edit: keep must be a tensor of bool, got {keep.dtype}")
     if tuple(mask.shape) not in (grid, (side, side)):

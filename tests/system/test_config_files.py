@@ -180,7 +180,7 @@ def test_arguments_without_a_name_may_stand_in_a_file(tmp_path, monkeypatch, cap
 REQUIRED = {  # options without a default
     "data": "emoji", "folder": "DIR", "image-size": "32", "tokenizer": "t", "vae": "v",
     "prior": "p", "out": "o", "steps": "9", "images": "i", "run": "r", "encoder": "e",
-    "decoder": "d", "image": "p.png",
+    "decoder": "d", "image": "p.png", "real": "x", "fake": "y", "model": "m",
 }  # fmt: skip
 
 

@@ -66,7 +66,7 @@ class DedupConfig:
             got = "none" if self.ranker is None else f"--by {self.by}"
             raise UsageError(f"{OWNER}: ranker must be given with --by features, got {got}")
         near_hashes(np.empty(0, np.uint64), self.distance)
-        near_features(torch.empty(0, 1), self.cosine)
+        near_features(torch.empty(0, 1, dtype=torch.float32, device="cpu"), self.cosine)
 
 
 def dedup(config: DedupConfig) -> None:

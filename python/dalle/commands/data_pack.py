@@ -27,6 +27,7 @@ from dalle.errors import DataError, UsageError
 from dalle.files import (
     make_folder,
     read_object,
+    regular_opener,
     saving,
     sync_folder,
     temporary_name,
@@ -159,7 +160,7 @@ def _write(
     with saving(OWNER, path):
         try:
             with (
-                open(temporary, "wb") as file,
+                open(temporary, "wb", opener=regular_opener) as file,
                 tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
             ):
                 for item in items:

@@ -33,7 +33,7 @@ from dalle.data.pairs import LazyCaptions, Pairs
 from dalle.data.source import Source
 from dalle.data.split import Subset
 from dalle.errors import DataError, UsageError
-from dalle.files import check_regular, read_object, sha256
+from dalle.files import check_regular, read_object, regular_opener, sha256
 
 HEAD_FILE = "codes.json"
 FORMAT_VERSION = 1
@@ -282,7 +282,7 @@ def _map(
         "text": (np.dtype("u1"), (-1,)),
         "hold": (np.dtype("<u8"), (record.items,)),
     }
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular_opener) as file:
         size = int.from_bytes(file.read(8), "little")
         text = file.read(min(size, MAX_HEADER_BYTES))
     arrays = {}

@@ -17,7 +17,7 @@ import numpy as np
 from dalle.data.pairs import LazyCaptions, Pairs, captions_of, fingerprints
 from dalle.data.split import Subset
 from dalle.errors import DataError
-from dalle.files import check_regular, read_object, saving, to_json, write_atomic
+from dalle.files import read_bytes, read_object, saving, to_json, write_atomic
 
 HEAD_FILE, ITEMS_FILE = "keep.json", "keep.bin"
 FORMAT_VERSION = 1
@@ -133,8 +133,7 @@ def read_kept(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
             f"data: {path}: format_version must be {FORMAT_VERSION}, got {head['format_version']}"
         )
     try:
-        check_regular(folder / ITEMS_FILE)
-        content = (folder / ITEMS_FILE).read_bytes()
+        content = read_bytes(folder / ITEMS_FILE, int(head["kept"]) * ROWS.itemsize)
     except OSError as problem:
         raise DataError(
             f"data: {folder / ITEMS_FILE} must be readable, got: {problem.strerror}"

@@ -168,9 +168,9 @@ class InceptionTorchvision(_Inception):
     @torch.no_grad()
     def features(self, images: Sequence[np.ndarray]) -> Tensor:
         parts = []
-        form: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-        scale = torch.tensor([0.229, 0.224, 0.225], **form).view(3, 1, 1) / 0.5
-        shift = (torch.tensor([0.485, 0.456, 0.406], **form).view(3, 1, 1) - 0.5) / 0.5
+        deviation = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float32, device="cpu")
+        mean = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float32, device="cpu")
+        scale, shift = deviation.view(3, 1, 1) / 0.5, (mean.view(3, 1, 1) - 0.5) / 0.5
         for start in range(0, len(images), BATCH):
             part = [
                 np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR))

@@ -254,7 +254,10 @@ class ResblockScaler:
         """
         if self._report is None or not self._report.ready():
             return
-        values = {name: torch.as_tensor(value) for name, value in self._report.read().items()}
+        values = {
+            name: torch.as_tensor(value, dtype=torch.float64, device="cpu")
+            for name, value in self._report.read().items()
+        }
         self._report = None
         updates, entered = int(values["updates"]), values["entered"]
         if updates == REPORT_EVERY:

@@ -10,6 +10,8 @@ Letters: B captions, S samples (candidates) of each, which are weighted against 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -94,6 +96,6 @@ class Weights:
         self.resampled += int(poor.sum())
         own = torch.arange(samples, dtype=torch.int64, device=self.log.device)
         index = torch.where(poor[:, None], systematic(self.log, self.noise[:, slot]), own)
-        mean = self.log.logsumexp(-1, keepdim=True) - torch.tensor(samples).log()
+        mean = self.log.logsumexp(-1, keepdim=True) - math.log(samples)
         self.log = torch.where(poor[:, None], mean, self.log)
         return index

@@ -443,7 +443,7 @@ class DvaeTask:
 
     def _count(self, codes: HostCopy, step: int) -> dict[str, float]:
         """Counts this batch's codes, without the noise, which would hide a collapse; the health."""
-        index = torch.as_tensor(codes.read()["codes"]).flatten().long()
+        index = torch.as_tensor(codes.read()["codes"], dtype=torch.int64, device="cpu").flatten()
         counts = torch.bincount(index, minlength=len(self.counts))
         counts = self.world.sum(counts).long()
         self.counts += counts

@@ -176,7 +176,8 @@ def _queue(
         if values["elsewhere"]:
             line = f"{task.name}: gradients of no block must be finite, got nonfinite values"
             reads.explain(step, NumericalError(f"{line} at step {step}"))
-        _raise_stuck(task, step, scaler, scaler.stuck(torch.as_tensor(values["stuck"])))
+        stuck = torch.as_tensor(values["stuck"], dtype=torch.int64, device="cpu")
+        _raise_stuck(task, step, scaler, scaler.stuck(stuck))
         return False
 
     reads.queue(step, {**verdict, "norm": norm}, judge, task.average)
