@@ -184,6 +184,21 @@ def test_equal_and_similar_pictures_are_kept_once(home, tmp_path, capsys):
     assert len(load_pairs(str(tmp_path / "both"), image_size=0)) == 4
 
 
+def test_equal_shapes_of_other_colours_are_not_alike(home, tmp_path, capsys):
+    data = str(tmp_path / "set")
+    (tmp_path / "set").mkdir()
+    for i, colour in enumerate(["red", "blue", "green", "#f80000"]):
+        image = Image.new("RGB", (32, 32), "white")
+        image.paste(colour, (8, 8, 24, 24))
+        write(tmp_path / "set", i, f"a {colour} square", image)
+    dedup(DedupConfig(data=data, out=tmp_path / "out"))
+    assert load_pairs(str(tmp_path / "out"), image_size=0).items == [0, 1, 2]
+    dedup(DedupConfig(data=data, out=tmp_path / "shapes", colour=255))
+    assert load_pairs(str(tmp_path / "shapes"), image_size=0).items == [0]
+    dedup(DedupConfig(data=data, out=tmp_path / "strict", colour=0))
+    assert len(load_pairs(str(tmp_path / "strict"), image_size=0)) == 4
+
+
 def test_near_hashes_and_features_are_those_of_brute_force():
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**64, 300, np.uint64, endpoint=False)
@@ -208,6 +223,7 @@ def test_near_hashes_and_features_are_those_of_brute_force():
     ("changes", "line"),
     [
         ({"distance": 16}, "distance must be 0 .. 15 bits, got 16"),
+        ({"colour": 256}, "colour must be 0 .. 255, got 256"),
         ({"cosine": 0.0}, "cosine must be above 0 and at most 1, got 0.0"),
         ({"by": "features"}, "ranker must be given with --by features, got none"),
     ],

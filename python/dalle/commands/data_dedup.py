@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dalle.commands import presets
 from dalle.commands.data_filter import PAGE, begin_folder, thumbnail
 from dalle.console import is_main_process
+from dalle.data import alike
 from dalle.data.alike import difference_hash, equal, groups_of, near_features, near_hashes
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.codes import require_pictures
@@ -44,6 +45,8 @@ class DedupConfig:
         by: exact takes equal files only; hash also those whose perceptual hashes differ in few
             bits; features also those whose features by a ranker are near.
         distance: bits of 64 in which perceptual hashes may differ.
+        colour: of 255, how much the mean colour of each of 8 x 8 cells may differ where hashes are
+            near, which see brightness only; 255 compares no colours.
         ranker: model folder of `dalle ranker train`, for features.
         cosine: of features from which on pictures are alike.
         image_size: side in pixels of shapes and emoji.
@@ -55,6 +58,7 @@ class DedupConfig:
     out: Path
     by: Literal["exact", "hash", "features"] = "hash"
     distance: int = 4
+    colour: int = 24
     ranker: Path | None = None
     cosine: float = 0.97
     image_size: int = 0
@@ -65,7 +69,7 @@ class DedupConfig:
         if (self.by == "features") != (self.ranker is not None):
             got = "none" if self.ranker is None else f"--by {self.by}"
             raise UsageError(f"{OWNER}: ranker must be given with --by features, got {got}")
-        near_hashes(np.empty(0, np.uint64), self.distance)
+        near_hashes(np.empty(0, np.uint64), self.distance, colour=self.colour)
         near_features(torch.empty(0, 1, dtype=torch.float32, device="cpu"), self.cosine)
 
 
@@ -75,15 +79,20 @@ def dedup(config: DedupConfig) -> None:
     require_pictures(OWNER, pairs)
     begin_folder(OWNER, config.out)
     same = equal(list(picture_hashes(pairs)))
-    alike = [] if config.by == "exact" else _alike(config, pairs)
-    groups = groups_of(len(pairs), [*same, *alike])
+    near = [] if config.by == "exact" else _alike(config, pairs)
+    groups = groups_of(len(pairs), [*same, *near])
     dropped = {item for members in groups for item in members[1:]}
     copies = {item for _, item in same}
     counts = Counter("same file" if item in copies else "alike" for item in dropped)
     items = [item for item in range(len(pairs)) if item not in dropped]
     rows = np.array([(item, ALL) for item in items], ROWS)
     source = {"data": absolute(config.data), "image_size": config.image_size, "seed": config.seed}
-    rule = {"dedup": config.by, "distance": config.distance, "cosine": config.cosine}
+    rule = {
+        "dedup": config.by,
+        "distance": config.distance,
+        "colour": config.colour,
+        "cosine": config.cosine,
+    }
     write_kept(OWNER, config.out, source, rule, rows, pairs, counts)
     words = f"{len(items):,} of {len(pairs):,} pairs are kept"
     _write_report(config.out, pairs, words, groups)
@@ -99,7 +108,7 @@ def _alike(config: DedupConfig, pairs: Pairs) -> list[tuple[int, int]]:
     if config.ranker is not None:
         device = pick_device(config.device)
         model = ContrastiveRanker.from_pretrained(config.ranker).to(device)
-    known, values = list[int](), list[int]()
+    known, values, colours = list[int](), list[int](), list[np.ndarray]()
     crops: list[np.ndarray] = []
     features: list[torch.Tensor] = []
 
@@ -120,10 +129,12 @@ def _alike(config: DedupConfig, pairs: Pairs) -> list[tuple[int, int]]:
             continue  # a training leaves it out
         known.append(item)
         values.append(difference_hash(image))
+        colours.append(alike.thumbnail(image))
         if len(crops) == 256:
             encode()
     encode()
-    found = near_hashes(np.array(values, np.uint64), config.distance)
+    small = np.stack(colours) if colours else None
+    found = near_hashes(np.array(values, np.uint64), config.distance, small, config.colour)
     if features:
         found += near_features(torch.cat(features), config.cosine)
     return [(known[a], known[b]) for a, b in found]

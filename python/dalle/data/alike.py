@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -30,8 +30,24 @@ def difference_hash(image: np.ndarray) -> int:
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def near_hashes(hashes: np.ndarray, distance: int) -> list[tuple[int, int]]:
-    """All pairs (i, j), i < j, whose hashes differ in at most `distance` bits.
+def thumbnail(image: np.ndarray) -> np.ndarray:
+    """The mean colours of 8 x 8 cells, (192,) uint8: what `difference_hash` does not see.
+
+    Args:
+        image: (H, W, 3) uint8.
+    """
+    small = Image.fromarray(image).resize((8, 8), Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.uint8).flatten()
+
+
+def near_hashes(
+    hashes: np.ndarray,
+    distance: int,
+    thumbnails: np.ndarray | None = None,
+    colour: int = 255,
+) -> list[tuple[int, int]]:
+    """All pairs (i, j), i < j, whose hashes differ in at most `distance` bits, and the mean
+    colour of each of 8 x 8 cells in at most `colour`.
 
     Hashes that differ in so few bits agree in one of `distance` + 1 bands of bits, so only those
     in one bucket are compared.
@@ -39,12 +55,17 @@ def near_hashes(hashes: np.ndarray, distance: int) -> list[tuple[int, int]]:
     Args:
         hashes: (n,) uint64.
         distance: 0 .. 15.
+        thumbnails: (n, 192) uint8 of `thumbnail`; left out, colours are not compared.
+        colour: 0 .. 255, the absolute difference of a cell, the mean of red, green and blue. The
+            mean over all cells would let a small object have another colour (docs/log.md).
 
     Raises:
-        UsageError: a distance out of range.
+        UsageError: a distance or a colour out of range.
     """
     if not 0 <= distance <= 15:
         raise UsageError(f"data dedup: distance must be 0 .. 15 bits, got {distance}")
+    if not 0 <= colour <= 255:
+        raise UsageError(f"data dedup: colour must be 0 .. 255, got {colour}")
     found: set[tuple[int, int]] = set()
     if not len(hashes):
         return []
@@ -57,18 +78,32 @@ def near_hashes(hashes: np.ndarray, distance: int) -> list[tuple[int, int]]:
         starts = np.flatnonzero(np.concatenate([[True], changes]))
         for first, last in zip(starts, [*starts[1:], len(order)], strict=True):
             if last - first > 1:
-                found.update(_near_in(hashes, order[first:last], distance))
+                for pairs in _near_in(hashes, order[first:last], distance):
+                    found.update(_of_one_colour(pairs, thumbnails, colour))
     return sorted(found)
 
 
-def _near_in(hashes: np.ndarray, bucket: np.ndarray, distance: int) -> Iterable[tuple[int, int]]:
+def _of_one_colour(
+    pairs: np.ndarray, thumbnails: np.ndarray | None, colour: int
+) -> Iterator[tuple[int, int]]:
+    """Those of (m, 2) pairs whose thumbnails differ in at most `colour` in every cell."""
+    for begin in range(0, len(pairs), CHUNK):
+        part = pairs[begin : begin + CHUNK]
+        if thumbnails is not None and colour < 255:
+            left, right = (thumbnails[part[:, k]].astype(np.int16) for k in (0, 1))
+            cells = np.abs(left - right).reshape(len(part), -1, 3).mean(2)
+            part = part[cells.max(1) <= colour]
+        yield from ((int(i), int(j)) for i, j in part)
+
+
+def _near_in(hashes: np.ndarray, bucket: np.ndarray, distance: int) -> Iterator[np.ndarray]:
+    """(m, 2) pairs of items of a bucket, the lower first, that are near."""
     for begin in range(0, len(bucket), CHUNK):
         rows = bucket[begin : begin + CHUNK]
         differ = np.bitwise_count(hashes[rows][:, None] ^ hashes[bucket][None])
         left, right = np.nonzero(differ <= distance)
-        for a, b in zip(rows[left].tolist(), bucket[right].tolist(), strict=True):
-            if a < b:
-                yield a, b
+        pairs = np.stack([rows[left], bucket[right]], 1)
+        yield pairs[pairs[:, 0] < pairs[:, 1]]
 
 
 def near_features(features: Tensor, cosine: float) -> list[tuple[int, int]]:

@@ -254,11 +254,9 @@ class ResblockScaler:
         """
         if self._report is None or not self._report.ready():
             return
-        values = {
-            name: torch.as_tensor(value, dtype=torch.float64, device="cpu")
-            for name, value in self._report.read().items()
-        }
-        self._report = None
+        read, self._report = self._report.read(), None
+        dtype = torch.float64
+        values = {k: torch.as_tensor(v, dtype=dtype, device="cpu") for k, v in read.items()}
         updates, entered = int(values["updates"]), values["entered"]
         if updates == REPORT_EVERY:
             high = (2 * entered[:, 0] > entered[:, len(COUNTS)]).nonzero()[:, 0].tolist()
