@@ -22,7 +22,10 @@ from dalle.errors import DalleError, EnvironmentProblem, UsageError
 from dalle.version import __version__
 
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
-    ("data", "check"): ("dalle.commands.data:check", "what a folder of pairs holds and lacks"),
+    ("data", "check"): (
+        "dalle.commands.data_check:check",
+        "what a set holds and lacks",
+    ),
     ("data", "encode"): ("dalle.commands.encode:encode", "image tokens and captions on the disk"),
     ("data", "filter"): ("dalle.commands.data_filter:filter_pairs", "keep what the paper would"),
     ("data", "dedup"): ("dalle.commands.data_dedup:dedup", "keep one of pictures that are alike"),

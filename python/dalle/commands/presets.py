@@ -104,7 +104,13 @@ def one_process_only(recipe: str, processes: int) -> dict[str, Any]:
 
 
 def open_pairs(
-    data: str, image_size: int, preset_size: int, seed: int, captions: CaptionChoice = "draw"
+    data: str,
+    image_size: int,
+    preset_size: int,
+    seed: int,
+    captions: CaptionChoice = "draw",
+    *,
+    report: bool = True,
 ) -> Pairs:
     """The data set; a built-in one at the size asked for, or about the preset's.
 
@@ -114,11 +120,12 @@ def open_pairs(
         preset_size: the preset's.
         seed: of a set that is drawn.
         captions: which of a picture's captions are trained on.
+        report: whether a line says what was left out.
     """
     size = image_size or preset_size
     if has_built_in(data) and not image_size:
         size = drawn_size(size)
-    return load_pairs(data, image_size=size, seed=seed, captions=captions)
+    return load_pairs(data, image_size=size, seed=seed, captions=captions, report=report)
 
 
 def sides(pairs: Pairs) -> list[int]:

@@ -261,6 +261,30 @@ def records_of(head: Mapping[str, Any], folder: Path) -> list[ShardRecord]:
         ) from problem
 
 
+def problems_of(folder: Path) -> list[str]:
+    """A line for each shard of a store that is damaged: its bytes, its checksum, its arrays.
+
+    Raises:
+        DataError: codes.json is damaged.
+    """
+    head, lines = read_head(folder), []
+    grid = int(head["grid"][0]), int(head["grid"][1])
+    for record in records_of(head, folder):
+        path = folder / record.name
+        try:
+            _check_size(path, record)
+            if sha256(path) != record.sha256:
+                lines.append(f"{path}: another SHA-256 than {HEAD_FILE} says")
+                continue
+            codes = _map(path, record, int(head["crops"]), grid)["codes"]
+        except (DataError, OSError) as problem:
+            lines.append(str(problem))
+            continue
+        if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) < int(head["num_codes"]):
+            lines.append(f"{path}: codes must be 0 .. {int(head['num_codes']) - 1}")
+    return lines
+
+
 def _check_size(path: Path, record: ShardRecord) -> None:
     try:
         check_regular(path)

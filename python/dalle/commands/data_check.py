@@ -1,0 +1,276 @@
+"""`dalle data check`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from dalle.commands import presets
+from dalle.commands.data import contact_sheet
+from dalle.console import is_main_process, printable
+from dalle.data.codes import CodePairs, problems_of, stores_of
+from dalle.data.folder import FolderPairs
+from dalle.data.images import open_checked
+from dalle.data.mixture import file_of
+from dalle.data.pairs import Pairs, captions_of, describe_pairs, input_files
+from dalle.data.sources import is_picture_folder
+from dalle.errors import DataError, UsageError
+from dalle.files import check_not_input, check_targets, make_folder, to_json
+from dalle.pictures import save_bytes, save_png
+from dalle.prior.config import PRESETS
+from dalle.tokenizer import Tokenizer, lower
+from dalle.train.prior_recipe import PriorTrainConfig
+
+OWNER = "data check"
+RESULT = "check.json"
+MAX_PROBLEMS = 100  # lines that are kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Reads a set from its first to its last picture, and says what training would find, leave out
+    or cut. Of a code store it compares every shard with its checksum.
+
+    Attributes:
+        data: whatever a training takes: shapes, emoji, a folder of pictures with captions, of tar
+            shards, a table, a filtered set, a code store.
+        out: folder for check.json with the numbers; none is written if left out.
+        verify: full decodes every picture, header only opens it; none trusts the suffixes of a
+            folder.
+        contact: where to write a contact sheet of the first pictures (PNG).
+        show: how many problems of a kind to print.
+        image_size: side in pixels that is to be trained with; says what is smaller. Of shapes and
+            emoji, the side.
+        tokenizer: folder of `dalle tokenizer train` (run/tokenizer); says which captions are
+            longer than the prior.
+        text_len: text positions of that prior; 0 stands for those of each preset.
+        seed: which pictures of shapes.
+    """
+
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {"folder": "data"}
+
+    data: str
+    out: Path | None = None
+    image_size: int = 0
+    tokenizer: Path | None = None
+    text_len: int = 0
+    verify: Literal["full", "header", "none"] = "full"
+    contact: Path | None = None
+    show: int = 10
+    seed: int = 0
+
+
+@dataclass
+class _Found:
+    """What a set holds.
+
+    Attributes:
+        sizes: item -> (width, height).
+        formats: format -> pictures.
+        captions: of all items, in their order.
+        several: items with more than one caption.
+        left_out: reason -> what is left out.
+        problems: lines on the first of it.
+    """
+
+    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    formats: Counter[str] = field(default_factory=Counter)
+    captions: list[str] = field(default_factory=list)
+    several: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+
+def check(config: CheckConfig) -> None:
+    """Counts pairs, sizes, caption lengths, and what is left out or cut, and why.
+
+    Raises:
+        DataError: nothing in the set can be used, or a shard of codes is damaged.
+    """
+    for name in ("image_size", "show", "text_len", "seed"):
+        if getattr(config, name) < 0:
+            value = getattr(config, name)
+            raise UsageError(f"{OWNER}: {name} must be 0 or more, got {value}")
+    if config.contact is not None:
+        check_targets(OWNER, config.contact)
+    tokenizer = None if config.tokenizer is None else Tokenizer.from_pretrained(config.tokenizer)
+    if config.text_len == 1:
+        raise UsageError(f"{OWNER}: text_len must be 0, or at least 2, got 1")
+    plain = is_picture_folder(config.data)
+    pairs = (
+        FolderPairs(Path(config.data), verify=config.verify)
+        if plain
+        else presets.open_pairs(config.data, config.image_size, 64, config.seed, report=False)
+    )
+    stores = stores_of(pairs)
+    if config.contact is not None:
+        if stores:
+            raise UsageError(f"{OWNER}: contact must be left out for codes, got {config.contact}")
+        check_not_input(OWNER, config.contact, input_files(pairs))
+    if config.out is not None:
+        make_folder(config.out, OWNER)
+        check_targets(OWNER, config.out / RESULT)
+    # Those of a folder were decoded when it was opened.
+    found = _look(pairs, decoding=config.verify == "full" and not plain, pictures=not stores)
+    print(f"{config.data}: {len(pairs)} pairs")
+    damaged = _report_codes(stores, found)
+    _report(pairs, found, config.show)
+    if config.image_size and not stores:
+        _report_too_small(pairs, found.sizes, config)
+    if tokenizer is not None and found.captions:
+        _report_too_long(found.captions, tokenizer, config.text_len)
+    if config.contact is not None:
+        print(f"contact sheet: {save_png(config.contact, contact_sheet(pairs, 64, 96))}")
+    if config.out is not None:
+        result = _numbers(pairs, found, damaged)
+        print(f"numbers: {save_bytes(config.out / RESULT, to_json(result))}")
+    if damaged:
+        raise DataError(
+            f"{OWNER}: the shards of {config.data} must be as codes.json says, got {damaged} "
+            "damaged; remove them, and `dalle data encode` makes them anew"
+        )
+    if not found.captions or not (found.sizes or stores):
+        raise DataError(f"{OWNER}: {config.data} must hold a usable pair, got none")
+
+
+def _look(pairs: Pairs, *, decoding: bool, pictures: bool) -> _Found:
+    """Reads every item of a set once."""
+    found = _Found(left_out=Counter(pairs.skipped))
+    found.problems = list(islice(getattr(pairs, "problems", ()), MAX_PROBLEMS))
+    progress = tqdm(range(len(pairs)), OWNER, unit=" pairs", disable=not is_main_process())
+    for item in progress if decoding else range(len(pairs)):
+        try:
+            captions = captions_of(pairs, item)
+            if pictures:
+                content, where = file_of(pairs, item)
+                picture = open_checked(content, where)
+                if decoding:
+                    pairs.load(item)
+                found.sizes[item] = picture.size
+                found.formats[str(picture.format)] += 1
+        except DataError as problem:
+            found.left_out[getattr(problem, "reason", "cannot be read")] += 1
+            if len(found.problems) < MAX_PROBLEMS:
+                found.problems.append(str(problem))
+            continue
+        found.captions += captions
+        found.several += len(captions) > 1
+    return found
+
+
+def _report_codes(stores: Sequence[CodePairs], found: _Found) -> int:
+    """Reports each store, its damaged shards by name, and returns how many these are."""
+    damaged = 0
+    for store in stores:
+        lines = problems_of(store.folder)
+        shards, size = len(store.shards), sum(record.bytes for record in store.shards)
+        print(
+            f"codes: {store.grid[0]} x {store.grid[1]} of {store.num_codes:,}, {store.crops} of "
+            f"each picture, dVAE {store.vae}"
+        )
+        print(f"shards: {shards}, {size:,} bytes; {shards - len(lines)} have their checksum")
+        found.problems[:0] = lines
+        damaged += len(lines)
+    return damaged
+
+
+def _report(pairs: Pairs, found: _Found, show: int) -> None:
+    if found.formats:
+        print("formats: " + ", ".join(f"{name} {n}" for name, n in found.formats.most_common()))
+    if found.sizes:
+        print(_range_text("width", (width for width, _ in found.sizes.values())) + " pixels")
+        print(_range_text("height", (height for _, height in found.sizes.values())) + " pixels")
+    if found.captions:
+        print(_range_text("caption", (len(text.split()) for text in found.captions)) + " words")
+        print(f"different captions: {len(set(found.captions))}")
+    if found.several:
+        print(
+            f"files of several captions: {found.several}, {len(found.captions)} captions in all;"
+            " training draws one of a picture's each time"
+        )
+    print(f"left out: {found.left_out.total()}")
+    for reason, count in found.left_out.most_common():
+        print(f"  {count} x {reason}")
+    _show(found.problems, show)
+
+
+def _numbers(pairs: Pairs, found: _Found, damaged: int) -> dict[str, Any]:
+    """What check.json holds."""
+    result: dict[str, Any] = {
+        "pairs": len(pairs),
+        "usable": len(pairs) - (found.left_out - Counter(pairs.skipped)).total(),
+        "captions": len(found.captions),
+        "different_captions": len(set(found.captions)),
+        "several": found.several,
+        "formats": dict(found.formats),
+        "left_out": dict(found.left_out),
+        "damaged_shards": damaged,
+        "problems": found.problems,
+    }
+    if not damaged:
+        result["data"] = describe_pairs(pairs)
+    return result
+
+
+def _range_text(label: str, values: Iterable[int]) -> str:
+    low, middle, high = (int(v) for v in np.quantile([*values], [0, 0.5, 1]))
+    return f"{label}: {low} to {high}, median {middle}"
+
+
+def _show(lines: Sequence[str], limit: int) -> None:
+    for line in lines[:limit]:
+        print(f"  {printable(line)}")
+    if 0 < limit < len(lines):
+        print(f"  ... and {len(lines) - limit} more")
+
+
+def _report_too_small(pairs: Pairs, sizes: dict[int, tuple[int, int]], config: CheckConfig) -> None:
+    """Reports the pictures that the paper's crops refuse."""
+    side = config.image_size
+    small = [(item, size) for item, size in sizes.items() if min(size) < side]
+    note = "`dalle dvae train` and `prior train` leave them out; the ranker and augment none do not"
+    print(
+        f"smaller than {side} pixels: {len(small)} of {len(sizes)} pictures"
+        + (f" ({note})" if small else "")
+    )
+    shown = small[: config.show + 1] if config.show else []
+    lines = [f"{file_of(pairs, item)[1]}: {w} x {h}" for item, (w, h) in shown]
+    _show(lines[: config.show], config.show)
+    if 0 < config.show < len(small):
+        print(f"  ... and {len(small) - config.show} more")
+
+
+def _report_too_long(captions: list[str], tokenizer: Tokenizer, text_len: int) -> None:
+    """Reports how many captions are cut, without and with the BPE dropout of training."""
+    presets_by_len: dict[int, list[str]] = {}
+    for name, preset in PRESETS.items():
+        presets_by_len.setdefault(text_len or preset.text_len, []).append(name)
+    lengths = [_lengths(captions, tokenizer, p) for p in (0.0, PriorTrainConfig().bpe_dropout)]
+    print(_range_text("tokens", lengths[0]) + " a caption")
+    for slots, names in presets_by_len.items():
+        cut, cut_with_dropout = (sum(length > slots - 1 for length in part) for part in lengths)
+        label = "this prior" if text_len else f"presets {', '.join(names)}"
+        print(
+            f"cut at {slots - 1} tokens ({label}): {cut} of {len(captions)} captions, "
+            f"{cut_with_dropout} with the BPE dropout of training"
+        )
+
+
+def _lengths(captions: list[str], tokenizer: Tokenizer, dropout: float) -> list[int]:
+    """Tokens of each caption, uncut. In parts, since each is padded to its longest caption."""
+    lengths: list[int] = []
+    for begin in range(0, len(captions), 64):
+        part = captions[begin : begin + 64]
+        width = max(len(lower(caption).encode()) for caption in part)  # a byte is a token at most
+        ids = tokenizer.encode(
+            part, max(width, 1), dropout=dropout, positions=range(begin, begin + len(part))
+        )
+        lengths += (ids != Tokenizer.PAD).sum(1).tolist()
+    return lengths
