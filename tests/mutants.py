@@ -183,8 +183,8 @@ MUTANTS = [
         "race",
     ),
     Mutant(
-        "strands of the text are added up as if all had the same maximum",
-        f"{DECODE}_cuda_strand.cuh",
+        "chunks of the text are added up as if all had the same maximum",
+        f"{DECODE}_cuda_chunk.cuh",
         "weight_of<scalar_t>(last.x - shift)",
         "weight_of<scalar_t>(0.0f)",
         "tests/ops/test_decode_attention_cuda.py -m emulated",

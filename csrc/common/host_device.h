@@ -13,6 +13,8 @@
 
 namespace dalle {
 
+constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
+
 DALLE_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace dalle

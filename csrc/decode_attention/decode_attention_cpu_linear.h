@@ -48,7 +48,7 @@ inline Float product(Vec<Pair> a, Vec<Pair> b, Float sum) { return multiply_add(
 // x sigmoid(slope x).
 inline Float swish(Float x, float slope) {
   const Float least = splat(-126.0f);  // 2^126 is finite, and x / 2^126 as good as 0
-  return x / (1.0f + exp2_of<float>(-maximum(x * (slope * 1.44269504088896341f), least)));
+  return x / (1.0f + exp2_of<float>(-maximum(x * (slope * static_cast<float>(kLog2E)), least)));
 }
 
 // out[r][column] of kRows rows and kPanels panels from `panel` on, over inputs k_begin .. k_end;

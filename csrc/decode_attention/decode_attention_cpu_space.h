@@ -10,7 +10,6 @@
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
 constexpr int kChunk = 64;  // keys between two updates of the running maximum
 template <typename acc_t>
 constexpr int kSamples = kMicroVectors * Lanes<acc_t>::kWidth;  // of a task

@@ -39,7 +39,7 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& t
   Tensor out = empty_decoded(q);
   if (out.numel() == 0) return out;
   Tensor copies[3];
-  if (fits_strands(params)) {
+  if (fits_chunks(params)) {
     params.q = aligned_rows(q, &copies[0]);
     params.k = aligned_rows(k, &copies[1]);
     params.v = aligned_rows(v, &copies[2]);

@@ -1,11 +1,11 @@
-// The image part of decode attention: a warp takes the keys of one sample and head, or one strand
+// The image part of decode attention: a warp takes the keys of one sample and head, or one chunk
 // of them. They are read once, 16 bytes a lane, kGroups loads of keys under way at a time, then as
 // many of values. No torch here. Not yet measured on a GPU.
 #pragma once
 
 #include <type_traits>
 
-#include "decode_attention/decode_attention_cuda_strand.cuh"
+#include "decode_attention/decode_attention_cuda_chunk.cuh"
 
 namespace dalle {
 
@@ -86,7 +86,7 @@ __device__ __forceinline__ void widen_words(const uint32_t& word, float (&x)[kEl
 
 // D is a multiple of the elements of a lane, at most kHead; lanes beyond D have zeros.
 template <typename scalar_t, int kHead, bool kCoded>
-struct ImageStrand {
+struct ImageChunk {
   static constexpr int kElements = 16 / static_cast<int>(sizeof(scalar_t));  // of a lane
   static constexpr int kLanes = kHead / kElements;                           // of a key
   static constexpr int kKeys = kWarpSize / kLanes;                           // of a load
@@ -105,8 +105,8 @@ struct ImageStrand {
   int lane, column;
   bool inside;
 
-  __device__ ImageStrand(const DecodeAttentionParams& params, const DecodePlaces& read_places,
-                         const SampleTile& of, int sample_of_tile)
+  __device__ ImageChunk(const DecodeAttentionParams& params, const DecodePlaces& read_places,
+                        const SampleTile& of, int sample_of_tile)
       : p(params),
         places(read_places),
         tile(of),
@@ -196,8 +196,8 @@ struct ImageStrand {
     }
   }
 
-  // Strand `strand` of `strands`: of every strands * kBlock keys, kBlock. Fills `row`.
-  __device__ void run(int strand, int strands, float* row) const {
+  // Chunk `chunk` of `chunks`: of every chunks * kBlock keys, kBlock. Fills `row`.
+  __device__ void run(int chunk, int chunks, float* row) const {
     float q[kElements];
     widen_words<scalar_t>(load_row(p.q), q);
     const float factor = score_factor<scalar_t>(p.scale);
@@ -209,7 +209,7 @@ struct ImageStrand {
     }
     PlaceCursor cursor(places);
 #pragma unroll 1
-    for (int32_t key = strand * kBlock + lane / kLanes;; key += strands * kBlock) {
+    for (int32_t key = chunk * kBlock + lane / kLanes;; key += chunks * kBlock) {
       int32_t at[kGroups];
       if (places.count == 1) {
         const DecodeRange range = places.ranges[0];
@@ -288,7 +288,7 @@ struct ImageStrand {
     for (int i = 0; i < kElements; i += 4) {
       store_vector(row + column + i, float4{out[i], out[i + 1], out[i + 2], out[i + 3]});
     }
-    if (lane == 0) StrandRow<kHead>::end(row, m, l);
+    if (lane == 0) ChunkRow<kHead>::end(row, m, l);
   }
 };
 

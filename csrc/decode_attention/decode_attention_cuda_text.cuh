@@ -1,19 +1,19 @@
-// The text part of decode attention: a warp takes one strand of the text for the 16 samples of a
+// The text part of decode attention: a warp takes one chunk of the text for the 16 samples of a
 // tile, which share its keys and values. No torch here. Not yet measured on a GPU.
 #pragma once
 
-#include "decode_attention/decode_attention_cuda_strand.cuh"
+#include "decode_attention/decode_attention_cuda_chunk.cuh"
 
 namespace dalle {
 
-// Keys [begin, end) of the text are those of a strand, `step` a multiple of them at a time.
+// Keys [begin, end) of the text are those of a chunk, `step` a multiple of them at a time.
 struct TextSpan {
   int32_t begin, end;
 
-  __device__ TextSpan(const AttentionRule& rule, int strand, int step) {
-    const int32_t share = (rule.text_len + kTextStrands - 1) / kTextStrands;
+  __device__ TextSpan(const AttentionRule& rule, int chunk, int step) {
+    const int32_t share = (rule.text_len + kTextChunks - 1) / kTextChunks;
     const int32_t span = (share + step - 1) / step * step;
-    begin = strand * span;
+    begin = chunk * span;
     end = begin + span < rule.text_len ? begin + span : rule.text_len;
   }
 };
@@ -25,7 +25,7 @@ struct TextSpan {
 //   output  lane g reads elements 8 g .. 8 g + 7 of two values: column g of eight tiles of 8, so a
 //           lane ends with elements 16 t .. 16 t + 15 of samples g and g + 8
 template <typename scalar_t, int kHead>
-struct TextStrand {
+struct TextChunk {
   static_assert(kHead % 64 == 0 && sizeof(scalar_t) == 2);
   static constexpr int kParts = kHead / 64;
   static constexpr int kKeys = 16;  // at a time, and their values
@@ -34,11 +34,11 @@ struct TextStrand {
     return valid ? load_vector<uint4>(row + column) : uint4{};
   }
 
-  __device__ static void run(const DecodeAttentionParams& p, const SampleTile& tile, int strand,
+  __device__ static void run(const DecodeAttentionParams& p, const SampleTile& tile, int chunk,
                              float* rows) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
     const int64_t begin_of_head = (int64_t{tile.batch} * p.heads + tile.head) * p.rule.text_len;
-    const TextSpan span(p.rule, strand, kKeys);
+    const TextSpan span(p.rule, chunk, kKeys);
     const float factor = score_factor<scalar_t>(p.scale);
     uint4 q[2][kParts][2];  // of samples g and g + 8
 #pragma unroll
@@ -125,7 +125,7 @@ struct TextStrand {
     for (int i = 0; i < 2; ++i) {
       l[i] += __shfl_xor_sync(kAllLanes, l[i], 1);
       l[i] += __shfl_xor_sync(kAllLanes, l[i], 2);
-      float* row = rows + (g + 8 * i) * StrandRow<kHead>::kStride;
+      float* row = rows + (g + 8 * i) * ChunkRow<kHead>::kStride;
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
 #pragma unroll
@@ -137,7 +137,7 @@ struct TextStrand {
           }
         }
       }
-      if (t == 0) StrandRow<kHead>::end(row, m[i], l[i]);
+      if (t == 0) ChunkRow<kHead>::end(row, m[i], l[i]);
     }
   }
 
@@ -173,16 +173,16 @@ struct TextStrand {
 };
 
 // fp32: plain products. A lane has 4 keys x 4 samples of 32 x 16 scores, then 8 samples x 4 (or 8)
-// elements of the output; between them weights pass through the strand's own rows, which it fills
+// elements of the output; between them weights pass through the chunk's own rows, which it fills
 // last.
 template <int kHead>
-struct TextStrand<float, kHead> {
+struct TextChunk<float, kHead> {
   static constexpr int kKeys = 32;                        // at a time
   static constexpr int kQuads = kHead / 64;               // 4 elements of a lane each
   static constexpr int kWeightStride = kTileSamples + 4;  // floats
-  static_assert((kKeys + 1) * kWeightStride <= kTileSamples * StrandRow<kHead>::kStride);
+  static_assert((kKeys + 1) * kWeightStride <= kTileSamples * ChunkRow<kHead>::kStride);
 
-  __device__ static void run(const DecodeAttentionParams& p, const SampleTile& tile, int strand,
+  __device__ static void run(const DecodeAttentionParams& p, const SampleTile& tile, int chunk,
                              float* rows) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     const int key_lane = lane % 8, sample_lane = lane / 8;           // of scores
@@ -191,7 +191,7 @@ struct TextStrand<float, kHead> {
     const float* text_keys = static_cast<const float*>(p.text_keys) + begin_of_head * p.head_size;
     const float* text_values =
         static_cast<const float*>(p.text_values) + begin_of_head * p.head_size;
-    const TextSpan span(p.rule, strand, kKeys);
+    const TextSpan span(p.rule, chunk, kKeys);
     const float factor = score_factor<float>(p.scale);
     float* weights = rows;  // of 32 keys x 16 samples, then what 16 sums are multiplied by
     float* rescales = weights + kKeys * kWeightStride;
@@ -267,7 +267,7 @@ struct TextStrand<float, kHead> {
     __syncwarp();  // all have read the last weights
 #pragma unroll
     for (int s = 0; s < 8; ++s) {
-      float* row = rows + (first_sample + s) * StrandRow<kHead>::kStride + column;
+      float* row = rows + (first_sample + s) * ChunkRow<kHead>::kStride + column;
 #pragma unroll
       for (int c = 0; c < kQuads; ++c) {
         const float (&x)[4] = out[s][c];
@@ -278,8 +278,8 @@ struct TextStrand<float, kHead> {
     for (int j = 0; j < 4; ++j) {
 #pragma unroll
       for (int step = 1; step < 8; step *= 2) l[j] += __shfl_xor_sync(kAllLanes, l[j], step);
-      float* row = rows + (sample_lane * 4 + j) * StrandRow<kHead>::kStride;
-      if (key_lane == 0) StrandRow<kHead>::end(row, m[j], l[j]);
+      float* row = rows + (sample_lane * 4 + j) * ChunkRow<kHead>::kStride;
+      if (key_lane == 0) ChunkRow<kHead>::end(row, m[j], l[j]);
     }
   }
 

@@ -1,7 +1,7 @@
-// How the work of decode attention on CUDA is cut, and how it is dealt out to blocks. The cut into
-// strands hangs on the pattern alone and decides every bit of a result; the deal hangs on the batch
-// and the device and decides none. No CUDA and no torch here. The times are predicted from byte
-// counts; none is measured on a GPU.
+// How the work of decode attention on CUDA is cut, and how it is assigned to blocks. The cut into
+// chunks hangs on the pattern alone and decides every bit of a result; the schedule hangs on the
+// batch and the device and decides none. No CUDA and no torch here. The times are predicted from
+// byte counts; none is measured on a GPU.
 //
 // Letters: see decode_attention.h. A tile is 16 samples of one caption and head.
 #pragma once
@@ -14,10 +14,10 @@
 
 namespace dalle {
 
-constexpr int kTileSamples = 16;     // the rows of mma.m16n8k16
-constexpr int kTextStrands = 8;      // parts of the text, one a warp
-constexpr int kMaxImageStrands = 8;  // parts of a sample's image keys
-constexpr int kStrandKeys = 72;      // of the image, for each of them
+constexpr int kTileSamples = 16;    // the rows of mma.m16n8k16
+constexpr int kTextChunks = 8;      // parts of the text, one a warp
+constexpr int kMaxImageChunks = 8;  // parts of a sample's image keys
+constexpr int kChunkKeys = 72;      // of the image, for each of them
 
 // The most image keys of a query.
 DALLE_HOST_DEVICE int32_t most_image_keys(const AttentionRule& rule) {
@@ -28,9 +28,9 @@ DALLE_HOST_DEVICE int32_t most_image_keys(const AttentionRule& rule) {
 }
 
 // Parts of the image keys of a sample. Row, column and conv patterns of 32 x 32 have one.
-DALLE_HOST_DEVICE int32_t image_strands(const AttentionRule& rule) {
-  const int64_t strands = ceil_div(most_image_keys(rule), kStrandKeys);
-  return static_cast<int32_t>(strands < kMaxImageStrands ? strands : kMaxImageStrands);
+DALLE_HOST_DEVICE int32_t image_chunks(const AttentionRule& rule) {
+  const int64_t chunks = ceil_div(most_image_keys(rule), kChunkKeys);
+  return static_cast<int32_t>(chunks < kMaxImageChunks ? chunks : kMaxImageChunks);
 }
 
 struct DecodeShape {
@@ -38,12 +38,12 @@ struct DecodeShape {
   int64_t samples;     // S
   double text_bytes;   // keys and values of a head
   double image_bytes;  // keys and values of a sample and head, in the mean over the slots
-  int32_t strands;     // of them
+  int32_t chunks;      // of them
 };
 
 struct DecodePlan {
   int32_t tiles = 1;   // of a block, one after another: they share the text
-  int32_t splits = 1;  // blocks of a tile, each with some strands; a second kernel adds them up
+  int32_t splits = 1;  // blocks of a tile, each with some chunks; a second kernel adds them up
   double microseconds = HUGE_VAL;
 };
 
@@ -62,9 +62,9 @@ inline double decode_microseconds(const DecodeShape& shape, const DecodePlan& pl
       static_cast<double>(ceil_div(blocks, side_by_side * device.multiprocessors));
   const double most = static_cast<double>(
       std::min<int64_t>(shape.samples, int64_t{plan.tiles} * kTileSamples));  // of a block
-  const double strands = static_cast<double>(ceil_div(shape.strands, plan.splits));
+  const double chunks = static_cast<double>(ceil_div(shape.chunks, plan.splits));
   const double bytes =
-      shape.text_bytes / plan.splits + most * shape.image_bytes * strands / shape.strands;
+      shape.text_bytes / plan.splits + most * shape.image_bytes * chunks / shape.chunks;
   const double from_l2 = rounds * static_cast<double>(side_by_side) * bytes / kBytesFromL2;
   const double from_memory = heads * (shape.text_bytes + samples * shape.image_bytes) /
                              (static_cast<double>(device.multiprocessors) * kBytesFromMemory);
@@ -82,7 +82,7 @@ inline DecodePlan plan_decode(const DecodeShape& shape, const DeviceLimits& devi
   };
   const int64_t tiles = ceil_div(shape.samples, kTileSamples);
   for (int32_t n = 1; n == 1 || (n < 2 * tiles && n <= 16); n *= 2) consider(n, 1);
-  for (int32_t n = 2; n <= kTextStrands; n *= 2) consider(1, n);
+  for (int32_t n = 2; n <= kTextChunks; n *= 2) consider(1, n);
   return best;
 }
 
@@ -103,7 +103,7 @@ inline DecodeShape decode_shape(const DecodeAttentionParams& p, int64_t element_
   const double row = static_cast<double>(p.head_size) * static_cast<double>(element_bytes);
   const double stored = p.coded ? p.head_size + 4.0 : row;
   return {int64_t{p.batch} * p.heads, p.samples, 2 * p.rule.text_len * row,
-          2 * mean_image_keys(p.rule) * stored, image_strands(p.rule)};
+          2 * mean_image_keys(p.rule) * stored, image_chunks(p.rule)};
 }
 
 }  // namespace dalle

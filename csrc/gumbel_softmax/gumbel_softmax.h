@@ -66,13 +66,13 @@ DALLE_HOST_DEVICE int64_t offset_of(const GumbelSoftmaxParams& p, int64_t row, i
 // Above this word, u is so near 1 that its float would lose the digits of 1 - u: 2^32 / sqrt(2).
 inline constexpr uint32_t kNearOne = 0xB504F334u;
 
-inline constexpr float kLog2E = 1.44269504088896340736f;
-inline constexpr float kLn2 = 0.69314718055994530942f;
+inline constexpr float kLog2EFloat = static_cast<float>(kLog2E);
+inline constexpr float kLn2Float = static_cast<float>(kLn2);
 
 // log2(e) / tau as the factor of exponents to base 2; finite, or NaN where tau is not positive.
 DALLE_HOST_DEVICE float exponent_scale(double tau) {
   if (!(tau > 0.0)) return __builtin_nanf("");
-  const double scale = 1.44269504088896340736 / tau;
+  const double scale = kLog2E / tau;
   return scale < 3.0e38 ? static_cast<float>(scale) : 3.0e38f;
 }
 

@@ -306,7 +306,7 @@ void backward_columns(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward&
     });
   }
   Gradient gradient;
-  gradient.inverse_tau = splat(scale * kLn2);
+  gradient.inverse_tau = splat(scale * kLn2Float);
   gradient.constant = splat(static_cast<float>(__builtin_log(static_cast<double>(p.num_codes))));
   for_chunks(p, states, blocks, [&](ColumnState& state, int64_t begin, int64_t end) {
     state.c.count == kLanes ? gradient_chunk<scalar_t, true>(p, args, state, gradient, begin, end)

@@ -13,7 +13,6 @@ namespace {
 constexpr int64_t kRowChunk = 512;  // a multiple of 2 * kLanes
 constexpr float kSmallestNormal = 1.17549435e-38f;
 constexpr float kInfinity = __builtin_inff();
-constexpr double kLn2Double = 0.69314718055994530942;
 
 // Sets values below the normal range to 0: a denormal is slow on many processors.
 inline Float without_denormals(Float v) { return (Float)((Int)v & (v >= kSmallestNormal)); }
@@ -63,7 +62,7 @@ struct Sums {
   inline void rescale(Float new_noisy_max, Float new_logit_max, float scale) {
     const Float limit = splat(-1.0e4f);  // the first time, and beyond any exponent
     noisy_sum *= exp2_of<float>(maximum((noisy_max - new_noisy_max) * scale, limit));
-    const Float drop = maximum((logit_max - new_logit_max) * kLog2E, limit);
+    const Float drop = maximum((logit_max - new_logit_max) * kLog2EFloat, limit);
     const Float factor = exp2_of<float>(drop);
     entropy = factor * (entropy + drop * logit_sum);
     logit_sum *= factor;
@@ -86,7 +85,7 @@ struct Sums {
 #pragma GCC unroll 4
     for (int j = 0; j < kN; ++j) {
       noisy[j] = (noisy[j] - noisy_max) * scale;
-      t[j] = p[j] = maximum((logit[j] - logit_max) * kLog2E, splat(-127.0f));
+      t[j] = p[j] = maximum((logit[j] - logit_max) * kLog2EFloat, splat(-127.0f));
     }
     exp2_of<float>(noisy);
     exp2_of<float>(p);
@@ -112,8 +111,8 @@ struct RowResult {
   inline void write(const GumbelSoftmaxParams& p, const GumbelSoftmaxForward& args, int64_t row,
                     int64_t index, float scale) const {
     const double log2_sum = __builtin_log2(logit_sum);
-    const double kl = kLn2Double * (entropy / logit_sum - log2_sum) +
-                      __builtin_log(static_cast<double>(p.num_codes));
+    const double kl =
+        kLn2 * (entropy / logit_sum - log2_sum) + __builtin_log(static_cast<double>(p.num_codes));
     const float nan = __builtin_nanf("");
     args.index[row] = finite ? index : 0;
     args.kl[row] = finite ? static_cast<float>(kl) : nan;
@@ -260,11 +259,11 @@ struct Gradient {
     Float t[kN], p[kN];
 #pragma GCC unroll 4
     for (int j = 0; j < kN; ++j) {
-      t[j] = p[j] = maximum((logit[j] - logit_max) * kLog2E - log2_sum, splat(-127.0f));
+      t[j] = p[j] = maximum((logit[j] - logit_max) * kLog2EFloat - log2_sum, splat(-127.0f));
     }
     exp2_of<float>(p);
 #pragma GCC unroll 4
-    for (int j = 0; j < kN; ++j) grad[j] += grad_kl * (p[j] * (t[j] * kLn2 + constant));
+    for (int j = 0; j < kN; ++j) grad[j] += grad_kl * (p[j] * (t[j] * kLn2Float + constant));
   }
 };
 
@@ -319,7 +318,7 @@ void backward_row(const GumbelSoftmaxParams& p, const GumbelSoftmaxBackward& arg
       }
     }
     gradient.dot = splat(sum_of<float>(dot));
-    gradient.inverse_tau = splat(scale * kLn2);
+    gradient.inverse_tau = splat(scale * kLn2Float);
   }
   if (args.grad_kl) {
     gradient.grad_kl = splat(args.grad_kl[row]);

@@ -42,8 +42,8 @@ struct RowGradient {
     for (int i = 0; i < kChunk; ++i) {
       kl_term[i] = 0;
       if (with_kl) {
-        const float t = fmaxf((logits[i] - logit_max) * kLog2E - log2_sum, -127.0f);
-        kl_term[i] = grad_kl * (exp2_approx(t) * (t * kLn2 + constant));
+        const float t = fmaxf((logits[i] - logit_max) * kLog2EFloat - log2_sum, -127.0f);
+        kl_term[i] = grad_kl * (exp2_approx(t) * (t * kLn2Float + constant));
       }
     }
     if (with_sample) {
@@ -52,7 +52,7 @@ struct RowGradient {
       for (int i = 0; i < kChunk; ++i) {
         const float y = inverse_sum * exp2_approx((logits[i] - noisy_max) * scale);
         dot = y * g[i] + dot;
-        logits[i] = y * (scale * kLn2);
+        logits[i] = y * (scale * kLn2Float);
         g[i] = logits[i] * g[i] + kl_term[i];
       }
     } else {

@@ -44,7 +44,7 @@ __device__ __forceinline__ RowPart merge_parts(const RowPart& a, const RowPart& 
   const bool a_logit_larger = a.logit_max >= b.logit_max;
   r.logit_max = a_logit_larger ? a.logit_max : b.logit_max;
   const float logit_gap = (a_logit_larger ? b.logit_max : a.logit_max) - r.logit_max;
-  const float t = fmaxf(logit_gap * kLog2E, -127.0f), rescale = exp2_approx(t);
+  const float t = fmaxf(logit_gap * kLog2EFloat, -127.0f), rescale = exp2_approx(t);
   const float logit_sum = a_logit_larger ? b.logit_sum : a.logit_sum;
   const float entropy = a_logit_larger ? b.entropy : a.entropy;
   r.logit_sum = logit_sum * rescale + (a_logit_larger ? a.logit_sum : b.logit_sum);
@@ -63,7 +63,7 @@ __device__ __forceinline__ RowPart softmax_chunk(const row_t& row, typename row_
   for (int i = 0; i < kChunk; ++i) part.logit_max = fmaxf(part.logit_max, values[i]);
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
-    const float t = fmaxf((values[i] - part.logit_max) * kLog2E, -127.0f), e = exp2_approx(t);
+    const float t = fmaxf((values[i] - part.logit_max) * kLog2EFloat, -127.0f), e = exp2_approx(t);
     part.logit_sum += e;
     part.entropy = e * t + part.entropy;
   }

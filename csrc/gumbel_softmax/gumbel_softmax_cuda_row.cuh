@@ -70,15 +70,15 @@ __device__ __forceinline__ float add_gumbel(float logit, uint32_t word) {
   series = series * v + 0.3334747f;
   series = series * v + 0.49999738f;
   series = series * v + 1.0f;
-  const float exponential = near_one ? series * v : -kLn2 * log2_approx(v);
-  return logit - kLn2 * log2_approx(exponential);
+  const float exponential = near_one ? series * v : -kLn2Float * log2_approx(v);
+  return logit - kLn2Float * log2_approx(exponential);
 }
 
 // log2(e) / tau in float, divided by every thread: 64-bit division is slow on most cards.
 // Other taus as in exponent_scale.
 __device__ __forceinline__ float float_exponent_scale(double tau) {
   if (!(tau > 0.0)) return nanf("");
-  return fminf(kLog2E / static_cast<float>(tau), 3.0e38f);
+  return fminf(kLog2EFloat / static_cast<float>(tau), 3.0e38f);
 }
 
 // One row as one thread sees it. Its codes come in units of kWidth that start at element numbers

@@ -72,7 +72,7 @@ inline void add_gumbel(const Float* logit, const Word* word, Float* noisy) {
   }
   log1p_reduced<kN>(f, log);
 #pragma GCC unroll 4
-  for (int j = 0; j < kN; ++j) f[j] = split(-(exponent[j] * kLn2 + log[j]), exponent[j]);
+  for (int j = 0; j < kN; ++j) f[j] = split(-(exponent[j] * kLn2Float + log[j]), exponent[j]);
   log1p_reduced<kN>(f, log);
 #pragma GCC unroll 4
   for (int j = 0; j < kN; ++j)

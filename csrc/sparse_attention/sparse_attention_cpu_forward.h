@@ -10,7 +10,6 @@ namespace {
 
 constexpr int kChunkTiles = 2;  // tiles between two updates of the running maximum
 constexpr int kChunk = kChunkTiles * kTile;
-constexpr double kLog2E = 1.4426950408889634;
 
 // Packed keys and values of the head at work; panels are made when first needed.
 template <typename operand_t>

@@ -7,8 +7,6 @@
 
 namespace dalle {
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.69314718055994531;
-
 template <typename scalar_t, int kHeadSize, int kRowTiles>
 struct ForwardWarp : QueryRows<kRowTiles> {
   using Scalar = scalar_t;

@@ -1,4 +1,4 @@
-"""The CUDA kernels of decode attention: tiles of 16 samples, strands of keys, every layout.
+"""The CUDA kernels of decode attention: tiles of 16 samples, chunks of keys, every layout.
 
 `tests/ops/test_decode_attention.py` runs on all back ends too; what is here aims at what these
 kernels alone have, and at the plan that deals them out to blocks.
@@ -84,8 +84,8 @@ def test_tiles_of_samples(device, dtype, samples):
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("slot", [0, 1, 72, 73, 250, 575])
 @pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
-def test_image_keys_of_many_strands(device, dtype, slot, bits):
-    """576 keys: 8 strands, more keys than a warp loads at once."""
+def test_image_keys_of_many_chunks(device, dtype, slot, bits):
+    """576 keys: 8 chunks, more keys than a warp loads at once."""
     pattern = AttentionPattern("causal", text_len=5, grid=(24, 24))
     assert_matches(pattern, slot, dtype=dtype, samples=2, heads=1, bits=bits, device=device)
 

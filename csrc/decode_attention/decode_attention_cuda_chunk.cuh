@@ -1,4 +1,4 @@
-// What a strand of decode attention leaves behind, and how the strands of a query become its
+// What a chunk of decode attention leaves behind, and how the chunks of a query become its
 // output: in one order, whoever computed them. No torch here.
 #pragma once
 
@@ -7,7 +7,6 @@
 
 namespace dalle {
 
-constexpr double kLog2E = 1.4426950408889634;
 constexpr int kDecodeWarps = 8;
 constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
 constexpr int kMergeLanes = kDecodeThreads / kTileSamples;  // threads of a sample in a merge
@@ -33,7 +32,7 @@ __device__ __forceinline__ float shift_of(float m) { return m == -INFINITY ? 0.0
 // A row of floats: the sum of values by the weights of score - m, then m, then the sum of the
 // weights. 8 rows of 16-byte accesses lie in different banks.
 template <int kHead>
-struct StrandRow {
+struct ChunkRow {
   static constexpr int kStride = kHead + 4;  // floats
 
   __device__ __forceinline__ static void end(float* row, float m, float l) {
@@ -44,8 +43,8 @@ struct StrandRow {
 // Adds up the rows of a query, `stride` floats apart, the text's before the image's, for the
 // elements that `lane` of kMergeLanes has, and stores them.
 template <typename scalar_t, int kHead>
-__device__ __forceinline__ void merge_strands(const float* rows, int64_t stride, int count,
-                                              scalar_t* out, int head_size, int lane) {
+__device__ __forceinline__ void merge_chunks(const float* rows, int64_t stride, int count,
+                                             scalar_t* out, int head_size, int lane) {
   constexpr int kMine = kHead / kMergeLanes;
   static_assert(kMine % 4 == 0, "16-byte accesses");
   float m = -INFINITY;
