@@ -10,8 +10,13 @@ from PIL import Image
 
 from dalle.cli import main
 from dalle.commands.data_dedup import DedupConfig, dedup
+from dalle.commands.data_filter import FilterConfig, filter_pairs
 from dalle.commands.data_pack import PackConfig, pack
+from dalle.commands.data_stats import StatsConfig, stats
 from dalle.commands.encode import EncodeConfig, encode
+from dalle.config_files import read_options
+from dalle.data.sources import load_pairs
+from dalle.errors import UsageError
 from support.prior import make_parts
 
 
@@ -81,3 +86,28 @@ def test_codes_are_compared_with_their_checksums(home, tmp_path, capsys):
     assert said.err.splitlines()[-1].startswith("data check: the shards of ")
     line = checked(capsys, "--data", home / "codes", "--contact", tmp_path / "c.png", code=2).err
     assert "contact must be left out for codes" in line
+
+
+def test_results_never_stand_in_for_what_they_are_made_of(home, tmp_path, capsys):
+    for verb in ("check", "stats", "filter", "dedup", "pack"):
+        words = ["data", verb, "--data", str(home / "kept"), "--out", str(home / "kept")]
+        assert main(words) == 2
+        line = f"data {verb}: out must be a new or empty folder, got that of data\n"
+        assert capsys.readouterr().err == line
+    with pytest.raises(UsageError, match="^data pack: out must be a folder outside of the shards"):
+        pack(PackConfig(data=str(home / "shards"), out=home / "shards/again"))
+    assert not (home / "shards/again").exists()
+    one, two = tmp_path / "one", tmp_path / "two"
+    dedup(DedupConfig(data=str(home / "kept"), out=one, by="exact"))
+    dedup(DedupConfig(data=str(one), out=two, by="exact"))
+    with pytest.raises(UsageError, match="got keep.json of another set in it$"):
+        dedup(DedupConfig(data=str(two), out=one, by="exact"))
+    dedup(DedupConfig(data=str(home / "kept"), out=one, by="exact"))  # the same once more
+    assert len(load_pairs(str(two), image_size=0)) == 6
+
+
+def test_options_are_kept_beside_the_result(home, tmp_path):
+    filter_pairs(FilterConfig(data=str(home / "pairs"), out=tmp_path / "kept"))
+    stats(StatsConfig(data=str(home / "pairs"), out=tmp_path / "stats", limit=3))
+    for name in ("kept", "stats"):
+        assert read_options(tmp_path / name / "config.yaml")["data"].text == str(home / "pairs")

@@ -15,14 +15,22 @@ from tqdm import tqdm
 from dalle.commands import presets
 from dalle.commands.data import contact_sheet
 from dalle.console import is_main_process, printable
-from dalle.data.codes import CodePairs, problems_of, stores_of
+from dalle.data.codes import (
+    HEAD_FILE,
+    CodePairs,
+    check_size,
+    map_shard,
+    read_head,
+    records_of,
+    stores_of,
+)
 from dalle.data.folder import FolderPairs
 from dalle.data.images import open_checked
 from dalle.data.mixture import file_of
 from dalle.data.pairs import Pairs, captions_of, describe_pairs, input_files
-from dalle.data.sources import is_picture_folder
+from dalle.data.sources import check_apart, is_picture_folder
 from dalle.errors import DataError, UsageError
-from dalle.files import check_not_input, check_targets, make_folder, to_json
+from dalle.files import check_not_input, check_targets, make_folder, sha256, to_json
 from dalle.pictures import save_bytes, save_png
 from dalle.prior.config import PRESETS
 from dalle.tokenizer import Tokenizer, lower
@@ -115,6 +123,7 @@ def check(config: CheckConfig) -> None:
             raise UsageError(f"{OWNER}: contact must be left out for codes, got {config.contact}")
         check_not_input(OWNER, config.contact, input_files(pairs))
     if config.out is not None:
+        check_apart(OWNER, config.data, config.out)
         make_folder(config.out, OWNER)
         check_targets(OWNER, config.out / RESULT)
     # Those of a folder were decoded when it was opened.
@@ -165,11 +174,35 @@ def _look(pairs: Pairs, *, decoding: bool, pictures: bool) -> _Found:
     return found
 
 
+def _damaged(folder: Path) -> list[str]:
+    """A line for each shard of a store that is damaged: its bytes, its checksum, its arrays.
+
+    Raises:
+        DataError: codes.json is damaged.
+    """
+    head, lines = read_head(folder), []
+    grid = int(head["grid"][0]), int(head["grid"][1])
+    for record in records_of(head, folder):
+        path = folder / record.name
+        try:
+            check_size(path, record)
+            if sha256(path) != record.sha256:
+                lines.append(f"{path}: another SHA-256 than {HEAD_FILE} says")
+                continue
+            codes = map_shard(path, record, int(head["crops"]), grid)["codes"]
+        except (DataError, OSError) as problem:
+            lines.append(str(problem))
+            continue
+        if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) < int(head["num_codes"]):
+            lines.append(f"{path}: codes must be 0 .. {int(head['num_codes']) - 1}")
+    return lines
+
+
 def _report_codes(stores: Sequence[CodePairs], found: _Found) -> int:
     """Reports each store, its damaged shards by name, and returns how many these are."""
     damaged = 0
     for store in stores:
-        lines = problems_of(store.folder)
+        lines = _damaged(store.folder)
         shards, size = len(store.shards), sum(record.bytes for record in store.shards)
         print(
             f"codes: {store.grid[0]} x {store.grid[1]} of {store.num_codes:,}, {store.crops} of "

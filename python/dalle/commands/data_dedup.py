@@ -77,7 +77,7 @@ def dedup(config: DedupConfig) -> None:
     """Finds the groups, writes what is kept and the report."""
     pairs = presets.open_pairs(config.data, config.image_size, 64, config.seed)
     require_pictures(OWNER, pairs)
-    begin_folder(OWNER, config.out)
+    begin_folder(OWNER, config.out, config)
     same = equal(list(picture_hashes(pairs)))
     near = [] if config.by == "exact" else _alike(config, pairs)
     groups = groups_of(len(pairs), [*same, *near])

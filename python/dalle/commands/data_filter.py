@@ -8,22 +8,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from dalle.commands import presets
-from dalle.config_files import CONFIG_NAME
+from dalle.config_files import CONFIG_NAME, write_resolved
 from dalle.console import is_main_process
 from dalle.data.codes import require_pictures
 from dalle.data.filters import REASONS, CaptionFilter, FilterRule, judge, picture_size
 from dalle.data.kept import HEAD_FILE, ITEMS_FILE, ROWS, write_kept
 from dalle.data.mixture import file_of
 from dalle.data.pairs import Pairs, captions_of
-from dalle.data.sources import absolute
+from dalle.data.sources import absolute, check_apart
 from dalle.errors import DataError, UsageError
-from dalle.files import make_folder
+from dalle.files import make_folder, read_object
 from dalle.pages import command, contact, html_page, picture
 from dalle.pictures import save_bytes, save_png
 
@@ -60,7 +61,7 @@ def filter_pairs(config: FilterConfig) -> None:
     caption_filter = CaptionFilter(config.rule)
     pairs = presets.open_pairs(config.data, config.image_size, 64, config.seed)
     require_pictures(OWNER, pairs)
-    begin_folder(OWNER, config.out)
+    begin_folder(OWNER, config.out, config)
     rows, counts, examples = [], Counter[str](), defaultdict[str, list[int]](list)
     dropped_captions = 0
     progress = tqdm(range(len(pairs)), desc=OWNER, unit=" pairs", disable=not is_main_process())
@@ -94,17 +95,24 @@ def filter_pairs(config: FilterConfig) -> None:
     print(f"{OWNER}: examples of each in {config.out / PAGE}")
 
 
-def begin_folder(owner: str, out: Path) -> None:
-    """Makes OUT, or takes one of an earlier result.
+def begin_folder(owner: str, out: Path, config: Any) -> None:
+    """Makes OUT, or takes one of an earlier result of the same set; writes the options there.
 
     Raises:
-        UsageError: it holds something else.
+        UsageError: it is the set itself, or holds something else.
     """
+    check_apart(owner, config.data, out)
     make_folder(out, owner)
     known = {HEAD_FILE, ITEMS_FILE, PAGE, "examples", CONFIG_NAME}
     others = sorted({p.name for p in out.iterdir() if p.name[0] != "."} - known)
+    if (out / HEAD_FILE).exists():
+        before = read_object(out / HEAD_FILE, DataError).get("source")
+        # A set that this one is made of must not be replaced by what is made of it.
+        if not isinstance(before, dict) or before.get("data") != absolute(config.data):
+            others.append(f"{HEAD_FILE} of another set")
     if others:
         raise UsageError(f"{owner}: out must be a new or empty folder, got {others[0]} in it")
+    write_resolved(config, out / CONFIG_NAME, owner=owner)
 
 
 def thumbnail(pairs: Pairs, item: int) -> Image.Image:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from dalle.commands import presets
+from dalle.config_files import CONFIG_NAME
 from dalle.console import is_main_process, printable
 from dalle.data.codes import require_pictures
 from dalle.data.images import decode
@@ -22,6 +23,7 @@ from dalle.data.mixture import file_of
 from dalle.data.pairs import Pairs, captions_of, describe_pairs, format_counts
 from dalle.data.shard_files import open_shards
 from dalle.data.shard_index import SUFFIX as INDEX_SUFFIX
+from dalle.data.sources import check_apart
 from dalle.data.texts import MAX_CAPTION_BYTES
 from dalle.errors import DataError, UsageError
 from dalle.files import (
@@ -74,6 +76,7 @@ def pack(config: PackConfig) -> None:
     """Writes the shards that are not there yet, and says how large they are."""
     pairs = presets.open_pairs(config.data, config.image_size, 64, config.seed)
     require_pictures(OWNER, pairs)
+    check_apart(OWNER, config.data, config.out)
     make_folder(config.out, OWNER)
     head = {"data": describe_pairs(pairs), "shard_size": config.shard_size, "verify": config.verify}
     _begin(config.out, head)
@@ -132,7 +135,7 @@ def _begin(out: Path, head: dict[str, Any]) -> None:
                     f"{key}; take another folder"
                 )
         return
-    others = [name for name in os.listdir(out) if name[0] != "."]
+    others = [name for name in os.listdir(out) if name != CONFIG_NAME and name[0] != "."]
     if others:
         raise UsageError(f"{OWNER}: out must be a new or empty folder, got {others[0]} in it")
     with saving(OWNER, path):

@@ -11,12 +11,14 @@ import numpy as np
 from tqdm import tqdm
 
 from dalle.commands import presets
+from dalle.config_files import CONFIG_NAME, write_resolved
 from dalle.console import is_main_process
 from dalle.data.codes import stores_of
 from dalle.data.filters import picture_size
 from dalle.data.mixture import file_of
 from dalle.data.pairs import Pairs, captions_of, describe_pairs, evenly_spaced, number_of_captions
 from dalle.data.source import require_packages
+from dalle.data.sources import check_apart
 from dalle.errors import DataError, UsageError
 from dalle.files import check_targets, make_folder, to_json
 from dalle.pictures import save_bytes
@@ -58,8 +60,10 @@ def stats(config: StatsConfig) -> None:
     require_packages(OWNER, ("matplotlib",), "eval")
     tokenizer = None if config.tokenizer is None else Tokenizer.from_pretrained(config.tokenizer)
     pairs = presets.open_pairs(config.data, config.image_size, 64, config.seed)
+    check_apart(OWNER, config.data, config.out)
     make_folder(config.out, OWNER)
     check_targets(OWNER, config.out / "stats.json")
+    write_resolved(config, config.out / CONFIG_NAME, owner=OWNER)
     items = evenly_spaced(len(pairs), config.limit or len(pairs))
     values, unreadable = _values(pairs, items, tokenizer)
     result: dict[str, Any] = {

@@ -29,7 +29,7 @@ from dalle.data.codes import (
     shard_bytes,
 )
 from dalle.data.pairs import Pairs, captions_of, describe_pairs, format_counts
-from dalle.data.sources import BUILT_IN
+from dalle.data.sources import BUILT_IN, check_apart
 from dalle.data.split import hold_hashes
 from dalle.devices import pick_device
 from dalle.distributed.config import ClusterConfig
@@ -94,6 +94,7 @@ def encode(config: EncodeConfig) -> None:
             size = config.image_size or presets.size_of_run(config.vae) or 256
             pairs = presets.open_pairs(config.data, size if config.data in BUILT_IN else 0, size, 0)
             require_pictures(OWNER, pairs)
+            check_apart(OWNER, config.data, config.out)
             head = _head(config, vae, pairs, size)
             make_folder(config.out, OWNER)
             if _is_done(config.out, head):

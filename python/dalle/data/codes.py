@@ -116,7 +116,7 @@ class CodePairs:
             self.skipped.update(record.skipped)
         self.files = [self.folder / record.name for record in self.shards]
         for path, record in zip(self.files, self.shards, strict=True):
-            _check_size(path, record)
+            check_size(path, record)
         ends = np.cumsum([record.items for record in self.shards], dtype=np.int64)
         self._starts = np.concatenate([[0], ends])
         self._open: dict[int, dict[str, np.ndarray]] = {}
@@ -146,13 +146,13 @@ class CodePairs:
         if arrays is None:
             with self._lock:
                 path, record = self.files[number], self.shards[number]
-                _check_size(path, record)
+                check_size(path, record)
                 if sha256(path) != record.sha256:
                     raise DataError(
                         f"data: {path} must have the SHA-256 that {HEAD_FILE} says, got another; "
                         "remove it and encode once more"
                     )
-                arrays = self._open[number] = _map(path, record, self.crops, self.grid)
+                arrays = self._open[number] = map_shard(path, record, self.crops, self.grid)
         return arrays
 
     def tokens(self, i: int, crop: int = 0) -> np.ndarray:
@@ -261,31 +261,8 @@ def records_of(head: Mapping[str, Any], folder: Path) -> list[ShardRecord]:
         ) from problem
 
 
-def problems_of(folder: Path) -> list[str]:
-    """A line for each shard of a store that is damaged: its bytes, its checksum, its arrays.
-
-    Raises:
-        DataError: codes.json is damaged.
-    """
-    head, lines = read_head(folder), []
-    grid = int(head["grid"][0]), int(head["grid"][1])
-    for record in records_of(head, folder):
-        path = folder / record.name
-        try:
-            _check_size(path, record)
-            if sha256(path) != record.sha256:
-                lines.append(f"{path}: another SHA-256 than {HEAD_FILE} says")
-                continue
-            codes = _map(path, record, int(head["crops"]), grid)["codes"]
-        except (DataError, OSError) as problem:
-            lines.append(str(problem))
-            continue
-        if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) < int(head["num_codes"]):
-            lines.append(f"{path}: codes must be 0 .. {int(head['num_codes']) - 1}")
-    return lines
-
-
-def _check_size(path: Path, record: ShardRecord) -> None:
+def check_size(path: Path, record: ShardRecord) -> None:
+    """Raises DataError where a shard has gone or has another size."""
     try:
         check_regular(path)
         size = path.stat().st_size
@@ -295,7 +272,7 @@ def _check_size(path: Path, record: ShardRecord) -> None:
         raise DataError(f"data: {path} must have {record.bytes:,} bytes, got {size:,}")
 
 
-def _map(
+def map_shard(
     path: Path, record: ShardRecord, crops: int, grid: tuple[int, int]
 ) -> dict[str, np.ndarray]:
     """The arrays of a shard, mapped into memory."""

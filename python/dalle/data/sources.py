@@ -149,6 +149,22 @@ def split_specs(spec: str) -> list[tuple[str, float | None]]:
     return specs
 
 
+def check_apart(owner: str, spec: str, out: Path) -> None:
+    """Refuses a folder for results that is a source, or lies among the shards of one.
+
+    Raises:
+        UsageError: in one line that begins with `owner`.
+    """
+    for name, _ in split_specs(spec):
+        if name in BUILT_IN or not os.path.exists(name):
+            continue
+        source, target = Path(name).resolve(), out.resolve()
+        if source == target:
+            raise UsageError(f"{owner}: out must be a new or empty folder, got that of data")
+        if source in target.parents and shards.is_shard_folder(source):
+            raise UsageError(f"{owner}: out must be a folder outside of the shards, got {out}")
+
+
 def held_out_split(spec: str) -> str:
     """The split of a set with a name that is held out for scores; "" where it has none."""
     return getattr(BUILT_IN.get(spec), "held_out", "")
