@@ -43,6 +43,7 @@ class EditOptions(TypedDict, total=False):
     top_k: int | None
     top_p: float | None
     cond_scale: float | None
+    cache_bits: int | None
     sampling: SamplingConfig | None
     first_candidate: int
     weights: str
@@ -148,7 +149,8 @@ def steps(
     weights: str = "fp32",
 ) -> Generator[Drawn]:
     """`draw_edited` for an edit, in parts that fit the memory where they are not weighted."""
-    fits = fitting(pipeline.prior, MAX_BATCH, sampling.cond_scale not in (0, 1))
+    guided = sampling.cond_scale not in (0, 1)
+    fits = fitting(pipeline.prior, MAX_BATCH, guided, sampling.cache_bits)
     return draw_edited(
         pipeline.prior,
         edit.text,
@@ -291,6 +293,7 @@ class Editing:
         top_k: int | None = None,
         top_p: float | None = None,
         cond_scale: float | None = None,
+        cache_bits: int | None = None,
         sampling: SamplingConfig | None = None,
         first_candidate: int = 0,
         weights: str = "fp32",
@@ -311,9 +314,9 @@ class Editing:
             keep: (h, w) bool, True where a token is kept; or (H, W) of pixels: a token is kept only
                 if all its pixels are. `dalle.masks` makes them from boxes and rows.
             paste: put the kept pixels of `image` into the results, unchanged and unblended.
-            num_candidates, top, seed, sampling, temperature, top_k, top_p, cond_scale, weights,
-                cancel, progress, code_progress: of `stream`. Where fewer than `top` pictures
-                differ, repetitions follow.
+            num_candidates, top, seed, sampling, temperature, top_k, top_p, cond_scale, cache_bits,
+                weights, cancel, progress, code_progress: of `stream`. Where fewer than `top`
+                pictures differ, repetitions follow.
             first_candidate: of `stream`; candidates are weighted in groups of 256 from it on.
 
         Raises:
@@ -322,7 +325,11 @@ class Editing:
         num_candidates, top = self.counts(num_candidates, top)
         first_candidate = integer("edit", "first_candidate", first_candidate, 0, MAX_SEED)
         changes = SamplingChanges(
-            temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            cond_scale=cond_scale,
+            cache_bits=cache_bits,
         )
         return events(
             self,

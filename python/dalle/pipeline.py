@@ -52,6 +52,7 @@ class GenerateOptions(TypedDict, total=False):
     top_k: int | None
     top_p: float | None
     cond_scale: float | None
+    cache_bits: int | None
     sampling: SamplingConfig | None
     prime_image: torch.Tensor | None
     prime_rows: int
@@ -275,7 +276,7 @@ class Pipeline(Editing):
         """`draw_parts` with parts that fit the memory."""
         if max_batch is None:  # of none at all, the line that says so is the decoder's
             guided = sampling.cond_scale not in (0, 1)
-            max_batch = max(1, fitting(self.prior, SEQUENCES, guided))
+            max_batch = max(1, fitting(self.prior, SEQUENCES, guided, sampling.cache_bits))
         return draw_parts(
             self.prior,
             text,
@@ -340,6 +341,7 @@ class Pipeline(Editing):
         top_k: int | None = None,
         top_p: float | None = None,
         cond_scale: float | None = None,
+        cache_bits: int | None = None,
         sampling: SamplingConfig | None = None,
         prime_image: torch.Tensor | None = None,
         prime_rows: int = 0,
@@ -364,8 +366,8 @@ class Pipeline(Editing):
                 paper's 512.
             top: how many to keep; None: 8, or all candidates where they are fewer.
             seed: same seed, same pictures.
-            temperature, top_k, top_p, cond_scale: of `SamplingConfig`; None: as `sampling` says.
-                The paper's are 1, none, none, 1.
+            temperature, top_k, top_p, cond_scale, cache_bits: of `SamplingConfig`; None: as
+                `sampling` says. The paper's are 1, none, none, 1, none.
             sampling: how a code is drawn; None: the pipeline's.
             prime_image: (3, H, W) in [0, 1] whose top `prime_rows` rows of codes are given.
             prime_rows: 1 to h - 1 with `prime_image`, 0 for half of the rows; 0 without.
@@ -383,7 +385,11 @@ class Pipeline(Editing):
         captions = _captions(caption)
         num_candidates, top = self.counts(num_candidates, top)
         changes = SamplingChanges(
-            temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            cond_scale=cond_scale,
+            cache_bits=cache_bits,
         )
         prime_rows = integer("pipeline", "prime_rows", prime_rows, 0)
         if prime_image is None and prime_rows:

@@ -200,9 +200,9 @@ def test_scale_one_is_no_guidance_and_costs_nothing(monkeypatch):
     build = Step.__init__
     monkeypatch.setattr(Step, "__init__", lambda s, p, *a: made.append(a) or build(s, p, *a))
     assert torch.equal(plain, model.generate(text, num_samples=2, seed=1, cond_scale=1.0))
-    assert made == [(2, 2, 16, "fp32")]
+    assert made == [(2, 2, 16, "fp32", None)]
     model.generate(text, num_samples=2, seed=1, cond_scale=3.0)
-    assert made[1:] == [(4, 2, 16, "fp32")]  # both branches in one batch
+    assert made[1:] == [(4, 2, 16, "fp32", None)]  # both branches in one batch
 
 
 def test_scale_zero_is_unconditional():

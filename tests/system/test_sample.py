@@ -71,7 +71,7 @@ def test_an_older_pipeline_is_drawn_from_as_before(folder, tmp_path, monkeypatch
     build(ranker=False).save_pretrained(tmp_path)
     head = json.loads((tmp_path / "config.json").read_text())
     assert head.pop("sampling") == {
-        "temperature": 1.0, "top_k": None, "top_p": None, "cond_scale": 1.0
+        "temperature": 1.0, "top_k": None, "top_p": None, "cond_scale": 1.0, "cache_bits": None
     }  # fmt: skip
     assert head.pop("num_candidates") is None
     (tmp_path / "config.json").write_text(json.dumps(head))

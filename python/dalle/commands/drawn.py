@@ -33,7 +33,12 @@ from dalle.version import __version__
 
 CANDIDATES = 64  # where neither the command line nor the pipeline says
 PIPELINES = (Path("run/pipeline"), Path("out/demo/pipeline"))  # of `dalle train`, of `dalle demo`
-WORDS = {"cond_scale": "guidance (cond_scale)", "top_k": "top-k", "top_p": "top-p"}
+WORDS = {
+    "cond_scale": "guidance (cond_scale)",
+    "top_k": "top-k",
+    "top_p": "top-p",
+    "cache_bits": "cache bits",
+}
 RECORD = "samples.json"
 PAGE = "index.html"
 SINGLE = re.compile(r"[0-9]+-[a-z0-9-]+/[0-9]+\.png")  # a picture of a run, as `slug` names it

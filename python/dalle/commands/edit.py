@@ -232,11 +232,10 @@ def edit(config: EditConfig) -> None:
     image = square(source, pipeline.image_size)
     keep = kept_pixels(config, source.shape[:2], pipeline.grid, pipeline.image_size)
     work = editing.checked(pipeline, image, caption, keep, config.paste)
-    guided = sampling.cond_scale not in (0, 1)
     if work.weighted:  # a group is drawn at a time
-        require_group_fits("edit", pipeline, num_candidates, GROUP, guided)
+        require_group_fits("edit", pipeline, num_candidates, GROUP, sampling)
     else:
-        require_best_fit("edit", pipeline, top, guided)
+        require_best_fit("edit", pipeline, top, sampling)
     check_weights(config.weights, device)
     say(f"edit: {int((~work.keep).sum())} of {work.keep.numel()} tokens are redrawn")
     drawn_as = pipeline.tokenizer.shape(caption)

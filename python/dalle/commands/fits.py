@@ -15,6 +15,7 @@ from dalle.memory import free_memory, require_memory
 from dalle.pipeline import Pipeline
 from dalle.plan import memory
 from dalle.prior.config import PRESETS, PriorConfig
+from dalle.prior.sampling import SamplingConfig
 from dalle.prior.step import candidate_bytes
 
 TRAIN_BYTES = 20  # bytes a parameter: fp32 weight, gradient, two moments, average
@@ -82,10 +83,10 @@ def require_dvae_fits(
 
 
 def require_group_fits(
-    owner: str, pipeline: Pipeline, candidates: int, group: int, guided: bool
+    owner: str, pipeline: Pipeline, candidates: int, group: int, sampling: SamplingConfig
 ) -> None:
     """Raises EnvironmentProblem where the candidates that are weighted together cannot fit."""
-    each, count = candidate_bytes(pipeline.prior.config, guided), min(candidates, group)
+    each, count = _candidate_bytes(pipeline, sampling), min(candidates, group)
     free = free_memory(pipeline.device)
     if free is not None and count * each > free:
         fits = _max_fitting(count, lambda number: number * each <= free)
@@ -94,13 +95,13 @@ def require_group_fits(
         require_memory(owner, count * each, description, advice, pipeline.device)
 
 
-def require_best_fit(owner: str, pipeline: Pipeline, top: int, guided: bool) -> None:
+def require_best_fit(owner: str, pipeline: Pipeline, top: int, sampling: SamplingConfig) -> None:
     """Raises EnvironmentProblem where one candidate and the `top` kept ones cannot fit.
 
     Candidates are drawn in parts that fit, and only the best are kept: how many are drawn does not
     matter.
     """
-    cache = candidate_bytes(pipeline.prior.config, guided)
+    cache = _candidate_bytes(pipeline, sampling)
     picture = 2 * 4 * 3 * pipeline.image_size**2  # the pictures kept, and their next selection
     require_memory(owner, cache, "one candidate", "take a smaller model", pipeline.device)
     free = free_memory()
@@ -109,6 +110,11 @@ def require_best_fit(owner: str, pipeline: Pipeline, top: int, guided: bool) -> 
         advice = f"--top {fits} would fit" if fits else "take a smaller model"
         description = f"{top} pictures of {pipeline.image_size} pixels"
         require_memory(owner, top * picture, description, advice)
+
+
+def _candidate_bytes(pipeline: Pipeline, sampling: SamplingConfig) -> int:
+    guided = sampling.cond_scale not in (0, 1)
+    return candidate_bytes(pipeline.prior.config, guided, sampling.cache_bits)
 
 
 def _batch(batch: int, fits: Callable[[int], bool]) -> str | None:

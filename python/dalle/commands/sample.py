@@ -157,7 +157,7 @@ def sample(config: SampleConfig) -> None:
     if top < config.top:
         say(f"sample: of {num_candidates} candidates all are kept, not {config.top}")
     sampling = config.sampling.applied(pipeline.sampling)
-    require_best_fit("sample", pipeline, top, sampling.cond_scale not in (0, 1))
+    require_best_fit("sample", pipeline, top, sampling)
     check_weights(config.weights, device)
     pictures.check_sheet("sample", top, pipeline.image_size, config.scale)
     prime, rows = None, config.prime_rows

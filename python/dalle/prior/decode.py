@@ -26,6 +26,7 @@ from dalle.prior.sampling import (
     PAPER,
     SamplingConfig,
     caption_key,
+    checked_bits,
     draw,
     first_numbers,
     uniform_noise,
@@ -51,6 +52,7 @@ class Decoder:
             multiply are rounded to it.
         max_batch: on a GPU, whose library gives a row other bits among another number of rows,
             products always have so many (twice with guidance). None: B * S.
+        cache_bits: of `SamplingConfig`.
 
     Attributes:
         batch, samples, slots, vocab: B, S, N, K.
@@ -71,18 +73,20 @@ class Decoder:
         cond_scale: float = 1.0,
         weights: str = "fp32",
         max_batch: int | None = None,
+        cache_bits: int | None = None,
     ) -> None:
         self.prior, self.cond_scale = prior, cond_scale
         self.batch = integer("Decoder", "captions", captions, 1)
         self.samples = integer("Decoder", "samples", samples, 1)
         self.slots, self.vocab = prior.config.num_image_tokens, prior.config.image_vocab
         self.guided = cond_scale not in (0, 1)
+        bits = checked_bits("Decoder", cache_bits)
         self._given = 0
         device = prior.start_of_text.device
         count, branches = self.batch * self.samples, 1 + self.guided
         rows = ROWS if device.type == "cpu" else max(count, max_batch or 0) * branches
-        require_cache(prior, count, self.guided)
-        self._step = Step(prior, self.batch * branches, self.samples, rows, weights)
+        require_cache(prior, count, self.guided, bits)
+        self._step = Step(prior, self.batch * branches, self.samples, rows, weights, bits)
 
     @property
     def num_bytes(self) -> int:
@@ -244,7 +248,12 @@ def draw_parts(
         for top in range(0, len(text), height)
         for left in range(0, num_samples, width)
     ]
-    options = {"cond_scale": sampling.cond_scale, "weights": weights, "max_batch": max_batch}
+    options = {
+        "cond_scale": sampling.cond_scale,
+        "cache_bits": sampling.cache_bits,
+        "weights": weights,
+        "max_batch": max_batch,
+    }
     return _drawn(prior, text, sampling, prime, seed, first, parts, options)
 
 
@@ -330,7 +339,8 @@ def generate(
         prior: the model; its mode is put back afterwards.
         text: (B, text_len - 1) int64, PAD where there is no token; not changed.
         num_samples: S, images of each caption.
-        sampling: temperature, top_k, top_p (which act after the temperature) and cond_scale. The
+        sampling: temperature, top_k, top_p (which act after the temperature), cond_scale and
+            cache_bits. The
             caption-free branch of guidance reads padding only, so train with `caption_dropout` for
             scales above 1.
         prime: (B, n) int64, the first n tokens of each image in raster order, kept as they are.

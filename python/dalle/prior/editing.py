@@ -121,7 +121,12 @@ def draw_edited(
             weights=weights,
         )
     groups = [range(left, min(left + group, num_samples)) for left in range(0, num_samples, group)]
-    options = {"cond_scale": sampling.cond_scale, "weights": weights, "max_batch": group}
+    options = {
+        "cond_scale": sampling.cond_scale,
+        "cache_bits": sampling.cache_bits,
+        "weights": weights,
+        "max_batch": group,
+    }
     return _weighted(
         prior, text, given, keep.tolist(), sampling, seed, first_sample, groups, options
     )

@@ -208,6 +208,7 @@ class Prior(Pretrained[PriorConfig]):
         top_k: int | None = None,
         top_p: float | None = None,
         cond_scale: float = 1.0,
+        cache_bits: int | None = None,
         **options: Any,
     ) -> Tensor:
         """Draws images for captions: `dalle.prior.decode.generate` with this model.
@@ -216,7 +217,7 @@ class Prior(Pretrained[PriorConfig]):
 
         Args:
             text: (B, text_len - 1) int64, PAD where there is no token.
-            temperature, top_k, top_p, cond_scale: of `SamplingConfig`.
+            temperature, top_k, top_p, cond_scale, cache_bits: of `SamplingConfig`.
             options: num_samples, prime, seed, first_sample, max_batch, progress: see there.
 
         Returns:
@@ -227,7 +228,11 @@ class Prior(Pretrained[PriorConfig]):
             NumericalError: logits that are NaN or infinite.
         """
         sampling = SamplingConfig(
-            temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            cond_scale=cond_scale,
+            cache_bits=cache_bits,
         )
         return generate(self, text, sampling=sampling, **options)
 

@@ -31,6 +31,8 @@ class SamplingConfig:
         top_p: only the likeliest tokens that together have this probability.
         cond_scale: classifier-free guidance, logits = without + cond_scale * (with - without) the
             caption. 1 is none, 0 ignores the caption; neither costs a second pass.
+        cache_bits: 8 keeps image keys and values of column and causal layers in 8 bits, which
+            changes logits a little; None as they are.
 
     Raises:
         UsageError: a number out of range.
@@ -40,8 +42,10 @@ class SamplingConfig:
     top_k: int | None = None
     top_p: float | None = None
     cond_scale: float = 1.0
+    cache_bits: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "cache_bits", checked_bits("generate", self.cache_bits))
         if not 0 <= real(self.temperature) < math.inf:
             raise UsageError(f"generate: temperature must be 0 or more, got {self.temperature}")
         if self.top_k is not None:
@@ -56,6 +60,14 @@ class SamplingConfig:
             object.__setattr__(self, name, None if value is None else real(value))
 
 
+def checked_bits(owner: str, bits: Any) -> int | None:
+    """`cache_bits`, None or 8; UsageError for anything else."""
+    if bits is None:
+        return None
+    want = "8 or left out"
+    return _checks.integer(owner, "cache_bits", bits, 8, 9, requirement=want, error=UsageError)
+
+
 PAPER = SamplingConfig()  # samples the distribution itself
 
 
@@ -68,6 +80,8 @@ class SamplingChanges:
         top_k: only the k likeliest tokens; as many as there are codes, or more, takes all.
         top_p: only the likeliest tokens that together have this probability; 1 takes all.
         cond_scale: classifier-free guidance; 1 is none.
+        cache_bits: 8 keeps a part of the cache in 8 bits (docs/sampling.md): less memory, and codes
+            of nearly equal chance may change.
 
     Raises:
         UsageError: a number out of range.
@@ -77,6 +91,7 @@ class SamplingChanges:
     top_k: int | None = None
     top_p: float | None = None
     cond_scale: float | None = None
+    cache_bits: int | None = None
 
     def __post_init__(self) -> None:
         self.applied(PAPER)  # checks the ranges

@@ -20,6 +20,7 @@ from dalle.memory import free_memory, require_memory
 from dalle.prior.blocks import GELU_SLOPE, KeysValues, Layer, gelu
 from dalle.prior.config import PriorConfig
 from dalle_ext._switch import reference_in_use
+from dalle_ext.ops.decode_attention import CODED_KINDS
 from dalle_ext.reference.decode_attention import decode_capacity
 
 WEIGHTS = ("fp32", "bf16")
@@ -120,33 +121,44 @@ class PackedProduct:
         )
 
 
-def candidate_bytes(config: PriorConfig, guided: bool) -> int:
+def layer_bits(pattern: dalle_ext.AttentionPattern, bits: int | None) -> int | None:
+    """`cache_bits` of a layer: patterns that keep few slots keep them as they are."""
+    return bits if pattern.kind in CODED_KINDS else None
+
+
+def candidate_bytes(config: PriorConfig, guided: bool, bits: int | None = None) -> int:
     """Bytes of the cache for one candidate; with guidance of both branches."""
     size = torch.empty((), dtype=config.compute_dtype, device="cpu").element_size()
-    slots = sum(decode_capacity(pattern) for pattern in config.patterns())
-    return (1 + guided) * 2 * slots * config.d_model * size
+    plain, coded = config.d_model * size, config.d_model + 4 * config.num_heads  # bytes a slot
+    total = sum(
+        decode_capacity(pattern) * (plain if layer_bits(pattern, bits) is None else coded)
+        for pattern in config.patterns()
+    )
+    return (1 + guided) * 2 * total
 
 
-def fitting(prior: SupportsDecoding, limit: int, guided: bool) -> int:
+def fitting(prior: SupportsDecoding, limit: int, guided: bool, bits: int | None = None) -> int:
     """The most images, up to `limit`, whose cache fits the free memory; 0 where not even one does.
 
     Fewer than `limit` are a power of two.
     """
     free = free_memory(prior.start_of_text.device)
-    each = candidate_bytes(prior.config, guided)
+    each = candidate_bytes(prior.config, guided, bits)
     if free is None or limit * each <= free:
         return limit
     count = free // each
     return 1 << count.bit_length() - 1 if count else 0
 
 
-def require_cache(prior: SupportsDecoding, count: int, guided: bool) -> None:
+def require_cache(
+    prior: SupportsDecoding, count: int, guided: bool, bits: int | None = None
+) -> None:
     """Raises EnvironmentProblem where the cache of so many images at a time cannot fit."""
-    fits = fitting(prior, count, guided)
+    fits = fitting(prior, count, guided, bits)
     if fits < count:
         advice = f"max_batch {fits} would fit" if fits else "take a smaller model"
         device = prior.start_of_text.device
-        needed = count * candidate_bytes(prior.config, guided)
+        needed = count * candidate_bytes(prior.config, guided, bits)
         require_memory("generate", needed, f"{count} candidates at a time", advice, device)
 
 
@@ -179,6 +191,7 @@ class Step:
         rows: products are made of a multiple of so many rows, where the device's library gives a
             row other bits among other numbers of them.
         weights: "fp32" as stored, "bf16" rounds the matrices and what they multiply.
+        bits: of the cache, `SamplingConfig.cache_bits`.
 
     Raises:
         UsageError: weights is neither.
@@ -192,6 +205,7 @@ class Step:
         samples: int,
         rows: int = ROWS,
         weights: str = "fp32",
+        bits: int | None = None,
     ) -> None:
         c = prior.config
         self.batch, self.samples, self.dtype = batch, samples, c.compute_dtype
@@ -221,7 +235,8 @@ class Step:
             assert isinstance(layer, Layer)
             attention, mlp = layer.attention, layer.mlp
             text = torch.zeros(sizes, dtype=self.dtype, device=device)
-            cache = dalle_ext.DecodeCache(pattern, text, text, samples)
+            coded = layer_bits(pattern, bits)
+            cache = dalle_ext.DecodeCache(pattern, text, text, samples, bits=coded)
             parts = [
                 product(attention.qkv, matrix, norm=attention.norm),
                 product(attention.out, matrix),
