@@ -31,7 +31,7 @@ FIRST = (
     "adam16",
     "powersgd",
 )
-LAST = ("prior",)  # between them any other op of dalle_ext/ops
+LAST = ("decode_step", "prior")  # between them any other op of dalle_ext/ops
 
 
 def all_cases(scale: str) -> list[Case]:

@@ -75,6 +75,7 @@ def test_cases_cover_what_is_asked_for():
     assert {s.dtype for s in sizes if s.packed} == {torch.float32, torch.bfloat16}
     whole = " ".join(c.what for c in cases)
     assert "(8, 8192, 32, 32) float32" in whole and "channels last bfloat16" in whole
+    assert "decoding step of width 3968, 4 layers, S64" in whole
     assert "block of width 3968" in whole and "training step of 1b" in whole
     tiny = gpu_worker.all_cases("tiny")
     assert [(c.op, c.rivals) for c in tiny] == [(c.op, c.rivals) for c in cases]
