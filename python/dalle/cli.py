@@ -69,6 +69,14 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
         "dalle.commands.eval_figures:words",
         "which facts of captions pictures show",
     ),
+    ("eval", "overlap"): (
+        "dalle.commands.eval_overlap:overlap",
+        "pictures that a model has seen, and the distance without",
+    ),
+    ("eval", "votes"): (
+        "dalle.commands.eval_votes:votes",
+        "which of two models people prefer, Figure 7",
+    ),
     ("eval", "report"): (
         "dalle.commands.eval_figures:report",
         "one HTML page of all results in a folder",

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dalle.evaluate.data_overlap import nearest, overlap
     from dalle.evaluate.distances import (
         frechet_distance,
         frechet_distance_infinite,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from dalle.evaluate.extractors import load_extractor
     from dalle.evaluate.facts import words
     from dalle.evaluate.page import report
+    from dalle.evaluate.preference import votes
     from dalle.evaluate.reconstruction import recon, ssim
     from dalle.evaluate.scores import clip_score, features, fid, is_, kid, prc
     from dalle.evaluate.sweeps import blur, rerank
@@ -36,12 +38,15 @@ __all__ = [
     "kernel_distance",
     "kid",
     "load_extractor",
+    "nearest",
+    "overlap",
     "prc",
     "precision_recall",
     "recon",
     "report",
     "rerank",
     "ssim",
+    "votes",
     "words",
 ]
 
@@ -52,6 +57,8 @@ _HOMES = {  # name -> module
     "kernel_distance": "distances",
     "precision_recall": "distances",
     "load_extractor": "extractors",
+    "nearest": "data_overlap",
+    "overlap": "data_overlap",
     "report": "page",
     "recon": "reconstruction",
     "ssim": "reconstruction",
@@ -63,6 +70,7 @@ _HOMES = {  # name -> module
     "clip_score": "scores",
     "blur": "sweeps",
     "rerank": "sweeps",
+    "votes": "preference",
     "words": "facts",
 }
 

@@ -17,7 +17,8 @@ STYLE = (
     REPORT_STYLE
     + """
 figure > img.plot { max-width: 100%; width: auto; }
-.wide { overflow-x: auto; margin: .8rem 0; } .wide caption { text-align: left; font-weight: bold; }
+.wide { overflow-x: auto; margin: .8rem 0; } .wide caption { text-align: left; font-weight: bold;
+  white-space: nowrap; }
 .wide th { white-space: nowrap; }
 details { margin: .5rem 0; color: #555; } summary { cursor: pointer; }
 """
