@@ -18,6 +18,7 @@ from dalle.data.mixture import MixedPairs, with_choice
 from dalle.data.pairs import captions_of
 from dalle.data.sources import load_pairs
 from dalle.data.split import hold_out
+from dalle.demo.sets import open_parts
 from dalle.errors import DataError, UsageError
 from dalle.train.config import LoopConfig
 from dalle.train.loop import train
@@ -203,3 +204,5 @@ def test_codes_are_no_pictures(home):
     codes = str(home / "codes")
     with pytest.raises(UsageError, match="^data encode: data must be pictures, got the codes of"):
         encode(options(home, data=codes, out=home / "again"))
+    with pytest.raises(UsageError, match="^train: data must be pictures, .* dalle prior train --"):
+        open_parts(codes, 0.1)

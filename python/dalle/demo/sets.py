@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from dalle.data.augment import load_cropped, to_tensor
+from dalle.data.codes import stores_of
 from dalle.data.pairs import ArrayPairs, Pairs, evenly_spaced
 from dalle.data.shapes import parse, split_scenes
 from dalle.data.shapes_pairs import ShapesPairs
@@ -27,6 +28,7 @@ from dalle.demo.measures import (
     reconstruction_right,
     shapes_scores,
 )
+from dalle.errors import UsageError
 
 POOL = 4096  # true pictures that drawn ones are compared with
 IN_MEMORY = 2 << 30  # bytes of decoded pictures that are kept; larger folders are read as they go
@@ -315,9 +317,17 @@ def open_parts(data: str, share: float, side: int = 64, seed: int = 0) -> tuple[
 
     Raises:
         DataError: no such folder, no usable pair, or too few different pictures.
+        UsageError: codes, from which no dVAE can learn.
     """
     specs = split_specs(data)
     if len(specs) == 1 and specs[0][0] not in BUILT_IN:
-        return hold_out(open_folder(Path(specs[0][0])), share)
-    pairs = load_pairs(data, image_size=drawn_size(side), seed=seed, report=False)
+        pairs = open_folder(Path(specs[0][0]))
+    else:
+        pairs = load_pairs(data, image_size=drawn_size(side), seed=seed, report=False)
+    for store in stores_of(pairs):
+        raise UsageError(
+            f"train: data must be pictures, got the codes of {store.folder}; a dVAE and a ranker "
+            "learn from pictures only. To train a prior on codes: dalle prior train --data "
+            f"{store.folder} --vae VAE --tokenizer TOKENIZER"
+        )
     return hold_out(pairs, share)
