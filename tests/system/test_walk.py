@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from dalle import Pipeline, cli
+from dalle.options import parse_options
 from support.printed import printed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,3 +117,11 @@ def test_every_printed_name_is_importable():
     assert len(names) > 15
     assert [(page, name) for page, name in names if missing(name)] == []
     assert missing("dalle.pipeline.Pipline") and missing("dalle.gone.Pipeline")
+
+
+def test_values_of_the_commands_for_a_million_pairs_are_taken():
+    commands = commands_of((ROOT / "docs/your_own_pictures.md").read_text())
+    assert len(commands) >= 14
+    for words in commands:
+        verb, rest = cli.find_command(words)
+        parse_options(cli.load_target(verb)[1], rest, prog=" ".join(["dalle", *verb]))
