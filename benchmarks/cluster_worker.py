@@ -95,10 +95,11 @@ def reconstruction_error(psgd: PowerSGD, step: Callable[[], object]) -> float:
     inside: list[float] = []
     project = buffers.project
 
-    def measured(compressed: list[Factors], fast: bool) -> None:
-        project(compressed, fast)  # Q = E^T P of this process; P's columns are orthonormal
-        whole.extend(float(f.matrix.value().square().sum()) for f in compressed)
-        inside.extend(float((f.q * f.unit).square().sum()) for f in compressed)
+    def measured(factors: Factors, fast: bool) -> None:
+        project(factors, fast)  # Q = E^T P of this process; P's columns are orthonormal
+        whole.extend(float(m.value().square().sum()) for m in factors.matrices)
+        pairs = zip(factors.qs, factors.units, strict=True)
+        inside.extend(float((q * unit).square().sum()) for q, unit in pairs)
 
     buffers.project = measured
     try:

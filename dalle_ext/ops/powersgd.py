@@ -47,7 +47,9 @@ if _native.CPU_PROBLEM is None:
 def _results(errors: Sequence[Tensor], factors: Sequence[Tensor], side: int) -> list[Tensor]:
     """Room for (m or n, r) float32 of each matrix; zeros of an empty one, which no kernel sees."""
     return [
-        (f.new_empty if e.numel() else f.new_zeros)((e.shape[side], f.shape[1]))
+        (torch.empty if e.numel() else torch.zeros)(
+            (e.shape[side], f.shape[1]), dtype=f.dtype, device=f.device
+        )
         for e, f in zip(errors, factors, strict=True)
     ]
 
@@ -232,7 +234,10 @@ def powersgd_decompress_(
     if reference_in_use():
         rows = zip(errors, ps, qs, strict=True)
         return [reference.decompress_(*row, factor, skip, fast) for row in rows]
-    grads = [p.new_empty(e.shape) for e, p in zip(errors, ps, strict=True)]
+    grads = [
+        torch.empty(e.shape, dtype=p.dtype, device=p.device)
+        for e, p in zip(errors, ps, strict=True)
+    ]
     _powersgd_decompress_(
         list(errors),
         [p.contiguous() for p in ps],

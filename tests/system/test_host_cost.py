@@ -69,7 +69,11 @@ def test_operators_of_a_unit(alone):
     for _ in range(3):
         compressor.reduce_(named, set())
     found = [calls_of(lambda: compressor.reduce_(named, set())) for _ in range(3)]
-    assert max(found) <= 320  # a matrix that gets another unit takes some more than 309
+    assert max(found) <= 195, found  # 165, and some more where a matrix gets another unit
+    with torch.profiler.profile() as seen:  # those inside others too
+        compressor.reduce_(named, set())
+    names = ("aten::", "dalle_ext::", "c10d::")
+    assert sum(e.count for e in seen.key_averages() if e.key.startswith(names)) <= 435
 
 
 def test_a_kept_table_gives_the_same_statistics():

@@ -19,15 +19,18 @@ compute with the same bits (`truncate_to_rank`).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import dalle_ext
 from dalle.distributed.communicator import Communicator
+from dalle.distributed.small import elements, joined, max_abs, number, numbers
 
 FORMAT = "1-6-9"
 # Exponents of bound times unit; 1-6-9 has those from -60 to 4. Outside of MIN to MAX a new unit
@@ -42,6 +45,19 @@ EPS = 1e-6  # of the largest element of P; added to its diagonal before it is or
 
 
 @dataclass
+class Scalars:
+    """Of the matrices that were last reduced together, (k,) float32 each.
+
+    Attributes:
+        unit: powers of two.
+        bound: at least the largest magnitude in a buffer, in units of the gradient.
+    """
+
+    unit: Tensor
+    bound: Tensor
+
+
+@dataclass
 class MatrixState:
     """What a compressed gradient keeps between steps.
 
@@ -51,9 +67,7 @@ class MatrixState:
         q: (n, r + OVERSAMPLING) float32, drawn once and never updated; fewer columns where m or n
             is less.
         max_gain: a power of two, at least max |E Q| / max |E|.
-        unit: 0-d float32, a power of two.
-        bound: 0-d float32, at least the largest magnitude in the buffer, in units of the gradient.
-        output_bound: 0-d float32, at least the largest magnitude of the last reduced gradient.
+        scalars, index: element `index` of each is this matrix's.
         steps: reductions so far.
     """
 
@@ -61,10 +75,19 @@ class MatrixState:
     error: Tensor
     q: Tensor
     max_gain: float
-    unit: Tensor
-    bound: Tensor
-    output_bound: Tensor
+    scalars: Scalars
+    index: int = 0
     steps: int = 0
+
+    @property
+    def unit(self) -> Tensor:
+        """0-d float32, see `Scalars`."""
+        return self.scalars.unit[self.index]
+
+    @property
+    def bound(self) -> Tensor:
+        """0-d float32, see `Scalars`."""
+        return self.scalars.bound[self.index]
 
     def value(self) -> Tensor:
         """The buffer's content, (m, n) float32, in units of the gradient."""
@@ -76,7 +99,7 @@ class MatrixState:
         """Overwrites the buffer with (m, n) float32, in the unit given or in one that fits."""
         if self.error.dtype == torch.int16:
             fitting = new_units(max_abs([value]), self.unit[None])[0]
-            self.unit = fitting if unit is None else unit
+            self.scalars.unit[self.index] = fitting if unit is None else unit
             self.error.copy_(dalle_ext.pack(value * self.unit, FORMAT))
         else:
             self.error.copy_(value)
@@ -85,66 +108,67 @@ class MatrixState:
 
     def update_bound(self) -> None:
         """Sets the bound to the largest magnitude; the host does not wait for the device."""
-        self.bound = max_abs([self.value()])[0]
+        self.scalars.bound[self.index] = max_abs([self.value()])[0]
+
+
+def scalars_of(matrices: list[MatrixState]) -> Scalars:
+    """Those of matrices that are reduced together, in their order."""
+    kept = matrices[0].scalars
+    same = all(m.scalars is kept and m.index == i for i, m in enumerate(matrices))
+    if same and len(kept.unit) == len(matrices):
+        return kept
+    units, bounds = [m.unit for m in matrices], [m.bound for m in matrices]
+    made = Scalars(torch.stack(units), torch.stack(bounds))
+    for index, matrix in enumerate(matrices):
+        matrix.scalars, matrix.index = made, index
+    return made
 
 
 @dataclass
 class Factors:
-    """A gradient during one reduction, as P Q^T.
+    """Gradients that are reduced together, during one reduction, each as P Q^T.
 
     Attributes:
-        matrix: its error buffer E and what else outlives the reduction.
-        grad: of m n elements, replaced at the end.
-        block: number of the residual block whose scale the gradient carries.
-        scale: 0-d, that scale; None where there is none.
-        skip: 0-d float32; where it is not 0 the gradient is not added to E.
-        bound: 0-d float32, at least the largest magnitude of E with the gradient.
-        p: (m, c), this process's E Q; then P, (m, r) float32, orthonormal, the same on all
+        matrices: their error buffers E and what else outlives the reduction.
+        grads: of m n elements each, replaced at the end.
+        blocks: of each, the position of its residual block in `skip`.
+        scales: (k,), the loss scales that they carry; None where there are none.
+        skip: (blocks,) float32; where it is not 0 the block's gradients are not added to E.
+        bounds: (k,) float32, at least the largest magnitudes of E with the gradients.
+        ps: (m, c) each, this process's E Q; then P, (m, r) float32, orthonormal, the same on all
             processes.
-        q: (n, r) float32, this process's E^T P; then its sum over the group.
-        max_gain: a power of two, at least max |E^T P| / max |E|.
-        unit: 0-d float32; `q` times this is in units of the gradient.
+        qs: (n, r) float32 each, this process's E^T P; then its sum over the group.
+        max_gain: a power of two, at least max |E^T P| / max |E| of each.
+        units: (k,) float32; `qs` times these are in units of the gradients.
+        output_bounds: (k,) float32, at least the largest magnitudes of the reduced gradients.
     """
 
-    matrix: MatrixState
-    grad: Tensor
-    block: int
-    scale: Tensor | None
+    matrices: list[MatrixState]
+    grads: list[Tensor]
+    blocks: list[int]
+    scales: Tensor | None
     skip: Tensor
-    bound: Tensor
-    p: Tensor = field(init=False)
-    q: Tensor = field(init=False)
+    bounds: Tensor
+    ps: list[Tensor] = field(default_factory=list)
+    qs: list[Tensor] = field(default_factory=list)
     max_gain: float = field(init=False)
-    unit: Tensor = field(init=False)
+    units: Tensor = field(init=False)
+    output_bounds: Tensor = field(init=False)
 
     @property
-    def grad_2d(self) -> Tensor:
-        """The gradient as (m, n)."""
-        return self.grad.reshape(self.grad.shape[0], -1)
+    def scalars(self) -> Scalars:
+        """Those of `matrices`."""
+        return scalars_of(self.matrices)
 
+    @property
+    def errors(self) -> list[Tensor]:
+        """Those of `matrices`."""
+        return [m.error for m in self.matrices]
 
-def max_abs(tensors: Sequence[Tensor]) -> Tensor:
-    """(len,) float32 largest magnitudes; Inf or NaN where a tensor has one, 0 of an empty one."""
-    zero = torch.zeros((), dtype=torch.float32, device=tensors[0].device)
-    nonempty = [t for t in tensors if t.numel()]
-
-    def stacked(found: Sequence[Tensor]) -> Tensor:
-        remaining = (value.float() for value in found)
-        return torch.stack([next(remaining) if t.numel() else zero for t in tensors])
-
-    if zero.device.type == "cpu":  # a twentieth of the time of norms
-        ranges = [torch.aminmax(t) for t in nonempty]
-        return torch.maximum(-stacked([r.min for r in ranges]), stacked([r.max for r in ranges]))
-    return stacked(torch._foreach_norm(nonempty, math.inf) if nonempty else ())
-
-
-def any_of_blocks(flags: Tensor, block_of: list[int], blocks: list[int]) -> Tensor:
-    """(blocks,) float32: 1 where a flag of the block is set, else 0."""
-    if len(blocks) == 1:
-        return flags.any().float()[None]
-    pairs = list(zip(flags.unbind(), block_of, strict=True))
-    members = [torch.stack([flag for flag, b in pairs if b == block]) for block in blocks]
-    return torch.stack([of_block.any() for of_block in members]).float()
+    @property
+    def grads_2d(self) -> list[Tensor]:
+        """The gradients as (m, n)."""
+        return [g if g.dim() == 2 else g.reshape(g.shape[0], -1) for g in self.grads]
 
 
 def new_units(bounds: Tensor, units: Tensor) -> Tensor:
@@ -160,6 +184,15 @@ def new_units(bounds: Tensor, units: Tensor) -> Tensor:
     return torch.where(fits, units, fitting)
 
 
+@functools.lru_cache(maxsize=16)
+def _triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the upper triangle's elements lie in (size * size,), and each of these in them."""
+    row, column = torch.triu_indices(size, size, device="cpu", dtype=torch.int64)
+    positions = torch.empty(size, size, device="cpu", dtype=torch.int64)
+    positions[row, column] = positions[column, row] = torch.arange(len(row), device="cpu")
+    return (row * size + column).to(device), positions.flatten().to(device)
+
+
 def gram_triangles(ps: list[Tensor], rank: int) -> Tensor:
     """Upper triangles of P^T P of each matrix, (k, ...) float32, zeros where P has fewer columns.
 
@@ -167,11 +200,11 @@ def gram_triangles(ps: list[Tensor], rank: int) -> Tensor:
         ps: (m, c) each, c at least `rank` and at most rank + OVERSAMPLING.
     """
     size = rank + OVERSAMPLING
-    grams = ps[0].new_zeros(len(ps), size, size)
-    for gram, p in zip(grams, ps, strict=True):
-        gram[: p.shape[1], : p.shape[1]] = p.t() @ p
-    row, column = torch.triu_indices(size, size, device=grams.device, dtype=torch.int64)
-    return grams[:, row, column].float()
+    grams = [torch.mm(p.transpose(0, 1), p) for p in ps]
+    missing = [size - len(gram) for gram in grams]
+    padded = [F.pad(g, (0, n, 0, n)) if n else g for g, n in zip(grams, missing, strict=True)]
+    upper = _triangle(size, ps[0].device)[0]
+    return joined(padded).view(len(ps), -1).index_select(1, upper).float()
 
 
 def truncate_to_rank(
@@ -190,23 +223,30 @@ def truncate_to_rank(
         triangles: the sum of their `gram_triangles`.
     """
     size = rank + OVERSAMPLING
-    row, column = torch.triu_indices(size, size, device=triangles.device, dtype=torch.int64)
-    c = triangles.new_zeros(len(ps), size, size, dtype=torch.float64)
-    c[:, row, column] = c[:, column, row] = triangles.double()
-    power = c[:, :, :rank] / _trace(c)
-    inner = power.mT @ c @ power
+    full = triangles.index_select(1, _triangle(size, triangles.device)[1])
+    c = full.double().view(-1, size, size)
+    power = c[..., :rank] / _trace(c)
+    inner = torch.bmm(torch.bmm(power.transpose(1, 2), c), power)
     trace = _trace(inner)
-    ridge = RIDGE * torch.eye(rank, dtype=torch.float64, device=c.device)
-    lower, _ = torch.linalg.cholesky_ex(inner / trace + ridge)
-    ts = torch.linalg.solve_triangular(lower.mT, power / trace.sqrt(), upper=True, left=False)
-    ts = ts * (2.0**TARGET_EXPONENT / next_power_of_two(math.sqrt(world_size * rank)))
-    return [(p @ t[: p.shape[1]].to(p.dtype)).float() for p, t in zip(ps, ts, strict=True)]
+    inner /= trace
+    inner.diagonal(dim1=1, dim2=2).add_(RIDGE)
+    lower, _ = torch.linalg.cholesky_ex(inner)
+    power *= 2.0**TARGET_EXPONENT / next_power_of_two(math.sqrt(world_size * rank))
+    power /= trace.sqrt_()
+    ts = torch.linalg.solve_triangular(lower.transpose(1, 2), power, upper=True, left=False)
+    every = zip(ps, ts.to(ps[0].dtype).unbind(), strict=True)
+    return [torch.mm(p, t if p.shape[1] == size else t[: p.shape[1]]).float() for p, t in every]
 
 
 def _trace(matrices: Tensor) -> Tensor:
-    """(k, 1, 1) of (k, n, n); 1 where it is 0."""
-    traces = matrices.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-    return torch.where(traces > 0, traces, 1.0)
+    """(k, 1, 1) of (k, n, n) float64; 1 where it is 0."""
+    traces = matrices.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)
+    return traces.masked_fill_(traces <= number(0.0, traces.device, traces.dtype), 1.0)
+
+
+def _fits(bound: float, unit: float) -> bool:
+    """Whether `new_units` keeps the unit."""
+    return bound == 0 or 2.0**MIN_EXPONENT <= bound * unit < 2.0**MAX_EXPONENT
 
 
 def next_power_of_two(x: float) -> float:
@@ -219,70 +259,82 @@ class CodeBuffers:
 
     dtype = torch.int16
 
-    def rescale(self, matrices: list[MatrixState], bounds: Tensor) -> None:
+    def rescale(self, factors: Factors, bounds: Tensor) -> None:
         """Gives matrices new units where `bounds`, summed over all processes, ask for it.
 
         No element of a buffer, or of a sum of buffers, is larger than the bound times the unit.
         """
-        before = torch.stack([m.unit for m in matrices])
-        after = new_units(bounds, before)
-        change = after / before
+        scalars, before = factors.scalars, factors.scalars.unit
         # On the CPU the host may read the values. On a GPU it does not wait: it multiplies by 1.
-        on_host = change.device.type == "cpu"
-        for i, matrix in enumerate(matrices):
-            matrix.unit = after[i]
-            if not (on_host and change[i] == 1):
-                decoded = dalle_ext.unpack(matrix.error, FORMAT)
-                matrix.error.copy_(dalle_ext.pack(decoded * change[i], FORMAT))
+        on_host = before.device.type == "cpu"
+        if on_host and all(map(_fits, bounds.tolist(), before.tolist())):
+            return
+        scalars.unit = new_units(bounds, before)
+        change = scalars.unit / before
+        for error, by in zip(factors.errors, elements(change), strict=True):
+            if not (on_host and by == 1):
+                decoded = dalle_ext.unpack(error, FORMAT)
+                error.copy_(dalle_ext.pack(decoded * by, FORMAT))
 
-    def compress(self, compressed: list[Factors], fast: bool) -> None:
+    def compress(self, factors: Factors, fast: bool) -> None:
         """Adds gradients, divided by their scales, to the buffers; P = E Q unit / max_gain."""
-        for f in compressed:
-            m, factor = f.matrix, f.matrix.max_gain / f.matrix.unit
-            (f.p,) = dalle_ext.powersgd_compress_(
+        gains = numbers(tuple(m.max_gain for m in factors.matrices), factors.bounds.device)
+        scales = gains / factors.scalars.unit
+        if factors.scales is not None:
+            scales = factors.scales * scales
+        skips = elements(factors.skip)
+        rows = zip(
+            factors.matrices, factors.grads_2d, elements(scales), factors.blocks, strict=True
+        )
+        for m, grad, scale, block in rows:
+            factors.ps += dalle_ext.powersgd_compress_(
                 [m.error],
-                [f.grad_2d],
+                [grad],
                 [m.q],
-                scale=factor if f.scale is None else f.scale * factor,
+                scale=scale,
                 error_scale=m.max_gain,
-                skip=f.skip,
+                skip=skips[block],
                 fast=fast,
             )
 
-    def all_reduce_(self, comm: Communicator, factors: list[Tensor]) -> None:
-        """Sums of P or of Q over the processes."""
-        comm.all_reduce_codes_(factors)
+    def all_reduce(self, comm: Communicator, factors: Sequence[Tensor]) -> Tensor:
+        """The sums of P or of Q over the processes, all elements one after another."""
+        return comm.sum_codes(joined(factors))
 
-    def orthonormalize(self, p: Tensor) -> Tensor:
-        """Words of orthonormal columns that span those of P, whatever P's size."""
-        peak = p.abs().amax()
+    def orthonormalize(self, ps: Sequence[Tensor]) -> Tensor:
+        """Words of orthonormal columns that span those of each P, whatever P's size; flat."""
+        tiny = number(2.0**-100, ps[0].device)  # below any word: of a P of zeros
+        peaks = [torch.maximum(p.abs().amax(), tiny) for p in ps]
+        every = zip(ps, peaks, strict=True)
         return dalle_ext.pack(
-            dalle_ext.orthogonalize(p / torch.where(peak > 0, peak, 1.0), EPS), FORMAT
+            joined([dalle_ext.orthogonalize(p / peak, EPS) for p, peak in every]), FORMAT
         )
 
     def decode(self, words: Tensor) -> Tensor:
         """The float32 values of words of `orthonormalize`."""
         return dalle_ext.unpack(words, FORMAT)
 
-    def project(self, compressed: list[Factors], fast: bool) -> None:
-        """Q = E^T P / `Factors.unit`, which it sets."""
-        rows = max(f.matrix.error.shape[0] for f in compressed)
-        max_gain = next_power_of_two(1.01 * math.sqrt(rows))  # P's columns have norm 1
-        errors, ps = [f.matrix.error for f in compressed], [f.p for f in compressed]
-        qs = dalle_ext.powersgd_project(errors, ps, error_scale=max_gain, fast=fast)
-        for f, q in zip(compressed, qs, strict=True):
-            f.q, f.max_gain, f.unit = q, max_gain, max_gain / f.matrix.unit
+    def project(self, factors: Factors, fast: bool) -> None:
+        """Q = E^T P / `Factors.units`, which it sets."""
+        rows = max(m.error.shape[0] for m in factors.matrices)
+        factors.max_gain = gain = next_power_of_two(1.01 * math.sqrt(rows))  # P's columns: norm 1
+        factors.qs = dalle_ext.powersgd_project(
+            factors.errors, factors.ps, error_scale=gain, fast=fast
+        )
+        factors.units = number(gain, factors.bounds.device) / factors.scalars.unit
 
     def decompress(
-        self, compressed: list[Factors], world_size: int, skip: Tensor, feedback: bool, fast: bool
-    ) -> list[Tensor]:
-        """D = P Q^T in units of Q; subtracts D / world size from the buffers where `skip` is 0."""
+        self, factors: Factors, which: list[int], world_size: int, skip: Tensor, feedback: bool,
+        fast: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        """D = P Q^T in units of Q, of the matrices `which`; subtracts D / world size from the
+        buffers where `skip` is 0."""
         return dalle_ext.powersgd_decompress_(
-            [f.matrix.error for f in compressed],
-            [f.p for f in compressed],
-            [f.q for f in compressed],
+            [factors.matrices[i].error for i in which],
+            [factors.ps[i] for i in which],
+            [factors.qs[i] for i in which],
             machines=world_size,
-            error_scale=compressed[0].max_gain,
+            error_scale=factors.max_gain,
             skip=skip,
             feedback=feedback,
             fast=fast,
@@ -294,45 +346,48 @@ class FloatBuffers:
 
     dtype = torch.float32
 
-    def rescale(self, matrices: list[MatrixState], bounds: Tensor) -> None:
+    def rescale(self, factors: Factors, bounds: Tensor) -> None:
         """As `CodeBuffers`, so that P^T P stays in the range of float32; buffers do not change."""
-        after = new_units(bounds, torch.stack([m.unit for m in matrices]))
-        for matrix, unit in zip(matrices, after, strict=True):
-            matrix.unit = unit
+        factors.scalars.unit = new_units(bounds, factors.scalars.unit)
 
-    def compress(self, compressed: list[Factors], fast: bool) -> None:
+    def compress(self, factors: Factors, fast: bool) -> None:
         """Adds gradients, divided by their scales, to the buffers; P = E Q, as `CodeBuffers`."""
-        for f in compressed:
-            m, grad = f.matrix, f.grad_2d.float() if f.scale is None else f.grad_2d / f.scale
-            m.error.add_(torch.where(f.skip > 0, 0.0, grad))
-            f.p = m.error.double() @ m.q.double() * (m.unit / m.max_gain)
+        rows = zip(factors.matrices, factors.grads_2d, factors.blocks, strict=True)
+        for i, (m, grad, block) in enumerate(rows):
+            grad = grad.float() if factors.scales is None else grad / factors.scales[i]
+            m.error.add_(torch.where(factors.skip[block] > 0, 0.0, grad))
+            factors.ps.append(m.error.double() @ m.q.double() * (m.unit / m.max_gain))
 
-    def all_reduce_(self, comm: Communicator, factors: list[Tensor]) -> None:
-        """Sums of P or of Q over the processes."""
-        comm.all_reduce_fp32_(factors)
+    def all_reduce(self, comm: Communicator, factors: Sequence[Tensor]) -> Tensor:
+        """The sums of P or of Q over the processes, all elements one after another."""
+        return comm.sum_fp32_(joined(factors))
 
-    def orthonormalize(self, p: Tensor) -> Tensor:
+    def orthonormalize(self, ps: Sequence[Tensor]) -> Tensor:
         """See `CodeBuffers`. In float64, since the columns of P may be nearly parallel."""
-        q: Tensor = torch.linalg.qr(p.double()).Q
-        return ((q * 2.0**GRID_P).round_() * 2.0**-GRID_P).float()
+        qs = joined([torch.linalg.qr(p.double()).Q for p in ps])
+        return ((qs * 2.0**GRID_P).round_() * 2.0**-GRID_P).float()
 
     def decode(self, words: Tensor) -> Tensor:
         """See `CodeBuffers`."""
         return words
 
-    def project(self, compressed: list[Factors], fast: bool) -> None:
+    def project(self, factors: Factors, fast: bool) -> None:
         """Q = E^T P."""
-        for f in compressed:
-            f.q, f.max_gain, f.unit = f.matrix.error.t() @ f.p, 1.0, torch.ones_like(f.matrix.unit)
+        pairs = zip(factors.errors, factors.ps, strict=True)
+        factors.qs = [error.t() @ p for error, p in pairs]
+        factors.max_gain, factors.units = 1.0, torch.ones_like(factors.bounds)
 
     def decompress(
-        self, compressed: list[Factors], world_size: int, skip: Tensor, feedback: bool, fast: bool
-    ) -> list[Tensor]:
-        """D = P Q^T; subtracts D / world size from the buffers where `skip` is 0."""
-        products = [(f.p.double() @ _round_to_grid(f.q).t()).float() for f in compressed]
-        for f, product in zip(compressed, products, strict=True):
+        self, factors: Factors, which: list[int], world_size: int, skip: Tensor, feedback: bool,
+        fast: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        """See `CodeBuffers`."""
+        pairs = [(factors.ps[i], factors.qs[i]) for i in which]
+        products = [(p.double() @ _round_to_grid(q).t()).float() for p, q in pairs]
+        for i, product in zip(which, products, strict=True):
             if feedback:
-                f.matrix.error.sub_(torch.where(skip > 0, 0.0, product / world_size))
+                error = factors.matrices[i].error
+                error.sub_(torch.where(skip > 0, 0.0, product / world_size))
         return products
 
 

@@ -102,36 +102,46 @@ class Communicator:
         """Replaces a tensor by the first process's."""
         dist.broadcast(tensor, group=self.group, group_src=0)
 
-    def all_reduce_fp32_(self, tensors: list[Tensor]) -> None:
-        """Replaces float32 tensors by their sums, in one all-reduce."""
-        if not tensors:
-            return
-        flat = torch.cat([t.reshape(-1) for t in tensors])
+    def sum_fp32_(self, flat: Tensor) -> Tensor:
+        """Replaces a float32 tensor by its sum over the processes, and returns it."""
+        if self.world_size == 1:
+            return flat
         self.all_reduce(flat)
         self.traffic.sent += self._ring_bytes(flat)
-        _unflatten(flat, tensors)
+        return flat
 
-    def all_reduce_codes_(self, tensors: list[Tensor]) -> None:
-        """As `all_reduce_fp32_` in 1-6-9 words; sends the bytes of a ring all-reduce of 16 bits.
+    def sum_codes(self, flat: Tensor) -> Tensor:
+        """The sum of (n,) float32 over the processes, in 1-6-9 words: a ring's bytes of 16 bits.
 
         No collective adds such words. So each process gets one shard of all buffers (all-to-all),
         adds it in float32, and packs the sum; then all gather the sums. One process computes each
         sum, so all hold the same bits. The words are sent as bytes: no collective takes int16, and
         read as 16-bit floats those from 14 upwards are NaN to what looks for NaN in the traffic.
         """
-        if not tensors:
-            return
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        shard_size = -(-flat.numel() // self.world_size)
+        size, world_size = flat.numel(), self.world_size
         packed = dalle_ext.pack_counted(flat, "1-6-9")
-        codes = torch.zeros(self.world_size * shard_size, dtype=torch.int16, device=flat.device)
-        codes[: flat.numel()] = packed.codes
-        received = self.all_to_all(codes.view(torch.uint8).view(self.world_size, 2 * shard_size))
+        if world_size == 1:
+            self.traffic.count(packed)
+            return dalle_ext.unpack(packed.codes, "1-6-9")
+        codes, missing = packed.codes, -size % world_size
+        if missing:
+            codes = torch.cat([codes, codes.new_zeros(missing)])
+        received = self.all_to_all(codes.view(torch.uint8).view(world_size, -1))
         reduced = dalle_ext.sum_codes(received.view(torch.int16), "1-6-9")
         codes = self.all_gather(reduced.codes.view(torch.uint8)).view(torch.int16)
         self.traffic.count(packed, reduced)
         self.traffic.sent += self._ring_bytes(codes)
-        _unflatten(dalle_ext.unpack(codes, "1-6-9")[: flat.numel()], tensors)
+        return dalle_ext.unpack(codes[:size] if missing else codes, "1-6-9")
+
+    def all_reduce_fp32_(self, tensors: list[Tensor]) -> None:
+        """Replaces float32 tensors by their sums, in one all-reduce."""
+        if tensors:
+            _unflatten(self.sum_fp32_(torch.cat([t.reshape(-1) for t in tensors])), tensors)
+
+    def all_reduce_codes_(self, tensors: list[Tensor]) -> None:
+        """As `all_reduce_fp32_`, see `sum_codes`."""
+        if tensors:
+            _unflatten(self.sum_codes(torch.cat([t.reshape(-1) for t in tensors])), tensors)
 
     def broadcast_(self, tensors: list[Tensor]) -> None:
         """Replaces tensors of one dtype by those of the first process, in one broadcast."""

@@ -333,7 +333,8 @@ class PowerSGD:
         """
         self._refresh()
         if not self._params:
-            return torch.stack(list(self.compressor.squared_norms.values())).sum().sqrt()
+            norms = [norm.view(1) for norm in self.compressor.norms.values()]
+            return torch.cat(norms).double().square().sum().sqrt()
         scaler = self.compressor.scaler
         params = list(self._params.values())
         if isinstance(scaler, ResblockScaler):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,14 @@ from dalle.distributed.buffers import (
     Factors,
     FloatBuffers,
     MatrixState,
-    any_of_blocks,
+    Scalars,
     gram_triangles,
-    max_abs,
     next_power_of_two,
+    scalars_of,
     truncate_to_rank,
 )
 from dalle.distributed.communicator import WIRE_FORMATS, Communicator
+from dalle.distributed.small import elements, joined, max_abs, membership, number, split_rows
 from dalle.distributed.traffic import CommStats
 from dalle.errors import CheckpointError, UsageError
 from dalle.precision import ResblockScaler
@@ -97,9 +99,9 @@ class Compressor:
         self.comm = Communicator(group)
         self.matrices: dict[str, MatrixState] = {}
         self.stats = CommStats(self.comm.traffic)
-        # By name, of the last reduced gradient: its squared norm, unscaled. Not computed where a
+        # By name, of the last reduced gradient: its norm, unscaled. Not computed where a
         # model's parameters hold the gradients.
-        self.squared_norms: dict[str, Tensor] = {}
+        self.norms: dict[str, Tensor] = {}
         self.track_norms = True
         self._prepared: set[tuple[str, ...]] = set()
         self._loaded: dict[str, tuple[Tensor, float | None]] = {}
@@ -157,119 +159,146 @@ class Compressor:
         # order its sum is computed.
         rest = sorted((g for g in gradients if g.name not in names), key=lambda g: g.name)
         self.prepare(compressed)
-        ordered = [*compressed, *rest]
+        ordered, k = [*compressed, *rest], len(compressed)
+        device = ordered[0].grad.device
+        scales = self._scales(ordered)
+        position, members = membership(tuple(g.block for g in ordered), device)
         magnitudes = max_abs([g.grad for g in ordered])
-        finite = magnitudes.isfinite()
-        blocks = sorted({g.block for g in gradients})
-        nonfinite = any_of_blocks(~finite, [g.block for g in ordered], blocks)
-        skips = dict(zip(blocks, nonfinite.unbind(), strict=True))
-        peaks = torch.where(finite, magnitudes, 0.0).unbind()  # what is not finite is not added
-        pairs = zip(compressed, peaks[: len(compressed)], strict=True)
-        factors = [self._factors(g, peak, skips[g.block]) for g, peak in pairs]
-        flags, sums = nonfinite.clone(), [g.grad.float() for g in rest]
-        bounds = torch.stack([f.bound for f in factors]) if factors else flags.new_empty(0)
-        with self.stats.timed("exchange_seconds", flags.device):
-            self.comm.all_reduce_fp32_([*sums, flags, bounds])
-        nan = dict(zip(blocks, _nan_where(flags), strict=True))
-        for gradient, fp32_sum in zip(rest, sums, strict=True):
-            self._write_sum(gradient, fp32_sum, nan[gradient.block])
-        if factors:
-            self.buffers.rescale([f.matrix for f in factors], bounds)
+        bad = (magnitudes - magnitudes).isnan()  # of a gradient that is not finite
+        flags = torch.where(bad, members, number(0.0, device)).amax(1)
+        peaks = magnitudes.nan_to_num_(0.0, 0.0, 0.0)  # what is not finite is not added
+        factors = self._factors(compressed, peaks, scales, position, flags) if compressed else None
+        bounds = [] if factors is None else [factors.bounds]
+        flat = joined([*(g.grad for g in rest), flags, *bounds])
+        with self.stats.timed("exchange_seconds", device):
+            self.comm.sum_fp32_(flat)
+        sizes = [*(g.grad.numel() for g in rest), len(flags), k]
+        *sums, flags, summed_bounds = flat.split_with_sizes(sizes)
+        nan = elements(flags.neg().sqrt_())  # where a flag is set; else 0
+        self._write_sums(rest, sums, nan, position[k:], None if scales is None else scales[k:])
+        if factors is not None:
+            self.buffers.rescale(factors, summed_bounds)
             self._all_reduce_factors(factors)
-            for block, flag in zip(blocks, flags, strict=True):
-                self._decompress([f for f in factors if f.block == block], flag, nan[block])
-            for f in factors:
-                self._update_bound(f.matrix, f.bound)
+            self._decompress(factors, flags, nan)
+            self._update_bounds(factors)
         self.stats.uncompressed_bytes += sum(
             8 * (self.world_size - 1) * g.grad.numel() // self.world_size for g in gradients
         )
 
-    def _factors(self, gradient: Gradient, peak: Tensor, skip: Tensor) -> Factors:
-        """Of a gradient whose largest magnitude is `peak`; `skip` where its block is not finite."""
-        matrix, scale = self.matrices[gradient.name], self._scale(gradient.block)
-        bound = matrix.bound + (peak if scale is None else peak / scale)
-        return Factors(matrix, gradient.grad, gradient.block, scale, skip, bound)
+    def _factors(
+        self,
+        gradients: list[Gradient],
+        peaks: Tensor,
+        scales: Tensor | None,
+        position: list[int],
+        skip: Tensor,
+    ) -> Factors:
+        """Of these, the first of the gradients that all else is given for."""
+        k, matrices = len(gradients), [self.matrices[g.name] for g in gradients]
+        scales = None if scales is None else scales[:k]
+        added = peaks[:k] if scales is None else peaks[:k] / scales
+        bounds = scalars_of(matrices).bound + added
+        return Factors(matrices, [g.grad for g in gradients], position[:k], scales, skip, bounds)
 
-    def _all_reduce_factors(self, factors: list[Factors]) -> None:
+    def _all_reduce_factors(self, factors: Factors) -> None:
         """P and Q of each gradient, summed over the group."""
-        buffers, device = self.buffers, factors[0].grad.device
+        buffers, device, rank = self.buffers, factors.bounds.device, self.rank
         buffers.compress(factors, self.fast)
-        ps = [f.p for f in factors]
-        triangles = gram_triangles(ps, self.rank)
+        triangles = gram_triangles(factors.ps, rank)
         with self.stats.timed("exchange_seconds", device):
-            self.comm.all_reduce_fp32_([triangles])
-        ps = truncate_to_rank(ps, triangles, self.rank, self.world_size)
+            self.comm.sum_fp32_(triangles)
+        ps = truncate_to_rank(factors.ps, triangles, rank, self.world_size)
         with self.stats.timed("exchange_seconds", device):
-            buffers.all_reduce_(self.comm, ps)
-        for f, p in zip(factors, self._orthonormalize(ps), strict=True):
-            f.p = p
+            flat = buffers.all_reduce(self.comm, ps)
+        words = buffers.orthonormalize(split_rows(flat, factors.errors, 0, rank))
+        if self._broadcast_p:  # else all processes have the same bits
+            self.comm.broadcast_([words])
+        factors.ps = split_rows(buffers.decode(words), factors.errors, 0, rank)
         buffers.project(factors, self.fast)
         with self.stats.timed("exchange_seconds", device):
-            buffers.all_reduce_(self.comm, [f.q for f in factors])
+            flat = buffers.all_reduce(self.comm, factors.qs)
+        factors.qs = split_rows(flat, factors.errors, 1, rank)
 
-    def _decompress(self, factors: list[Factors], skip: Tensor, nan: Tensor) -> None:
-        """Writes P Q^T to the gradients, those of one block, and subtracts it from the buffers."""
-        if not factors:
-            return
-        products = self.buffers.decompress(
-            factors, self.world_size, skip, self.error_feedback, self.fast
-        )
-        for f, product in zip(factors, products, strict=True):
-            self._write_product(f, product.view_as(f.grad), nan)
+    def _decompress(self, factors: Factors, skip: Tensor, nan: Sequence[Tensor]) -> None:
+        """Writes P Q^T to the gradients and subtracts it from the buffers.
 
-    def _write_product(self, f: Factors, product: Tensor, nan: Tensor) -> None:
-        """Writes P Q^T, in the units of Q, to the gradient; `nan` is that, or 0."""
-        unit = f.unit / self.world_size  # after the product: see `dalle.distributed.buffers`
+        Args:
+            skip: (blocks,), where it is not 0 the buffers of a block stay as they are.
+            nan: (1,) of each block: that, or 0.
+        """
+        # After the product: see `dalle.distributed.buffers`.
+        units = factors.units / number(self.world_size, skip.device)
+        added = torch.cat([nan[block] for block in factors.blocks])
+        by = added + (units if self.average else factors.units)
         if self.track_norms:
-            self._record_norm(f.matrix.name, torch.linalg.vector_norm(f.q) * unit + nan)
-        factor = nan + (unit if self.average else f.unit)
-        factor = factor if f.scale is None else factor * f.scale
-        if f.grad.dtype == product.dtype:
-            torch.mul(product, factor, out=f.grad)
+            for matrix, q, factor in zip(factors.matrices, factors.qs, elements(by), strict=True):
+                self.norms[matrix.name] = torch.linalg.vector_norm(q) * factor
+        to_write = elements(by if factors.scales is None else by * factors.scales)
+        for block, flag in enumerate(elements(skip)):
+            which = [i for i, other in enumerate(factors.blocks) if other == block]
+            if not which:
+                continue
+            products = self.buffers.decompress(
+                factors, which, self.world_size, flag, self.error_feedback, self.fast
+            )
+            for i, product in zip(which, products, strict=True):
+                grad = factors.grads[i]
+                product = product if grad.dim() == 2 else product.view(grad.shape)
+                if grad.dtype == product.dtype:
+                    torch.mul(product, to_write[i], out=grad)
+                else:
+                    grad.copy_(product.mul_(to_write[i]))
+        sides = [*factors.ps, *factors.qs]
+        lengths = joined([torch.linalg.vector_norm(x, dim=1).amax() for x in sides])
+        factors.output_bounds = lengths.view(2, -1).prod(0) * units
+
+    def _write_sums(
+        self,
+        gradients: list[Gradient],
+        sums: Sequence[Tensor],
+        nan: Sequence[Tensor],
+        position: Sequence[int],
+        scales: Tensor | None,
+    ) -> None:
+        """Writes sums, which it changes in place, to the gradients; `nan`: as of `_decompress`."""
+        device = nan[0].device
+        divisors = [n + number(1.0, device) for n in nan]
+        if self.average:
+            divisors = [d * number(self.world_size, device) for d in divisors]
+        for gradient, total, block in zip(gradients, sums, position, strict=True):
+            total.div_(divisors[block])
+            shape = gradient.grad.shape
+            gradient.grad.copy_(total if len(shape) == 1 else total.view(shape))
+        if self.track_norms and gradients:
+            norms = torch._foreach_norm(list(sums))
+            if scales is not None:
+                norms = torch._foreach_div(norms, list(elements(scales)))
+            self.norms.update(zip((g.name for g in gradients), norms, strict=True))
+
+    def _update_bounds(self, factors: Factors) -> None:
+        """After P Q^T was subtracted."""
+        scalars = factors.scalars
+        if self.error_feedback:
+            scalars.bound = factors.bounds + factors.output_bounds
         else:
-            f.grad.copy_(product.mul_(factor))
-        row_norms = [torch.linalg.vector_norm(x, dim=1).amax() for x in (f.p, f.q)]
-        f.matrix.output_bound = row_norms[0] * row_norms[1] * unit
+            scalars.bound = torch.zeros_like(factors.bounds)
+        for matrix in factors.matrices:
+            matrix.steps += 1
+            if not self.error_feedback:
+                matrix.error.zero_()
+            elif matrix.steps % MEASURE_EVERY == 0:
+                matrix.update_bound()
 
-    def _write_sum(self, gradient: Gradient, fp32_sum: Tensor, nan: Tensor) -> None:
-        """Writes the sum, which it changes in place, to the gradient; `nan` is that, or 0."""
-        divisor = nan + 1.0
-        if self.track_norms:
-            norm = torch.linalg.vector_norm(fp32_sum) * divisor / self.world_size
-            scale = self._scale(gradient.block)
-            self._record_norm(gradient.name, norm if scale is None else norm / scale)
-        fp32_sum.div_(divisor * self.world_size if self.average else divisor)
-        if fp32_sum.data_ptr() != gradient.grad.data_ptr():
-            gradient.grad.copy_(fp32_sum)
-
-    def _update_bound(self, matrix: MatrixState, bound: Tensor) -> None:
-        """`bound`: of the buffer before P Q^T was subtracted."""
-        matrix.steps += 1
-        if not self.error_feedback:
-            matrix.error.zero_()
-            matrix.bound = torch.zeros_like(bound)
-        elif matrix.steps % MEASURE_EVERY == 0:
-            matrix.update_bound()
-        else:
-            matrix.bound = bound + matrix.output_bound
-
-    def _orthonormalize(self, ps: list[Tensor]) -> list[Tensor]:
-        """The summed P with orthonormal columns, with the same bits on all processes."""
-        words = [self.buffers.orthonormalize(p) for p in ps]
-        if self._broadcast_p:
-            self.comm.broadcast_(words)
-        return [self.buffers.decode(w) for w in words]
-
-    def _record_norm(self, name: str, norm: Tensor) -> None:
-        """Keeps the squared norm of the reduced gradient, given that of the mean, unscaled."""
-        norm = norm if self.average else norm * self.world_size
-        self.squared_norms[name] = norm.double().square()
-
-    def _scale(self, block: int) -> Tensor | None:
-        """The loss scale that the gradients of a block carry."""
+    def _scales(self, gradients: list[Gradient]) -> Tensor | None:
+        """(len,), the loss scales that gradients carry; None where there are none."""
+        if self.scaler is None:
+            return None
         if isinstance(self.scaler, GradScaler):
-            return self.scaler._get_scale_async() if self.scaler.is_enabled() else None
-        return None if self.scaler is None or block < 0 else self.scaler.scales[block]
+            scale = self.scaler._get_scale_async() if self.scaler.is_enabled() else None
+            return None if scale is None else scale.expand(len(gradients))
+        scales = elements(self.scaler.scales)
+        without = number(1.0, gradients[0].grad.device).view(1)
+        return torch.cat([scales[g.block] if g.block >= 0 else without for g in gradients])
 
     def to_compress(self, gradients: list[Gradient], excluded: set[str]) -> list[Gradient]:
         """Those that are sent as factors; arguments as of `reduce_`."""
@@ -312,7 +341,7 @@ class Compressor:
         # If not all processors orthonormalise to the same bits, those of the first one are used.
         shapes = {(m.error.shape[0], m.error.device) for m in self.matrices.values()}
         probes = [_probe(rows, self.rank, device) for rows, device in sorted(shapes, key=str)]
-        hashes = self.comm.gather([_hash(self.buffers.orthonormalize(p)) for p in probes])
+        hashes = self.comm.gather([_hash(self.buffers.orthonormalize([p])) for p in probes])
         self._broadcast_p = any(other != hashes[0] for other in hashes)
 
     def _draw_q(self, gradient: Gradient) -> Tensor:
@@ -329,13 +358,15 @@ class Compressor:
         shape, device = _as_matrix(gradient.grad).shape, gradient.grad.device
         error = torch.zeros(shape, dtype=self.buffers.dtype, device=device)
         max_gain = next_power_of_two(q.shape[0] * float(q.abs().max()))
-        one = torch.ones((), dtype=torch.float32, device=device)
-        zero = torch.zeros_like(one)
-        matrix = MatrixState(gradient.name, error, q, max_gain, one, zero, zero)
+        one = torch.ones(1, dtype=torch.float32, device=device)
+        scalars = Scalars(one, torch.zeros_like(one))
+        matrix = MatrixState(gradient.name, error, q, max_gain, scalars)
         self.matrices[gradient.name] = matrix
         if gradient.name in self._loaded:
             value, unit = self._loaded.pop(gradient.name)
-            matrix.set_value(value.to(device), None if unit is None else torch.full_like(one, unit))
+            matrix.set_value(
+                value.to(device), None if unit is None else torch.full_like(one[0], unit)
+            )
 
     def average_buffers(self) -> None:
         """Replaces the buffers of all processes by their mean. Collective.
@@ -398,11 +429,6 @@ def _probe(rows: int, rank: int, device: torch.device) -> Tensor:
 
 def _hash(tensor: Tensor) -> int:
     return zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-
-
-def _nan_where(flags: Tensor) -> Tensor:
-    """NaN where a flag is set, else 0."""
-    return torch.zeros_like(flags).masked_fill(flags > 0, math.nan)
 
 
 def _as_matrix(grad: Tensor) -> Tensor:

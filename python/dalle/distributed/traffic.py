@@ -34,8 +34,8 @@ class Traffic:
     def count(self, *packed: dalle_ext.Packed) -> None:
         """Adds what packing counted; the host does not wait for the device."""
         self.packed += sum(result.codes.numel() for result in packed)
-        counts = torch.stack([result.counts for result in packed]).sum(0)
-        self.counts = counts if self.counts is None else self.counts + counts
+        for result in packed:
+            self.counts = result.counts if self.counts is None else self.counts + result.counts
 
     def loss_fractions(self) -> tuple[float, float]:
         """Fractions of the packed elements that saturated, and that were flushed to zero."""
