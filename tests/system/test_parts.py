@@ -72,7 +72,7 @@ def test_parts_train_as_the_whole_batch_and_with_the_same_bits_twice(make):
     for step in range(4):
         values, found, same = (task.train_step(step) for task in (whole, split, again))
         assert set(values) == set(found)
-        for key in values:
+        for key in set(values) - {"data_wait"}:  # seconds
             assert float(found[key]) == pytest.approx(float(values[key]), rel=1e-3, abs=1e-4), key
             assert float(found[key]) == float(same[key]), key
         for name, parameter in split.model.named_parameters():

@@ -43,13 +43,13 @@ def turns(size: int, total: int, accumulate: int, processes: int) -> list[slice]
 
 
 def backward(task: Task, loss: Tensor | Accumulated) -> Tensor:
-    """Gradients of a loss into the model's parameters; the loss without its graph.
+    """Gradients of a loss into the model's parameters; returns the loss.
 
     Of several turns, the gradients travel between processes after the last.
     """
-    if isinstance(loss, Tensor):
+    if not isinstance(loss, Accumulated):
         loss.backward()
-        return loss.detach()
+        return loss
     total: Tensor | None = None
     for turn, rows in enumerate(loss.rows, 1):
         with task.world.accumulating(task.model, last=turn == len(loss.rows)):

@@ -10,6 +10,7 @@ reads at once.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from dalle.errors import NumericalError
 from dalle.precision.queued import HostCopy, Values
 from dalle.train.averaging import IterateAverage
 from dalle.train.task import Task
+
+Done = Callable[[int, Values, float | None, float], None]
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Queued:
     more: Callable[[], Values] | None = None
     after: Callable[[float], object] | None = None
     lr: float | None = None  # of a record that is due
+    ended: float = 0.0  # when its step was queued, of time.monotonic
 
 
 class LateReads:
@@ -41,11 +45,11 @@ class LateReads:
 
     Args:
         task: what is trained.
-        done: called with each update's step (from 0), its values over all processes, and the step
-            size where a record is due.
+        done: called with each update's step (from 0), its values over all processes, the step size
+            where a record is due, and when the step ended (of `time.monotonic`).
     """
 
-    def __init__(self, task: Task, done: Callable[[int, Values, float | None], None]) -> None:
+    def __init__(self, task: Task, done: Done) -> None:
         self._task, self._done = task, done
         self._waiting: Queued | None = None  # of the step before
         self._open: Queued | None = None  # of this step
@@ -86,9 +90,10 @@ class LateReads:
         self.settle()  # where the step did so, there is nothing left
         queued, self._open = self._open, None
         if queued is None:
-            self._done(step, values, None)
+            self._done(step, values, None, time.monotonic())
             return False
         queued.values, queued.lr = queued.values or HostCopy(values), lr
+        queued.ended = time.monotonic()
         self._waiting = queued
         return True
 
@@ -109,7 +114,7 @@ class LateReads:
             queued.average.update(queued.step)
         if queued.shared:
             values = all_values(self._task, values, queued.more, queued.after)
-        self._done(queued.step, values, queued.lr)
+        self._done(queued.step, values, queued.lr, queued.ended)
 
     def explain(self, step: int, fallback: NumericalError) -> NoReturn:
         """Raises the error of an update that was skipped, for its weights are still there: repeats
@@ -128,9 +133,7 @@ _OPEN: dict[int, LateReads] = {}  # by id of the task, while it is trained
 
 
 @contextmanager
-def reading_late(
-    task: Task, done: Callable[[int, Values, float | None], None]
-) -> Iterator[LateReads]:
+def reading_late(task: Task, done: Done) -> Iterator[LateReads]:
     """Inside, the updates of `task` are read a step later. See `LateReads`."""
     reads = _OPEN[id(task)] = LateReads(task, done)
     try:

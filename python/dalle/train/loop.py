@@ -124,11 +124,11 @@ def train(
         start, watch = step, StepWatch(task)
         world.watch(received)
 
-        def done(at: int, values: Values, lr: float | None) -> None:
+        def done(at: int, values: Values, lr: float | None, ended: float) -> None:
             check_loss(task.name, values["loss"], at)
             metrics.add(values)
             if lr is not None:
-                metrics.write(at + 1, lr)
+                metrics.write(at + 1, lr, ended=ended)
 
         with reading_late(task, done) as reads:
             try:

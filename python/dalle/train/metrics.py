@@ -139,7 +139,12 @@ class Metrics:
             self._bar.update(1)
 
     def write(
-        self, step: int, lr: float, scores: Mapping[str, float] | None = None
+        self,
+        step: int,
+        lr: float,
+        scores: Mapping[str, float] | None = None,
+        *,
+        ended: float | None = None,
     ) -> dict[str, Any]:
         """Ends the interval: one record into the file, and a log line where there is no bar.
 
@@ -147,8 +152,9 @@ class Metrics:
             step: updates done.
             lr: the step size.
             scores: on the held-out part, written as val_NAME.
+            ended: when the step ended, of `time.monotonic`, where that is not now.
         """
-        now = time.monotonic()
+        now = time.monotonic() if ended is None else ended
         elapsed = max(now - self._last_time, 1e-9)
         record: dict[str, Any] = {"step": step}
         for key, total in self._sums.items():

@@ -92,7 +92,8 @@ def update(
         forward = None
     task.optimizer.zero_grad(set_to_none=True)
     with task.world.device_exchange():
-        value = backward(task, loss)
+        whole = backward(task, loss)
+    value = whole.detach()
     reads = late_reads(task)
     explaining = None if reads is None else reads.explaining
     if reads is not None and explaining is None and skips_on_device(task.optimizer):
