@@ -30,6 +30,13 @@ Clock = Callable[[Call], float]
 Row = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
+HELD = (  # variables that decide the instruction set
+    "DALLE_EXT_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "OMP_NUM_THREADS",
+)
 ROWS: list[Row] = []  # what this run measured; conftest.py prints and records it
 FLUSH_BYTES = 2**31  # read before each call on a GPU, or a sixteenth of its memory
 COMPILER = {"backend": "inductor"}  # of `compiled`
