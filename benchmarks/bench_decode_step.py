@@ -75,7 +75,7 @@ class Dense(nn.Module):
         if self.blocks:
             from torch.nn.attention.flex_attention import flex_attention
 
-            return flex_attention(q, keys, values, block_mask=self.blocks[index])
+            return flex_attention(q.contiguous(), keys, values, block_mask=self.blocks[index])
         masks: Any = self.masks
         return sdpa(q, keys, values, attn_mask=masks[index].index_select(0, at)[None, None])
 

@@ -323,7 +323,8 @@ class Editing:
             UsageError: an argument is out of range, nothing is kept, or nothing is left to draw.
         """
         num_candidates, top = self.counts(num_candidates, top)
-        first_candidate = integer("edit", "first_candidate", first_candidate, 0, MAX_SEED)
+        most = MAX_SEED + 1 - num_candidates  # numbers fit 64 bits with a sign
+        first_candidate = integer("edit", "first_candidate", first_candidate, 0, most)
         changes = SamplingChanges(
             temperature=temperature,
             top_k=top_k,

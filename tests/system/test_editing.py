@@ -175,6 +175,8 @@ def test_pasted_pixels_are_the_pictures_own(pipeline):
         ({"keep": HOLE & False}, "keep must keep a whole token"),
         ({"seed": -1}, "seed must be 0 or more"),
         ({"first_candidate": -1}, "first_candidate must be 0 or more"),
+        ({"first_candidate": 2**63 - 1}, "first_candidate must be at most"),
+        ({"sampling": {}}, "sampling must be a SamplingConfig, got dict"),
         ({"num_candidates": 0}, "num_candidates must be 1 or more"),
         ({"top": 9}, "top must be 1 to num_candidates = 8"),
         ({"weights": "int1"}, "weights must be fp32 or bf16, got 'int1'"),

@@ -26,6 +26,7 @@ from dalle.prior.sampling import (
     PAPER,
     SamplingConfig,
     caption_key,
+    check_sampling,
     checked_bits,
     draw,
     first_numbers,
@@ -75,13 +76,14 @@ class Decoder:
         max_batch: int | None = None,
         cache_bits: int | None = None,
     ) -> None:
-        self.prior, self.cond_scale = prior, cond_scale
+        self.prior = prior
+        self.cond_scale = SamplingConfig(cond_scale=cond_scale).cond_scale  # checks it
         self.batch = integer("Decoder", "captions", captions, 1)
         self.samples = integer("Decoder", "samples", samples, 1)
         self.slots, self.vocab = prior.config.num_image_tokens, prior.config.image_vocab
         self.guided = cond_scale not in (0, 1)
         bits = checked_bits("Decoder", cache_bits)
-        self._given = 0
+        self._given: int | None = None
         device = prior.start_of_text.device
         count, branches = self.batch * self.samples, 1 + self.guided
         rows = ROWS if device.type == "cpu" else max(count, max_batch or 0) * branches
@@ -139,16 +141,20 @@ class Decoder:
             (B, S, K) fp32, overwritten by the next step.
 
         Raises:
-            UsageError: a slot out of range, or tokens of another shape.
+            UsageError: a slot out of range, tokens that do not fit, or no `set_text` before.
         """
         if not 0 <= slot < self.slots:
             raise UsageError(f"Decoder: slot must be 0 .. {self.slots - 1}, got {slot}")
         if (previous is None) != (slot == 0):
             got = "None" if previous is None else "tokens"
             raise UsageError(f"Decoder: previous must be None at slot 0 alone, got {got} at {slot}")
-        if previous is not None and tuple(previous.shape) != (self.batch, self.samples):
+        if previous is not None:
             want = (self.batch, self.samples)
-            raise UsageError(f"Decoder: previous must be {want}, got {tuple(previous.shape)}")
+            if isinstance(previous, Tensor) and tuple(previous.shape) != want:
+                raise UsageError(f"Decoder: previous must be {want}, got {tuple(previous.shape)}")
+            self.prior.check_image_tokens(previous, self.samples, self.batch)
+        if self._given is None:
+            raise UsageError("Decoder: set_text must be called before step, got no text")
         logits = self._step(slot, previous)  # (G * B, S, K)
         if self.guided:
             logits, base = logits.view(2, self.batch, self.samples, -1).unbind(0)
@@ -234,6 +240,7 @@ def draw_parts(
         NumericalError: logits that are NaN or infinite.
     """
     prior.check_text(text)
+    check_sampling("generate", sampling)
     num_samples = integer("generate", "num_samples", num_samples, 1)
     max_batch = integer("generate", "max_batch", max_batch, 1)
     seed = integer("generate", "seed", seed, 0, MAX_SEED)
@@ -385,6 +392,8 @@ def generate(
 def check_prime(prior: SupportsDecoding, prime: Tensor, batch: int) -> None:
     """Raises UsageError unless prime is (batch, n) tokens with a slot left to draw."""
     slots = prior.config.num_image_tokens
+    if not isinstance(prime, Tensor):
+        raise UsageError(f"generate: prime must be a tensor, got {type(prime).__name__}")
     if prime.dim() != 2 or len(prime) != batch or prime.shape[1] >= slots:
         want = f"({batch}, n) with n below {slots} for the grid {prior.config.grid}"
         raise UsageError(f"generate: prime must be {want}, got {tuple(prime.shape)}")

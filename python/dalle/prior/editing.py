@@ -25,6 +25,7 @@ from dalle.prior.sampling import (
     RESAMPLING,
     SamplingConfig,
     caption_key,
+    check_sampling,
     draw,
     log_likelihood,
     uniform_noise,
@@ -95,6 +96,7 @@ def draw_edited(
     """
     slots = prior.config.num_image_tokens
     prior.check_text(text)
+    check_sampling("edit", sampling)
     if len(text) != 1:
         raise UsageError(f"edit: text must be of one caption, got {len(text)}")
     num_samples = integer("edit", "num_samples", num_samples, 1)

@@ -238,19 +238,27 @@ class Prior(Pretrained[PriorConfig]):
 
     def check_text(self, text: Tensor) -> None:
         """Raises UsageError unless text is (B, text_len - 1) int64 of tokens and PAD."""
-        c, shape = self.config, tuple(text.shape)
+        c, shape = self.config, _shape(text)
         if len(shape) != 2 or shape[1] != c.text_len - 1 or text.dtype != torch.int64:
             want = f"(B, {c.text_len - 1}) int64"
-            raise UsageError(f"Prior: text must be {want}, got {shape} {text.dtype}")
+            raise UsageError(f"Prior: text must be {want}, got {_described(text)}")
         _check_range("text", text, PAD, c.text_vocab)
 
     def check_image_tokens(self, tokens: Tensor, length: int, batch: int) -> None:
         """Raises UsageError unless tokens are (batch, length) int64 in [0, K)."""
-        if tuple(tokens.shape) != (batch, length) or tokens.dtype != torch.int64:
+        if _shape(tokens) != (batch, length) or tokens.dtype != torch.int64:
             want = f"({batch}, {length}) int64 for the grid {self.config.grid}"
-            got = f"{tuple(tokens.shape)} {tokens.dtype}"
-            raise UsageError(f"Prior: image_tokens must be {want}, got {got}")
+            raise UsageError(f"Prior: image_tokens must be {want}, got {_described(tokens)}")
         _check_range("image_tokens", tokens, 0, self.config.image_vocab)
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    """Of a tensor; () of anything else."""
+    return tuple(x.shape) if isinstance(x, Tensor) else ()
+
+
+def _described(x: Any) -> str:
+    return f"{_shape(x)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _check_range(name: str, tokens: Tensor, low: int, high: int) -> None:

@@ -68,6 +68,13 @@ def checked_bits(owner: str, bits: Any) -> int | None:
     return _checks.integer(owner, "cache_bits", bits, 8, 9, requirement=want, error=UsageError)
 
 
+def check_sampling(owner: str, sampling: Any) -> None:
+    """Raises UsageError for what is no `SamplingConfig`."""
+    if not isinstance(sampling, SamplingConfig):
+        got = type(sampling).__name__
+        raise UsageError(f"{owner}: sampling must be a SamplingConfig, got {got}")
+
+
 PAPER = SamplingConfig()  # samples the distribution itself
 
 
@@ -97,7 +104,8 @@ class SamplingChanges:
         self.applied(PAPER)  # checks the ranges
 
     def applied(self, sampling: SamplingConfig) -> SamplingConfig:
-        """`sampling` with these changes."""
+        """`sampling` with these changes; UsageError where it is no `SamplingConfig`."""
+        check_sampling("generate", sampling)
         given = {name: value for name, value in asdict(self).items() if value is not None}
         return replace(sampling, **given)
 
