@@ -14,6 +14,7 @@ from dalle.console import say
 from dalle.data import codes, emoji, folder, kept, shapes_pairs, shards, tables
 from dalle.data.mixture import CaptionChoice, MixedPairs, with_choice
 from dalle.data.pairs import Pairs, format_counts, number_of_captions
+from dalle.data.shard_files import is_shard_folder
 from dalle.data.source import Source
 from dalle.errors import DataError, UsageError
 
@@ -161,7 +162,7 @@ def check_apart(owner: str, spec: str, out: Path) -> None:
         source, target = Path(name).resolve(), out.resolve()
         if source == target:
             raise UsageError(f"{owner}: out must be a new or empty folder, got that of data")
-        if source in target.parents and shards.is_shard_folder(source):
+        if source in target.parents and is_shard_folder(source):
             raise UsageError(f"{owner}: out must be a folder outside of the shards, got {out}")
 
 
