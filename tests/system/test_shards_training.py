@@ -109,7 +109,8 @@ def test_shards_that_were_added_or_changed_are_said(tmp_path, capsys):
     assert result.step == 4 and words in capsys.readouterr().err
 
 
-def test_corrupt_members_are_counted_exactly_and_the_training_ends(tmp_path, capsys):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corrupt_members_are_counted_exactly_and_the_training_ends(workers, tmp_path, capsys):
     entries = []
     for i in range(200):
         content = picture(i)
@@ -125,7 +126,9 @@ def test_corrupt_members_are_counted_exactly_and_the_training_ends(tmp_path, cap
     pairs = ShardPairs(tmp_path / "set")
     found = {"damaged header in the tar": 2, "caption without picture": 2}
     assert len(pairs) == 198 and pairs.skipped == found
-    task = dvae_task(pairs, batch_size=66)
+    torch.manual_seed(0)
+    config = replace(SHORT, batch_size=66)
+    task = DvaeTask(DiscreteVAE(PATCH), pairs, config, seed=0, workers=workers)
     result = train(task, LoopConfig(out=tmp_path / "run", steps=6, picture_every=0))
     assert result.step == 6
     assert pairs.skipped == found | {"does not decode": 2}
