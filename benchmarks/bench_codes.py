@@ -33,7 +33,7 @@ from dalle.tokenizer import Tokenizer
 from dalle.train.prior import PriorTask
 from dalle.train.prior_recipe import PriorTrainConfig
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `python -m`
 import harness  # noqa: E402
 
 PICTURES, CROPS = 32, 2
