@@ -189,7 +189,8 @@ def _triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the upper triangle's elements lie in (size * size,), and each of these in them."""
     row, column = torch.triu_indices(size, size, device="cpu", dtype=torch.int64)
     positions = torch.empty(size, size, device="cpu", dtype=torch.int64)
-    positions[row, column] = positions[column, row] = torch.arange(len(row), device="cpu")
+    order = torch.arange(len(row), device="cpu", dtype=torch.int64)
+    positions[row, column] = positions[column, row] = order
     return (row * size + column).to(device), positions.flatten().to(device)
 
 

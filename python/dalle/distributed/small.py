@@ -48,7 +48,9 @@ def membership(block_of: tuple[int, ...], device: torch.device) -> tuple[list[in
     blocks = sorted(set(block_of))
     position = [blocks.index(block) for block in block_of]
     members = torch.tensor(
-        [[float(p == b) for p in position] for b in range(len(blocks))], device="cpu"
+        [[float(p == b) for p in position] for b in range(len(blocks))],
+        dtype=torch.float32,
+        device="cpu",
     )
     return position, members.to(device)
 

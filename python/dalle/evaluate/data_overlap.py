@@ -143,7 +143,8 @@ def overlap(
     if folder is not None:
         check_targets(owner, folder / LIST, folder / SHEET)
     if faiss:
-        _by_faiss(torch.eye(2), torch.eye(2))  # refused before the work
+        two = torch.eye(2, dtype=torch.float32, device="cpu")
+        _by_faiss(two, two)  # refused before the work
     session.look(real, fake)
     opened = session.take("real", real)
     drawn = session.take("fake", fake, opened)
@@ -315,7 +316,9 @@ def _points(
         point = {"radius": radius, "metric": metric, "without": None, "n_without": None,
                  "distance": distances.frechet_distance(x, y)}  # fmt: skip
         if threshold is not None:
-            left = torch.tensor([int(i) not in gone for i in a.items], dtype=torch.bool)
+            left = torch.tensor(
+                [int(i) not in gone for i in a.items], dtype=torch.bool, device="cpu"
+            )
             point["n_without"] = int(left.sum())
             if int(left.sum()) >= 2:
                 point["without"] = distances.frechet_distance(x[left], y)

@@ -79,8 +79,8 @@ class _Stage(nn.Module):
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
-        self.enter = weight_norm(nn.Conv2d(before, after, 3, padding=1))
-        self.block = weight_norm(nn.Conv2d(after, after, 3, padding=1))
+        self.enter = weight_norm(nn.Conv2d(before, after, 3, padding=1, dtype=torch.float32))
+        self.block = weight_norm(nn.Conv2d(after, after, 3, padding=1, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.enter(x))
@@ -105,7 +105,7 @@ class CopyDetector(Pretrained[DetectorConfig]):
         widths = (3, w, 2 * w, 4 * w)
         self.stages = nn.ModuleList(_Stage(a, b) for a, b in zip(widths, widths[1:], strict=False))
         # Where things are tells pictures apart: the head sees a 2 x 2 grid beside the whole.
-        self.head = weight_norm(nn.Linear(4 * w * 6, config.dimensions))
+        self.head = weight_norm(nn.Linear(4 * w * 6, config.dimensions, dtype=torch.float32))
 
     def forward(self, images: Tensor) -> Tensor:
         x = 2 * images - 1
@@ -164,7 +164,8 @@ def whole(image: np.ndarray, size: int) -> np.ndarray:
 
 def info_nce(a: Tensor, b: Tensor) -> Tensor:
     """Mean loss of finding row i of one among the rows of the other, both ways; unit rows."""
-    logits, target = a @ b.T / TEMPERATURE, torch.arange(len(a), device=a.device)
+    logits = a @ b.T / TEMPERATURE
+    target = torch.arange(len(a), dtype=torch.int64, device=a.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
@@ -258,7 +259,8 @@ def train_detector(
             optimizer.step()
             if step >= steps - 10:
                 nearest = (both[batch:] @ both[:batch].T).argmax(1).cpu()
-                hits[0] += int((nearest == torch.arange(batch)).sum())
+                target = torch.arange(batch, dtype=torch.int64, device="cpu")
+                hits[0] += int((nearest == target).sum())
                 hits[1] += batch
             if (step + 1) % KEEP_EVERY == 0 and step + 1 < steps:
                 write_atomic(folder / STATE, _state(model, optimizer, step + 1))
@@ -274,7 +276,9 @@ def _state(model: CopyDetector, optimizer: torch.optim.Optimizer, step: int) -> 
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"{key}.{number}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
-    return tensors_to_bytes({**tensors, "step": torch.tensor(step)})
+    return tensors_to_bytes(
+        {**tensors, "step": torch.tensor(step, dtype=torch.int64, device="cpu")}
+    )
 
 
 def _resume(owner: str, path: Path, model: CopyDetector, optimizer: torch.optim.Optimizer) -> int:
