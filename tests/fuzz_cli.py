@@ -59,6 +59,10 @@ LINES = [
     "eval recon --data pairs --model pipe --out out", "eval report --out out",
     "eval blur --real pairs --fake odd --weights pipe --bootstrap 2 --cache out/c --out out",
     "eval rerank --real pairs --fake pipe --num-candidates 2 --bootstrap 2 --cache out/c --out out",
+    "eval overlap --real pairs --fake odd --weights pipe --steps 2 --train-batch 4 "
+    "--threshold 0.5 --cache out/c --out out",
+    "eval votes --ours pairs --theirs odd --out out",
+    "eval votes --ours pairs --theirs pairs --judge ranker --weights pipe --cache out/c --out out",
     "data index --data shards", "data index --data shards --out out --force",
     DVAE.replace("--data pairs", "--data shards"),
     PRIOR.replace("--data pairs", "--data table.csv"),

@@ -181,6 +181,7 @@ REQUIRED = {  # options without a default
     "data": "emoji", "folder": "DIR", "image-size": "32", "tokenizer": "t", "vae": "v",
     "prior": "p", "out": "o", "steps": "9", "images": "i", "run": "r", "encoder": "e",
     "decoder": "d", "image": "p.png", "real": "x", "fake": "y", "model": "m",
+    "ours": "a", "theirs": "b",
 }  # fmt: skip
 
 

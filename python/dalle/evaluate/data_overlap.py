@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dalle import pictures
 from dalle.configs import integer
-from dalle.console import progress_shown
+from dalle.console import printable, progress_shown
 from dalle.data.augment import to_tensor
 from dalle.data.pairs import Pairs
 from dalle.errors import CheckpointError, DataError, EnvironmentProblem, UsageError
@@ -351,7 +351,9 @@ def _tables(
         cells = [[p["radius"], p["distance"], p["without"], p["n_without"]] for p in points]
         heads = ["blur radius", f"{metric}, all", f"{metric}, without copies", "real pictures left"]
         made.append(table(heads, cells))
-    closest = [[e["similarity"], e["real"], e["nearest"]] for e in entries[:10]]
+    closest = [
+        [e["similarity"], printable(e["real"]), printable(e["nearest"])] for e in entries[:10]
+    ]
     made.append(table(["similarity", "real", "nearest"], closest, "The closest"))
     return made
 

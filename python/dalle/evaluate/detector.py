@@ -118,7 +118,7 @@ class CopyDetector(Pretrained[DetectorConfig]):
 def transformed(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """A copy as somebody might have made it: (H, W, 3) uint8 -> (size, size, 3) uint8.
 
-    A turn of up to 10 degrees; a crop of 30 to 100 % of the area, stretched by up to 3 : 4; a
+    A turn of up to 10 degrees; a crop of 40 to 100 % of the area, stretched by up to 3 : 4; a
     scaling down and up; another hue, saturation and brightness; JPEG of quality 15 to 95. The
     scalings are by an interpolation drawn each time.
 
@@ -132,7 +132,7 @@ def transformed(image: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
         fill = tuple(int(x) for x in image.mean((0, 1)))
         picture = picture.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR, fillcolor=fill)
     width, height = picture.size
-    area, stretch = rng.uniform(0.3, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)) / 2)
+    area, stretch = rng.uniform(0.4, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)) / 2)
     w = max(1.0, min(width, width * area**0.5 * stretch))
     h = max(1.0, min(height, height * area**0.5 / stretch))
     x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
