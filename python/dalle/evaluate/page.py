@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -67,16 +68,26 @@ def html_table(content: dict[str, Any]) -> str:
         return ""
     title = content.get("title")
     caption = f"<caption>{escape(str(title))}</caption>" if title else ""
-    head = "".join(f"<th>{escape(cell(name))}" for name in columns)
+    rows = [row for row in rows if isinstance(row, list)]
+    head = "".join(
+        f"<th{_number(row[i] for row in rows if i < len(row))}>{escape(cell(name))}"
+        for i, name in enumerate(columns)
+    )
     body = "\n".join(
-        "<tr>" + "".join(_td(value) for value in row) for row in rows if isinstance(row, list)
+        "<tr>" + "".join(f"<td{_number([value])}>{escape(cell(value))}" for value in row)
+        for row in rows
     )
     return f"<div class=wide><table>{caption}<tr>{head}\n{body}</table></div>"
 
 
-def _td(value: Any) -> str:
-    numeric = isinstance(value, (int, float, list)) and not isinstance(value, bool)
-    return f"<td{' class=number' if numeric else ''}>{escape(cell(value))}"
+def _number(values: Iterable[Any]) -> str:
+    """The class of a cell of numbers, or of the head of a column of them, which is set right."""
+    kinds = [
+        isinstance(value, (int, float, list)) and not isinstance(value, bool)
+        for value in values
+        if value is not None
+    ]
+    return " class=number" if kinds and all(kinds) else ""
 
 
 def _details(result: dict[str, Any]) -> str:

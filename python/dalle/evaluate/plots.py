@@ -179,7 +179,7 @@ def votes_png(found: dict[str, Any], by: str) -> bytes:
             alpha = 0.35 + 0.65 * int(k) / most if k else 1.0
             place.barh(row, share, left=left, color=colour, alpha=alpha, edgecolor="white")
             if share >= 0.06:
-                text = f"{name} {k}\n{share:.0%}" if k else f"{name}\n{share:.0%}"
+                text = f"{name}, {k} votes\n{share:.0%}" if k else f"{name}\n{share:.0%}"
                 place.text(left + share / 2, row, text, ha="center", va="center", fontsize=7)
             left += share
         place.plot(majority["ours"]["interval"], (row + 0.44, row + 0.44), color="black", lw=1.5)
