@@ -11,6 +11,7 @@ import time
 import pytest
 
 import cluster_box
+from dalle.commands.data_pack import PackConfig, pack
 from dalle.files import sha256
 from dalle.train.manifest import checkpoints
 from dalle.train.metrics import read_metrics
@@ -142,3 +143,21 @@ def test_bad_input_gets_one_line_on_every_process(given, tmp_path):
             assert code in (2, 3, 4) and last.startswith(line), text
             assert all(re.match(r"(prior|dvae) train: |cluster: PowerSGD", x) for x in banner), text
     assert not checkpoints(tmp_path / "out")
+
+
+@pytest.mark.night
+def test_killed_alone_on_shards_and_resumed_by_two(given, tmp_path):
+    """The losses are those of a run that nothing disturbs, to 1e-5."""
+    pack(PackConfig(data=str(given / "pairs"), out=tmp_path / "packed", shard_size=5))
+    options = ("--data", str(tmp_path / "packed"), "--workers", "2")
+    code, log = Job(given, tmp_path / "whole", *options, processes=1).wait()
+    assert code == 0, log
+    job = Job(given, tmp_path / "out", *options, processes=1)
+    job.at(8)
+    os.kill(job.workers()[0], signal.SIGKILL)
+    job.wait()
+    code, log = Job(given, tmp_path / "out", *options, processes=2, name="again").wait()
+    assert code == 0 and re.search(r"prior: resumed after step [69] from ", log), log
+    runs = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "out")]
+    losses = [[record["loss"] for record in run] for run in runs]
+    assert len(losses[0]) == STEPS and losses[1] == pytest.approx(losses[0], rel=1e-5)
