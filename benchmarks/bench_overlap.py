@@ -79,9 +79,17 @@ def main() -> None:
         tokenizer = Tokenizer.train(["a b"] * 4, vocab_size=280)
         fresh = ContrastiveRanker.from_preset("tiny", tokenizer=tokenizer, image_size=64)
         other, name = RankerExtractor(fresh.to(device).eval()), "ranker, random weights"
-    for label, network in (("detector", detector.DetectorExtractor(model)), (name, other)):
-        values, rows = nearest(features(network, real), features(network, seen))
-        hit = rows.numpy()[: a.copies] == origin
+    plain = detector.DetectorExtractor(model)
+    cropped = detector.DetectorExtractor(model, cropped=True)
+    for label, network, of_seen in (
+        ("detector", plain, cropped),
+        ("detector, no crops", plain, plain),
+        (name, other, other),
+    ):
+        base = features(of_seen, seen)
+        count = base.shape[1] // network.dimensions  # views of a picture
+        values, rows = nearest(features(network, real), base.reshape(-1, network.dimensions))
+        hit = rows.numpy()[: a.copies] // count == origin
         right = np.concatenate([hit, np.zeros(a.pictures - a.copies, bool)])
         line = {
             "network": label,

@@ -47,7 +47,7 @@ def here(home, monkeypatch):
 
 def test_copies_are_found_and_left_out(home, capsys):
     words = ["eval", "overlap", "--real", "val", "--fake", "fake", "--seen", "train",
-             "--weights", "pipe", "--steps", "60", "--train-batch", "40", "--detector-width", "8",
+             "--weights", "pipe", "--steps", "110", "--train-batch", "32", "--detector-width", "8",
              "--detector-size", "24",
              "--out", "out"]  # fmt: skip
     assert main(words) == 0
@@ -184,3 +184,16 @@ def test_bad_input_gets_one_line(home, capsys, words, code, line):
     base += [] if "--weights" in words or "clip" in words else ["--weights", "pipe"]
     said = refused(capsys, [*base, *words], code)
     assert line in said and said.count("\n") == 0, said
+
+
+def test_views_are_the_picture_and_its_crops():
+    image = picture(1, 50)
+    found = detector.views(image)
+    assert len(found) == detector.VIEWS and (found[0] == image).all()
+    assert {v.shape for v in found[1:]} == {(40, 40, 3)} and (found[4] == image[10:, 10:]).all()
+    model = detector.CopyDetector(detector.DetectorConfig(16, 4, 8)).eval()
+    both = detector.DetectorExtractor(model, cropped=True).features([image, image[:, ::-1].copy()])
+    plain = detector.DetectorExtractor(model)
+    assert both.shape == (2, 8 * detector.VIEWS)
+    assert torch.allclose(both[0].reshape(-1, 8), plain.features(found), atol=1e-6)
+    assert detector.views(picture(0, 8)[:1, :1])[5].shape == (1, 1, 3)

@@ -155,7 +155,7 @@ def overlap(
         name: extract(
             owner,
             source,
-            copies.DetectorExtractor(model),
+            copies.DetectorExtractor(model, cropped=name == "seen"),
             cache=session.setup.cache,
             batch_size=session.setup.batch_size,
             minimum=1,
@@ -165,10 +165,11 @@ def overlap(
     }
     values, rows = nearest(
         found["real"].values.to(session.device),
-        found["seen"].values.to(session.device),
+        # A row for each view of a seen picture: of some a copy shows a part.
+        found["seen"].values.reshape(-1, model.config.dimensions).to(session.device),
         faiss=faiss,
     )
-    similarity, rows = values.cpu().numpy(), rows.cpu()
+    similarity, rows = values.cpu().numpy(), rows.cpu() // copies.VIEWS
     order = np.argsort(-similarity, kind="stable")
     entries = _entries(found["real"], found["seen"], similarity, rows, order)
     copied = np.zeros(len(similarity), bool) if threshold is None else similarity >= threshold
@@ -202,7 +203,7 @@ def overlap(
         "points": points,
         "detector": {**trained, "fingerprint": fingerprint(model)},
         "search": "faiss IndexFlatIP" if faiss else "exact, in chunks",
-        "resize": copies.DetectorExtractor(model).resize,
+        "resize": copies.DetectorExtractor(model, cropped=True).resize,
         "sets": {name: describe(f.source, len(f)) for name, f in found.items()},
         "paper": {"coco": 0.21, "cub": 0.12},
         "warnings": warnings,

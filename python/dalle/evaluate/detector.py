@@ -313,29 +313,51 @@ def is_detector(source: object) -> bool:
     return isinstance(head, dict) and head.get("class") == "CopyDetector"
 
 
+VIEWS = 6
+
+
+def views(image: np.ndarray) -> list[np.ndarray]:
+    """The whole picture, its four corners and its middle: a copy may show a part of it.
+
+    Args:
+        image: (H, W, 3) uint8.
+
+    Returns:
+        `VIEWS` pictures; the crops have 4/5 of its sides.
+    """
+    height, width = image.shape[:2]
+    h, w = max(1, round(0.8 * height)), max(1, round(0.8 * width))
+    down, right = height - h, width - w
+    places = ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2))
+    return [image, *(image[y : y + h, x : x + w] for y, x in places)]
+
+
 class DetectorExtractor:
     """A `CopyDetector` as an extractor of unit vectors; it has no classes.
 
     Args:
         model: in evaluation mode, on the device to use.
+        cropped: whether a picture gives the vectors of all its `views`, one after the other.
     """
 
     name, distance, kernel, score = "copy-detector", "FD-copies", "KD-copies", "none"
     classes = "none"
 
-    def __init__(self, model: CopyDetector) -> None:
-        self.model, self.size = model, model.config.image_size
-        self.dimensions = model.config.dimensions
+    def __init__(self, model: CopyDetector, *, cropped: bool = False) -> None:
+        self.model, self.size, self.cropped = model, model.config.image_size, cropped
+        self.dimensions = model.config.dimensions * (VIEWS if cropped else 1)
         self.fingerprint = fingerprint(model)
-        self.resize = f"whole picture, area to {self.size} x {self.size}"
+        what = "whole picture and five crops of 4/5" if cropped else "whole picture"
+        self.resize = f"{what}, area to {self.size} x {self.size}"
 
     @torch.no_grad()
     def features(self, images: Sequence[np.ndarray]) -> Tensor:
-        """n pictures, (H, W, 3) uint8 of any sizes -> (n, d) float32 of length 1 on the CPU."""
-        batch = to_tensor([whole(image, self.size) for image in images])
+        """n pictures, (H, W, 3) uint8 of any sizes -> (n, dimensions) float32 on the CPU."""
+        shown = [v for image in images for v in (views(image) if self.cropped else [image])]
+        batch = to_tensor([whole(image, self.size) for image in shown])
         device = next(self.model.parameters()).device
         features: Tensor = self.model(batch.to(device))
-        return features.cpu()
+        return features.cpu().reshape(len(images), self.dimensions)
 
     def probabilities(self, features: Tensor, captions: Sequence[str]) -> Tensor:
         """Refused: a detector of copies has no classes."""
