@@ -143,7 +143,8 @@ def test_sets_without_files_and_a_distance_that_cannot_be(home, monkeypatch):
     assert result["points"] == [] and any("no distance" in line for line in result["warnings"])
     assert any("its own copy" in line for line in result["warnings"])
     # All are copies: nothing is left to measure.
-    gone = evaluate.overlap(pairs, "fake", seen=pairs, threshold=-1.0, **{**options, **SMALL})
+    gone = evaluate.overlap(pairs, "fake", seen=pairs, threshold=0.0, **{**options, **SMALL})
+    assert gone["tables"][0]["rows"][0] == [0.0, 6, 1.0]
     assert gone["points"][0]["without"] is None and "are left" in " ".join(gone["warnings"])
 
 

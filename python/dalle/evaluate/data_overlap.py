@@ -345,7 +345,8 @@ def _tables(
     threshold: float | None,
     metric: str | None,
 ) -> list[dict[str, Any]]:
-    steps = sorted({0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, *([threshold] if threshold else [])})
+    own = [] if threshold is None else [threshold]
+    steps = sorted({0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, *own})
     rows = [[t, int((similarity >= t).sum()), float((similarity >= t).mean())] for t in steps]
     made = [table(["threshold", "pictures", "share"], rows, "Real pictures from a threshold up")]
     if points:
