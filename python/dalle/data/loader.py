@@ -116,9 +116,9 @@ class StepLoader(Generic[T]):
             self._iterator = self._begin(step)
         try:
             read = next(self._iterator)
-        except RuntimeError as problem:  # of torch: a worker ended
+        except (RuntimeError, EOFError, OSError) as problem:  # a worker ended, also while it sent
             self._iterator = None
-            reason = str(problem).splitlines()[0]
+            reason = next(iter(str(problem).splitlines()), "") or "a worker that was killed"
             raise EnvironmentProblem(
                 f"{self.owner}: workers must go on, got: {reason}; --workers 0 does without"
             ) from problem

@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 from dalle.console import say
 from dalle.errors import DataError, EnvironmentProblem
 from dalle.evaluate.ballots import COLUMNS, LONGEST_NAME, Ballot, chosen
+from dalle.files import read_bytes, regular_opener
 from dalle.pages import html_page
 
 HOST = "127.0.0.1"
@@ -105,8 +106,8 @@ class Poll:
             row = [task + 1, worker, realistic, match, f"{seconds:.1f}"]
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerow(row)
-            with open(self.path, "a", encoding="utf-8", newline="") as file:
-                file.write(text.getvalue())
+            with open(self.path, "ab", opener=regular_opener) as file:
+                file.write(text.getvalue().encode())
                 file.flush()
                 os.fsync(file.fileno())
             self.given.add((worker, task))
@@ -117,8 +118,8 @@ def start_file(path: Path) -> None:
     """Writes the head of a new file of answers, and ends a last line that was cut off."""
     if not path.exists() or path.stat().st_size == 0:
         path.write_text(",".join(COLUMNS) + "\n")
-    elif not path.read_bytes().endswith(b"\n"):
-        with open(path, "ab") as file:
+    elif not read_bytes(path).endswith(b"\n"):
+        with open(path, "ab", opener=regular_opener) as file:
             file.write(b"\n")
 
 
