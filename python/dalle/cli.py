@@ -188,7 +188,8 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     if isinstance(error, DalleError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "dalle: stopped by the keyboard; nothing saved since the last message", 130
+        line = "dalle: stopped by the keyboard; nothing saved since the last message"
+        return str(error) or line, 130
     from dalle.memory import is_refusal, refusal_line
 
     if is_refusal(error):

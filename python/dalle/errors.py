@@ -6,12 +6,22 @@ The exit codes are those of the `dalle` command: 2 usage, 3 data, 4 surroundings
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 SECOND_DERIVATIVE = (
     "dalle: gradients of this model must be differentiated once, got a derivative of a gradient; "
     "use precision fp32 and parts 1"
 )
+
+
+@contextmanager
+def stopped_with(line: str) -> Iterator[None]:
+    """Makes Ctrl-C inside end with `line`, which says what is kept and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(line) from stop
 
 
 class DalleError(Exception):

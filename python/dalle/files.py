@@ -11,6 +11,7 @@ import hashlib
 import json
 import numbers
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -29,6 +30,7 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{8}$")
 _NOW = getattr(os, "O_NONBLOCK", 0)  # opening a pipe does not block
 
 
@@ -214,6 +216,17 @@ def sync_folder(folder: Path) -> None:
 def temporary_name(path: Path) -> Path:
     """A free name in the folder of `path`: NAME.tmp-NONCE."""
     return path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+
+
+def remove_temporary(folder: Path) -> None:
+    """Removes files of `temporary_name` that a killed process left in a folder.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    for path in folder.iterdir():
+        if _TEMPORARY.search(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

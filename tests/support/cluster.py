@@ -40,9 +40,9 @@ VARIANTS = {
     "not recomputed": (RECIPE, {}),
     "padded text": (RECIPE, {"text_targets": "padded"}),
     "codebook": (replace(SMALL, image_init="codebook"), {}),
-    "in three turns": (replace(RECIPE, batch_size=4, accumulate=3), {}),
+    "in three micro-batches": (replace(RECIPE, batch_size=4, accumulate=3), {}),
 }
-WHOLE = "whole", replace(RECIPE, batch_size=12), {}  # what "in three turns" is compared with
+WHOLE = "whole", replace(RECIPE, batch_size=12), {}  # to compare with "in three micro-batches"
 HALF = ("fp16-scaled", replace(SMALL, decay="none"), {"precision": "fp16-scaled", "d_model": 64})
 PLATEAU = {"decay": "plateau", "plateau_window": 1, "plateau_patience": 1, "plateau_min_delta": 1.0}
 _joined: list[Cluster] = []

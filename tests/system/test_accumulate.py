@@ -1,4 +1,4 @@
-"""A batch in turns trains as one batch so many times as large, in all three trainings."""
+"""A batch in micro-batches trains as one batch so many times as large, in all three trainings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import UsageError
-from dalle.train.accumulate import turns
+from dalle.train.accumulate import micro_batches
 from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
 from dalle.train.fine_tune import freeze
@@ -51,8 +51,8 @@ def same(one, other, first=1e-6, later=1e-5):
 def test_prior(changes, sizes, later):
     keys = ("loss", "text_loss", "image_loss")
     whole = make_task(make_parts(), replace(SMALL, batch_size=12, **changes), **sizes)
-    turned = replace(SMALL, batch_size=4, accumulate=3, **changes)
-    ours = values_of(make_task(make_parts(), turned, **sizes), keys)
+    cut = replace(SMALL, batch_size=4, accumulate=3, **changes)
+    ours = values_of(make_task(make_parts(), cut, **sizes), keys)
     same(ours, values_of(whole, keys), later=later)
 
 
@@ -63,9 +63,9 @@ def test_dvae_through_warm_start_and_codes():
         return DvaeTask(DiscreteVAE(PATCH), some_pairs(), config)
 
     keys = ("loss", "psnr", "grad_norm")
-    whole, turned = task(batch_size=4), task(batch_size=2, accumulate=2)
-    same(values_of(turned, keys), values_of(whole, keys))
-    assert torch.equal(turned.counts, whole.counts)
+    whole, cut = task(batch_size=4), task(batch_size=2, accumulate=2)
+    same(values_of(cut, keys), values_of(whole, keys))
+    assert torch.equal(cut.counts, whole.counts)
 
 
 @pytest.mark.parametrize("patterns", [(), ("log_scale", "text.*")])
@@ -77,32 +77,32 @@ def test_ranker_has_the_negatives_of_the_whole_batch(patterns):
 
     keys = ("loss", "accuracy", "scale", "grad_norm")
     whole = task(batch_size=24, num_spliced=6)
-    turned = task(batch_size=8, num_spliced=2, accumulate=3)
-    same(values_of(turned, keys), values_of(whole, keys))
+    cut = task(batch_size=8, num_spliced=2, accumulate=3)
+    same(values_of(cut, keys), values_of(whole, keys))
 
 
 def test_the_loop_writes_what_one_large_batch_writes(tmp_path):
     for name, sizes in (
         ("whole", {"batch_size": 8}),
-        ("turns", {"batch_size": 2, "accumulate": 4}),
+        ("cut", {"batch_size": 2, "accumulate": 4}),
     ):
         task = make_task(make_parts(), replace(SMALL, **sizes))
         train(task, LoopConfig(out=tmp_path / name, steps=3, log_every=1, picture_every=0))
-    records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "turns")]
+    records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
     for one, other in zip(*records, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-def test_all_processes_take_as_many_turns():
+def test_all_processes_take_as_many_micro_batches():
     for total in range(2, 20):
         for accumulate in range(1, 9):
             parts = [total // 2, total - total // 2]
-            counts = {len(turns(size, total, accumulate, 2)) for size in parts}
+            counts = {len(micro_batches(size, total, accumulate, 2)) for size in parts}
             assert len(counts) == 1 and counts.pop() <= accumulate
 
 
 @pytest.mark.parametrize("kind", [PriorTrainConfig, DvaeTrainConfig, RankerTrainConfig])
-def test_number_of_turns(kind):
+def test_number_of_micro_batches(kind):
     with pytest.raises(UsageError, match="accumulate must be "):
         kind(accumulate=0)

@@ -15,6 +15,7 @@ import pytest
 import dalle
 from dalle import cli
 from dalle.cli import COMMANDS, load_target, main
+from dalle.errors import stopped_with
 from support import cli_target
 from support.cli_target import TOY, LoopOptions, ToyConfig, line_of
 
@@ -195,6 +196,12 @@ def test_closed_pipe_is_quiet():
     code = f"{sys.executable} -m dalle --help | true"
     run = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
     assert run.stderr == ""
+
+
+def test_a_command_that_was_stopped_may_say_how_to_go_on():
+    with pytest.raises(KeyboardInterrupt) as stopped, stopped_with("toy: the same goes on"):
+        raise KeyboardInterrupt
+    assert cli.describe_error(stopped.value) == ("toy: the same goes on", 130)
 
 
 def test_describe_error_never_has_two_lines():

@@ -72,7 +72,7 @@ def machines(folder, tmp_path_factory):
     (folder / "psgd").mkdir()
     calls = {"saved": (saved, str(folder / "psgd"), 2, 2)}
     calls |= {name: (losses, name, 2, 2) for name in ("plain", "not recomputed", "recomputed")}
-    calls |= {name: (losses, name, 2, 2) for name in (WHOLE[0], "in three turns")}
+    calls |= {name: (losses, name, 2, 2) for name in (WHOLE[0], "in three micro-batches")}
     calls["late"] = (read_late, str(folder / "late psgd"), HALF[0], 2, 2)
     return run(4, calls, tmp_path_factory.mktemp("machines"), joined=False)
 
@@ -105,13 +105,13 @@ def test_compressed_gradients_train_alike_with_recomputed_blocks(one, machines):
         assert found["loss"] != pytest.approx(one["plain"]["loss"], rel=1e-5)
 
 
-def test_a_batch_in_turns_trains_as_a_whole_one_compressed_or_not(one, two, machines):
+def test_a_batch_in_micro_batches_trains_as_a_whole_one_compressed_or_not(one, two, machines):
     """Compressed, a rounding of the gradients grows from update to update."""
     whole = one[WHOLE[0]]["loss"]
-    for found in (one["in three turns"], *two["in three turns"]):
+    for found in (one["in three micro-batches"], *two["in three micro-batches"]):
         assert found["loss"] == pytest.approx(whole, rel=1e-5)
         assert found["loss"][0] == pytest.approx(whole[0], rel=1e-6)
-    for found, other in zip(machines["in three turns"], machines[WHOLE[0]], strict=True):
+    for found, other in zip(machines["in three micro-batches"], machines[WHOLE[0]], strict=True):
         assert found["loss"][:3] == pytest.approx(other["loss"][:3], rel=1e-5)
         assert found["loss"] == pytest.approx(other["loss"], rel=1e-3)
 

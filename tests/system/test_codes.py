@@ -119,6 +119,36 @@ def test_another_dvae_or_grid_is_refused_in_one_line(home):
         PriorTask(model, parts[0], vae, codes, SMALL)
 
 
+@pytest.mark.parametrize("augment", ["none", "paper"])
+def test_workers_read_codes_ahead_and_change_no_bit(augment, home, tmp_path):
+    def curve(workers):
+        task = prior_task(CodePairs(home / "codes"), replace(SMALL, augment=augment))
+        task.loader.workers = workers
+        out = tmp_path / str(workers)
+        train(task, LoopConfig(out=out, steps=3, log_every=1, picture_every=0))
+        records = read_metrics(out / "metrics.jsonl")
+        return [(record["loss"], 0 <= record["data_wait"] <= 1) for record in records]
+
+    assert curve(0) == curve(1)
+
+
+def test_shards_of_a_finished_store_that_are_damaged_or_gone_are_made_anew(home, tmp_path, capsys):
+    out = tmp_path / "codes"
+    encode(options(home, out=out))
+    whole, first = files_of(out), (out / "codes-000000.safetensors").stat().st_mtime_ns
+    (out / "codes-000001.safetensors").unlink()
+    content = bytearray(whole["codes-000002.safetensors"])
+    content[-1] ^= 1
+    (out / "codes-000002.safetensors").write_bytes(content)
+    capsys.readouterr()
+    encode(options(home, out=out))
+    assert "data encode: 2 of 3 shards are made anew" in capsys.readouterr().err
+    assert files_of(out) == whole
+    assert (out / "codes-000000.safetensors").stat().st_mtime_ns == first
+    encode(options(home, out=out))
+    assert capsys.readouterr().out == f"data encode: {out} is encoded already\n"
+
+
 def files_of(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "config.yaml"}
 
@@ -134,8 +164,9 @@ def test_a_stopped_encoding_goes_on_and_gives_the_same_files(home, tmp_path, mon
 
     out = tmp_path / "codes"
     monkeypatch.setattr(command, "_encode_items", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="^data encode: stopped .* the same command goes"):
         encode(options(home, out=out))
+    (out / "codes-000001.safetensors.tmp-0123abcd").write_bytes(b"of a process that was killed")
     with pytest.raises(DataError, match="must be encoded to the end"):
         CodePairs(out)
     first = (out / "codes-000000.safetensors").stat().st_mtime_ns

@@ -12,6 +12,7 @@ from dalle.cli import main
 from dalle.data.folder import FolderPairs
 from dalle.data.shapes import captions, parse
 from dalle.data.shapes_check import check_batch
+from dalle.data.shapes_pairs import ShapesPairs
 from dalle.tokenizer import Tokenizer
 
 
@@ -39,6 +40,22 @@ def test_make_shapes_overwrites_nothing(made, capsys):
     assert main(["data", "make-shapes", "--out", str(made), "--count", "5"]) == 2
     assert "must be empty or new, got files in it" in capsys.readouterr().err
     assert sorted(made.rglob("*")) == before
+
+
+def test_make_shapes_that_was_stopped_leaves_nothing_and_runs_again(tmp_path, monkeypatch, capsys):
+    words, load = ["data", "make-shapes", "--out", str(tmp_path / "x"), "--count", "5"], []
+
+    def stop(pairs, i):
+        load.append(i)
+        if i == 3:
+            raise KeyboardInterrupt
+        return drawn(pairs, i)
+
+    drawn = ShapesPairs.load
+    monkeypatch.setattr(ShapesPairs, "load", stop)
+    assert main(words) == 130 and list((tmp_path / "x").iterdir()) == [] and len(load) == 4
+    monkeypatch.setattr(ShapesPairs, "load", drawn)
+    assert main(words) == 0 and len(list((tmp_path / "x/pairs").iterdir())) == 10
 
 
 def test_make_shapes_refuses(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from dataclasses import replace
 
@@ -85,11 +86,16 @@ def test_the_same_bytes_again_also_after_a_stop(home, tmp_path, monkeypatch):
         add(tar, pairs, item, verify)
 
     monkeypatch.setattr(data_pack, "_add", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="^data pack: stopped .* the same command goes"):
         pack(options(home, out=out))
     assert sorted(files(out)) == ["00000.json", "00000.tar", "pack.json"]
+    (out / "00001.tar.tmp-0123abcd").write_bytes(b"of a process that was killed")
     pack(options(home, out=out))
     assert calls.count(0) == 1 and files(out) == whole
+    os.truncate(out / "00000.tar", 512)
+    (out / "00002.tar").unlink()
+    pack(options(home, out=out))  # both are made anew
+    assert calls.count(6) == 2 and files(out) == whole
     pack(options(home, out=out))  # nothing left to do
     assert files(out) == whole
     with pytest.raises(UsageError, match="^data pack: out must hold shards of this data and these"):

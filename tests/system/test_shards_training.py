@@ -11,6 +11,7 @@ import torch
 from dalle.cli import main
 from dalle.data.folder import FolderPairs
 from dalle.data.mixture import MixedPairs
+from dalle.data.pairs import input_files
 from dalle.data.shards import ShardPairs
 from dalle.data.split import hold_out
 from dalle.dvae.model import DiscreteVAE
@@ -137,10 +138,13 @@ def test_corrupt_members_are_counted_exactly_and_the_training_ends(workers, tmp_
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_a_shard_that_disappears_during_training(closed, tmp_path, capsys):
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_shard_that_disappears_during_training(held_out, closed, tmp_path, capsys):
     write_shards(tmp_path / "set", 2, 10)
     pairs = ShardPairs(tmp_path / "set")
-    task = dvae_task(pairs)
+    trained = hold_out(hold_out(pairs, 0.2)[0], 0.2)[0] if held_out else pairs
+    assert input_files(trained) == pairs.files
+    task = dvae_task(trained)
     step = task.train_step
 
     def train_step(number):
@@ -152,7 +156,7 @@ def test_a_shard_that_disappears_during_training(closed, tmp_path, capsys):
 
     task.train_step = train_step
     result = train(task, LoopConfig(out=tmp_path / "run", steps=6, picture_every=0))
-    assert result.step == 6 and set(pairs.skipped) == {"shard has gone"}
+    assert result.step == 6 and set(trained.skipped) == {"shard has gone"}
     assert capsys.readouterr().err.count("left out: ") == 1
 
 

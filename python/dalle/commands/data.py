@@ -14,7 +14,7 @@ from dalle.data.pairs import Pairs, load_or_skip
 from dalle.data.shapes import Scene
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.errors import UsageError
-from dalle.files import saving, to_json
+from dalle.files import atomic_folder, saving, to_json
 from dalle.pictures import check_sheet, grid, save_bytes, save_png
 
 
@@ -63,17 +63,18 @@ def make_shapes(config: MakeShapesConfig) -> None:
     )
     folder = config.out / "pairs"
     with saving("data make-shapes", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        config.out.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and any(folder.iterdir()):
             raise UsageError(f"data make-shapes: {folder} must be empty or new, got files in it")
         facts = {}
-        for i, scene in enumerate(pairs.scenes):
-            buffer = io.BytesIO()
-            Image.fromarray(pairs.load(i)).save(buffer, "PNG")
-            # No fsync for each file: a half-written folder is refused above and drawn again.
-            (folder / f"{i:06d}.png").write_bytes(buffer.getvalue())
-            (folder / f"{i:06d}.txt").write_text(scene.caption + "\n", encoding="utf-8")
-            facts[f"{i:06d}"] = _facts(scene)
+        with atomic_folder(folder) as made:
+            for i, scene in enumerate(pairs.scenes):
+                buffer = io.BytesIO()
+                Image.fromarray(pairs.load(i)).save(buffer, "PNG")
+                # No fsync for each file: the folder gets its name when all are written.
+                (made / f"{i:06d}.png").write_bytes(buffer.getvalue())
+                (made / f"{i:06d}.txt").write_text(scene.caption + "\n", encoding="utf-8")
+                facts[f"{i:06d}"] = _facts(scene)
     save_bytes(config.out / "facts.json", to_json(facts))
     save_png(config.out / "contact.png", contact_sheet(pairs, 64, config.image_size))
     print(f"{len(pairs)} pairs ({config.split}) in {folder}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from dalle.console import printable
 from dalle.data.pairs import format_counts
 from dalle.data.shard_files import find_shards, is_tar, open_shards
-from dalle.errors import DataError, UsageError
+from dalle.errors import DataError, UsageError, stopped_with
 from dalle.files import make_folder
 
 
@@ -46,15 +46,18 @@ def index(config: IndexConfig) -> None:
         raise DataError(f"data index: data must be a folder of .tar files, got none{found}")
     if config.out is not None:
         make_folder(config.out, "data index")
-    shards, problems = open_shards(paths, out=config.out, force=config.force)
+    with stopped_with("data index: stopped by the keyboard; the indexes that were made are kept"):
+        shards, problems = open_shards(paths, out=config.out, force=config.force)
     counts = Counter(skipped)
     for shard in shards:
         counts.update(shard.head.skipped)
+        counts["shard without a pair"] += not shard.head.pairs
         problems += shard.head.problems
     counts["shard is not readable"] += len(paths) - len(shards)
     pairs = sum(shard.head.pairs for shard in shards)
     size = sum(shard.index_path.stat().st_size for shard in shards)
-    print(f"{config.data}: {pairs:,} pairs in {len(shards)} shards, {size:,} bytes of index")
+    number = "1 shard" if len(shards) == 1 else f"{len(shards)} shards"
+    print(f"{config.data}: {pairs:,} pairs in {number}, {size:,} bytes of index")
     print(f"left out: {counts.total()}")
     for reason, count in (+counts).most_common():
         print(f"  {count} x {reason}")

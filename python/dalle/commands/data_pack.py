@@ -25,11 +25,12 @@ from dalle.data.shard_files import open_shards
 from dalle.data.shard_index import SUFFIX as INDEX_SUFFIX
 from dalle.data.sources import check_apart
 from dalle.data.texts import MAX_CAPTION_BYTES
-from dalle.errors import DataError, UsageError
+from dalle.errors import DataError, UsageError, stopped_with
 from dalle.files import (
     make_folder,
     read_object,
     regular_opener,
+    remove_temporary,
     saving,
     sync_folder,
     temporary_name,
@@ -80,7 +81,13 @@ def pack(config: PackConfig) -> None:
     make_folder(config.out, OWNER)
     head = {"data": describe_pairs(pairs), "shard_size": config.shard_size, "verify": config.verify}
     _begin(config.out, head)
-    counts, skipped = [], Counter[str]()
+    kept = f"whole shards are kept in {config.out}, and the same command goes on"
+    with stopped_with(f"{OWNER}: stopped by the keyboard; {kept}"):
+        _pack(config, pairs, head)
+
+
+def _pack(config: PackConfig, pairs: Pairs, head: dict[str, Any]) -> None:
+    counts, sizes, skipped = list[int](), list[int](), Counter[str]()
     count = -(-len(pairs) // config.shard_size)
     with tqdm(total=len(pairs), desc=OWNER, unit=" pairs", disable=not is_main_process()) as bar:
         for number in range(count):
@@ -93,14 +100,16 @@ def pack(config: PackConfig) -> None:
             else:
                 bar.update(len(items))
             counts.append(record["pairs"])
+            sizes.append(record["bytes"])
             skipped.update(record["skipped"])
     paths = [_shard(config.out, number) for number in range(count)]
     open_shards(paths)
     for number in range(count):
         _record(config.out, number).unlink(missing_ok=True)
+    finished = {**head, "pairs": counts, "bytes": sizes, "finished": True}
     with saving(OWNER, config.out / HEAD_FILE):
-        write_atomic(config.out / HEAD_FILE, to_json({**head, "pairs": counts, "finished": True}))
-    size = sum(path.stat().st_size for path in paths)
+        write_atomic(config.out / HEAD_FILE, to_json(finished))
+    size = sum(sizes)
     indexes = sum(path.with_name(path.name + INDEX_SUFFIX).stat().st_size for path in paths)
     why = f"; left out {skipped.total()}: {format_counts(skipped)}" if skipped else ""
     shards = "1 shard" if count == 1 else f"{count} shards"
@@ -127,6 +136,8 @@ def _begin(out: Path, head: dict[str, Any]) -> None:
     """
     path = out / HEAD_FILE
     if path.exists():
+        with saving(OWNER, out):
+            remove_temporary(out)
         there = read_object(path, DataError)
         for key in head:
             if there.get(key) != json.loads(to_json(head[key])):
@@ -144,11 +155,14 @@ def _begin(out: Path, head: dict[str, Any]) -> None:
 
 def _finished(out: Path, number: int) -> dict[str, Any] | None:
     """What a shard holds that is there, whole; None for one that is to be written."""
-    with suppress(DataError, OSError, KeyError, TypeError):
+    with suppress(DataError, OSError, KeyError, TypeError, IndexError):
+        record: dict[str, Any] | None = None
         head = read_object(out / HEAD_FILE, DataError)
-        if head.get("finished") and _shard(out, number).exists():
-            return {"pairs": head["pairs"][number], "skipped": {}}
-        record = read_object(_record(out, number), DataError)
+        if head.get("finished"):
+            pairs, size = head["pairs"][number], head["bytes"][number]
+            record = {"pairs": pairs, "bytes": size, "skipped": {}}
+        else:
+            record = read_object(_record(out, number), DataError)
         if _shard(out, number).stat().st_size == record["bytes"]:
             return record
     return None

@@ -17,13 +17,14 @@ from tqdm import tqdm
 from dalle.commands import presets
 from dalle.config_files import CONFIG_NAME
 from dalle.configs import integer
-from dalle.console import is_main_process, printable
+from dalle.console import is_main_process, printable, say
 from dalle.data.augment import center_crop, prior_crop, to_tensor
 from dalle.data.codes import (
     FORMAT_VERSION,
     HEAD_FILE,
     MAX_CODES,
     ShardRecord,
+    check_size,
     records_of,
     require_pictures,
     shard_bytes,
@@ -35,8 +36,16 @@ from dalle.devices import pick_device
 from dalle.distributed.config import ClusterConfig
 from dalle.distributed.world import World, join
 from dalle.dvae.model import DiscreteVAE
-from dalle.errors import DataError, UsageError
-from dalle.files import make_folder, read_object, saving, sha256, to_json, write_atomic
+from dalle.errors import DataError, UsageError, stopped_with
+from dalle.files import (
+    make_folder,
+    read_object,
+    remove_temporary,
+    saving,
+    sha256,
+    to_json,
+    write_atomic,
+)
 from dalle.pretrained import fingerprint
 from dalle.train.seeds import step_seed
 
@@ -88,7 +97,9 @@ class EncodeConfig:
 def encode(config: EncodeConfig) -> None:
     """Encodes what is missing, then writes codes.json."""
     device = pick_device(config.device)
-    with join(ClusterConfig(), device) as world:
+    kept = f"whole shards are kept in {config.out}, and the same command goes on"
+    stopped = stopped_with(f"{OWNER}: stopped by the keyboard; {kept}")
+    with stopped, join(ClusterConfig(), device) as world:
         with world.raise_on_all():
             vae = DiscreteVAE.from_pretrained(config.vae).to(world.device)
             size = config.image_size or presets.size_of_run(config.vae) or 256
@@ -97,13 +108,16 @@ def encode(config: EncodeConfig) -> None:
             check_apart(OWNER, config.data, config.out)
             head = _head(config, vae, pairs, size)
             make_folder(config.out, OWNER)
-            if _is_done(config.out, head):
-                if is_main_process():
-                    print(f"{OWNER}: {config.out} is encoded already")
-                return
-        if is_main_process():
-            with saving(OWNER, config.out / HEAD_FILE):
-                write_atomic(config.out / HEAD_FILE, to_json(head))
+            done = is_main_process() and _is_done(config.out, head)
+        if world.first(done):
+            if is_main_process():
+                print(f"{OWNER}: {config.out} is encoded already")
+            return
+        with world.raise_on_all():
+            if is_main_process():
+                with saving(OWNER, config.out / HEAD_FILE):
+                    remove_temporary(config.out)
+                    write_atomic(config.out / HEAD_FILE, to_json(head))
         world.barrier()
         _encode_shards(config, vae, pairs, size, world)
         world.barrier()  # the records of all processes are there
@@ -132,7 +146,8 @@ def _head(config: EncodeConfig, vae: DiscreteVAE, pairs: Pairs, size: int) -> di
 
 
 def _is_done(out: Path, head: dict[str, Any]) -> bool:
-    """Whether OUT holds all these codes.
+    """Whether OUT holds all these codes, each shard with its checksum. Where one of a finished
+    store is not, the others get their records back, so that they are kept.
 
     Raises:
         UsageError: it holds codes of other data or options, or something else.
@@ -149,7 +164,33 @@ def _is_done(out: Path, head: dict[str, Any]) -> bool:
                 f"{OWNER}: out must hold codes of this data and these options, got another {key}; "
                 "take another folder"
             )
-    return bool(there.get("finished"))
+    if not there.get("finished"):
+        return False
+    records = records_of(there, out)
+    whole = {
+        number: record
+        for number, record in enumerate(records)
+        if record.name == _name(number) and _is_whole(out, record)
+    }
+    if len(whole) == len(records):
+        return True
+    say(f"{OWNER}: {len(records) - len(whole)} of {len(records)} shards are made anew")
+    for number, record in whole.items():
+        with saving(OWNER, _record_path(out, number)):
+            write_atomic(_record_path(out, number), to_json(asdict(record)))
+    return False
+
+
+def _is_whole(out: Path, record: ShardRecord) -> bool:
+    """Whether a shard is there with its checksum."""
+    with suppress(DataError, OSError):
+        check_size(out / record.name, record)
+        return sha256(out / record.name) == record.sha256
+    return False
+
+
+def _name(number: int) -> str:
+    return f"{PREFIX}{number:06d}{SUFFIX}"
 
 
 def _record_path(out: Path, number: int) -> Path:
@@ -160,8 +201,7 @@ def _record(out: Path, number: int) -> ShardRecord | None:
     """The record of a shard that is there, whole; None for one that is to be made."""
     with suppress(DataError, OSError):
         (record,) = records_of({"shards": [read_object(_record_path(out, number), DataError)]}, out)
-        if sha256(out / record.name) == record.sha256:
-            return record
+        return record if _is_whole(out, record) else None
     return None
 
 
@@ -183,7 +223,7 @@ def _encode_shards(
             codes, kept, skipped = _encode_items(config, vae, pairs, size, items, bar)
             captions = [captions_of(pairs, i) for i in kept]
             data, texts, several = shard_bytes(codes, captions, hashes[kept])
-            name = f"{PREFIX}{number:06d}{SUFFIX}"
+            name = _name(number)
             with saving(OWNER, config.out / name):
                 write_atomic(config.out / name, data)
                 record = ShardRecord(

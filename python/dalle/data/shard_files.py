@@ -162,9 +162,9 @@ def make_index(shard: Path, out: Path | None = None, cache: Path | None = None) 
             refused = problem
             continue
         return Shard(shard, place, read_head(place)[1], head)
+    advice = f"; {CACHE}=DIR names another folder" if out is None else ""
     raise EnvironmentProblem(
-        f"data index: {places[-1]} must be writable, got {refused.strerror or refused}; "
-        f"{CACHE}=DIR names another folder"
+        f"data index: {places[-1]} must be writable, got {refused.strerror or refused}{advice}"
     )
 
 
@@ -210,7 +210,8 @@ def open_shards(
             for path, made in zip(missing, _built(missing, build), strict=True):
                 found[path] = made
                 bar.update()
-        _say_made([found[path] for path in missing], time.perf_counter() - began, stale)
+        made_now = [found[path] for path in missing]
+        _say_made(made_now, time.perf_counter() - began, stale, chosen=out is not None)
     shards = [shard for shard in found.values() if isinstance(shard, Shard)]
     return shards, [shard for shard in found.values() if isinstance(shard, str)]
 
@@ -237,18 +238,24 @@ def _built(paths: Sequence[Path], build: Callable[[Path], Shard | str]) -> Itera
         yield from pool.map(build, paths[1:])
 
 
-def _say_made(made: Sequence[Shard | str], seconds: float, stale: Sequence[str]) -> None:
-    """A line on new indexes: how many, why those that were there were not taken, where they are."""
+def _say_made(
+    made: Sequence[Shard | str], seconds: float, stale: Sequence[str], *, chosen: bool
+) -> None:
+    """A line on new indexes: how many, why those that were there were not taken, where they are;
+    `chosen` is whether that place was asked for."""
     shards = [shard for shard in made if isinstance(shard, Shard)]
     pairs = sum(shard.head.pairs for shard in shards)
     if not pairs:  # which is an error of its own
         return
+    number = "1 shard" if len(shards) == 1 else f"{len(shards)} shards"
     folders = sorted({str(shard.index_path.parent) for shard in shards})
     more = f" and {len(folders) - 1} more folders" if len(folders) > 1 else ""
     apart = any(shard.index_path.parent != shard.path.parent for shard in shards)
     why = f" (beside the shards they cannot be; {CACHE} names another folder)" if apart else ""
+    if chosen:
+        why = f" ({CACHE}={folders[0]} lets a training find them)"
     anew = f" ({len(stale)} anew: {stale[0]})" if stale else ""
     say(
-        f"data: indexed {len(shards)} shards of {pairs:,} pairs in {seconds:.1f} s{anew}; "
+        f"data: indexed {number} of {pairs:,} pairs in {seconds:.1f} s{anew}; "
         f"the indexes are in {folders[0]}{more}{why}"
     )

@@ -134,9 +134,10 @@ class Subset:
 
     @property
     def paths(self) -> list[Path]:
-        """The file of each picture; none where the set has no files."""
-        paths = getattr(self.pairs, "paths", None)
-        return [] if paths is None else [paths[i] for i in self.items]
+        """The file of each picture; AttributeError where the set has none, as `Pairs` says."""
+        reader: Any = self.pairs
+        paths: Sequence[Path] = reader.paths
+        return [paths[i] for i in self.items]
 
     @property
     def files(self) -> list[Path]:

@@ -25,7 +25,7 @@ from dalle.dvae.likelihood import expected_pixels, map_pixels, psnr, set_psnr
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.precision.queued import HostCopy, Values
-from dalle.train.accumulate import Accumulated, turns
+from dalle.train.accumulate import Accumulated, micro_batches
 from dalle.train.averaging import IterateAverage
 from dalle.train.fine_tune import frozen, started_from
 from dalle.train.held_out import held_out_pictures
@@ -116,7 +116,7 @@ class DvaeTrainConfig:
 
     @property
     def total_batch(self) -> int:
-        """Pictures an update, over all turns."""
+        """Pictures an update, over all micro-batches."""
         return self.batch_size * self.accumulate
 
 
@@ -276,10 +276,10 @@ class DvaeTask:
                 weight = len(part) / len(images)
                 return weight * loss, weight * self._psnr(part, mu)
 
-            turn_loss, outputs = self._in_turns(autoencode, len(images), share)
+            total, outputs = self._accumulate(autoencode, len(images), share)
             lr = cosine_ramp(step, c.warm_start_lr, c.warm_start_lr / 10, c.warm_start_steps)
             repeat_forward = partial(self.model.autoencode, images)
-            grad_norm = update(self, turn_loss, step, lr=lr, forward=repeat_forward)
+            grad_norm = update(self, total, step, lr=lr, forward=repeat_forward)
             loss, quality = sum_parts(outputs)
             means = {"loss": loss, "psnr": quality}
             others = {"grad_norm": grad_norm, "data_wait": waited, "images": len(images)}
@@ -304,10 +304,10 @@ class DvaeTask:
             losses = (loss, out.nll.detach(), out.kl.detach(), self._psnr(part, out.mu))
             return *(len(part) / len(images) * x for x in losses), out.codes
 
-        turn_loss, outputs = self._in_turns(relax, len(images), share)
+        total, outputs = self._accumulate(relax, len(images), share)
         lr = cosine_ramp(ramp_step, c.lr_start, c.lr_end, c.lr_steps)
         repeat_forward = partial(forward, images, first=first)
-        grad_norm = update(self, turn_loss, step, lr=lr, forward=repeat_forward)
+        grad_norm = update(self, total, step, lr=lr, forward=repeat_forward)
         loss, nll, kl, quality = sum_parts([part[:-1] for part in outputs])
         codes = HostCopy({"codes": torch.cat([part[-1] for part in outputs])})
         means = {"loss": loss, "nll": nll, "kl": kl, "psnr": quality}
@@ -315,7 +315,7 @@ class DvaeTask:
         more = partial(self._count, codes, step)
         return self._global_means(share, means, {**shared, "images": len(images)}, more)
 
-    def _in_turns(
+    def _accumulate(
         self, run: Callable[[slice], tuple[Tensor, ...]], size: int, share: float
     ) -> tuple[Tensor | Accumulated, list[tuple[Tensor, ...]]]:
         """The loss for `update`, the first of what `run` gives; and a list that has all that it
@@ -323,7 +323,7 @@ class DvaeTask:
         c = self.config
         outputs: list[tuple[Tensor, ...]] = []
 
-        def turn(rows: slice) -> Tensor:
+        def micro_batch(rows: slice) -> Tensor:
             def part(inner: slice) -> tuple[Tensor, ...]:
                 return run(slice(rows.start + inner.start, rows.start + inner.stop))
 
@@ -331,8 +331,8 @@ class DvaeTask:
             outputs.extend(tuple(x.detach() for x in one) for one in made)
             return sum_parts([one[:1] for one in made])[0] * share
 
-        rows = turns(size, c.total_batch, c.accumulate, self.world.size)
-        return (Accumulated(turn, rows) if len(rows) > 1 else turn(rows[0])), outputs
+        rows = micro_batches(size, c.total_batch, c.accumulate, self.world.size)
+        return (Accumulated(micro_batch, rows) if len(rows) > 1 else micro_batch(rows[0])), outputs
 
     def pictures(self, step: int) -> dict[str, Tensor]:
         """Eight training pictures above their reconstructions with the averaged weights."""

@@ -37,7 +37,7 @@ from dalle.pretrained import fingerprint
 from dalle.prior.config import IMAGE_WEIGHT, PAD, TEXT_WEIGHT
 from dalle.prior.model import Prior
 from dalle.tokenizer import Tokenizer
-from dalle.train.accumulate import Accumulated, turns
+from dalle.train.accumulate import Accumulated, micro_batches
 from dalle.train.averaging import IterateAverage
 from dalle.train.fine_tune import frozen, started_from
 from dalle.train.held_out import MAX_PICTURES, held_out_pictures
@@ -134,7 +134,6 @@ class PriorTask:
             raise UsageError(f"prior train: grid must be square, got {sizes.grid}")
         self.image_size = sizes.grid[0] * vae.factor
         self.stores = stores_of(pairs)
-        self.reads_pictures = config.augment == "paper" and not self.stores
         check_codes("prior train", self.stores, now["vae"], sizes.grid, self.image_size)
         self.tokens: Tensor | None = None
         self.usable = np.arange(min(len(pairs), SHOWN_OF))
@@ -182,22 +181,16 @@ class PriorTask:
         part = self.world.part(len(indices))
         local = indices[part]
         positions = np.arange(part.start, part.stop)
-        if self.stores:
-            items = local
-            crops = [0] * len(local)
-            if c.augment == "paper":
-                seeds = [step_seed(self.seed, step, 7, int(position)) for position in positions]
-                crops = [seed % 2**32 for seed in seeds]
-            tokens = tokens_of(self.pairs, local, crops)
-        elif self.tokens is not None:
+        if self.tokens is not None:
             items, tokens = self.usable[local], self.tokens[torch.from_numpy(local)]
         else:
-            images, drawn = self.loader.get(step)
-            items, tokens = drawn.numpy(), self._encode(images.numpy())
+            read, drawn = self.loader.get(step)
+            items = drawn.numpy()
+            tokens = read if self.stores else self._encode(read.numpy())
         epochs = self.sampler.epochs(step)[part]
-        read = zip(items, positions, epochs, tokens, strict=True)
+        places = zip(items, positions, epochs, tokens, strict=True)
         text = self.tokenizer.encode(
-            [self._caption(step, int(i), int(at), int(epoch), row) for i, at, epoch, row in read],
+            [self._caption(step, int(i), int(at), int(epoch), row) for i, at, epoch, row in places],
             self.model.config.text_len - 1,
             dropout=c.bpe_dropout,
             seed=step_seed(self.seed, step, 2),
@@ -252,9 +245,17 @@ class PriorTask:
         raise problem
 
     def load(self, step: int) -> tuple[Tensor, Tensor]:
-        """The crops of `batch`, (B, S, S, 3) uint8 on the CPU, and their items (B,)."""
+        """The crops of `batch`, (B, S, S, 3) uint8 on the CPU, or of codes the tokens, (B, N)
+        int64; and their items (B,)."""
         indices = self.sampler.indices(step)
         part = self.world.part(len(indices))
+        if self.stores:
+            chosen = [0] * len(indices[part])
+            if self.config.augment == "paper":
+                places = range(part.start, part.stop)
+                chosen = [step_seed(self.seed, step, 7, place) % 2**32 for place in places]
+            tokens = tokens_of(self.pairs, indices[part], chosen)
+            return tokens, torch.from_numpy(indices[part])
 
         def crop(image: np.ndarray, position: int) -> np.ndarray:
             rng = np.random.default_rng(step_seed(self.seed, step, 1, part.start + position))
@@ -279,14 +280,14 @@ class PriorTask:
 
         def run(rows: slice) -> Tensor:
             # Seeds the model's own dropout.
-            turn = (rows.start,) if rows.start else ()
-            torch.manual_seed(step_seed(self.seed, step, 4, self.world.rank, *turn))
+            first = (rows.start,) if rows.start else ()
+            torch.manual_seed(step_seed(self.seed, step, 4, self.world.rank, *first))
             text_loss, image_loss = self._losses(batch, text, rows, targets)
             losses = [text_loss * text_weight(), image_loss * self.world.weight(c.total_batch)]
             done.append([loss.detach() for loss in losses])
             return TEXT_WEIGHT * losses[0] + IMAGE_WEIGHT * losses[1]
 
-        rows = turns(len(text), c.total_batch, c.accumulate, self.world.size)
+        rows = micro_batches(len(text), c.total_batch, c.accumulate, self.world.size)
         grad_norm = update(
             self,
             Accumulated(run, rows) if len(rows) > 1 else run(rows[0]),
@@ -304,7 +305,7 @@ class PriorTask:
             "grad_norm": grad_norm,
             "halvings": self.plateau.halvings,
             "captions_cut": self.world.weight(c.total_batch) * cut / len(text),
-            **({"data_wait": self.loader.seconds - waited} if self.reads_pictures else {}),
+            **({"data_wait": self.loader.seconds - waited} if self.tokens is None else {}),
             "images": len(text),
             **(self.scaler.metrics() if self.scaler is not None else {}),
         }

@@ -117,7 +117,7 @@ class PriorTrainConfig:
 
     @property
     def total_batch(self) -> int:
-        """Pairs an update, over all turns."""
+        """Pairs an update, over all micro-batches."""
         return self.batch_size * self.accumulate
 
     def step_size(self, step: int) -> float:

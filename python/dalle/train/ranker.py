@@ -32,7 +32,7 @@ from dalle.errors import UsageError
 from dalle.pictures import rows_of
 from dalle.pretrained import fingerprint
 from dalle.ranker.model import ContrastiveRanker
-from dalle.train.accumulate import Accumulated, turns
+from dalle.train.accumulate import Accumulated, micro_batches
 from dalle.train.averaging import IterateAverage
 from dalle.train.fine_tune import frozen, started_from
 from dalle.train.held_out import held_out_pictures
@@ -107,7 +107,7 @@ class RankerTrainConfig:
 
     @property
     def total_batch(self) -> int:
-        """Captions an update, over all turns."""
+        """Captions an update, over all micro-batches."""
         return self.batch_size * self.accumulate
 
 
@@ -343,8 +343,8 @@ class RankerTask:
             size = rows.stop - rows.start
             return self.ranker.encode_text(text[rows]), features[:size], features[size:]
 
-        turn = turns(count, count, self.config.accumulate, 1)
-        features = self._features(towers, turn)
+        batches = micro_batches(count, count, self.config.accumulate, 1)
+        features = self._features(towers, batches)
         text_features, image_features, spliced_features = features
         logits = self.ranker.scale * text_features @ torch.cat([image_features, spliced_features]).T
         ids, pictures = self.caption_ids[rows].to(device), items.to(device)
@@ -356,8 +356,10 @@ class RankerTask:
             correct = same.gather(1, best.clamp_max(count - 1)[:, None])[:, 0] & (best < count)
         peak = linear_warmup(step, self.config.learning_rate, self.config.warmup)
         lr = peak * cosine_ramp(step, 1.0, 0.03, self.steps)
-        turned = loss if len(turn) == 1 else self._in_turns(loss, features, towers, turn)
-        norm = update(self, turned, step, lr=lr, clip_norm=self.config.clip_norm)
+        total: torch.Tensor | Accumulated = loss
+        if len(batches) > 1:
+            total = self._accumulate(loss, features, towers, batches)
+        norm = update(self, total, step, lr=lr, clip_norm=self.config.clip_norm)
         return {
             "loss": loss.detach(),
             "accuracy": correct.float().mean(),
@@ -367,13 +369,13 @@ class RankerTask:
             "images": float(count),
         }
 
-    def _features(self, towers: Towers, turn: Sequence[slice]) -> list[torch.Tensor]:
-        """What the towers give for a batch; of several turns, without their graphs."""
-        if len(turn) == 1:
-            outputs = run_parts(towers, turn[0].stop, self.config.parts, self.ranker)
+    def _features(self, towers: Towers, batches: Sequence[slice]) -> list[torch.Tensor]:
+        """What the towers give for a batch; of several micro-batches, without their graphs."""
+        if len(batches) == 1:
+            outputs = run_parts(towers, batches[0].stop, self.config.parts, self.ranker)
             return [torch.cat(tensors) for tensors in zip(*outputs, strict=True)]
         made = []
-        for rows in turn:
+        for rows in batches:
             with torch.no_grad():
                 made += self._of_rows(towers, rows)
         return [torch.cat(tensors).requires_grad_() for tensors in zip(*made, strict=True)]
@@ -384,14 +386,14 @@ class RankerTask:
 
         return run_parts(part, rows.stop - rows.start, self.config.parts, self.ranker)
 
-    def _in_turns(
+    def _accumulate(
         self,
         loss: torch.Tensor,
         features: Sequence[torch.Tensor],
         towers: Towers,
-        turn: list[slice],
+        batches: list[slice],
     ) -> Accumulated:
-        """The gradient of a loss of all features, taken into the towers a turn at a time."""
+        """The gradient of a loss of all features, taken into the towers a micro-batch at a time."""
         scale = self.ranker.log_scale
         leaves = [*features, *([scale] if scale.requires_grad else [])]
         gradients = torch.autograd.grad(loss, leaves)
@@ -409,7 +411,7 @@ class RankerTask:
             assert isinstance(total, torch.Tensor)
             return total
 
-        return Accumulated(run, turn, lambda: loss.detach())
+        return Accumulated(run, batches, lambda: loss.detach())
 
     def pictures(self, step: int) -> dict[str, torch.Tensor]:
         """Pictures of the step's batch above spliced ones."""

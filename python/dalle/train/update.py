@@ -68,7 +68,7 @@ def update(
 
     Args:
         task: whose parameters are updated.
-        loss: scalar with a graph, or one that is computed in turns.
+        loss: scalar with a graph, or one that is computed in micro-batches.
         step: as given to `train_step`.
         lr: step size of this update, for all parameter groups; a function is called when all that
             hangs on the update before has happened.
