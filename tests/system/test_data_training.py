@@ -17,6 +17,7 @@ from dalle.dvae.codebook import init_codebook
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.tokenizer import Tokenizer
+from dalle.train import read_captions
 from dalle.train.dvae import DvaeTask
 from support.dvae import PATCH, SHORT, WARM, some_pairs
 from support.prior import SMALL as PRIOR
@@ -72,7 +73,7 @@ def test_the_prior_leaves_out_what_is_too_small_and_draws_captions(tmp_path):
     assert {tokenizer.decode(row) for row in once.batch(0).text} > {"red"}
 
 
-def test_the_ranker_keeps_its_batches_and_draws_captions(tmp_path):
+def test_the_ranker_keeps_its_batches_and_draws_captions(tmp_path, monkeypatch):
     pairs = make_folder(tmp_path, captions=("red\ngreen\nblue", "pink"))
     task = toy_task(replace(RANKER, batch_size=8, num_spliced=2), pairs=pairs)
     known = ["red", "pink", "green", "blue"]
@@ -87,6 +88,11 @@ def test_the_ranker_keeps_its_batches_and_draws_captions(tmp_path):
         assert len(items) == len(images) == 8 and 5 not in items
     assert set(drawn) == set(known) and pairs.skipped == {"does not decode": 1}
     assert float(task.train_step(0)["images"]) == 8
+    monkeypatch.setattr(read_captions, "MAX_KEPT", 0)
+    read = toy_task(replace(RANKER, batch_size=8, num_spliced=2), pairs=pairs)
+    for step in range(4):
+        rows = read.views(step)[0]
+        assert torch.equal(read._text_of(rows, step)[0], task._text_of(rows, step)[0])
 
 
 def test_too_few_pictures_for_the_codebook_are_said_before_the_training(tmp_path):

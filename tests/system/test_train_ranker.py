@@ -18,6 +18,7 @@ from dalle.errors import UsageError
 from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 from dalle.train import ranker as training
+from dalle.train import read_captions
 from dalle.train.config import LoopConfig
 from dalle.train.loop import train
 from dalle.train.ranker import RankerTrainConfig
@@ -58,6 +59,20 @@ def test_numpys_integers_train_and_are_saved(tmp_path):
     ranker = ContrastiveRanker.from_preset("tiny", tokenizer=task.ranker.tokenizer, **sizes)
     ranker.save_pretrained(tmp_path / "saved")
     assert ContrastiveRanker.from_pretrained(tmp_path / "saved").config == ranker.config
+
+
+def test_captions_of_a_large_set_are_read_and_the_losses_are_those_of_kept_ones(monkeypatch):
+    def losses():
+        task = toy_task(SMALL)
+        return task, [float(task.train_step(step)["loss"]) for step in range(4)]
+
+    kept, expected = losses()
+    monkeypatch.setattr(read_captions, "MAX_KEPT", 159)
+    read, found = losses()
+    assert found == expected and kept.read is None
+    assert read.read is not None and not hasattr(read, "text")
+    monkeypatch.setattr(read_captions, "SAMPLE", 20)  # which words are rare is then estimated
+    assert np.isfinite(losses()[1]).all()
 
 
 def test_look_alikes_share_words_and_never_the_caption():

@@ -37,6 +37,7 @@ from dalle.train.averaging import IterateAverage
 from dalle.train.fine_tune import frozen, started_from
 from dalle.train.held_out import held_out_pictures
 from dalle.train.parts import run_parts, run_parts_no_grad
+from dalle.train.read_captions import ReadCaptions, are_many, ids_of
 from dalle.train.schedules import cosine_ramp, linear_warmup
 from dalle.train.seeds import step_seed
 from dalle.train.similar_captions import caption_vectors, draw_similar, pool_size
@@ -177,24 +178,18 @@ class RankerTask:
             "data": describe_pairs(pairs),
         }
         self.vae_cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        captions = list(pairs.captions)  # the first of each item, then all further ones
         self.rows: dict[int, list[int]] = {}  # rows of `text`, where an item has several
-        for item in getattr(pairs, "several", {}):
-            _, *more = captions_of(pairs, item)
-            self.rows[item] = [item, *range(len(captions), len(captions) + len(more))]
-            captions += more
-        self.text = ranker.tokenizer.encode(captions, ranker.config.text_len)
-        _, ids = torch.unique(self.text, dim=0, return_inverse=True)
-        self.caption_ids = ids
-        if len(ids[: len(pairs)].unique()) < 2:
-            raise UsageError("ranker: pairs must hold two different captions, got fewer")
+        self.read: ReadCaptions | None = None  # in place of all that are kept
+        if are_many(pairs):
+            self.read = ReadCaptions(pairs, self._encode_text, ranker.config.vocab_size)
+        else:
+            self._keep_captions()
         max_group = pool_size(len(pairs)) + 1
         if config.group > max_group:
             raise UsageError(
                 f"ranker: group must be at most {max_group} for {len(pairs)} pairs, "
                 f"got {config.group}"
             )
-        self.caption_vectors = caption_vectors(self.text, ranker.config.vocab_size)
         trained = [p for p in ranker.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.dim() > 1]
         rest = [p for p in trained if p.dim() <= 1]
@@ -208,6 +203,21 @@ class RankerTask:
             # There a flag on the device skips an update.
             fused=ranker.log_scale.device.type == "cuda",
         )
+
+    def _encode_text(self, captions: Sequence[str]) -> torch.Tensor:
+        return self.ranker.tokenizer.encode(captions, self.ranker.config.text_len)
+
+    def _keep_captions(self) -> None:
+        captions = list(self.pairs.captions)  # the first of each item, then all further ones
+        for item in getattr(self.pairs, "several", {}):
+            _, *more = captions_of(self.pairs, item)
+            self.rows[item] = [item, *range(len(captions), len(captions) + len(more))]
+            captions += more
+        self.text = self._encode_text(captions)
+        self.caption_ids = ids_of(self.text)
+        if len(self.caption_ids[: len(self.pairs)].unique()) < 2:
+            raise UsageError("ranker: pairs must hold two different captions, got fewer")
+        self.caption_vectors = caption_vectors(self.text, self.ranker.config.vocab_size)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -227,13 +237,12 @@ class RankerTask:
         """Crops (B, H, W, 3) uint8 and items (B,) of a step's batch, and the generator's state
         after they were drawn; on the CPU."""
         rng = torch.Generator().manual_seed(step_seed(self.seed, step))
-        drawn = draw_similar(
-            self.caption_vectors,
-            self.caption_ids[: len(self.pairs)],
-            self.config.total_batch,
-            self.config.group,
-            rng,
-        )
+        sizes = self.config.total_batch, self.config.group
+        if self.read is None:
+            ids = self.caption_ids[: len(self.pairs)]
+            drawn = draw_similar(self.caption_vectors, ids, *sizes, rng)
+        else:
+            drawn = self.read.draw(*sizes, rng)
         size = self.ranker.config.image_size
         crops, items = load_or_draw(
             self.pairs,
@@ -271,13 +280,24 @@ class RankerTask:
     def caption_rows(self, items: torch.Tensor, step: int) -> torch.Tensor:
         """(B,) row of `text` for each item; of several captions one is drawn each epoch, that is as
         often as the batches so far have as many items as the set."""
-        rows, epoch = items.clone(), step * self.config.total_batch // len(self.pairs)
+        rows, epoch = items.clone(), self._epoch(step)
         for position, item in enumerate(items.tolist()):
             choices = self.rows.get(item)
             if choices:
                 draw = np.random.default_rng(step_seed(self.seed, epoch, 2, item))
                 rows[position] = choices[int(draw.integers(len(choices)))]
         return rows
+
+    def _epoch(self, step: int) -> int:
+        return step * self.config.total_batch // len(self.pairs)
+
+    def _text_of(self, items: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Captions of items, (B, L) ids, and (B,) numbers that are equal where they are."""
+        if self.read is None:
+            rows = self.caption_rows(items, step)
+            return self.text[rows], self.caption_ids[rows]
+        text = self.read.text(items.tolist(), self.seed, self._epoch(step))
+        return text, ids_of(text)
 
     def _cached_round_trip(
         self, items: list[int], images: torch.Tensor
@@ -334,8 +354,8 @@ class RankerTask:
         items, images, spliced = self.views(step)
         waited = self.loader.seconds - waited
         device = images.device
-        rows, count = self.caption_rows(items, step), len(items)
-        text = self.text[rows].to(device)
+        text, ids = (x.to(device) for x in self._text_of(items, step))
+        count = len(items)
 
         def towers(rows: slice) -> tuple[torch.Tensor, ...]:
             start, stop = (end * len(spliced) // count for end in (rows.start, rows.stop))
@@ -347,7 +367,7 @@ class RankerTask:
         features = self._features(towers, batches)
         text_features, image_features, spliced_features = features
         logits = self.ranker.scale * text_features @ torch.cat([image_features, spliced_features]).T
-        ids, pictures = self.caption_ids[rows].to(device), items.to(device)
+        pictures = items.to(device)
         same = (ids[:, None] == ids[None]) | (pictures[:, None] == pictures[None])
         negatives = logits[:, count:] if len(spliced) else None
         loss = contrastive_loss(logits[:, :count], same, negatives)

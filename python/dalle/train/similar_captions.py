@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 from dalle.configs import integer
 
+Similarity = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 POOL = 2048  # captions among which similar ones are searched
 
 
@@ -40,16 +42,30 @@ class CaptionVectors(NamedTuple):
         ).T
 
 
-def caption_vectors(text: torch.Tensor, vocab_size: int) -> CaptionVectors:
-    """Vectors of captions, (N, L) ids padded with -1."""
+def _counted(text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of each row in order, and 1 where one comes first, else 0."""
     tokens = text.sort(1).values
     counted = (tokens >= 0).float()
     counted[:, 1:] *= tokens[:, 1:] != tokens[:, :-1]
-    tokens = tokens.clamp_min(0)
+    return tokens.clamp_min(0), counted
+
+
+def token_rarity(text: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """(V,) -log of the share of captions, (N, L) ids padded with -1, that hold a token."""
+    tokens, counted = _counted(text)
     share = torch.zeros(vocab_size, dtype=torch.float32, device="cpu").index_add_(
         0, tokens.flatten(), counted.flatten()
     )
-    rarity = -(share / max(len(text), 1)).clamp_min(1 / max(len(text), 1)).log()
+    return -(share / max(len(text), 1)).clamp_min(1 / max(len(text), 1)).log()
+
+
+def caption_vectors(
+    text: torch.Tensor, vocab_size: int, rarity: torch.Tensor | None = None
+) -> CaptionVectors:
+    """Vectors of captions, (N, L) ids padded with -1; `rarity` is theirs if left out."""
+    if rarity is None:
+        rarity = token_rarity(text, vocab_size)
+    tokens, counted = _counted(text)
     return CaptionVectors(
         tokens, F.normalize(counted * rarity.clamp_min(0.05)[tokens], dim=1), vocab_size
     )
@@ -78,16 +94,34 @@ def draw_similar(
     Returns:
         (size,) int64 indices.
     """
+
+    def similarity(first: torch.Tensor, pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        same = caption_ids[first][:, None] == caption_ids[pool][None]
+        return vectors.products(first, pool), same
+
+    return draw_groups(len(caption_ids), similarity, size, group, rng)
+
+
+def draw_groups(
+    count: int, similar: Similarity, size: int, group: int, rng: torch.Generator
+) -> torch.Tensor:
+    """`draw_similar` of `count` items.
+
+    Args:
+        count: how many items there are.
+        similar: (M,) and (P,) items -> the similarity of their captions, (M, P), and whether they
+            are equal, (M, P) bool.
+        size, group, rng: as there.
+    """
     size, group = integer("ranker", "size", size, 1), integer("ranker", "group", group, 1)
-    count = len(caption_ids)
     first = torch.randint(count, (size // group,), generator=rng, dtype=torch.int64, device="cpu")
     if group == 1:
         return first
     pool = torch.randint(count, (pool_size(count),), generator=rng, dtype=torch.int64, device="cpu")
-    similarity = vectors.products(first, pool)
+    similarity, same = similar(first, pool)
     similarity += (
         torch.rand(similarity.shape, generator=rng, dtype=torch.float32, device="cpu") * 0.05
     )
-    similarity[caption_ids[first][:, None] == caption_ids[pool][None]] -= 2.0
+    similarity[same] -= 2.0
     neighbours = pool[similarity.topk(group - 1, dim=1).indices]
     return torch.cat([first[:, None], neighbours], 1).flatten()
