@@ -12,6 +12,7 @@ from PIL import Image
 
 from dalle.commands import encode as command
 from dalle.commands.encode import EncodeConfig, encode
+from dalle.commands.presets import split_pairs
 from dalle.data.codes import CodePairs, stores_of, tokens_of
 from dalle.data.folder import FolderPairs
 from dalle.data.mixture import MixedPairs, with_choice
@@ -140,6 +141,13 @@ def test_shards_of_a_finished_store_that_are_damaged_or_gone_are_made_anew(home,
     content = bytearray(whole["codes-000002.safetensors"])
     content[-1] ^= 1
     (out / "codes-000002.safetensors").write_bytes(content)
+    again = r"got: No such file or directory; the same `dalle data encode` makes it anew$"
+    with pytest.raises(DataError, match=again):
+        CodePairs(out)
+    (out / "codes-000001.safetensors").write_bytes(whole["codes-000001.safetensors"])
+    with pytest.raises(DataError, match="must have the SHA-256 .*; the same `dalle data encode`"):
+        split_pairs("prior train", str(out), CodePairs(out), None, "quick", 8, 0)
+    (out / "codes-000001.safetensors").unlink()
     capsys.readouterr()
     encode(options(home, out=out))
     assert "data encode: 2 of 3 shards are made anew" in capsys.readouterr().err

@@ -83,6 +83,7 @@ def test_codes_are_compared_with_their_checksums(home, tmp_path, capsys):
     finally:
         shard.write_bytes(whole)
     assert "1 have their checksum" in said.out and "codes-000001" in said.out
+    assert said.out.count("must have the SHA-256") == 1  # not for each of its items
     assert said.err.splitlines()[-1].startswith("data check: the shards of ")
     line = checked(capsys, "--data", home / "codes", "--contact", tmp_path / "c.png", code=2).err
     assert "contact must be left out for codes" in line

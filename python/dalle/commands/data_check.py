@@ -143,7 +143,7 @@ def check(config: CheckConfig) -> None:
     if damaged:
         raise DataError(
             f"{OWNER}: the shards of {config.data} must be as codes.json says, got {damaged} "
-            "damaged; remove them, and `dalle data encode` makes them anew"
+            "damaged; the same `dalle data encode` makes them anew"
         )
     if not found.captions or not (found.sizes or stores):
         raise DataError(f"{OWNER}: {config.data} must hold a usable pair, got none")
@@ -166,7 +166,8 @@ def _look(pairs: Pairs, *, decoding: bool, pictures: bool) -> _Found:
                 found.formats[str(picture.format)] += 1
         except DataError as problem:
             found.left_out[getattr(problem, "reason", "cannot be read")] += 1
-            if len(found.problems) < MAX_PROBLEMS:
+            # Items of a shard that has gone or is damaged share their line.
+            if len(found.problems) < MAX_PROBLEMS and str(problem) not in found.problems[-1:]:
                 found.problems.append(str(problem))
             continue
         found.captions += captions

@@ -20,7 +20,7 @@ from dalle.data.images import open_checked
 from dalle.data.mixture import CaptionChoice, file_of
 from dalle.data.pairs import Pairs, evenly_spaced
 from dalle.data.sources import drawn_size, has_built_in, held_out_split, load_pairs
-from dalle.data.split import hold_out
+from dalle.data.split import TooFewPictures, hold_out
 from dalle.demo.sizing import CUDA_TIERS, TIERS, fitted_dvae, num_codes
 from dalle.devices import Precision, default_precision
 from dalle.dvae.model import PRESETS as DVAE_PRESETS
@@ -258,7 +258,7 @@ def split_pairs(
         return pairs, held, wanted
     try:
         train, validation = hold_out(pairs, wanted)
-    except DataError as problem:
+    except TooFewPictures as problem:
         if share is not None:
             raise
         say(f"{owner}: no picture is held out: {problem}")

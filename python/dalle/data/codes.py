@@ -38,6 +38,7 @@ from dalle.files import check_regular, read_object, regular_opener, sha256
 HEAD_FILE = "codes.json"
 FORMAT_VERSION = 1
 MAX_CODES = 2**15  # what int16 holds
+ENCODE_AGAIN = "the same `dalle data encode` makes it anew"
 MAX_HEADER_BYTES = 1 << 16  # of a shard: five names
 
 
@@ -120,6 +121,7 @@ class CodePairs:
         ends = np.cumsum([record.items for record in self.shards], dtype=np.int64)
         self._starts = np.concatenate([[0], ends])
         self._open: dict[int, dict[str, np.ndarray]] = {}
+        self._known: dict[int, str] = {}  # the SHA-256 of shards that were read
         self._lock = threading.Lock()
         self.captions: Sequence[str] = LazyCaptions(self, self.captions_at)
         self.several: Mapping[int, Sequence[str]] = _Several(self)
@@ -147,11 +149,11 @@ class CodePairs:
             with self._lock:
                 path, record = self.files[number], self.shards[number]
                 check_size(path, record)
-                if sha256(path) != record.sha256:
-                    raise DataError(
-                        f"data: {path} must have the SHA-256 that {HEAD_FILE} says, got another; "
-                        "remove it and encode once more"
-                    )
+                if number not in self._known:
+                    self._known[number] = sha256(path)
+                if self._known[number] != record.sha256:
+                    wanted = f"must have the SHA-256 that {HEAD_FILE} says, got another"
+                    raise DataError(f"data: {path} {wanted}; {ENCODE_AGAIN}")
                 arrays = self._open[number] = map_shard(path, record, self.crops, self.grid)
         return arrays
 
@@ -267,9 +269,13 @@ def check_size(path: Path, record: ShardRecord) -> None:
         check_regular(path)
         size = path.stat().st_size
     except OSError as problem:
-        raise DataError(f"data: {path} must be readable, got: {problem.strerror}") from problem
+        raise DataError(
+            f"data: {path} must be readable, got: {problem.strerror}; {ENCODE_AGAIN}"
+        ) from problem
     if size != record.bytes:
-        raise DataError(f"data: {path} must have {record.bytes:,} bytes, got {size:,}")
+        raise DataError(
+            f"data: {path} must have {record.bytes:,} bytes, got {size:,}; {ENCODE_AGAIN}"
+        )
 
 
 def map_shard(

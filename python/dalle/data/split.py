@@ -26,6 +26,10 @@ MOST = 606_000  # pictures held out of a large one: as many as the paper's (A.2)
 CHUNK = 1 << 16
 
 
+class TooFewPictures(DataError):
+    """A set has too few different pictures for a held-out part."""
+
+
 class Without(Sequence[int]):
     """The numbers 0 .. total - 1 without some, in order; keeps only those that are left out.
 
@@ -241,7 +245,8 @@ def hold_out(pairs: Pairs, share: float) -> tuple[Subset, Subset]:
 
     Raises:
         UsageError: a share out of range.
-        DataError: too few different pictures.
+        TooFewPictures: fewer than four different ones.
+        DataError: the hashes cannot be read, as those of a shard that has gone.
     """
     if not 0 < share <= 0.5:
         raise UsageError(f"hold_out: share must be above 0 and at most 0.5, got {share}")
@@ -258,7 +263,7 @@ def hold_out(pairs: Pairs, share: float) -> tuple[Subset, Subset]:
         if sum(map(len, held)) > 2 * MOST + CHUNK:
             held, numbers = _lowest(held, numbers)
     if len(lowest) < 2 * LEAST:
-        raise DataError(
+        raise TooFewPictures(
             f"{pairs.name}: different pictures must be at least {2 * LEAST} for a held-out part, "
             f"got {len(lowest)}"
         )
