@@ -28,7 +28,7 @@ import torch
 from dalle.data.pairs import Pairs
 from dalle.data.shapes_pairs import ShapesPairs
 from dalle.dvae.model import DiscreteVAE
-from dalle.precision import ResblockScaler
+from dalle.precision.compare import SHARES, kept_gradients, mean_of_late_half
 from dalle.prior.model import Prior
 from dalle.tokenizer import Tokenizer
 from dalle.train.prior import PriorTask
@@ -42,8 +42,6 @@ SIDE, STEPS, BATCH = 24, 2000, 8
 PRECISIONS = {"fp32": "AdamW", "bf16": "AdamW16", "fp16-scaled": "AdamW16, ResblockScaler"}
 DEEP = {"d_model": 32, "num_heads": 2, "num_layers": 64, "init_gain": 16.0}
 DEEP_STEPS, WITHIN = 40, 0.01
-QUANTILES = (0.01, 0.5, 0.99)
-SHARES = ("block_underflow", "block_subnormal", "error")
 
 
 class Parts:
@@ -124,24 +122,6 @@ def train_one(demo: Path, precision: str, seed: int, file: Path, steps: int, job
     file.write_text(json.dumps(found))
 
 
-def quantile_of(shares: list[float], wanted: float) -> float:
-    """Exponent below which that share of a row of `block_exponents` lies."""
-    total = 0.0
-    for place, share in enumerate(shares):
-        total += share
-        if total >= wanted:
-            return place - 64
-    return float("nan")
-
-
-def gradients(task: PriorTask, batch: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-    """Per block: all its parameter gradients as one vector, still scaled."""
-    task.optimizer.zero_grad()
-    task.model(*batch).loss.backward()
-    blocks = task.model.resblocks().values()
-    return [torch.cat([p.grad.flatten() for p in block.parameters()]) for block in blocks]
-
-
 def deep(parts: Parts, seeds: int, steps: int) -> dict[str, Any]:
     """`deep_one` for every seed, and the means over the late half of the blocks."""
     runs = [deep_one(parts, seed, steps) for seed in range(seeds)]
@@ -152,18 +132,8 @@ def deep(parts: Parts, seeds: int, steps: int) -> dict[str, Any]:
     return {"sizes": DEEP, "steps": steps, "batch": BATCH, "late_half": late, "runs": runs}
 
 
-def mean_of_late_half(of_blocks: list[float]) -> float:
-    late = of_blocks[len(of_blocks) // 2 :]
-    return sum(late) / len(late)
-
-
 def deep_one(parts: Parts, seed: int, steps: int) -> dict[str, Any]:
-    """What the gradients of each block lose in fp16, at weights trained in fp32.
-
-    A factor of two more or less changes no bit of a gradient but where fp16 runs out, so the two
-    kinds of scales differ in nothing else. "error" is the relative change of a block's parameter
-    gradients: one scale against own scales, and own scales against a quarter of them.
-    """
+    """What the gradients of each block lose in fp16, at weights trained in fp32."""
     config = recipe(steps, decay="none", lr=5e-4, warmup_steps=20)
     task = parts.task(config, seed, **DEEP)
     losses = [float(task.train_step(step)["loss"]) for step in range(steps)]
@@ -175,46 +145,7 @@ def deep_one(parts: Parts, seed: int, steps: int) -> dict[str, Any]:
     half.model.load_state_dict(task.model.state_dict())
     text, tokens, _ = task.batch(steps)
     batch = (text.to(tokens.device), tokens)
-    found: dict[str, Any] = {"seed": seed, "losses": losses}
-    got: dict[str, list[torch.Tensor]] = {}
-    for name, shared in (("one scale", True), ("own scales", False), ("a quarter", False)):
-        if name != "a quarter":
-            scaler = largest_scales(half, batch, shared)
-        else:
-            scaler.scales[: len(scaler)] /= 4
-        grads = gradients(half, batch)
-        got[name] = [g / s for g, s in zip(grads, scaler.scales.tolist(), strict=False)]
-        metrics = {key: value.tolist() for key, value in scaler.metrics().items()}
-        found[name] = {key: metrics[key] for key in ("block_scale", *SHARES[:2])}
-    shares = metrics["block_exponents"]
-    found["quantiles"] = {f"{q:.0%}": [quantile_of(row, q) for row in shares] for q in QUANTILES}
-    for name, other in (("one scale", "own scales"), ("own scales", "a quarter")):
-        pairs = zip(got[name], got[other], strict=True)
-        found[name]["error"] = [float((a - b).norm() / b.norm()) for a, b in pairs]
-    return found
-
-
-def largest_scales(task: PriorTask, batch: Any, shared: bool) -> ResblockScaler:
-    """A scaler of the model with the largest powers of two at which no gradient is nonfinite."""
-    scaler = ResblockScaler(
-        task.model.resblocks(),
-        initial=2.0**24,
-        low=2.0**-24,
-        growth=1.0,
-        backoff=0.5,
-        window=1,
-        shared=shared,
-        sample_every=1,
-    )
-    for key, block in task.model.resblocks().items():
-        block.ends = scaler[key]
-    still = torch.optim.SGD(task.model.parameters(), lr=0.0)
-    for _ in range(64):
-        gradients(task, batch)
-        if not bool(scaler.step(still).skipped):
-            break
-    scaler.metrics()  # what the search counted
-    return scaler
+    return {"seed": seed, "losses": losses, **kept_gradients(half.model, batch)}
 
 
 def in_lines(result: dict[str, Any]) -> str:

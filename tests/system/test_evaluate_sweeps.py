@@ -65,6 +65,14 @@ def test_blur_is_pils_on_both_sides_before_the_features(home, capsys):
     assert Image.open(home / "out/blur.png").size[0] > 800
 
 
+def test_blur_stands_beside_another_set_of_the_paper():
+    result = evaluate.blur("real", "fake", weights="pipe", radii=[0], beside="CUB", bootstrap=0)
+    assert "Figure 9 b, of CUB" in result["text"]
+    assert result["tables"][0]["rows"][0][-2:] == [56.2, 2.64]
+    with pytest.raises(UsageError, match="^eval blur: beside must be one of MS-COCO, CUB, got 'x'"):
+        evaluate.blur("real", "fake", beside="x")
+
+
 @pytest.mark.parametrize(("name", "lines"), [("FID", [5]), ("FD-ranker", [1, 4])])
 def test_published_metrics_share_the_axis_of_the_papers_curves(monkeypatch, name, lines):
     points = [{"radius": r, "distance": 30.0 + r, "score": None} for r in (0, 1)]

@@ -33,7 +33,7 @@ def draw_plots(space: Workspace) -> list[str]:
         if (path := space.folder(stage) / "metrics.jsonl").exists()
     }
     if any(metrics.values()):
-        drawn.append(_losses(space, metrics))
+        drawn.append(_save(space, losses_figure(metrics), "losses.png"))
     if "code_use" in scores:
         drawn.append(_code_use(space, scores["code_use"]))
     curves = _curves(scores)
@@ -68,7 +68,12 @@ def _save(space: Workspace, figure: Any, name: str) -> str:
     return name
 
 
-def _losses(space: Workspace, metrics: dict[str, list[dict[str, Any]]]) -> str:
+def losses_figure(metrics: dict[str, list[dict[str, Any]]]) -> Any:
+    """A figure of matplotlib with the losses of each stage.
+
+    Args:
+        metrics: stage of `SERIES` -> records of its metrics.jsonl.
+    """
     import matplotlib.pyplot as plt
 
     height = 3.2 * len(metrics)
@@ -83,7 +88,7 @@ def _losses(space: Workspace, metrics: dict[str, list[dict[str, Any]]]) -> str:
             _line(right_axis, records, name, words, color=f"C{number + 1}")
         axis.set_xlabel("updates")
         _title_and_legend(axis, stage, [*dict.fromkeys((axis, right_axis))], columns=2)
-    return _save(space, figure, "losses.png")
+    return figure
 
 
 def _title_and_legend(axis: Any, title: str, axes: list[Any], columns: int) -> None:

@@ -32,6 +32,10 @@ from dalle.pretrained import fingerprint
 DRAWN = 512  # candidates of a caption in the paper
 SPLITS = 10  # of the Inception Score
 LARGEST_RADIUS = 10_000.0
+PUBLISHED = {  # set -> part of Figure 9, FID and IS there
+    "MS-COCO": ("a", paper.FIGURE_9A_FID, paper.FIGURE_9A_IS),
+    "CUB": ("b", paper.FIGURE_9B_FID, paper.FIGURE_9B_IS),
+}
 
 
 def checked_radii(owner: str, radii: Sequence[float]) -> list[float]:
@@ -103,6 +107,7 @@ def blur(
     out: Path | str | None = None,
     radii: Sequence[float] = paper.RADII,
     side: int | None = None,
+    beside: str = "MS-COCO",
     **options: Any,
 ) -> dict[str, Any]:
     """Distance and score after a Gaussian blur of both sets (Figure 9 a, b).
@@ -113,14 +118,19 @@ def blur(
         radii: standard deviations of the blur in pixels of pictures of `side` pixels.
         side: pictures are cut to a centred square of that side first; the generated pictures' own
             if left out. The paper's are of 256.
+        beside: whose curves of the paper stand beside ours: "MS-COCO" (a) or "CUB" (b).
         options: of `session.Setup`.
 
     Returns:
         "points", one a radius: "radius", "distance", "score" and their intervals; "paper".
 
     Raises:
-        UsageError: a negative radius.
+        UsageError: a negative radius, another set beside.
     """
+    if beside not in PUBLISHED:
+        choices = ", ".join(PUBLISHED)
+        raise UsageError(f"eval blur: beside must be one of {choices}, got {beside!r}")
+    part, published_fid, published_is = PUBLISHED[beside]
     radii = checked_radii("eval blur", radii)
     side = None if side is None else integer("eval blur", "side", side, 1, 2**14)
     session, folder = start("blur", out, options)
@@ -143,7 +153,7 @@ def blur(
     result = {
         "title": f"Blur of both sets: {network.distance} and {network.score}",
         "text": f"A Gaussian blur of pictures of {side} pixels on both sides before the features. "
-        "Grey: the paper's Figure 9 a, of MS-COCO at 256 pixels.",
+        f"Grey: the paper's Figure 9 {part}, of {beside} at 256 pixels.",
         "metrics": metrics,
         "points": points,
         "side": side,
@@ -157,12 +167,11 @@ def blur(
         + warnings
         + session.own_judge(last["fake"]),
         "tables": [_table("radius", metrics, points, _of_paper(paper.RADII, {
-            "paper's FID": paper.FIGURE_9A_FID["DALL-E"],
-            "paper's IS": paper.FIGURE_9A_IS["DALL-E"]}))],
+            "paper's FID": published_fid["DALL-E"], "paper's IS": published_is["DALL-E"]}))],
     }  # fmt: skip
     if folder is None:
         return finish("blur", result, None)
-    greys = {"distance": paper.FIGURE_9A_FID, "score": paper.FIGURE_9A_IS}
+    greys = {"distance": published_fid, "score": published_is}
     picture = curves_png(
         "eval blur", points, "radius", "radius of the blur in pixels", metrics, paper.RADII, greys
     )

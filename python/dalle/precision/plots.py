@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dalle.errors import DataError, EnvironmentProblem
 from dalle.pictures import save_bytes
 from dalle.precision.ends import LOWEST
 
+AGAINST = {"one scale": "one scale against own", "own scales": "own scales against a quarter"}
 FP16_ZERO, FP16_NORMAL, FP16_TOP = -25, -14, 15  # exponents: flushed below, least normal, largest
 
 
@@ -45,14 +47,22 @@ def plot_scales(records: list[dict[str, Any]], path: Path) -> None:
             "plot scales: matplotlib must be installed, got none: "
             "pip install -c constraints.txt -e '.[demo]'"
         ) from missing
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    _scales(axes[0], scaled)
-    _flushed(axes[1], scaled[-1])
-    _exponents(axes[2], scaled)
+    figure = scales_figure(scaled)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
     save_bytes(path, buffer.getvalue())
+
+
+def scales_figure(records: Sequence[dict[str, Any]]) -> Any:
+    """A figure of matplotlib with what `plot_scales` draws, of records that are whole."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    _scales(axes[0], records)
+    _flushed(axes[1], records[-1])
+    _exponents(axes[2], records)
+    return figure
 
 
 def _is_complete(record: dict[str, Any]) -> bool:
@@ -76,7 +86,7 @@ def _numbers(value: Any, axes: int) -> np.ndarray | None:
     return array if fits and np.abs(array).max() < 1e6 else None
 
 
-def _scales(axis: Any, records: list[dict[str, Any]]) -> None:
+def _scales(axis: Any, records: Sequence[dict[str, Any]]) -> None:
     import matplotlib
 
     steps = [r["step"] for r in records]
@@ -105,7 +115,7 @@ def _flushed(axis: Any, record: dict[str, Any]) -> None:
     axis.legend(fontsize=8)
 
 
-def _exponents(axis: Any, records: list[dict[str, Any]]) -> None:
+def _exponents(axis: Any, records: Sequence[dict[str, Any]]) -> None:
     sampled = [r for r in records if r.get("block_exponents")]
     axis.set(title="no exponents sampled yet", xlabel="resblock", ylabel="log2 |gradient|")
     if not sampled:
@@ -130,4 +140,45 @@ def _exponents(axis: Any, records: list[dict[str, Any]]) -> None:
         axis.step(range(count), edge, style, where="mid", color="white", linewidth=1, label=label)
     axis.legend(fontsize=8, labelcolor="white", facecolor="black", loc="lower right")
     axis.set_facecolor("black")
-    axis.set(title=f"exponents of the gradient and fp16's range, update {record['step']}")
+    axis.set(title=f"exponents in fp16's range, update {record['step']}")
+
+
+def kept_figure(runs: Sequence[dict[str, Any]]) -> Any:
+    """A figure of matplotlib: what fp16 keeps, block by block, of `compare.kept_gradients`.
+
+    Args:
+        runs: one a seed; the lines of the first are named.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    axes = grid.flatten()
+    for number, run in enumerate(runs):
+        _kept_lines(axes, run, first=number == 0)
+    axes[0].set(title="log2 |activation gradient|", xlabel="resblock")
+    axes[1].set(title="log2 of the largest clean scale", xlabel="resblock")
+    axes[2].set(title="share of the elements in fp16", xlabel="resblock", ylim=(-0.02, 1.02))
+    axes[3].set(title="relative change of the parameter gradients", xlabel="resblock")
+    if any(value > 0 for run in runs for name in AGAINST for value in run[name]["error"]):
+        axes[3].set_yscale("log")
+    for axis in axes:
+        axis.legend(fontsize=7)
+    return figure
+
+
+def _kept_lines(axes: Any, run: dict[str, Any], first: bool) -> None:
+    """One seed's lines."""
+
+    def line(axis: Any, values: list[float], label: str, *style: str, **more: Any) -> None:
+        axis.plot(range(len(values)), values, *style, label=label if first else None, lw=1, **more)
+
+    for place, (share, values) in enumerate(run["quantiles"].items()):
+        line(axes[0], values, f"{share} of the elements", color=f"C{(0, 1, 4)[place]}")
+    for name, color in (("one scale", "C3"), ("own scales", "C2")):
+        kept = run[name]
+        ends = [-24 - scale for scale in kept["block_scale"]]
+        line(axes[0], ends, f"zero: {name}", ":", color=color)
+        line(axes[1], kept["block_scale"], name, color=color)
+        line(axes[2], kept["block_underflow"], f"{name}: to zero", color=color)
+        line(axes[2], kept["block_subnormal"], f"{name}: subnormal", ":", color=color)
+        line(axes[3], kept["error"], AGAINST[name], color=color)
