@@ -107,6 +107,19 @@ def test_crops_of_the_papers_augmentation_are_drawn_from_the_store(home, tmp_pat
     assert np.array(chosen).any(1).all() and (np.argmax(chosen, 1) > 0).any()
 
 
+def test_pictures_that_cannot_be_encoded_are_named_and_no_more_than_ten(home, tmp_path, capsys):
+    (tmp_path / "pairs").mkdir()
+    for i in range(14):
+        side = 4 if i else 9
+        Image.new("RGB", (side, 9), (i, 0, 0)).save(tmp_path / f"pairs/{i:02d}.png")
+        (tmp_path / f"pairs/{i:02d}.txt").write_text("word")
+    data = str(tmp_path / "pairs")
+    encode(options(home, data=data, augment="paper", out=tmp_path / "codes"))
+    said = capsys.readouterr()
+    assert said.err.count("pairs: left out: ") == 10 and "pairs/01.png: " in said.err
+    assert "1 pictures in 3 shards" in said.out and "; left out 13: 13 x smaller" in said.out
+
+
 def test_another_dvae_or_grid_is_refused_in_one_line(home):
     codes = CodePairs(home / "codes")
     _, vae, _ = make_parts()

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from dalle.commands import presets
 from dalle.config_files import CONFIG_NAME
-from dalle.console import is_main_process, printable
+from dalle.console import is_main_process
 from dalle.data.codes import require_pictures
 from dalle.data.images import decode
 from dalle.data.mixture import file_of
-from dalle.data.pairs import Pairs, captions_of, describe_pairs, format_counts
+from dalle.data.pairs import Pairs, captions_of, describe_pairs, format_counts, leave_out
 from dalle.data.shard_files import open_shards
 from dalle.data.shard_index import SUFFIX as INDEX_SUFFIX
 from dalle.data.sources import check_apart
@@ -186,7 +186,7 @@ def _write(
                         packed += 1
                     except DataError as problem:
                         skipped[getattr(problem, "reason", "does not decode")] += 1
-                        bar.write(printable(f"{OWNER}: left out: {problem}"))
+                        leave_out(pairs, item, problem)
                     bar.update(1)
                 tar.close()
                 file.flush()

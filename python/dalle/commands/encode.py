@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dalle.commands import presets
 from dalle.config_files import CONFIG_NAME
 from dalle.configs import integer
-from dalle.console import is_main_process, printable, say
+from dalle.console import is_main_process, say
 from dalle.data.augment import center_crop, prior_crop, to_tensor
 from dalle.data.codes import (
     FORMAT_VERSION,
@@ -29,7 +29,7 @@ from dalle.data.codes import (
     require_pictures,
     shard_bytes,
 )
-from dalle.data.pairs import Pairs, captions_of, describe_pairs, format_counts
+from dalle.data.pairs import Pairs, captions_of, describe_pairs, format_counts, leave_out
 from dalle.data.sources import BUILT_IN, check_apart
 from dalle.data.split import hold_hashes
 from dalle.devices import pick_device
@@ -263,7 +263,7 @@ def _encode_items(
                 made = [_crop(config, image, size, item, crop) for crop in range(config.crops)]
             except DataError as problem:
                 skipped[getattr(problem, "reason", "does not decode")] += 1
-                bar.write(printable(f"{OWNER}: left out: {problem}"))
+                leave_out(pairs, item, problem)
                 continue
             kept.append(item)
             crops += made

@@ -12,7 +12,9 @@ import torch
 
 from dalle.commands.presets import sides, value_of_run
 from dalle.console import duration, is_main_process, printable, say
+from dalle.data.codes import is_code_store
 from dalle.data.pairs import Pairs, format_counts
+from dalle.data.sources import split_specs
 from dalle.dvae.model import PRESETS as DVAE_PRESETS
 from dalle.prior.config import PRESETS as PRIOR_PRESETS
 from dalle.ranker.blocks import PRESETS as RANKER_PRESETS
@@ -126,6 +128,12 @@ def newest_picture(out: Path) -> Iterable[str]:
         yield f"picture: {files[-1]}"
 
 
+def _data_of(stage: str, data: str) -> list[str]:
+    """`--data` of a stage: of those that need pictures, not the codes of the prior."""
+    codes = any(is_code_store(Path(name)) for name, _ in split_specs(data))
+    return ["PICTURES"] if codes and stage in ("dvae", "ranker") else data.split("\n")
+
+
 def next_command(data: str, preset: str, run: Path, **known: Path | None) -> str:
     """The command of the first stage of a run that is not there yet, complete.
 
@@ -148,7 +156,7 @@ def next_command(data: str, preset: str, run: Path, **known: Path | None) -> str
         return shlex.join([str(word) for word in [*words, "--out", run / "pipeline"]])
     stage = missing[0]
     words += [stage, "train"]
-    for source in data.split("\n"):
+    for source in _data_of(stage, data):
         words += ["--data", source]
     if stage != "tokenizer":
         nearest = "base" if preset in ("paper", "1b", "12b") else "tiny"
