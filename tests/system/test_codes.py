@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -118,6 +119,31 @@ def test_pictures_that_cannot_be_encoded_are_named_and_no_more_than_ten(home, tm
     said = capsys.readouterr()
     assert said.err.count("pairs: left out: ") == 10 and "pairs/01.png: " in said.err
     assert "1 pictures in 3 shards" in said.out and "; left out 13: 13 x smaller" in said.out
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "got"),
+    [
+        (("num_codes",), "x", "got num_codes 'x'"),
+        (("grid",), [4, None], r"got grid \[4, None\]"),
+        (("crops",), 0, "got crops 0"),
+        (("shards",), {}, "got shards {}"),
+        (("shards", 0, "name"), "../codes-000000.safetensors", "got name "),
+        (("shards", 0, "items"), None, "got items None"),
+        (("shards", 0, "bytes"), 1 << 70, "got bytes 1180"),
+        (("shards", 0, "skipped"), 0, "got skipped 0"),
+    ],
+)
+def test_a_damaged_head_is_one_line(keys, value, got, home, tmp_path):
+    shutil.copytree(home / "codes", tmp_path / "codes")
+    head = json.loads((tmp_path / "codes/codes.json").read_bytes())
+    inner = head
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    (tmp_path / "codes/codes.json").write_text(json.dumps(head))
+    with pytest.raises(DataError, match=f"^data: .*codes.json must .*{got}"):
+        CodePairs(tmp_path / "codes")
 
 
 def test_another_dvae_or_grid_is_refused_in_one_line(home):

@@ -19,7 +19,6 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,8 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor
 
+from dalle.data.heads import ShardRecord as ShardRecord
+from dalle.data.heads import check_codes_head
 from dalle.data.mixture import MixedPairs, OneCaption
 from dalle.data.pairs import LazyCaptions, Pairs
 from dalle.data.source import Source
@@ -40,26 +41,6 @@ FORMAT_VERSION = 1
 MAX_CODES = 2**15  # what int16 holds
 ENCODE_AGAIN = "the same `dalle data encode` makes it anew"
 MAX_HEADER_BYTES = 1 << 16  # of a shard: five names
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardRecord:
-    """What codes.json says of a shard.
-
-    Attributes:
-        name: of the file.
-        items, captions, several: pairs, their captions, and pairs with more than one.
-        bytes, sha256: of the file.
-        skipped: reason -> number of pictures that were left out.
-    """
-
-    name: str
-    items: int
-    captions: int
-    several: int
-    bytes: int
-    sha256: str
-    skipped: dict[str, int]
 
 
 def shard_bytes(
@@ -236,12 +217,13 @@ def read_head(folder: Path) -> dict[str, Any]:
     path = folder / HEAD_FILE
     head = read_object(path, DataError)
     keys = {"format_version", "vae", "num_codes", "grid", "crops", "image_size", "shards"}
-    if not keys <= set(head) or not isinstance(head["shards"], list):
+    if not keys <= set(head):
         raise DataError(f"data: {path} must be written by `dalle data encode`, got other keys")
     if head["format_version"] != FORMAT_VERSION:
         raise DataError(
             f"data: {path}: format_version must be {FORMAT_VERSION}, got {head['format_version']}"
         )
+    check_codes_head(path, head)
     if not head.get("finished"):
         done = len(head["shards"])
         raise DataError(
@@ -257,10 +239,9 @@ def records_of(head: Mapping[str, Any], folder: Path) -> list[ShardRecord]:
     """The records of all shards. Raises DataError where one is damaged."""
     try:
         return [ShardRecord(**record) for record in head["shards"]]
-    except TypeError as problem:
-        raise DataError(
-            f"data: {folder / HEAD_FILE} must describe shards, got other keys"
-        ) from problem
+    except (TypeError, ValueError) as problem:
+        got = "other keys" if isinstance(problem, TypeError) else str(problem)
+        raise DataError(f"data: {folder / HEAD_FILE} must describe shards, got {got}") from problem
 
 
 def check_size(path: Path, record: ShardRecord) -> None:

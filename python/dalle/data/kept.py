@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dalle.data.heads import check_kept_head
 from dalle.data.pairs import LazyCaptions, Pairs, captions_of, fingerprints
 from dalle.data.split import Subset
 from dalle.errors import DataError
@@ -126,12 +127,13 @@ def read_kept(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
     path = folder / HEAD_FILE
     head = read_object(path, DataError)
     keys = {"format_version", "source", "rule", "kept", "sha256"}
-    if not keys <= set(head) or not isinstance(head["source"], dict):
+    if not keys <= set(head):
         raise DataError(f"data: {path} must be written by `dalle data filter`, got other keys")
     if head["format_version"] != FORMAT_VERSION:
         raise DataError(
             f"data: {path}: format_version must be {FORMAT_VERSION}, got {head['format_version']}"
         )
+    check_kept_head(path, head)
     try:
         content = read_bytes(folder / ITEMS_FILE, int(head["kept"]) * ROWS.itemsize)
     except OSError as problem:
@@ -157,5 +159,7 @@ def apply_kept(folder: Path, head: Mapping[str, Any], rows: np.ndarray, pairs: P
             f"data: {head['source']['data']} must be the set that {folder} was made of, got a "
             "changed one; make it anew"
         )
+    if not ((rows["item"] >= 0) & (rows["item"] < len(pairs))).all():
+        raise DataError(f"data: {folder / ITEMS_FILE} must keep items of the set, got others")
     rule = hashlib.sha256(to_json(head["rule"])).hexdigest()[:16]
     return KeptPairs(pairs, rows, folder.resolve().name, f"SHA-256 {rule}")
