@@ -63,6 +63,7 @@ LINES = [
     "--threshold 0.5 --cache out/c --out out",
     "eval votes --ours pairs --theirs odd --out out",
     "eval votes --ours pairs --theirs pairs --judge ranker --weights pipe --cache out/c --out out",
+    "reproduce --model pipe --data shapes --only figure_10 figure_11 --out out",
     "data index --data shards", "data index --data shards --out out --force",
     DVAE.replace("--data pairs", "--data shards"),
     PRIOR.replace("--data pairs", "--data table.csv"),

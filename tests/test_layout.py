@@ -72,7 +72,7 @@ FLOORS = (
     {"dvae", "prior", "ranker", "plan"},
     {"candidates", "editing", "pipeline", "data", "distributed"},
     {"train", "recipes", "evaluate"},
-    {"commands", "demo", "serve", "cli", "options", "config_files", "env", "__main__"},
+    {"commands", "demo", "reproduce", "serve", "cli", "options", "config_files", "env", "__main__"},
 )
 TORCH_INCLUDE = re.compile(r"#\s*include\s*[<\"](torch|ATen|c10)/")
 

@@ -35,6 +35,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("data", "make-shapes"): ("dalle.commands.data:make_shapes", "draw the procedural set"),
     ("train",): ("dalle.commands.train:train", "a folder of pictures to a model that draws"),
     ("demo",): ("dalle.commands.demo:demo", "train everything on a small set, draw captions"),
+    ("reproduce",): ("dalle.commands.reproduce:reproduce", "the paper's figures, made here"),
     ("sample",): ("dalle.commands.sample:sample", "draw pictures for captions"),
     ("edit",): ("dalle.commands.edit:edit", "draw parts of a picture anew for a caption"),
     ("rerank",): ("dalle.commands.rerank:rerank", "which pictures of a folder fit a caption best"),

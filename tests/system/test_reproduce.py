@@ -1,0 +1,160 @@
+"""`dalle reproduce`: the whole page from a small pipeline, resume, and what does not fit."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from dalle.cli import main
+from dalle.errors import DataError, Interrupted
+from dalle.reproduce import run
+from dalle.reproduce.context import Context
+from dalle.reproduce.figure import Figure
+from dalle.reproduce.registry import FIGURES, Entry
+from dalle.reproduce.sets import guess
+from dalle.reproduce.sizes import Sizes
+from support.evaluation import refused, shapes_pipeline, write_pictures
+
+TEST = Sizes(name="test", captions=3, candidates=2, shown=2, best_captions=1, best_candidates=8,
+             shapes_minutes=0, shapes_preset="smoke")  # fmt: skip
+PAPER = [f"figure_{i}" for i in range(1, 15)] + ["table_1", "table_2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reproduce") / "pipeline"
+    shapes_pipeline().save_pretrained(folder)
+    return folder
+
+
+def start(model, out):
+    out.mkdir(exist_ok=True)
+    return Context(model, out, sizes=TEST, device=torch.device("cpu"), data="shapes")
+
+
+class Seen(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.ids, self.sources = [], []
+
+    def handle_starttag(self, tag, attrs):
+        named = dict(attrs)
+        self.ids += [named["id"]] if "id" in named else []
+        self.sources += [named["src"]] if "src" in named else []
+
+
+def test_every_figure_and_table_is_on_the_page(model, tmp_path, monkeypatch):
+    def refuse(_):
+        raise DataError("reproduce: not here")
+
+    makers = Entry.maker
+    numbers = (
+        "scales:",
+        "scores:",
+        "exchange:",
+        "factors:",
+    )  # tests/system/test_reproduce_numbers.py
+    monkeypatch.setattr(
+        Entry, "maker", lambda self: refuse if self.place.startswith(numbers) else makers(self)
+    )
+    context = start(model, tmp_path / "out")
+    made = run.reproduce(context)
+    assert list(made) == list(FIGURES) and set(PAPER) <= set(made)
+    assert json.loads((context.out / "figures.json").read_text()) == made
+    for key, figure in made.items():
+        assert figure["key"] == key and figure["title"] and figure["section"]
+        assert figure["command"], key
+        if FIGURES[key].place.startswith(numbers):
+            assert figure["missing"] == "Not made: reproduce: not here"
+            continue
+        assert figure["paper"] and (figure["ours"] or figure["missing"]), key
+        assert figure["differs"] or figure["missing"], key
+        assert all((context.out / name).is_file() for name in figure["pictures"])
+    assert made["figure_11"]["ours"]["same"] is True
+    text = (context.out / "index.html").read_text()
+    seen = Seen()
+    seen.feed(text)
+    assert seen.ids == list(FIGURES)
+    assert all("/" not in source and (context.out / source).is_file() for source in seen.sources)
+    assert "http" not in text.replace("http-equiv", "")
+    # An interrupted run, or one of other figures, takes what is there.
+    monkeypatch.setattr(Entry, "maker", None)
+    with pytest.raises(TypeError):
+        run.reproduce(start(model, tmp_path / "out"))  # what could not be made is tried again
+    assert (
+        run.reproduce(start(model, tmp_path / "out"), ["figure_1"])["figure_1"] == made["figure_1"]
+    )
+
+
+def test_ctrl_c_keeps_what_is_made_and_says_so(model, tmp_path, monkeypatch):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Entry, "maker", lambda self: stop)
+    context = start(model, tmp_path / "out")
+    with pytest.raises(Interrupted, match="^reproduce: stopped; 0 of 19 figures are in .*index"):
+        run.reproduce(context)
+    assert json.loads((context.out / "figures.json").read_text()) == {}
+
+
+def test_a_damaged_figure_is_made_again(model, tmp_path):
+    context = start(model, tmp_path / "out")
+    run.reproduce(context, ["figure_11"])
+    (path,) = (context.cache / "figures").rglob("figure_11.json")
+    for damage in ("{", "[]", '{"key": 3}'):
+        path.write_text(damage)
+        assert run.reproduce(context, ["figure_11"])["figure_11"]["ours"]["same"]
+    (context.out / "figure_11.png").unlink()
+    run.reproduce(context, ["figure_11"])
+    assert (context.out / "figure_11.png").is_file()
+
+
+def test_numbers_that_json_lacks_are_null():
+    figure = Figure(ours={"a": float("nan"), "b": [float("inf"), 1.0], 3: (1, 2)})
+    assert figure.to_dict()["ours"] == {"a": None, "b": [None, 1.0], "3": [1, 2]}
+
+
+def test_the_set_is_known_by_the_tokenizer():
+    assert guess("reproduce", shapes_pipeline()) == "shapes"
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("--only figure_99", 2, "only must be of figure_1, "),
+        ("--quick --full", 2, "full must be off with quick, got both"),
+        ("--seed -1", 2, "seed must be 0 or more, got -1"),
+        ("--model nowhere", 3, "model: nowhere/config.json: must be a readable file"),
+        ("--model pipe --data nosuch", 3, "data: nosuch must be a folder, got no such folder"),
+        ("--model pipe --other nowhere", 3, "other: nowhere/config.json: must be a readable"),
+        ("--model pipe --out pipe", 2, "out must be another folder than model, got pipe"),
+        ("--model pictures", 3, "model: pictures/config.json: must be a readable file"),
+    ],
+)
+def test_what_does_not_fit_gets_one_line(model, tmp_path, monkeypatch, capsys, line, code, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipe").symlink_to(model)
+    write_pictures(tmp_path / "pictures", 2)
+    text = refused(capsys, ["reproduce", "--out", "page", *line.split()], code)
+    assert text.startswith(f"reproduce: {words}")
+    assert not (tmp_path / "page").exists()
+
+
+def test_one_figure_as_a_command(model, tmp_path, capsys):
+    words = [
+        "reproduce",
+        "--model",
+        str(model),
+        "--data",
+        "shapes",
+        "--out",
+        str(tmp_path / "page"),
+    ]
+    assert main([*words, "--only", "figure_11", "losses"]) == 0
+    assert "reproduce: 2 figures: " in capsys.readouterr().out
+    made = json.loads((tmp_path / "page" / "figures.json").read_text())
+    assert made["figure_11"]["command"].endswith("--only figure_11")
+    assert "No metrics.jsonl" in made["losses"]["missing"]
