@@ -128,13 +128,18 @@ def rows_of(*rows: torch.Tensor) -> torch.Tensor:
 
 
 def save_png(
-    path: Path | str, image: Image.Image, metadata: Mapping[str, Any] | None = None
+    path: Path | str,
+    image: Image.Image,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    owner: str = "save",
 ) -> Path:
     """Writes a PNG whole or not at all: a temporary file in the same folder, then a rename.
 
     Args:
         path: the file.
         image: the picture.
+        owner: begins an error's line.
         metadata: JSON values for a tEXt chunk `dalle` (ASCII: other letters as escapes).
 
     Raises:
@@ -145,13 +150,13 @@ def save_png(
     if metadata is not None:
         info.add_text(METADATA_KEY, json.dumps(metadata, allow_nan=False))
     image.save(buffer, "PNG", pnginfo=info)
-    return save_bytes(path, buffer.getvalue())
+    return save_bytes(path, buffer.getvalue(), owner=owner)
 
 
-def save_bytes(path: Path | str, content: bytes) -> Path:
+def save_bytes(path: Path | str, content: bytes, *, owner: str = "save") -> Path:
     """The same promise for any small file (HTML, JSON)."""
     path = Path(path)
-    with saving("save", path):
+    with saving(owner, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
     return path

@@ -56,6 +56,10 @@ def test_make_shapes_that_was_stopped_leaves_nothing_and_runs_again(tmp_path, mo
     assert main(words) == 130 and list((tmp_path / "x").iterdir()) == [] and len(load) == 4
     monkeypatch.setattr(ShapesPairs, "load", drawn)
     assert main(words) == 0 and len(list((tmp_path / "x/pairs").iterdir())) == 10
+    (tmp_path / "y/facts.json").mkdir(parents=True)
+    capsys.readouterr()
+    assert main([*words[:3], str(tmp_path / "y"), *words[4:]]) == 4
+    assert capsys.readouterr().err.startswith("data make-shapes: ")
 
 
 def test_make_shapes_refuses(tmp_path, capsys):

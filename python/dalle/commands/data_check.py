@@ -136,10 +136,12 @@ def check(config: CheckConfig) -> None:
     if tokenizer is not None and found.captions:
         _report_too_long(found.captions, tokenizer, config.text_len)
     if config.contact is not None:
-        print(f"contact sheet: {save_png(config.contact, contact_sheet(pairs, 64, 96))}")
+        print(
+            f"contact sheet: {save_png(config.contact, contact_sheet(pairs, 64, 96), owner=OWNER)}"
+        )
     if config.out is not None:
         result = _numbers(pairs, found, damaged)
-        print(f"numbers: {save_bytes(config.out / RESULT, to_json(result))}")
+        print(f"numbers: {save_bytes(config.out / RESULT, to_json(result), owner=OWNER)}")
     if damaged:
         raise DataError(
             f"{OWNER}: the shards of {config.data} must be as codes.json says, got {damaged} "

@@ -148,11 +148,11 @@ def _write_report(out: Path, pairs: Pairs, words: str, groups: list[list[int]]) 
         tiles = []
         for k, item in enumerate(members[:6]):
             name = f"examples/{number}-{k}.png"
-            save_png(out / name, thumbnail(pairs, item))
+            save_png(out / name, thumbnail(pairs, item), owner=OWNER)
             below = f"{item}: {captions_of(pairs, item)[0][:120]}"
             tiles.append(picture(name, f"picture {item}", below))
         rest = "" if len(members) <= 6 else f", {len(members) - 6} more"
         blocks.append(group(tiles, f"{len(members)} alike; the first is kept{rest}"))
     title = f"Pictures of {pairs.name} that are alike"
     parts = [f"<p>{words}; {len(groups):,} groups, {len(shown)} shown.</p>", contact(blocks, 2)]
-    save_bytes(out / PAGE, html_page(title, parts))
+    save_bytes(out / PAGE, html_page(title, parts), owner=OWNER)

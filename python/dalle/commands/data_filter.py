@@ -149,7 +149,7 @@ def write_report(
         tiles = []
         for k, item in enumerate(items):
             name = f"examples/{number}-{k}.png"
-            save_png(out / name, thumbnail(pairs, item))
+            save_png(out / name, thumbnail(pairs, item), owner=OWNER)
             try:
                 below = " / ".join(captions_of(pairs, item))
             except DataError:
@@ -158,7 +158,7 @@ def write_report(
         parts += [f"<h2>{escape(reason)}: {counts[reason]:,}</h2>", contact(tiles, 1)]
     parts.append(_table("The rule", [(name, str(value)) for name, value in rule.items()]))
     parts.append(command(f"dalle prior train --data {shlex.quote(str(out))} ..."))
-    save_bytes(out / PAGE, html_page(f"What is kept of {pairs.name}", parts))
+    save_bytes(out / PAGE, html_page(f"What is kept of {pairs.name}", parts), owner=OWNER)
 
 
 def _table(title: str, rows: Iterable[tuple[str, str]]) -> str:

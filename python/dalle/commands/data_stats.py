@@ -81,7 +81,7 @@ def stats(config: StatsConfig) -> None:
         row = ", ".join(f"{key} {value:,.4g}" for key, value in result[name].items())
         print(f"{OWNER}:   {name.replace('_', ' ')}: {row}")
         _histogram(config.out / f"{name}.png", name, numbers)
-    save_bytes(config.out / "stats.json", to_json(result))
+    save_bytes(config.out / "stats.json", to_json(result), owner=OWNER)
     print(f"{OWNER}: numbers in {config.out / 'stats.json'}, histograms beside it")
 
 
@@ -140,4 +140,4 @@ def _histogram(path: Path, name: str, numbers: Sequence[float]) -> None:
         axis.spines[side].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    save_bytes(path, buffer.getvalue())
+    save_bytes(path, buffer.getvalue(), owner=OWNER)

@@ -18,6 +18,7 @@ import numpy as np
 
 from dalle import files
 from dalle.data import shard_index
+from dalle.data.folder import digest_of
 from dalle.data.images import MAX_FILE_BYTES, BadPicture, decode
 from dalle.data.pairs import LazyCaptions, format_counts
 from dalle.data.shard_files import CHECKED, find_shards, is_shard_folder, is_tar, open_shards
@@ -200,6 +201,14 @@ class ShardPairs:
     def number_of_captions(self) -> int:
         """The captions of all items together."""
         return sum(shard.head.texts for shard in self.shards)
+
+    def digests(self) -> Iterator[bytes]:
+        """The hash of each picture's file, as of plain files; b"" of one that has gone."""
+        for i in range(len(self)):
+            try:
+                yield digest_of(self.read_bytes(i)[0])
+            except DataError:
+                yield b""
 
     def hold_hashes(self) -> Iterator[np.ndarray]:
         """The numbers by which pictures are held out (`split.hold_out`), uint64, a shard each."""
