@@ -172,6 +172,30 @@ def test_workers_read_codes_ahead_and_change_no_bit(augment, home, tmp_path):
     assert curve(0) == curve(1)
 
 
+def test_a_shard_that_goes_ends_a_training_with_a_checkpoint_and_it_goes_on_once_it_is_back(
+    home, tmp_path
+):
+    out = tmp_path / "codes"
+    encode(options(home, out=out))
+    expected = losses(prior_task(CodePairs(out)), tmp_path / "whole")
+    codes = CodePairs(out)
+    task = prior_task(codes)
+    step = task.train_step
+
+    def train_step(number):
+        if number == 3:
+            (out / "codes-000001.safetensors").unlink()
+            codes._open.clear()  # as where it was not read yet
+        return step(number)
+
+    task.train_step = train_step
+    with pytest.raises(DataError, match="must be readable, got: .*; the same `dalle data encode`"):
+        losses(task, tmp_path / "run")
+    assert (tmp_path / "run/step-00000003").is_dir()
+    encode(options(home, out=out))
+    assert losses(prior_task(CodePairs(out)), tmp_path / "run") == expected
+
+
 def test_shards_of_a_finished_store_that_are_damaged_or_gone_are_made_anew(home, tmp_path, capsys):
     out = tmp_path / "codes"
     encode(options(home, out=out))
