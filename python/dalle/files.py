@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -219,14 +220,19 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Removes files of `temporary_name` that a killed process left in a folder.
+    """Removes files of `temporary_name` that a killed process left in a folder, which nobody has
+    written to for a minute.
 
     Raises:
         OSError: one cannot be removed.
     """
+    before = time.time() - 60
     for path in folder.iterdir():
-        if _TEMPORARY.search(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+        if _TEMPORARY.search(path.name):
+            with suppress(FileNotFoundError):  # its process gave it its name just now
+                status = path.stat()
+                if stat.S_ISREG(status.st_mode) and status.st_mtime < before:
+                    path.unlink()
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -237,7 +238,8 @@ def test_a_stopped_encoding_goes_on_and_gives_the_same_files(home, tmp_path, mon
     monkeypatch.setattr(command, "_encode_items", stop)
     with pytest.raises(KeyboardInterrupt, match="^data encode: stopped .* the same command goes"):
         encode(options(home, out=out))
-    (out / "codes-000001.safetensors.tmp-0123abcd").write_bytes(b"of a process that was killed")
+    (left := out / "codes-000001.safetensors.tmp-0123abcd").write_bytes(b"of a killed process")
+    os.utime(left, (0, 0))
     with pytest.raises(DataError, match="must be encoded to the end"):
         CodePairs(out)
     first = (out / "codes-000000.safetensors").stat().st_mtime_ns

@@ -90,8 +90,12 @@ def test_the_same_bytes_again_also_after_a_stop(home, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match="^data pack: stopped .* the same command goes"):
         pack(options(home, out=out))
     assert sorted(files(out)) == ["00000.json", "00000.tar", "pack.json"]
-    (out / "00001.tar.tmp-0123abcd").write_bytes(b"of a process that was killed")
+    (left := out / "00001.tar.tmp-0123abcd").write_bytes(b"of a process that was killed")
+    os.utime(left, (0, 0))
+    (busy := out / "00002.tar.tmp-0123abcd").write_bytes(b"of another that is at work")
     pack(options(home, out=out))
+    assert busy.exists() and not left.exists()
+    busy.unlink()
     assert calls.count(0) == 1 and files(out) == whole
     os.truncate(out / "00000.tar", 512)
     (out / "00002.tar").unlink()

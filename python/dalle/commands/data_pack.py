@@ -109,6 +109,7 @@ def _pack(config: PackConfig, pairs: Pairs, head: dict[str, Any]) -> None:
     finished = {**head, "pairs": counts, "bytes": sizes, "finished": True}
     with saving(OWNER, config.out / HEAD_FILE):
         write_atomic(config.out / HEAD_FILE, to_json(finished))
+        remove_temporary(config.out)
     size = sum(sizes)
     indexes = sum(path.with_name(path.name + INDEX_SUFFIX).stat().st_size for path in paths)
     why = f"; left out {skipped.total()}: {format_counts(skipped)}" if skipped else ""

@@ -291,6 +291,7 @@ def _finish(config: EncodeConfig, head: dict[str, Any], total: int) -> None:
     finished = {"finished": True, "shards": [asdict(record) for record in records]}
     with saving(OWNER, config.out / HEAD_FILE):
         write_atomic(config.out / HEAD_FILE, to_json({**head, **finished}))
+        remove_temporary(config.out)
     for number in range(count):
         _record_path(config.out, number).unlink(missing_ok=True)
     items, size = sum(r.items for r in records), sum(r.bytes for r in records)
