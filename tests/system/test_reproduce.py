@@ -130,7 +130,7 @@ def test_the_set_is_known_by_the_tokenizer():
         ("--model nowhere", 3, "model: nowhere/config.json: must be a readable file"),
         ("--model pipe --data nosuch", 3, "data: nosuch must be a folder, got no such folder"),
         ("--model pipe --other nowhere", 3, "other: nowhere/config.json: must be a readable"),
-        ("--model pipe --out pipe", 2, "out must be another folder than model, got pipe"),
+        ("--model pipe --out pipe/page", 2, "out must be outside model, got pipe/page"),
         ("--model pictures", 3, "model: pictures/config.json: must be a readable file"),
     ],
 )

@@ -198,7 +198,7 @@ def test_losses_come_from_the_run_around_the_pipeline(context):
 
 def test_quantizers_come_from_the_newest_result_file(context, tmp_path, monkeypatch):
     monkeypatch.setattr(curves.dalle, "__file__", str(tmp_path / "python" / "dalle" / "x.py"))
-    assert "No result file" in curves.quantizers(context).missing
+    assert "no result file" in curves.quantizers(context).missing
     folder = tmp_path / "benchmarks" / "results"
     folder.mkdir(parents=True)
     for day, psnr in ((1, 20.0), (2, 30.0)):

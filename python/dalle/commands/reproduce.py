@@ -61,11 +61,10 @@ def reproduce(config: ReproduceConfig) -> None:
     require_one_process("reproduce")
     run.chosen(config.only)
     folders = {"model": config.model, "shapes": config.shapes, "other": config.other}
+    out = config.out.absolute().resolve()
     for option, folder in folders.items():
-        if folder is not None and folder.absolute().resolve() == config.out.absolute().resolve():
-            raise UsageError(
-                f"reproduce: out must be another folder than {option}, got {config.out}"
-            )
+        if folder is not None and out.is_relative_to(folder.absolute().resolve()):
+            raise UsageError(f"reproduce: out must be outside {option}, got {config.out}")
     device = pick_device(config.device)
     context = Context(
         config.model,

@@ -14,7 +14,7 @@ from dalle.reproduce.context import OWNER, Context
 from dalle.reproduce.figure import Figure
 from dalle.train.metrics import METRICS_FILE, read_metrics
 
-QUANTIZERS = "python -m benchmarks.train_quantizers --record"
+PATTERN = "*quantizer*.json"  # of a result file
 
 
 def losses(context: Context) -> Figure:
@@ -74,14 +74,14 @@ def quantizers(context: Context) -> Figure:
     """The gumbel relaxation beside straight-through, all else the same."""
     stated = {"claim": "the relaxation, annealed to 1/16, is what the paper trains with; 2.1 "
               "names straight-through (VQ) as the other way"}  # fmt: skip
-    command = QUANTIZERS
-    file = result_file("*quantizer*.json")
+    command = context.own_command("quantizers")
+    file = result_file(PATTERN)
     if file is None:
         return Figure(
             paper=stated,
             command=command,
-            missing="No result file of the comparison is here (benchmarks/results of the source "
-            f"tree). This makes it: {command}",
+            missing="The two were not compared: there is no result file benchmarks/results/"
+            f"{PATTERN} beside this installation.",
         )
     try:
         found = read_object(file, DataError)

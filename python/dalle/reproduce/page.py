@@ -16,6 +16,8 @@ LOOK = (
     STYLE
     + """
 nav a { display: inline-block; margin-right: 1rem; }
+.sheets { display: grid; gap: 0 2rem; align-items: end; margin: 1rem 0;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); }
 .sheet { display: grid; gap: .3rem; margin: .2rem 0 1rem; max-width: 60rem; }
 .sheet i { display: block; width: 100%; aspect-ratio: 1; image-rendering: pixelated; }
 .sheet span { font-size: .8rem; text-align: center; color: #555; }
@@ -82,9 +84,10 @@ def sheet_rows(sheet: Mapping[str, Any]) -> str:
             picture = f'<i style="{style}" role=img aria-label="{escape(str(label))}"></i>'
             cells.append(f"<div>{picture}<span>{escape(str(label))}</span></div>")
         grid = f'style="grid-template-columns:repeat({columns},minmax(2rem,7rem))"'
-        parts.append(f"<div>{escape(str(row['caption']))}</div>")
-        parts.append(f"<div class=sheet {grid}>{''.join(cells)}</div>")
-    return "\n".join(parts)
+        caption = f"<div>{escape(str(row['caption']))}</div>" if row["caption"] else ""
+        parts.append(f"<div>{caption}<div class=sheet {grid}>{''.join(cells)}</div></div>")
+    least = f'style="--least:{7 * columns}rem"'
+    return f"<div class=sheets {least}>" + "\n".join(parts) + "</div>"
 
 
 def _numbers(title: str, values: Mapping[str, Any]) -> str:

@@ -185,6 +185,15 @@ def figure_8(context: Context) -> Figure:
         text="For each caption left ours, right the other model.",
         ours={"captions": captions, "other": label},
         paper={"other": "AttnGAN, DM-GAN, DF-GAN", "captions": "of MS-COCO"},
+        tables=[
+            table(
+                ["", "ours", "paper"],
+                [
+                    ["the other model", label, "AttnGAN, DM-GAN, DF-GAN"],
+                    ["captions", f"of {context.set.name}", "of MS-COCO"],
+                ],
+            )
+        ],
         pictures=[sheet["file"]],
         sheets=[sheet],
         command=context.own_command("figure_8"),
@@ -287,6 +296,12 @@ def _completed(
         ours={"captions": list(captions), "rows_given": rows,
               "rows": pipeline.prior.config.grid[0]},
         paper={"rows_given": 15, "rows": 32},
+        tables=[
+            table(
+                ["", "ours", "paper"],
+                [["rows of codes given", rows, 15], ["of", pipeline.prior.config.grid[0], 32]],
+            )
+        ],
         pictures=[sheet["file"]],
         sheets=[sheet],
         command=context.own_command(key),

@@ -122,7 +122,7 @@ def figure_7(context: Context) -> Figure:
     if lacking is not None:
         return lacking
     made = context.drawing
-    most, count = made.sizes[-1], len(made.captions)
+    most, count = made.sizes[-1], len(set(made.captions))
     ours = made.set_of(most)
     theirs, opponent = made.set_of(1), "the same model without a ranker (its first sample)"
     if context.given_other is not None:
@@ -137,6 +137,7 @@ def figure_7(context: Context) -> Figure:
         folder = _folder(context, f"figure_7_{judge}")
         found = votes(ours, theirs, out=folder, judge=judge, **_options(context))
         results[judge] = found
+        count = found["n"]["tasks"]
         tables += _titled(found, f"Judged by the {judge}, not by people: {count} captions")
         pictures.append(_picture(context, folder, "votes", f"figure_7_{judge}.png"))
     rows = {
@@ -159,10 +160,10 @@ def figure_7(context: Context) -> Figure:
         tables=tables,
         pictures=pictures,
         command=context.own_command("figure_7"),
-        differs=f"{count} captions of {context.set.name} in place of 1,000 of MS-COCO; {opponent} "
-        "in place of DF-GAN; one automatic vote in place of five people's. The checker of shapes "
-        "reads the facts of a caption back from the pixels. The ranker judges samples that it "
-        "chose itself, which favours them.",
+        differs=f"{count} different captions of {context.set.name} in place of 1,000 of MS-COCO; "
+        f"{opponent} in place of DF-GAN; one automatic vote in place of five people's. The "
+        "checker of shapes reads the facts of a caption back from the pixels. The ranker judges "
+        "samples that it chose itself, which favours them.",
         missing="People: dalle eval votes --serve asks them. So no votes on which picture is more "
         "realistic, where the paper has 90.0 % for DALL-E.",
     )
