@@ -16,7 +16,7 @@ from dalle.data import sources
 from dalle.data.mixture import MixedPairs, with_choice
 from dalle.data.pairs import ArrayPairs, Pairs, all_captions, captions_of, fingerprints
 from dalle.data.shapes_pairs import ShapesPairs
-from dalle.data.sources import load_pairs, split_specs
+from dalle.data.sources import is_picture_folder, load_pairs, split_specs
 from dalle.data.split import hold_out
 from dalle.errors import DataError, UsageError
 from dalle.options import parse_options
@@ -64,6 +64,10 @@ def test_several_sources_with_weights(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(UsageError, match=line):
             load_pairs(spec, image_size=8)
+    for name in ("none.csv", "none.parquet", "none.tar"):
+        assert not is_picture_folder(name)
+        with pytest.raises(DataError, match=f"got '{name}' \\(no such file\\)"):
+            load_pairs(name, image_size=0)
     with pytest.raises(DataError, match="got 'none' \\(no such folder\\)"):
         load_pairs("a=1\nnone=1", image_size=8)
     Path("x.xlsx").touch()

@@ -107,7 +107,7 @@ def _load_one(spec: str, image_size: int, split: str, seed: int) -> Pairs:
         return BUILT_IN[spec](image_size, split, seed)
     opens = _opener(Path(spec))
     if opens is None:
-        kind = "no such folder"
+        kind = "no such file" if _names_a_file(spec) else "no such folder"
         if Path(spec).exists():
             kind = f"a file; those that are taken are {', '.join((*tables.SUFFIXES, '.tar'))}"
         raise DataError(
@@ -240,13 +240,21 @@ def _opener(path: Path) -> Callable[[Path], Pairs] | None:
 def is_picture_folder(spec: str) -> bool:
     """Whether `spec` stands for plain picture files, which can be read without captions too.
 
-    True also where nothing exists: reading it then fails with a clear message.
+    True also where nothing exists, unless the name is that of a table or a tar: reading it then
+    fails with a clear message.
     """
     specs = split_specs(spec)
     if len(specs) > 1 or specs[0][0] in BUILT_IN:
         return False
     opens = _opener(Path(specs[0][0]))
-    return opens is None or bool(getattr(opens, "plain", False))
+    if opens is None:
+        return not _names_a_file(specs[0][0])
+    return bool(getattr(opens, "plain", False))
+
+
+def _names_a_file(spec: str) -> bool:
+    """Whether a path has the suffix of a table or a tar."""
+    return Path(spec).suffix.lower() in (*tables.SUFFIXES, ".tar")
 
 
 def _report_skipped(pairs: Pairs, captions: CaptionChoice) -> None:
