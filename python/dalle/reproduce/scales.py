@@ -91,7 +91,7 @@ def figure_12(context: Context) -> Figure:
     ranked = sorted(last, key=last.__getitem__)
     spread = last[ranked[-1]] - last[ranked[0]]
     blocks = len(last)
-    second = "layers.0.mlp"
+    second = "layers.1.mlp"
     ours = {
         "blocks": blocks,
         "updates": sizes.updates,
