@@ -7,7 +7,7 @@ from dalle_ext._switch import use_reference
 from dalle_ext._tensor_table import TensorTable, local_part
 from dalle_ext.images import area_resize
 from dalle_ext.ops.adam16 import AdamW16
-from dalle_ext.ops.decode_attention import DecodeCache, PackedLinear, decode_attention
+from dalle_ext.ops.decode_attention import DecodeCache, decode_attention
 from dalle_ext.ops.formats import Packed, pack, pack_counted, sum_codes, unpack
 from dalle_ext.ops.grad_scale import (
     GradientStats,
@@ -18,6 +18,7 @@ from dalle_ext.ops.grad_scale import (
     update_scales_,
 )
 from dalle_ext.ops.gumbel_softmax import GumbelSoftmax, gumbel_softmax
+from dalle_ext.ops.packed_linear import PackedLinear
 from dalle_ext.ops.powersgd import (
     orthogonalize,
     powersgd_compress_,

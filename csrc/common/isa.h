@@ -1,6 +1,6 @@
 // Which build of the CPU kernels this machine runs. On x86-64 every <op>_cpu.h is compiled for
 // x86-64-v2 (SSE4.2), v3 (AVX2, FMA) and v4 (AVX-512), into namespaces isa_v2, isa_v3, isa_v4; each
-// exports one table of function pointers. Where a kernel takes common/operands.h it is compiled
+// exports one table of function pointers. Where a kernel takes common/pairs.h it is compiled
 // once more, for v4_bf16 (products of bfloat16 pairs as well). Elsewhere there is one build,
 // isa_generic: what the compiler makes for the processor it is asked for (NEON on aarch64);
 // CMakeLists.txt defines DALLE_ISA_GENERIC then. No torch here.
@@ -51,7 +51,7 @@ CpuIsa cpu_isa();
                                                 : ::dalle::isa_v2::table)
 #endif
 
-// The same of a kernel that takes common/operands.h, for its bfloat16 tensors.
+// The same of a kernel that takes common/pairs.h, for its bfloat16 tensors.
 #ifdef DALLE_ISA_GENERIC
 #define DALLE_SELECT_ISA_BFLOAT16(table) DALLE_SELECT_ISA(table)
 #else

@@ -10,7 +10,6 @@
 
 #include "common/isa.h"
 #include "decode_attention/decode_attention.h"
-#include "decode_attention/decode_attention_cpu_linear.h"
 
 namespace dalle {
 

@@ -19,7 +19,7 @@ from dalle_ext.ops.sparse_attention import AttentionPattern
 from dalle_ext.reference import decode_attention as reference
 
 Tensor = torch.Tensor
-OP, CACHE, LINEAR = "decode_attention", "DecodeCache", "PackedLinear"
+OP, CACHE = "decode_attention", "DecodeCache"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 CODED_KINDS = ("column", "causal")  # that keep many slots
 
@@ -28,13 +28,8 @@ def _fake(q: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _linear_fake(x: Tensor, weight: Tensor, outputs: int, *rest: Any) -> Tensor:
-    return x.new_empty(len(x), outputs)
-
-
 if _native.CPU_PROBLEM is None:
     _decode_attention = _native.register("_decode_attention", _fake, public=OP)
-    _decode_linear = _native.register("_decode_linear", _linear_fake, public=LINEAR)
 
 
 class DecodeCache:
@@ -293,68 +288,3 @@ def _number(scale: Any) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{OP}: scale must be a finite number, got {scale!r}")
     return value
-
-
-class PackedLinear:
-    """A linear layer for the few rows of a decoding step, on the CPU: its weight is packed once.
-
-    A row's result does not depend on the other rows or on the number of threads, to the last bit,
-    and one row costs little more than reading the weight. Products are float32; with `dtype`
-    bfloat16 weight and rows are rounded to it and the sums are float32.
-
-    Args:
-        weight: (N, K) float32 or bfloat16 on the CPU, copied.
-        bias: (N,), or None.
-        dtype: of the packed weight, float32 or bfloat16; the weight's own if left out.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
-    """
-
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
-    ) -> None:
-        dtype = weight.dtype if dtype is None else dtype
-        if weight.dim() != 2 or not weight.numel():
-            raise ValueError(f"{LINEAR}: weight must be (N, K), got {tuple(weight.shape)}")
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"{LINEAR}: dtype must be float32 or bfloat16, got {dtype}")
-        if weight.device.type != "cpu":
-            raise ValueError(f"{LINEAR}: weight must be on the CPU, got {weight.device}")
-        self.outputs, self.inputs = weight.shape
-        if bias is not None and tuple(bias.shape) != (self.outputs,):
-            want, got = (self.outputs,), tuple(bias.shape)
-            raise ValueError(f"{LINEAR}: bias must be {want}, got {got}")
-        self.weight = reference.pack_linear(weight.detach().to(dtype))
-        self.bias = None if bias is None else bias.detach().float().contiguous()
-
-    def __call__(
-        self,
-        x: Tensor,
-        *,
-        norm: tuple[Tensor, Tensor, float] | None = None,
-        slope: float = 0.0,
-        add: Tensor | None = None,
-    ) -> Tensor:
-        """add + act(norm(x) W^T + b), with act(y) = y sigmoid(slope y).
-
-        Args:
-            x: (M, K) float32, contiguous.
-            norm: gain (K,), shift (K,) and eps of a layer norm of the rows.
-            slope: 0 leaves the activation out.
-            add: (M, N) float32.
-
-        Returns:
-            (M, N) float32. No gradient flows.
-
-        Raises:
-            TypeError: x is no tensor, or requires a gradient while gradients are recorded.
-            RuntimeError: shapes, dtypes or strides that do not fit.
-        """
-        untracked(LINEAR, x=x)
-        gain, shift, eps = (None, None, 0.0) if norm is None else norm
-        options = (self.outputs, self.bias, gain, shift, eps, slope, add)
-        if reference_in_use():
-            return reference.decode_linear(x, self.weight, *options)
-        out: Tensor = _decode_linear(x, self.weight, *options)
-        return out

@@ -164,5 +164,6 @@ void test_powersgd(Checks& checks);
 void test_gumbel_softmax(Checks& checks);
 void test_sparse_attention(Checks& checks);
 void test_decode_attention(Checks& checks);
+void test_packed_linear(Checks& checks);
 
 }  // namespace dalle

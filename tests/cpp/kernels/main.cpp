@@ -49,6 +49,7 @@ int run() {
     test_gumbel_softmax(checks);
     test_sparse_attention(checks);
     test_decode_attention(checks);
+    test_packed_linear(checks);
     std::printf("%s: %lld cases, %lld failures\n", one.name, static_cast<long long>(checks.cases),
                 static_cast<long long>(checks.failures));
     failures += checks.failures;

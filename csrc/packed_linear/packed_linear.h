@@ -1,4 +1,5 @@
-// The products of a decoding step: y = residual + gelu(norm(x) W^T + b), few rows x, W packed once.
+// The products of a decoding step, CPU only: y = residual + gelu(norm(x) W^T + b), few rows x, W
+// packed once.
 //
 // M rows, K inputs, N outputs. W is cut into panels of kLinearColumns outputs, each stored as
 // (K, kLinearColumns): what is read together lies together. An output is one chain of products over
@@ -15,7 +16,7 @@ namespace dalle {
 inline constexpr int64_t kLinearColumns = 16;
 
 // Null where there is none: gain, shift (K), bias (N), residual (M, N).
-struct LinearArgs {
+struct PackedLinearArgs {
   const float* x;      // (M, K)
   const void* weight;  // (panels, K, 16) floats or (panels, ceil(K / 2), 16, 2) bfloat16
   const float* bias;

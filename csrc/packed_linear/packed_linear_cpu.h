@@ -1,20 +1,21 @@
-// The CPU kernel of decode_attention_linear.h, compiled with decode_attention_cpu.h. No torch here.
+// The CPU kernel: what it offers (always) and, once per instruction set, how it does it (under
+// DALLE_ISA). No torch here.
 //
 // A task is a panel of 16 outputs, for all rows. With __AVX512BF16__ pairs are multiplied at once.
 #pragma once
 
 #include "common/isa.h"
-#include "decode_attention/decode_attention_linear.h"
+#include "packed_linear/packed_linear.h"
 
 namespace dalle {
 
-struct DecodeLinearCpu {
+struct PackedLinearCpu {
   // Rows of x, normed and in the form that the products read.
-  void (*prepare)(const LinearArgs& args, int64_t row_begin, int64_t row_end);
-  void (*run)(const LinearArgs& args, int64_t panel_begin, int64_t panel_end);
+  void (*prepare)(const PackedLinearArgs& args, int64_t row_begin, int64_t row_end);
+  void (*run)(const PackedLinearArgs& args, int64_t panel_begin, int64_t panel_end);
 };
 
-DALLE_FOR_EACH_ISA(DecodeLinearCpu, decode_linear_cpu)
+DALLE_FOR_EACH_ISA(PackedLinearCpu, packed_linear_cpu)
 
 }  // namespace dalle
 
@@ -54,7 +55,7 @@ inline Float swish(Float x, float slope) {
 // out[r][column] of kRows rows and kPanels panels from `panel` on, over inputs k_begin .. k_end;
 // what came before stands in out. step_t is float, or a pair of bfloat16.
 template <typename step_t, int kRows, int kPanels>
-inline void linear_tile(const LinearArgs& args, int64_t row, int64_t panel, int64_t steps,
+inline void linear_tile(const PackedLinearArgs& args, int64_t row, int64_t panel, int64_t steps,
                         int64_t k_begin, int64_t k_end) {
   const step_t* x = reinterpret_cast<const step_t*>(args.normed) + row * steps;
   const step_t* w = static_cast<const step_t*>(args.weight) + panel * steps * kLinearColumns;
@@ -116,8 +117,8 @@ inline void linear_tile(const LinearArgs& args, int64_t row, int64_t panel, int6
 
 // kRows rows from `row` on, kRows more as long as there are, for panels begin .. end.
 template <typename step_t, int kRows>
-void linear_rows(const LinearArgs& args, int64_t row, int64_t row_end, int64_t steps, int64_t begin,
-                 int64_t end) {
+void linear_rows(const PackedLinearArgs& args, int64_t row, int64_t row_end, int64_t steps,
+                 int64_t begin, int64_t end) {
   constexpr int kPanels = tile_panels(kRows);
   const int64_t whole = args.outputs / kLinearColumns;
   int64_t panel = begin;
@@ -140,7 +141,8 @@ void linear_rows(const LinearArgs& args, int64_t row, int64_t row_end, int64_t s
 }
 
 template <typename step_t, int kRows = kTileRows - 1>
-void linear_rest(const LinearArgs& args, int64_t row, int64_t steps, int64_t begin, int64_t end) {
+void linear_rest(const PackedLinearArgs& args, int64_t row, int64_t steps, int64_t begin,
+                 int64_t end) {
   if (args.rows - row == kRows) {
     linear_rows<step_t, kRows>(args, row, args.rows, steps, begin, end);
   } else if constexpr (kRows > 1) {
@@ -149,13 +151,13 @@ void linear_rest(const LinearArgs& args, int64_t row, int64_t steps, int64_t beg
 }
 
 template <typename step_t>
-void linear_panels(const LinearArgs& args, int64_t steps, int64_t begin, int64_t end) {
+void linear_panels(const PackedLinearArgs& args, int64_t steps, int64_t begin, int64_t end) {
   const int64_t full = args.rows / kTileRows * kTileRows;
   linear_rows<step_t, kTileRows>(args, 0, full, steps, begin, end);
   if (full < args.rows) linear_rest<step_t>(args, full, steps, begin, end);
 }
 
-void run_linear(const LinearArgs& args, int64_t panel_begin, int64_t panel_end) {
+void run_linear(const PackedLinearArgs& args, int64_t panel_begin, int64_t panel_end) {
   if (args.pairs) {
     linear_panels<Pair>(args, ceil_div(args.inputs, 2), panel_begin, panel_end);
   } else {
@@ -172,7 +174,7 @@ inline Float load_row(const float* x, int64_t k, int64_t size) {
 }
 
 // Rows as the products read them; of bfloat16 rounded, an odd row with a zero behind it.
-void prepare_linear(const LinearArgs& args, int64_t row_begin, int64_t row_end) {
+void prepare_linear(const PackedLinearArgs& args, int64_t row_begin, int64_t row_end) {
   const int64_t size = args.inputs, width = args.pairs ? size + size % 2 : size;
   const float count = static_cast<float>(size);
   for (int64_t row = row_begin; row < row_end; ++row) {
@@ -210,7 +212,7 @@ void prepare_linear(const LinearArgs& args, int64_t row_begin, int64_t row_end) 
 
 }  // namespace
 
-const DecodeLinearCpu decode_linear_cpu = {prepare_linear, run_linear};
+const PackedLinearCpu packed_linear_cpu = {prepare_linear, run_linear};
 
 }  // namespace dalle::DALLE_ISA_NAMESPACE
 

@@ -75,9 +75,9 @@ def test_large_and_nonfinite_numbers():
     ("call", "line"),
     [
         (lambda p: p(torch.zeros(3)), r"packed for this x|x must be \(M, K\), got \(3\)"),
-        (lambda p: p(torch.zeros(2, 4)), "decode_linear: weight must be packed for this x"),
-        (lambda p: p(torch.zeros(2, 3).double()), "decode_linear: x must be contiguous float32"),
-        (lambda p: p(torch.zeros(3, 2).T), "decode_linear: x must be contiguous float32, 3 wide"),
+        (lambda p: p(torch.zeros(2, 4)), "packed_linear: weight must be packed for this x"),
+        (lambda p: p(torch.zeros(2, 3).double()), "packed_linear: x must be contiguous float32"),
+        (lambda p: p(torch.zeros(3, 2).T), "packed_linear: x must be contiguous float32, 3 wide"),
         (lambda p: p(torch.zeros(2, 3), add=torch.zeros(1, 5)), "residual must be contiguous"),
         (lambda p: p(torch.zeros(2, 3).requires_grad_()), "x must not require a gradient"),
         (lambda p: dalle_ext.PackedLinear(torch.zeros(3)), r"weight must be \(N, K\), got \(3,\)"),

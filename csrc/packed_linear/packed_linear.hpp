@@ -1,0 +1,52 @@
+// Checks the arguments of packed_linear once and makes plain data of them.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "common/checks.hpp"
+#include "packed_linear/packed_linear.h"
+
+namespace dalle {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline const float* check_floats(const char* name, const std::optional<Tensor>& x, int64_t rows,
+                                 int64_t size) {
+  if (!x) return nullptr;
+  const bool holds = x->scalar_type() == ScalarType::Float && x->is_contiguous() &&
+                     x->numel() == rows * size && x->size(x->dim() - 1) == size;
+  DALLE_CHECK(holds, "packed_linear", name, "contiguous float32, " + std::to_string(size) + " wide",
+              shape_text(*x));
+  return static_cast<const float*>(x->const_data_ptr());
+}
+
+// All but `normed` and `out`, which the caller adds.
+inline PackedLinearArgs check_packed_linear(const Tensor& x, const Tensor& weight, int64_t outputs,
+                                            const std::optional<Tensor>& bias,
+                                            const std::optional<Tensor>& gain,
+                                            const std::optional<Tensor>& shift, double eps,
+                                            double slope, const std::optional<Tensor>& residual) {
+  PackedLinearArgs args{};
+  DALLE_CHECK(x.dim() == 2, "packed_linear", "x", "(M, K)", shape_text(x));
+  args.rows = x.size(0), args.inputs = x.size(1), args.outputs = outputs;
+  args.pairs = weight.scalar_type() == ScalarType::BFloat16;
+  const int64_t steps = args.pairs ? ceil_div(args.inputs, 2) : args.inputs;
+  const int64_t panels = ceil_div(outputs, kLinearColumns);
+  const bool fits = weight.is_contiguous() &&
+                    (args.pairs || weight.scalar_type() == ScalarType::Float) &&
+                    weight.numel() == panels * steps * kLinearColumns * (1 + args.pairs);
+  DALLE_CHECK(fits, "packed_linear", "weight", "packed for this x", shape_text(weight));
+  args.x = check_floats("x", x, args.rows, args.inputs);
+  args.weight = weight.const_data_ptr();
+  args.bias = check_floats("bias", bias, 1, outputs);
+  args.gain = check_floats("gain", gain, 1, args.inputs);
+  args.shift = check_floats("shift", shift, 1, args.inputs);
+  args.residual = check_floats("residual", residual, args.rows, outputs);
+  args.eps = static_cast<float>(eps), args.slope = static_cast<float>(slope);
+  return args;
+}
+
+}  // namespace dalle

@@ -1,0 +1,91 @@
+"""Products of a decoding step: a linear layer whose weight is packed once, for few rows. CPU only.
+
+Letters: M rows, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dalle_ext import _native
+from dalle_ext._checks import untracked
+from dalle_ext._switch import reference_in_use
+from dalle_ext.reference import packed_linear as reference
+
+Tensor = torch.Tensor
+OP = "PackedLinear"
+
+
+def _fake(x: Tensor, weight: Tensor, outputs: int, *rest: Any) -> Tensor:
+    return x.new_empty(len(x), outputs)
+
+
+if _native.CPU_PROBLEM is None:
+    _packed_linear = _native.register("_packed_linear", _fake, public=OP)
+
+
+class PackedLinear:
+    """A linear layer for the few rows of a decoding step, on the CPU: its weight is packed once.
+
+    A row's result does not depend on the other rows or on the number of threads, to the last bit,
+    and one row costs little more than reading the weight. Products are float32; with `dtype`
+    bfloat16 weight and rows are rounded to it and the sums are float32.
+
+    Args:
+        weight: (N, K) float32 or bfloat16 on the CPU, copied.
+        bias: (N,), or None.
+        dtype: of the packed weight, float32 or bfloat16; the weight's own if left out.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> None:
+        dtype = weight.dtype if dtype is None else dtype
+        if weight.dim() != 2 or not weight.numel():
+            raise ValueError(f"{OP}: weight must be (N, K), got {tuple(weight.shape)}")
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"{OP}: dtype must be float32 or bfloat16, got {dtype}")
+        if weight.device.type != "cpu":
+            raise ValueError(f"{OP}: weight must be on the CPU, got {weight.device}")
+        self.outputs, self.inputs = weight.shape
+        if bias is not None and tuple(bias.shape) != (self.outputs,):
+            want, got = (self.outputs,), tuple(bias.shape)
+            raise ValueError(f"{OP}: bias must be {want}, got {got}")
+        self.weight = reference.pack_linear(weight.detach().to(dtype))
+        self.bias = None if bias is None else bias.detach().float().contiguous()
+
+    def __call__(
+        self,
+        x: Tensor,
+        *,
+        norm: tuple[Tensor, Tensor, float] | None = None,
+        slope: float = 0.0,
+        add: Tensor | None = None,
+    ) -> Tensor:
+        """add + act(norm(x) W^T + b), with act(y) = y sigmoid(slope y).
+
+        Args:
+            x: (M, K) float32, contiguous.
+            norm: gain (K,), shift (K,) and eps of a layer norm of the rows.
+            slope: 0 leaves the activation out.
+            add: (M, N) float32.
+
+        Returns:
+            (M, N) float32. No gradient flows.
+
+        Raises:
+            TypeError: x is no tensor, or requires a gradient while gradients are recorded.
+            RuntimeError: shapes, dtypes or strides that do not fit.
+        """
+        untracked(OP, x=x)
+        gain, shift, eps = (None, None, 0.0) if norm is None else norm
+        options = (self.outputs, self.bias, gain, shift, eps, slope, add)
+        if reference_in_use():
+            return reference.packed_linear(x, self.weight, *options)
+        out: Tensor = _packed_linear(x, self.weight, *options)
+        return out
