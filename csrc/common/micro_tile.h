@@ -61,14 +61,14 @@ inline void load_tile(const acc_t* c, int64_t ldc, const acc_t* beta,
 }
 
 // c[kRows][kVectors vectors] = factor * the product, a and b as in `micro_tile`.
-template <typename operand_t, int kVectors, int kRows = kMicroRows>
+template <typename operand_t, int kVectors, int kRows = kMicroRows, int kPart = kMaxDepth>
 DALLE_INLINE inline void scaled_product(const operand_t* a, int64_t row_step, int64_t step,
                                         const operand_t* b, int64_t ldb, int depth,
                                         Sum<operand_t> factor, Sum<operand_t>* c, int64_t ldc) {
   using acc_t = Sum<operand_t>;
-  // Two shorter sums round less than one long one.
-  for (int d = 0; d < depth; d += kMaxDepth) {
-    const int part = depth - d < kMaxDepth ? depth - d : kMaxDepth;
+  // Two shorter sums, of kPart products, round less than one long one.
+  for (int d = 0; d < depth; d += kPart) {
+    const int part = depth - d < kPart ? depth - d : kPart;
     MicroTile<acc_t, kVectors, kRows> sum = {}, before = {};
     micro_tile<operand_t, kVectors, kRows>(a + d * step, row_step, step, b + d * ldb, ldb, part,
                                            sum);

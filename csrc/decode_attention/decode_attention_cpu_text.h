@@ -11,6 +11,8 @@
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
 
+constexpr int kScorePart = 64;  // products of a score that are added up before they meet the rest
+
 // Rows of text as operands: where they lie, or a copy.
 template <typename operand_t>
 struct OperandRows {
@@ -86,11 +88,11 @@ inline void score_many(DecodeSpace<operand_t>& space, OperandRows<operand_t> key
   constexpr int kLead = kSamples<Sum<operand_t>>;
   int t = 0;
   for (; t + kMicroRows <= count; t += kMicroRows) {
-    scaled_product<operand_t, kVectors>(keys.data + t * keys.stride, keys.stride, 1, space.q_across,
+    scaled_product<operand_t, kVectors, kMicroRows, kScorePart>(keys.data + t * keys.stride, keys.stride, 1, space.q_across,
                                         kLead, depth, factor, space.scores + t * kLead, kLead);
   }
   for (; t < count; ++t) {
-    scaled_product<operand_t, kVectors, 1>(keys.data + t * keys.stride, 0, 1, space.q_across, kLead,
+    scaled_product<operand_t, kVectors, 1, kScorePart>(keys.data + t * keys.stride, 0, 1, space.q_across, kLead,
                                            depth, factor, space.scores + t * kLead, kLead);
   }
 }
@@ -154,7 +156,7 @@ inline void chunk_of_few(DecodeSpace<operand_t>& space, int count, const HeadSiz
   constexpr int kWidth = Lanes<acc_t>::kWidth, kVectors = kRows <= 2 ? 4 : 2;
   constexpr int kBlock = kVectors * kWidth < kChunk ? kVectors * kWidth : kChunk;
   for (int c = 0; c < count; c += kBlock) {
-    scaled_product<operand_t, kVectors, kRows>(space.q, size.words, 1, space.keys_across + c,
+    scaled_product<operand_t, kVectors, kRows, kScorePart>(space.q, size.words, 1, space.keys_across + c,
                                                kChunk, size.depth, factor, space.scores + c,
                                                kChunk);
   }

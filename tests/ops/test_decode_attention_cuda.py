@@ -62,9 +62,7 @@ def assert_matches(pattern, slot, *, device, scale=None, **more):
 
 @pytest.mark.parametrize("size", [4, 8, 40, 64, 72, 128, 33, 136, 256])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_head_sizes(backend, device, dtype, size):
-    if backend == "cpu":
-        pytest.skip("tests/ops/test_decode_attention.py has the sizes of the CPU kernel")
+def test_head_sizes(device, dtype, size):
     assert_matches(ROW, 30, dtype=dtype, size=size, samples=6, device=device)
 
 
