@@ -118,7 +118,7 @@ def measure(context: Context) -> dict[str, Any]:
 
 
 def _run(folder: Path) -> None:
-    """Starts the two processes and waits for them; none outlives this one.
+    """Starts the two processes and waits for them; on an error or Ctrl-C both are ended.
 
     Raises:
         EnvironmentProblem: one cannot be started, or fails.
