@@ -108,7 +108,8 @@ class CopyDetector(Pretrained[DetectorConfig]):
         self.head = weight_norm(nn.Linear(4 * w * 6, config.dimensions, dtype=torch.float32))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = 2 * images - 1
+        # Colours side by side: the convolutions of so few channels take half the time so.
+        x = (2 * images - 1).contiguous(memory_format=torch.channels_last)
         for stage in self.stages:
             x = stage(x)
         pooled = [x.mean((2, 3)), x.amax((2, 3)), F.adaptive_avg_pool2d(x, 2).flatten(1)]
