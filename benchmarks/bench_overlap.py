@@ -32,6 +32,7 @@ from dalle.evaluate import detector
 from dalle.evaluate.data_overlap import nearest
 from dalle.evaluate.extractors import Extractor, RankerExtractor, load_extractor
 from dalle.evaluate.sets import Source
+from dalle.pretrained import fingerprint
 from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 
@@ -116,12 +117,18 @@ def run(a: argparse.Namespace, seed: int, device: torch.device) -> list[dict[str
     sets = [looked_up(seen, a.copies, seed, shift) for shift in (0, 1)]
     pairs = ArrayPairs("procedural", np.stack(seen), [""] * len(seen))
     begin = time.perf_counter()
-    model, trained = detector.train_detector(
-        "bench_overlap", Source("procedural", "pairs", pairs, {}),
-        config=detector.DetectorConfig(a.size, a.width), steps=a.steps, batch_size=a.batch,
-        seed=seed, cache=a.cache, device=device,
-    )  # fmt: skip
-    seconds = round(time.perf_counter() - begin)
+    source = Source("procedural", "pairs", pairs, {})
+    if a.detector:
+        model = detector.CopyDetector.from_pretrained(a.detector).to(device).eval()
+        about: dict[str, Any] = {"training_seconds": None, "fingerprint": fingerprint(model)}
+    else:
+        model, trained = detector.train_detector(
+            "bench_overlap", source, config=detector.DetectorConfig(a.size, a.width),
+            steps=a.steps, batch_size=a.batch, seed=seed, cache=a.cache, device=device,
+        )  # fmt: skip
+        seconds = round(time.perf_counter() - begin)
+        about = {"training_seconds": seconds, "share_matched": trained["share_matched"],
+                 "fingerprint": fingerprint(model)}  # fmt: skip
     if a.ranker:
         other, name = load_extractor("ranker", a.ranker, device=device, owner="bench"), "ranker"
     else:
@@ -139,7 +146,7 @@ def run(a: argparse.Namespace, seed: int, device: torch.device) -> list[dict[str
     ):
         row = {"seed": seed, "network": label, **measured(network, of_seen, seen, sets)}
         if label == "detector":
-            row |= {"training_seconds": seconds, "share_matched": trained["share_matched"]}
+            row |= about
         shown = {key: row[key] for key in row if key not in ("lost", "closest_others")}
         print(shown, flush=True)
         rows.append(row)
@@ -157,6 +164,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ranker", type=Path)
+    parser.add_argument(
+        "--detector", type=Path, help="one trained before on the pictures of a seed"
+    )
     parser.add_argument("--cache", type=Path, default=Path("run/eval-cache"))
     parser.add_argument("--record", action="store_true", help="write a dated result file")
     a = parser.parse_args()
