@@ -12,7 +12,8 @@ largest recall of any threshold whose precision is .95 or more. "threshold from 
 lowest threshold with that precision on 200 other copies among 4,800 other pictures is then held
 to the test, whatever precision that gives. A copy whose nearest is another picture is an error.
 
-`--ranker FOLDER` measures a trained ranker beside; without it, one with random weights, which is
+`--detector FOLDER` measures one that was trained before on the same pictures, `--ranker FOLDER` a
+trained ranker beside; without it, one with random weights, which is
 named so. The goal is recall .95 at the best threshold.
 """
 
@@ -164,9 +165,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ranker", type=Path)
-    parser.add_argument(
-        "--detector", type=Path, help="one trained before on the pictures of a seed"
-    )
+    parser.add_argument("--detector", type=Path, help="trained before on these pictures")
     parser.add_argument("--cache", type=Path, default=Path("run/eval-cache"))
     parser.add_argument("--record", action="store_true", help="write a dated result file")
     a = parser.parse_args()
