@@ -88,12 +88,14 @@ inline void score_many(DecodeSpace<operand_t>& space, OperandRows<operand_t> key
   constexpr int kLead = kSamples<Sum<operand_t>>;
   int t = 0;
   for (; t + kMicroRows <= count; t += kMicroRows) {
-    scaled_product<operand_t, kVectors, kMicroRows, kScorePart>(keys.data + t * keys.stride, keys.stride, 1, space.q_across,
-                                        kLead, depth, factor, space.scores + t * kLead, kLead);
+    scaled_product<operand_t, kVectors, kMicroRows, kScorePart>(
+        keys.data + t * keys.stride, keys.stride, 1, space.q_across, kLead, depth, factor,
+        space.scores + t * kLead, kLead);
   }
   for (; t < count; ++t) {
-    scaled_product<operand_t, kVectors, 1, kScorePart>(keys.data + t * keys.stride, 0, 1, space.q_across, kLead,
-                                           depth, factor, space.scores + t * kLead, kLead);
+    scaled_product<operand_t, kVectors, 1, kScorePart>(keys.data + t * keys.stride, 0, 1,
+                                                       space.q_across, kLead, depth, factor,
+                                                       space.scores + t * kLead, kLead);
   }
 }
 
@@ -156,9 +158,9 @@ inline void chunk_of_few(DecodeSpace<operand_t>& space, int count, const HeadSiz
   constexpr int kWidth = Lanes<acc_t>::kWidth, kVectors = kRows <= 2 ? 4 : 2;
   constexpr int kBlock = kVectors * kWidth < kChunk ? kVectors * kWidth : kChunk;
   for (int c = 0; c < count; c += kBlock) {
-    scaled_product<operand_t, kVectors, kRows, kScorePart>(space.q, size.words, 1, space.keys_across + c,
-                                               kChunk, size.depth, factor, space.scores + c,
-                                               kChunk);
+    scaled_product<operand_t, kVectors, kRows, kScorePart>(
+        space.q, size.words, 1, space.keys_across + c, kChunk, size.depth, factor, space.scores + c,
+        kChunk);
   }
   for (int r = 0; r < kWidth; ++r) space.most[r] = -INFINITY;
   for (int r = 0; r < kRows; ++r) {
