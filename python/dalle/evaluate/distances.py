@@ -19,6 +19,7 @@ from dalle.errors import DataError
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID, as its authors and torch-fidelity have them
 POINTS = 15  # sizes through which `frechet_distance_infinite` lays its line
 ROWS_TO_EXTRAPOLATE = 20
+LARGEST = 1e50  # of a feature: its sixth power, in the kernel, is still finite
 CHUNK = 1024  # rows whose distances to all others are held at once
 
 
@@ -78,8 +79,11 @@ def as_features(owner: str, name: str, values: Any, minimum: int = 2) -> Tensor:
     """`values` as a finite (n, d) float64 tensor on its device.
 
     Raises:
-        DataError: another shape or type, fewer than `minimum` rows, or numbers that are not finite.
+        DataError: another shape or type, fewer than `minimum` rows, masked entries, or numbers that
+            are not finite or above `LARGEST` in size.
     """
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise DataError(f"{owner}: {name} must be whole, got masked entries")
     if not isinstance(values, (Tensor, np.ndarray)):
         try:
             values = np.asarray(values, dtype=np.float64)
@@ -92,6 +96,9 @@ def as_features(owner: str, name: str, values: Any, minimum: int = 2) -> Tensor:
         values = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
     elif values.is_complex():
         raise DataError(f"{owner}: {name} must be real numbers, got {values.dtype}")
+    if values.layout != torch.strided or values.is_meta or values.is_quantized:
+        kind = "meta" if values.is_meta else values.dtype if values.is_quantized else values.layout
+        raise DataError(f"{owner}: {name} must be a dense tensor of numbers, got {kind}")
     if values.dim() != 2 or values.shape[1] < 1:
         raise DataError(f"{owner}: {name} must be (n, d) features, got {tuple(values.shape)}")
     if len(values) < minimum:
@@ -102,6 +109,11 @@ def as_features(owner: str, name: str, values: Any, minimum: int = 2) -> Tensor:
         raise DataError(
             f"{owner}: {name} must hold finite numbers, got NaN or infinity in {bad} of "
             f"{len(values)} rows"
+        )
+    if len(checked) and float(checked.abs().max()) > LARGEST:
+        raise DataError(
+            f"{owner}: {name} must hold numbers of at most {LARGEST:g} in size, got "
+            f"{float(checked.abs().max()):.3g}"
         )
     return checked
 

@@ -124,10 +124,11 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def few_warnings(metric: str, counts: dict[str, int]) -> list[str]:
-    """A line for each set under 10,000 pictures."""
+def few_warnings(metric: str, counts: dict[str, int], *, biased: bool = True) -> list[str]:
+    """A line for each set under 10,000 pictures; an unbiased measure is only less sure of them."""
+    what = "is biased" if biased else "is uncertain"
     return [
-        f"{metric} of {count:,} {name} pictures is biased; published values are of {FEW:,} or more"
+        f"{metric} of {count:,} {name} pictures {what}; published values are of {FEW:,} or more"
         for name, count in counts.items()
         if count < FEW
     ]

@@ -162,7 +162,7 @@ def kid(
         "subset_size": subset_size,
         **interval,
         **record,
-        "warnings": session.own_judge(b),
+        "warnings": few_warnings(metric, record["n"], biased=False) + session.own_judge(b),
         "tables": [_value_table(metric, float(value), interval, record["n"])],
     }
     return finish("kid", result, folder, _examples(folder, a, b))
@@ -194,8 +194,14 @@ def is_(
     splits = integer(session.owner, "splits", splits, 1)
     session.look(real, fake)
     opened = None if real is None else session.take("real", real)
-    found = session.features("fake", session.take("fake", fake, opened))
-    of_classes = (opened or found.source).pairs.captions
+    source = session.take("fake", fake, opened)
+    of_classes = (opened or source).pairs.captions
+    if isinstance(session.extractor, TextExtractor) and not any(of_classes):
+        raise DataError(
+            f"{session.owner}: captions must be there to stand for classes, got none in "
+            f"{(opened or source).spec}"
+        )
+    found = session.features("fake", source)
     p = class_probabilities(session, found, list(of_classes))
     value = inception_of(p, splits)
     interval = session.interval(lambda q: float(inception_of(q, splits)), [p], float(value), 1.0)
@@ -259,7 +265,7 @@ def prc(
         "k": k,
         "intervals": intervals,
         **record,
-        "warnings": session.own_judge(b),
+        "warnings": few_warnings("precision and recall", record["n"]) + session.own_judge(b),
         "tables": [table(["metric", "value", "95 % interval"], rows)],
     }
     return finish("prc", result, folder, _examples(folder, a, b))
@@ -317,7 +323,7 @@ def clip_score(
         "mean_cosine": float(cosines.mean()),
         **interval,
         **record,
-        "warnings": session.own_judge(found),
+        "warnings": few_warnings(metric, record["n"], biased=False) + session.own_judge(found),
         "tables": [_value_table(metric, value, interval, record["n"])],
     }
     picture = None if folder is None else _ends(source.pairs, found, fits.numpy())
