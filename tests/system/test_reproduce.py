@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 
 from dalle.cli import main
+from dalle.data.shapes import parse
 from dalle.errors import DataError, Interrupted
 from dalle.reproduce import run
 from dalle.reproduce.context import Context
@@ -97,7 +100,61 @@ def test_ctrl_c_keeps_what_is_made_and_says_so(model, tmp_path, monkeypatch):
     context = start(model, tmp_path / "out")
     with pytest.raises(Interrupted, match="^reproduce: stopped; 0 of 19 figures are in .*index"):
         run.reproduce(context)
-    assert json.loads((context.out / "figures.json").read_text()) == {}
+    later = json.loads((context.out / "figures.json").read_text())
+    assert list(later) == list(FIGURES)
+    assert {figure["missing"] for figure in later.values()} == {"Not made yet."}
+
+
+def test_a_training_that_is_stopped_keeps_what_is_made(model, tmp_path, monkeypatch):
+    def stop(_):
+        raise Interrupted("demo: stopped in stage prior")
+
+    monkeypatch.setattr(Entry, "maker", lambda self: stop)
+    with pytest.raises(Interrupted, match="^reproduce: stopped; 0 of 19 figures"):
+        run.reproduce(start(model, tmp_path / "out"), ["figure_2"])
+
+
+def test_the_time_that_is_left_follows_the_pace(capsys, model, tmp_path):
+    assert run._left([10, 20, 30], 0, 0) == 60
+    assert run._left([10, 20, 30], 1, 5) == 25
+    assert run._left([1, 20], 1, 60) == 20  # too little has been seen
+    run.reproduce(start(model, tmp_path / "out"), ["figure_11"])
+    assert "1/1 figure_11: Attention masks (about 0:01 to the end)" in capsys.readouterr().err
+
+
+def test_the_other_keys_are_there_after_one_figure(model, tmp_path):
+    made = run.reproduce(start(model, tmp_path / "out"), ["figure_11"])
+    assert list(made) == list(FIGURES)
+    assert made["figure_11"]["missing"] == "" and made["table_2"]["missing"] == "Not made yet."
+
+
+def test_binding_is_shown_on_shapes_whatever_the_set(model, tmp_path):
+    """A pipeline of pictures of one's own composes them, and one of shapes binds."""
+    pictures = write_pictures(tmp_path / "pictures", 24, side=24)
+    context = Context(model, tmp_path, sizes=TEST, device=torch.device("cpu"), data=str(pictures),
+                      shapes=model)  # fmt: skip
+    assert context.shapes_seconds == 0
+    made = run.reproduce(context, ["figure_2"])["figure_2"]
+    assert all(parse(caption).relation for caption in made["ours"]["binding_captions"])
+    assert {caption.split()[0] for caption in made["ours"]["captions"]} == {"picture"}
+    assert made["pictures"] == ["figure_2.png", "figure_2_binding.png"]
+
+
+def test_the_page_in_the_documentation_is_whole():
+    folder = Path(__file__).parents[2] / "docs" / "paper_redrawn"
+    made = json.loads((folder / "figures.json").read_text())
+    assert list(made) == list(FIGURES)
+    text = (folder / "index.html").read_text()
+    seen = Seen()
+    seen.feed(text)
+    assert seen.ids == list(FIGURES)
+    backgrounds = re.findall(r"url\('([^']+)'\)", text)
+    named = {name for figure in made.values() for name in figure["pictures"]}
+    assert named == {*seen.sources, *backgrounds}
+    assert {path.name for path in folder.iterdir()} == {*named, "figures.json", "index.html"}
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 1_500_000
+    assert not any(figure["missing"].startswith("Not made") for figure in made.values())
+    assert "/home" not in text and "/tmp" not in text and "/work" not in text
 
 
 def test_a_damaged_figure_is_made_again(model, tmp_path):

@@ -78,7 +78,8 @@ def reproduce(config: ReproduceConfig) -> None:
     )
     make_folder(config.out, "reproduce")
     made = run.reproduce(context, config.only)
-    lacking = [key for key, figure in made.items() if figure["missing"].startswith("Not made")]
-    print(f"reproduce: {len(made)} figures: {printable(str(config.out / run.PAGE))}")
+    lacking = [k for k, figure in made.items() if figure["missing"].startswith(run.NOT_MADE)]
+    there = sum(not figure["missing"].startswith("Not made") for figure in made.values())
+    print(f"reproduce: {there} figures: {printable(str(config.out / run.PAGE))}")
     if lacking:
         print(f"reproduce: not made: {', '.join(lacking)}")

@@ -156,6 +156,14 @@ class Context:
         """Draws, or reads what an earlier run has drawn."""
         return draw(OWNER, pipeline, captions, sizes, seed=self.seed, cache=self.cache)
 
+    @property
+    def shapes_seconds(self) -> float:
+        """Of the training that `shapes_folder` has before it; 0 where it has none."""
+        there = self.out / "shapes" / "pipeline" / "config.json"
+        if self.given_shapes is not None or self.set.name == "shapes" or there.exists():
+            return 0.0
+        return 60 * self.sizes.shapes_minutes
+
     @cached_property
     def shapes_folder(self) -> Path:
         """Of a pipeline trained on shapes: the given one, the model itself, or one trained here."""

@@ -10,10 +10,12 @@ import torch
 import dalle_ext
 from dalle.data.augment import to_tensor
 from dalle.data.pairs import evenly_spaced
+from dalle.data.shapes import parse
 from dalle.data.shapes_check import MIN_SIDE, check_batch
 from dalle.evaluate.drawings import Drawn
 from dalle.evaluate.results import pyplot, table
 from dalle.evaluate.sweeps import for_checker, scenes_of
+from dalle.pipeline import Pipeline
 from dalle.prior.config import PAD
 from dalle.reproduce.context import OWNER, Context
 from dalle.reproduce.figure import Figure
@@ -83,57 +85,73 @@ def _right(made: Drawn, column: int) -> float | None:
     return sum(report.all_right for report in found) / len(scenes)
 
 
-def _samples(
-    context: Context, key: str, captions: Sequence[str], text: str, differs: str, missing: str
-) -> Figure:
-    """Four samples of each caption, each the best of a few of its own."""
-    pipeline = context.pipeline
+def _drawn(
+    context: Context, pipeline: Pipeline, file: str, captions: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, float], int]:
+    """The best of 1, 4 and 16 samples of each caption: sheet, shares that are right, the most."""
     most = min(16, context.sizes.candidates) if pipeline.ranker is not None else 1
     sizes = sorted({1, max(1, most // 4), most})
     made = context.draw(pipeline, list(captions), sizes)
-    sheet = _sheet(context, f"{key}.png", made, [f"best of {size}" for size in sizes])
+    sheet = _sheet(context, file, made, [f"best of {size}" for size in sizes])
     shares = {f"best of {size}": _right(made, i) for i, size in enumerate(sizes)}
-    known = {name: share for name, share in shares.items() if share is not None}
-    return Figure(
-        text=text,
-        ours={"captions": list(captions), "share_right": known},
-        paper={"candidates": 512, "shows": "samples chosen from 512 by the contrastive model"},
-        tables=[table(["", "every fact right"], [[n, s] for n, s in known.items()])]
-        if known
-        else [table(["", "ours", "paper"], [["samples of a caption", most, 512]])],
-        pictures=[sheet["file"]],
-        sheets=[sheet],
-        command=context.own_command(key),
-        differs=differs,
-        missing=missing,
-    )
+    return sheet, {name: share for name, share in shares.items() if share is not None}, most
+
+
+PAPER_SAMPLES = {"candidates": 512, "shows": "samples chosen from 512 by the contrastive model"}
 
 
 def figure_2(context: Context) -> Figure:
-    """Captions that put together what training pairs show apart, and bind variables."""
-    pairs = context.set.unseen[-1]
+    """Composition of concepts that training pairs show apart, and variable binding on shapes."""
+    pairs, pipeline = context.set.unseen[-1], context.pipeline
     items = evenly_spaced(len(pairs), context.sizes.shown).tolist()
-    return _samples(
-        context,
-        "figure_2",
-        [pairs.captions[i] for i in items],
-        "Composition and variable binding: captions whose combinations no training pair shows.",
-        f"Captions of {context.set.name} in place of a tapir made of accordion or a hedgehog that "
-        "walks a dog; the paper's figure does not give its temperature.",
-        "The paper's captions need its training set: unseen combinations stand in. Rendered text "
-        "(the neon sign) has no stand-in.",
-    )
+    captions = [pairs.captions[i] for i in items]
+    first, right, most = _drawn(context, pipeline, "figure_2.png", captions)
+    unseen = context.shapes_set().unseen[-1].captions  # colour and shape never seen together
+    related = [c for c in dict.fromkeys(unseen) if (scene := parse(c)) and scene.relation]
+    binding = [related[i] for i in evenly_spaced(len(related), context.sizes.shown)]
+    second, bound, _ = _drawn(context, context.shapes, "figure_2_binding.png", binding)
+    rows = [["composition", name, share] for name, share in right.items()]
+    rows += [["variable binding", name, share] for name, share in bound.items()]
+    own = context.shapes is pipeline
+    where = "by the same model" if own else "by a pipeline trained on shapes"
+    if context.shapes_folder == context.out / "shapes" / "pipeline":
+        where += f" here, {context.sizes.shapes_minutes:g} minutes long"
+    return Figure(
+        text="First composition: captions whose combinations no training pair shows. Then "
+        f"variable binding, {where}: of two objects each has to get its own colour, and one colour "
+        "and shape stand together in no training pair. The checker of shapes reads the facts back "
+        "from the pixels.",
+        ours={"captions": captions, "share_right": right, "binding_captions": binding,
+              "binding_share_right": bound, "candidates": most},
+        paper=PAPER_SAMPLES,
+        tables=[table(["", "", "every fact right"], rows)] if rows else [],
+        pictures=[first["file"], second["file"]],
+        sheets=[first, second],
+        command=context.own_command("figure_2"),
+        differs=f"Captions of {context.set.name} and of shapes in place of a tapir made of "
+        "accordion and a hedgehog that walks a dog; the paper's figure does not give its "
+        "temperature.",
+        missing="The paper's captions need its training set: unseen combinations stand in. "
+        "Rendered text (the neon sign) has no stand-in.",
+    )  # fmt: skip
 
 
 def figure_3(context: Context) -> Figure:
     """Samples for captions of the held-out part."""
-    return _samples(
-        context,
-        "figure_3",
-        context.captions[: context.sizes.shown],
-        "Samples for held-out captions.",
-        f"Held-out captions of {context.set.name} in place of MS-COCO's.",
-        "No MS-COCO here: the set's own held-out captions stand in.",
+    captions = context.captions[: context.sizes.shown]
+    sheet, right, most = _drawn(context, context.pipeline, "figure_3.png", captions)
+    return Figure(
+        text="Samples for held-out captions.",
+        ours={"captions": captions, "share_right": right, "candidates": most},
+        paper=PAPER_SAMPLES,
+        tables=[table(["", "every fact right"], [[n, s] for n, s in right.items()])]
+        if right
+        else [table(["", "ours", "paper"], [["samples of a caption", most, 512]])],
+        pictures=[sheet["file"]],
+        sheets=[sheet],
+        command=context.own_command("figure_3"),
+        differs=f"Held-out captions of {context.set.name} in place of MS-COCO's.",
+        missing="No MS-COCO here: the set's own held-out captions stand in.",
     )
 
 
@@ -219,6 +237,7 @@ def figure_10(context: Context) -> Figure:
         row, column = divmod(place, prior.grid[1])
         rows.append([prior.text_len + place, token, "", row, column])
     heads = ["state", "token", "text position", "row", "column"]
+    stream = _stream(context, len(words))
     return Figure(
         text=f'The input states of the prior for "{caption}", up to the second row of codes. '
         "Padding has an embedding of its own for each position, and no text position. Row and "
@@ -227,11 +246,41 @@ def figure_10(context: Context) -> Figure:
               "length": prior.length},
         paper={"text_len": 256, "length": 1280, "drawn_text_slots": 6},
         tables=[table(heads, rows)],
+        pictures=[context.plot("figure_10.png", stream)],
         command=context.own_command("figure_10"),
         differs=f"{prior.text_len} text positions in place of 256, a grid of {prior.grid[0]} x "
         f"{prior.grid[1]} in place of 32 x 32. The paper draws six text slots and does not say "
         "how paddings are numbered: here by position.",
     )  # fmt: skip
+
+
+def _stream(context: Context, words: int) -> Any:
+    """A diagram of the whole stream: its kinds of states, and the embeddings that each sums."""
+    prior = context.pipeline.prior.config
+    text, (height, width) = prior.text_len, prior.grid
+    parts = [  # first state, states, name, colour
+        (0, 1, "start of text", "C3"),
+        (1, words, "text", "C0"),
+        (1 + words, text - 1 - words, "padding", "0.8"),
+        (text, 1, "start of image", "C3"),
+        (text + 1, height * width - 1, "codes", "C1"),
+    ]
+    figure, axis = pyplot(OWNER).subplots(figsize=(10, 2.6), layout="constrained")
+    for first, count, name, colour in parts:
+        if count > 0:
+            label = name if name not in axis.get_legend_handles_labels()[1] else None
+            axis.broken_barh([(first, count)], (3.05, 0.9), color=colour, label=label)
+    axis.broken_barh([(0, 1 + words)], (2.05, 0.9), color="C0", alpha=0.6)
+    for row in range(height):
+        first = text + row * width
+        axis.broken_barh([(first, width)], (1.05, 0.9), color=("C1", "C4")[row % 2], alpha=0.7)
+        for column in range(width):
+            axis.broken_barh([(first + column, 1)], (0.05, 0.9), color="C2",
+                             alpha=0.15 + 0.7 * column / width)  # fmt: skip
+    axis.set_yticks([3.5, 2.5, 1.5, 0.5], ["token", "text position", "row", "column"])
+    axis.set(xlabel="state", xlim=(0, prior.length), ylim=(0, 4))
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, fontsize=8, frameon=False)
+    return figure
 
 
 def figure_11(context: Context) -> Figure:

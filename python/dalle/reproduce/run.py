@@ -10,7 +10,7 @@ from typing import Any
 
 from dalle.configs import did_you_mean
 from dalle.console import duration, say
-from dalle.errors import DalleError, DataError, EnvironmentProblem, Interrupted, UsageError
+from dalle.errors import DalleError, DataError, Interrupted, UsageError
 from dalle.files import check_targets, json_sha256, make_folder, read_object, to_json
 from dalle.pictures import save_bytes
 from dalle.reproduce.context import OWNER, Context
@@ -20,6 +20,7 @@ from dalle.reproduce.registry import FIGURES
 from dalle.version import __version__
 
 PAGE, NUMBERS = "index.html", "figures.json"
+NOT_MADE = "Not made:"  # begins why a figure could not be made
 
 
 def chosen(only: Sequence[str]) -> list[str]:
@@ -49,17 +50,24 @@ def reproduce(context: Context, only: Sequence[str] = ()) -> dict[str, Any]:
         Interrupted: on Ctrl-C; the page has what was made.
     """
     keys = chosen(only)
+    begin = time.monotonic()
     check_targets(OWNER, context.out / PAGE, context.out / NUMBERS)
     made = {key: figure for key in FIGURES if (figure := _kept(context, key)) is not None}
     try:
-        for number, key in enumerate(keys, 1):
-            if key in made:
-                continue
-            say(f"{OWNER}: {number}/{len(keys)} {key}: {FIGURES[key].title}")
+        todo = [key for key in keys if key not in made]
+        seconds = [FIGURES[key].seconds for key in todo]
+        if "figure_2" in todo:
+            seconds[todo.index("figure_2")] += context.shapes_seconds
+        for number, key in enumerate(todo, 1):
+            left = duration(_left(seconds, number - 1, time.monotonic() - begin))
+            say(
+                f"{OWNER}: {number}/{len(todo)} {key}: {FIGURES[key].title} "
+                f"(about {left} to the end)"
+            )
             made[key] = _made(context, key)
             save_bytes(_file(context, key), to_json(made[key].to_dict()))
             _write(context, made)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, Interrupted) as stop:  # the latter out of a training made here
         _write(context, made)
         raise Interrupted(
             f"{OWNER}: stopped; {len(made)} of {len(FIGURES)} figures are in "
@@ -73,12 +81,32 @@ def _made(context: Context, key: str) -> Figure:
     begin, entry = time.monotonic(), FIGURES[key]
     try:
         figure = entry.maker()(context)
-    except (DataError, UsageError, EnvironmentProblem) as problem:
+    except Interrupted:
+        raise
+    except DalleError as problem:
         say(f"{OWNER}: {key}: {problem}")
-        figure = Figure(command=context.own_command(key), missing=f"Not made: {problem}")
+        figure = Figure(command=context.own_command(key), missing=f"{NOT_MADE} {problem}")
     seconds = round(time.monotonic() - begin, 1)
     say(f"{OWNER}: {key} took {duration(seconds)}")
     return replace(figure, key=key, title=entry.title, section=entry.section, seconds=seconds)
+
+
+def _later(context: Context, key: str) -> Figure:
+    """Stands where a figure was not asked for, or not reached."""
+    entry = FIGURES[key]
+    return Figure(
+        key=key,
+        title=entry.title,
+        section=entry.section,
+        command=context.own_command(key),
+        missing="Not made yet.",
+    )
+
+
+def _left(expected: Sequence[float], done: int, seconds: float) -> float:
+    """A guess of the seconds to the end: what is expected of the rest, at the pace so far."""
+    before = sum(expected[:done])
+    return sum(expected[done:]) * (seconds / before if before >= 5 else 1.0)
 
 
 def _file(context: Context, key: str) -> Path:
@@ -104,12 +132,12 @@ def _kept(context: Context, key: str) -> Figure | None:
     except DalleError:
         return None
     there = all((context.out / name).is_file() for name in figure.pictures)
-    return figure if there and not figure.missing.startswith("Not made") else None
+    return figure if there and not figure.missing.startswith(NOT_MADE) else None
 
 
 def _write(context: Context, made: dict[str, Figure]) -> dict[str, Any]:
-    """Page and numbers of what there is, in the order of the registry."""
-    figures = [made[key] for key in FIGURES if key in made]
+    """Page and numbers in the order of the registry; what was not made yet says so."""
+    figures = [made.get(key) or _later(context, key) for key in FIGURES]
     values = {figure.key: figure.to_dict() for figure in figures}
     save_bytes(context.out / NUMBERS, to_json(values))
     save_bytes(context.out / PAGE, page(context, figures))
