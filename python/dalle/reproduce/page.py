@@ -34,8 +34,9 @@ def page(context: Context, figures: Sequence[Figure]) -> bytes:
         f"{context.side} pixels. Ours stand beside the paper's numbers; each says what differs, "
         f"and which command makes it alone. {len(figures)} figures took {seconds:.0f} s."
     )
+    credit = f"<p>{escape(context.set.credit)}</p>" if context.set.credit else ""
     links = " ".join(f"<a href=#{each.key}>{escape(name(each.key))}</a>" for each in figures)
-    parts = [f"<p>{escape(about)}</p>", f"<nav>{links}</nav>"]
+    parts = [f"<p>{escape(about)}</p>", credit, f"<nav>{links}</nav>"]
     return html_page("The paper, redrawn", [*parts, *map(section, figures)], LOOK)
 
 
