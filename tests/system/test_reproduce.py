@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -188,12 +189,16 @@ def test_the_set_is_known_by_the_tokenizer():
         ("--model pipe --data nosuch", 3, "data: nosuch must be a folder, got no such folder"),
         ("--model pipe --other nowhere", 3, "other: nowhere/config.json: must be a readable"),
         ("--model pipe --out pipe/page", 2, "out must be outside model, got pipe/page"),
+        ("--model run/pipeline --out run", 2, "out must be another folder than the run of model"),
+        ("--model pipe --out pictures/000.png", 4, "out must be a folder that can be written"),
         ("--model pictures", 3, "model: pictures/config.json: must be a readable file"),
     ],
 )
 def test_what_does_not_fit_gets_one_line(model, tmp_path, monkeypatch, capsys, line, code, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pipe").symlink_to(model)
+    shutil.copytree(model, tmp_path / "run" / "pipeline")
+    (tmp_path / "run" / "work").mkdir()
     write_pictures(tmp_path / "pictures", 2)
     text = refused(capsys, ["reproduce", "--out", "page", *line.split()], code)
     assert text.startswith(f"reproduce: {words}")

@@ -65,6 +65,11 @@ def reproduce(config: ReproduceConfig) -> None:
     for option, folder in folders.items():
         if folder is not None and out.is_relative_to(folder.absolute().resolve()):
             raise UsageError(f"reproduce: out must be outside {option}, got {config.out}")
+        beside = folder is not None and out == folder.absolute().resolve().parent
+        if beside and (out / "work").is_dir():  # its page would be replaced by this one
+            raise UsageError(
+                f"reproduce: out must be another folder than the run of {option}, got {config.out}"
+            )
     device = pick_device(config.device)
     context = Context(
         config.model,
