@@ -128,6 +128,7 @@ UPPER_LIMITS: dict[str, float] = {
     "mse_weight": 1e6,
     "kl_weight": 1e6,
     "codebook_sharpness": 1e4,
+    "commitment_weight": 1e6,
     "codebook_iterations": 10**4,
     "codebook_points": 10**7,
     "codebook_images": 10**7,

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dalle.commands.dvae import METHODS
 from dalle.distributed.cluster import Cluster
 from dalle.distributed.config import ClusterConfig
 from dalle.distributed.parallelize import parallelize
 from dalle.distributed.world import Solo
 from dalle.dtensor import gather, local_part
 from dalle.dvae.model import DiscreteVAE
+from dalle.dvae.straight_through import get_codebook, takes_nearest
 from dalle.errors import CheckpointError, DalleError
 from dalle.precision import scaler
 from dalle.train import loop, update
@@ -78,7 +80,7 @@ def dvae_task(world=None, config=WARM):
     torch.manual_seed(0)
     vae, pairs = DiscreteVAE(PATCH), some_pairs()
     world = world or Solo()
-    parallelize(vae, world, vae.resblocks(), owner="dvae train", forwards=["autoencode"])
+    parallelize(vae, world, vae.resblocks(), owner="dvae train", forwards=METHODS)
     return DvaeTask(vae, pairs, config, world=world)
 
 
@@ -86,8 +88,14 @@ def dvae_losses(_rank):
     task = dvae_task(cluster_of())
     values = [task.train_step(step) for step in range(10)]
     codebook = gather(task.model.decoder.blocks.input.w)
+    other = dvae_task(cluster_of(), replace(WARM, quantizer="straight-through"))
+    others = [other.train_step(step) for step in range(16)]
+    vectors = get_codebook(other.model)
+    average = gather(other.average.average["decoder.blocks.input.w"])[:, :, 0, 0].t()
     return {"loss": [float(v["loss"]) for v in values], "counts": task.counts,
-            "codebook": codebook}  # fmt: skip
+            "codebook": codebook, "vector_loss": [float(v["loss"]) for v in others],
+            "vectors": vectors, "averaged": average, "nearest": takes_nearest(other.model),
+            "codebook_counts": other.codebook.counts}  # fmt: skip
 
 
 def small_task(cluster):

@@ -132,6 +132,17 @@ def test_dvae(one, two):
     assert torch.equal(first["counts"], one["dvae"]["counts"])
 
 
+def test_dvae_with_straight_through(one, two):
+    """One codebook, moved by the points of all processes, revived codes among them."""
+    first, second = two["dvae"]
+    assert first["vector_loss"] == pytest.approx(one["dvae"]["vector_loss"], rel=1e-4)
+    for name in ("vectors", "averaged", "codebook_counts"):
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], one["dvae"][name], rtol=1e-3, atol=1e-4)
+    assert torch.equal(first["vectors"], first["averaged"])
+    assert first["nearest"] and second["nearest"]
+
+
 def test_resume_is_bit_exact_at_the_same_number_of_processes(two, machines):
     for found in [*two["saved"], *machines["saved"]]:
         assert found["kept"] == found["again"]

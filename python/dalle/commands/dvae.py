@@ -40,18 +40,26 @@ from dalle.distributed.world import join, shared_options
 from dalle.dvae.codebook import codebook_health
 from dalle.dvae.likelihood import psnr, set_psnr
 from dalle.dvae.model import PRESETS, DiscreteVAE, DiscreteVAEConfig
+from dalle.dvae.straight_through import codebook_parameters, feature_width, freeze_codebook
 from dalle.errors import DataError, UsageError
 from dalle.files import check_not_input, check_targets
 from dalle.memory import require_memory
 from dalle.recipes import DVAE_RECIPES, scaled
 from dalle.train.config import LoopConfig
-from dalle.train.dvae import COLLAPSED, DvaeTask, DvaeTrainConfig
+from dalle.train.dvae import (
+    COLLAPSED,
+    RELAXATION_OPTIONS,
+    VECTOR_OPTIONS,
+    DvaeTask,
+    DvaeTrainConfig,
+)
 from dalle.train.fine_tune import LR_SHARE, FineTuneConfig, freeze, load_start, start_from
 from dalle.train.held_out import held_out_pictures, save_better
 from dalle.train.loop import train as run_loop
 from dalle.train.seeds import start_seed
 
 PAPER_STEPS = 3_000_000
+METHODS = ("autoencode", "vector_quantized")  # of the model, that run it
 
 if TYPE_CHECKING:
     DvaeOptions = DvaeTrainConfig
@@ -146,6 +154,7 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
         DataError: no usable data.
     """
     owner, preset, loop = "dvae train", config.preset, config.loop
+    refuse_other_quantizer(config.training)
     built_in, saved = DVAE_RECIPES.get(preset), None
     if config.start.init_from is not None:
         saved = load_start(DiscreteVAE, config.start.init_from)
@@ -191,6 +200,9 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
         model, base = PRESETS[preset], DvaeTrainConfig()
     if config.vocab_size:
         model = replace(model, vocab_size=config.vocab_size)
+    straight_through = config.training.quantizer == "straight-through"
+    if straight_through:
+        model = replace(model, n_init=feature_width(model))
     if saved is not None:
         if config.vocab_size not in (0, saved.num_tokens):
             want = f"the {saved.num_tokens} of {config.start.init_from}"
@@ -210,9 +222,42 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
         vocab_size=model.vocab_size,
         validation=share,
         loop=presets.length(loop, steps, validation is not None),
-        training=presets.filled(config.training, train_config),
+        training=without_other_quantizer(presets.filled(config.training, train_config)),
     )
     return Plan(resolved, model, train_config, pairs, validation, saved)
+
+
+def other_options(quantizer: str | None) -> tuple[str, ...]:
+    """Options that have no effect with a quantizer."""
+    return RELAXATION_OPTIONS if quantizer == "straight-through" else VECTOR_OPTIONS[1:]
+
+
+def refuse_other_quantizer(options: DvaeOptions) -> None:
+    """Raises UsageError for an option that has no effect with the quantizer."""
+    for name in other_options(options.quantizer):
+        value = getattr(options, name)
+        if value is not None:
+            quantizer = options.quantizer or "gumbel"
+            raise UsageError(
+                f"dvae train: {name} must be left out with quantizer {quantizer}, on which it has "
+                f"no effect, got {value}"
+            )
+
+
+def without_other_quantizer(options: DvaeOptions) -> DvaeOptions:
+    """The options that `refuse_other_quantizer` takes again, from a file too."""
+    changes: dict[str, Any] = dict.fromkeys(other_options(options.quantizer))
+    return replace(options, **changes)
+
+
+def codebook_is_free(vae: DiscreteVAE) -> None:
+    """Raises UsageError where `--freeze` holds what the moving averages change."""
+    for name, parameter in codebook_parameters(vae).items():
+        if not parameter.requires_grad:
+            raise UsageError(
+                f"dvae train: freeze must leave the codebook free with quantizer straight-through, "
+                f"got a pattern of {name}"
+            )
 
 
 def of_fine_tuning(recipe: DvaeTrainConfig) -> DvaeTrainConfig:
@@ -245,9 +290,13 @@ def train(config: DvaeCommandConfig) -> None:
             if made.saved is not None:
                 start = start_from(owner, vae, made.saved, config.start)
             start += freeze(owner, vae, config.start.freeze)
+            if made.train.quantizer == "straight-through":
+                codebook_is_free(vae)
+                freeze_codebook(vae)
+                start.append("nearest codes with straight-through gradients")
         vae.train_precision = presets.precision(config.precision, world.device)
         parameters = sum(p.numel() for p in vae.parameters())
-        parallelize(vae, world, vae.resblocks(), owner=owner, forwards=["autoencode"])
+        parallelize(vae, world, vae.resblocks(), owner=owner, forwards=METHODS)
         task = DvaeTask(
             vae,
             made.pairs,

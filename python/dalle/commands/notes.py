@@ -46,16 +46,17 @@ def dvae_notes(options: Any, config: DvaeTrainConfig, steps: int) -> Iterator[st
     """Of `dalle dvae train`."""
     warm = config.warm_start_steps
     left = steps - warm
-    ramps = ["tau_steps"] * (config.tau_start != config.tau_end)
-    ramps += ["kl_steps"] * (config.kl_weight > 0) + ["lr_steps"] * (
-        config.lr_start != config.lr_end
-    )
+    relaxed = config.quantizer == "gumbel"
+    ramps = ["tau_steps"] * (relaxed and config.tau_start != config.tau_end)
+    ramps += ["kl_steps"] * (relaxed and config.kl_weight > 0)
+    ramps += ["lr_steps"] * (config.lr_start != config.lr_end)
     yield from _too_long(config, ramps, left, "after the warm start" if warm else "of the run")
     yield from _average(config, left, 1)
     if config.health_every > left:
         yield f"health_every {config.health_every}: no report of the codes in {left} updates"
     if not warm:
         names = [f.name for f in dataclasses.fields(config) if f.name.startswith("codebook_")]
+        names = names if relaxed else []  # k-means comes in any case
         yield from _unused(options, config, ["warm_start_lr", *names], "without warm_start_steps")
     if config.distortion != "mse":
         yield from _unused(options, config, ["mse_weight"], "without --distortion mse")

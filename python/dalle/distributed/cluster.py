@@ -293,6 +293,9 @@ class Cluster:
         dist.all_reduce(total)
         return total / self.size
 
+    def queue_sum_(self, values: Tensor) -> None:
+        dist.all_reduce(values)
+
     @contextmanager
     def explained(self, step: Callable[[], int] | None = None) -> Iterator[None]:
         self._step = step or self._step

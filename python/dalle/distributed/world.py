@@ -61,6 +61,10 @@ class World(Protocol):
     def sum(self, values: Tensor) -> Tensor:
         """Sums over all processes, on the CPU, in float64. Collective."""
 
+    def queue_sum_(self, values: Tensor) -> None:
+        """Sums in place over all processes, on the device, which the host does not wait for; the
+        same bits on all. Collective."""
+
     def mean(self, values: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
         """A step's values over all processes: counts are summed, others averaged. Collective."""
 
@@ -187,6 +191,9 @@ class Solo:
 
     def sum(self, values: Tensor) -> Tensor:
         return values.detach().to("cpu", torch.float64, copy=True)
+
+    def queue_sum_(self, values: Tensor) -> None:
+        pass
 
     def mean(self, values: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
         return dict(values)

@@ -116,6 +116,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def straight_through(features: Tensor, vectors: Tensor) -> Tensor:
+    """`vectors`, to the bit; their gradient goes to `features` as it is. Of equal shapes."""
+    return vectors.detach() + (features - features.detach())
+
+
 def _sequence(*parts: tuple[str, nn.Module]) -> nn.Sequential:
     return nn.Sequential(OrderedDict(parts))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from dalle.configs import integer, seed_number
 from dalle.dvae.likelihood import map_pixels
 from dalle.dvae.model import DiscreteVAE
+from dalle.dvae.straight_through import require_same_width, set_codebook
 from dalle.errors import UsageError
 
 MIN_SPREAD = 1e-4  # of a feature's mean square; logits then stay below 1e5 times the sharpness
@@ -126,7 +127,7 @@ def init_codebook(
     vae: DiscreteVAE,
     images: Tensor,
     *,
-    sharpness: float,
+    sharpness: float | None,
     iterations: int,
     max_points: int,
     seed: int,
@@ -136,12 +137,13 @@ def init_codebook(
     Afterwards the logits are -sharpness * |feature - centre|^2 / (mean squared distance), up to a
     term equal for all codes, and the decoder's codebook vectors are the centres. Where the images
     have hardly more different features than there are codes, that distance is close to 0; then a
-    minimum is used instead, which keeps the logits exact in fp32.
+    minimum is used instead, which keeps the logits exact in fp32. Without sharpness the codebook is
+    set as by `straight_through.set_codebook`.
 
     Args:
-        vae: a model with a patch stem.
+        vae: a model with a patch stem, or without sharpness any of equal widths.
         images: (N, 3, H, W) in [0, 1].
-        sharpness: how peaked the first logits are.
+        sharpness: how peaked the first logits are, or None.
         iterations: passes of k-means.
         max_points: features clustered at most (a random subset).
         seed: of the subset and the first centres.
@@ -149,7 +151,9 @@ def init_codebook(
     Returns:
         The mean squared distance of a feature to its centre.
     """
-    if vae.config.stem != "patch":
+    if sharpness is None:
+        require_same_width("init_codebook", vae.config)
+    elif vae.config.stem != "patch":
         raise UsageError(f"init_codebook: stem must be 'patch', got {vae.config.stem!r}")
     features = [vae.encoder.features(map_pixels(part)) for part in images.split(256)]
     points = torch.cat([f.permute(0, 2, 3, 1).flatten(0, 2) for f in features])
@@ -166,6 +170,9 @@ def init_codebook(
         torch.randint(2**31, (), generator=generator, dtype=torch.int64, device="cpu")
     )
     centers, spread = kmeans(points, vae.num_tokens, iterations=iterations, seed=kmeans_seed)
+    if sharpness is None:
+        set_codebook(vae, centers)
+        return spread
     min_spread = MIN_SPREAD * float(points.square().sum(1).mean())
     scale = sharpness / max(spread, min_spread, 1e-12)
     logits_conv, codebook_conv = vae.encoder.logits_conv(), vae.decoder.codebook_conv()

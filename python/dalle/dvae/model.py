@@ -15,7 +15,15 @@ from torch import Tensor, nn
 import dalle_ext
 from dalle.configs import UPPER_LIMITS, check_numbers, integer
 from dalle.devices import autocast
-from dalle.dvae.blocks import Block, Decoder, Encoder, PatchBlock, PatchDecoder, PatchEncoder
+from dalle.dvae.blocks import (
+    Block,
+    Decoder,
+    Encoder,
+    PatchBlock,
+    PatchDecoder,
+    PatchEncoder,
+    straight_through,
+)
 from dalle.dvae.likelihood import expected_pixels, logit_laplace_log_prob, map_pixels
 from dalle.errors import UsageError
 from dalle.pretrained import Pretrained, from_presets
@@ -97,6 +105,24 @@ class DVAEOutput(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index, the released API name
     mu: Tensor
     codes: Tensor
+
+
+class VectorQuantized(NamedTuple):
+    """What training with straight-through gradients needs of one forward pass.
+
+    Attributes:
+        mu: (B, 3, H, W), location of the likelihood on the logit scale.
+        nll: -sum ln f / (H W 3), in nats per value, a mean over the batch.
+        commitment: mean of (z - e)^2 over all numbers of the features, e without a gradient.
+        codes: (B, h, w) int64, the nearest codes: the tokens that `encode` gives.
+        features: (B, n_init, h, w) float32, z without a gradient.
+    """
+
+    mu: Tensor
+    nll: Tensor
+    commitment: Tensor
+    codes: Tensor
+    features: Tensor
 
 
 class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
@@ -288,6 +314,23 @@ class DiscreteVAE(Pretrained[DiscreteVAEConfig]):
             codes = self.encoder.features(map_pixels(images))
             maps = self.decoder.from_codes(codes)
         return self.likelihood(images, maps)
+
+    def vector_quantized(self, images: Tensor) -> VectorQuantized:
+        """The pictures through their nearest codes, with straight-through gradients.
+
+        The codebook gets no gradient. For a model whose features and codebook vectors have the same
+        width and whose codebook `straight_through.set_codebook` has set.
+        """
+        self._check_images(images)
+        with self._precision(images):
+            features = self.encoder.features(map_pixels(images)).float()
+            with torch.no_grad():
+                codes = self.encoder.logits_conv()(features).argmax(1)
+                vectors = nn.functional.embedding(codes, self.codebook()).permute(0, 3, 1, 2)
+            maps = self.decoder.from_codes(straight_through(features, vectors))
+        commitment = (features - vectors).square().mean()
+        mu, nll = self.likelihood(images, maps)
+        return VectorQuantized(mu, nll, commitment, codes, features.detach())
 
     def likelihood(self, images: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
         """(mu, -ln f per value) of `images` under the decoder's six maps."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,13 +46,21 @@ class IterateAverage:
         decay: weight of the past at each copy, in [0, 1).
         every: updates between copies, at least 1.
         warmup: whether the decay grows from 0.1 in the first copies.
+        as_is: names of parameters that are in the average as they are now, such as a codebook that
+            is a moving average itself.
 
     Raises:
         UsageError: for a decay or interval out of range.
     """
 
     def __init__(
-        self, model: nn.Module, decay: float, every: int = 1, *, warmup: bool = False
+        self,
+        model: nn.Module,
+        decay: float,
+        every: int = 1,
+        *,
+        warmup: bool = False,
+        as_is: Collection[str] = (),
     ) -> None:
         if not 0 <= real(decay) < 1:
             raise UsageError(f"IterateAverage: decay must be in [0, 1), got {decay}")
@@ -63,8 +71,11 @@ class IterateAverage:
         self.copies = 0
         self._parameters = dict(model.named_parameters())
         self.average = {
-            name: p.detach().to(torch.float32, copy=True) for name, p in self._parameters.items()
+            # A parameter as it is shares its memory, so that it never is that of an earlier update.
+            name: p.detach() if name in as_is else p.detach().to(torch.float32, copy=True)
+            for name, p in self._parameters.items()
         }
+        self._as_is = frozenset(as_is)
 
     def _decay(self, copy: int) -> float:
         return decay_of_copy(self.decay, copy, self.warmup)
@@ -77,7 +88,8 @@ class IterateAverage:
         decay = self._decay(self.copies)
         self.copies += 1
         for name, parameter in self._parameters.items():
-            self.average[name].lerp_(parameter.detach().float(), 1 - decay)
+            if name not in self._as_is:
+                self.average[name].lerp_(parameter.detach().float(), 1 - decay)
 
     @property
     def first_share(self) -> float:

@@ -19,10 +19,18 @@ from dalle.data.loader import StepLoader
 from dalle.data.order import sampler_for
 from dalle.data.pairs import Pairs, describe_pairs, load_or_draw, load_or_skip
 from dalle.distributed.world import Solo, World
-from dalle.dvae.bound import lower_bound
+from dalle.dvae.bound import log_likelihood, lower_bound
 from dalle.dvae.codebook import codebook_health, init_codebook
 from dalle.dvae.likelihood import expected_pixels, map_pixels, psnr, set_psnr
 from dalle.dvae.model import DiscreteVAE
+from dalle.dvae.straight_through import (
+    QUANTIZERS,
+    MovingCodebook,
+    codebook_parameters,
+    freeze_codebook,
+    require_same_width,
+    takes_nearest,
+)
 from dalle.errors import DataError, UsageError
 from dalle.precision.queued import HostCopy, Values
 from dalle.train.accumulate import Accumulated, micro_batches
@@ -39,6 +47,9 @@ from dalle.train.update import update
 COLLAPSED = "the codebook has collapsed: {words}; " + (
     "lower the step size or the KL weight, let the temperature fall more slowly, or warm start"
 )
+OF_RAMPS = ("tau_start", "tau_end", "tau_steps", "kl_weight", "kl_steps")
+RELAXATION_OPTIONS = (*OF_RAMPS, "codebook_sharpness")
+VECTOR_OPTIONS = ("quantizer", "commitment_weight", "codebook_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +74,13 @@ class DvaeTrainConfig:
         warm_start_lr: step size of these updates, falling to a tenth along a cosine.
         codebook_sharpness, codebook_iterations, codebook_points: see `codebook.init_codebook`.
         codebook_images: pictures whose features are clustered.
-        health_every: updates over which codes are counted.
+        health_every: updates over which codes are counted; with straight-through, codes that took
+            no position in them are revived.
+        quantizer: "gumbel", or "straight-through": the nearest codes, a codebook of moving averages
+            (`dvae.straight_through`). Temperature, KL weight and sharpness then have no effect, and
+            without a warm start k-means comes before the first update.
+        commitment_weight: of the mean of (feature - codebook vector)^2, with straight-through.
+        codebook_decay: of the moving averages of the codebook, at each update; straight-through.
         parts: into which a batch is cut, run at the same time (`train.parts`).
         accumulate: batches of `batch_size` whose gradients make one update, computed one after
             the other: what one batch so many times as large gives, in less memory.
@@ -95,6 +112,9 @@ class DvaeTrainConfig:
     codebook_points: int = 40_000
     codebook_images: int = 2048
     health_every: int = 100
+    quantizer: str = "gumbel"
+    commitment_weight: float = 0.25
+    codebook_decay: float = 0.99
     parts: int = 1
     accumulate: int = 1
 
@@ -102,6 +122,7 @@ class DvaeTrainConfig:
         for name, choices in (
             ("augment", ("paper", "none")),
             ("distortion", ("logit_laplace", "mse")),
+            ("quantizer", QUANTIZERS),
         ):
             require("dvae train", self, f"one of {', '.join(choices)}", choices.__contains__, name)
         sizes = ("image_size", "batch_size", "health_every", "tau_start", "tau_end", "lr_start")
@@ -110,7 +131,9 @@ class DvaeTrainConfig:
         require("dvae train", self, "positive", lambda x: x > 0, *sizes, *more)
         lengths = ("tau_steps", "kl_steps", "lr_steps", "warm_start_steps")
         require("dvae train", self, "0 or more", lambda x: x >= 0, *lengths, "kl_weight", "lr_end")
-        require("dvae train", self, "in [0, 1)", lambda x: 0 <= x < 1, "average_decay")
+        require("dvae train", self, "0 or more", lambda x: x >= 0, "commitment_weight")
+        decays = ("average_decay", "codebook_decay")
+        require("dvae train", self, "in [0, 1)", lambda x: 0 <= x < 1, *decays)
         require_adamw("dvae train", self)
         check_numbers("dvae train", self)
 
@@ -158,15 +181,23 @@ class DvaeTask:
         self.validation = validation
         self.device = next(vae.parameters()).device
         self.world: World = world or Solo(self.device)
+        self.straight_through = config.quantizer == "straight-through"
+        if self.straight_through:
+            require_same_width("dvae train", vae.config)
+            freeze_codebook(vae)
         self.data = describe_pairs(pairs)
         self.world.require_same(self.describe())
         require_one_part("dvae train", config.parts, self.world)
-        vae.grid(config.image_size)
+        rows, columns = vae.grid(config.image_size)
         if config.warm_start_steps and vae.config.stem != "patch":
             raise UsageError(
                 f"dvae train: stem must be 'patch' for a warm start, got {vae.config.stem!r}"
             )
-        if config.warm_start_steps:
+        # A codebook of k-means; not where a model that takes the nearest code is trained further.
+        self.starts_codebook = config.warm_start_steps > 0 or (
+            self.straight_through and not (started_from(vae) and takes_nearest(vae))
+        )
+        if self.starts_codebook:
             with self.world.raise_on_all():
                 self._check_codebook()
         self.world.part(config.total_batch)
@@ -181,9 +212,13 @@ class DvaeTask:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.average: IterateAverage | None = IterateAverage(
-            vae, config.average_decay, warmup=config.average_warmup
-        )
+        self.average: IterateAverage | None = self._new_average()
+        self.codebook: MovingCodebook | None = None
+        if self.straight_through:
+            self.codebook = MovingCodebook(
+                vae, config.codebook_decay, self.world.device, self.world.queue_sum_
+            )
+            self.codebook.reset(config.total_batch * rows * columns)
         self.counts = torch.zeros(vae.num_tokens, dtype=torch.int64, device="cpu")
         self.tokens_counted = 0
         self.health: dict[str, float] = {}
@@ -192,6 +227,8 @@ class DvaeTask:
         """What fixes the training: model, recipe, data, seed."""
         start = {**started_from(self.model), **frozen(self.model)}
         fixed = {**described(self.model, self.config), **start}
+        if not self.straight_through:  # as before there was a choice
+            fixed["train"] = {k: v for k, v in fixed["train"].items() if k not in VECTOR_OPTIONS}
         return {**fixed, "data": self.data, "seed": self.seed}
 
     def images(self, items: np.ndarray, limit: int) -> Tensor:
@@ -284,10 +321,13 @@ class DvaeTask:
             means = {"loss": loss, "psnr": quality}
             others = {"grad_norm": grad_norm, "data_wait": waited, "images": len(images)}
             return self._global_means(share, means, others)
-        if step == c.warm_start_steps and c.warm_start_steps:
+        if step == c.warm_start_steps and self.starts_codebook:
             settle(self)  # the average of the steps so far ends here
             self._make_codebook()
         ramp_step = step - c.warm_start_steps
+        lr = cosine_ramp(ramp_step, c.lr_start, c.lr_end, c.lr_steps)
+        if self.codebook is not None:
+            return self._vector_step(self.codebook, step, images, lr, waited)
         tau = cosine_ramp(ramp_step, c.tau_start, c.tau_end, c.tau_steps)
         kl_weight = cosine_ramp(ramp_step, 0.0, c.kl_weight, c.kl_steps)
         seed, first = step_seed(self.seed, step, 2), self.part().start
@@ -305,7 +345,6 @@ class DvaeTask:
             return *(len(part) / len(images) * x for x in losses), out.codes
 
         total, outputs = self._accumulate(relax, len(images), share)
-        lr = cosine_ramp(ramp_step, c.lr_start, c.lr_end, c.lr_steps)
         repeat_forward = partial(forward, images, first=first)
         grad_norm = update(self, total, step, lr=lr, forward=repeat_forward)
         loss, nll, kl, quality = sum_parts([part[:-1] for part in outputs])
@@ -314,6 +353,43 @@ class DvaeTask:
         shared = {"tau": tau, "kl_weight": kl_weight, "grad_norm": grad_norm, "data_wait": waited}
         more = partial(self._count, codes, step)
         return self._global_means(share, means, {**shared, "images": len(images)}, more)
+
+    def _vector_step(
+        self, codebook: MovingCodebook, step: int, images: Tensor, lr: float, waited: float
+    ) -> Values:
+        """One update of nearest codes with straight-through gradients, then of the codebook."""
+        c, share = self.config, self.world.weight(self.config.total_batch)
+
+        def quantize(rows: slice) -> tuple[Tensor, ...]:
+            part = images[rows]
+            out = self.model.vector_quantized(part)
+            loss = self._mse(part, out.mu) if c.distortion == "mse" else out.nll
+            loss = loss + c.commitment_weight * out.commitment
+            losses = (loss, out.nll.detach(), out.commitment.detach(), self._psnr(part, out.mu))
+            return *(len(part) / len(images) * x for x in losses), out.codes, out.features
+
+        total, outputs = self._accumulate(quantize, len(images), share)
+        repeat_forward = partial(self.model.vector_quantized, images)
+        grad_norm = update(self, total, step, lr=lr, forward=repeat_forward)
+        settle(self)  # the counts are then those of the steps before
+        loss, nll, commitment, quality = sum_parts([part[:-2] for part in outputs])
+        codes, features = (torch.cat([part[i] for part in outputs]) for i in (-2, -1))
+        window_ends = (step + 1) % c.health_every == 0
+        whole_window = window_ends and step + 1 - c.warm_start_steps >= c.health_every
+        points = codes[0].numel()
+        revived = codebook.update(
+            features.permute(0, 2, 3, 1).flatten(0, 2),
+            codes.flatten(),
+            grad_norm,
+            window=self.counts if whole_window else None,
+            first=self.part().start * points,
+            total=c.total_batch * points,
+            seed=step_seed(self.seed, step, 5),
+        )
+        more = partial(self._count, HostCopy({"codes": codes, "revived": revived}), step)
+        means = {"loss": loss, "nll": nll, "commitment": commitment, "psnr": quality}
+        others = {"grad_norm": grad_norm, "data_wait": waited, "images": len(images)}
+        return self._global_means(share, means, others, more)
 
     def _accumulate(
         self, run: Callable[[slice], tuple[Tensor, ...]], size: int, share: float
@@ -365,7 +441,11 @@ class DvaeTask:
 
         def round_trip(rows: slice) -> tuple[Tensor, ...]:
             tokens = vae.encode(images[rows])
-            bound = lower_bound(vae, images[rows], first=rows.start)
+            if self.straight_through:  # q is certain of the nearest code: its KL is ln K
+                bound = log_likelihood(vae, images[rows], tokens)
+                bound = bound - tokens[0].numel() * math.log(vae.num_tokens)
+            else:
+                bound = lower_bound(vae, images[rows], first=rows.start)
             return vae.decode(tokens).clamp(0, 1), tokens, bound
 
         outputs = run_parts_no_grad(
@@ -385,8 +465,14 @@ class DvaeTask:
         return to_tensor(held_out_pictures(self.validation, self.config.image_size)[0])
 
     def state(self) -> dict[str, Any]:
-        """The code counts of the window that is open, and the last window's health."""
-        counted = {"counts": self.counts.tolist(), "tokens_counted": self.tokens_counted}
+        """The code counts of the window that is open, and the last window's health; the averaged
+        counts of a codebook of moving averages."""
+        counted: dict[str, Any] = {
+            "counts": self.counts.tolist(),
+            "tokens_counted": self.tokens_counted,
+        }
+        if self.codebook is not None:
+            counted["codebook_counts"] = self.codebook.counts.tolist()
         return {**counted, "health": self.health}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -396,6 +482,8 @@ class DvaeTask:
             want = f"one for each of {self.model.num_tokens} codes"
             raise UsageError(f"dvae: counts must be {want}, got {len(counts)}")
         health = {str(name): float(value) for name, value in dict(state["health"]).items()}
+        if self.codebook is not None:
+            self.codebook.load_counts(state.get("codebook_counts"))
         self.tokens_counted = integer("dvae", "tokens_counted", state["tokens_counted"], 0)
         self.counts = torch.tensor(counts, dtype=torch.int64, device="cpu")
         self.health = health
@@ -409,7 +497,7 @@ class DvaeTask:
                 init_codebook(
                     model.to(self.device),
                     self.images(order, c.codebook_images),
-                    sharpness=c.codebook_sharpness,
+                    sharpness=None if self.straight_through else c.codebook_sharpness,
                     iterations=c.codebook_iterations,
                     max_points=c.codebook_points,
                     seed=start_seed(self.seed, "codebook"),
@@ -420,7 +508,13 @@ class DvaeTask:
                         f"dvae train: only {distinct} of the {codes} codes differ at the start, "
                         "the pictures have no more different parts"
                     )
-        self.average = IterateAverage(self.model, c.average_decay, warmup=c.average_warmup)
+        self.average = self._new_average()
+
+    def _new_average(self) -> IterateAverage:
+        """Of the weights as they are; a codebook of moving averages is not averaged again."""
+        c = self.config
+        names = tuple(codebook_parameters(self.model)) if self.straight_through else ()
+        return IterateAverage(self.model, c.average_decay, warmup=c.average_warmup, as_is=names)
 
     def _mse(self, images: Tensor, mu: Tensor) -> Tensor:
         error = (torch.sigmoid(mu) - map_pixels(images)).square().mean()
@@ -443,7 +537,8 @@ class DvaeTask:
 
     def _count(self, codes: HostCopy, step: int) -> dict[str, float]:
         """Counts this batch's codes, without the noise, which would hide a collapse; the health."""
-        index = torch.as_tensor(codes.read()["codes"], dtype=torch.int64, device="cpu").flatten()
+        read = codes.read()
+        index = torch.as_tensor(read["codes"], dtype=torch.int64, device="cpu").flatten()
         counts = torch.bincount(index, minlength=len(self.counts))
         counts = self.world.sum(counts).long()
         self.counts += counts
@@ -454,6 +549,8 @@ class DvaeTask:
         if health.collapsed(self.tokens_counted):
             say(f"dvae: after step {step + 1}: " + COLLAPSED.format(words=health.in_words()))
         self.health = {"codes_used": health.used, "perplexity": health.perplexity}
+        if "revived" in read:
+            self.health["revived"] = float(read["revived"])
         self.counts.zero_()
         self.tokens_counted = 0
         return self.health
