@@ -122,8 +122,9 @@ def caption(model: Prior) -> Tensor:
 def stepper(model: Prior, samples: int, **options: Any) -> Callable[[], Tensor]:
     """A step in the middle of the grid."""
     decoder = Decoder(model, 1, samples, **options)
-    decoder.set_text(caption(model))
     at = model.config.num_image_tokens // 2
+    given = torch.randint(0, model.config.image_vocab, (1, at))
+    decoder.set_text(caption(model), given)
     previous = torch.randint(0, model.config.image_vocab, (1, samples))
     return lambda: decoder.step(at, previous)
 

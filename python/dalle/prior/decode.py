@@ -83,7 +83,9 @@ class Decoder:
         self.slots, self.vocab = prior.config.num_image_tokens, prior.config.image_vocab
         self.guided = cond_scale not in (0, 1)
         bits = checked_bits("Decoder", cache_bits)
-        self._given: int | None = None
+        self._next: range | None = None  # the slots that `step` may take
+        if max_batch is not None:
+            max_batch = integer("Decoder", "max_batch", max_batch, 1)
         device = prior.start_of_text.device
         count, branches = self.batch * self.samples, 1 + self.guided
         rows = ROWS if device.type == "cpu" else max(count, max_batch or 0) * branches
@@ -127,22 +129,24 @@ class Decoder:
                     known[key] = prefill(self.prior, row[None], given[None])
                 read.append(known[key])
         self._step.fill(read, prime.shape[1])
-        self._given = prime.shape[1]
+        self._next = range(prime.shape[1], prime.shape[1] + 1)
 
     @torch.no_grad()
     def step(self, slot: int, previous: Tensor | None) -> Tensor:
         """Logits of the token at `slot`, guided where `cond_scale` says so.
 
         Args:
-            slot: slots come in order, from the first that was not given.
+            slot: slots come in order, from the first that was not given; the last one may come
+                again, its key is written anew.
             previous: (B, S) int64, tokens of slot - 1; None at slot 0.
 
         Returns:
             (B, S, K) fp32, overwritten by the next step.
 
         Raises:
-            UsageError: a slot out of range, tokens that do not fit, or no `set_text` before.
+            UsageError: a slot out of range or order, tokens that do not fit, or no `set_text`.
         """
+        slot = integer("Decoder", "slot", slot)
         if not 0 <= slot < self.slots:
             raise UsageError(f"Decoder: slot must be 0 .. {self.slots - 1}, got {slot}")
         if (previous is None) != (slot == 0):
@@ -153,9 +157,13 @@ class Decoder:
             if isinstance(previous, Tensor) and tuple(previous.shape) != want:
                 raise UsageError(f"Decoder: previous must be {want}, got {tuple(previous.shape)}")
             self.prior.check_image_tokens(previous, self.samples, self.batch)
-        if self._given is None:
+        if self._next is None:
             raise UsageError("Decoder: set_text must be called before step, got no text")
+        if slot not in self._next:
+            order = " or ".join(map(str, self._next))
+            raise UsageError(f"Decoder: slot must be {order}, slots come in order, got {slot}")
         logits = self._step(slot, previous)  # (G * B, S, K)
+        self._next = range(slot, min(slot + 2, self.slots))
         if self.guided:
             logits, base = logits.view(2, self.batch, self.samples, -1).unbind(0)
             logits = base + self.cond_scale * (logits - base)
@@ -289,18 +297,9 @@ def _drawn(
                 decoder = Decoder(prior, *shape, **options)
             inside = slice(rows.start, rows.stop)
             decoder.set_text(text[inside], prime[inside])
-            noise = torch.stack(
-                [
-                    uniform_noise(
-                        seed,
-                        keys[row],
-                        range(first[row] + columns.start, first[row] + columns.stop),
-                        slots,
-                    )
-                    for row in rows
-                ],
-                -1,
-            )  # (s, N, b)
+            each = [(r, range(first[r] + columns.start, first[r] + columns.stop)) for r in rows]
+            drawn_from = [uniform_noise(seed, keys[row], own, slots) for row, own in each]
+            noise = torch.stack(drawn_from, -1)  # (s, N, b)
             noise = noise.permute(1, 2, 0).contiguous().to(device)  # (N, b, s)
             tokens = torch.empty(*shape, slots, dtype=torch.int64, device=device)
             given = prime.shape[1]
@@ -347,9 +346,8 @@ def generate(
         text: (B, text_len - 1) int64, PAD where there is no token; not changed.
         num_samples: S, images of each caption.
         sampling: temperature, top_k, top_p (which act after the temperature), cond_scale and
-            cache_bits. The
-            caption-free branch of guidance reads padding only, so train with `caption_dropout` for
-            scales above 1.
+            cache_bits. The caption-free branch of guidance reads padding only, so train with
+            `caption_dropout` for scales above 1.
         prime: (B, n) int64, the first n tokens of each image in raster order, kept as they are.
         seed: the noise is a function of (seed, caption, number of the sample, step) alone, so an
             image does not depend on what else is drawn, nor on `max_batch`. A caption that comes
