@@ -25,12 +25,14 @@ from dalle.dvae.straight_through import (
     takes_nearest,
 )
 from dalle.errors import UsageError
+from dalle.pipeline import Pipeline
 from dalle.train import late
 from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTrainConfig
 from dalle.train.loop import train
 from dalle.train.seeds import step_seed
 from support.dvae import PATCH, SHORT, WARM, make_task, some_pairs
+from support.toy_pipeline import CAPTION, build
 
 CPU = torch.device("cpu")
 VECTOR = replace(WARM, quantizer="straight-through", distortion="mse", health_every=4)
@@ -302,3 +304,15 @@ def test_command_trains_and_its_config_repeats_it(tmp_path, capsys, recipe):
     assert takes_nearest(moved_on)
     gap = (get_codebook(moved_on) - get_codebook(first)).norm() / get_codebook(first).norm()
     assert float(gap) < 0.3  # goes on from the codebook, without k-means
+
+
+def test_a_pipeline_of_such_a_model_draws(tmp_path):
+    pipeline = build()
+    set_codebook(pipeline.vae, torch.randn(16, 8, generator=generator(10)))
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    again = Pipeline.from_pretrained(tmp_path / "pipeline")
+    first, second = (
+        x.generate(CAPTION, num_candidates=2, top=1, seed=0) for x in (pipeline, again)
+    )
+    assert takes_nearest(again.vae) and first.images.shape[-2:] == (16, 16)
+    assert torch.equal(first.images, second.images)

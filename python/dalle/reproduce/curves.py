@@ -9,7 +9,7 @@ import dalle
 from dalle.demo.plots import SERIES, losses_figure
 from dalle.errors import DataError
 from dalle.evaluate.results import pyplot, table
-from dalle.files import read_object
+from dalle.files import read_bytes, read_object
 from dalle.reproduce.context import OWNER, Context
 from dalle.reproduce.figure import Figure
 from dalle.train.metrics import METRICS_FILE, read_metrics
@@ -87,10 +87,12 @@ def quantizers(context: Context) -> Figure:
         found = read_object(file, DataError)
     except DataError as problem:
         return Figure(paper=stated, command=command, missing=str(problem))
-    return _quantizers(found, file, stated, command)
+    return _quantizers(context, found, file, stated, command)
 
 
-def _quantizers(found: dict[str, Any], file: Path, stated: Any, command: str) -> Figure:
+def _quantizers(
+    context: Context, found: dict[str, Any], file: Path, stated: Any, command: str
+) -> Figure:
     rows = found.get("table")
     columns: list[str] = []
     cells: list[list[Any]] = []
@@ -103,8 +105,13 @@ def _quantizers(found: dict[str, Any], file: Path, stated: Any, command: str) ->
         return Figure(
             paper=stated, command=command, missing=f"{file.name} must hold a table, got none"
         )
+    drawn = file.parents[2] / "docs" / "images" / "quantizers.png"
+    shown = [context.save("quantizers.png", read_bytes(drawn))] if drawn.is_file() else []
     return Figure(
-        text="The same dVAE trained with the gumbel relaxation and with straight-through.",
+        text="The same dVAE trained with the gumbel relaxation and with straight-through; mean and "
+        "standard deviation over the seeds."
+        + (" Unseen pictures over the reconstructions of both." if shown else ""),
+        pictures=shown,
         ours={"table": rows, "file": file.name},
         paper=stated,
         tables=[table(["quantizer", *columns], cells, file.name)],
