@@ -19,6 +19,7 @@ from typing import Any
 from dalle.configs import did_you_mean
 from dalle.console import guarded_streams, printable
 from dalle.errors import DalleError, EnvironmentProblem, UsageError
+from dalle.files import folders_of_failure_removed
 from dalle.version import __version__
 
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
@@ -235,7 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = 0
     with guarded_streams() as (out, _):
         try:
-            run(words)
+            with folders_of_failure_removed():
+                run(words)
         except SystemExit:  # after the help of a command
             out.flush()
             if not out.problem:

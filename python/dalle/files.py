@@ -101,6 +101,24 @@ def read_bytes(path: Path | str, limit: int = MAX_TEXT_BYTES) -> bytes:
     return data
 
 
+_watched: list[list[Path]] = []  # folders that were not there, of each `folders_of_failure_removed`
+
+
+@contextmanager
+def folders_of_failure_removed() -> Iterator[None]:
+    """Where the work inside fails, folders that `make_folder` made and that are empty go again."""
+    _watched.append([])
+    try:
+        yield
+    except BaseException:
+        for folder in sorted(_watched[-1], key=lambda path: -len(path.parts)):
+            with suppress(OSError, ValueError):  # it holds something, or was never made
+                folder.rmdir()
+        raise
+    finally:
+        _watched.pop()
+
+
 def make_folder(path: Path | str, owner: str) -> Path:
     """Makes the folder of a command's `out`, before the work whose results go there.
 
@@ -108,6 +126,8 @@ def make_folder(path: Path | str, owner: str) -> Path:
         EnvironmentProblem: it cannot be made or written, in one line that begins with `owner`.
     """
     path = Path(path)
+    if _watched:
+        _watched[-1].extend(p for p in (path, *path.parents) if not os.path.lexists(p))
     try:
         path.mkdir(parents=True, exist_ok=True)
         reason = None if os.access(path, os.W_OK | os.X_OK) else "no permission"

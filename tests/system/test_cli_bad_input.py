@@ -69,7 +69,7 @@ BAD = [
     (f"{PRIOR} --preset tinny", USAGE, r"preset must be .*did you mean tiny\?"),
     (f"{SAMPLE} --model cut", DATA, "cut/prior/model.safetensors: must be a safetensors file"),
     (f"{SAMPLE} --model pipe/vae", DATA, "class must be Pipeline, got DiscreteVAE"),
-    (f"{SAMPLE} --seed -1", USAGE, "generate: seed must be 0 or more, got -1"),
+    (f"{SAMPLE} --seed -1", USAGE, "sample: seed must be 0 or more, got -1"),
     (f"{SAMPLE} --top 0", USAGE, "sample: top must be 1 or more, got 0"),
     (f"{SAMPLE} --file bytes.txt", DATA, "file must be readable text, got bytes.txt"),
     (f"{SAMPLE} --prime-image no.png", DATA, "no.png: image must be a plain file"),

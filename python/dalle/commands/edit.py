@@ -47,7 +47,7 @@ from dalle.files import to_json
 from dalle.options import REPEATED
 from dalle.pipeline import MAX_CANDIDATES, Generation
 from dalle.prior.editing import GROUP
-from dalle.prior.sampling import SamplingChanges
+from dalle.prior.sampling import MAX_SEED, SamplingChanges
 from dalle.prior.step import check_weights
 from dalle.train.signals import signals
 
@@ -207,6 +207,7 @@ def check_config(config: EditConfig) -> str:
     if config.num_candidates is not None:
         integer("edit", "num_candidates", config.num_candidates, 1, MAX_CANDIDATES)
     integer("edit", "top", config.top, 1)
+    integer("edit", "seed", config.seed, 0, MAX_SEED)
     return caption
 
 

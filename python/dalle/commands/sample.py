@@ -44,7 +44,7 @@ from dalle.devices import pick_device
 from dalle.errors import DataError, Interrupted, UsageError
 from dalle.files import to_json
 from dalle.pipeline import MAX_CANDIDATES
-from dalle.prior.sampling import SamplingChanges
+from dalle.prior.sampling import MAX_SEED, SamplingChanges
 from dalle.prior.step import check_weights
 from dalle.train.signals import signals
 
@@ -135,6 +135,10 @@ def sample(config: SampleConfig) -> None:
     if num_candidates is not None:
         num_candidates = integer("sample", "num_candidates", num_candidates, 1, MAX_CANDIDATES)
     integer("sample", "top", config.top, 1)
+    integer("sample", "seed", config.seed, 0, MAX_SEED)
+    rows = integer("sample", "prime_rows", config.prime_rows, 0)
+    if rows and config.prime_image is None:
+        raise UsageError(f"sample: prime_rows must be 0 without a prime_image, got {rows}")
     if config.max_batch is not None:
         integer("sample", "max_batch", config.max_batch, 1)
     model = find_model("sample", "model", config.model)
@@ -160,7 +164,9 @@ def sample(config: SampleConfig) -> None:
     require_best_fit("sample", pipeline, top, sampling)
     check_weights(config.weights, device)
     pictures.check_sheet("sample", top, pipeline.image_size, config.scale)
-    prime, rows = None, config.prime_rows
+    prime = None
+    if rows >= pipeline.grid[0]:
+        raise UsageError(f"sample: prime_rows must be 1 to {pipeline.grid[0] - 1}, got {rows}")
     if config.prime_image is not None:
         prime = read_image(config.prime_image, pipeline.image_size)
         rows = rows or pipeline.grid[0] // 2
