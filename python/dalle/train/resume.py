@@ -13,7 +13,7 @@ from dalle.train.config import LoopConfig
 from dalle.train.manifest import checkpoints, remove_stale, step_of
 from dalle.train.task import Task
 
-FIXED_KEYS = ("model.", "ranker.", "train.optimizer")
+FIXED_KEYS = ("model.", "ranker.", "train.optimizer", "train.quantizer")
 ACCEPT_HINT = "--accept-changes goes on with this run's"
 
 
