@@ -69,7 +69,7 @@ def set_codebook(vae: DiscreteVAE, vectors: Tensor) -> None:
     fill_(logits_conv.w, 2 * vectors[:, :, None, None])
     fill_(logits_conv.b, -vectors.square().sum(1))
     fill_(codebook_conv.w, vectors.t()[:, :, None, None].contiguous())
-    fill_(codebook_conv.b, torch.zeros(vectors.shape[1], dtype=torch.float32))
+    fill_(codebook_conv.b, vectors.new_zeros(vectors.shape[1]))
 
 
 @torch.no_grad()

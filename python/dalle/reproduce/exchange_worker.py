@@ -81,7 +81,7 @@ def part_of(data: Mapping[str, Tensor], step: int, process: int) -> tuple[Tensor
     """Text and tokens of a process's part of the batch of a step; the batches repeat."""
     count = len(data["text"])
     first = (step * dist.get_world_size() + process) * BATCH
-    rows = (torch.arange(BATCH) + first) % count
+    rows = (torch.arange(BATCH, dtype=torch.int64, device="cpu") + first) % count
     return data["text"][rows], data["tokens"][rows]
 
 

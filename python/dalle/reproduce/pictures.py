@@ -291,7 +291,8 @@ def figure_11(context: Context) -> Figure:
     plt = pyplot(OWNER)
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
     masks = {kind: pattern.mask() for kind, pattern in patterns.items()}
-    order = torch.cat([torch.arange(6), 6 + torch.arange(16).view(4, 4).t().flatten()])
+    number = torch.arange(22, dtype=torch.int64, device="cpu")
+    order = torch.cat([number[:6], number[6:].view(4, 4).t().flatten()])
     shown = [
         (kinds["row"], masks["row"]),
         (kinds["column"], masks["column"]),

@@ -235,6 +235,6 @@ def _plain(value: float | Tensor) -> Any:
 def _ended(records: list[dict[str, Any]]) -> dict[str, float]:
     """Block -> mean of log2 of its scale over the last quarter of the run."""
     rows = [record["block_scale"] for record in records[-max(1, len(records) // 4) :]]
-    means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
+    means = torch.tensor(rows, dtype=torch.float64, device="cpu").mean(0).tolist()
     names = [f"layers.{i // 2}.{('attention', 'mlp')[i % 2]}" for i in range(len(means))]
     return dict(zip(names, means, strict=True))
