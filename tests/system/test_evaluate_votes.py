@@ -199,6 +199,26 @@ def test_the_page_is_blind_and_keeps_answers(home):
     assert result["questions"]["match"]["majority"]["neither"]["count"] == 1
 
 
+def test_answers_are_added_in_the_columns_of_the_file(home, capsys):
+    def answer(address):
+        page = get(address + "?worker=Bo").decode()
+        post(address, token=field(page, "token"), worker="Bo", task=field(page, "task"),
+             realistic="1", match="neither")  # fmt: skip
+        raise KeyboardInterrupt
+
+    path = home / "other.csv"
+    path.write_text("note,seconds,match,realistic,worker,task\n,9,ours,theirs,Ann,1")
+    options = {"votes": path, "serving": True, "port": 0, "each": 2}
+    result = evaluate.votes("a", "b", ready=answer, **options)
+    assert result["workers"]["Ann"]["answers"] == result["workers"]["Bo"]["answers"] == 1
+    assert path.read_text().splitlines()[2].split(",")[2:5] == ["neither", "1", "Bo"]
+    content = "task,worker,realistic,match\n1,Ann,1,1\n"  # a page's answer would not fit
+    path.write_text(content)
+    words = f"eval votes --ours a --theirs b --votes {path} --serve --port 0 --out lacking"
+    assert main(words.split()) == 3 and "votes must have the columns" in capsys.readouterr().err
+    assert path.read_text() == content
+
+
 @pytest.mark.parametrize(
     ("content", "line"),
     [

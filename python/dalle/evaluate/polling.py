@@ -72,6 +72,7 @@ class Poll:
         self.shown: dict[tuple[str, int], float] = {}  # when a task was first shown to a worker
         self.given = {(ballot.worker, ballot.task - 1) for ballot in ballots}
         self.counts = Counter(task for _, task in self.given)
+        self.columns: Sequence[str] = COLUMNS  # as the head of the file orders them
         self.token = secrets.token_hex(8)  # of the forms: no other page's form is taken
 
     def left(self) -> int:
@@ -103,9 +104,10 @@ class Poll:
             chosen("answer", "realistic", realistic, self.swapped[task])
             chosen("answer", "match", match, self.swapped[task])
             seconds = now - self.shown[worker, task]
-            row = [task + 1, worker, realistic, match, f"{seconds:.1f}"]
+            row = (task + 1, worker, realistic, match, f"{seconds:.1f}")
+            cells = dict(zip(COLUMNS, row, strict=True))
             text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerow(row)
+            csv.DictWriter(text, self.columns, lineterminator="\n").writerow(cells)
             with open(self.path, "ab", opener=regular_opener) as file:
                 file.write(text.getvalue().encode())
                 file.flush()
@@ -114,13 +116,31 @@ class Poll:
             self.counts[task] += 1
 
 
-def start_file(path: Path) -> None:
-    """Writes the head of a new file of answers, and ends a last line that was cut off."""
+def start_file(owner: str, path: Path) -> list[str]:
+    """Writes the head of a new file of answers, and ends a last line that was cut off.
+
+    Returns:
+        The columns in the order of the file, which an added answer must follow.
+
+    Raises:
+        DataError: the head of a file that is there lacks a column.
+        OSError: the file cannot be read or written.
+    """
     if not path.exists() or path.stat().st_size == 0:
         path.write_text(",".join(COLUMNS) + "\n")
-    elif not read_bytes(path).endswith(b"\n"):
+    content = read_bytes(path)
+    head = content.decode("utf-8-sig", "replace").splitlines()[0]
+    columns = [name.strip() for name in next(csv.reader([head]), [])]
+    missing = [name for name in COLUMNS if name not in columns]
+    if missing or len(set(columns)) != len(columns):
+        raise DataError(
+            f"{owner}: votes must have the columns {', '.join(COLUMNS)}, once each, to add answers "
+            f"to, got {', '.join(columns) or 'none'} in {path}"
+        )
+    if not content.endswith(b"\n"):
         with open(path, "ab", opener=regular_opener) as file:
             file.write(b"\n")
+    return columns
 
 
 def form(poll: Poll, worker: str, task: int) -> bytes:
@@ -268,10 +288,11 @@ def serve(owner: str, poll: Poll, port: int, ready: Callable[[str], None] | None
         Whether all votes are there.
 
     Raises:
+        DataError: the file of answers lacks a column.
         EnvironmentProblem: the port is taken, or the file cannot be written.
     """
     try:
-        start_file(poll.path)
+        poll.columns = start_file(owner, poll.path)
         server = _Server(port, poll)
     except OSError as problem:
         what = f"{poll.path} must be writable" if problem.filename else f"port {port} must be free"
