@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dalle.cli import load_target
 from dalle.commands import encode as command
 from dalle.commands.encode import EncodeConfig, encode
 from dalle.commands.presets import split_pairs
@@ -23,6 +25,7 @@ from dalle.data.sources import load_pairs
 from dalle.data.split import hold_out
 from dalle.demo.sets import open_parts
 from dalle.errors import DataError, UsageError
+from dalle.options import parse_options
 from dalle.train.config import LoopConfig
 from dalle.train.loop import train
 from dalle.train.metrics import read_metrics
@@ -120,6 +123,33 @@ def test_pictures_that_cannot_be_encoded_are_named_and_no_more_than_ten(home, tm
     said = capsys.readouterr()
     assert said.err.count("pairs: left out: ") == 10 and "pairs/01.png: " in said.err
     assert "1 pictures in 3 shards" in said.out and "; left out 13: 13 x smaller" in said.out
+
+
+@pytest.mark.parametrize("place", ["", "RUN", "PIPELINE"])
+def test_the_next_command_is_complete(place, home, tmp_path, capsys):
+    vae = tmp_path / {"": "vae", "RUN": "my run/dvae/model", "PIPELINE": "my run/vae"}[place]
+    shutil.copytree(home / "vae", vae)
+    out, tokenizer = tmp_path / "my codes", tmp_path / "my run/tokenizer"
+    if place:
+        make_parts()[0].save_pretrained(tokenizer)
+    encode(options(home, vae=vae, out=out))
+    words = shlex.split(capsys.readouterr().out.split(": next: ")[1])
+    expected = f"dalle tokenizer train --data OUT --out {tmp_path}/tokenizer"
+    if place:
+        expected = "dalle prior train --data OUT --preset tiny --tokenizer TOKENIZER --vae VAE"
+        expected += " --out OUT-prior"
+    known = {
+        "OUT": str(out),
+        "TOKENIZER": str(tokenizer),
+        "VAE": str(vae),
+        "OUT-prior": f"{out}-prior",
+    }
+    assert words == [known.get(word, word) for word in expected.split()]
+    parse_options(
+        load_target(("prior", "train") if place else ("tokenizer", "train"))[1],
+        words[3:],
+        prog="dalle",
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from html import escape
 
 import numpy as np
 import pytest
@@ -77,6 +79,9 @@ def test_pairs_are_left_out_by_the_first_reason_and_counted(home, tmp_path, caps
     said = capsys.readouterr().out
     assert "3 of " in said and "left out 1: caption is boilerplate" in said
     page = (tmp_path / "kept/report.html").read_text()
+    assert (
+        escape(f"dalle tokenizer train --data {shlex.quote(str(tmp_path / 'kept'))} --out") in page
+    )
     assert "photographed on 12 May 2014" in page and (tmp_path / "kept/examples/0-0.png").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tarfile
 from dataclasses import replace
 
@@ -124,6 +125,13 @@ def test_a_full_disk_gives_one_line_and_the_command_goes_on(home, tmp_path, monk
     monkeypatch.setattr(data_pack, "_add", add)
     pack(options(home, out=out))
     assert files(out) == files(home / "packed")
+
+
+def test_the_next_command_takes_a_path_with_spaces(home, tmp_path, capsys):
+    out = tmp_path / "my shards"
+    pack(options(home, out=out))
+    words = shlex.split(capsys.readouterr().out.split(": next: ")[1])
+    assert words == ["dalle", "data", "stats", "--data", str(out), "--out", f"{out}-stats"]
 
 
 def test_verify_leaves_out_what_does_not_decode(home, tmp_path, capsys):

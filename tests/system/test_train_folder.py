@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dalle import cli
@@ -22,7 +23,7 @@ from dalle.demo.config import TrainConfig
 from dalle.demo.pace import Pace
 from dalle.demo.sets import FolderSet, open_parts
 from dalle.demo.sizing import CUDA_TIERS, TIERS, SizesConfig, build, choose, ranker_grid, within
-from dalle.demo.train import run_train
+from dalle.demo.train import run_train, table
 from dalle.demo.verdict import verdict
 from dalle.demo.workspace import Workspace
 from dalle.errors import CheckpointError, DataError, UsageError
@@ -222,6 +223,22 @@ def test_every_tier_gives_models_that_fit_each_other(tier):
     assert recipe.vae.patch * (recipe.image_size // recipe.vae.patch) == recipe.image_size
     assert recipe.vae_train.warm_start_steps < recipe.vae_steps
     assert recipe.prior_train.decay_steps == recipe.prior_steps
+
+
+@pytest.mark.parametrize("side", [0, 1, 33])
+def test_an_odd_side_has_no_grid_of_a_ranker(side):
+    assert (ranker_grid(32), ranker_grid(2)) == (8, 2)
+    with pytest.raises(UsageError, match=f"^ranker: image_size must be even .* got {side}$"):
+        ranker_grid(side)
+
+
+@pytest.mark.parametrize(("stem", "grid"), [("patch", 8), ("released", 4)])
+def test_the_plan_names_the_codes_of_either_stem(stem, grid):
+    sizes = choose(SizesConfig(image_size=32, patch=4), some_pairs(40, 40), TIERS["quick"])
+    recipe = build(sizes, 40)
+    recipe = replace(recipe, vae=replace(recipe.vae, stem=stem, group_count=4))
+    lines = table(recipe, torch.device("cpu"), 40, 4)
+    assert f"32 x 32 pixels to {grid} x {grid} codes" in "\n".join(lines)
 
 
 def test_a_short_time_scales_what_was_not_given():

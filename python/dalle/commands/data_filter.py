@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dalle.commands import presets
+from dalle.commands.report import next_command
 from dalle.config_files import CONFIG_NAME, write_resolved
 from dalle.console import is_main_process
 from dalle.data.codes import require_pictures
@@ -157,7 +157,7 @@ def write_report(
             tiles.append(picture(name, f"picture {item}", f"{item}: {below[:300]}"))
         parts += [f"<h2>{escape(reason)}: {counts[reason]:,}</h2>", contact(tiles, 1)]
     parts.append(_table("The rule", [(name, str(value)) for name, value in rule.items()]))
-    parts.append(command(f"dalle prior train --data {shlex.quote(str(out))} ..."))
+    parts.append(command(next_command(str(out), "tiny", out.parent)))
     save_bytes(out / PAGE, html_page(f"What is kept of {pairs.name}", parts), owner=OWNER)
 
 

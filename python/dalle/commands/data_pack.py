@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import tarfile
 from collections import Counter
 from contextlib import suppress
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from dalle.commands import presets
 from dalle.config_files import CONFIG_NAME
-from dalle.console import is_main_process
+from dalle.console import is_main_process, printable
 from dalle.data.codes import require_pictures
 from dalle.data.images import decode
 from dalle.data.mixture import file_of
@@ -118,7 +119,8 @@ def _pack(config: PackConfig, pairs: Pairs, head: dict[str, Any]) -> None:
         f"{OWNER}: {sum(counts):,} pairs in {shards} of {size:,} bytes, with {indexes:,} of index, "
         f"in {config.out}{why}"
     )
-    print(f"{OWNER}: next: dalle data stats --data {config.out} --out {config.out}-stats")
+    then = ["dalle", "data", "stats", "--data", str(config.out), "--out", f"{config.out}-stats"]
+    print(printable(f"{OWNER}: next: {shlex.join(then)}"))
 
 
 def _shard(out: Path, number: int) -> Path:

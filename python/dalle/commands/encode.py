@@ -15,9 +15,10 @@ import torch
 from tqdm import tqdm
 
 from dalle.commands import presets
+from dalle.commands.report import next_of_codes
 from dalle.config_files import CONFIG_NAME
 from dalle.configs import integer
-from dalle.console import is_main_process, say
+from dalle.console import is_main_process, printable, say
 from dalle.data.augment import center_crop, prior_crop, to_tensor
 from dalle.data.codes import (
     FORMAT_VERSION,
@@ -301,4 +302,4 @@ def _finish(config: EncodeConfig, head: dict[str, Any], total: int) -> None:
     why = f"; left out {skipped.total()}: {format_counts(skipped)}" if skipped else ""
     shards = "1 shard" if count == 1 else f"{count} shards"
     print(f"{OWNER}: {items:,} pictures in {shards}, {size:,} bytes, in {config.out}{why}")
-    print(f"{OWNER}: next: dalle prior train --data {config.out} --vae {config.vae} ...")
+    print(printable(f"{OWNER}: next: {next_of_codes(config.out, config.vae)}"))

@@ -134,6 +134,24 @@ def _data_of(stage: str, data: str) -> list[str]:
     return ["PICTURES"] if codes and stage in ("dvae", "ranker") else data.split("\n")
 
 
+def next_of_codes(codes: Path, vae: Path) -> str:
+    """The command after `dalle data encode`, complete: a prior, or the tokenizer that it needs.
+
+    Args:
+        codes: the code store.
+        vae: the model folder that it was made with: RUN/dvae/model, PIPELINE/vae or any other.
+    """
+    places = [folder / "tokenizer" for folder in (vae.parent.parent, vae.parent, codes.parent)]
+    found = [place for place in places if (place / "config.json").is_file()]
+    words: list[Any] = ["dalle", "prior" if found else "tokenizer", "train", "--data", codes]
+    if not found:
+        return shlex.join(map(str, [*words, "--out", codes.parent / "tokenizer"]))
+    preset = value_of_run(vae, "preset")
+    words += ["--preset", preset if preset in PRESETS["prior"] else "tiny"]
+    words += ["--tokenizer", found[0], "--vae", vae]
+    return shlex.join(map(str, [*words, "--out", codes.with_name(f"{codes.name}-prior")]))
+
+
 def next_command(data: str, preset: str, run: Path, **known: Path | None) -> str:
     """The command of the first stage of a run that is not there yet, complete.
 

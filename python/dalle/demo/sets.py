@@ -5,6 +5,7 @@ Shape letters: B captions, N samples of each, P true pictures, S side of a pictu
 
 from __future__ import annotations
 
+import shlex
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -328,6 +329,6 @@ def open_parts(data: str, share: float, side: int = 64, seed: int = 0) -> tuple[
         raise UsageError(
             f"train: data must be pictures, got the codes of {store.folder}; a dVAE and a ranker "
             "learn from pictures only. To train a prior on codes: dalle prior train --data "
-            f"{store.folder} --vae VAE --tokenizer TOKENIZER"
+            f"{shlex.quote(str(store.folder))} --vae VAE --tokenizer TOKENIZER"
         )
     return hold_out(pairs, share)

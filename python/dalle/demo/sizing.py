@@ -200,7 +200,16 @@ def choose(given: SizesConfig, pairs: Pairs, tier: Tier) -> SizesConfig:
 
 
 def ranker_grid(image_size: int) -> int:
-    """The even number of patches along an even side that is nearest to 8."""
+    """The even number of patches along an even side that is nearest to 8.
+
+    Args:
+        image_size: side of the pictures in pixels.
+
+    Raises:
+        UsageError: the side is odd or less than 2.
+    """
+    if image_size < 2 or image_size % 2:
+        raise UsageError(f"ranker: image_size must be even and at least 2, got {image_size}")
     even = [g for g in range(2, image_size + 1, 2) if image_size % g == 0]
     return min(even, key=lambda g: max(g / 8, 8 / g))
 

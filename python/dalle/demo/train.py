@@ -140,7 +140,7 @@ def describe_set(train: Subset, held_out: Subset) -> str:
 
 def table(recipe: DemoRecipe, device: torch.device, num_pairs: int, drawn: int) -> list[str]:
     """The plan, a line for each stage: sizes, updates, foretold time."""
-    grid = recipe.image_size // recipe.vae.patch
+    grid = recipe.image_size // recipe.vae.factor
     epochs = recipe.prior_steps * recipe.prior_train.batch_size / num_pairs
     prior = recipe.prior
     rows = [
