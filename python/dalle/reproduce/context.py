@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,7 +21,7 @@ from dalle.demo.run import run_demo
 from dalle.demo.sets import DataSet
 from dalle.errors import CheckpointError
 from dalle.evaluate.drawings import Drawn, draw
-from dalle.evaluate.results import pyplot
+from dalle.evaluate.results import figure_png, pyplot
 from dalle.files import json_sha256
 from dalle.pictures import save_bytes, save_png, to_uint8
 from dalle.pipeline import Pipeline
@@ -173,17 +173,14 @@ class Context:
             return self.model
         folder, sizes = self.out / "shapes", self.sizes
         if not (folder / "pipeline" / "config.json").exists():
-            preset: Literal["default", "smoke"] = "default"
-            if sizes.shapes_preset == "smoke":
-                preset = "smoke"
             run_demo(
                 DemoConfig(
                     data="shapes",
                     out=folder,
-                    minutes=None if preset == "smoke" else sizes.shapes_minutes,
+                    minutes=None if sizes.shapes_preset == "smoke" else sizes.shapes_minutes,
                     device=self.device.type,
                     seed=self.seed,
-                    preset=preset,
+                    preset=sizes.shapes_preset,
                 )
             )
         return folder / "pipeline"
@@ -216,8 +213,8 @@ class Context:
         """Writes a picture beside index.html and returns its name.
 
         Args:
-            name: with .png for diagrams and drawn pixels, .jpg for photographs.
-            picture: of PIL, or the bytes of a file.
+            name: of the file, .png.
+            picture: of PIL, or the bytes of a PNG file.
         """
         if isinstance(picture, bytes):
             save_bytes(self.out / name, picture)
@@ -227,8 +224,6 @@ class Context:
 
     def plot(self, name: str, figure: Any) -> str:
         """Writes a diagram of matplotlib, closes it, and returns the file's name."""
-        from dalle.evaluate.results import figure_png
-
         return self.save(name, figure_png(OWNER, figure))
 
     def sheet(

@@ -105,7 +105,7 @@ def _no_ranker(context: Context, key: str, stated: Mapping[str, Any]) -> Figure 
         paper=stated,
         command=context.own_command(key),
         missing="The pipeline has no ranker: there is nothing that chooses among samples, and no "
-        "network for features. dalle ranker train makes one, dalle pipeline assemble adds it.",
+        "network for features. dalle ranker train makes one, dalle pipeline make adds it.",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,8 +15,8 @@ class Sizes:
         captions, candidates: held-out captions of the shared drawing, and samples of each.
         shown: captions, or pictures, that a figure of pictures shows.
         best_captions, best_candidates: of Figure 6.
-        shapes_minutes: training of the small shapes pipeline that shows variable binding, and
-            stands in for the second model of Figure 8, where none is given.
+        shapes_minutes: training of the small shapes pipeline that shows variable binding, where
+            none is given. The preset "smoke" has no minutes.
         shapes_preset: of `dalle demo`.
     """
 
@@ -26,7 +27,7 @@ class Sizes:
     best_captions: int
     best_candidates: int
     shapes_minutes: float
-    shapes_preset: str = "default"
+    shapes_preset: Literal["default", "smoke"] = "default"
 
 
 QUICK = Sizes(
