@@ -19,11 +19,9 @@ from dalle.reproduce.context import Context
 from dalle.reproduce.figure import Figure
 from dalle.reproduce.registry import FIGURES, Entry
 from dalle.reproduce.sets import guess
-from dalle.reproduce.sizes import Sizes
 from support.evaluation import refused, shapes_pipeline, write_pictures
+from support.reproducing import TINY
 
-TEST = Sizes(name="test", captions=3, candidates=2, shown=2, best_captions=1, best_candidates=8,
-             shapes_minutes=0, shapes_preset="smoke")  # fmt: skip
 PAPER = [f"figure_{i}" for i in range(1, 15)] + ["table_1", "table_2"]
 
 
@@ -36,7 +34,7 @@ def model(tmp_path_factory):
 
 def start(model, out):
     out.mkdir(exist_ok=True)
-    return Context(model, out, sizes=TEST, device=torch.device("cpu"), data="shapes")
+    return Context(model, out, sizes=TINY, device=torch.device("cpu"), data="shapes")
 
 
 class Seen(HTMLParser):
@@ -132,7 +130,7 @@ def test_the_other_keys_are_there_after_one_figure(model, tmp_path):
 def test_binding_is_shown_on_shapes_whatever_the_set(model, tmp_path):
     """A pipeline of pictures of one's own composes them, and one of shapes binds."""
     pictures = write_pictures(tmp_path / "pictures", 24, side=24)
-    context = Context(model, tmp_path, sizes=TEST, device=torch.device("cpu"), data=str(pictures),
+    context = Context(model, tmp_path, sizes=TINY, device=torch.device("cpu"), data=str(pictures),
                       shapes=model)  # fmt: skip
     assert context.shapes_seconds == 0
     made = run.reproduce(context, ["figure_2"])["figure_2"]

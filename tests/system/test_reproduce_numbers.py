@@ -13,11 +13,8 @@ from dalle.reproduce import curves, exchange, factors, scales, scores
 from dalle.reproduce.context import Context
 from dalle.reproduce.exchange_worker import CLUSTER, MACHINE
 from dalle.reproduce.figure import Figure
-from dalle.reproduce.sizes import Sizes
 from support.evaluation import shapes_pipeline
-
-TEST = Sizes(name="test", captions=3, candidates=2, shown=2, best_captions=1, best_candidates=2,
-             shapes_minutes=0, shapes_preset="smoke")  # fmt: skip
+from support.reproducing import TINY
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +25,7 @@ def context(tmp_path_factory):
     return Context(
         root / "run" / "pipeline",
         root / "out",
-        sizes=TEST,
+        sizes=TINY,
         device=torch.device("cpu"),
         data="shapes",
     )

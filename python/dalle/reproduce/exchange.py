@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,60 +40,13 @@ GPUS = 8  # a machine of the paper
 HARDWARE = {"tflops": 50.0, "link_gbit": 100.0, "peer_gbyte": 100.0}  # the defaults of dalle plan
 
 
-@dataclass(frozen=True, kw_only=True)
-class Runs:
-    """Sizes of the two-process run.
-
-    Attributes:
-        width, layers, rank: of the timeline.
-        rank_width, ranks, updates: of the trainings of Table 1; rank 0 is uncompressed.
-        pairs: whose captions and codes are trained on.
-    """
-
-    width: int
-    layers: int
-    rank: int
-    rank_width: int
-    ranks: tuple[int, ...]
-    updates: int
-    pairs: int
-
-
-RUNS = {
-    "quick": Runs(
-        width=256,
-        layers=4,
-        rank=32,
-        rank_width=128,
-        ranks=(0, 8, 16, 32),
-        updates=150,
-        pairs=1024,
-    ),
-    "full": Runs(
-        width=512,
-        layers=8,
-        rank=64,
-        rank_width=256,
-        ranks=(0, 8, 16, 32, 64),
-        updates=2000,
-        pairs=8192,
-    ),
-}
-TINY = Runs(width=64, layers=2, rank=4, rank_width=64, ranks=(0, 4), updates=2, pairs=16)
-
-
-def runs_of(context: Context) -> Runs:
-    """The sizes that belong to the context's."""
-    return RUNS.get(context.sizes.name, TINY)
-
-
 def measure(context: Context) -> dict[str, Any]:
     """Runs the two processes, or reads what an earlier run has measured.
 
     Raises:
         EnvironmentProblem: the processes cannot be started, or fail.
     """
-    runs = runs_of(context)
+    runs = context.sizes.exchange
     job = {
         "timeline": {"prior": _shape(context, runs.width, runs.layers), "rank": runs.rank},
         "ranks": {

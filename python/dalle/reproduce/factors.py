@@ -9,7 +9,7 @@ from dalle.evaluate.results import pyplot, table
 from dalle.plan import PAPER_RANKS, WORD, compression, factor_elements, shards
 from dalle.prior.config import PriorConfig
 from dalle.reproduce.context import OWNER, Context
-from dalle.reproduce.exchange import GPUS, measure, runs_of
+from dalle.reproduce.exchange import GPUS, measure
 from dalle.reproduce.exchange_worker import BATCH, CLUSTER, PROCESSES
 from dalle.reproduce.figure import Figure
 
@@ -22,7 +22,7 @@ GAP = 0.02  # of the losses of one seed that counts as none
 def table_1(context: Context) -> Figure:
     """Compression of the paper's ranks from shard shapes, and the least rank without a loss gap."""
     found = measure(context)
-    runs, shape = found["ranks"], runs_of(context)
+    runs, shape = found["ranks"], context.sizes.exchange
     width = shape.rank_width
     tail = max(1, shape.updates // 10)
     ends = {run["rank"]: sum(run["losses"][-tail:]) / tail for run in runs}

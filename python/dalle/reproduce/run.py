@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def _file(context: Context, key: str) -> Path:
     """Where a figure of this pipeline and these options is kept."""
     about = {
         "pipeline": context.pipeline_hash,
-        "sizes": vars(context.sizes),
+        "sizes": asdict(context.sizes),
         "seed": context.seed,
         "options": [str(context.given_data), str(context.given_shapes), str(context.given_other)],
         "version": __version__,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,42 +28,9 @@ GROWTH, WINDOW = 2 ** (1 / 40), 16
 INITIAL, LOW, HIGH = 2.0**22, 2.0**-8, 2.0**60
 
 
-@dataclass(frozen=True, kw_only=True)
-class Runs:
-    """Sizes of the two trainings.
-
-    Attributes:
-        updates, width, layers: of the run of Figure 12.
-        deep_updates, deep_width, deep_layers, deep_gain: of the deep model of Figure 4, whose
-            weights start so large that its gradients spread.
-    """
-
-    updates: int
-    width: int
-    layers: int
-    deep_updates: int
-    deep_width: int
-    deep_layers: int
-    deep_gain: float = 16.0
-
-
-RUNS = {
-    "quick": Runs(updates=300, width=64, layers=8, deep_updates=20, deep_width=32, deep_layers=64),
-    "full": Runs(
-        updates=4000, width=256, layers=16, deep_updates=40, deep_width=32, deep_layers=64
-    ),
-}
-TINY = Runs(updates=12, width=16, layers=2, deep_updates=2, deep_width=16, deep_layers=3)
-
-
-def runs_of(context: Context) -> Runs:
-    """The sizes that belong to the context's."""
-    return RUNS.get(context.sizes.name, TINY)
-
-
 def figure_12(context: Context) -> Figure:
     """The scales of all blocks over a run with `ResblockScaler`."""
-    sizes = runs_of(context)
+    sizes = context.sizes.scales
     task = _task(context, sizes.width, sizes.layers, "fp16-scaled", sizes.updates)
     every = max(1, sizes.updates // RECORDS)
     scaler = ResblockScaler(
@@ -137,7 +103,7 @@ def figure_12(context: Context) -> Figure:
 
 def figure_4(context: Context) -> Figure:
     """What one scale for the whole model loses, and a scale for each block does not."""
-    sizes = runs_of(context)
+    sizes = context.sizes.scales
     shape = {"gain": sizes.deep_gain}
     plain = _task(context, sizes.deep_width, sizes.deep_layers, "fp32", sizes.deep_updates, **shape)
     with progress_shown("figure 4: deep run") as show:

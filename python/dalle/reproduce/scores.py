@@ -6,7 +6,6 @@ Nothing here is a published FID: features are of the pipeline's own ranker, and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,49 +28,6 @@ NO_WEIGHTS = (
 NO_COCO = "No MS-COCO, CUB or DF-GAN here: the held-out pictures of {name} stand in."
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """How much is measured.
-
-    Attributes:
-        real: held-out pictures at most.
-        zero, zero_candidates: captions of Figure 9 b, and samples of each.
-        seen, steps, batch: of the overlap: training pictures that are searched, the detector's
-            training.
-        bootstrap: resamples of each interval.
-    """
-
-    real: int
-    zero: int
-    zero_candidates: int
-    seen: int
-    steps: int
-    batch: int
-    bootstrap: int
-
-
-SIZES = {
-    "quick": Sizes(
-        real=500, zero=64, zero_candidates=16, seen=2000, steps=60, batch=64, bootstrap=50
-    ),
-    "full": Sizes(
-        real=10_000,
-        zero=1000,
-        zero_candidates=64,
-        seen=10_000,
-        steps=650,
-        batch=128,
-        bootstrap=200,
-    ),
-}
-TINY = Sizes(real=8, zero=2, zero_candidates=2, seen=8, steps=2, batch=4, bootstrap=2)
-
-
-def sizes_of(context: Context) -> Sizes:
-    """The sizes that belong to the context's."""
-    return SIZES.get(context.sizes.name, TINY)
-
-
 def _options(context: Context) -> dict[str, Any]:
     """Of every measure."""
     return {
@@ -79,7 +35,7 @@ def _options(context: Context) -> dict[str, Any]:
         "seed": context.seed,
         "cache": context.cache,
         "device": context.device.type,
-        "bootstrap": sizes_of(context).bootstrap,
+        "bootstrap": context.sizes.scores.bootstrap,
     }
 
 
@@ -191,7 +147,7 @@ def figure_9(context: Context) -> Figure:
     lacking = _no_ranker(context, "figure_9", stated)
     if lacking is not None:
         return lacking
-    sizes, made, options = sizes_of(context), context.drawing, _options(context)
+    sizes, made, options = context.sizes.scores, context.drawing, _options(context)
     real = _part(context.held_out, sizes.real)
     most = made.sizes[-1]
     folder = _folder(context, "figure_9a")
@@ -275,7 +231,7 @@ def overlap(context: Context) -> Figure:
     lacking = _no_ranker(context, "overlap", stated)
     if lacking is not None:
         return lacking
-    sizes, folder = sizes_of(context), _folder(context, "overlap")
+    sizes, folder = context.sizes.scores, _folder(context, "overlap")
     made = context.drawing
     threshold = 0.9
     found = measure_overlap(
