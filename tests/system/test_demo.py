@@ -327,8 +327,7 @@ def test_pace_is_measured_once_in_a_folder_and_leaves_the_generator(tmp_path, mo
     assert set(found) == set(STAGES) - {"tokenizer"}
     assert all(0 < found[stage].update < 60 for stage in ("dvae", "ranker", "prior"))
     monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("measured again"))
-    again = run.measured(demo)
-    assert again["prior"].seconds(10) == pytest.approx(found["prior"].seconds(10), abs=1e-3)
+    assert run.measured(demo) == found  # else a resumed run had other numbers of updates
 
 
 def test_scaling_leaves_zeros_and_sizes():

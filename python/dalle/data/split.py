@@ -94,6 +94,9 @@ class PickedSeveral(Mapping[int, Sequence[str]]):
         return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[int]:
+        if not isinstance(self.chosen, Without):  # whose search is linear
+            yield from (k for k, item in enumerate(self.chosen) if item in self.several)
+            return
         for item in self.several:
             try:
                 yield self.chosen.index(item)

@@ -71,8 +71,9 @@ def measured(demo: Demo) -> dict[str, Pace]:
         say(f"{space.command}: measuring the pace of this machine")
         drawn = len(demo.data.captions(recipe.num_captions).captions) * recipe.num_samples
         pace = measure(recipe, demo.data.train, demo.device, drawn)
-        space.write(path, {stage: [round(x, 5) for x in p] for stage, p in pace.items()})
-        return pace
+        # Read back as a resumed run reads it, whose numbers of updates must be the same.
+        saved = {stage: [round(x, 5) for x in p] for stage, p in pace.items()}
+        space.write(path, saved)
     return {stage: Pace(*numbers) for stage, numbers in saved.items()}
 
 
