@@ -65,14 +65,14 @@ variants of quicker ones and run in `.ci/night`.
 CITATION = re.compile(r"([\w./]+\.\w+):(\w+)")  # path:name, as docs/paper.md cites code
 # Files and packages of python/dalle from the ground up; each imports of its own floor and below.
 GROUND = "errors version configs console files devices memory optional pages pictures masks"
-GROUND += " captions dtensor pretrained"
+GROUND += " captions dtensor pretrained config_files"
 FLOORS = (
     set(GROUND.split()),
     {"precision", "tokenizer"},
     {"dvae", "prior", "ranker", "plan"},
     {"candidates", "editing", "pipeline", "data", "distributed"},
     {"train", "recipes", "evaluate"},
-    {"commands", "demo", "reproduce", "serve", "cli", "options", "config_files", "env", "__main__"},
+    {"commands", "demo", "reproduce", "serve", "cli", "options", "env", "__main__"},
 )
 TORCH_INCLUDE = re.compile(r"#\s*include\s*[<\"](torch|ATen|c10)/")
 

@@ -96,6 +96,16 @@ def read_options(path: Path) -> dict[str, Any]:
     return values
 
 
+def value_of_run(model: Path, option: str) -> str:
+    """An option of the training that left RUN/model, from RUN/config.yaml; "" where it is not
+    there."""
+    try:
+        value = read_options(model.parent / CONFIG_NAME).get(option)
+    except UsageError:
+        return ""
+    return value.text if isinstance(value, Scalar) else ""
+
+
 def kind_of(value: Any) -> str:
     """What a value of a file is, in words for a message."""
     if isinstance(value, Scalar):

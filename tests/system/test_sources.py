@@ -106,6 +106,45 @@ def test_data_may_be_given_several_times(tmp_path, monkeypatch, capsys):
     assert sources.data_here("a=1\nbuilt-in:shapes=2") == "a=1\nshapes=2"
 
 
+def test_a_set_may_be_named_with_its_split(tmp_path, monkeypatch):
+    """One rule for every command; of a training on another split, no split is held out."""
+    monkeypatch.chdir(tmp_path)
+    few = partial(ShapesPairs, image_size=24, size=3)
+    monkeypatch.setitem(sources.BUILT_IN, "shapes", lambda size, split, seed: few(split, seed=seed))
+    for spec, split in {
+        "shapes": "train",
+        "shapes:test": "test",
+        "built-in:shapes:zero": "zero",
+    }.items():
+        pairs = load_pairs(spec, image_size=24, seed=3)
+        assert pairs.name == f"shapes ({split})"
+        assert fingerprints(pairs) == fingerprints(few(split, seed=3))
+        assert not is_picture_folder(spec) and sources.has_built_in(spec)
+        assert sources.absolute(spec) == spec
+    assert load_pairs("shapes:test", image_size=24, split="train").name == "shapes (test)"
+    both = load_pairs("shapes:test=0.5\nshapes=2", image_size=24)
+    assert both.mixture() == ([3, 6], [0.5, 2.0]) and both.name == "shapes (test) + shapes (train)"
+    assert split_specs("shapes:test=1") == [("shapes:test", 1.0)]
+    assert sources.data_here("built-in:shapes:test=2\nshapes") == "shapes:test=2\nshapes"
+    with pytest.raises(
+        UsageError, match="shapes: split must be one of train, test, zero, got 'no'"
+    ):
+        load_pairs("shapes:no", image_size=24)
+    with pytest.raises(DataError, match=r"got 'folder:test' \(no such folder\)"):
+        load_pairs("folder:test", image_size=24)
+    plain(Path("shapes:test"), "a folder of that name")
+    assert load_pairs("shapes:test", image_size=24).captions[0] == "a folder of that name"
+    assert sources.data_here("built-in:shapes:test") == "built-in:shapes:test"
+    assert load_pairs("built-in:shapes:test", image_size=24).name == "shapes (test)"
+    assert sources.absolute("shapes:test") == str(tmp_path / "shapes:test")
+
+
+def test_the_held_out_split_is_of_the_training_one():
+    specs = ("shapes", "shapes:train", "shapes:test", "emoji", "emoji:heldout", "nowhere")
+    held = [sources.held_out_split(spec) for spec in specs]
+    assert held == ["test", "test", "", "heldout", "", ""]
+
+
 def test_which_captions_count():
     images = np.zeros((3, 4, 4, 3), np.uint8)
     several = {0: ("a", "b"), 2: ("d", "e", "f")}

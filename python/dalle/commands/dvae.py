@@ -32,7 +32,7 @@ from dalle.data.pairs import (
     left_out,
     load_or_skip,
 )
-from dalle.data.sources import BUILT_IN, is_picture_folder, load_pairs
+from dalle.data.sources import BUILT_IN, built_in_of, is_picture_folder, load_pairs
 from dalle.devices import pick_device
 from dalle.distributed.config import ClusterConfig
 from dalle.distributed.parallelize import parallelize
@@ -40,6 +40,7 @@ from dalle.distributed.world import join, shared_options
 from dalle.dvae.codebook import codebook_health
 from dalle.dvae.likelihood import psnr, set_psnr
 from dalle.dvae.model import PRESETS, DiscreteVAE, DiscreteVAEConfig
+from dalle.dvae.picture_size import DEFAULT_SIDE, side_for, trained_size
 from dalle.dvae.straight_through import codebook_parameters, feature_width, freeze_codebook
 from dalle.errors import DataError, UsageError
 from dalle.files import check_not_input, check_targets
@@ -117,8 +118,8 @@ class ReconstructConfig:
         data: a folder of pictures, shapes or emoji.
         model: model folder of `dalle dvae train`.
         out: the PNG to write.
-        image_size: side in pixels the pictures are cropped to; 0 takes that of the training, or
-            without its config.yaml beside the model the demo's for shapes and emoji, else 256.
+        image_size: side in pixels the pictures are cropped to; 0 takes that of the dVAE's training;
+            where it is not known, the demo's for shapes and emoji, else 256, and a line says so.
         split: of shapes and emoji.
         limit: how many pictures.
         columns: pairs a row of the PNG.
@@ -158,7 +159,7 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
     built_in, saved = DVAE_RECIPES.get(preset), None
     if config.start.init_from is not None:
         saved = load_start(DiscreteVAE, config.start.init_from)
-        of_saved = presets.size_of_run(config.start.init_from)
+        of_saved = trained_size(saved, config.start.init_from)
         config = replace(config, image_size=config.image_size or of_saved)
     recipe: presets.Recipe = "quick"
     if not built_in:
@@ -173,7 +174,7 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
     pairs = presets.open_pairs(config.data, config.image_size, side, loop.seed)
     require_pictures(owner, pairs)
     size = config.image_size
-    if not size and (built_in or config.data in BUILT_IN):
+    if not size and (built_in or built_in_of(config.data)):
         size = side if built_in else pairs.image_size
     elif not size and recipe == "quick":
         size = presets.quick_size(preset, pairs)
@@ -418,14 +419,14 @@ def reconstruct(config: ReconstructConfig) -> None:
             raise UsageError(f"dvae reconstruct: {name} must be at least 1, got {value}")
     check_targets("dvae reconstruct", config.out)
     vae = DiscreteVAE.from_pretrained(config.model).to(pick_device(config.device))
-    size = config.image_size
-    if not size:
-        default_size = presets.size_of_run(config.model)
-        if not default_size:
-            built_in = DVAE_RECIPES.get(config.data)
-            default_size = built_in.image_size if built_in else 256
-        size = max(1, round(default_size / vae.factor)) * vae.factor
-    vae.grid(size)
+    built_in = DVAE_RECIPES.get((built_in_of(config.data) or ("",))[0])
+    size = side_for(
+        "dvae reconstruct",
+        vae,
+        config.model,
+        asked=config.image_size,
+        otherwise=built_in.image_size if built_in else DEFAULT_SIDE,
+    )
     needed = 4 * 3 * 3 * size**2 * config.limit  # pictures, reconstructions, sheet
     require_memory(
         "dvae reconstruct",

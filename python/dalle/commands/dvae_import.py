@@ -9,6 +9,7 @@ import torch
 
 from dalle.commands.training import check_not_taken
 from dalle.dvae.model import PRESETS, DiscreteVAE, DiscreteVAEConfig
+from dalle.dvae.picture_size import DEFAULT_SIDE, remember_size
 from dalle.errors import UsageError
 from dalle.files import make_folder, saving
 from dalle.pretrained import load_tensors, read_tensors, tensors_from_bytes
@@ -53,6 +54,7 @@ def import_released(
         part = getattr(vae, name)
         data = read_tensors(path, sum(t.nbytes for t in part.state_dict().values()))
         load_tensors(part, tensors_from_bytes(data, path), f"{path} ({name})")
+    remember_size(vae, DEFAULT_SIDE)
     return vae.eval()
 
 

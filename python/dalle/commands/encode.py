@@ -31,12 +31,13 @@ from dalle.data.codes import (
     shard_bytes,
 )
 from dalle.data.pairs import Pairs, captions_of, describe_pairs, format_counts, leave_out
-from dalle.data.sources import BUILT_IN, check_apart
+from dalle.data.sources import check_apart, has_built_in
 from dalle.data.split import hold_hashes
 from dalle.devices import pick_device
 from dalle.distributed.config import ClusterConfig
 from dalle.distributed.world import World, join
 from dalle.dvae.model import DiscreteVAE
+from dalle.dvae.picture_size import side_for
 from dalle.errors import DataError, UsageError, stopped_with
 from dalle.files import (
     make_folder,
@@ -63,7 +64,8 @@ class EncodeConfig:
         data: shapes, emoji, a folder of pictures with captions, of tar shards, or a table.
         vae: model folder of `dalle dvae train`.
         out: folder for the codes.
-        image_size: side in pixels of the crops; 0 takes that of the dVAE's training, or 256.
+        image_size: side in pixels of the crops; 0 takes that of the dVAE's training; where it is
+            not known, 256, and a line says so.
         augment: none takes the centre of each picture; paper draws crops as listing 2 does.
         crops: how many crops of each picture, with paper.
         shard_size: pictures a file.
@@ -103,8 +105,9 @@ def encode(config: EncodeConfig) -> None:
     with stopped, join(ClusterConfig(), device) as world:
         with world.raise_on_all():
             vae = DiscreteVAE.from_pretrained(config.vae).to(world.device)
-            size = config.image_size or presets.size_of_run(config.vae) or 256
-            pairs = presets.open_pairs(config.data, size if config.data in BUILT_IN else 0, size, 0)
+            size = side_for(OWNER, vae, config.vae, asked=config.image_size)
+            drawn = size if has_built_in(config.data) else 0
+            pairs = presets.open_pairs(config.data, drawn, size, 0)
             require_pictures(OWNER, pairs)
             check_apart(OWNER, config.data, config.out)
             head = _head(config, vae, pairs, size)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dalle.commands.eval import OUT, SetupConfig, goes_on, options_of, report_line
-from dalle.commands.presets import size_of_run
 from dalle.evaluate import facts, page, reconstruction, sweeps
 from dalle.evaluate.results import cell
 
@@ -20,8 +19,8 @@ class ReconConfig:
     Args:
         data: SOURCE, as of dalle eval fid.
         model: folder of the dVAE, or of a pipeline.
-        side: of the pictures in pixels; left out, what the model was trained on, where that is
-            known, else --image-size.
+        side: of the pictures in pixels; left out, what the model was trained on; where that is not
+            known, --image-size, or 256, and a line says so.
         out: folder of recon.json, recon.md and recon.png.
         setup: options of every measure.
     """
@@ -36,11 +35,8 @@ class ReconConfig:
 @goes_on
 def recon(config: ReconConfig) -> None:
     """Measures, writes, and says the values."""
-    side = config.side
-    if side is None:
-        side = size_of_run(config.model) or None
-    options = options_of(config.setup)
-    result = reconstruction.recon(config.data, config.model, out=config.out, side=side, **options)
+    options = options_of(config.setup) | {"out": config.out, "side": config.side}
+    result = reconstruction.recon(config.data, config.model, **options)
     report_line("eval recon", result, config.out)
 
 

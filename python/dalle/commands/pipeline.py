@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from dalle.commands.presets import value_of_run
+from dalle.config_files import value_of_run
 from dalle.data.texts import read_captions
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError

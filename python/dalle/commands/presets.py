@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 import tyro
 
-from dalle.config_files import CONFIG_NAME, Scalar, read_options
 from dalle.console import say
 from dalle.data.images import open_checked
 from dalle.data.mixture import CaptionChoice, file_of
@@ -29,8 +28,6 @@ from dalle.recipes import DvaeRecipe
 from dalle.train.config import LoopConfig
 
 if typing.TYPE_CHECKING:
-    from pathlib import Path
-
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
@@ -216,22 +213,6 @@ def prior_steps(preset: str, pairs: int, batch_size: int) -> int:
 def paper_side(preset: str) -> int:
     """The side of a picture that a preset is made for, in pixels, with the paper's recipe."""
     return PAPER_GRID[preset] * DVAE_PRESETS[preset].factor
-
-
-def value_of_run(model: Path, option: str) -> str:
-    """An option of the training that left RUN/model, from RUN/config.yaml; "" where it is not
-    there."""
-    try:
-        value = read_options(model.parent / CONFIG_NAME).get(option)
-    except UsageError:
-        return ""
-    return value.text if isinstance(value, Scalar) else ""
-
-
-def size_of_run(model: Path) -> int:
-    """The size of the pictures that the model in RUN/model was trained on; 0 if unknown."""
-    text = value_of_run(model, "image-size")
-    return int(text) if text.isdecimal() and len(text) < 6 else 0
 
 
 def split_pairs(

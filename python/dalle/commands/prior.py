@@ -34,6 +34,7 @@ from dalle.distributed.config import ClusterConfig
 from dalle.distributed.parallelize import parallelize
 from dalle.distributed.world import World, join, shared_options
 from dalle.dvae.model import DiscreteVAE
+from dalle.dvae.picture_size import side_for, trained_size
 from dalle.errors import UsageError
 from dalle.pictures import default_scale, save_png, to_uint8
 from dalle.pretrained import fingerprint, from_presets
@@ -76,7 +77,7 @@ class PriorCommandConfig:
         recipe: quick (a start from the codebook, Muon, a cosine to zero that fits the run) or
             paper. Left out, quick for tiny and small on one process, paper else.
         image_size: side in pixels of the pictures, a multiple of the dVAE's factor; 0 takes that
-            of the dVAE's training, or the preset's grid.
+            of the dVAE's training; where it is not known, the preset's grid.
         captions: which of a picture's captions are trained on: draw (one of them each epoch),
             first, or join (all, with spaces between).
         validation: share of the pairs held out for scores, by their hashes; 0 for none. Left out,
@@ -154,15 +155,15 @@ def plan(config: PriorCommandConfig, world: World) -> Plan:
     if config.start.init_from is not None:
         saved = load_start(Prior, config.start.init_from)
     recipe = presets.chosen_recipe(owner, config.recipe, preset, world.size)
-    of_vae = presets.size_of_run(config.vae)
-    of_vae = 0 if of_vae % vae.factor else of_vae
-    side = of_vae or PRESETS[preset].grid[0] * vae.factor
+    side = trained_size(vae, config.vae) or PRESETS[preset].grid[0] * vae.factor
     pairs = presets.open_pairs(
         config.data, config.image_size, side, config.loop.seed, config.captions
     )
-    size = config.image_size or of_vae or presets.fitting_size(side, pairs, vae.factor)
-    for store in stores_of(pairs):
-        size = config.image_size or store.image_size
+    stores = stores_of(pairs)
+    size = config.image_size or (stores[0].image_size if stores else 0)
+    if not size:
+        fitting = presets.fitting_size(side, pairs, vae.factor)
+        size = side_for(owner, vae, config.vae, otherwise=fitting)
     pairs, validation, share = presets.split_pairs(
         owner, config.data, pairs, config.validation, recipe, size, config.loop.seed
     )

@@ -23,6 +23,7 @@ from dalle.data.pairs import Pairs, left_out
 from dalle.demo.sizing import ranker_grid
 from dalle.devices import pick_device
 from dalle.dvae.model import DiscreteVAE
+from dalle.dvae.picture_size import side_for, trained_size
 from dalle.errors import UsageError
 from dalle.pictures import default_scale, grid, save_png
 from dalle.ranker.blocks import PRESETS
@@ -60,7 +61,7 @@ class RankerCommandConfig:
             (a warm-up of 50; the paper itself takes a ready CLIP). Left out, quick for tiny and
             small, paper for base.
         image_size: side in pixels of the pictures, the prior's; 0 takes that of the dVAE's
-            training, or the preset's.
+            training; without one, or where that is not known, the preset's.
         captions: which of a picture's captions are trained on: draw (one of them each epoch),
             first, or join (all, with spaces between).
         validation: share of the pairs held out for scores, by their hashes; 0 for none. Left out,
@@ -105,14 +106,16 @@ def train_command(config: RankerCommandConfig) -> None:
     if config.preset not in PRESETS:
         names, hint = ", ".join(PRESETS), did_you_mean(config.preset, PRESETS)
         raise UsageError(f"{owner}: preset must be one of {names}, got {config.preset!r}{hint}")
-    of_vae = presets.size_of_run(config.vae) if config.vae is not None else 0
+    of_vae = 0 if vae is None else trained_size(vae, config.vae)
     of_vae = of_vae if saved is None else saved.config.image_size
     side = of_vae or presets.QUICK_SIZES[config.preset].side
     pairs = presets.open_pairs(config.data, config.image_size, side, loop.seed, config.captions)
     require_pictures("ranker train", pairs)
-    size = config.image_size or of_vae or presets.quick_size(config.preset, pairs)
-    if vae is not None:
-        vae.grid(size)
+    size = config.image_size or of_vae
+    if vae is not None and (config.image_size or not of_vae):
+        fitting = presets.fitting_size(side, pairs, vae.factor)
+        size = side_for(owner, vae, config.vae, asked=config.image_size, otherwise=fitting)
+    size = size or presets.quick_size(config.preset, pairs)
     pairs, validation, share = presets.split_pairs(
         owner, config.data, pairs, config.validation, recipe, size, loop.seed
     )

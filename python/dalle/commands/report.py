@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from dalle.commands.presets import sides, value_of_run
+from dalle.commands.presets import sides
+from dalle.config_files import value_of_run
 from dalle.console import duration, is_main_process, printable, say
 from dalle.data.codes import is_code_store
 from dalle.data.pairs import Pairs, format_counts

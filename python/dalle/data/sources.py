@@ -65,12 +65,13 @@ def load_pairs(
     """Opens a data set by name.
 
     Args:
-        spec: a name of `BUILT_IN`, or the path of a file or folder of a form of `SOURCES`, such as
-            a folder of pictures with .txt captions, or of tar shards; several are one a line, each
-            with `=WEIGHT` behind it or none (`join_specs`).
+        spec: a name of `BUILT_IN`, also with a split (`shapes:test`), or the path of a file or
+            folder of a form of `SOURCES`, such as a folder of pictures with .txt captions, or of
+            tar shards; several are one a line, each with `=WEIGHT` behind it or none
+            (`join_specs`).
         image_size: side in pixels of the built-in sets; others keep their own sizes.
         split: "train", "test", "zero" for shapes; "train", "heldout" for emoji; a folder is all
-            "train".
+            "train". A split in `spec` counts instead.
         seed: which pictures of the endless set `shapes`; unused elsewhere.
         report: whether a line says what was left out.
         captions: which of a picture's several captions are trained on (`mixture.with_choice`).
@@ -85,7 +86,7 @@ def load_pairs(
 
     def load(name: str) -> Pairs:
         pairs = _load_one(name, image_size, split, seed)
-        if report and name not in BUILT_IN:
+        if report and built_in_of(name) is None:
             _report_skipped(pairs, captions)
         return with_choice(pairs, captions)
 
@@ -102,9 +103,22 @@ def load_pairs(
     return MixedPairs(parts, given or None, names)
 
 
+def built_in_of(spec: str) -> tuple[str, str] | None:
+    """The name and the split in NAME or NAME:SPLIT of a built-in set ("" without one); None for
+    anything else. What exists under the whole name is a path, unless `CHOOSE_SET` is before it."""
+    plain = spec.removeprefix(CHOOSE_SET)
+    name, _, split = plain.partition(":")
+    if name not in BUILT_IN or "=" in split or "\n" in split:  # with weights, or several
+        return None
+    if split and plain == spec and os.path.exists(spec):
+        return None
+    return name, split
+
+
 def _load_one(spec: str, image_size: int, split: str, seed: int) -> Pairs:
-    if spec in BUILT_IN:
-        return BUILT_IN[spec](image_size, split, seed)
+    built_in = built_in_of(spec)
+    if built_in is not None:
+        return BUILT_IN[built_in[0]](image_size, built_in[1] or split, seed)
     opens = _opener(Path(spec))
     if opens is None:
         kind = "no such file" if _names_a_file(spec) else "no such folder"
@@ -131,12 +145,12 @@ def split_specs(spec: str) -> list[tuple[str, float | None]]:
     Raises:
         UsageError: a weight that is not positive and finite.
     """
-    if spec in BUILT_IN or os.path.exists(spec):
+    if built_in_of(spec) is not None or os.path.exists(spec):
         return [(spec, None)]
     specs: list[tuple[str, float | None]] = []
     for line in spec.split("\n"):
         name, equals, text = line.rpartition("=")
-        if not name or line in BUILT_IN or os.path.exists(line):
+        if not name or built_in_of(line) is not None or os.path.exists(line):
             specs.append((line, None))
             continue
         try:
@@ -157,7 +171,7 @@ def check_apart(owner: str, spec: str, out: Path) -> None:
         UsageError: in one line that begins with `owner`.
     """
     for name, _ in split_specs(spec):
-        if name in BUILT_IN or not os.path.exists(name):
+        if built_in_of(name) is not None or not os.path.exists(name):
             continue
         source, target = Path(name).resolve(), out.resolve()
         if source == target:
@@ -167,8 +181,10 @@ def check_apart(owner: str, spec: str, out: Path) -> None:
 
 
 def held_out_split(spec: str) -> str:
-    """The split of a set with a name that is held out for scores; "" where it has none."""
-    return getattr(BUILT_IN.get(spec), "held_out", "")
+    """The split of a set with a name that is held out for scores; "" where it has none, or where
+    another split than "train" is asked for."""
+    name, split = built_in_of(spec) or ("", "")
+    return getattr(BUILT_IN.get(name), "held_out", "") if split in ("", "train") else ""
 
 
 def _suffix(weight: float | None) -> str:
@@ -192,15 +208,18 @@ def data_here(spec: str, *, folders: bool = True) -> str:
 def absolute(spec: str) -> str:
     """The same sources, whatever the current directory."""
     return join_specs(
-        (name if name in BUILT_IN else str(Path(name).resolve())) + _suffix(weight)
+        (str(Path(name).resolve()) if built_in_of(name) is None else name) + _suffix(weight)
         for name, weight in split_specs(spec)
     )
 
 
 def _here(spec: str, folders: bool) -> str:
     name = spec.removeprefix(CHOOSE_SET)
-    if name not in BUILT_IN:
+    built_in = built_in_of(spec)
+    if built_in is None:
         return spec
+    if built_in[1]:
+        return spec if Path(name).exists() else name
     if not Path(name).is_dir():
         return name
     if not folders:
@@ -225,7 +244,7 @@ def open_folder(path: Path) -> Pairs:
 
 def has_built_in(spec: str) -> bool:
     """Whether a built-in set is among the sources, so that a size must be chosen for it."""
-    return any(name in BUILT_IN for name, _ in split_specs(spec))
+    return any(built_in_of(name) is not None for name, _ in split_specs(spec))
 
 
 def drawn_size(size: int) -> int:
@@ -244,7 +263,7 @@ def is_picture_folder(spec: str) -> bool:
     fails with a clear message.
     """
     specs = split_specs(spec)
-    if len(specs) > 1 or specs[0][0] in BUILT_IN:
+    if len(specs) > 1 or built_in_of(specs[0][0]) is not None:
         return False
     opens = _opener(Path(specs[0][0]))
     if opens is None:

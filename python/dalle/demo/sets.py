@@ -21,7 +21,7 @@ from dalle.data.codes import stores_of
 from dalle.data.pairs import ArrayPairs, Pairs, evenly_spaced
 from dalle.data.shapes import parse, split_scenes
 from dalle.data.shapes_pairs import ShapesPairs
-from dalle.data.sources import BUILT_IN, drawn_size, load_pairs, open_folder, split_specs
+from dalle.data.sources import built_in_of, drawn_size, load_pairs, open_folder, split_specs
 from dalle.data.split import Subset, hold_out
 from dalle.demo.measures import (
     nearest_rank,
@@ -321,7 +321,7 @@ def open_parts(data: str, share: float, side: int = 64, seed: int = 0) -> tuple[
         UsageError: codes, from which no dVAE can learn.
     """
     specs = split_specs(data)
-    if len(specs) == 1 and specs[0][0] not in BUILT_IN:
+    if len(specs) == 1 and built_in_of(specs[0][0]) is None:
         pairs = open_folder(Path(specs[0][0]))
     else:
         pairs = load_pairs(data, image_size=drawn_size(side), seed=seed, report=False)

@@ -17,11 +17,12 @@ from dalle.data.augment import center_crop, to_tensor
 from dalle.data.pairs import evenly_spaced, load_or_skip
 from dalle.dvae.codebook import codebook_health
 from dalle.dvae.model import DiscreteVAE
+from dalle.dvae.picture_size import side_for, trained_size
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.evaluate.cache import PART, in_parts, key_of
 from dalle.evaluate.results import finish, png, table
 from dalle.evaluate.scores import Set, start
-from dalle.evaluate.sets import DRAWN_SIDE, describe, is_pipeline, picture_hash
+from dalle.evaluate.sets import describe, is_pipeline, picture_hash
 from dalle.pipeline import Pipeline
 from dalle.pretrained import fingerprint
 
@@ -101,8 +102,9 @@ def recon(
         data: the set.
         model: a dVAE, its folder, a pipeline or its folder.
         out: folder of recon.json, recon.md and recon.png (originals over reconstructions).
-        side: pictures are cut to a centred square of that side; the pipeline's, else `image_size`
-            of the options, if left out.
+        side: pictures are cut to a centred square of that side; left out, the one that the model
+            was trained on; where that is not known, `image_size` of the options, else 256, and a
+            line says so.
         options: of `session.Setup`.
 
     Returns:
@@ -116,7 +118,11 @@ def recon(
     owner, setup = session.owner, session.setup
     vae, own = load_vae(owner, model)
     vae = vae.to(session.device)
-    side = integer(owner, "side", side or own or setup.image_size or DRAWN_SIDE, 1, 2**14)
+    from_folder = Path(model) if isinstance(model, (str, Path)) else None
+    side = side or own or trained_size(vae, from_folder) or setup.image_size
+    if side is None:
+        side = side_for(owner, vae, from_folder, option="--side")
+    side = integer(owner, "side", side, 1, 2**14)
     session.side = side
     if side % vae.factor:
         raise UsageError(f"{owner}: side must be a multiple of {vae.factor}, got {side}")

@@ -23,7 +23,13 @@ from dalle.console import say
 from dalle.data.folder import find_pictures
 from dalle.data.images import BadPicture, decode, read_bytes
 from dalle.data.pairs import Pairs, evenly_spaced, fingerprints, hashed_fingerprint
-from dalle.data.sources import BUILT_IN, CHOOSE_SET, is_picture_folder, load_pairs, open_folder
+from dalle.data.sources import (
+    BUILT_IN,
+    built_in_of,
+    is_picture_folder,
+    load_pairs,
+    open_folder,
+)
 from dalle.data.split import Subset
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.files import json_sha256, read_json
@@ -96,7 +102,7 @@ def is_pipeline(source: object) -> bool:
     if not isinstance(source, (str, Path)):
         return isinstance(source, Pipeline)
     file = Path(source) / "config.json"
-    if str(source) in BUILT_IN or not file.is_file():
+    if built_in_of(str(source)) is not None or not file.is_file():
         return False
     try:
         head = read_json(file, CheckpointError)
@@ -177,11 +183,8 @@ def open_source(
 def _opened(
     owner: str, name: str, spec: str, image_size: int, seed: int, first_only: bool
 ) -> tuple[str, Pairs]:
-    plain = spec.removeprefix(CHOOSE_SET)
-    word, _, split = plain.partition(":")
-    if word in BUILT_IN and (plain != spec or not Path(spec).exists()):
-        pairs = load_pairs(word, image_size=image_size, split=split or "train", seed=seed)
-        return "built-in", pairs
+    if built_in_of(spec) is not None:
+        return "built-in", load_pairs(spec, image_size=image_size, seed=seed)
     folder = Path(spec)
     if not folder.is_dir():
         if not is_picture_folder(spec):

@@ -23,6 +23,7 @@ from dalle.dvae.bound import log_likelihood, lower_bound
 from dalle.dvae.codebook import codebook_health, init_codebook
 from dalle.dvae.likelihood import expected_pixels, map_pixels, psnr, set_psnr
 from dalle.dvae.model import DiscreteVAE
+from dalle.dvae.picture_size import remember_size
 from dalle.dvae.straight_through import (
     QUANTIZERS,
     MovingCodebook,
@@ -178,6 +179,7 @@ class DvaeTask:
         workers: int = 0,
     ) -> None:
         self.model, self.pairs, self.config, self.seed = vae, pairs, config, seed
+        remember_size(vae, config.image_size)
         self.validation = validation
         self.device = next(vae.parameters()).device
         self.world: World = world or Solo(self.device)
