@@ -14,11 +14,12 @@ import torch
 from dalle.cli import main
 from dalle.data.shapes import parse
 from dalle.errors import DataError, Interrupted
-from dalle.reproduce import run
+from dalle.reproduce import pace, run
 from dalle.reproduce.context import Context
 from dalle.reproduce.figure import Figure
 from dalle.reproduce.registry import FIGURES, Entry
 from dalle.reproduce.sets import guess
+from dalle.reproduce.sizes import FULL, QUICK
 from support.evaluation import refused, shapes_pipeline, write_pictures
 from support.reproducing import TINY
 
@@ -118,7 +119,26 @@ def test_the_time_that_is_left_follows_the_pace(capsys, model, tmp_path):
     assert run._left([10, 20, 30], 1, 5) == 25
     assert run._left([1, 20], 1, 60) == 20  # too little has been seen
     run.reproduce(start(model, tmp_path / "out"), ["figure_11"])
-    assert "1/1 figure_11: Attention masks (about 0:01 to the end)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1/1 figure_11: Attention masks (about 0:01 to the end)" in said
+    assert "--test: 1 figure, about 0:01 on a CPU of two cores, 18 others are there or not" in said
+
+
+def test_shared_work_is_expected_of_the_first_that_needs_it(model, tmp_path):
+    """Before any work, at the sizes of the commands."""
+    (tmp_path / "out").mkdir()
+    for sizes, least, most in ((QUICK, 60, 600), (FULL, 3600, 12 * 3600)):
+        context = Context(model, tmp_path / "out", sizes=sizes, device=torch.device("cpu"),
+                          data="shapes")  # fmt: skip
+        todo = list(FIGURES)
+        seconds = dict(zip(todo, pace.expected(context, todo), strict=True))
+        assert least < sum(seconds.values()) < most
+        assert seconds["figure_5"] > 20 and seconds["table_1"] == seconds["table_2"] == 1
+        assert pace.expected(context, ["table_1"]) == [seconds["figure_5"]]
+        assert pace.expected(context, ["table_1"], ["figure_5"]) == [1]
+        assert pace.expected(context, ["figure_8"]) == [seconds["figure_7"]]
+        said = pace.plan(context, todo, list(seconds.values()))
+        assert said.startswith(f"--{sizes.name}: 19 figures, about ") and "figure_5 " in said
 
 
 def test_the_other_keys_are_there_after_one_figure(model, tmp_path):

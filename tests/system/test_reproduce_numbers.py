@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from dalle.dvae.straight_through import QUANTIZERS
 from dalle.errors import EnvironmentProblem
 from dalle.plan import compression
-from dalle.reproduce import curves, exchange, factors, scales, scores
+from dalle.reproduce import curves, exchange, factors, quantizers, scales, scores
 from dalle.reproduce.context import Context
 from dalle.reproduce.exchange_worker import CLUSTER, MACHINE
 from dalle.reproduce.figure import Figure
 from support.evaluation import shapes_pipeline
-from support.reproducing import TINY
+from support.reproducing import TINY, TRAINED, step, two_processes
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +44,6 @@ def whole(figure, context):
     return values
 
 
-def event(name, start, end, elements=0, thread=1):
-    return {"name": name, "start": 1e3 * start, "end": 1e3 * end, "thread": thread,
-            "elements": elements}  # fmt: skip
-
-
-def step(gathered):
-    """One block: gathered, forward, gathered, backward, then its gradients are exchanged."""
-    events = [event("FSDP::root_pre_forward", 0, 1)]
-    if gathered:
-        events += [event("FSDP::all_gather (layers.0)", 1, 3),
-                   event("gloo:all_gather", 1, 3, 50, 2),
-                   event("FSDP::pre_forward (layers.0)", 1, 4)]  # fmt: skip
-    else:
-        events += [event("FSDP::pre_forward (layers.0)", 3, 4)]
-    events += [
-        event("FSDP::post_forward (layers.0)", 10, 10.5),
-        event("FSDP::pre_backward (layers.0)", 11, 12),
-        event("FSDP::post_backward_accumulate (layers.0)", 20, 21),
-        event("FSDP::post_backward_reduce (layers.0)", 21, 25),
-    ]
-    if gathered:
-        return [*events, event("gloo:all_reduce", 22, 24, 100, 3)]
-    return [
-        *events,
-        event("gloo:all_to_all", 14, 18, 640, 5),
-        event("gloo:all_to_all", 22, 26, 320, 5),
-    ]
-
-
 def test_spans_are_computing_and_exchanges():
     alone = exchange.spans(step(True), sharded=True)
     assert alone == {
@@ -85,19 +59,7 @@ def test_spans_are_computing_and_exchanges():
 
 
 def test_exchanges_of_a_measured_run(context, monkeypatch):
-    sent = {"bytes_sent": 100, "bytes_uncompressed": 400, "seconds": 1.0}
-
-    def run(folder):
-        job = json.loads((folder / "job.json").read_text())
-        assert job["timeline"]["rank"] == 4 and (folder / "batches.safetensors").is_file()
-        losses = [{"rank": rank, "losses": [3.0, 2.0 + rank / 200],
-                   "report": sent if rank else None}
-                  for rank in job["ranks"]["ranks"]]  # fmt: skip
-        found = {MACHINE: {"events": step(True), "rank": 0},
-                 CLUSTER: {"events": step(False), "rank": 4, "report": sent}}  # fmt: skip
-        (folder / "result.json").write_text(json.dumps({**found, "ranks": losses}))
-
-    monkeypatch.setattr(exchange, "_run", run)
+    monkeypatch.setattr(exchange, "_run", two_processes)
     five = whole(exchange.figure_5(context), context)
     assert five["ours"]["shard_elements"] == {"layers.0": 50}
     assert five["ours"]["hidden_share"] == {MACHINE: 0, CLUSTER: pytest.approx(0.5)}
@@ -193,15 +155,29 @@ def test_losses_come_from_the_run_around_the_pipeline(context):
     assert "dvae, ranker" in figure.missing
 
 
-def test_quantizers_come_from_the_newest_result_file(context, tmp_path, monkeypatch):
-    monkeypatch.setattr(curves.dalle, "__file__", str(tmp_path / "python" / "dalle" / "x.py"))
-    assert "no result file" in curves.quantizers(context).missing
-    folder = tmp_path / "benchmarks" / "results"
-    folder.mkdir(parents=True)
-    for day, psnr in ((1, 20.0), (2, 30.0)):
-        table = {"gumbel": {"psnr": psnr}, "straight-through": {"psnr": psnr + 1}}
-        (folder / f"2026-01-0{day}_quantizers.json").write_text(json.dumps({"table": table}))
-    found = curves.quantizers(context)
-    assert found.tables[0]["rows"] == [["gumbel", 30.0], ["straight-through", 31.0]]
-    (folder / "2026-01-03_quantizers.json").write_text("[")
-    assert "2026-01-03_quantizers.json" in curves.quantizers(context).missing
+def test_the_recorded_table_of_quantizers_is_the_newest_result(context):
+    """It comes with the package, and the documentation quotes it."""
+    figure = whole(quantizers.quantizers(context), context)
+    assert figure["missing"].startswith("Not trained in this run: the table was recorded on 20")
+    root = Path(__file__).parents[2]
+    newest = max((root / "benchmarks" / "results").glob("*_quantizers.json"))
+    recorded = (quantizers.RECORDED / "quantizers.json").read_bytes()
+    assert recorded == newest.read_bytes()
+    found = json.loads(recorded)
+    assert found["table"] == figure["ours"]["table"]
+    assert {len([r for r in found["rows"] if r["quantizer"] == q]) for q in QUANTIZERS} == {3}
+    page = (root / "docs" / "training.md").read_text()
+    for name, cells in found["table"].items():
+        assert f"| {name} | {' | '.join(cells.values())} |" in page
+    shown = (quantizers.RECORDED / "quantizers.png").read_bytes()
+    assert shown == (root / "docs" / "images" / "quantizers.png").read_bytes()
+
+
+def test_quantizers_are_trained_here_and_kept(context, monkeypatch):
+    own = Context(context.model, context.out, sizes=replace(TINY, quantizers=TRAINED),
+                  device=context.device, data="shapes")  # fmt: skip
+    figure = whole(quantizers.quantizers(own), own)
+    assert not figure["missing"] and list(figure["ours"]["table"]) == list(QUANTIZERS)
+    assert figure["ours"]["dvae_steps"] == 10 and "mean and" in figure["text"]
+    monkeypatch.setattr(quantizers, "measure", None)  # a second run reads what is there
+    assert quantizers.quantizers(own).to_dict()["ours"] == figure["ours"]

@@ -15,6 +15,7 @@ from dalle.files import check_targets, json_sha256, make_folder, read_object, to
 from dalle.pictures import save_bytes
 from dalle.reproduce.context import OWNER, Context
 from dalle.reproduce.figure import Figure
+from dalle.reproduce.pace import expected, plan
 from dalle.reproduce.page import page
 from dalle.reproduce.registry import FIGURES
 from dalle.version import __version__
@@ -55,9 +56,9 @@ def reproduce(context: Context, only: Sequence[str] = ()) -> dict[str, Any]:
     made = {key: figure for key in FIGURES if (figure := _kept(context, key)) is not None}
     try:
         todo = [key for key in keys if key not in made]
-        seconds = [FIGURES[key].seconds for key in todo]
-        if "figure_2" in todo:
-            seconds[todo.index("figure_2")] += context.shapes_seconds
+        seconds = expected(context, todo, made)
+        if todo:
+            say(f"{OWNER}: {plan(context, todo, seconds)}")
         for number, key in enumerate(todo, 1):
             left = duration(_left(seconds, number - 1, time.monotonic() - begin))
             say(

@@ -66,6 +66,22 @@ class ScoreSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizerSizes:
+    """The trainings that compare two quantizers of the dVAE.
+
+    Attributes:
+        seeds: of each quantizer.
+        preset: of the recipe of shapes.
+        scale, prior_scale: factor of the recipe's updates, and of the prior's beside it.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    preset: Literal["default", "smoke"] = "default"
+    scale: float = 1.0
+    prior_scale: float = 0.4
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sizes:
     """Numbers of everything that takes time. A run has one of these, and nothing else says more.
 
@@ -78,6 +94,7 @@ class Sizes:
             none is given. The preset "smoke" has no minutes.
         shapes_preset: of `dalle demo`.
         scales, exchange, scores: of these figures.
+        quantizers: trained here; None shows the table that was recorded with this version.
     """
 
     name: str
@@ -91,6 +108,7 @@ class Sizes:
     scales: ScaleSizes
     exchange: ExchangeSizes
     scores: ScoreSizes
+    quantizers: QuantizerSizes | None = None
 
 
 QUICK = Sizes(
@@ -120,7 +138,7 @@ FULL = Sizes(
     best_candidates=512,
     shapes_minutes=30,
     scales=ScaleSizes(
-        updates=4000, width=256, layers=16, deep_updates=40, deep_width=32, deep_layers=64
+        updates=2000, width=256, layers=16, deep_updates=40, deep_width=32, deep_layers=64
     ),
     exchange=ExchangeSizes(
         width=512,
@@ -140,4 +158,5 @@ FULL = Sizes(
         batch=128,
         bootstrap=200,
     ),
+    quantizers=QuantizerSizes(),
 )
