@@ -33,7 +33,7 @@ BUDGETS = [  # (glob, lines)
     ("setup.py", 120),
 ]
 LONGER = {  # files that are one topic and longer than their kind: lines, and what they hold
-    "python/dalle/pipeline.py": 540,  # one class with its folder: checks, drawing, choosing
+    "python/dalle/pipeline.py": 480,  # one class with its folder: checks, drawing, choosing
     "python/dalle/options.py": 420,  # one walk: words, files, lists, how numbers are spelt
     "dalle_ext/ops/adam16.py": 300,  # the optimizer, its checks, its groups
     "dalle_ext/ops/decode_attention.py": 300,  # the cache and the op

@@ -10,16 +10,18 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
-from dalle.prior.decode import MAX_BATCH, Drawn, Progress
+from dalle.prior.decode import Drawn, Progress
 from dalle.prior.editing import Weighted
 from dalle.prior.particles import systematic
+from dalle.prior.sampling import MAX_BATCH, DrawConfig, SamplingConfig
 
-Score = Callable[[int, Tensor], Tensor]
-"""Index of a caption, its pictures (n, 3, H, W) -> (n,) float32; NaN where nothing scores."""
+Finish = Callable[[Tensor], Tensor]
+"""Decoded candidates (n, 3, H, W) -> what is scored and kept of them, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,48 @@ class Finished:
 Event = RowsFinished | CandidateFinished | Finished
 
 
+class SampleOptions(TypedDict, total=False):
+    """Keywords of `Pipeline.sample` that all others have as well."""
+
+    seed: int
+    first_candidate: int | Sequence[int]
+    max_batch: int | None
+    weights: str
+    progress: Progress | None
+    code_progress: Progress | None
+
+
+class DrawOptions(SampleOptions, total=False):
+    """Keywords that `Pipeline.generate`, `stream`, `edit` and `edit_stream` share."""
+
+    num_candidates: int | None
+    top: int | None
+    sampling: SamplingConfig | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    cond_scale: float | None
+    cache_bits: int | None
+    cancel: Callable[[], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(DrawConfig):
+    """What is drawn and kept of each caption, with all numbers known: `Pipeline.request` makes it.
+
+    Args:
+        top: how many candidates are kept.
+        cancel: asked after every code; once it is true, what is finished is handed over.
+        progress: called with (sequences done, sequences in all) after each part.
+        code_progress: called with (codes done, codes in all) after each code of a part.
+    """
+
+    top: int = 1
+    cancel: Callable[[], bool] = lambda: False
+    progress: Progress | None = None
+    code_progress: Progress | None = None
+
+
 class Best:
     """Keeps the k best of a caption's candidates; of equal scores, and of NaN, the first.
 
@@ -136,36 +180,39 @@ class Best:
         )
 
 
+class SupportsChoosing(Protocol):
+    """What this file needs of a `Pipeline`, which calls it."""
+
+    grid: tuple[int, int]
+    image_size: int
+
+    def decode(self, tokens: Tensor) -> Tensor: ...
+    def score(self, caption: str, images: Tensor) -> Tensor: ...
+
+
 def choose(
+    pipeline: SupportsChoosing,
+    captions: Sequence[str],
     steps: Generator[Drawn],
-    decode: Callable[[Tensor], Tensor],
-    score: Score,
-    *,
-    first: Sequence[int],
-    num_candidates: int,
-    top: int,
-    grid: tuple[int, int],
-    image_size: int,
-    cancel: Callable[[], bool] = lambda: False,
+    request: Request,
+    finish: Finish = lambda images: images,
 ) -> Generator[Event]:
     """Turns steps of drawing into events; every caption has one `Finished`.
 
     Args:
+        pipeline: decodes and scores.
+        captions: of the steps.
         steps: of `draw_parts` or what draws likewise: all parts of a caption before the next.
-        decode: (n, h, w) codes -> (n, 3, H, W) on the CPU.
-        score: see `Score`.
-        first: number of the first candidate of each caption.
-        num_candidates: of each caption.
-        top: how many of them to keep.
-        grid, image_size: (h, w) and H.
-        cancel: asked after every code; once it is true, what is finished is handed over.
+        request: what was asked for.
+        finish: see `Finish`.
     """
+    grid, first = pipeline.grid, request.first(len(captions))
     columns = grid[1]
-    best = {i: Best(top, grid, image_size) for i in range(len(first))}
+    best = {i: Best(request.top, grid, pipeline.image_size) for i in range(len(first))}
     stopped = False
-    with closing(steps):
+    with closing(counted(steps, len(first), request)) as steps:
         for drawn in steps:
-            stopped = cancel()
+            stopped = request.cancel()
             if drawn.slots % columns == 0:
                 rows = drawn.slots // columns
                 for row, caption in enumerate(drawn.captions):
@@ -175,14 +222,14 @@ def choose(
                     )
             for row, caption in enumerate(drawn.captions if drawn.done else ()):
                 tokens = drawn.tokens[row].unflatten(1, grid)
-                images = decode(tokens)
-                scores, tokens = score(caption, images), tokens.cpu().clone()
+                images = finish(pipeline.decode(tokens))
+                scores, tokens = pipeline.score(captions[caption], images), tokens.cpu().clone()
                 numbers = _numbers(first[caption], drawn)
                 number = torch.tensor(numbers, dtype=torch.int64, device="cpu")
                 best[caption].add(images, scores, tokens, number)
                 for each in zip(numbers, images, scores.tolist(), tokens, strict=True):
                     yield CandidateFinished(caption, *each)
-                if best[caption].drawn == num_candidates:
+                if best[caption].drawn == request.num_samples:
                     keeper = best.pop(caption)
                     yield Finished(caption, keeper.kept, keeper.drawn, False)
             if stopped:
@@ -195,18 +242,10 @@ def _numbers(first: int, drawn: Drawn) -> range:
     return range(first + drawn.samples.start, first + drawn.samples.stop)
 
 
-def counted(
-    steps: Generator[Drawn], total: int, progress: Progress | None, code_progress: Progress | None
-) -> Generator[Drawn]:
-    """The same steps, reported on: see `Pipeline.sample`.
-
-    Args:
-        steps: of `draw_parts`.
-        total: sequences in all.
-        progress: called with (sequences done, total) after each part.
-        code_progress: called with (codes done, codes in all) after each step.
-    """
-    before = 0
+def counted(steps: Generator[Drawn], captions: int, request: Request) -> Generator[Drawn]:
+    """The same steps for so many captions, reported to the request's `progress` callbacks."""
+    progress, code_progress = request.progress, request.code_progress
+    before, total = 0, captions * request.num_samples
     with closing(steps):
         for drawn in steps:
             count, slots = len(drawn.captions) * len(drawn.samples), drawn.tokens.shape[-1]
@@ -219,16 +258,12 @@ def counted(
 
 
 def choose_weighted(
+    pipeline: SupportsChoosing,
+    caption: str,
     steps: Generator[Drawn],
-    decode: Callable[[Tensor], Tensor],
-    score: Score,
-    *,
+    request: Request,
+    finish: Finish,
     noise: Tensor,
-    first: int,
-    top: int,
-    grid: tuple[int, int],
-    image_size: int,
-    cancel: Callable[[], bool],
 ) -> Generator[Event]:
     """Draws weighted candidates, takes of them by their weights, and ranks those that are left.
 
@@ -239,15 +274,14 @@ def choose_weighted(
     Args:
         steps: of `draw_edited`, each one `Weighted`.
         noise: (1,) float64 in [0, 1), of the last resampling.
-        first: number of the first candidate.
-        decode, score, top, grid, image_size, cancel: of `choose`.
+        pipeline, caption, request, finish: of `choose`.
     """
-    rows, columns = grid
-    tokens, weights, stopped = [], [], False
-    with closing(steps):
+    (first,), top, (rows, columns) = request.first(1), request.top, pipeline.grid
+    tokens, weights = [], []
+    with closing(counted(steps, 1, request)) as steps:
         for drawn in steps:
             assert isinstance(drawn, Weighted)
-            stopped = cancel()
+            stopped = request.cancel()
             if drawn.slots % columns == 0:
                 done = drawn.slots // columns
                 numbers = _numbers(first, drawn)
@@ -258,21 +292,21 @@ def choose_weighted(
                 weights.append(drawn.log_weights[0].cpu().clone())
             if stopped:
                 break
-    best, repeats = Best(top, grid, image_size), dict[int, int]()
+    best = Best(top, pipeline.grid, pipeline.image_size)
     if not tokens:
-        yield Finished(0, best.kept, 0, stopped)
+        yield Finished(0, best.kept, 0, True)
         return
     drawn_tokens, log_weights = torch.cat(tokens), torch.cat(weights)
     taken = systematic(log_weights[None], noise)[0]
     own, repeats = _distinct(drawn_tokens, taken)
     for part in own.split(MAX_BATCH):
-        images = decode(drawn_tokens[part])
-        scores, numbers = score(0, images), part + first
+        images = finish(pipeline.decode(drawn_tokens[part]))
+        scores, numbers = pipeline.score(caption, images), part + first
         best.add(images, scores, drawn_tokens[part], numbers)
         for each in zip(numbers.tolist(), images, scores.tolist(), drawn_tokens[part], strict=True):
             yield CandidateFinished(0, *each)
     kept = _filled(best.kept, repeats, min(top, len(taken)), first)
-    yield Finished(0, kept, len(taken), stopped)
+    yield Finished(0, kept, len(taken), len(taken) < request.num_samples)
 
 
 def _distinct(tokens: Tensor, taken: Tensor) -> tuple[Tensor, dict[int, int]]:

@@ -89,6 +89,9 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("plan",): ("dalle.commands.plan:plan", "parameters, memory and FLOPs of a prior preset"),
 }
 
+# What begins the lines of Python's functions; those of a command begin with its own name.
+FUNCTIONS = ("generate", "Decoder", "Prior", "pipeline", "picture", "train")
+
 GLOBAL_OPTIONS = """\
 options of every command:
   --config FILE        take options from a YAML or TOML file; the command line wins
@@ -172,8 +175,12 @@ def run(words: list[str]) -> None:
     function, config_type = load_target(verb)
     from dalle.options import parse_options
 
-    config: Any = parse_options(config_type, arguments, prog=" ".join(["dalle", *verb]))
-    function(_with_data_here(config, folders=verb != ("demo",)))
+    try:
+        config: Any = parse_options(config_type, arguments, prog=" ".join(["dalle", *verb]))
+        function(_with_data_here(config, folders=verb != ("demo",)))
+    except DalleError as error:
+        error.rename(FUNCTIONS, " ".join(verb))
+        raise
 
 
 def _with_data_here(config: Any, *, folders: bool) -> Any:

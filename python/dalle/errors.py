@@ -6,7 +6,7 @@ The exit codes are those of the `dalle` command: 2 usage, 3 data, 4 surroundings
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 SECOND_DERIVATIVE = (
@@ -34,6 +34,12 @@ class DalleError(Exception):
 
     exit_code = 1
     raised_on_all = False
+
+    def rename(self, names: Collection[str], owner: str) -> None:
+        """Puts `owner` in place of the function that begins the line, if it is one of `names`."""
+        name, colon, rest = str(self).partition(": ")
+        if colon and name in names:
+            self.args = (f"{owner}: {rest}",)
 
 
 class UsageError(DalleError, ValueError):

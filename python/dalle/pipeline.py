@@ -5,31 +5,41 @@ Shape letters: B captions, N candidates of each, k kept, h x w code grid, H = W 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Unpack, overload
 
 import torch
 
 from dalle.candidates import (
     CandidateFinished,
+    DrawOptions,
     Event,
     Finished,
     Generation,
+    Request,
     RowsFinished,
+    SampleOptions,
     choose,
     counted,
 )
-from dalle.configs import UPPER_LIMITS, check_numbers, from_dict, integer
+from dalle.configs import UPPER_LIMITS, check_numbers, did_you_mean, from_dict, integer
 from dalle.dvae.model import DiscreteVAE
 from dalle.editing import Editing
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import to_json, write_atomic
 from dalle.pretrained import FORMAT_VERSION, fingerprint, read_head
-from dalle.prior.decode import MAX_BATCH, Drawn, Progress, draw_parts
+from dalle.prior.decode import Drawn, draw_parts
 from dalle.prior.model import Prior
-from dalle.prior.sampling import MAX_SEED, PAPER, SamplingChanges, SamplingConfig, first_numbers
+from dalle.prior.sampling import (
+    MAX_BATCH,
+    MAX_SEED,
+    PAPER,
+    SamplingChanges,
+    SamplingConfig,
+    first_numbers,
+)
 from dalle.prior.step import fitting
 from dalle.ranker.model import ContrastiveRanker, ImageTextRanker, load_ranker
 from dalle.tokenizer import Tokenizer
@@ -42,25 +52,11 @@ SEQUENCES = MAX_BATCH  # sampled or decoded at once, at most
 __all__ = ["CandidateFinished", "Event", "Finished", "Generation", "Pipeline", "RowsFinished"]
 
 
-class GenerateOptions(TypedDict, total=False):
-    """Keyword arguments of `Pipeline.generate`."""
+class GenerateOptions(DrawOptions, total=False):
+    """Keyword arguments of `Pipeline.generate` and `Pipeline.stream`."""
 
-    num_candidates: int | None
-    top: int | None
-    seed: int
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    cond_scale: float | None
-    cache_bits: int | None
-    sampling: SamplingConfig | None
     prime_image: torch.Tensor | None
     prime_rows: int
-    first_candidate: int | Sequence[int]
-    max_batch: int | None
-    weights: str
-    progress: Callable[[int, int], None] | None
-    code_progress: Callable[[int, int], None] | None
 
 
 class Pipeline(Editing):
@@ -207,13 +203,8 @@ class Pipeline(Editing):
         num_candidates: int | None = None,
         sampling: SamplingConfig | None = None,
         *,
-        seed: int = 0,
-        first_candidate: int | Sequence[int] = 0,
         prime: torch.Tensor | None = None,
-        max_batch: int | None = None,
-        weights: str = "fp32",
-        progress: Progress | None = None,
-        code_progress: Progress | None = None,
+        **options: Unpack[SampleOptions],
     ) -> torch.Tensor:
         """Codes for many captions: (B, N, h, w) int64.
 
@@ -225,36 +216,55 @@ class Pipeline(Editing):
             captions: B captions.
             num_candidates: N; None: the pipeline's, else 512.
             sampling: how a token is drawn; None: the pipeline's.
-            seed: another seed shares no candidate with this one.
-            first_candidate: number of the first, to go on from an earlier call; or one number for
-                each caption.
             prime: (n,) codes every sample begins with.
-            max_batch: candidates drawn at a time; None: what fits, up to `SEQUENCES`.
-            weights: of `dalle.prior.decode.Decoder`: "fp32" or, on some CPUs, "bf16".
-            progress: called with (sequences done, sequences in all) after each part.
-            code_progress: called with (codes done, codes in all) after each code of a part.
+            options: seed, first_candidate, max_batch, weights and callbacks, of `stream`.
         """
         if isinstance(captions, str):
             raise UsageError(f"pipeline: captions must be a list of strings, got {captions!r}")
         text = self._encoded(_captions(list(captions)))
-        num_candidates = self._resolved(num_candidates)
-        out = torch.empty(len(text), num_candidates, *self.grid, dtype=torch.int64, device="cpu")
-        steps = self._steps(
-            text,
-            num_candidates,
-            self.sampling if sampling is None else sampling,
-            seed=seed,
-            first=first_numbers("pipeline", "first_candidate", first_candidate, len(text)),
-            prime=prime,
-            max_batch=max_batch,
-            weights=weights,
+        counts = {"num_candidates": num_candidates, "sampling": sampling}
+        request = self.request("pipeline", len(text), {**options, **counts})
+        out = torch.empty(
+            len(text), request.num_samples, *self.grid, dtype=torch.int64, device="cpu"
         )
-        for drawn in counted(steps, out[..., 0, 0].numel(), progress, code_progress):
+        for drawn in counted(self._steps(text, request, prime), len(text), request):
             if drawn.done:
                 rows, columns = drawn.captions, drawn.samples
                 part = drawn.tokens.unflatten(2, self.grid).cpu()
                 out[rows.start : rows.stop, columns.start : columns.stop] = part
         return out
+
+    def request(self, owner: str, captions: int, options: Mapping[str, object]) -> Request:
+        """What the keywords of a call ask for, with the pipeline's own where they say nothing.
+
+        Args:
+            owner: begins the line of an error.
+            captions: how many there are.
+            options: of `stream` or `edit_stream`.
+
+        Raises:
+            UsageError: one of them is out of range.
+            TypeError: there is no such option.
+        """
+        known, given = DrawOptions.__annotations__, dict[str, Any](options)
+        for name in given.keys() - known:
+            raise TypeError(f"{owner}: {name} is not an option{did_you_mean(name, known)}")
+        num_candidates, top = self.counts(given.pop("num_candidates", None), given.pop("top", None))
+        first = first_numbers(owner, "first_candidate", given.pop("first_candidate", 0), captions)
+        most = MAX_SEED + 1 - num_candidates  # numbers fit 64 bits with a sign
+        if max(first, default=0) > most:
+            raise UsageError(f"{owner}: first_candidate must be at most {most}, got {max(first)}")
+        sampling = given.pop("sampling", None)
+        changes = {f.name: given.pop(f.name, None) for f in fields(SamplingChanges)}
+        sampling = SamplingChanges(**changes).applied(
+            self.sampling if sampling is None else sampling
+        )
+        if given.get("max_batch") is None:  # of none at all, the line that says so is the decoder's
+            fits = fitting(self.prior, SEQUENCES, sampling.guided, sampling.cache_bits)
+            given["max_batch"] = max(1, fits)
+        return Request(
+            num_samples=num_candidates, top=top, first_sample=first, sampling=sampling, **given
+        )
 
     def _encoded(self, captions: list[str]) -> torch.Tensor:
         """Captions, spelt as in the training, as tokens (B, text_len - 1) on the prior's device."""
@@ -262,32 +272,11 @@ class Pipeline(Editing):
         return self.tokenizer.encode(shaped, self.prior.config.text_len - 1).to(self.device)
 
     def _steps(
-        self,
-        text: torch.Tensor,
-        num_candidates: int,
-        sampling: SamplingConfig,
-        *,
-        seed: int,
-        first: list[int],
-        prime: torch.Tensor | None,
-        max_batch: int | None,
-        weights: str,
+        self, text: torch.Tensor, request: Request, prime: torch.Tensor | None
     ) -> Generator[Drawn]:
-        """`draw_parts` with parts that fit the memory."""
-        if max_batch is None:  # of none at all, the line that says so is the decoder's
-            guided = sampling.cond_scale not in (0, 1)
-            max_batch = max(1, fitting(self.prior, SEQUENCES, guided, sampling.cache_bits))
-        return draw_parts(
-            self.prior,
-            text,
-            num_samples=num_candidates,
-            sampling=sampling,
-            prime=None if prime is None else prime.to(self.device).expand(len(text), -1),
-            seed=seed,
-            first_sample=first,
-            max_batch=max_batch,
-            weights=weights,
-        )
+        """`draw_parts` with the same prime for every caption."""
+        given = None if prime is None else prime.to(self.device).expand(len(text), -1)
+        return draw_parts(self.prior, text, request, given)
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -331,26 +320,7 @@ class Pipeline(Editing):
         return results[0] if isinstance(caption, str) else results
 
     def stream(
-        self,
-        caption: str | list[str] | tuple[str, ...],
-        *,
-        num_candidates: int | None = None,
-        top: int | None = None,
-        seed: int = 0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        cond_scale: float | None = None,
-        cache_bits: int | None = None,
-        sampling: SamplingConfig | None = None,
-        prime_image: torch.Tensor | None = None,
-        prime_rows: int = 0,
-        first_candidate: int | Sequence[int] = 0,
-        max_batch: int | None = None,
-        weights: str = "fp32",
-        cancel: Callable[[], bool] = lambda: False,
-        progress: Progress | None = None,
-        code_progress: Progress | None = None,
+        self, caption: str | list[str] | tuple[str, ...], **options: Unpack[GenerateOptions]
     ) -> Generator[Event]:
         """Draws candidates for captions, and hands over what happens as it happens.
 
@@ -362,6 +332,7 @@ class Pipeline(Editing):
         Args:
             caption: what to draw, or a list; cleaned as captions of training are, and without
                 punctuation that none of them has.
+            options: these keywords.
             num_candidates: how many to choose from for each caption; None: the pipeline's, else the
                 paper's 512.
             top: how many to keep; None: 8, or all candidates where they are fewer.
@@ -374,68 +345,22 @@ class Pipeline(Editing):
             first_candidate: number of the first candidate, or one for each caption: 256 candidates
                 and 256 more from number 256 on are those of 512.
             max_batch: candidates drawn at a time; None: what fits the memory, up to `SEQUENCES`.
-            weights: of `sample`.
+            weights: "fp32" or, on some CPUs, "bf16".
             cancel: asked after every code; once it is true the work ends, and each caption's
                 `Finished` has the best of the candidates that were finished.
-            progress, code_progress: of `sample`.
+            progress: called with (sequences done, sequences in all) after each part.
+            code_progress: called with (codes done, codes in all) after each code of a part.
 
         Raises:
             UsageError: an argument is out of range, or a caption is no string.
         """
-        captions = _captions(caption)
-        num_candidates, top = self.counts(num_candidates, top)
-        changes = SamplingChanges(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            cond_scale=cond_scale,
-            cache_bits=cache_bits,
-        )
-        prime_rows = integer("pipeline", "prime_rows", prime_rows, 0)
-        if prime_image is None and prime_rows:
-            raise UsageError(
-                f"pipeline: prime_rows must be 0 without a prime_image, got {prime_rows}"
-            )
-        rows = prime_rows or self.grid[0] // 2
-        first = first_numbers("pipeline", "first_candidate", first_candidate, len(captions))
-        if max(first, default=0) > MAX_SEED + 1 - num_candidates:  # numbers fit 64 bits with a sign
-            most = MAX_SEED + 1 - num_candidates
-            raise UsageError(f"pipeline: first_candidate must be at most {most}, got {max(first)}")
-        steps = self._steps(
-            self._encoded(captions),
-            num_candidates,
-            changes.applied(self.sampling if sampling is None else sampling),
-            seed=seed,
-            first=first,
-            prime=None if prime_image is None else self.prime_tokens(prime_image, rows),
-            max_batch=max_batch,
-            weights=weights,
-        )
-        steps = counted(steps, len(captions) * num_candidates, progress, code_progress)
-        return self.choose(captions, steps, num_candidates, top, first=first, cancel=cancel)
-
-    def choose(
-        self,
-        captions: list[str],
-        steps: Generator[Drawn],
-        num_candidates: int,
-        top: int,
-        *,
-        first: Sequence[int],
-        cancel: Callable[[], bool] = lambda: False,
-    ) -> Generator[Event]:
-        """Decodes and scores what `steps` draws; see `dalle.candidates.choose`."""
-        return choose(
-            steps,
-            self.decode,
-            lambda caption, images: self.score(captions[caption], images),
-            first=first,
-            num_candidates=num_candidates,
-            top=top,
-            grid=self.grid,
-            image_size=self.image_size,
-            cancel=cancel,
-        )
+        captions, image = _captions(caption), options.pop("prime_image", None)
+        rows = integer("pipeline", "prime_rows", options.pop("prime_rows", 0), 0)
+        if image is None and rows:
+            raise UsageError(f"pipeline: prime_rows must be 0 without a prime_image, got {rows}")
+        request = self.request("pipeline", len(captions), options)
+        prime = None if image is None else self.prime_tokens(image, rows or self.grid[0] // 2)
+        return choose(self, captions, self._steps(self._encoded(captions), request, prime), request)
 
     def score(self, caption: str, images: torch.Tensor) -> torch.Tensor:
         """The ranker's scores of pictures (n, 3, H, W): (n,) float32, NaN without a ranker."""

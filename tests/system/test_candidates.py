@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 
 import pytest
 import torch
 
 import dalle_ext
-from dalle.candidates import Best
+from dalle.candidates import Best, DrawOptions, Request
 from dalle.errors import UsageError
-from dalle.pipeline import CandidateFinished, Finished, RowsFinished
+from dalle.pipeline import CandidateFinished, Finished, GenerateOptions, RowsFinished
+from dalle.prior.sampling import SamplingConfig
 from support.toy_pipeline import CAPTION, build
 
 OPTIONS = {"seed": 3, "temperature": 9.0}  # the toy repeats itself at 1
@@ -125,6 +127,20 @@ def test_arguments_are_checked_before_the_first_event(pipeline):
     ):
         with pytest.raises(UsageError, match=line):
             pipeline.stream(CAPTION, **options)
+    for name, hint in (
+        ("num_candidate", r" \(did you mean num_candidates\?\)"),
+        ("num_samples", ""),
+    ):
+        with pytest.raises(TypeError, match=f"^pipeline: {name} is not an option{hint}"):
+            pipeline.generate(CAPTION, **{name: 2})
+
+
+def test_keywords_are_written_once():
+    """What Python's callers may say is what a request holds, and one declaration of it."""
+    said = DrawOptions.__annotations__.keys() - {f.name for f in fields(SamplingConfig)}
+    held = {f.name.replace("sample", "candidate") for f in fields(Request)}
+    own = GenerateOptions.__annotations__.keys() - DrawOptions.__annotations__.keys()
+    assert said == held and own == {"prime_image", "prime_rows"}
 
 
 def test_the_best_are_kept_over_parts_and_the_first_of_equals():

@@ -82,9 +82,9 @@ def test_the_best_are_first_and_different_until_there_are_no_more(pipeline):
     assert torch.equal(few.tokens, found.tokens[:different])
     # All together: what systematic resampling takes of the weighted candidates.
     edit = editing.checked(pipeline, IMAGE, CAPTION, HOLE)
-    options = {"seed": 0, "first_candidate": 0}
-    *_, end = editing.steps(pipeline, edit, count, pipeline.sampling, **options)
-    noise = editing.choosing_noise(edit, pipeline.sampling, 0, 0)
+    request = pipeline.request("edit", 1, {"num_candidates": count})
+    *_, end = editing.steps(pipeline, edit, request)
+    noise = editing.choosing_noise(edit, request)
     taken = end.tokens[0][systematic(end.log_weights, noise)[0]]
     assert Counter(rows) == Counter(tuple(row) for row in taken.tolist())
 
@@ -135,9 +135,11 @@ def test_a_candidate_is_drawn_again(pipeline):
             paste=True,
         )  # fmt: skip
         edit = editing.checked(pipeline, IMAGE, CAPTION, keep, paste=True)
+        options = {"num_candidates": count, "sampling": sampling, "seed": 2}
+        request = pipeline.request("edit", 1, options)
         for index in (0, 5):
             candidate = int(found.order[index])
-            tokens, image = editing.redrawn(pipeline, edit, candidate, count, sampling, seed=2)
+            tokens, image = editing.redrawn(pipeline, edit, candidate, request)
             assert torch.equal(tokens, found.tokens[index])
             assert torch.equal(image, found.images[index])
 
@@ -185,7 +187,7 @@ def test_pasted_pixels_are_the_pictures_own(pipeline):
 )
 def test_refused_before_anything_is_drawn(pipeline, changes, message):
     options = {"image": IMAGE, "caption": CAPTION, "keep": HOLE, "num_candidates": 8, **changes}
-    with pytest.raises(UsageError, match=f"^(edit|pipeline|generate|Decoder): {message}") as error:
+    with pytest.raises(UsageError, match=f"^(edit|pipeline|Decoder): {message}") as error:
         pipeline.edit_stream(**options)
     assert "\n" not in str(error.value)
 

@@ -18,7 +18,7 @@ from dalle.prior.config import PAD
 from dalle.prior.decode import generate
 from dalle.prior.editing import Weighted, draw_edited, is_weighted
 from dalle.prior.particles import Weights, effective_size, systematic
-from dalle.prior.sampling import CHOOSING, RESAMPLING, SamplingConfig, uniform_noise
+from dalle.prior.sampling import CHOOSING, RESAMPLING, DrawConfig, SamplingConfig, uniform_noise
 from support.prior import make, sample
 
 
@@ -34,9 +34,10 @@ def mask(marks):
     return torch.tensor([mark == "#" for mark in marks])
 
 
-def run(model, text, given, keep, **options):
+def run(model, text, given, keep, *, group=256, **options):
     """The last step of each group, side by side: tokens (S, N), log-weights (S,), resampled."""
-    ends = [d for d in draw_edited(model, text, given[0], keep, **options) if d.done]
+    steps = draw_edited(model, text, given[0], keep, DrawConfig(**options), group=group)
+    ends = [d for d in steps if d.done]
     tokens = torch.cat([end.tokens[0] for end in ends])
     weights = [end.log_weights[0] for end in ends if isinstance(end, Weighted)]
     return tokens, torch.cat(weights), sum(end.resampled for end in ends)
@@ -108,18 +109,9 @@ def test_groups_together_follow_it_as_well():
 def test_without_kept_tokens_after_redrawn_ones_it_is_priming(marks, options):
     model, keep = make(grid=(2, 4)), mask(marks)
     text, given = sample(model, batch=1)
-    sampling = SamplingConfig(**options)
-    ends = [
-        d
-        for d in draw_edited(
-            model, text, given[0], keep, num_samples=9, sampling=sampling, seed=4, first_sample=2
-        )
-        if d.done
-    ]
-    prime = given[:, : int(keep.sum())]
-    wanted = generate(
-        model, text, num_samples=9, sampling=sampling, prime=prime, seed=4, first_sample=2
-    )
+    how = {"num_samples": 9, "sampling": SamplingConfig(**options), "seed": 4, "first_sample": 2}
+    ends = [d for d in draw_edited(model, text, given[0], keep, DrawConfig(**how)) if d.done]
+    wanted = generate(model, text, prime=given[:, : int(keep.sum())], **how)
     assert not is_weighted(keep) and not any(isinstance(end, Weighted) for end in ends)
     assert torch.equal(torch.cat([end.tokens[0] for end in ends]), wanted.flatten(2)[0])
 
@@ -209,9 +201,10 @@ def test_noise_for_resampling_is_another_than_for_drawing():
 def test_refused_before_anything_is_drawn(changes, message):
     model = make()
     text, given = sample(model, batch=1)
-    options = {"keep": mask(".#.#.#######"), **changes}
-    with pytest.raises(UsageError, match=f"^edit: {message}"):
-        draw_edited(model, text, given[0], **options)
+    keep, group = changes.get("keep", mask(".#.#.#######")), changes.get("group", 256)
+    how = {name: changes[name] for name in changes.keys() - {"keep", "group"}}
+    with pytest.raises(UsageError, match=f"^(edit|generate): {message}"):
+        draw_edited(model, text, given[0], keep, DrawConfig(**how), group=group)
 
 
 def test_logits_that_are_no_numbers_are_refused():

@@ -211,7 +211,7 @@ def page(run: dict[str, Any]) -> bytes:
 
 
 def set_precision(pipeline: Pipeline, precision: str, device: torch.device) -> None:
-    """Makes the prior draw in a precision; see `dalle.commands.sample.SampleConfig`."""
+    """Makes the prior draw in a precision; see `dalle.commands.drawing.DrawingOptions`."""
     trained = pipeline.prior.config.precision
     if precision == "auto":
         precision = trained if trained != "fp32" else default_precision(device)

@@ -2,69 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 
-from dalle import editing, files, masks, pictures
-from dalle.candidates import Finished, RowsFinished
+from dalle import editing, masks, pictures
 from dalle.captions import clean
-from dalle.commands import again
-from dalle.commands.drawn import (
-    CANDIDATES,
-    PAGE,
-    RECORD,
-    description,
-    earlier_pictures,
-    find_model,
-    load_pipeline,
-    output_folder,
-    page,
-    record,
-    remove_earlier,
-    save_pictures,
-    set_precision,
-    slug,
-)
+from dalle.commands.again import Again, Drawn
+from dalle.commands.drawing import DrawingOptions, Run, last_events
+from dalle.commands.drawn import PAGE
 from dalle.commands.fits import require_best_fit, require_group_fits
-from dalle.commands.picture_record import (
-    Input,
-    Options,
-    PictureRecord,
-    image_hash,
-    model_hashes,
-)
-from dalle.configs import integer
+from dalle.commands.picture_record import Input, image_hash
 from dalle.console import argument_text, progress_shown, say
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.images import decode, decode_mask, read_bytes
-from dalle.devices import pick_device
 from dalle.errors import DataError, Interrupted, UsageError
-from dalle.files import to_json
 from dalle.options import REPEATED
-from dalle.pipeline import MAX_CANDIDATES, Generation
+from dalle.pipeline import Generation
 from dalle.prior.editing import GROUP
-from dalle.prior.sampling import MAX_SEED, SamplingChanges
-from dalle.prior.step import check_weights
 from dalle.train.signals import signals
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditConfig:
-    """Keeps a part of a picture and draws the rest for a caption.
-
-    What is redrawn is what `mask`, `box`, `keep_rows` and `redraw_rows` name together. Where none
-    is given, the top 15 of 32 rows of tokens are kept, as in the paper's image-to-image. A token
-    is kept only if all its pixels are.
+class Region:
+    """A picture, and what of it is redrawn: what the options name together.
 
     Args:
         image: the picture; its largest centred square is taken at the pipeline's size.
         caption: what the whole picture shows afterwards, in quotes.
-        model: folder of a pipeline. Left out: run/pipeline, which `dalle train` leaves, and where
-            there is none, out/demo/pipeline of `dalle demo`.
         mask: a picture of any size, white where is redrawn, or transparent, if it has transparency.
             It has the picture's proportions, or is square like the part that is taken.
         box: x0,y0,x1,y1 of a rectangle that is redrawn, x1 and y1 excluded; x0,y0 alone reaches
@@ -76,25 +44,10 @@ class EditConfig:
         invert: redraw what `mask` and `box` leave, and keep what they name.
         paste: put the kept pixels of the picture into the results as they are, unblended. Without,
             they are what the dVAE makes of the kept tokens.
-        out: folder for index.html, the grid PNG, single PNGs and samples.json. Where it holds an
-            earlier run, the next free one of OUT-2, OUT-3, ... is taken.
-        overwrite: put the results in `out` in place of those of the earlier run.
-        num_candidates: samples to choose from; left out, what the pipeline says, else 64.
-        top: how many of them to keep at most.
-        seed: the same seed gives the same pictures.
-        sampling: how a token is drawn; what is left out is as the pipeline says.
-        precision: of the prior, as of `dalle sample`.
-        weights: fp32, or bf16 on a CPU with bf16 dot products: faster, tokens of nearly equal
-            chance may change.
-        device: "cpu", "cuda" or "auto".
-        scale: screen pixels per pixel in the grid.
-        again: a PNG that `dalle edit` has written: the same candidate is drawn once more, bit for
-            bit, as the picture itself says. Needs the same model and the same `image`.
     """
 
     image: Path
     caption: str | None = None
-    model: Path | None = None
     mask: Path | None = None
     box: Annotated[tuple[str, ...], REPEATED] = ()
     box_units: Literal["pixels", "tokens", "input"] = "pixels"
@@ -102,17 +55,18 @@ class EditConfig:
     redraw_rows: int | None = None
     invert: bool = False
     paste: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditConfig(DrawingOptions, Region):  # help shows the fields of Region first
+    """Keeps a part of a picture and draws the rest for a caption.
+
+    What is redrawn is what `mask`, `box`, `keep_rows` and `redraw_rows` name together. Where none
+    is given, the top 15 of 32 rows of tokens are kept, as in the paper's image-to-image. A token
+    is kept only if all its pixels are.
+    """
+
     out: Path = Path("run/edits")
-    overwrite: bool = False
-    num_candidates: int | None = None
-    top: int = 8
-    seed: int = 0
-    sampling: SamplingChanges = field(default_factory=SamplingChanges)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    weights: Literal["fp32", "bf16"] = "fp32"
-    device: str = "auto"
-    scale: int = 2
-    again: Path | None = None
 
 
 def read_mask(path: Path, picture: tuple[int, int], side: int) -> torch.Tensor:
@@ -147,7 +101,7 @@ def squared(mask: np.ndarray, side: int) -> torch.Tensor:
 
 
 def kept_pixels(
-    config: EditConfig, picture: tuple[int, int], grid: tuple[int, int], side: int
+    config: Region, picture: tuple[int, int], grid: tuple[int, int], side: int
 ) -> torch.Tensor:
     """(side, side) bool, True where the options keep the picture.
 
@@ -204,10 +158,7 @@ def check_config(config: EditConfig) -> str:
         )
     if config.invert and config.mask is None and not config.box:
         raise UsageError("edit: invert must be given with a mask or a box, got neither")
-    if config.num_candidates is not None:
-        integer("edit", "num_candidates", config.num_candidates, 1, MAX_CANDIDATES)
-    integer("edit", "top", config.top, 1)
-    integer("edit", "seed", config.seed, 0, MAX_SEED)
+    config.check("edit")
     return caption
 
 
@@ -216,113 +167,54 @@ def edit(config: EditConfig) -> None:
     if config.again is not None:
         return edit_again(config)
     caption = check_config(config)
-    model = find_model("edit", "model", config.model)
     inputs = [config.image, *([config.mask] if config.mask else [])]
     source = decode(read_bytes(config.image), config.image)
-    out, name = output_folder("edit", config.out, config.overwrite), slug(caption, 0)
-    earlier = earlier_pictures(out)
-    targets = [out / RECORD, out / PAGE, out / f"{name}.png", out / name / "0.png"]
-    files.check_targets("edit", *targets)
-    again.check_inputs("edit", [*earlier, *targets], inputs)
-    device = pick_device(config.device)
-    pipeline = load_pipeline(model, device)
-    num_candidates = config.num_candidates or pipeline.num_candidates or CANDIDATES
-    top = min(config.top, num_candidates)
-    sampling = config.sampling.applied(pipeline.sampling)
-    pictures.check_sheet("edit", top, pipeline.image_size, config.scale)
+    run = Run("edit", config, [caption], inputs)
+    pipeline, options = run.pipeline, run.options()
+    pictures.check_sheet("edit", options["top"], pipeline.image_size, config.scale)
     image = square(source, pipeline.image_size)
     keep = kept_pixels(config, source.shape[:2], pipeline.grid, pipeline.image_size)
     work = editing.checked(pipeline, image, caption, keep, config.paste)
+    num_candidates, top = options["num_candidates"], options["top"]
     if work.weighted:  # a group is drawn at a time
-        require_group_fits("edit", pipeline, num_candidates, GROUP, sampling)
+        require_group_fits("edit", pipeline, num_candidates, GROUP, options["sampling"])
     else:
-        require_best_fit("edit", pipeline, top, sampling)
-    check_weights(config.weights, device)
+        require_best_fit("edit", pipeline, top, options["sampling"])
     say(f"edit: {int((~work.keep).sum())} of {work.keep.numel()} tokens are redrawn")
     drawn_as = pipeline.tokenizer.shape(caption)
     if drawn_as != clean(caption):
         say(f"edit: the caption is drawn as {drawn_as!r}, spelt as in the training")
-    run: dict[str, Any] = {
-        "command": "edit",
-        **description(pipeline, model),
-        "sampling": asdict(sampling),
-        "num_candidates": num_candidates,
-        "top": top,
-        "seed": config.seed,
-        "image": str(config.image),
-        "keep": [
-            "".join("#" if kept else "." for kept in row)
-            for row in work.keep.view(pipeline.grid).tolist()
-        ],
-        "paste": config.paste,
-        "records": [],
-    }
-    models = model_hashes(run["model"]["fingerprints"])
-    set_precision(pipeline, config.precision, device)  # once the weights' fingerprints are taken
-    run |= {"precision": pipeline.prior.config.precision, "weights": config.weights}
-    end: Finished | None = None
-    begun: RowsFinished | None = None
+    shown = work.keep.view(pipeline.grid).tolist()
+    run.begin(
+        options,
+        config.precision,
+        image=str(config.image),
+        keep=["".join("#" if kept else "." for kept in row) for row in shown],
+        paste=config.paste,
+    )
     with signals() as received, progress_shown("edit") as show:
-        for event in editing.events(
-            pipeline,
-            work,
-            num_candidates,
-            top,
-            sampling,
-            seed=config.seed,
-            weights=config.weights,
-            cancel=lambda: bool(received),
-            code_progress=show,
-        ):
-            end = event if isinstance(event, Finished) else end
-            begun = event if isinstance(event, RowsFinished) else begun
-    assert end is not None
-    generation = different(end.generation)
-    if not end.drawn:  # stopped before a candidate was finished: the rows there are
-        if begun is None:
-            raise Interrupted(f"edit: stopped by {received[0]} before the first row was finished")
-        generation = pipeline.unfinished(begun, top)
+        callbacks = {"cancel": lambda: bool(received), "code_progress": show}
+        request = pipeline.request("edit", 1, {**options, **callbacks})
+        end, begun = last_events(editing.events(pipeline, work, request))
+    end = replace(end, generation=different(end.generation))
+    given = Input(pixels=image_hash(image), keep=masks.packed(work.pixels), paste=config.paste)
+    picture = run.picture(caption, drawn_as, options, given)
     if work.weighted and end.drawn:
         say(
             f"edit: candidates {end.drawn}, weighted by the kept tokens behind redrawn ones; "
-            f"different ones that are kept: {len(generation.images)}"
+            f"different ones that are kept: {len(end.generation.images)}"
         )
     elif top < config.top:
         say(f"edit: of {end.drawn} candidates all are kept, not {config.top}")
-    remove_earlier("edit", out, earlier)
-    picture = PictureRecord(
-        command="edit",
-        caption=caption,
-        drawn_as=drawn_as,
-        seed=config.seed,
-        options=Options(
-            sampling=sampling,
-            num_candidates=num_candidates,
-            top=top,
-            precision=pipeline.prior.config.precision,
-            device=device.type,
-            weights=config.weights,
-            image=Input(
-                pixels=image_hash(image), keep=masks.packed(work.pixels), paste=config.paste
-            ),
-        ),
-        model=models,
-    )
-    said = picture if end.drawn else None  # a picture that is not finished cannot be drawn again
-    singles = save_pictures(out, name, generation, config.scale, said)
-    entry = record(caption, drawn_as, config.seed, generation, singles)
-    if end.cancelled:
-        entry["finished"] = end.drawn
-        entry["rows"] = pipeline.grid[0] if end.drawn or begun is None else begun.rows
-    run["records"].append(entry)
-    pictures.save_bytes(out / RECORD, to_json(run))
-    pictures.save_bytes(out / PAGE, page(run))
+    singles = run.finish(caption, drawn_as, end, begun, picture)
+    if singles is None:
+        raise Interrupted(f"edit: stopped by {received[0]} before the first row was finished")
     count = f"{len(singles)} picture{'s' * (len(singles) > 1)}"
-    print(f"edit: {count}, grid and samples.json in {out}; look at {out / PAGE}")
+    print(f"edit: {count}, grid and samples.json in {run.out}; look at {run.out / PAGE}")
     if end.cancelled:
         raise Interrupted(
             f"edit: stopped by {received[0]} after {end.drawn} of {num_candidates} candidates; "
-            f"what was drawn is in {out}"
+            f"what was drawn is in {run.out}"
         )
 
 
@@ -343,27 +235,22 @@ def different(generation: Generation) -> Generation:
 
 
 def edit_again(config: EditConfig) -> None:
-    """Draws one candidate of an earlier edit again; see `EditConfig.again`."""
-    job = again.prepare("edit", config, "image", config.image)
+    """Draws one candidate of an earlier edit again; see `DrawingOptions.again`."""
+    job = Again("edit", config, "image", config.image)
     said, options, given = job.record, job.record.options, job.record.options.image
     assert given is not None and job.image is not None
+    pipeline = job.pipeline
     if given.keep is None or said.candidate >= options.num_candidates:
         raise DataError(f"edit: {config.again} must hold a mask and one of its candidates")
-    keep = masks.unpacked(given.keep, job.pipeline.image_size)
-    work = editing.checked(job.pipeline, job.image, said.caption, keep, given.paste)
+    keep = masks.unpacked(given.keep, pipeline.image_size)
+    work = editing.checked(pipeline, job.image, said.caption, keep, given.paste)
 
-    def draw() -> again.Drawn:
+    def draw() -> Drawn:
         with progress_shown("edit --again") as show:
-            tokens, image = editing.redrawn(
-                job.pipeline,
-                work,
-                said.candidate,
-                options.num_candidates,
-                options.sampling,
-                seed=said.seed,
-                weights=options.weights,
-                progress=show,
-            )
-        return image, tokens, float(job.pipeline.score(said.caption, image[None])[0])
+            names = ("num_candidates", "sampling", "weights")
+            how = {name: getattr(options, name) for name in names}
+            request = pipeline.request("edit", 1, {**how, "seed": said.seed, "code_progress": show})
+            tokens, image = editing.redrawn(pipeline, work, said.candidate, request)
+        return image, tokens, float(pipeline.score(said.caption, image[None])[0])
 
     job.finish(draw)

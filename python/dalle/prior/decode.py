@@ -9,7 +9,7 @@ head size, d width, N image slots, K image vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,19 +22,15 @@ from dalle.errors import NumericalError, UsageError
 from dalle.prior.blocks import KeysValues
 from dalle.prior.config import PAD
 from dalle.prior.sampling import (
-    MAX_SEED,
-    PAPER,
+    DrawConfig,
     SamplingConfig,
     caption_key,
-    check_sampling,
     checked_bits,
     draw,
-    first_numbers,
     uniform_noise,
 )
 from dalle.prior.step import ROWS, Step, SupportsDecoding, check_weights, require_cache
 
-MAX_BATCH = 64  # images drawn at a time; more make a step hardly more efficient, and a larger cache
 Progress = Callable[[int, int], None]
 
 
@@ -227,16 +223,7 @@ class Drawn:
 
 
 def draw_parts(
-    prior: SupportsDecoding,
-    text: Tensor,
-    *,
-    num_samples: int = 1,
-    sampling: SamplingConfig = PAPER,
-    prime: Tensor | None = None,
-    seed: int = 0,
-    first_sample: int | Sequence[int] = 0,
-    max_batch: int = MAX_BATCH,
-    weights: str = "fp32",
+    prior: SupportsDecoding, text: Tensor, config: DrawConfig, prime: Tensor | None = None
 ) -> Generator[Drawn]:
     """Draws like `generate`, and hands over after every step what there is.
 
@@ -244,45 +231,41 @@ def draw_parts(
     Closing the iterator ends the work and puts the prior's mode back.
 
     Raises:
-        UsageError: shapes, token ranges or options that do not fit; before anything is drawn.
+        UsageError: shapes or token ranges that do not fit; before anything is drawn.
         NumericalError: logits that are NaN or infinite.
     """
     prior.check_text(text)
-    check_sampling("generate", sampling)
-    num_samples = integer("generate", "num_samples", num_samples, 1)
-    max_batch = integer("generate", "max_batch", max_batch, 1)
-    seed = integer("generate", "seed", seed, 0, MAX_SEED)
-    first = first_numbers("generate", "first_sample", first_sample, len(text))
+    first = config.first(len(text))
     prime = text.new_empty(len(text), 0) if prime is None else prime
     check_prime(prior, prime, len(text))
-    check_weights(weights, prior.start_of_text.device)
-    width = min(num_samples, max_batch)
-    height = max(1, max_batch // width)
+    check_weights(config.weights, prior.start_of_text.device)
+    count, width = config.num_samples, min(config.num_samples, config.max_batch)
+    height = max(1, config.max_batch // width)
     parts = [
-        (range(top, min(top + height, len(text))), range(left, min(left + width, num_samples)))
+        (range(top, min(top + height, len(text))), range(left, min(left + width, count)))
         for top in range(0, len(text), height)
-        for left in range(0, num_samples, width)
+        for left in range(0, count, width)
     ]
-    options = {
-        "cond_scale": sampling.cond_scale,
-        "cache_bits": sampling.cache_bits,
-        "weights": weights,
-        "max_batch": max_batch,
-    }
-    return _drawn(prior, text, sampling, prime, seed, first, parts, options)
+    return _drawn(prior, text, config, prime, first, parts)
+
+
+def decoder_options(config: DrawConfig, max_batch: int) -> dict[str, Any]:
+    """Keywords of `Decoder`."""
+    sampling = config.sampling
+    how = {"cond_scale": sampling.cond_scale, "cache_bits": sampling.cache_bits}
+    return {**how, "weights": config.weights, "max_batch": max_batch}
 
 
 def _drawn(
     prior: SupportsDecoding,
     text: Tensor,
-    sampling: SamplingConfig,
+    config: DrawConfig,
     prime: Tensor,
-    seed: int,
     first: list[int],
     parts: list[tuple[range, range]],
-    options: dict[str, Any],
 ) -> Generator[Drawn]:
     """The work of `draw_parts`, whose arguments have been checked."""
+    sampling = config.sampling
     device, slots = prior.start_of_text.device, prior.config.num_image_tokens
     # With a scale of 0 all captions are the empty one.
     keys = [caption_key(row[:0] if sampling.cond_scale == 0 else row) for row in text.cpu()]
@@ -294,11 +277,11 @@ def _drawn(
             shape = len(rows), len(columns)
             if decoder is None or (decoder.batch, decoder.samples) != shape:
                 del decoder  # its cache goes before the next one comes
-                decoder = Decoder(prior, *shape, **options)
+                decoder = Decoder(prior, *shape, **decoder_options(config, config.max_batch))
             inside = slice(rows.start, rows.stop)
             decoder.set_text(text[inside], prime[inside])
             each = [(r, range(first[r] + columns.start, first[r] + columns.stop)) for r in rows]
-            drawn_from = [uniform_noise(seed, keys[row], own, slots) for row, own in each]
+            drawn_from = [uniform_noise(config.seed, keys[row], own, slots) for row, own in each]
             noise = torch.stack(drawn_from, -1)  # (s, N, b)
             noise = noise.permute(1, 2, 0).contiguous().to(device)  # (N, b, s)
             tokens = torch.empty(*shape, slots, dtype=torch.int64, device=device)
@@ -330,61 +313,38 @@ def generate(
     prior: SupportsDecoding,
     text: Tensor,
     *,
-    num_samples: int = 1,
-    sampling: SamplingConfig = PAPER,
     prime: Tensor | None = None,
-    seed: int = 0,
-    first_sample: int | Sequence[int] = 0,
-    max_batch: int = MAX_BATCH,
-    weights: str = "fp32",
     progress: Progress | None = None,
+    **options: Any,
 ) -> Tensor:
     """Draws image tokens for captions.
 
     Args:
         prior: the model; its mode is put back afterwards.
         text: (B, text_len - 1) int64, PAD where there is no token; not changed.
-        num_samples: S, images of each caption.
-        sampling: temperature, top_k, top_p (which act after the temperature), cond_scale and
-            cache_bits. The caption-free branch of guidance reads padding only, so train with
-            `caption_dropout` for scales above 1.
         prime: (B, n) int64, the first n tokens of each image in raster order, kept as they are.
-        seed: the noise is a function of (seed, caption, number of the sample, step) alone, so an
-            image does not depend on what else is drawn, nor on `max_batch`. A caption that comes
-            twice gets the same images twice. With `cond_scale` 0 all captions are the empty one.
-        first_sample: number of the first sample, to continue an earlier call; or one number for
-            each caption.
-        max_batch: images drawn at a time.
-        weights: of `Decoder`.
         progress: called as progress(tokens drawn, tokens in all).
+        options: of `DrawConfig`. The caption-free branch of guidance reads padding only, so train
+            with `caption_dropout` for scales above 1.
 
     Returns:
-        (B, S, rows, columns) int64 on the CPU.
+        (B, num_samples, rows, columns) int64 on the CPU.
 
     Raises:
         UsageError: shapes, token ranges or options that do not fit.
         NumericalError: logits that are NaN or infinite.
     """
-    steps = draw_parts(
-        prior,
-        text,
-        num_samples=num_samples,
-        sampling=sampling,
-        prime=prime,
-        seed=seed,
-        first_sample=first_sample,
-        max_batch=max_batch,
-        weights=weights,
-    )
+    config = DrawConfig(**options)
+    steps = draw_parts(prior, text, config, prime)
     slots = prior.config.num_image_tokens
-    out = torch.empty(len(text), num_samples, slots, dtype=torch.int64, device="cpu")
+    out = torch.empty(len(text), config.num_samples, slots, dtype=torch.int64, device="cpu")
     for drawn in steps:
         if progress is not None:
             progress(drawn.part * slots + drawn.slots, drawn.parts * slots)
         if drawn.done:
             rows, columns = drawn.captions, drawn.samples
             out[rows.start : rows.stop, columns.start : columns.stop] = drawn.tokens.cpu()
-    return out.view(len(text), num_samples, *prior.config.grid)
+    return out.view(len(text), config.num_samples, *prior.config.grid)
 
 
 def check_prime(prior: SupportsDecoding, prime: Tensor, batch: int) -> None:

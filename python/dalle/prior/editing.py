@@ -17,15 +17,13 @@ from torch import Tensor
 
 from dalle.configs import integer
 from dalle.errors import UsageError
-from dalle.prior.decode import Decoder, Drawn, draw_parts, not_finite
+from dalle.prior.decode import Decoder, Drawn, decoder_options, draw_parts, not_finite
 from dalle.prior.particles import Weights
 from dalle.prior.sampling import (
-    MAX_SEED,
-    PAPER,
     RESAMPLING,
+    DrawConfig,
     SamplingConfig,
     caption_key,
-    check_sampling,
     draw,
     log_likelihood,
     uniform_noise,
@@ -58,14 +56,9 @@ def draw_edited(
     text: Tensor,
     given: Tensor,
     keep: Tensor,
+    config: DrawConfig,
     *,
-    num_samples: int = 1,
-    sampling: SamplingConfig = PAPER,
-    seed: int = 0,
-    first_sample: int = 0,
-    max_batch: int = 64,
     group: int = GROUP,
-    weights: str = "fp32",
 ) -> Generator[Drawn]:
     """Draws candidates of one edit, and hands over after every step what there is.
 
@@ -83,12 +76,8 @@ def draw_edited(
         text: (1, text_len - 1) int64 with PAD.
         given: (N,) int64, the tokens of the picture; those that are not kept are not read.
         keep: (N,) bool, True where a token is kept; neither all nor none.
-        num_samples: candidates in all.
-        sampling, seed: as of `generate`.
-        first_sample: number of the first candidate.
-        max_batch: candidates drawn at a time where none is weighted.
+        config: `num_samples` candidates in all; `max_batch` counts where none is weighted.
         group: candidates drawn at a time where they are; another number gives other candidates.
-        weights: of `Decoder`.
 
     Raises:
         UsageError: shapes, token ranges or options that do not fit; before anything is drawn.
@@ -96,14 +85,11 @@ def draw_edited(
     """
     slots = prior.config.num_image_tokens
     prior.check_text(text)
-    check_sampling("edit", sampling)
     if len(text) != 1:
         raise UsageError(f"edit: text must be of one caption, got {len(text)}")
-    num_samples = integer("edit", "num_samples", num_samples, 1)
     group = integer("edit", "group", group, 1)
-    seed = integer("edit", "seed", seed, 0, MAX_SEED)
-    first_sample = integer("edit", "first_sample", first_sample, 0, MAX_SEED)
-    check_weights(weights, prior.start_of_text.device)
+    (first_sample,) = config.first(1)
+    check_weights(config.weights, prior.start_of_text.device)
     if keep.dtype != torch.bool or tuple(keep.shape) != (slots,):
         raise UsageError(f"edit: keep must be ({slots},) bool, got {tuple(keep.shape)}")
     if bool(keep.all()) or not bool(keep.any()):
@@ -111,27 +97,11 @@ def draw_edited(
     given = torch.where(keep, given.cpu(), 0)[None]
     prior.check_image_tokens(given, slots, 1)
     if not is_weighted(keep):
-        return draw_parts(
-            prior,
-            text,
-            num_samples=num_samples,
-            sampling=sampling,
-            prime=given[:, : int(keep.sum())],
-            seed=seed,
-            first_sample=first_sample,
-            max_batch=max_batch,
-            weights=weights,
-        )
-    groups = [range(left, min(left + group, num_samples)) for left in range(0, num_samples, group)]
-    options = {
-        "cond_scale": sampling.cond_scale,
-        "cache_bits": sampling.cache_bits,
-        "weights": weights,
-        "max_batch": group,
-    }
-    return _weighted(
-        prior, text, given, keep.tolist(), sampling, seed, first_sample, groups, options
-    )
+        return draw_parts(prior, text, config, given[:, : int(keep.sum())])
+    total = config.num_samples
+    groups = [range(left, min(left + group, total)) for left in range(0, total, group)]
+    options = decoder_options(config, group)
+    return _weighted(prior, text, given, keep.tolist(), config, first_sample, groups, options)
 
 
 @torch.no_grad()
@@ -140,13 +110,13 @@ def _weighted(
     text: Tensor,
     given: Tensor,
     kept: list[bool],
-    sampling: SamplingConfig,
-    seed: int,
+    config: DrawConfig,
     first_sample: int,
     groups: list[range],
     options: dict[str, Any],
 ) -> Generator[Drawn]:
     """The work of `draw_edited` where candidates are weighted."""
+    sampling, seed = config.sampling, config.seed
     device, slots = prior.start_of_text.device, len(kept)
     first, last = kept.index(False), slots - 1 - kept[::-1].index(False)
     key = caption_key(text[0, :0] if sampling.cond_scale == 0 else text[0].cpu())

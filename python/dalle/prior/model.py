@@ -218,7 +218,7 @@ class Prior(Pretrained[PriorConfig]):
         Args:
             text: (B, text_len - 1) int64, PAD where there is no token.
             temperature, top_k, top_p, cond_scale, cache_bits: of `SamplingConfig`.
-            options: num_samples, prime, seed, first_sample, max_batch, progress: see there.
+            options: of `DrawConfig` but `sampling`; prime, progress: see there.
 
         Returns:
             (B, num_samples, rows, columns) int64.

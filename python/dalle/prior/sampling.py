@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from dalle_ext._checks import real
 
 MAX_SEED = 2**63 - 1  # as in training
 RESAMPLING, CHOOSING = 1, 2  # purposes of noise beside drawing tokens, which is 0
+MAX_BATCH = 64  # images drawn at a time; more make a step hardly more efficient, and a larger cache
 MIN_TEMPERATURE = 1e-37  # of float32; no two logits are so near that a lower one changes a draw
 
 
@@ -59,6 +61,11 @@ class SamplingConfig:
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else real(value))
 
+    @property
+    def guided(self) -> bool:
+        """Whether there is a second branch, without the caption."""
+        return self.cond_scale not in (0, 1)
+
 
 def checked_bits(owner: str, bits: Any) -> int | None:
     """`cache_bits`, None or 8; UsageError for anything else."""
@@ -76,6 +83,48 @@ def check_sampling(owner: str, sampling: Any) -> None:
 
 
 PAPER = SamplingConfig()  # samples the distribution itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawConfig:
+    """Which samples of a caption are drawn, and how: one object down to the decoder.
+
+    Args:
+        num_samples: S, images of each caption.
+        sampling: how a token is drawn.
+        seed: the noise is a function of (seed, caption, number of the sample, step) alone, so an
+            image does not depend on what else is drawn, nor on `max_batch`. A caption that comes
+            twice gets the same images twice. With `cond_scale` 0 all captions are the empty one.
+        first_sample: number of the first sample, to continue an earlier call; or one number for
+            each caption.
+        max_batch: images drawn at a time.
+        weights: "fp32", or "bf16" on a CPU with bf16 dot products.
+
+    Raises:
+        UsageError: a number out of range; `first_sample` and `weights` are checked where captions
+            and device are known.
+    """
+
+    num_samples: int = 1
+    sampling: SamplingConfig = PAPER
+    seed: int = 0
+    first_sample: int | Sequence[int] = 0
+    max_batch: int = MAX_BATCH
+    weights: str = "fp32"
+
+    def __post_init__(self) -> None:
+        check_sampling("generate", self.sampling)
+        for name, least, most in (
+            ("num_samples", 1, None),
+            ("max_batch", 1, None),
+            ("seed", 0, MAX_SEED),
+        ):
+            value = integer("generate", name, getattr(self, name), least, most)
+            object.__setattr__(self, name, value)
+
+    def first(self, batch: int) -> list[int]:
+        """The number of each caption's first sample; UsageError where `first_sample` is wrong."""
+        return first_numbers("generate", "first_sample", self.first_sample, batch)
 
 
 @dataclass(frozen=True, kw_only=True)
