@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,16 @@ def two_processes(folder: Path) -> None:
         CLUSTER: {"events": step(False), "rank": 4, "report": sent},
     }
     (folder / "result.json").write_text(json.dumps({**found, "ranks": losses}))
+
+
+class PageParts(HTMLParser):
+    """Ids and sources of an HTML page."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids, self.sources = [], []
+
+    def handle_starttag(self, tag, attrs):
+        named = dict(attrs)
+        self.ids += [named["id"]] if "id" in named else []
+        self.sources += [named["src"]] if "src" in named else []

@@ -12,8 +12,9 @@ from dalle.reproduce import exchange, sizes
 from dalle.reproduce.registry import FIGURES, Entry
 from dalle.reproduce.run import NOT_MADE
 from support.evaluation import shapes_pipeline, write_pictures
-from support.reproducing import TINY, TRAINED, two_processes
+from support.reproducing import TINY, TRAINED, PageParts, two_processes
 
+PAPER = [f"figure_{i}" for i in range(1, 15)] + ["table_1", "table_2"]
 SMALL = replace(TINY, name="full", quantizers=TRAINED)
 
 
@@ -33,7 +34,13 @@ def run_full(model, out, monkeypatch, *words):
         assert not figure["missing"].startswith((NOT_MADE, "Not made yet")), (key, figure)
         assert " --full " in figure["command"] and figure["paper"], key
         assert all((out / name).stat().st_size > 500 for name in figure["pictures"]), key
+        assert figure["title"] and figure["section"] and (figure["differs"] or figure["missing"])
         assert figure["ours"] or (figure["pictures"] == [] and figure["missing"]), key
+    text, seen = (out / "index.html").read_text(), PageParts()
+    seen.feed(text)
+    assert seen.ids == list(FIGURES) and set(PAPER) <= set(made)
+    assert all("/" not in source and (out / source).is_file() for source in seen.sources)
+    assert "http" not in text.replace("http-equiv", "")
     return made
 
 
@@ -46,6 +53,9 @@ def test_every_figure_of_a_full_run(model, tmp_path, monkeypatch, capsys):
     assert "reproduce: 19 figures: " in said.out and "not made" not in said.out
     assert len(made["figure_9"]["pictures"]) == 3 and len(made["figure_7"]["pictures"]) == 2
     assert made["quantizers"]["ours"]["source"] == "trained here"
+    for key in ("figure_7", "figure_8"):  # no second pipeline was given: said in plain words
+        assert "the same model without its ranker stands in" in made[key]["missing"]
+        assert "same model without its ranker" in made[key]["text"]
     monkeypatch.setattr(Entry, "maker", None)  # what is there is not made again
     again = run_full(model, tmp_path / "out", monkeypatch, "--data", "shapes")
     assert again == made and "took" not in capsys.readouterr().err

@@ -152,9 +152,16 @@ class Context:
         """Candidates; one where no ranker chooses."""
         return count if self.pipeline.ranker is not None else 1
 
-    def draw(self, pipeline: Pipeline, captions: Sequence[str], sizes: Sequence[int]) -> Drawn:
-        """Draws, or reads what an earlier run has drawn."""
-        return draw(OWNER, pipeline, captions, sizes, seed=self.seed, cache=self.cache)
+    def draw(
+        self,
+        pipeline: Pipeline,
+        captions: Sequence[str],
+        sizes: Sequence[int],
+        seed: int | None = None,
+    ) -> Drawn:
+        """Draws, or reads what an earlier run has drawn; with the run's seed, or another."""
+        seed = self.seed if seed is None else seed
+        return draw(OWNER, pipeline, captions, sizes, seed=seed, cache=self.cache)
 
     @property
     def shapes_seconds(self) -> float:

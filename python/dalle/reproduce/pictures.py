@@ -182,25 +182,31 @@ def figure_8(context: Context) -> Figure:
     made = context.drawing
     ours = torch.stack([to_tensor(row[-1:]) for row in made.images[: len(captions)]])
     count = made.sizes[-1]
-    missing = "No DF-GAN here"
     if context.given_other is not None:
         model = context.load("other", context.given_other)
         most = count if model.ranker is not None else 1
-        drawn = context.draw(model, captions, [most])
-        theirs = torch.stack([to_tensor(row) for row in drawn.images])
-        label = f"{context.given_other.name}, best of {most}"
-        missing += ": the second pipeline stands in."
-        if theirs.shape[-1] != ours.shape[-1]:
-            theirs = torch.nn.functional.interpolate(theirs[:, 0], ours.shape[-2:])[:, None]
+        theirs = context.draw(model, captions, [most]).images[:, 0]
+        label, stand_in = f"{context.given_other.name}, best of {most}", "the second pipeline"
+    elif context.pipeline.ranker is not None:
+        theirs = made.images[: len(captions), 0]
+        label = "same model without its ranker: its first sample"
+        stand_in = "the same model without its ranker"
     else:
-        theirs = torch.stack([to_tensor(row[:1]) for row in made.images[: len(captions)]])
-        label = "same model, first sample"
-        missing += ": the same model without its ranker stands in; --other gives another one."
-    images = torch.cat([ours, theirs], 1)
+        theirs = context.draw(context.pipeline, captions, [1], (context.seed + 1) % 2**63).images[
+            :, 0
+        ]
+        label, stand_in = "same model, another sample", "another sample of the same model"
+    missing = f"AttnGAN, DM-GAN and DF-GAN are not here: {stand_in} stands in"
+    if context.given_other is None:
+        missing += ", so the columns are not of two models; --other gives a second pipeline"
+    right = to_tensor(list(theirs))
+    if right.shape[-1] != ours.shape[-1]:
+        right = torch.nn.functional.interpolate(right, ours.shape[-2:])
+    images = torch.cat([ours, right[:, None]], 1)
     labels = [[f"ours, best of {count}", label]] * len(captions)
     sheet = context.sheet("figure_8.png", images, captions, labels)
     return Figure(
-        text="For each caption left ours, right the other model.",
+        text=f"For each caption left ours, the best of {count}; right: {label}.",
         ours={"captions": captions, "other": label},
         paper={"other": "AttnGAN, DM-GAN, DF-GAN", "captions": "of MS-COCO"},
         tables=[
@@ -216,7 +222,7 @@ def figure_8(context: Context) -> Figure:
         sheets=[sheet],
         command=context.own_command("figure_8"),
         differs="Captions of the pipeline's set; one opponent.",
-        missing=missing,
+        missing=f"{missing}.",
     )
 
 

@@ -25,6 +25,9 @@ NO_WEIGHTS = (
     "the distance is FD-ranker, not FID. With weights: dalle eval blur --extractor "
     "inception-torchvision --weights FILE."
 )
+SAME_MODEL = (
+    "No DF-GAN here: the same model without its ranker stands in (--other gives a second pipeline)"
+)
 NO_COCO = "No MS-COCO, CUB or DF-GAN here: the held-out pictures of {name} stand in."
 
 
@@ -80,12 +83,14 @@ def figure_7(context: Context) -> Figure:
     made = context.drawing
     most, count = made.sizes[-1], len(set(made.captions))
     ours = made.set_of(most)
-    theirs, opponent = made.set_of(1), "the same model without a ranker (its first sample)"
+    theirs, opponent = made.set_of(1), "the same model without its ranker (its first sample)"
+    stand_in = f"{SAME_MODEL}, so the votes say what the ranker buys, not which model is better"
     if context.given_other is not None:
         other = context.load("other", context.given_other)
         most_of_it = most if other.ranker is not None else 1
         theirs = context.draw(other, made.captions, [most_of_it]).set_of(most_of_it)
         opponent = f"{context.given_other.name}, best of {most_of_it}"
+        stand_in = "No DF-GAN here: the second pipeline stands in"
     # The ranker has chosen our samples, so it judges only where there is no other judge.
     judges = ["checker", "ranker"] if scenes_of(made.captions) is not None else ["ranker"]
     results, tables, pictures = {}, [], []
@@ -120,8 +125,8 @@ def figure_7(context: Context) -> Figure:
         f"{opponent} in place of DF-GAN; one automatic vote in place of five people's. The "
         "checker of shapes reads the facts of a caption back from the pixels. The ranker judges "
         "samples that it chose itself, which favours them.",
-        missing="People: dalle eval votes --serve asks them. So no votes on which picture is more "
-        "realistic, where the paper has 90.0 % for DALL-E.",
+        missing=f"{stand_in}. No people voted: dalle eval votes --serve asks them. So no votes on "
+        "which picture is more realistic, where the paper has 90.0 % for DALL-E.",
     )
 
 
