@@ -8,6 +8,7 @@ import pickle
 import shlex
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from dalle.cli import load_target
 from dalle.commands import encode as command
 from dalle.commands.encode import EncodeConfig, encode
 from dalle.commands.presets import split_pairs
+from dalle.commands.report import next_command
 from dalle.data.codes import CodePairs, stores_of, tokens_of
 from dalle.data.folder import FolderPairs
 from dalle.data.mixture import MixedPairs, with_choice
@@ -150,6 +152,30 @@ def test_the_next_command_is_complete(place, home, tmp_path, capsys):
         words[3:],
         prog="dalle",
     )
+
+
+def test_the_next_commands_of_codes_name_what_they_were_made_of(home, tmp_path, monkeypatch):
+    """So that each runs as it is printed; PICTURES and VAE stand for what has gone."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("pairs", "vae"):
+        shutil.copytree(home / name, tmp_path / name)
+    encode(
+        options(home, data="pairs", vae=Path("vae"), augment="paper", crops=2, out=Path("codes"))
+    )
+    make_parts()[0].save_pretrained("run/tokenizer")
+    tokenizer = {"tokenizer": Path("run/tokenizer")}
+    prior = "dalle prior train --data codes --preset tiny --augment paper --tokenizer run/tokenizer"
+    assert next_command("codes", "tiny", Path("run"), **tokenizer) == (
+        f"{prior} --vae vae --out run/prior"
+    )
+    (tmp_path / "run/prior/model").mkdir(parents=True)
+    (tmp_path / "run/prior/model/config.json").write_text("{}")
+    ranker = "dalle ranker train --data {} --preset tiny --tokenizer run/tokenizer --vae {}"
+    for pictures, vae in (("pairs", "vae"), ("PICTURES", "VAE")):
+        said = next_command("codes", "tiny", Path("run"), **tokenizer)
+        assert said == f"{ranker.format(pictures, vae)} --out run/ranker"
+        for name in ("pairs", "vae"):
+            shutil.rmtree(name, ignore_errors=True)
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,10 @@ def test_the_next_command_names_what_is_there(tmp_path, preset, there, expected)
     assert re.match(f"dalle {expected}", said.replace(str(tmp_path), "R")), said
     (tmp_path / "codes.json").write_text("{}")  # only a prior learns from codes
     said = report.next_command(str(tmp_path), preset, tmp_path)
-    name = "PICTURES" if said.split()[1] in ("dvae", "ranker") else str(tmp_path)
-    assert f" train --data {name} " in said
+    name = "PICTURES" if said.split()[1] == "ranker" else str(tmp_path)
+    assert said.split()[1] != "dvae" and f" train --data {name} " in said
+    vae = tmp_path / "dvae/model" if "dvae/model" in there else "VAE"
+    assert said.split()[1] == "tokenizer" or f" --vae {vae} " in said
 
 
 def test_a_collapse_stands_at_the_end_in_words(tmp_path):

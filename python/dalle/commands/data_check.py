@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from dalle.commands import presets
@@ -29,6 +29,7 @@ from dalle.data.images import open_checked
 from dalle.data.mixture import file_of
 from dalle.data.pairs import Pairs, captions_of, describe_pairs, input_files
 from dalle.data.sources import check_apart, is_picture_folder
+from dalle.data.tally import Distinct, Tally
 from dalle.errors import DataError, UsageError
 from dalle.files import check_not_input, check_targets, make_folder, sha256, to_json
 from dalle.pictures import save_bytes, save_png
@@ -39,6 +40,7 @@ from dalle.train.prior_recipe import PriorTrainConfig
 OWNER = "data check"
 RESULT = "check.json"
 MAX_PROBLEMS = 100  # lines that are kept
+BATCH = 64  # captions that are cut into tokens at once, since each is padded to the longest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,17 +82,25 @@ class _Found:
     """What a set holds.
 
     Attributes:
-        sizes: item -> (width, height).
+        width, height: of the pictures.
         formats: format -> pictures.
-        captions: of all items, in their order.
+        small: pictures with a side below `--image-size`, and lines on the first of them.
+        words: of each caption.
+        texts: how many captions are different.
+        tokens: of each caption, without and with the BPE dropout of training.
         several: items with more than one caption.
         left_out: reason -> what is left out.
         problems: lines on the first of it.
     """
 
-    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    width: Tally = field(default_factory=Tally)
+    height: Tally = field(default_factory=Tally)
     formats: Counter[str] = field(default_factory=Counter)
-    captions: list[str] = field(default_factory=list)
+    small: int = 0
+    small_lines: list[str] = field(default_factory=list)
+    words: Tally = field(default_factory=Tally)
+    texts: Distinct = field(default_factory=Distinct)
+    tokens: tuple[Tally, Tally] = field(default_factory=lambda: (Tally(), Tally()))
     several: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
@@ -127,14 +137,15 @@ def check(config: CheckConfig) -> None:
         make_folder(config.out, OWNER)
         check_targets(OWNER, config.out / RESULT)
     # Those of a folder were decoded when it was opened.
-    found = _look(pairs, decoding=config.verify == "full" and not plain, pictures=not stores)
+    decoding = config.verify == "full" and not plain
+    found = _look(pairs, config, tokenizer, decoding=decoding, pictures=not stores)
     print(f"{config.data}: {len(pairs)} pairs")
     damaged = _report_codes(stores, found)
     _report(pairs, found, config.show)
     if config.image_size and not stores:
-        _report_too_small(pairs, found.sizes, config)
-    if tokenizer is not None and found.captions:
-        _report_too_long(found.captions, tokenizer, config.text_len)
+        _report_too_small(found, config)
+    if tokenizer is not None and found.words:
+        _report_too_long(found.tokens, config.text_len)
     if config.contact is not None:
         print(
             f"contact sheet: {save_png(config.contact, contact_sheet(pairs, 64, 96), owner=OWNER)}"
@@ -147,12 +158,20 @@ def check(config: CheckConfig) -> None:
             f"{OWNER}: the shards of {config.data} must be as codes.json says, got {damaged} "
             "damaged; the same `dalle data encode` makes them anew"
         )
-    if not found.captions or not (found.sizes or stores):
+    if not found.words or not (found.width or stores):
         raise DataError(f"{OWNER}: {config.data} must hold a usable pair, got none")
 
 
-def _look(pairs: Pairs, *, decoding: bool, pictures: bool) -> _Found:
-    """Reads every item of a set once."""
+def _look(
+    pairs: Pairs,
+    config: CheckConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    decoding: bool,
+    pictures: bool,
+) -> _Found:
+    """Reads every item of a set once; of what it has read it keeps counts, and a few lines."""
+    texts: list[str] = []
     found = _Found(left_out=Counter(pairs.skipped))
     found.problems = list(islice(getattr(pairs, "problems", ()), MAX_PROBLEMS))
     progress = tqdm(range(len(pairs)), OWNER, unit=" pairs", disable=not is_main_process())
@@ -164,17 +183,46 @@ def _look(pairs: Pairs, *, decoding: bool, pictures: bool) -> _Found:
                 picture = open_checked(content, where)
                 if decoding:
                     pairs.load(item)
-                found.sizes[item] = picture.size
-                found.formats[str(picture.format)] += 1
+                _count_picture(found, picture, where, config)
         except DataError as problem:
             found.left_out[getattr(problem, "reason", "cannot be read")] += 1
             # Items of a shard that has gone or is damaged share their line.
             if len(found.problems) < MAX_PROBLEMS and str(problem) not in found.problems[-1:]:
                 found.problems.append(str(problem))
             continue
-        found.captions += captions
         found.several += len(captions) > 1
+        for text in captions:
+            found.words.add(len(text.split()))
+            found.texts.add(text)
+            texts.append(text)
+            if len(texts) == BATCH:
+                _count_tokens(found, texts, tokenizer)
+    _count_tokens(found, texts, tokenizer)
     return found
+
+
+def _count_picture(found: _Found, picture: Image.Image, where: str, config: CheckConfig) -> None:
+    width, height = picture.size
+    found.width.add(width)
+    found.height.add(height)
+    found.formats[str(picture.format)] += 1
+    if min(width, height) < config.image_size:
+        found.small += 1
+        if len(found.small_lines) < config.show:
+            found.small_lines.append(f"{where}: {width} x {height}")
+
+
+def _count_tokens(found: _Found, texts: list[str], tokenizer: Tokenizer | None) -> None:
+    """Counts the tokens of captions, uncut, without and with dropout; `texts` is then empty."""
+    if tokenizer is not None and texts:
+        width = max(len(lower(text).encode()) for text in texts)  # a byte is a token at most
+        first = len(found.tokens[0])
+        places = range(first, first + len(texts))
+        for tally, dropout in zip(found.tokens, (0.0, PriorTrainConfig().bpe_dropout), strict=True):
+            ids = tokenizer.encode(texts, max(width, 1), dropout=dropout, positions=places)
+            for length in (ids != Tokenizer.PAD).sum(1).tolist():
+                tally.add(length)
+    texts.clear()
 
 
 def _damaged(folder: Path) -> list[str]:
@@ -220,15 +268,16 @@ def _report_codes(stores: Sequence[CodePairs], found: _Found) -> int:
 def _report(pairs: Pairs, found: _Found, show: int) -> None:
     if found.formats:
         print("formats: " + ", ".join(f"{name} {n}" for name, n in found.formats.most_common()))
-    if found.sizes:
-        print(_range_text("width", (width for width, _ in found.sizes.values())) + " pixels")
-        print(_range_text("height", (height for _, height in found.sizes.values())) + " pixels")
-    if found.captions:
-        print(_range_text("caption", (len(text.split()) for text in found.captions)) + " words")
-        print(f"different captions: {len(set(found.captions))}")
+    if found.width:
+        print(_range_text("width", found.width) + " pixels")
+        print(_range_text("height", found.height) + " pixels")
+    if found.words:
+        print(_range_text("caption", found.words) + " words")
+        about = "" if found.texts.exact else "about "
+        print(f"different captions: {about}{found.texts.count()}")
     if found.several:
         print(
-            f"files of several captions: {found.several}, {len(found.captions)} captions in all;"
+            f"files of several captions: {found.several}, {len(found.words)} captions in all;"
             " training draws one of a picture's each time"
         )
     print(f"left out: {found.left_out.total()}")
@@ -242,8 +291,9 @@ def _numbers(pairs: Pairs, found: _Found, damaged: int) -> dict[str, Any]:
     result: dict[str, Any] = {
         "pairs": len(pairs),
         "usable": len(pairs) - (found.left_out - Counter(pairs.skipped)).total(),
-        "captions": len(found.captions),
-        "different_captions": len(set(found.captions)),
+        "captions": len(found.words),
+        "different_captions": found.texts.count(),
+        "different_captions_exact": found.texts.exact,
         "several": found.several,
         "formats": dict(found.formats),
         "left_out": dict(found.left_out),
@@ -255,8 +305,8 @@ def _numbers(pairs: Pairs, found: _Found, damaged: int) -> dict[str, Any]:
     return result
 
 
-def _range_text(label: str, values: Iterable[int]) -> str:
-    low, middle, high = (int(v) for v in np.quantile([*values], [0, 0.5, 1]))
+def _range_text(label: str, values: Tally) -> str:
+    low, middle, high = (int(values.quantile(q)) for q in (0, 0.5, 1))
     return f"{label}: {low} to {high}, median {middle}"
 
 
@@ -267,46 +317,28 @@ def _show(lines: Sequence[str], limit: int) -> None:
         print(f"  ... and {len(lines) - limit} more")
 
 
-def _report_too_small(pairs: Pairs, sizes: dict[int, tuple[int, int]], config: CheckConfig) -> None:
+def _report_too_small(found: _Found, config: CheckConfig) -> None:
     """Reports the pictures that the paper's crops refuse."""
-    side = config.image_size
-    small = [(item, size) for item, size in sizes.items() if min(size) < side]
     note = "`dalle dvae train` and `prior train` leave them out; the ranker and augment none do not"
     print(
-        f"smaller than {side} pixels: {len(small)} of {len(sizes)} pictures"
-        + (f" ({note})" if small else "")
+        f"smaller than {config.image_size} pixels: {found.small} of {len(found.width)} pictures"
+        + (f" ({note})" if found.small else "")
     )
-    shown = small[: config.show + 1] if config.show else []
-    lines = [f"{file_of(pairs, item)[1]}: {w} x {h}" for item, (w, h) in shown]
-    _show(lines[: config.show], config.show)
-    if 0 < config.show < len(small):
-        print(f"  ... and {len(small) - config.show} more")
+    _show(found.small_lines, config.show)
+    if 0 < config.show < found.small:
+        print(f"  ... and {found.small - config.show} more")
 
 
-def _report_too_long(captions: list[str], tokenizer: Tokenizer, text_len: int) -> None:
+def _report_too_long(tokens: tuple[Tally, Tally], text_len: int) -> None:
     """Reports how many captions are cut, without and with the BPE dropout of training."""
     presets_by_len: dict[int, list[str]] = {}
     for name, preset in PRESETS.items():
         presets_by_len.setdefault(text_len or preset.text_len, []).append(name)
-    lengths = [_lengths(captions, tokenizer, p) for p in (0.0, PriorTrainConfig().bpe_dropout)]
-    print(_range_text("tokens", lengths[0]) + " a caption")
+    print(_range_text("tokens", tokens[0]) + " a caption")
     for slots, names in presets_by_len.items():
-        cut, cut_with_dropout = (sum(length > slots - 1 for length in part) for part in lengths)
+        cut, cut_with_dropout = (tally.above(slots - 1) for tally in tokens)
         label = "this prior" if text_len else f"presets {', '.join(names)}"
         print(
-            f"cut at {slots - 1} tokens ({label}): {cut} of {len(captions)} captions, "
+            f"cut at {slots - 1} tokens ({label}): {cut} of {len(tokens[0])} captions, "
             f"{cut_with_dropout} with the BPE dropout of training"
         )
-
-
-def _lengths(captions: list[str], tokenizer: Tokenizer, dropout: float) -> list[int]:
-    """Tokens of each caption, uncut. In parts, since each is padded to its longest caption."""
-    lengths: list[int] = []
-    for begin in range(0, len(captions), 64):
-        part = captions[begin : begin + 64]
-        width = max(len(lower(caption).encode()) for caption in part)  # a byte is a token at most
-        ids = tokenizer.encode(
-            part, max(width, 1), dropout=dropout, positions=range(begin, begin + len(part))
-        )
-        lengths += (ids != Tokenizer.PAD).sum(1).tolist()
-    return lengths

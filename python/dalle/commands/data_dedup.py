@@ -9,22 +9,22 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dalle.commands import presets
-from dalle.commands.data_filter import PAGE, begin_folder, thumbnail
-from dalle.console import is_main_process
+from dalle.commands.data_filter import KEPT_SO_FAR, PAGE, begin_folder, thumbnail
 from dalle.data import alike
 from dalle.data.alike import difference_hash, equal, groups_of, near_features, near_hashes
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.codes import require_pictures
 from dalle.data.kept import HEAD_FILE, ROWS, write_kept
-from dalle.data.pairs import Pairs, captions_of, picture_hashes
+from dalle.data.pairs import Pairs, captions_of, describe_pairs, picture_hashes
+from dalle.data.progress import finish, in_blocks
 from dalle.data.sources import absolute
 from dalle.devices import pick_device
-from dalle.errors import DataError, UsageError
+from dalle.errors import DataError, UsageError, stopped_with
 from dalle.pages import contact, group, html_page, picture
 from dalle.pictures import save_bytes, save_png
+from dalle.pretrained import fingerprint
 from dalle.ranker.model import ContrastiveRanker
 
 OWNER = "data dedup"
@@ -96,6 +96,7 @@ def dedup(config: DedupConfig) -> None:
     write_kept(OWNER, config.out, source, rule, rows, pairs, counts)
     words = f"{len(items):,} of {len(pairs):,} pairs are kept"
     _write_report(config.out, pairs, words, groups)
+    finish(config.out)
     print(f"{OWNER}: {words}, by {config.out / HEAD_FILE}")
     for reason, count in counts.most_common():
         print(f"{OWNER}:   left out {count:,}: {reason}")
@@ -108,36 +109,41 @@ def _alike(config: DedupConfig, pairs: Pairs) -> list[tuple[int, int]]:
     if config.ranker is not None:
         device = pick_device(config.device)
         model = ContrastiveRanker.from_pretrained(config.ranker).to(device)
-    known, values, colours = list[int](), list[int](), list[np.ndarray]()
-    crops: list[np.ndarray] = []
-    features: list[torch.Tensor] = []
+    width = 0 if model is None else model.config.embed_dim
+    dtype = np.dtype(
+        [("usable", "?"), ("hash", "<u8"), ("colours", "u1", 192), ("features", "<f4", (width,))]
+    )
 
-    def encode() -> None:
+    def look(items: range) -> np.ndarray:
+        found, crops = np.zeros(len(items), dtype), list[np.ndarray]()
+        for place, item in enumerate(items):
+            try:
+                image = pairs.load(item)
+                if model is not None:
+                    crops.append(center_crop(image, model.config.image_size))
+            except DataError:
+                continue  # a training leaves it out
+            row = found[place : place + 1]
+            row["usable"], row["hash"] = True, difference_hash(image)
+            row["colours"] = alike.thumbnail(image)
         if crops and model is not None:
             with torch.no_grad():
                 images = to_tensor(crops).to(model.log_scale.device)
-                features.append(model.encode_images(images).cpu())
-            crops.clear()
+                features = model.encode_images(images).float().cpu().numpy()
+            found["features"][found["usable"]] = features
+        return found
 
-    progress = tqdm(range(len(pairs)), desc=OWNER, unit=" pictures", disable=not is_main_process())
-    for item in progress:
-        try:
-            image = pairs.load(item)
-            if model is not None:
-                crops.append(center_crop(image, model.config.image_size))
-        except DataError:
-            continue  # a training leaves it out
-        known.append(item)
-        values.append(difference_hash(image))
-        colours.append(alike.thumbnail(image))
-        if len(crops) == 256:
-            encode()
-    encode()
-    small = np.stack(colours) if colours else None
-    found = near_hashes(np.array(values, np.uint64), config.distance, small, config.colour)
-    if features:
-        found += near_features(torch.cat(features), config.cosine)
-    return [(known[a], known[b]) for a, b in found]
+    ranker = None if model is None else fingerprint(model)
+    depends_on = {"pass": OWNER, "data": describe_pairs(pairs), "ranker": ranker}
+    with stopped_with(f"{OWNER}: stopped by the keyboard; {KEPT_SO_FAR}"):
+        every = in_blocks(OWNER, config.out, depends_on, len(pairs), dtype, look, " pictures")
+    known = np.flatnonzero(every["usable"])
+    found = every[known]
+    near = near_hashes(found["hash"], config.distance, found["colours"], config.colour)
+    if model is not None and len(found):
+        features = torch.from_numpy(np.ascontiguousarray(found["features"]))
+        near += near_features(features, config.cosine)
+    return [(int(known[a]), int(known[b])) for a, b in near]
 
 
 def _write_report(out: Path, pairs: Pairs, words: str, groups: list[list[int]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -11,19 +11,18 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from dalle.commands import presets
 from dalle.commands.report import next_command
 from dalle.config_files import CONFIG_NAME, write_resolved
-from dalle.console import is_main_process
 from dalle.data.codes import require_pictures
 from dalle.data.filters import REASONS, CaptionFilter, FilterRule, judge, picture_size
 from dalle.data.kept import HEAD_FILE, ITEMS_FILE, ROWS, write_kept
 from dalle.data.mixture import file_of
-from dalle.data.pairs import Pairs, captions_of
+from dalle.data.pairs import Pairs, captions_of, describe_pairs
+from dalle.data.progress import finish, in_blocks
 from dalle.data.sources import absolute, check_apart
-from dalle.errors import DataError, UsageError
+from dalle.errors import DataError, UsageError, stopped_with
 from dalle.files import make_folder, read_object
 from dalle.pages import command, contact, html_page, picture
 from dalle.pictures import save_bytes, save_png
@@ -32,6 +31,10 @@ OWNER = "data filter"
 EXAMPLES = 10  # of each reason in the report
 SIDE = 160  # pixels of their longer side
 PAGE = "report.html"
+# What is known of a pair: which captions are kept, as bits; 0, or 1 + the place of the reason in
+# `REASONS`; how many captions of a pair that is kept are left out.
+JUDGED = np.dtype([("captions", "<u8"), ("reason", "u1"), ("dropped", "<u4")])
+KEPT_SO_FAR = "what was looked at is kept, and the same command goes on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,30 +65,31 @@ def filter_pairs(config: FilterConfig) -> None:
     pairs = presets.open_pairs(config.data, config.image_size, 64, config.seed)
     require_pictures(OWNER, pairs)
     begin_folder(OWNER, config.out, config)
-    rows, counts, examples = [], Counter[str](), defaultdict[str, list[int]](list)
-    dropped_captions = 0
-    progress = tqdm(range(len(pairs)), desc=OWNER, unit=" pairs", disable=not is_main_process())
-    for item in progress:
-        try:
-            captions = captions_of(pairs, item)
-            size = picture_size(file_of(pairs, item)[0])
-        except DataError:
-            captions, size = [], None
-        mask, reason = judge(captions, size, caption_filter) if captions else (0, REASONS[4])
-        if reason:
-            counts[reason] += 1
-            if len(examples[reason]) < EXAMPLES:
-                examples[reason].append(item)
-            continue
-        dropped_captions += len(captions) - min(mask.bit_count(), len(captions))
-        rows.append((item, mask | (1 << 63 if len(captions) > 63 else 0)))
-    kept = np.array(rows, ROWS)
+
+    def judged(items: range) -> np.ndarray:
+        found = [_judge(pairs, item, caption_filter) for item in items]
+        return np.array(found, JUDGED)
+
+    depends_on = {"pass": OWNER, "data": describe_pairs(pairs), "rule": asdict(config.rule)}
+    with stopped_with(f"{OWNER}: stopped by the keyboard; {KEPT_SO_FAR}"):
+        found = in_blocks(OWNER, config.out, depends_on, len(pairs), JUDGED, judged, unit=" pairs")
+    chosen = np.flatnonzero(found["reason"] == 0)
+    kept = np.empty(len(chosen), ROWS)
+    kept["item"], kept["captions"] = chosen, found["captions"][chosen]
+    dropped_captions = int(found["dropped"].sum())
+    places = {
+        reason: np.flatnonzero(found["reason"] == number)
+        for number, reason in enumerate(REASONS, 1)
+    }
+    counts = Counter({reason: len(items) for reason, items in places.items() if len(items)})
+    examples = {reason: items[:EXAMPLES].tolist() for reason, items in places.items()}
     source = {"data": absolute(config.data), "image_size": config.image_size, "seed": config.seed}
     rule = {"filter": asdict(config.rule), "order": list(REASONS)}
     write_kept(OWNER, config.out, source, rule, kept, pairs, counts)
     shown = {reason: examples[reason] for reason in REASONS if examples[reason]}
     words = f"{len(kept):,} of {len(pairs):,} pairs are kept"
     write_report(config.out, pairs, words, counts, shown, asdict(config.rule))
+    finish(config.out)
     print(f"{OWNER}: {words}, by {config.out / HEAD_FILE}")
     for reason in REASONS:
         if counts[reason]:
@@ -93,6 +97,20 @@ def filter_pairs(config: FilterConfig) -> None:
     if dropped_captions:
         print(f"{OWNER}:   of the pairs that are kept, {dropped_captions:,} captions are left out")
     print(f"{OWNER}: examples of each in {config.out / PAGE}")
+
+
+def _judge(pairs: Pairs, item: int, caption_filter: CaptionFilter) -> tuple[int, int, int]:
+    """A record of `JUDGED` for a pair."""
+    try:
+        captions = captions_of(pairs, item)
+        size = picture_size(file_of(pairs, item)[0])
+    except DataError:
+        captions, size = [], None
+    mask, reason = judge(captions, size, caption_filter) if captions else (0, REASONS[4])
+    if reason:
+        return 0, 1 + REASONS.index(reason), 0
+    dropped = len(captions) - min(mask.bit_count(), len(captions))
+    return mask | (1 << 63 if len(captions) > 63 else 0), 0, dropped
 
 
 def begin_folder(owner: str, out: Path, config: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,15 @@ from dalle.data.mixture import file_of
 from dalle.data.pairs import Pairs, captions_of, describe_pairs, evenly_spaced, number_of_captions
 from dalle.data.source import require_packages
 from dalle.data.sources import check_apart
+from dalle.data.tally import Tally
 from dalle.errors import DataError, UsageError
 from dalle.files import check_targets, make_folder, to_json
 from dalle.pictures import save_bytes
 from dalle.tokenizer import Tokenizer
 
 OWNER = "data stats"
-BATCH = 1024
+BATCH = 1024  # captions that are cut into tokens at once
+OF_CAPTIONS = ("words_a_caption", "tokens_a_caption")
 QUANTILES = {"least": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "most": 1.0}
 
 
@@ -87,11 +88,19 @@ def stats(config: StatsConfig) -> None:
 
 def _values(
     pairs: Pairs, items: np.ndarray, tokenizer: Tokenizer | None
-) -> tuple[dict[str, list[float]], int]:
-    """Name -> a number for each picture or caption; and how many pictures have no size."""
-    values: dict[str, list[float]] = {"width": [], "height": [], "aspect_ratio": []}
-    values |= {"words_a_caption": [], "tokens_a_caption": [], "captions_a_picture": []}
+) -> tuple[dict[str, Tally], int]:
+    """Name -> the number of each picture or caption; and how many pictures have no size."""
+    names = ("width", "height", "aspect_ratio", *OF_CAPTIONS, "captions_a_picture")
+    values = {name: Tally() for name in names}
     pictures, unreadable, texts = not stores_of(pairs), 0, list[str]()
+
+    def count_tokens() -> None:
+        if tokenizer is not None and texts:
+            ids = tokenizer.encode(texts, 1024)
+            for length in (ids != Tokenizer.PAD).sum(1).tolist():
+                values["tokens_a_caption"].add(length)
+        texts.clear()
+
     for item in tqdm(items.tolist(), desc=OWNER, unit=" pairs", disable=not is_main_process()):
         try:
             captions = captions_of(pairs, item)
@@ -99,28 +108,26 @@ def _values(
         except DataError:
             unreadable += 1
             continue
-        values["captions_a_picture"].append(len(captions))
-        texts += captions
+        values["captions_a_picture"].add(len(captions))
+        for text in captions:
+            values["words_a_caption"].add(len(text.split()))
+            texts.append(text)
+            if len(texts) == BATCH:
+                count_tokens()
         if size is not None:
-            values["width"].append(size[0])
-            values["height"].append(size[1])
-            values["aspect_ratio"].append(size[0] / size[1])
+            values["width"].add(size[0])
+            values["height"].add(size[1])
+            values["aspect_ratio"].add(size[0] / size[1])
         unreadable += pictures and size is None
-    values["words_a_caption"] = [len(text.split()) for text in texts]
-    if tokenizer is not None:
-        for begin in range(0, len(texts), BATCH):
-            ids = tokenizer.encode(texts[begin : begin + BATCH], 1024)
-            values["tokens_a_caption"] += (ids != Tokenizer.PAD).sum(1).tolist()
+    count_tokens()
     return values, unreadable
 
 
-def _summary(numbers: Sequence[float]) -> dict[str, float]:
-    array = np.array(numbers, np.float64)
-    found = {name: float(np.quantile(array, q)) for name, q in QUANTILES.items()}
-    return {"mean": float(array.mean()), **found}
+def _summary(numbers: Tally) -> dict[str, float]:
+    return {"mean": numbers.mean(), **{name: numbers.quantile(q) for name, q in QUANTILES.items()}}
 
 
-def _histogram(path: Path, name: str, numbers: Sequence[float]) -> None:
+def _histogram(path: Path, name: str, numbers: Tally) -> None:
     """A histogram as a PNG, whole or not at all; the highest percent is one bar."""
     import io
 
@@ -128,14 +135,14 @@ def _histogram(path: Path, name: str, numbers: Sequence[float]) -> None:
 
     figure = Figure(figsize=(5, 3), dpi=120, layout="constrained")
     axis = figure.add_subplot()
-    array = np.array(numbers, np.float64)
-    top = float(np.quantile(array, 0.99))
-    whole = bool((array == np.floor(array)).all()) and top - array.min() <= 60
-    bins: Any = np.arange(array.min() - 0.5, top + 1.5) if whole else 50
-    axis.hist(np.minimum(array, top), bins=bins, color="#4477aa")
+    values, counts = numbers.values()
+    least, top = numbers.quantile(0), numbers.quantile(0.99)
+    whole = bool((values == np.floor(values)).all()) and top - least <= 60
+    bins: Any = np.arange(least - 0.5, top + 1.5) if whole else 50
+    axis.hist(np.minimum(values, top), bins=bins, weights=counts, color="#4477aa")
     axis.set_xlabel(name.replace("_", " "))
-    axis.set_ylabel("captions" if name.endswith("a_caption") else "pictures")
-    axis.set_title(f"{len(array):,}, median {np.median(array):,.4g}", fontsize=10)
+    axis.set_ylabel("captions" if name in OF_CAPTIONS else "pictures")
+    axis.set_title(f"{len(numbers):,}, median {numbers.quantile(0.5):,.4g}", fontsize=10)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     buffer = io.BytesIO()

@@ -31,7 +31,7 @@ from dalle.data.codes import (
     shard_bytes,
 )
 from dalle.data.pairs import Pairs, captions_of, describe_pairs, format_counts, leave_out
-from dalle.data.sources import check_apart, has_built_in
+from dalle.data.sources import absolute, check_apart, has_built_in
 from dalle.data.split import hold_hashes
 from dalle.devices import pick_device
 from dalle.distributed.config import ClusterConfig
@@ -144,6 +144,7 @@ def _head(config: EncodeConfig, vae: DiscreteVAE, pairs: Pairs, size: int) -> di
         "seed": config.seed,
         "shard_size": config.shard_size,
         "data": describe_pairs(pairs),
+        "made_from": {"data": absolute(config.data), "vae": str(config.vae.resolve())},
         "finished": False,
         "shards": [],
     }
@@ -162,7 +163,7 @@ def _is_done(out: Path, head: dict[str, Any]) -> bool:
             raise UsageError(f"{OWNER}: out must be a new or empty folder, got {others[0]} in it")
         return False
     there = read_object(out / HEAD_FILE, DataError)
-    for key in head.keys() - {"finished", "shards"}:
+    for key in head.keys() - {"finished", "shards", "made_from"}:
         if there.get(key) != head[key]:
             raise UsageError(
                 f"{OWNER}: out must hold codes of this data and these options, got another {key}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Collection, Iterable
 from contextlib import suppress
@@ -13,10 +14,13 @@ import torch
 from dalle.commands.presets import sides
 from dalle.config_files import value_of_run
 from dalle.console import duration, is_main_process, printable, say
+from dalle.data.codes import HEAD_FILE as CODES_FILE
 from dalle.data.codes import is_code_store
 from dalle.data.pairs import Pairs, format_counts
-from dalle.data.sources import split_specs
+from dalle.data.sources import built_in_of, split_specs
 from dalle.dvae.model import PRESETS as DVAE_PRESETS
+from dalle.errors import DataError, UsageError
+from dalle.files import read_object
 from dalle.prior.config import PRESETS as PRIOR_PRESETS
 from dalle.ranker.blocks import PRESETS as RANKER_PRESETS
 from dalle.train.config import LoopConfig
@@ -129,10 +133,43 @@ def newest_picture(out: Path) -> Iterable[str]:
         yield f"picture: {files[-1]}"
 
 
-def _data_of(stage: str, data: str) -> list[str]:
-    """`--data` of a stage: of those that need pictures, not the codes of the prior."""
-    codes = any(is_code_store(Path(name)) for name, _ in split_specs(data))
-    return ["PICTURES"] if codes and stage in ("dvae", "ranker") else data.split("\n")
+def _store_of(data: str) -> Path | None:
+    """The first code store among the sources of `--data`."""
+    names = (Path(name) for name, _ in split_specs(data))
+    return next((name for name in names if is_code_store(name)), None)
+
+
+def _made_from(store: Path) -> tuple[list[str], Path | None]:
+    """The pictures and the dVAE that a code store was made of, as they are named from here; []
+    and None where they are no longer there, or the store does not say it."""
+    head: dict[str, Any] = {}
+    with suppress(DataError):
+        head = read_object(store / CODES_FILE, DataError)
+    said = head.get("made_from")
+    said = said if isinstance(said, dict) else {}
+    data, vae = said.get("data"), said.get("vae")
+    sources, folder = [], None
+    if isinstance(data, str) and data:
+        with suppress(UsageError):  # a weight that is none
+            named = [name for name, _ in split_specs(data)]
+            if all(built_in_of(name) is not None or os.path.exists(name) for name in named):
+                sources = [from_here(source) for source in data.split("\n")]
+    if isinstance(vae, str) and os.path.isfile(os.path.join(vae, "config.json")):
+        folder = Path(from_here(vae))
+    return sources, folder
+
+
+def from_here(path: str) -> str:
+    """A path without the current directory, where it lies below it."""
+    return path.removeprefix(f"{Path.cwd()}/") or "."
+
+
+def _augment_of(store: Path) -> list[str]:
+    """`--augment paper` for a store with several crops of each picture."""
+    with suppress(DataError):
+        crops = read_object(store / CODES_FILE, DataError).get("crops")
+        return ["--augment", "paper"] if crops != 1 else []
+    return []
 
 
 def next_of_codes(codes: Path, vae: Path) -> str:
@@ -149,12 +186,15 @@ def next_of_codes(codes: Path, vae: Path) -> str:
         return shlex.join(map(str, [*words, "--out", codes.parent / "tokenizer"]))
     preset = value_of_run(vae, "preset")
     words += ["--preset", preset if preset in PRESETS["prior"] else "tiny"]
-    words += ["--tokenizer", found[0], "--vae", vae]
+    words += [*_augment_of(codes), "--tokenizer", found[0], "--vae", vae]
     return shlex.join(map(str, [*words, "--out", codes.with_name(f"{codes.name}-prior")]))
 
 
 def next_command(data: str, preset: str, run: Path, **known: Path | None) -> str:
     """The command of the first stage of a run that is not there yet, complete.
+
+    For codes the dVAE is the one that made them, and what needs pictures takes those that they
+    were made of; VAE and PICTURES stand for them where they have gone.
 
     Args:
         data: `--data` of the trainings.
@@ -165,7 +205,17 @@ def next_command(data: str, preset: str, run: Path, **known: Path | None) -> str
     folders: dict[str, Path] = {"tokenizer": run / "tokenizer"}
     folders |= {stage: run / stage / "model" for stage in STAGES[1:]}
     folders |= {stage: folder for stage, folder in known.items() if folder is not None}
-    missing = [stage for stage in STAGES if not (folders[stage] / "config.json").is_file()]
+    store, pictures = _store_of(data), list[str]()
+    if store is not None:
+        pictures, vae = _made_from(store)
+        there = (folders["dvae"] / "config.json").is_file()
+        if known.get("dvae") is None and (vae is not None or not there):
+            folders["dvae"] = vae or Path("VAE")
+    missing = [
+        stage
+        for stage in STAGES
+        if not (folders[stage] / "config.json").is_file() and not (store and stage == "dvae")
+    ]
     words: list[Any] = ["dalle"]
     if not missing:
         words += ["pipeline", "make", "--tokenizer", folders["tokenizer"], "--vae", folders["dvae"]]
@@ -174,12 +224,16 @@ def next_command(data: str, preset: str, run: Path, **known: Path | None) -> str
             words += ["--temperature", QUICK_TEMPERATURE]
         return shlex.join([str(word) for word in [*words, "--out", run / "pipeline"]])
     stage = missing[0]
+    if stage == "prior" and store is not None:
+        preset = value_of_run(folders["dvae"], "preset") or preset
     words += [stage, "train"]
-    for source in _data_of(stage, data):
+    for source in (pictures or ["PICTURES"]) if store and stage == "ranker" else data.split("\n"):
         words += ["--data", source]
     if stage != "tokenizer":
         nearest = "base" if preset in ("paper", "1b", "12b") else "tiny"
         words += ["--preset", preset if preset in PRESETS[stage] else nearest]
+    if stage == "prior" and store is not None:
+        words += _augment_of(store)
     if stage in ("prior", "ranker"):
         words += ["--tokenizer", folders["tokenizer"], "--vae", folders["dvae"]]
     return shlex.join([str(word) for word in [*words, "--out", run / stage]])

@@ -60,9 +60,7 @@ def side_for(
     """
     if asked:
         if asked < 0 or asked % vae.factor:
-            raise UsageError(
-                f"{owner}: image_size must be a multiple of {vae.factor}, got {asked}"
-            )
+            raise UsageError(f"{owner}: image_size must be a multiple of {vae.factor}, got {asked}")
         return asked
     known = trained_size(vae, folder)
     if known:
