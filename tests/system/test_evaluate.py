@@ -161,6 +161,7 @@ def test_each_verb_leaves_its_files(home, verb, capsys):
     assert {p.name for p in (home / f"of-{verb}").iterdir()} == {
         f"{verb}.json", f"{verb}.md", f"{verb}.png"}  # fmt: skip
     assert "10,000" in result["warnings"][0]
+    assert f" {'are' if verb == 'prc' else 'is'} " in result["warnings"][0]
     if verb == "is":  # the captions of the real set are the classes
         assert result["classes"]["count"] == 5 and 1 <= result["value"] <= 5
 
@@ -172,6 +173,8 @@ def test_each_verb_leaves_its_files(home, verb, capsys):
         ("real must hold pictures, got none in empty", 3, "--real empty"),
         ("real must hold 2 or more pictures that can be used, got 0", 3, "--real broken"),
         ("fake must be a folder of pictures", 3, "--fake nowhere"),
+        ("real must hold pictures, got the codes of pictures in codes; take the set", 3,
+         "--real codes"),
         ("weights: pipe/vae/config.json: class must be ContrastiveRanker, got DiscreteVAE", 3,
          "--weights pipe/vae"),
         ("weights must be there, got no such path: nowhere", 3, "--weights nowhere"),
@@ -192,6 +195,9 @@ def test_each_verb_leaves_its_files(home, verb, capsys):
 )  # fmt: skip
 def test_what_does_not_fit_gets_one_line(home, capsys, line, code, words):
     (home / "x.pth").write_bytes(b"x")
+    if "codes" in words:
+        encode = "data encode --data real --vae pipe/vae --out codes --image-size 16"
+        assert main(encode.split()) == 0
     given = {"--real": "real", "--fake": "fake", "--weights": "pipe", "--out": "bad"}
     options = words.split()
     if "--extractor" in words:

@@ -148,6 +148,19 @@ def test_sets_without_files_and_a_distance_that_cannot_be(home, monkeypatch):
     assert gone["points"][0]["without"] is None and "are left" in " ".join(gone["warnings"])
 
 
+def test_sets_are_refused_before_the_training(home, capsys, monkeypatch):
+    monkeypatch.setattr(detector, "train_detector", None)
+    words = ["eval", "overlap", "--seen", "train", "--weights", "pipe", "--out", "no"]
+    for real, fake, line in (
+        ("broken", "fake", "real must hold pictures that can be used, got none"),
+        ("val", "one", "fake at radius 0 must hold 2 or more pictures that can be used, got 1"),
+    ):
+        assert line in refused(capsys, [*words, "--real", real, "--fake", fake], 3)
+    words = ["--real", "val", "--fake", "fake", "--seen", "broken"]
+    said = refused(capsys, ["eval", "overlap", "--out", "no", *words], 3)
+    assert said == "eval overlap: seen must hold pictures that can be used, got none"
+
+
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [

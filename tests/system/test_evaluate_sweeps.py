@@ -149,6 +149,19 @@ def test_words_counts_each_fact_of_single_and_chosen_samples(home):
         evaluate.words("pipe")
 
 
+def test_words_says_so_where_pictures_are_not_of_shapes(home, capsys):
+    """A pipeline of another set: the checker reads no outline that it knows."""
+    words = ["eval", "words", "--fake", "shapes-pipe", "--count", "8", "--seeds", "3"]
+    options = ["--splits", "test", "--num-candidates", "1", "--out", "none"]
+    assert main([*words, *options]) == 0
+    heard = capsys.readouterr()
+    line = "of 8 pictures show an outline of the set shapes; this table is for a pipeline that was"
+    assert line in heard.err and f"eval words: warning: only 0 {line}" in heard.out
+    assert line in json.loads((home / "none/words.json").read_text())["warnings"][0]
+    right = evaluate.words(RightFrom.make(0), splits="test", seeds=(0,), count=8, num_candidates=1)
+    assert right["warnings"] == []
+
+
 def test_words_of_pictures_that_are_there(home):
     """True pictures are right in every fact, by the split of their captions."""
     result = evaluate.words("shapes:zero", image_size=24, count=40)
@@ -243,6 +256,8 @@ def test_report_shows_every_result_and_nothing_from_outside(home, capsys):
          "rerank --real real --fake pipe --num-candidates 4 --candidates 1 8"),
         ("eval rerank: candidates must be 1 or more, got 0", 2,
          "rerank --real real --fake pipe --num-candidates 4 --candidates 0"),
+        ("eval rerank: num_candidates must be 1 or more, got 0", 2,
+         "rerank --real real --fake pipe --num-candidates 0"),
         ("eval rerank: fake must be the folder of a pipeline, got fake", 2,
          "rerank --real real --fake fake --weights pipe"),
         ("eval rerank: captions must be given for a pipeline, as a file or by a real set", 2,
@@ -253,6 +268,14 @@ def test_report_shows_every_result_and_nothing_from_outside(home, capsys):
          "words --fake shapes-pipe --splits tset"),
         ("eval words: seeds must be different numbers, one or more, got [1, 1]", 2,
          "words --fake shapes-pipe --seeds 1 1"),
+        ("eval words: num_candidates must be 1 or more, got 0", 2,
+         "words --fake shapes-pipe --num-candidates 0"),
+        ("eval words: captions must be those of the splits for a pipeline, got a file", 2,
+         "words --fake shapes-pipe --captions real/000.txt"),
+        ("eval words: captions must be of the splits train, test, got none in shapes:zero", 3,
+         "words --fake shapes:zero --splits train test --count 9"),
+        ("eval recon: side must be 1 or more, got 0", 2,
+         "recon --data real --model pipe --side 0"),
         ("eval recon: side must be a multiple of 4, got 15", 2,
          "recon --data real --model pipe --side 15"),
         ("eval recon: data must hold pictures, got none in empty", 3,

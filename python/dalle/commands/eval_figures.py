@@ -154,6 +154,8 @@ def words(config: WordsConfig) -> None:
         seeds=config.seeds,
         **options_of(config.setup),
     )
+    for line in result["warnings"]:
+        print(f"eval words: warning: {line}")
     for split, found in result["splits"].items():
         for fact, kinds in found.items():
             shown = [

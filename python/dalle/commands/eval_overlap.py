@@ -26,7 +26,8 @@ class OverlapConfig:
         threshold: cosine from which a picture is a copy; writes overlapping.csv.
         out: folder of overlap.json, overlap.md, overlap.png, overlap-sheet.png and detector.
         radii: of a blur of both sets in pixels, as of dalle eval blur.
-        steps: of the detector's training.
+        steps: of the detector's training, which takes about six minutes on two cores; fewer find
+            fewer copies.
         train_batch: pictures of a step, each with its copy.
         detector_size: side of the detector's pictures in pixels.
         detector_width: channels of its first stage.

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from dalle.configs import integer, integers
-from dalle.console import progress_shown
+from dalle.console import progress_shown, say
 from dalle.data.augment import center_crop
 from dalle.data.pairs import Pairs, evenly_spaced, load_or_skip
 from dalle.data.shapes import SPLITS, Scene, split_of, split_scenes
-from dalle.data.shapes_check import MIN_SIDE, ShapesReport, check_batch
+from dalle.data.shapes_check import MIN_SIDE, ShapesReport, check_batch, read
 from dalle.errors import DataError, UsageError
 from dalle.evaluate.drawings import draw
 from dalle.evaluate.intervals import over_seeds, wilson
@@ -94,7 +94,8 @@ def words(
         fake: a pipeline trained on `shapes`, which draws captions of each split; or pictures with
             captions of `shapes`, as `dalle sample` leaves them.
         out: folder of words.json, words.md and words.png.
-        splits: of train, test (unseen captions), zero (colours and shapes never seen together).
+        splits: of train, test (unseen captions), zero (colours and shapes never seen together);
+            of pictures that are there, those with captions of these splits count.
         seeds: of the drawings; the interval is over them, and for one seed over captions.
         options: of `session.Setup`; `count` captions a split (96), `num_candidates` (8).
 
@@ -119,7 +120,7 @@ def words(
     if is_pipeline(fake):
         content = _of_pipeline(session, fake, splits, seeds)
     else:
-        content = _of_pictures(session, fake)
+        content = _of_pictures(session, fake, splits)
     columns = list(content["columns"])
     rows = []
     for split, facts in content["splits"].items():
@@ -163,17 +164,26 @@ def _of_pipeline(
     pipeline = session.pipeline(fake)
     _check_side(owner, pipeline.image_size)
     default = CANDIDATES if pipeline.ranker is not None else 1
-    number = setup.draw.num_candidates or default
+    chosen = setup.draw.num_candidates
+    number = default if chosen is None else integer(owner, "num_candidates", chosen, 1)
+    if setup.draw.captions is not None:
+        raise UsageError(
+            f"{owner}: captions must be those of the splits for a pipeline, got a file; for others "
+            "take `dalle sample`, and its folder as fake"
+        )
     count = integer(owner, "count", CAPTIONS if setup.count is None else setup.count, 1)
     sizes = sorted({1, number})
     drawn: dict[str, Any] = {}
     found: dict[str, Any] = {}
+    warnings: list[str] = []
     for split in splits:
         scenes = chosen_scenes(split, count)
         captions = [scene.caption for scene in scenes]
         runs = []
         for seed in seeds:
             made = draw(owner, pipeline, captions, sizes, seed=seed, cache=setup.cache)
+            if not drawn:
+                warnings = _warn_of_no_shapes(owner, made.images[:, 0])
             runs.append([shares(made.images[:, column], scenes) for column in range(len(sizes))])
             drawn = made.record
         kinds = ("single", "best")[: len(sizes)]
@@ -186,15 +196,35 @@ def _of_pipeline(
         }
     columns = {"single": "one sample", "best": f"best of {number}"}
     return {
-        "text": f"{count} captions of each split, {len(seeds)} seeds. Captions of test are unseen; "
-        "those of zero hold colours and shapes that were never seen together.",
+        "text": f"Up to {count} captions of each split, {len(seeds)} seeds. Captions of test are "
+        "unseen; those of zero hold colours and shapes that were never seen together.",
         "splits": found,
         "columns": {kind: columns[kind] for kind in ("single", "best")[: len(sizes)]},
         "seeds": list(seeds),
         "num_candidates": number,
         "drawn": {**drawn, "draw_seed": list(seeds)},
+        "warnings": warnings,
         "n": {split: min(count, len(chosen_scenes(split, count))) * len(seeds) for split in splits},
     }
+
+
+def _warn_of_no_shapes(owner: str, images: np.ndarray) -> list[str]:
+    """A warning, said at once, where most pictures are not of `shapes`, so the table says nothing.
+
+    Args:
+        owner: begins the line.
+        images: (N, S, S, 3) uint8, drawn for captions of `shapes`.
+    """
+    readings = read(for_checker(images[:CHUNK]))
+    known = sum(any(reading.outlines.values()) for reading in readings)
+    if 2 * known >= len(readings):
+        return []
+    line = (
+        f"only {known} of {len(readings)} pictures show an outline of the set shapes; this table "
+        "is for a pipeline that was trained on shapes"
+    )
+    say(f"{owner}: {line}")
+    return [line]
 
 
 def _over_seeds(counts: Sequence[tuple[int, int]]) -> dict[str, Any]:
@@ -208,7 +238,7 @@ def _over_seeds(counts: Sequence[tuple[int, int]]) -> dict[str, Any]:
     return {"share": right / stated, "interval": interval, "n": stated, "method": method}
 
 
-def _of_pictures(session: Session, fake: Set) -> dict[str, Any]:
+def _of_pictures(session: Session, fake: Set, splits: Sequence[str]) -> dict[str, Any]:
     owner = session.owner
     source = session.take("fake", fake)
     pairs: Pairs = source.pairs
@@ -218,7 +248,12 @@ def _of_pictures(session: Session, fake: Set) -> dict[str, Any]:
         raise DataError(f"{owner}: captions must be of the set shapes, got others in {source.spec}")
     side = side_of(owner, "fake", pairs)
     _check_side(owner, side)
-    counts: dict[str, dict[str, tuple[int, int]]] = {split: {} for split in SPLITS}
+    if not {split_of(scene) for scene in scenes} & set(splits):
+        raise DataError(
+            f"{owner}: captions must be of the splits {', '.join(splits)}, got none in "
+            f"{source.spec}"
+        )
+    counts: dict[str, dict[str, tuple[int, int]]] = {split: {} for split in splits}
     used = 0
     with progress_shown("checker") as show:
         for start in range(0, len(pairs), CHUNK):
@@ -228,7 +263,7 @@ def _of_pictures(session: Session, fake: Set) -> dict[str, Any]:
             )
             items = [part[position] for position in positions]
             used += len(items)
-            for split in SPLITS:
+            for split in splits:
                 rows = [k for k, i in enumerate(items) if split_of(scenes[i]) == split]
                 if rows:
                     stack = np.stack([images[k] for k in rows])

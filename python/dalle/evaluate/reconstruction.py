@@ -119,7 +119,8 @@ def recon(
     vae, own = load_vae(owner, model)
     vae = vae.to(session.device)
     from_folder = Path(model) if isinstance(model, (str, Path)) else None
-    side = side or own or trained_size(vae, from_folder) or setup.image_size
+    if side is None:
+        side = own or trained_size(vae, from_folder) or setup.image_size
     if side is None:
         side = side_for(owner, vae, from_folder, option="--side")
     side = integer(owner, "side", side, 1, 2**14)

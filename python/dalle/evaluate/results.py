@@ -126,9 +126,11 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 def few_warnings(metric: str, counts: dict[str, int], *, biased: bool = True) -> list[str]:
     """A line for each set under 10,000 pictures; an unbiased measure is only less sure of them."""
-    what = "is biased" if biased else "is uncertain"
+    what = "biased" if biased else "uncertain"
+    verb = "are" if " and " in metric else "is"
     return [
-        f"{metric} of {count:,} {name} pictures {what}; published values are of {FEW:,} or more"
+        f"{metric} of {count:,} {name} pictures {verb} {what}; published values are of {FEW:,} or "
+        "more"
         for name, count in counts.items()
         if count < FEW
     ]

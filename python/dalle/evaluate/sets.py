@@ -20,6 +20,7 @@ import numpy as np
 from dalle.captions import caption_lines
 from dalle.configs import integer
 from dalle.console import say
+from dalle.data.codes import stores_of
 from dalle.data.folder import find_pictures
 from dalle.data.images import BadPicture, decode, read_bytes
 from dalle.data.pairs import Pairs, evenly_spaced, fingerprints, hashed_fingerprint
@@ -160,7 +161,7 @@ def open_source(
         first_only: of samples, only the best of each caption.
 
     Raises:
-        DataError: no such folder, or no picture in it.
+        DataError: no such folder, no picture in it, or a code store.
         UsageError: something else than a set.
     """
     if count is not None:
@@ -173,6 +174,11 @@ def open_source(
     else:
         spec = str(source)
         kind, pairs = _opened(owner, name, spec, image_size, seed, first_only)
+    for store in stores_of(pairs):
+        raise DataError(
+            f"{owner}: {name} must hold pictures, got the codes of pictures in {store.folder}; "
+            "take the set that they were made from"
+        )
     if not len(pairs):
         raise DataError(f"{owner}: {name} must hold pictures, got none in {spec}")
     if count is not None and count < len(pairs):

@@ -263,8 +263,8 @@ def rerank(
     """
     session, folder = start("rerank", out, options)
     owner, setup = session.owner, session.setup
-    count = setup.draw.num_candidates or DRAWN
-    count = integer(owner, "num_candidates", count, 1)
+    count = setup.draw.num_candidates
+    count = DRAWN if count is None else integer(owner, "num_candidates", count, 1)
     sizes = powers(count)
     if candidates is not None:
         sizes = sorted(set(integers(owner, "candidates", candidates, 1)))
