@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -177,6 +179,27 @@ def test_intervals_hold_the_value_as_often_as_they_say():
     assert wilson(5, 10) == pytest.approx([0.2366, 0.7634], abs=1e-4)
 
 
+def test_features_may_be_of_any_kind_and_are_left_as_they_are(recwarn):
+    a, b = np.round(4 * features(40, 5).numpy()), np.round(4 * features(30, 5, 1.0).numpy())
+    a, b = a.clip(-100, 100), b.clip(-100, 100)  # whole numbers that float16 holds
+    for measure in (frechet_distance, kernel_distance, precision_recall):
+        wanted = measure(a, b)
+        for dtype in ("float16", ">f4", "int8"):
+            assert measure(a.astype(dtype), b.astype(dtype)) == pytest.approx(wanted, rel=1e-12)
+        for kind in (torch.bfloat16, torch.int64):
+            assert measure(torch.tensor(a).to(kind), b.tolist()) == pytest.approx(wanted, rel=1e-12)
+        kept = a.copy()
+        kept.setflags(write=False)  # as of a file that is mapped
+        assert measure(kept, list(torch.tensor(b))) == pytest.approx(wanted, rel=1e-12)
+        assert (kept == a).all()
+    assert not recwarn.list
+    score = copy.deepcopy(kernel_distance(a, b, subset_size=9))
+    assert score.std > 0 and score == kernel_distance(a, b, subset_size=9)
+    p = torch.softmax(features(50, 6), 1)
+    rough = inception_score(p.bfloat16())
+    assert rough == pytest.approx(inception_score(p), rel=2e-3)
+
+
 GOOD = np.ones((4, 3))
 NAN = np.array([[0.0, np.nan, 1.0], [0, 0, 0], [1, 1, 1]])
 
@@ -190,6 +213,9 @@ NAN = np.array([[0.0, np.nan, 1.0], [0, 0, 0], [1, 1, 1]])
         (lambda: frechet_distance(GOOD, NAN), "got NaN or infinity in 1 of 3 rows"),
         (lambda: frechet_distance(GOOD[0], GOOD), r"a must be \(n, d\) features, got \(3,\)"),
         (lambda: frechet_distance("x", GOOD), r"a must be \(n, d\) numbers, got str"),
+        (lambda: frechet_distance(GOOD, [["1", "2"]] * 3), r"b must be \(n, d\) numbers, got list"),
+        (lambda: kernel_distance(None, GOOD), r"a must be \(n, d\) numbers, got NoneType"),
+        (lambda: frechet_distance(3.0, GOOD), r"a must be \(n, d\) features, got \(\)"),
         (lambda: frechet_distance(GOOD, GOOD * 1e160), "b must hold numbers of at most 1e.50"),
         (lambda: kernel_distance(GOOD * 1e200, GOOD), "a must hold numbers of at most 1e.50"),
         (lambda: frechet_distance(torch.eye(3).to_sparse(), GOOD), "a must be a dense tensor"),

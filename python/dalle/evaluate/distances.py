@@ -42,6 +42,9 @@ class Score(float):
         """The value itself."""
         return float(self)
 
+    def __getnewargs__(self) -> tuple[float, float]:  # type: ignore[override]
+        return float(self), self.std  # what a copy is made from
+
     def __iter__(self) -> Iterator[float]:
         return iter((float(self), self.std))
 
@@ -85,15 +88,18 @@ def as_features(owner: str, name: str, values: Any, minimum: int = 2) -> Tensor:
     if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
         raise DataError(f"{owner}: {name} must be whole, got masked entries")
     if not isinstance(values, (Tensor, np.ndarray)):
+        got = type(values).__name__
         try:
-            values = np.asarray(values, dtype=np.float64)
-        except (TypeError, ValueError) as problem:
-            got = type(values).__name__
+            values = np.asarray(values)
+        except (TypeError, ValueError, RuntimeError) as problem:
             raise DataError(f"{owner}: {name} must be (n, d) numbers, got {got}") from problem
+        if values.dtype.kind not in "fiub":  # also of words that numpy would read as numbers
+            raise DataError(f"{owner}: {name} must be (n, d) numbers, got {got}")
     if isinstance(values, np.ndarray):
         if values.dtype.kind not in "fiub":
             raise DataError(f"{owner}: {name} must be real numbers, got {values.dtype}")
-        values = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
+        # Copied: torch warns of an array that cannot be written to, such as one of a file.
+        values = torch.from_numpy(np.array(values, dtype=np.float64, order="C"))
     elif values.is_complex():
         raise DataError(f"{owner}: {name} must be real numbers, got {values.dtype}")
     if values.layout != torch.strided or values.is_meta or values.is_quantized:
@@ -289,13 +295,15 @@ def inception_score(probabilities: Any, splits: int = 10) -> Score:
     p = as_features(owner, "probabilities", probabilities, 1)
     if len(p) < splits:
         raise DataError(f"{owner}: splits must be at most the {len(p)} rows, got {splits}")
-    off = max(float(-p.min()), float((p.sum(1) - 1).abs().max()))
-    if off > 1e-3:
+    total = p.sum(1, keepdim=True)
+    off = max(float(-p.min()), float((total - 1).abs().max()))
+    # bfloat16 rounds each entry by up to 1 / 512 of it, and a row with them.
+    if off > (4e-3 if getattr(probabilities, "dtype", None) == torch.bfloat16 else 1e-3):
         raise DataError(
             f"{owner}: probabilities must be 0 or more and add up to 1 in each row, "
             f"got a row that is off by {off:.3g}"
         )
-    p = p.clamp_min(0)
+    p = p.clamp_min(0) / total
     scores = []
     for i in range(splits):
         part = p[i * len(p) // splits : (i + 1) * len(p) // splits]
