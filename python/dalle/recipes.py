@@ -220,7 +220,8 @@ class DemoRecipe:
         unseen_items: pictures of each unseen split that are reconstructed (shapes only).
         num_captions: captions drawn per split and kind at most.
         num_samples: samples of each.
-        vae, vae_train, vae_steps: the discrete VAE and its training.
+        vae, vae_train, vae_steps: the discrete VAE and its training; None and 0 of one that is
+            ready.
         ranker, ranker_train, ranker_steps: overrides of the ranker's preset "tiny", its training.
         prior, prior_train, prior_steps: sizes without vocabularies and grid, and its training.
         sampling: how a code is drawn.
@@ -236,7 +237,7 @@ class DemoRecipe:
     num_captions: int
     num_samples: int
     vae: DiscreteVAEConfig
-    vae_train: DvaeTrainConfig
+    vae_train: DvaeTrainConfig | None
     vae_steps: int
     ranker: dict[str, int]
     ranker_train: RankerTrainConfig
@@ -353,8 +354,8 @@ def scale_to(recipe: DemoRecipe, minutes: float, command: str = "demo") -> DemoR
     seconds = recipe.seconds
     return replace(
         recipe,
-        vae_train=scaled(recipe.vae_train, factor),
-        vae_steps=max(1, round(recipe.vae_steps * factor)),
+        vae_train=None if recipe.vae_train is None else scaled(recipe.vae_train, factor),
+        vae_steps=recipe.vae_steps and max(1, round(recipe.vae_steps * factor)),
         ranker_train=scaled(recipe.ranker_train, factor),
         ranker_steps=max(1, round(recipe.ranker_steps * factor)),
         prior_train=scaled(recipe.prior_train, factor),

@@ -55,12 +55,14 @@ class TrainConfig:
     """From a folder of pictures with captions to a model that draws.
 
     Trains tokenizer, discrete VAE, ranker and prior one after another, joins them to a pipeline,
-    scores it on pictures that were held out, and writes a page. The same command goes on where it
-    was stopped.
+    scores it on pictures that were held out, and writes a page. Of codes the dVAE is ready and is
+    not trained. The same command goes on where it was stopped.
 
     Args:
         data: shapes, emoji, or a folder of JPEG, PNG or WebP pictures, each with a .txt of the same
-            name that holds its caption; or tar shards, or a table (docs/data.md).
+            name that holds its caption; or tar shards, a table, or codes of `dalle data encode`
+            (docs/data.md); several by weights: --data a=0.7 --data b=0.3.
+        vae: with codes, the model folder of the dVAE that made them.
         out: folder for the page, pictures, summary.json, config.yaml and the trained pipeline.
         time: how long it may take: quick is five minutes, hour, night is eight hours. It chooses
             sizes and numbers of updates, from the pictures and the measured pace as well.
@@ -72,6 +74,7 @@ class TrainConfig:
     """
 
     data: str
+    vae: Path | None = None
     out: Path = Path("run")
     time: Literal["quick", "hour", "night"] = "quick"
     minutes: float | None = None
@@ -87,3 +90,17 @@ class TrainConfig:
         require("train", self, "above 0", lambda x: x is None or 0 < x < 1e6, "minutes")
         require("train", self, "above 0 and at most 0.5", lambda x: 0 < x <= 0.5, "validation")
         require("train", self, "0 or more", lambda x: x >= 0, "seed")
+        if self.vae is not None and self.data in DEMO_SETS:
+            require_codes(self.vae)
+
+
+def require_codes(vae: Path) -> None:
+    """Refuses a dVAE that is ready with pictures.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError(
+        "train: vae must be left out with pictures, of which a dVAE is trained, got "
+        f"{vae}; it goes with codes: dalle data encode"
+    )

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dalle.data.pairs import Pairs, all_captions, evenly_spaced
+from dalle.data.decoded import decode_alone
+from dalle.data.pairs import Pairs, all_captions
 from dalle.data.split import Subset
+from dalle.demo.sets import varied
 from dalle.devices import default_precision
 from dalle.dvae.model import DiscreteVAE
 from dalle.prior.model import Prior
@@ -27,7 +29,16 @@ from dalle.train.ranker import RankerTask
 ITEMS = 64  # pictures of the trial
 ROUNDS = 8  # updates timed of each kind, after two that are not
 DRAWN = 16  # pictures drawn in the trial
+SLOW = 0.01  # seconds of a decoded picture, above which an update decodes none
+DECODE = "decode"  # a picture of codes, beside the stages
 EXTRA = 1.1  # checkpoints, pictures and scores beside the updates
+
+
+class _Few(Subset):
+    """Some items for the trial, in one order: a part of a mixture may have none among them."""
+
+    def mixture(self) -> None:
+        return None
 
 
 class Pace(NamedTuple):
@@ -41,7 +52,13 @@ class Pace(NamedTuple):
         return self.fixed + EXTRA * updates * self.update
 
 
-def measure(recipe: DemoRecipe, pairs: Pairs, device: torch.device, drawn: int) -> dict[str, Pace]:
+def measure(
+    recipe: DemoRecipe,
+    pairs: Pairs,
+    device: torch.device,
+    drawn: int,
+    ready: DiscreteVAE | None = None,
+) -> dict[str, Pace]:
     """The pace of every stage. Takes some seconds, and trains copies that are thrown away.
 
     Args:
@@ -49,41 +66,35 @@ def measure(recipe: DemoRecipe, pairs: Pairs, device: torch.device, drawn: int) 
         pairs: the training pairs.
         device: where to compute.
         drawn: pictures that the samples' stage draws.
+        ready: the dVAE, where it is trained already and `pairs` are codes; then `DECODE` has the
+            seconds of a picture that is decoded, and the ranker's do not have them.
     """
-    few = Subset(pairs, evenly_spaced(len(pairs), ITEMS))
-    tokenizer = Tokenizer.train(all_captions(few), vocab_size=recipe.vocab_size)
+    few = _Few(pairs, varied(pairs, ITEMS))
+    paces: dict[str, Pace] = {}
     with torch.random.fork_rng(devices=[]):
-        vae = DiscreteVAE(recipe.vae).to(device)
-        vae.train_precision = default_precision(device)
-        dvae = DvaeTask(vae, few, recipe.vae_train)
-        warm = recipe.vae_train.warm_start_steps
-        update = _fastest(lambda: dvae.train_step(warm + 1), device)
-        if warm:
-            share = min(1.0, warm / max(1, recipe.vae_steps))
-            first = _fastest(lambda: dvae.train_step(0), device)
-            update = share * first + (1 - share) * update
-        vae.eval()
-        trip = _fastest(
-            lambda: vae.decode(vae.encode(dvae.images(np.arange(len(few)), 32))), device
-        )
-        trip /= min(32, len(few))
-        points = min(
-            recipe.vae_train.codebook_points, len(pairs) * math.prod(vae.grid(recipe.image_size))
-        )
-        codebook = 3e-12 * points * recipe.vae.vocab_size * recipe.vae.n_init if warm else 0.0
+        if ready is None:
+            vae, paces["dvae"], trip = _of_dvae(recipe, few, len(pairs), device)
+            read = trip * len(pairs)
+        else:
+            vae, read = ready, 0.0
+            tokens = torch.zeros(vae.grid(recipe.image_size), dtype=torch.int64, device="cpu")
+            trip = _fastest(lambda: decode_alone(vae, tokens), device)
+            paces |= {"dvae": Pace(0.0, 1.0), DECODE: Pace(trip, 0.0)}
+            few = few if trip <= SLOW else _Few(pairs, varied(pairs, DRAWN))
+        tokenizer = Tokenizer.train(all_captions(few), vocab_size=recipe.vocab_size)
         ranker_model = ContrastiveRanker.from_preset(
             "tiny", tokenizer=tokenizer, image_size=recipe.image_size, **recipe.ranker
         ).to(device)
         ranker_model.train_precision = default_precision(device)
-        ranker = RankerTask(ranker_model, few, recipe.ranker_train, vae, steps=1000)
+        of_ranker = vae if ready is None or trip <= SLOW else None
+        ranker = RankerTask(ranker_model, few, recipe.ranker_train, of_ranker, steps=1000)
         sizes = recipe.prior_config(tokenizer, vae, default_precision(device))
         prior_model = Prior(sizes).to(device)
         prior = PriorTask(prior_model, tokenizer, vae, few, recipe.prior_train)
         text = tokenizer.encode(list(few.captions[:DRAWN]), prior_model.config.text_len - 1)
-        paces = {
-            "dvae": Pace(update, 2 + codebook + 2 * trip * min(2048, len(pairs))),
-            "ranker": Pace(_fastest(lambda: ranker.train_step(0), device), 1 + trip * len(pairs)),
-            "prior": Pace(_fastest(lambda: prior.train_step(0), device), 1 + trip * len(pairs) / 2),
+        paces |= {
+            "ranker": Pace(_fastest(lambda: ranker.train_step(0), device), 1 + read),
+            "prior": Pace(_fastest(lambda: prior.train_step(0), device), 1 + read / 2),
         }
         prior_model.eval()
         begin = time.perf_counter()
@@ -93,6 +104,29 @@ def measure(recipe: DemoRecipe, pairs: Pairs, device: torch.device, drawn: int) 
         guided = 1.0 if recipe.sampling.cond_scale == 1 else 2.0
         samples = Pace(0.0, 2 + drawn * (guided * drawing + trip))
     return {**paces, "data": Pace(0.0, 1.0), "samples": samples, "report": Pace(0.0, 2.0)}
+
+
+def _of_dvae(
+    recipe: DemoRecipe, few: Subset, num_pairs: int, device: torch.device
+) -> tuple[DiscreteVAE, Pace, float]:
+    """A new dVAE, the pace of its stage, and the seconds of a picture through it and back."""
+    config = recipe.vae_train
+    assert config is not None
+    vae = DiscreteVAE(recipe.vae).to(device)
+    vae.train_precision = default_precision(device)
+    dvae = DvaeTask(vae, few, config)
+    warm = config.warm_start_steps
+    update = _fastest(lambda: dvae.train_step(warm + 1), device)
+    if warm:
+        share = min(1.0, warm / max(1, recipe.vae_steps))
+        first = _fastest(lambda: dvae.train_step(0), device)
+        update = share * first + (1 - share) * update
+    vae.eval()
+    trip = _fastest(lambda: vae.decode(vae.encode(dvae.images(np.arange(len(few)), 32))), device)
+    trip /= min(32, len(few))
+    points = min(config.codebook_points, num_pairs * math.prod(vae.grid(recipe.image_size)))
+    codebook = 3e-12 * points * recipe.vae.vocab_size * recipe.vae.n_init if warm else 0.0
+    return vae, Pace(update, 2 + codebook + 2 * trip * min(2048, num_pairs)), trip
 
 
 def with_pace(recipe: DemoRecipe, pace: dict[str, Pace]) -> DemoRecipe:

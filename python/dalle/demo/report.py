@@ -11,6 +11,7 @@ from typing import Any
 from dalle.configs import to_dict
 from dalle.console import duration
 from dalle.demo.context import Demo
+from dalle.demo.sets import DataSet
 from dalle.demo.tiles import load_sheet, tile
 from dalle.demo.verdict import prior_losses, verdict
 from dalle.demo.workspace import STAGES, Workspace
@@ -66,12 +67,19 @@ def write_report(demo: Demo, *, complete: bool) -> dict[str, Any]:
     summary: dict[str, Any] = {
         **scores,
         "headline": {key: scores[key] for key in demo.data.headline if key in scores},
-        "verdict": verdict(scores, prior_losses(space), demo.data.name, space.command)
+        "verdict": verdict(
+            scores,
+            prior_losses(space),
+            demo.data.name,
+            space.command,
+            own_dvae=demo.data.vae is None,
+        )
         if complete
         else [],
         "seconds": round(sum(entry["seconds"] for entry in timings.values()), 1),
         "seconds_predicted": round(sum(recipe.seconds.values()), 1),
         "cpu_seconds": round(sum(entry["cpu_seconds"] for entry in timings.values()), 1),
+        "note": demo.data.note,
         "complete": complete,
         "timings": timings,
         "command": space.command,
@@ -92,14 +100,15 @@ def page(demo: Demo, summary: dict[str, Any]) -> bytes:
             "<p class=note>Stopped before the end; this page shows what there is. "
             "The same command goes on.</p>"
         )
+    parts.append(f"<p class=note>{escape(demo.data.note)}</p>" if demo.data.note else "")
     parts.append(_verdict(summary["verdict"]))
     size = summary["recipe"]["image_size"]
     strips = space.read(space.work / "strips.json").get("strips", [])
     parts += [
-        _contact(space, summary, strips, size),
+        _contact(demo, summary, strips, size),
         _draw_your_own(space, strips),
         _numbers(summary),
-        _strips(space, strips, size),
+        _strips(demo, strips, size),
     ]
     parts.append(_reconstructions(space, size))
     plots = {
@@ -176,38 +185,38 @@ def _parts(strips: list[dict[str, Any]]) -> list[tuple[str, list[tuple[int, dict
     return [part for part in parts if part[1]]
 
 
-def _contact(
-    space: Workspace, summary: dict[str, Any], strips: list[dict[str, Any]], size: int
-) -> str:
+def _contact(demo: Demo, summary: dict[str, Any], strips: list[dict[str, Any]], size: int) -> str:
     """The contact sheet: of each caption the true picture, where there is one, and the best."""
-    sheet = load_sheet(space.out, "pictures/strips.png", size)
+    sheet = load_sheet(demo.space.out, "pictures/strips.png", size)
     if sheet is None or len(strips) != sheet.rows:
         return ""
-    true = int(strips[0]["below"][0] == "true")
-    first = "Left the true picture, right what" if true else "What"
+    data = demo.data
+    true = int(strips[0]["below"][0] == data.true)
+    first = f"Left {data.true_words}, right what" if true else "What"
     html = (
         f"<p>{first} the model drew: the best of {summary['recipe']['num_samples']} by the ranker "
         '(<a href="pictures/samples.png">as one picture</a>).</p>'
     )
     for heading, rows in _parts(strips):
         groups = [
-            group([tile(sheet, y, x, _alt_text(s, x)) for x in range(true + 1)], s["caption"])
+            group([tile(sheet, y, x, _alt_text(data, s, x)) for x in range(true + 1)], s["caption"])
             for y, s in rows
         ]
         html += f"<h2>{heading}</h2>" + contact(groups, true + 1)
     return html
 
 
-def _strips(space: Workspace, strips: list[dict[str, Any]], size: int) -> str:
-    sheet = load_sheet(space.out, "pictures/strips.png", size)
+def _strips(demo: Demo, strips: list[dict[str, Any]], size: int) -> str:
+    sheet = load_sheet(demo.space.out, "pictures/strips.png", size)
     if sheet is None or len(strips) != sheet.rows:
         return ""
-    first = "true picture, then " if strips[0]["below"][0] == "true" else ""
+    data = demo.data
+    first = f"{data.true_words}, then " if strips[0]["below"][0] == data.true else ""
     html = f"<h2>Every sample</h2><p>Each: {first}samples with the ranker's scores, best first.</p>"
     for _, rows in _parts(strips):
         groups = [
             group(
-                [tile(sheet, y, x, _alt_text(s, x), below) for x, below in enumerate(s["below"])],
+                [tile(sheet, y, x, _alt_text(data, s, x), b) for x, b in enumerate(s["below"])],
                 f"{s['caption']} ({s['split']})",
             )
             for y, s in rows
@@ -216,9 +225,9 @@ def _strips(space: Workspace, strips: list[dict[str, Any]], size: int) -> str:
     return html
 
 
-def _alt_text(strip: dict[str, Any], column: int) -> str:
+def _alt_text(data: DataSet, strip: dict[str, Any], column: int) -> str:
     label = strip["below"][column]
-    return f"{strip['caption']}: {'true picture' if label == 'true' else 'drawn, ' + label}"
+    return f"{strip['caption']}: {data.true_words if label == data.true else 'drawn, ' + label}"
 
 
 def _reconstructions(space: Workspace, size: int) -> str:

@@ -70,7 +70,7 @@ def measured(demo: Demo) -> dict[str, Pace]:
     if not saved:
         say(f"{space.command}: measuring the pace of this machine")
         drawn = len(demo.data.captions(recipe.num_captions).captions) * recipe.num_samples
-        pace = measure(recipe, demo.data.train, demo.device, drawn)
+        pace = measure(recipe, demo.data.train, demo.device, drawn, demo.data.vae)
         # Read back as a resumed run reads it, whose numbers of updates must be the same.
         saved = {stage: [round(x, 5) for x in p] for stage, p in pace.items()}
         space.write(path, saved)

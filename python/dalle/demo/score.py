@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from threading import Event, Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch
 from dalle import pictures
 from dalle.console import progress_shown, say
 from dalle.data.augment import load_cropped, to_tensor
+from dalle.data.codes import tokens_of
 from dalle.data.pairs import evenly_spaced
 from dalle.demo import tiles
 from dalle.demo.context import SHOWN, Demo
@@ -32,29 +34,42 @@ BATCH = 256  # pictures that go through the codes at a time
 MAX_PICTURES = 2048  # training pictures that are sent through the codes
 
 
-def score_reconstructions(demo: Demo) -> None:
-    """PSNR of unseen pictures, the set's own scores of their reconstructions, code use."""
+def score_codes(demo: Demo) -> None:
+    """Which codes are in use; with pictures, PSNR of unseen ones and the set's own scores of their
+    reconstructions."""
+    pairs = demo.data.train
+    result: dict[str, Any] = {}
+    items = np.random.default_rng(demo.seed).permutation(len(pairs))[:MAX_PICTURES].tolist()
+    if demo.data.vae is not None:
+        tokens = tokens_of(pairs, items, [0] * len(items))
+    else:
+        result, tokens = _reconstructions(demo, items)
+    use = code_use(tokens, demo.vae.num_tokens)
+    result |= {
+        "codes_used": use["codes_used"],
+        "code_share": use["codes_used"] / use["codes"],
+        "code_use": use,
+    }
+    demo.space.add_scores(result)
+
+
+def _reconstructions(demo: Demo, items: list[int]) -> tuple[dict[str, Any], torch.Tensor]:
+    """Scores of reconstructions, some of which it draws, and tokens of training pictures."""
     unseen = [some_images(pairs, demo.recipe.image_size) for pairs in demo.data.unseen]
     reconstructions = [demo.vae.reconstruct(images, BATCH)[0] for images in unseen]
     result = demo.data.reconstruction_scores(reconstructions)
     true, reconstructed = torch.cat(unseen), torch.cat(reconstructions)
-    pairs = demo.data.train
-    indices = np.random.default_rng(demo.seed).permutation(len(pairs))[:MAX_PICTURES]
-    train_images, _ = images_of(demo, indices.tolist())
+    train_images, _ = images_of(demo, items)
     train_reconstructed, tokens = demo.vae.reconstruct(train_images, BATCH)
-    use = code_use(tokens, demo.vae.num_tokens)
     result |= {
         "psnr": set_psnr(true, reconstructed),
         "psnr_train": set_psnr(train_images, train_reconstructed),
-        "codes_used": use["codes_used"],
-        "code_share": use["codes_used"] / use["codes"],
-        "code_use": use,
     }
     count = min(SHOWN, len(true))
     shown = torch.linspace(0, len(true) - 1, count, dtype=torch.float32, device="cpu").long()
     columns = torch.stack([true[shown], reconstructed[shown]], 1)
     tiles.save_sheet(demo.space.out / "pictures" / "reconstructions.png", columns)
-    demo.space.add_scores(result)
+    return result, tokens
 
 
 def images_of(demo: Demo, items: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
@@ -160,11 +175,12 @@ def draw_strips(
     drawn = torch.stack([images[i][torch.from_numpy(order[i])] for i in indices])
     rows = drawn if truth is None else torch.cat([truth[indices][:, None], drawn], 1)
     tiles.save_sheet(demo.space.out / "pictures" / "strips.png", rows)
+    own = [] if truth is None else [demo.data.true]
     strips = [
         {
             "caption": captions[i],
             "split": splits[i],
-            "below": ["true"] * (truth is not None) + [f"{scores[i, j]:.2f}" for j in order[i]],
+            "below": own + [f"{scores[i, j]:.2f}" for j in order[i]],
         }
         for i in indices
     ]

@@ -5,7 +5,6 @@ Shape letters: B captions, N samples of each, P true pictures, S side of a pictu
 
 from __future__ import annotations
 
-import shlex
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from dalle.data.augment import load_cropped, to_tensor
-from dalle.data.codes import stores_of
+from dalle.data.codes import require_pictures
 from dalle.data.pairs import ArrayPairs, Pairs, evenly_spaced
 from dalle.data.shapes import parse, split_scenes
 from dalle.data.shapes_pairs import ShapesPairs
@@ -29,7 +28,7 @@ from dalle.demo.measures import (
     reconstruction_right,
     shapes_scores,
 )
-from dalle.errors import UsageError
+from dalle.dvae.model import DiscreteVAE
 
 POOL = 4096  # true pictures that drawn ones are compared with
 IN_MEMORY = 2 << 30  # bytes of decoded pictures that are kept; larger folders are read as they go
@@ -54,6 +53,11 @@ class DataSet(ABC):
         packages: modules that it needs.
         headline: the scores that the command prints last.
         credit: of the pictures, on the page; "" for none.
+        note: how the run differs from one on pictures, on the page; "" for it does not.
+        vae: the dVAE that is ready; None where the run trains one.
+        true, true_words: a caption's own picture, in a word and in some, on the page.
+        augment: which crops a prior learns from.
+        splice_codes: whether the ranker's broken pictures are made of codes, or else of pixels.
     """
 
     name: str
@@ -61,6 +65,14 @@ class DataSet(ABC):
     headline: tuple[str, ...]
     packages: tuple[str, ...] = ()
     credit: str = ""
+    vae: DiscreteVAE | None = None
+    true, true_words = "true", "the true picture"
+    augment = "none"
+    splice_codes = True
+
+    @property
+    def note(self) -> str:
+        return ""
 
     @cached_property
     @abstractmethod
@@ -69,6 +81,11 @@ class DataSet(ABC):
     @cached_property
     @abstractmethod
     def unseen(self) -> list[Pairs]: ...
+
+    @property
+    def for_ranker(self) -> tuple[Pairs, Pairs]:
+        """Training pairs and held-out pairs of the ranker."""
+        return self.train, self.unseen[0]
 
     @abstractmethod
     def captions(self, count: int) -> Columns:
@@ -230,7 +247,7 @@ class FolderSet(DataSet):
     """
 
     shown = ("heldout", "train")
-    headline = (
+    headline: tuple[str, ...] = (
         "psnr",
         "code_share",
         "train_at_1",
@@ -263,6 +280,10 @@ class FolderSet(DataSet):
     def _part(self, split: str) -> Pairs:
         return self.train if split == "train" else self.unseen[0]
 
+    def _compared(self, split: str) -> np.ndarray:
+        """The items of a part that drawn pictures are compared with."""
+        return evenly_spaced(len(self._part(split)), POOL // 2)
+
     def originals(self, columns: Columns) -> torch.Tensor | None:
         crops: list[np.ndarray] = []
         for split, item in zip(columns.splits, columns.items, strict=True):
@@ -278,8 +299,7 @@ class FolderSet(DataSet):
         for split in ("train", "heldout"):
             pairs = self._part(split)
             drawn = [i for s, i in zip(columns.splits, columns.items, strict=True) if s == split]
-            others = evenly_spaced(len(pairs), POOL // 2)
-            indices = sorted({*drawn, *others.tolist()})
+            indices = sorted({*drawn, *self._compared(split).tolist()})
             crops, items = load_cropped(pairs, indices, self.image_size)
             pool += crops
             labels += [names.setdefault(pairs.captions[i], len(names)) for i in items]
@@ -307,28 +327,45 @@ def _some(pairs: Pairs, count: int) -> list[int]:
     return [items[i] for i in evenly_spaced(len(items), count)]
 
 
-def open_parts(data: str, share: float, side: int = 64, seed: int = 0) -> tuple[Subset, Subset]:
-    """The training and the held-out part of a source (`dalle.data.sources`).
+def varied(pairs: Pairs, count: int) -> np.ndarray:
+    """Up to `count` items, evenly spaced, of two different captions where the set has them."""
+    items = evenly_spaced(len(pairs), count)
+    first = pairs.captions[0]
+    if len(items) < len(pairs) and all(pairs.captions[int(i)] == first for i in items):
+        other = next((i for i, caption in enumerate(pairs.captions) if caption != first), None)
+        if other is not None:
+            return np.unique([*items[:-1], other])
+    return items
+
+
+def open_source(data: str, side: int = 64, seed: int = 0) -> Pairs:
+    """A source of `dalle train` (`dalle.data.sources`), which says itself what it leaves out.
 
     Args:
         data: a folder of any format, or the name of a set that has no recipe of its own.
-        share: of the pictures to hold out.
         side: about how large the pictures of a set with a name are, in pixels.
         seed: of a set that is drawn.
 
     Raises:
-        DataError: no such folder, no usable pair, or too few different pictures.
-        UsageError: codes, from which no dVAE can learn.
+        DataError: no such folder, or no usable pair.
     """
     specs = split_specs(data)
     if len(specs) == 1 and built_in_of(specs[0][0]) is None:
-        pairs = open_folder(Path(specs[0][0]))
-    else:
-        pairs = load_pairs(data, image_size=drawn_size(side), seed=seed, report=False)
-    for store in stores_of(pairs):
-        raise UsageError(
-            f"train: data must be pictures, got the codes of {store.folder}; a dVAE and a ranker "
-            "learn from pictures only. To train a prior on codes: dalle prior train --data "
-            f"{shlex.quote(str(store.folder))} --vae VAE --tokenizer TOKENIZER"
-        )
+        return open_folder(Path(specs[0][0]))
+    return load_pairs(data, image_size=drawn_size(side), seed=seed, report=False)
+
+
+def open_parts(data: str, share: float, side: int = 64, seed: int = 0) -> tuple[Subset, Subset]:
+    """The training and the held-out part of a source of pictures.
+
+    Args:
+        data, side, seed: as of `open_source`.
+        share: of the pictures to hold out.
+
+    Raises:
+        DataError: as `open_source`, or too few different pictures.
+        UsageError: codes.
+    """
+    pairs = open_source(data, side, seed)
+    require_pictures("train", pairs)
     return hold_out(pairs, share)

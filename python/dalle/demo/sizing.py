@@ -5,7 +5,7 @@ The numbers of the tier "quick" were tried (docs/log.md); those above follow fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from dalle.configs import check_numbers, require
 from dalle.data.pairs import Pairs, evenly_spaced
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.prior.sampling import SamplingConfig
 from dalle.recipes import DemoRecipe, DvaeRecipe, quick_dvae, quick_prior, quick_ranker
@@ -145,8 +146,14 @@ def text_length(captions: Sequence[str], limit: int) -> int:
     return min(limit, -(-needed // 4) * 4)
 
 
-def choose(given: SizesConfig, pairs: Pairs, tier: Tier) -> SizesConfig:
+def choose(given: SizesConfig, pairs: Pairs, tier: Tier, *, ready: bool = False) -> SizesConfig:
     """Every size, as given or chosen for a folder's training pairs.
+
+    Args:
+        given: sizes that are settled; with codes those of their dVAE too.
+        pairs: the training pairs.
+        tier: what the time pays for.
+        ready: whether the dVAE is ready, which has no settings of a training then.
 
     Raises:
         UsageError: sizes that do not fit each other.
@@ -159,6 +166,24 @@ def choose(given: SizesConfig, pairs: Pairs, tier: Tier) -> SizesConfig:
             values[name] = value
         return values[name]
 
+    if not ready:
+        _choose_dvae(values, fill, pairs, tier)
+    fill("ranker_steps", tier.ranker_steps)
+    fill("prior_width", tier.prior_width)
+    fill("prior_layers", tier.prior_layers)
+    fill("prior_steps", max(500, tier.epochs * len(pairs) // 16))
+    if values["text_len"] is None:
+        values["text_len"] = text_length(list(pairs.captions), tier.text_len)
+    fill("temperature", 0.5)
+    fill("cond_scale", 1.0)
+    fill("num_samples", TRY)
+    return SizesConfig(**values)
+
+
+def _choose_dvae(
+    values: dict[str, Any], fill: Callable[[str, Any], Any], pairs: Pairs, tier: Tier
+) -> None:
+    """Fills in the sizes of pictures and dVAE."""
     if values["image_size"] is None:
         side = min(tier.side, picture_side(pairs))
         patch = fill("patch", max(1, -(-side // tier.grid)))
@@ -187,16 +212,6 @@ def choose(given: SizesConfig, pairs: Pairs, tier: Tier) -> SizesConfig:
         )
     fill("dvae_width", tier.dvae_width)
     fill("dvae_steps", tier.dvae_steps)
-    fill("ranker_steps", tier.ranker_steps)
-    fill("prior_width", tier.prior_width)
-    fill("prior_layers", tier.prior_layers)
-    fill("prior_steps", max(500, tier.epochs * len(pairs) // 16))
-    if values["text_len"] is None:
-        values["text_len"] = text_length(list(pairs.captions), tier.text_len)
-    fill("temperature", 0.5)
-    fill("cond_scale", 1.0)
-    fill("num_samples", TRY)
-    return SizesConfig(**values)
 
 
 def ranker_grid(image_size: int) -> int:
@@ -249,16 +264,28 @@ def fitted_dvae(
     )
 
 
-def build(sizes: SizesConfig, num_pairs: int) -> DemoRecipe:
-    """The recipe of all stages at sizes that are all chosen."""
+def build(
+    sizes: SizesConfig, num_pairs: int, vae: DiscreteVAE | None = None, augment: str = "none"
+) -> DemoRecipe:
+    """The recipe of all stages at sizes that are all chosen.
+
+    Args:
+        sizes: all of them.
+        num_pairs: of the training.
+        vae: the dVAE that is ready; None trains one.
+        augment: which crops the prior learns from.
+    """
     s: Any = sizes
-    dvae = fitted_dvae(
-        s.dvae_steps,
-        image_size=s.image_size,
-        patch=s.patch,
-        width=s.dvae_width,
-        codes=s.codes,
-    )
+    model, training = None if vae is None else vae.config, None
+    if model is None:
+        dvae = fitted_dvae(
+            s.dvae_steps,
+            image_size=s.image_size,
+            patch=s.patch,
+            width=s.dvae_width,
+            codes=s.codes,
+        )
+        model, training = dvae.model, dvae.train
     return DemoRecipe(
         image_size=s.image_size,
         vocab_size=16_384,
@@ -266,9 +293,9 @@ def build(sizes: SizesConfig, num_pairs: int) -> DemoRecipe:
         unseen_items=0,
         num_captions=96,
         num_samples=s.num_samples,
-        vae=dvae.model,
-        vae_train=dvae.train,
-        vae_steps=s.dvae_steps,
+        vae=model,
+        vae_train=training,
+        vae_steps=s.dvae_steps or 0,
         ranker={"grid": ranker_grid(s.image_size), "text_len": s.text_len},
         ranker_train=quick_ranker(s.ranker_steps),
         ranker_steps=s.ranker_steps,
@@ -280,7 +307,7 @@ def build(sizes: SizesConfig, num_pairs: int) -> DemoRecipe:
             "kernel_size": 5,
             "init_gain": 0.5,
         },
-        prior_train=quick_prior(s.prior_steps),
+        prior_train=quick_prior(s.prior_steps, augment=augment),
         prior_steps=s.prior_steps,
         sampling=SamplingConfig(temperature=s.temperature, cond_scale=s.cond_scale),
     )
@@ -291,6 +318,6 @@ def within(sizes: SizesConfig, given: SizesConfig, factor: float) -> SizesConfig
     factor = min(1.0, factor)
     values: dict[str, Any] = {f.name: getattr(sizes, f.name) for f in fields(sizes)}
     for name in ("dvae_steps", "ranker_steps", "prior_steps"):
-        if getattr(given, name) is None:
+        if getattr(given, name) is None and values[name] is not None:
             values[name] = max(2, round(values[name] * factor))
     return SizesConfig(**values)

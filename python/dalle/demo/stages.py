@@ -9,7 +9,7 @@ import torch
 from dalle.data.pairs import all_captions
 from dalle.demo import tiles
 from dalle.demo.context import SHOWN, Demo
-from dalle.demo.score import images_of, score_reconstructions
+from dalle.demo.score import images_of, score_codes
 from dalle.dvae.model import DiscreteVAE
 from dalle.files import saving
 from dalle.pipeline import write_config
@@ -56,8 +56,14 @@ def tokenizer_stage(demo: Demo) -> None:
 
 
 def dvae_stage(demo: Demo) -> None:
-    """Trains the discrete VAE and scores its reconstructions of unseen pictures."""
-    if not demo.space.trained("vae"):
+    """Trains the discrete VAE and scores its reconstructions of unseen pictures; one that is ready
+    is kept in the pipeline, and its codes are counted."""
+    if demo.data.vae is not None:
+        if not demo.space.trained("vae"):
+            with saving(demo.space.command, demo.space.pipeline / "vae"):
+                demo.data.vae.save_pretrained(demo.space.pipeline / "vae")
+    elif not demo.space.trained("vae"):
+        assert demo.recipe.vae_train is not None
         torch.manual_seed(start_seed(demo.seed, "dvae"))
         vae = DiscreteVAE(demo.recipe.vae).to(demo.device)
         vae.train_precision = demo.precision
@@ -69,12 +75,12 @@ def dvae_stage(demo: Demo) -> None:
             validation=demo.data.unseen[0],
         )
         demo.train(task, demo.recipe.vae_steps)
-    if "psnr" not in demo.space.read_scores():
-        score_reconstructions(demo)
+    if "code_use" not in demo.space.read_scores():
+        score_codes(demo)
 
 
 def ranker_stage(demo: Demo) -> None:
-    """Trains the contrastive ranker on pictures as the dVAE gives them back."""
+    """Trains the contrastive ranker on pictures, most of them as the dVAE gives them back."""
     if demo.space.trained("ranker"):
         return
     tokenizer = demo.tokenizer
@@ -83,14 +89,15 @@ def ranker_stage(demo: Demo) -> None:
         "tiny", tokenizer=tokenizer, image_size=demo.recipe.image_size, **demo.recipe.ranker
     ).to(demo.device)
     ranker.train_precision = demo.precision
+    pairs, unseen = demo.data.for_ranker
     task = RankerTask(
         ranker,
-        demo.data.train,
+        pairs,
         demo.recipe.ranker_train,
-        demo.vae,
+        demo.vae if demo.data.splice_codes else None,
         steps=demo.recipe.ranker_steps,
         seed=demo.seed,
-        validation=demo.data.unseen[0],
+        validation=unseen,
     )
     scores = demo.train(task, demo.recipe.ranker_steps)
     demo.space.add_scores({f"ranker_{name}": score for name, score in scores.items()})

@@ -11,19 +11,23 @@ import torch
 from dalle.config_files import CONFIG_NAME, write_resolved
 from dalle.configs import from_dict, to_dict
 from dalle.console import duration, say
+from dalle.data.codes import stores_of
 from dalle.data.pairs import Pairs, format_counts
 from dalle.data.sources import absolute
-from dalle.data.split import Subset
-from dalle.demo.config import DEMO_SETS, TrainConfig
+from dalle.data.split import Subset, hold_out
+from dalle.demo.codes import CodesSet, ready_vae, with_store
+from dalle.demo.config import DEMO_SETS, TrainConfig, require_codes
 from dalle.demo.context import Demo
 from dalle.demo.pace import with_pace
 from dalle.demo.run import built_in, check_extras, measured, run_stages
-from dalle.demo.sets import EmojiSet, FolderSet, open_parts
+from dalle.demo.sets import EmojiSet, FolderSet, open_source
 from dalle.demo.sizing import CUDA_TIERS, TIERS, SizesConfig, Tier, build, choose, within
 from dalle.demo.workspace import Workspace
 from dalle.devices import pick_device
+from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError
 from dalle.files import check_targets
+from dalle.pretrained import fingerprint
 from dalle.recipes import DemoRecipe, factor_for, load_recipe, scale_to
 from dalle.train.lock import locked_folder
 from dalle.train.parts import threads_for_parts
@@ -54,10 +58,16 @@ def run_train(config: TrainConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     tier = (CUDA_TIERS if device.type == "cuda" else TIERS)[config.time]
     minutes = tier.minutes if config.minutes is None else config.minutes
-    parts = None
+    parts, vae, given = None, None, config.sizes
     if config.data not in DEMO_SETS:
-        parts = open_parts(config.data, config.validation, tier.side, config.seed)
-    space = Workspace("train", config.out, _options(config), config.seed)
+        source = open_source(config.data, tier.side, config.seed)
+        if stores := stores_of(source):
+            vae = ready_vae(config.vae, stores, device)
+            given = with_store(given, stores[0], vae)
+        elif config.vae is not None:
+            require_codes(config.vae)
+        parts = hold_out(source, config.validation)
+    space = Workspace("train", config.out, _options(config, vae), config.seed)
     check_targets("train", *space.targets(), space.out / CONFIG_NAME)
     with locked_folder(space.work, "train"), threads_for_parts():
         space.claim()
@@ -72,31 +82,41 @@ def run_train(config: TrainConfig) -> dict[str, Any]:
                     f"train: {pairs.name} must hold two different captions, got only "
                     f"{pairs.captions[0]!r}"
                 )
-            sizes = _chosen(space, config.sizes, pairs, tier)
-            data = FolderSet(*parts, sizes.image_size or 0)
-            demo = Demo(space, build(sizes, len(pairs)), data, device)
-        demo.recipe = with_pace(demo.recipe, measured(demo))
+            sizes = _chosen(space, given, pairs, tier, ready=vae is not None)
+            data = (
+                FolderSet(*parts, sizes.image_size or 0) if vae is None else CodesSet(*parts, vae)
+            )
+            demo = Demo(space, build(sizes, len(pairs), vae, data.augment), data, device)
+        pace = measured(demo)
+        if isinstance(demo.data, CodesSet):
+            pace = demo.data.bounded(pace, minutes, demo.recipe.num_captions)
+        demo.recipe = with_pace(demo.recipe, pace)
         factor = factor_for(demo.recipe, minutes, "train")
         if parts is None and config.sizes == SizesConfig():
             if factor < 1 or config.minutes is not None or config.time != "quick":
                 demo.recipe = scale_to(demo.recipe, minutes, "train")
             sizes = config.sizes
         else:
-            sizes = within(_chosen(space, config.sizes, pairs, tier), config.sizes, factor)
-            demo.recipe = with_pace(build(sizes, len(pairs)), measured(demo))
+            sizes = _chosen(space, given, pairs, tier, ready=vae is not None)
+            sizes = within(sizes, config.sizes, factor)
+            recipe = build(sizes, len(pairs), vae, demo.data.augment)
+            demo.recipe = with_pace(recipe, pace)
         space.write(space.work / "chosen.json", {**to_dict(config.sizes), **to_dict(sizes)})
         write_resolved(replace(config, sizes=sizes), space.out / CONFIG_NAME, owner="train")
         drawn = len(demo.data.captions(demo.recipe.num_captions).captions)
         for line in table(demo.recipe, demo.device, len(pairs), drawn):
             say(f"train: {line}")
+        if demo.data.note:
+            say(f"train: {demo.data.note}")
         say(f"train: all options: {space.out / CONFIG_NAME}; edit it and give it to --config")
         return run_stages(demo)
 
 
-def _options(config: TrainConfig) -> dict[str, Any]:
+def _options(config: TrainConfig, vae: DiscreteVAE | None) -> dict[str, Any]:
     """What the folder of a run is for; another run is refused there."""
     return {
         "data": absolute(config.data),
+        "vae": None if vae is None else fingerprint(vae),
         "time": config.time,
         "minutes": config.minutes,
         "validation": config.validation,
@@ -104,13 +124,15 @@ def _options(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _chosen(space: Workspace, given: SizesConfig, pairs: Pairs, tier: Tier) -> SizesConfig:
+def _chosen(
+    space: Workspace, given: SizesConfig, pairs: Pairs, tier: Tier, *, ready: bool = False
+) -> SizesConfig:
     """The sizes, chosen at the first run and then kept."""
     path = space.work / "sizes.json"
     saved = space.read(path)
     if saved:
         return from_dict(SizesConfig, saved, where=str(path))
-    sizes = choose(given, pairs, tier)
+    sizes = choose(given, pairs, tier, ready=ready)
     space.write(path, to_dict(sizes))
     return sizes
 
@@ -146,6 +168,7 @@ def table(recipe: DemoRecipe, device: torch.device, num_pairs: int, drawn: int) 
     rows = [
         (
             "dvae",
+            f"{'' if recipe.vae_train else 'ready: '}"
             f"{recipe.image_size} x {recipe.image_size} pixels to {grid} x {grid} codes of "
             f"{recipe.vae.vocab_size}",
             recipe.vae_steps,

@@ -22,7 +22,12 @@ def prior_losses(space: Workspace) -> list[tuple[int, float]]:
 
 
 def verdict(
-    scores: Mapping[str, Any], losses: list[tuple[int, float]], name: str, command: str = "train"
+    scores: Mapping[str, Any],
+    losses: list[tuple[int, float]],
+    name: str,
+    command: str = "train",
+    *,
+    own_dvae: bool = True,
 ) -> list[str]:
     """Sentences on reconstructions, codebook, prior, ranker and drawings, the weakest part first.
 
@@ -31,11 +36,12 @@ def verdict(
         losses: of `prior_losses`.
         name: of the data set.
         command: "train", or "demo", whose sizes are fixed.
+        own_dvae: whether the run trained its dVAE, which else is not to be improved here.
     """
     pairs = scores.get("data", {}).get("pairs", 0)
     drawn_right = scores.get("train_at_1", 1.0) >= KNOWS
     sentences = [
-        *_reconstructions(scores),
+        *(_reconstructions(scores) if own_dvae else []),
         *_prior(pairs, losses, drawn_right),
         *_ranker(scores),
         *_drawings(scores, name),

@@ -68,6 +68,7 @@ def recipe_of(sizes: QuantizerSizes) -> DemoRecipe:
     """The recipe of shapes with the numbers of updates of `sizes`."""
     recipe = load_recipe("shapes", sizes.preset)
     factor = sizes.scale * sizes.prior_scale
+    assert recipe.vae_train is not None  # of shapes
     return replace(
         recipe,
         vae_train=scaled(recipe.vae_train, sizes.scale),
@@ -95,6 +96,7 @@ def _trained_dvae(
     """The averaged weights, in evaluation mode, and the seconds of the training."""
     torch.manual_seed(start_seed(seed, "dvae"))
     vae = DiscreteVAE(recipe.vae).to(device)
+    assert recipe.vae_train is not None  # of shapes
     task = DvaeTask(vae, pairs, replace(recipe.vae_train, quantizer=quantizer), seed=seed)
     seconds = _run(task, recipe.vae_steps)
     with averaged_model(task) as model:

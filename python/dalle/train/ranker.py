@@ -24,6 +24,7 @@ from torch import nn
 
 from dalle.configs import check_numbers, integer, seed_number
 from dalle.data.augment import center_crop, to_tensor
+from dalle.data.codes import stores_of, tokens_of
 from dalle.data.loader import StepLoader
 from dalle.data.pairs import Pairs, captions_of, describe_pairs, load_or_draw, load_or_skip
 from dalle.distributed.world import Solo, World
@@ -136,7 +137,8 @@ class RankerTask:
 
     Args:
         ranker: the model.
-        pairs: pictures with captions.
+        pairs: pictures with captions; of codes `DecodedPairs`, whose pictures are as `vae` gives
+            them back, and whose tokens are there.
         config: hyper-parameters.
         vae: gives reconstructions; without one, pictures are spliced as they are.
         steps: updates in all; the step size falls along half a cosine over them.
@@ -168,6 +170,7 @@ class RankerTask:
         self.world: World = Solo()
         self.steps = integer("ranker", "steps", steps, 1)
         self.ranker, self.pairs, self.config = ranker, pairs, config
+        self.stores = stores_of(pairs)
         self.seed = seed_number("ranker", seed)
         on_gpu = ranker.log_scale.device.type == "cuda"
         self.loader = StepLoader("ranker train", self.load, pairs, workers=workers, pin=on_gpu)
@@ -307,6 +310,9 @@ class RankerTask:
         Cached by item, and computed in blocks that depend on the item alone: the last bits of
         logits may depend on the batch size, and a resumed run has computed other items before.
         """
+        if self.stores:
+            codes = tokens_of(self.pairs, items, [0] * len(items))
+            return codes.view(-1, *self.stores[0].grid).to(images.device), images
         if len(self.pairs) > MAX_CACHED:
             codes, decoded = self._round_trip(images)
             return codes, decoded.float() / 255
