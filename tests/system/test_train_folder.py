@@ -16,8 +16,10 @@ from PIL import Image
 from dalle import cli
 from dalle.configs import to_dict
 from dalle.data import sources
+from dalle.data.mixture import MixedPairs
 from dalle.data.pairs import ArrayPairs
 from dalle.data.shapes_pairs import ShapesPairs
+from dalle.data.split import Subset
 from dalle.demo import run, sets, sizing
 from dalle.demo.config import TrainConfig
 from dalle.demo.pace import Pace
@@ -279,6 +281,16 @@ def test_a_picture_keeps_its_caption_and_its_part(folder, tmp_path, monkeypatch,
     scores = np.zeros((len(columns.captions), 2))
     result = data.sample_scores(columns, originals[:, None].expand(-1, 2, -1, -1, -1), scores)
     assert result["train_at_1"] == 1.0 and result["held_out_at_1"] == 1.0
+
+
+def test_weights_of_several_sets_are_kept_in_memory():
+    """Of the second part an item is broken, and one of each is held out."""
+    first, second = some_pairs(6, 8), some_pairs(5, 8)
+    second.images = [None if i == 2 else image for i, image in enumerate(second.images)]
+    mixed = MixedPairs([first, second], [1.0, 3.0])
+    kept = sets.decoded(Subset(mixed, [0, 1, 2, 4, 5, 6, 7, 8, 10]), 8)
+    assert len(kept) == 8 and kept.mixture() == ([5, 8], [1.0, 3.0])
+    assert sets.decoded(first, 8).mixture() is None
 
 
 SCORES = {"data": {"pairs": 300}, "psnr": 25.0, "psnr_train": 25.5, "code_share": 0.9}

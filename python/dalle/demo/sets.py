@@ -219,6 +219,15 @@ class ShapesSet(DataSet):
         return shapes_scores(images, scenes, columns.splits, scores)
 
 
+class _InMemory(ArrayPairs):
+    """Pairs held in memory, of several parts with weights."""
+
+    parts_and_weights: tuple[list[int], list[float]] | None = None
+
+    def mixture(self) -> tuple[list[int], list[float]] | None:
+        return self.parts_and_weights
+
+
 def decoded(pairs: Pairs, image_size: int) -> Pairs:
     """A set with its pictures cropped to the centre, resized and held in memory.
 
@@ -229,13 +238,18 @@ def decoded(pairs: Pairs, image_size: int) -> Pairs:
         return pairs
     crops, items = load_cropped(pairs, range(len(pairs)), image_size)
     several = getattr(pairs, "several", {})
-    return ArrayPairs(
+    kept = _InMemory(
         pairs.name,
         np.stack(crops),
         [pairs.captions[i] for i in items],
         Counter(pairs.skipped),
         {k: several[i] for k, i in enumerate(items) if i in several},
     )
+    mixture = getattr(pairs, "mixture", lambda: None)()
+    if mixture is not None:
+        ends, weights = mixture
+        kept.parts_and_weights = np.searchsorted(items, ends).tolist(), weights
+    return kept
 
 
 class FolderSet(DataSet):
