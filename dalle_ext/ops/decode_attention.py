@@ -71,7 +71,7 @@ class DecodeCache:
             raise TypeError(f"{CACHE}: pattern must be an AttentionPattern, got {name}")
         untracked(CACHE, text_keys=text_keys, text_values=text_values)
         self.pattern, self.bits = pattern, bits
-        self.samples = integer(CACHE, "samples", samples, 1)
+        self.samples = integer(CACHE, "samples", samples, 1, 2**31)
         if text_keys.dim() != 4 or text_keys.size(2) != pattern.text_len:
             want = f"(B, H, {pattern.text_len}, D) for {pattern}"
             raise ValueError(f"{CACHE}: text_keys must be {want}, got {tuple(text_keys.shape)}")
@@ -217,6 +217,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cache: DecodeCache, slot: Tensor) ->
     if not isinstance(slot, Tensor) or slot.dtype != torch.int64 or slot.dim() != 0:
         got = f"{tuple(slot.shape)} {slot.dtype}" if isinstance(slot, Tensor) else repr(slot)
         raise ValueError(f"{OP}: slot must be a 0-d int64 tensor, got {got}")
+    if slot.layout != torch.strided:
+        raise TypeError(f"{OP}: slot must be dense, got {slot.layout}")
     if slot.device != text.device:
         raise ValueError(f"{OP}: slot must be on {text.device}, got {slot.device}")
 

@@ -19,7 +19,7 @@ OP = "PackedLinear"
 
 
 def _fake(x: Tensor, weight: Tensor, outputs: int, *rest: Any) -> Tensor:
-    return x.new_empty(len(x), outputs)
+    return x.new_empty(x.size(0), outputs)  # len(x) would make a traced graph one of these rows
 
 
 if _native.CPU_PROBLEM is None:
@@ -39,12 +39,17 @@ class PackedLinear:
         dtype: of the packed weight, float32 or bfloat16; the weight's own if left out.
 
     Raises:
+        TypeError: weight or bias is no dense tensor.
         ValueError: shapes, dtypes or devices that do not fit.
     """
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
     ) -> None:
+        given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        untracked(
+            OP, **{name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
+        )
         dtype = weight.dtype if dtype is None else dtype
         if weight.dim() != 2 or not weight.numel():
             raise ValueError(f"{OP}: weight must be (N, K), got {tuple(weight.shape)}")
@@ -56,6 +61,8 @@ class PackedLinear:
         if bias is not None and tuple(bias.shape) != (self.outputs,):
             want, got = (self.outputs,), tuple(bias.shape)
             raise ValueError(f"{OP}: bias must be {want}, got {got}")
+        if bias is not None and bias.device != weight.device:
+            raise ValueError(f"{OP}: bias must be on the CPU, got {bias.device}")
         self.weight = reference.pack_linear(weight.detach().to(dtype))
         self.bias = None if bias is None else bias.detach().float().contiguous()
 
@@ -79,10 +86,14 @@ class PackedLinear:
             (M, N) float32. No gradient flows.
 
         Raises:
-            TypeError: x is no tensor, or requires a gradient while gradients are recorded.
+            TypeError: x, add, gain or shift is no tensor, or requires a gradient while gradients
+                are recorded.
             RuntimeError: shapes, dtypes or strides that do not fit.
         """
-        untracked(OP, x=x)
+        given = {"x": x} if add is None else {"x": x, "add": add}
+        if norm is not None:
+            given |= {"gain": norm[0], "shift": norm[1]}
+        untracked(OP, **given)
         gain, shift, eps = (None, None, 0.0) if norm is None else norm
         options = (self.outputs, self.bias, gain, shift, eps, slope, add)
         if reference_in_use():

@@ -43,13 +43,12 @@ def arguments(cache, slot=SLOT):
 
 @pytest.mark.parametrize(
     ("pattern", "bits", "dtype"),
-    [(PATTERN, None, torch.float32), (COLUMN, 8, torch.bfloat16)],
-    ids=["conv", "8 bits"],
+    [(PATTERN, None, torch.float32), (COLUMN, 8, torch.bfloat16), (COLUMN, None, torch.float16)],
+    ids=["conv", "8 bits", "column"],
 )
-def test_registration(pattern, bits, dtype):
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+def test_opcheck(pattern, bits, dtype):
     cache = cache_of(pattern, bits=bits, dtype=dtype)
-    torch.library.opcheck(RAW.default, arguments(cache), test_utils=checks)
+    torch.library.opcheck(RAW.default, arguments(cache))
 
 
 def test_the_schema_says_what_is_written():
@@ -177,7 +176,16 @@ BAD_CACHES = {
     ),
     "device": ((PATTERN, Z, Z.to("meta"), 4), ValueError, "text_values must be on cpu, got meta"),
     "integers": ((PATTERN, Z.int(), Z.int(), 4), ValueError, "text_keys must be float32, .*int32"),
-    "samples": ((PATTERN, Z, Z, 0), ValueError, "samples must be an integer of at least 1, got 0"),
+    "samples": (
+        (PATTERN, Z, Z, 0),
+        ValueError,
+        "samples must be an integer of at least 1 .*, got 0",
+    ),
+    "too many": (
+        (PATTERN, Z, Z, 2**62),
+        ValueError,
+        "samples must be an integer of at least 1 and below 2147483648, got 46116",
+    ),
     "half": ((PATTERN, Z, Z, 1.5), ValueError, "samples must be an integer of .*, got 1.5"),
     "size": (
         (PATTERN, Z.repeat(1, 1, 1, 17), Z, 1),
@@ -237,6 +245,31 @@ BAD_CALLS = {
     "slot rank": ({"slot": SLOT[None]}, ValueError, r"slot must be a 0-d .*, got \(1,\) .*int64"),
     "slot device": ({"slot": SLOT.to("meta")}, ValueError, "slot must be on cpu, got meta"),
     "slot below": ({"slot": torch.tensor(-1)}, RuntimeError, "slot must be from 0 to 34, got -1"),
+    "slot float": (
+        {"slot": torch.tensor(3.0)},
+        ValueError,
+        r"slot must be a 0-d int64 tensor, got \(\) torch.float32",
+    ),
+    "slot sparse": (
+        {"slot": SLOT.to_sparse()},
+        TypeError,
+        "slot must be dense, got torch.sparse_coo",
+    ),
+    "slot far": (
+        {"slot": torch.tensor(-(2**63))},
+        RuntimeError,
+        "slot must be from 0 to 34, got -9223372036854775808",
+    ),
+    "heads": (
+        {"k": Q[:, :, :2]},
+        ValueError,
+        r"k must be \(2, 4, 3, 16\) of the cache, got \(2, 4, 2, 16\)",
+    ),
+    "batch": (
+        {"v": Q[:1]},
+        ValueError,
+        r"v must be \(2, 4, 3, 16\) of the cache, got \(1, 4, 3, 16\)",
+    ),
     "slot above": ({"slot": torch.tensor(35)}, RuntimeError, "slot must be from 0 to 34, got 35"),
     "scale": ({"scale": float("nan")}, ValueError, "scale must be a finite number, got nan"),
     "sparse": ({"k": Q.to_sparse()}, TypeError, "k must be dense, got torch.sparse_coo"),

@@ -7,6 +7,8 @@ import torch
 
 import dalle_ext
 
+RAW = torch.ops.dalle_ext._packed_linear
+ROWS = torch.zeros(2, 3)
 SHAPES = [(1, 7, 5), (3, 16, 32), (9, 48, 33), (17, 100, 500), (26, 400, 769)]  # M, N, K
 
 
@@ -62,6 +64,36 @@ def test_a_row_has_the_same_bits_among_any_others_and_on_any_threads(shape, dtyp
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    layer, x, options = make(9, 33, 47, dtype)
+    (gain, shift, eps), add = options["norm"], options["add"]
+    for rest in ((layer.bias, gain, shift, eps, 1.702, add), (None, None, None, 0.0, 0.0, None)):
+        torch.library.opcheck(RAW.default, (x, layer.weight, 33, *rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compile_without_graph_break(dtype):
+    """Two products, one after the other, for any number of rows: traced once."""
+    wide, x, options = make(9, 100, 48, dtype)
+    narrow, _, _ = make(9, 48, 100, dtype)
+    graphs = []
+
+    def two(x, gain, shift):
+        hidden = wide(x, norm=(gain, shift, 1e-5), slope=1.702)
+        return narrow(hidden, add=x)
+
+    def count(module, _):
+        graphs.append(module)
+        return module
+
+    compiled = torch.compile(two, fullgraph=True, dynamic=True, backend=count)
+    for rows in (9, 4, 2):
+        given = x[:rows].clone(), *options["norm"][:2]
+        assert torch.equal(compiled(*given), two(*given))
+    assert len(graphs) == 1
+
+
 def test_large_and_nonfinite_numbers():
     layer = dalle_ext.PackedLinear(torch.eye(5))
     x = torch.tensor([[-1e30, -300.0, 0.0, 300.0, 1e30], [0.0, 1.0, -1.0, float("nan"), 2.0]])
@@ -80,6 +112,16 @@ def test_large_and_nonfinite_numbers():
         (lambda p: p(torch.zeros(3, 2).T), "packed_linear: x must be contiguous float32, 3 wide"),
         (lambda p: p(torch.zeros(2, 3), add=torch.zeros(1, 5)), "residual must be contiguous"),
         (lambda p: p(torch.zeros(2, 3).requires_grad_()), "x must not require a gradient"),
+        (lambda p: p(ROWS, add=torch.zeros(2, 5).requires_grad_()), "add must not require a grad"),
+        (lambda p: p(ROWS, add=[1]), "PackedLinear: add must be a tensor, got list"),
+        (lambda p: p(ROWS, norm=([1], [1], 1e-5)), "PackedLinear: gain must be a tensor, got list"),
+        (lambda p: dalle_ext.PackedLinear([[1.0]]), "weight must be a tensor, got list"),
+        (lambda p: dalle_ext.PackedLinear(torch.eye(3).to_sparse()), "weight must be dense, got"),
+        (lambda p: dalle_ext.PackedLinear(torch.zeros(3, 2), [1.0] * 3), "bias must be a tensor"),
+        (
+            lambda p: dalle_ext.PackedLinear(torch.eye(3), torch.zeros(3, device="meta")),
+            "bias must be on the CPU, got meta",
+        ),
         (lambda p: dalle_ext.PackedLinear(torch.zeros(3)), r"weight must be \(N, K\), got \(3,\)"),
         (lambda p: dalle_ext.PackedLinear(torch.zeros(3, 2), torch.zeros(2)), "bias must be"),
         (
