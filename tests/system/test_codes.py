@@ -168,9 +168,12 @@ def test_the_next_commands_of_codes_name_what_they_were_made_of(home, tmp_path, 
     assert next_command("codes", "tiny", Path("run"), **tokenizer) == (
         f"{prior} --vae vae --out run/prior"
     )
+    encode(options(home, data="pairs", vae=Path("vae"), out=Path("more")))
     (tmp_path / "run/prior/model").mkdir(parents=True)
     (tmp_path / "run/prior/model/config.json").write_text("{}")
     ranker = "dalle ranker train --data {} --preset tiny --tokenizer run/tokenizer --vae {}"
+    said = next_command("codes=0.5\nmore=2", "tiny", Path("run"), **tokenizer)
+    assert "--data pairs=0.5 --data pairs=2 --preset" in said
     for pictures, vae in (("pairs", "vae"), ("PICTURES", "VAE")):
         said = next_command("codes", "tiny", Path("run"), **tokenizer)
         assert said == f"{ranker.format(pictures, vae)} --out run/ranker"

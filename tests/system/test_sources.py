@@ -61,6 +61,11 @@ def test_several_sources_with_weights(tmp_path, monkeypatch):
         "a=-1\nb=1": "data: weight must be positive and finite, got -1 for a",
         "a=nan\nb=1": "data: weight must be positive and finite, got nan for a",
         "a=1\na=2": "data: sources must differ, got a twice",
+        "a=1\n./a=2": "data: sources must differ, got a twice",
+        "shapes=1\nshapes:train=2": "data: sources must differ, got shapes twice",
+        "a=x\nb=1": "data: weight must be a number, got 'x' for a",
+        "a=\nb=1": "data: weight must be a number, got '' for a",
+        "shapes:test=many": "data: weight must be a number, got 'many' for shapes:test",
     }.items():
         with pytest.raises(UsageError, match=line):
             load_pairs(spec, image_size=8)

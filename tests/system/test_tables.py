@@ -74,6 +74,32 @@ def test_a_csv(folder, suffix):
         pairs.load(3)
 
 
+def test_a_csv_with_pictures_in_base64(folder):
+    content = [picture(0), b"\xff\xd8" + bytes(150_000), picture(1)]  # longer than csv's own limit
+    rows = [f'{base64.b64encode(data).decode()},"number ""{i}"""' for i, data in enumerate(content)]
+    (folder / "b.csv").write_text("\n".join(["PNG,text", *rows, "@@,no base64", ",no bytes"]))
+    pairs = TablePairs(folder / "b.csv")
+    assert list(pairs.captions) == ['number "0"', 'number "2"']
+    assert [pairs.read_bytes(i)[0] for i in range(2)] == [content[0], content[2]]
+    assert dict(pairs.skipped) == {
+        "not a picture": 1, "bytes are no base64": 1, "empty file": 1,
+    }  # fmt: skip
+    (folder / "size.csv").write_text("bytes,path,text\n77,pictures/0.png,a name counts\n")
+    assert TablePairs(folder / "size.csv").read_bytes(0)[0] == picture(0)
+
+
+@pytest.mark.parametrize("end", ["", "\n", '""\n', "\r\n"])
+def test_a_quote_that_is_never_closed_makes_no_pair(folder, end):
+    """All rows behind it would be its caption."""
+    rows = 'file,text\npictures/0.png,"one\ntwo"\npictures/1.png,"three\npictures/2.png,four'
+    (folder / "open.csv").write_bytes((rows + end).encode())
+    pairs = TablePairs(folder / "open.csv")
+    assert all_captions(pairs) == ["one", "two"]
+    assert dict(pairs.skipped) == {"quote is never closed": 1}
+    (folder / "closed.csv").write_bytes(f'{rows}"{end}'.encode())
+    assert len(TablePairs(folder / "closed.csv")) == 2
+
+
 def test_json_lines(folder):
     rows = [
         {"image": "pictures/0.png", "caption": "zero"},

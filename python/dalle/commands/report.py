@@ -139,6 +139,22 @@ def _store_of(data: str) -> Path | None:
     return next((name for name in names if is_code_store(name)), None)
 
 
+def _pictures_of(data: str) -> list[str]:
+    """The sources that code stores were made of, with the stores' weights; [] where one of them is
+    not known."""
+    found: list[str] = []
+    for name, weight in split_specs(data):
+        sources, _ = _made_from(Path(name))
+        if weight is not None:
+            if len(sources) != 1 or split_specs(sources[0])[0][1] is not None:
+                return []
+            sources = [f"{sources[0]}={weight:g}"]
+        if not sources:
+            return []
+        found += sources
+    return found
+
+
 def _made_from(store: Path) -> tuple[list[str], Path | None]:
     """The pictures and the dVAE that a code store was made of, as they are named from here; []
     and None where they are no longer there, or the store does not say it."""
@@ -205,9 +221,9 @@ def next_command(data: str, preset: str, run: Path, **known: Path | None) -> str
     folders: dict[str, Path] = {"tokenizer": run / "tokenizer"}
     folders |= {stage: run / stage / "model" for stage in STAGES[1:]}
     folders |= {stage: folder for stage, folder in known.items() if folder is not None}
-    store, pictures = _store_of(data), list[str]()
+    store = _store_of(data)
     if store is not None:
-        pictures, vae = _made_from(store)
+        vae = _made_from(store)[1]
         there = (folders["dvae"] / "config.json").is_file()
         if known.get("dvae") is None and (vae is not None or not there):
             folders["dvae"] = vae or Path("VAE")
@@ -227,7 +243,10 @@ def next_command(data: str, preset: str, run: Path, **known: Path | None) -> str
     if stage == "prior" and store is not None:
         preset = value_of_run(folders["dvae"], "preset") or preset
     words += [stage, "train"]
-    for source in (pictures or ["PICTURES"]) if store and stage == "ranker" else data.split("\n"):
+    sources = data.split("\n")
+    if store is not None and stage == "ranker":
+        sources = _pictures_of(data) or ["PICTURES"]
+    for source in sources:
         words += ["--data", source]
     if stage != "tokenizer":
         nearest = "base" if preset in ("paper", "1b", "12b") else "tiny"

@@ -20,6 +20,7 @@ from dalle.data.source import require_packages
 from dalle.errors import DataError
 
 MAX_ROW = 96 << 20  # bytes: a picture of 64 MiB in base64
+MAX_FIELD = 131_072  # characters of a value in a CSV without pictures
 MAX_GROUPS = 4  # row groups of a parquet file that are kept decoded
 FILES = (
     *("file_name", "filename", "filepath", "file_path", "image_path", "image_file", "file"),
@@ -82,6 +83,14 @@ def missing_column(
     )
 
 
+def _from_base64(value: Any) -> bytes | None:
+    """The bytes of a picture; None where the value is no base64."""
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError, TypeError):
+        return None
+
+
 class _Lines:
     """Rows of a text file that are found again by their offsets, 8 bytes a row in memory."""
 
@@ -105,7 +114,10 @@ class _Lines:
 
 
 class CsvRows(_Lines):
-    """Rows of a CSV or TSV with a line of names; a quoted value may hold line ends."""
+    """Rows of a CSV or TSV with a line of names; a quoted value may hold line ends.
+
+    A picture is a file name, or where no column has these, bytes in base64.
+    """
 
     def __init__(self, path: Path, delimiter: str) -> None:
         super().__init__(path)
@@ -118,25 +130,43 @@ class CsvRows(_Lines):
             got = str(problem).split("\n")[0]
             raise DataError(f"data: {path} must be a table in UTF-8, got: {got}") from problem
         self.start = len(first)
-        columns = {}
-        for kind, known in (("pictures", FILES), ("captions", CAPTIONS)):
-            column = _column(path, names, known)
+        picture, caption = _column(path, names, FILES), _column(path, names, CAPTIONS)
+        self.has_bytes = picture is None  # beside file names, "bytes" may be their sizes
+        picture = picture or _column(path, names, BYTES)
+        for kind, column, known in (
+            ("pictures", picture, (*FILES, "bytes")),
+            ("captions", caption, CAPTIONS),
+        ):
             if column is None:
                 raise missing_column(path, kind, known, names)
-            columns[kind] = names.index(column)
-        self.picture, self.caption = columns["pictures"], columns["captions"]
+        self.picture, self.caption = names.index(str(picture)), names.index(str(caption))
 
-    def _reader(self, lines: Any) -> Any:
-        return csv.reader(lines, delimiter=self.delimiter)
+    def _reader(self, lines: Any, *, strict: bool = False) -> Any:
+        # A quote that is never closed takes all that follows, up to this limit.
+        csv.field_size_limit(MAX_ROW if getattr(self, "has_bytes", False) else MAX_FIELD)
+        return csv.reader(lines, delimiter=self.delimiter, strict=strict)
+
+    def _is_open(self, begin: int, end: int) -> bool:
+        """Whether the last row of the table ends in a quote that is not closed."""
+        with open(self.path, "rb", opener=files.regular_opener) as file:
+            file.seek(begin)
+            text = file.read(end - begin).decode("utf-8", "surrogateescape")
+        try:
+            next(self._reader(io.StringIO(text, newline=""), strict=True), [])
+        except csv.Error as problem:
+            return "end of data" in str(problem)
+        return False
 
     def __iter__(self) -> Iterator[Row | str]:
-        ends, read = [self.start], [self.start]
+        ends, read, lines_read = [self.start], [self.start], [0]
         with open(self.path, "rb", opener=files.regular_opener) as file:
             file.seek(self.start)
+            size, before = os.fstat(file.fileno()).st_size, 0
 
             def lines() -> Iterator[str]:
                 while line := file.readline(MAX_ROW):
                     read[0] += len(line)
+                    lines_read[0] += 1
                     yield line.decode("utf-8", "surrogateescape")
 
             reader = self._reader(lines())
@@ -148,6 +178,9 @@ class CsvRows(_Lines):
                     break
                 except csv.Error:
                     found = "row is damaged"
+                several, before = lines_read[0] > before + 1, lines_read[0]
+                if several and read[0] >= size and self._is_open(ends[-1], read[0]):
+                    found = "quote is never closed"
                 ends.append(read[0])
                 yield found
         self.ends = np.array(ends, np.int64)
@@ -160,7 +193,11 @@ class CsvRows(_Lines):
         caption = values[self.caption]
         if any(0xDC80 <= ord(char) <= 0xDCFF for char in caption):
             return "caption is not UTF-8"
-        return Row(values[self.picture], caption)
+        picture = values[self.picture]
+        if not self.has_bytes:
+            return Row(picture, caption)
+        content = _from_base64(picture)
+        return "bytes are no base64" if content is None else Row(content, caption)
 
     def read(self, number: int) -> Row:
         text = self.chunk(number).decode("utf-8", "surrogateescape")
@@ -186,10 +223,8 @@ class JsonRows(_Lines):
         name = _column(self.path, columns, FILES)
         raw = _column(self.path, columns, BYTES)
         if raw is not None and raw.strip().lower() not in FILES:
-            try:
-                return Row(base64.b64decode(value[raw], validate=True), captions)
-            except (binascii.Error, ValueError, TypeError):
-                return "bytes are no base64"
+            content = _from_base64(value[raw])
+            return "bytes are no base64" if content is None else Row(content, captions)
         return Row(value[name] if name and isinstance(value[name], str) else None, captions)
 
     def __iter__(self) -> Iterator[Row | str]:

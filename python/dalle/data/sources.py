@@ -95,12 +95,21 @@ def load_pairs(
     if weights.count(None) not in (0, len(weights)):
         lone = names[weights.index(None)]
         raise UsageError(f"data: weights must be given for all or for none, got none for {lone}")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    same = [_same_as(name) for name in names]
+    if len(set(same)) < len(same):
+        twice = next(name for name, key in zip(names, same, strict=True) if same.count(key) > 1)
         raise UsageError(f"data: sources must differ, got {twice} twice")
     parts = [load(name) for name in names]
     given = [weight for weight in weights if weight is not None]
     return MixedPairs(parts, given or None, names)
+
+
+def _same_as(name: str) -> str:
+    """What a source has in common with other names for it: ./a and a, shapes and shapes:train."""
+    built_in = built_in_of(name)
+    if built_in is None:
+        return os.path.realpath(name)
+    return f"{built_in[0]}:{built_in[1] or 'train'}"
 
 
 def built_in_of(spec: str) -> tuple[str, str] | None:
@@ -143,7 +152,7 @@ def split_specs(spec: str) -> list[tuple[str, float | None]]:
     What exists under the whole name is a path, whatever stands in it.
 
     Raises:
-        UsageError: a weight that is not positive and finite.
+        UsageError: a weight that is no number, or not positive and finite.
     """
     if built_in_of(spec) is not None or os.path.exists(spec):
         return [(spec, None)]
@@ -156,6 +165,10 @@ def split_specs(spec: str) -> list[tuple[str, float | None]]:
         try:
             weight = float(text)
         except ValueError:
+            if built_in_of(name) is not None or os.path.exists(name):
+                raise UsageError(
+                    f"data: weight must be a number, got {text!r} for {name}"
+                ) from None
             specs.append((line, None))
             continue
         if not 0 < weight < math.inf:
