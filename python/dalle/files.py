@@ -199,6 +199,12 @@ def check_targets(owner: str, *paths: Path) -> None:
             check_regular(path, missing_ok=True)
 
 
+def real_path(path: Path | str) -> Path:
+    """Absolute, with the targets of links. A link that leads to itself stays as it is, and is
+    refused where it is opened: `Path.resolve` raises a RuntimeError there."""
+    return Path(os.path.realpath(path))
+
+
 def check_not_input(owner: str, target: Path, inputs: Iterable[Path]) -> None:
     """Refuses, before the work, a result that would overwrite one of its input files.
 

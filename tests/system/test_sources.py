@@ -142,6 +142,9 @@ def test_a_set_may_be_named_with_its_split(tmp_path, monkeypatch):
     assert sources.data_here("built-in:shapes:test") == "built-in:shapes:test"
     assert load_pairs("built-in:shapes:test", image_size=24).name == "shapes (test)"
     assert sources.absolute("shapes:test") == str(tmp_path / "shapes:test")
+    (tmp_path / "loop").symlink_to("loop")  # opening it is refused later, in one line
+    assert sources.absolute("loop") == str(tmp_path / "loop")
+    sources.check_apart("dvae train", str(tmp_path), tmp_path / "loop")
 
 
 def test_the_held_out_split_is_of_the_training_one():

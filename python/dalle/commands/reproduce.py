@@ -53,7 +53,7 @@ def reproduce(config: ReproduceConfig) -> None:
     from dalle.commands.training import require_one_process
     from dalle.console import printable
     from dalle.devices import pick_device
-    from dalle.files import make_folder
+    from dalle.files import make_folder, real_path
     from dalle.reproduce import run
     from dalle.reproduce.context import Context
     from dalle.reproduce.sizes import FULL, QUICK
@@ -61,11 +61,11 @@ def reproduce(config: ReproduceConfig) -> None:
     require_one_process("reproduce")
     run.chosen(config.only)
     folders = {"model": config.model, "shapes": config.shapes, "other": config.other}
-    out = config.out.absolute().resolve()
+    out = real_path(config.out)
     for option, folder in folders.items():
-        if folder is not None and out.is_relative_to(folder.absolute().resolve()):
+        if folder is not None and out.is_relative_to(real_path(folder)):
             raise UsageError(f"reproduce: out must be outside {option}, got {config.out}")
-        beside = folder is not None and out == folder.absolute().resolve().parent
+        beside = folder is not None and out == real_path(folder).parent
         if beside and (out / "work").is_dir():  # its page would be replaced by this one
             raise UsageError(
                 f"reproduce: out must be another folder than the run of {option}, got {config.out}"

@@ -17,6 +17,7 @@ from dalle.data.pairs import Pairs, format_counts, number_of_captions
 from dalle.data.shard_files import is_shard_folder
 from dalle.data.source import Source
 from dalle.errors import DataError, UsageError
+from dalle.files import real_path
 
 
 def _open_kept(path: Path) -> Pairs:
@@ -186,7 +187,7 @@ def check_apart(owner: str, spec: str, out: Path) -> None:
     for name, _ in split_specs(spec):
         if built_in_of(name) is not None or not os.path.exists(name):
             continue
-        source, target = Path(name).resolve(), out.resolve()
+        source, target = real_path(name), real_path(out)
         if source == target:
             raise UsageError(f"{owner}: out must be a new or empty folder, got that of data")
         if source in target.parents and is_shard_folder(source):
@@ -221,7 +222,7 @@ def data_here(spec: str, *, folders: bool = True) -> str:
 def absolute(spec: str) -> str:
     """The same sources, whatever the current directory."""
     return join_specs(
-        (str(Path(name).resolve()) if built_in_of(name) is None else name) + _suffix(weight)
+        (str(real_path(name)) if built_in_of(name) is None else name) + _suffix(weight)
         for name, weight in split_specs(spec)
     )
 
