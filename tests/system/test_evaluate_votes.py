@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import urllib.error
@@ -17,6 +18,7 @@ from dalle.cli import main
 from dalle.data.shapes import scenes
 from dalle.data.shapes_pairs import render
 from dalle.evaluate.ballots import Ballot, Rule, tally, workers_of
+from dalle.evaluate.polling import Poll, start_file
 from support.copies_made import picture
 from support.evaluation import make_eval_home, refused
 
@@ -217,6 +219,58 @@ def test_answers_are_added_in_the_columns_of_the_file(home, capsys):
     words = f"eval votes --ours a --theirs b --votes {path} --serve --port 0 --out lacking"
     assert main(words.split()) == 3 and "votes must have the columns" in capsys.readouterr().err
     assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("last", "kept"),
+    [("2,B", False), ("2,Bo,1,neith", False), ('2,"Bo, Z', False), ("2,J\xc3", False),
+     ("2,Bo,1,neither,1", True), ("2,Bo,1,neither,1.5\n", True)],
+)  # fmt: skip
+def test_a_last_line_that_was_cut_off_is_dropped_and_said(home, capsys, monkeypatch, last, kept):
+    """As a power cut leaves it; the answers before it count, and later ones follow."""
+    monkeypatch.setattr("dalle.evaluate.preference.votes_png", lambda *_: b"a plot")  # slow
+    path = home / "cut/votes.csv"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes((HEAD + "1,Ann,1,1,5.0\n" + last).encode("latin-1"))
+    before = path.read_bytes()
+    words = ["eval", "votes", "--ours", "a", "--theirs", "b", "--out", "cut", "--each", "2"]
+    assert main(words) == 0  # only counted: the file is left as it is, since a page may be open
+    heard = capsys.readouterr().err
+    assert ("cut/votes.csv was cut off and is dropped: 2," in heard) is not kept
+    assert path.read_bytes() == before
+
+    def answer(address):
+        page = get(address + "?worker=Cy").decode()
+        post(address, token=field(page, "token"), worker="Cy", task=field(page, "task"),
+             realistic="1", match="neither")  # fmt: skip
+        raise KeyboardInterrupt
+
+    options = {"out": "cut", "serving": True, "port": 0, "each": 2}
+    result = evaluate.votes("a", "b", ready=answer, **options)
+    assert set(result["workers"]) == ({"Ann", "Bo", "Cy"} if kept else {"Ann", "Cy"})
+    assert capsys.readouterr().err.count("was cut off") == (0 if kept else 1)
+    lines = path.read_text().splitlines()
+    assert len(lines) == (4 if kept else 3) and lines[-1].split(",")[1] == "Cy"
+
+
+def test_a_disk_that_fills_up_leaves_no_half_of_an_answer(home, monkeypatch):
+    path = home / "full.csv"
+    poll = Poll(["x"], lambda *_: b"", [False], 2, 0, path, [])
+    poll.columns = start_file("t", path)
+    poll.shown["Ann", 0] = 0.0
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dalle.evaluate.polling.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        poll.answer("Ann", 0, "1", "2")
+    assert path.read_text() == HEAD and not poll.given
+    monkeypatch.undo()
+    poll.answer("Ann", 0, "1", "2")
+    assert path.read_text().splitlines()[1].startswith("1,Ann,1,2,")
+    path.write_text(HEAD[:9])  # the head itself was cut
+    assert start_file("t", path) == HEAD.strip().split(",") and path.read_text() == HEAD
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from dalle.console import say
 from dalle.errors import DataError
 from dalle.evaluate.intervals import wilson
 from dalle.files import read_bytes
@@ -62,7 +63,35 @@ class Rule:
     answers: int = 5
 
 
-def read_ballots(owner: str, path: Path, swapped: Sequence[bool]) -> list[Ballot]:
+def without_cut_line(owner: str, path: Path, content: bytes, swapped: Sequence[bool]) -> bytes:
+    """A file of answers without a last line that was cut off while it was written; a line says so.
+
+    A last line that holds a whole answer stays, also where no newline ends it.
+
+    Args:
+        owner: begins the line that is said.
+        path: of the file, for that line.
+        content: of the file.
+        swapped: as of `read_ballots`.
+    """
+    whole, _, last = content.rpartition(b"\n")
+    if not whole or not last.strip():
+        return content
+    try:
+        head = whole.decode("utf-8-sig").splitlines()[0]
+        names = [name.strip() for name in next(csv.reader([head]))]
+        rows = csv.DictReader([last.decode()], names, restkey="more", restval=None)
+        _ballot(owner, next(rows), swapped)
+    except (DataError, UnicodeDecodeError, csv.Error, KeyError, IndexError, StopIteration):
+        shown = last.decode("utf-8", "replace")[:100]
+        say(f"{owner}: the last line of {path} was cut off and is dropped: {shown}")
+        return whole + b"\n"
+    return content
+
+
+def read_ballots(
+    owner: str, path: Path, swapped: Sequence[bool], *, own: bool = False
+) -> list[Ballot]:
     """The answers in a CSV file with the columns task, worker, realistic, match, seconds.
 
     Pictures are "1" and "2" as they were shown, or "ours" and "theirs". Seconds may be left out.
@@ -71,12 +100,16 @@ def read_ballots(owner: str, path: Path, swapped: Sequence[bool]) -> list[Ballot
         owner: begins the line of an error.
         path: the file.
         swapped: of each task, whether picture 1 was theirs.
+        own: whether the page wrote it, so that a last line which was cut off is left out.
 
     Raises:
         DataError: it cannot be read, or a line does not hold what it must, with its number.
     """
     try:
-        text = read_bytes(path).decode("utf-8-sig")
+        content = read_bytes(path)
+        text = (without_cut_line(owner, path, content, swapped) if own else content).decode(
+            "utf-8-sig"
+        )
     except OSError as problem:
         raise DataError(
             f"{owner}: votes must be a readable CSV file, got {path}: {problem.strerror}"

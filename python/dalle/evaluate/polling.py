@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import io
 import os
 import random
@@ -20,7 +22,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 from dalle.console import say
 from dalle.errors import DataError, EnvironmentProblem
-from dalle.evaluate.ballots import COLUMNS, LONGEST_NAME, Ballot, chosen
+from dalle.evaluate.ballots import COLUMNS, LONGEST_NAME, Ballot, chosen, without_cut_line
 from dalle.files import read_bytes, regular_opener
 from dalle.pages import html_page
 
@@ -108,16 +110,23 @@ class Poll:
             cells = dict(zip(COLUMNS, row, strict=True))
             text = io.StringIO()
             csv.DictWriter(text, self.columns, lineterminator="\n").writerow(cells)
-            with open(self.path, "ab", opener=regular_opener) as file:
-                file.write(text.getvalue().encode())
-                file.flush()
-                os.fsync(file.fileno())
+            with open(self.path, "ab", buffering=0, opener=regular_opener) as file:
+                before = os.fstat(file.fileno()).st_size
+                try:
+                    line = text.getvalue().encode()
+                    if file.write(line) != len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(file.fileno())
+                except OSError:  # a full disk: no half of a line stays before the next answer
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(file.fileno(), before)
+                    raise
             self.given.add((worker, task))
             self.counts[task] += 1
 
 
 def start_file(owner: str, path: Path) -> list[str]:
-    """Writes the head of a new file of answers, and ends a last line that was cut off.
+    """Writes the head of a new file of answers, or of one that ends in its head.
 
     Returns:
         The columns in the order of the file, which an added answer must follow.
@@ -126,8 +135,9 @@ def start_file(owner: str, path: Path) -> list[str]:
         DataError: the head of a file that is there lacks a column.
         OSError: the file cannot be read or written.
     """
-    if not path.exists() or path.stat().st_size == 0:
-        path.write_text(",".join(COLUMNS) + "\n")
+    head = ",".join(COLUMNS) + "\n"
+    if not path.exists() or head.encode().startswith(read_bytes(path)):
+        path.write_text(head)
     content = read_bytes(path)
     head = content.decode("utf-8-sig", "replace").splitlines()[0]
     columns = [name.strip() for name in next(csv.reader([head]), [])]
@@ -141,6 +151,19 @@ def start_file(owner: str, path: Path) -> list[str]:
         with open(path, "ab", opener=regular_opener) as file:
             file.write(b"\n")
     return columns
+
+
+def drop_cut_line(owner: str, path: Path, swapped: Sequence[bool]) -> None:
+    """Removes a last line from a file of answers that was cut off while it was written.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
+    if path.exists():
+        content = read_bytes(path)
+        kept = without_cut_line(owner, path, content, swapped)
+        if kept != content:
+            os.truncate(path, len(kept))
 
 
 def form(poll: Poll, worker: str, task: int) -> bytes:
@@ -293,14 +316,22 @@ def serve(owner: str, poll: Poll, port: int, ready: Callable[[str], None] | None
     """
     try:
         poll.columns = start_file(owner, poll.path)
+    except OSError as problem:
+        reason = problem.strerror
+        raise EnvironmentProblem(
+            f"{owner}: {poll.path} must be writable, got {reason}"
+        ) from problem
+    try:
         server = _Server(port, poll)
     except OSError as problem:
-        what = f"{poll.path} must be writable" if problem.filename else f"port {port} must be free"
-        raise EnvironmentProblem(f"{owner}: {what}, got {problem.strerror}") from problem
+        reason = problem.strerror
+        raise EnvironmentProblem(f"{owner}: port {port} must be free, got {reason}") from problem
     address = f"http://{HOST}:{server.server_address[1]}/"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1})
-    thread.start()
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True
+    )
     try:
+        thread.start()
         say(f"{owner}: open {address} ({poll.left()} votes to give); Ctrl-C ends it and counts")
         if ready is not None:
             ready(address)
@@ -310,7 +341,7 @@ def serve(owner: str, poll: Poll, port: int, ready: Callable[[str], None] | None
     except KeyboardInterrupt:
         say(f"{owner}: stopped; answers are in {poll.path}")
     finally:
-        server.shutdown()
+        if thread.is_alive():
+            server.shutdown()
         server.server_close()
-        thread.join()
     return poll.left() == 0

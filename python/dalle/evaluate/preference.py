@@ -34,7 +34,7 @@ from dalle.evaluate.ballots import (
 from dalle.evaluate.blind import Tasks, make_tasks
 from dalle.evaluate.facts import facts_of
 from dalle.evaluate.plots import votes_png
-from dalle.evaluate.polling import Poll, serve
+from dalle.evaluate.polling import Poll, drop_cut_line, serve
 from dalle.evaluate.results import finish, table
 from dalle.evaluate.scores import Set, start
 from dalle.evaluate.session import Session
@@ -120,11 +120,11 @@ def votes(
         _keep_tasks(owner, folder, tasks, there)
     ballots = []
     if there and path is not None and (given is not None or path.stat().st_size):
-        ballots = _ballots_so_far(owner, path, tasks, serving)
+        ballots = _ballots_so_far(owner, path, tasks, serving, own=given is None)
     if serving and path is not None:
         poll = Poll(tasks.captions, tasks.shown, tasks.swapped, each, session.seed, path, ballots)
         serve(owner, poll, port, ready)
-        ballots = _ballots_so_far(owner, path, tasks, True)
+        ballots = _ballots_so_far(owner, path, tasks, True, own=given is None)
     elif not there and given is not None:
         ballots = read_ballots(owner, given, tasks.swapped)  # says that there is none
     record |= {"judge": "people", "automatic": False, "answers": str(path)}
@@ -179,17 +179,21 @@ def _keep_tasks(owner: str, folder: Path, tasks: Tasks, voted: bool) -> None:
     save_bytes(path, content)
 
 
-def _ballots_so_far(owner: str, path: Path, tasks: Tasks, may_be_empty: bool) -> list[Ballot]:
+def _ballots_so_far(
+    owner: str, path: Path, tasks: Tasks, serving: bool, *, own: bool
+) -> list[Ballot]:
     try:
         check_regular(path)
-        lines = read_bytes(path).count(b"\n")
+        if serving:
+            drop_cut_line(owner, path, tasks.swapped)
+        lines = len(read_bytes(path).splitlines())
     except OSError as problem:
         raise DataError(
             f"{owner}: votes must be a readable CSV file, got {path}: {problem.strerror}"
         ) from problem
-    if may_be_empty and lines <= 1:
+    if serving and lines <= 1:
         return []
-    return read_ballots(owner, path, tasks.swapped)
+    return read_ballots(owner, path, tasks.swapped, own=own)
 
 
 def _write_pictures(owner: str, folder: Path, tasks: Tasks) -> None:
