@@ -75,17 +75,20 @@ def progress_shown(name: str) -> Iterator[Callable[[int, int], None]]:
         terminal = is_main_process() and sys.stderr.isatty()
     bar = tqdm(desc=name, disable=not terminal, leave=False)
     begin = reported = time.monotonic()
+    first: tuple[float, int] | None = None  # a resumed piece of work begins with much of it done
 
     def show(done: int, total: int) -> None:
-        nonlocal reported
+        nonlocal reported, first
         with contextlib.suppress(OSError, ValueError):  # as in `say`
             bar.total = total
             bar.update(done - bar.n)
         now = time.monotonic()
         if bar.disable and done and now - reported > SECONDS:
             reported = now
-            left = duration((now - begin) / done * (total - done))
+            since, before = first if first is not None and done > first[1] else (begin, 0)
+            left = duration((now - since) / (done - before) * (total - done))
             say(f"{name}: {100 * done // total} % | ETA {left}")
+        first = first or (now, done)
 
     try:
         yield show

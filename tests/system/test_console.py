@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from dalle import console
 from dalle.cli import main
 from dalle.console import MAX_LENGTH, Stream, fitted, guarded_streams, printable
 
@@ -68,6 +69,18 @@ def test_streams_are_given_back(monkeypatch):
         print("x")
         assert sys.stdout is out and not out.problem
     assert sys.stdout is None
+
+
+def test_time_left_of_resumed_work_is_that_of_the_rest(monkeypatch, capsys):
+    """600 of 1000 were done before; ten more take 20 s, so 390 take 780 s."""
+    now = iter([0.0, 1.0, 21.0, 41.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    with console.progress_shown("work") as show:
+        show(601, 1000)
+        show(611, 1000)
+        show(621, 1000)
+    assert capsys.readouterr().err.splitlines() == [
+        "work: 61 % | ETA 12:58", "work: 62 % | ETA 12:38"]  # fmt: skip
 
 
 def test_help_that_nobody_can_read(monkeypatch, capsys):

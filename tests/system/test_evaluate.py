@@ -142,6 +142,17 @@ def test_features_are_kept_and_a_stopped_run_goes_on(home, monkeypatch, capsys):
     assert not torch.equal(evaluate.features("real", **options)["features"], first["features"])
 
 
+def test_features_of_captions_are_kept_too(home, monkeypatch):
+    calls, whole = [], RankerExtractor.text_features
+    monkeypatch.setattr(
+        RankerExtractor, "text_features", lambda self, c: calls.append(len(c)) or whole(self, c)
+    )
+    monkeypatch.setattr("dalle.evaluate.scores.TEXTS", 2)
+    options = {"weights": "pipe", "cache": home / "texts", "bootstrap": 0}
+    values = [evaluate.clip_score("real", **options)["value"] for _ in range(2)]
+    assert calls == [2, 2, 1] and values[0] == values[1]
+
+
 def test_features_command_writes_what_can_be_read(home, capsys):
     assert main(["eval", "features", "--data", "fake", "--weights", "pipe", "--out", "f"]) == 0
     assert "(30 data)" in capsys.readouterr().out

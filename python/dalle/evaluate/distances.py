@@ -6,7 +6,7 @@ knows which network the features are from, so nothing here may be called FID (`e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,8 @@ POINTS = 15  # sizes through which `frechet_distance_infinite` lays its line
 ROWS_TO_EXTRAPOLATE = 20
 LARGEST = 1e50  # of a feature: its sixth power, in the kernel, is still finite
 CHUNK = 1024  # rows whose distances to all others are held at once
+
+Done = Callable[[int], None]  # is told how many more rows are done
 
 
 class Score(float):
@@ -321,17 +323,48 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.cdist(a, b, compute_mode=mode)
 
 
-def radii(features: Tensor, k: int) -> Tensor:
+def radii(features: Tensor, k: int, done: Done = lambda rows: None) -> Tensor:
     """Distance of each row to its k-th nearest other row: (n,)."""
-    parts = [
-        _distances(part, features).kthvalue(k + 1, dim=1).values for part in features.split(CHUNK)
-    ]
+    parts = []
+    for part in features.split(CHUNK):
+        parts.append(_distances(part, features).kthvalue(k + 1, dim=1).values)
+        done(len(part))
     return torch.cat(parts)
 
 
-def inside(points: Tensor, centres: Tensor, reach: Tensor) -> Tensor:
+def inside(
+    points: Tensor, centres: Tensor, reach: Tensor, done: Done = lambda rows: None
+) -> Tensor:
     """(n,) bool: whether each point lies in the ball of any centre."""
-    return torch.cat([(_distances(p, centres) <= reach).any(1) for p in points.split(CHUNK)])
+    parts = []
+    for part in points.split(CHUNK):
+        parts.append((_distances(part, centres) <= reach).any(1))
+        done(len(part))
+    return torch.cat(parts)
+
+
+def both_inside(
+    first: Tensor, second: Tensor, k: int, progress: Callable[[int, int], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which rows of each set lie in the manifold of the other, see `precision_recall`.
+
+    Args:
+        first, second: (n, d) and (m, d) float64, more than k rows each.
+        k: neighbours.
+        progress: called with (rows done, in all).
+
+    Returns:
+        Of the second in that of the first (m,), of the first in that of the second (n,); bool.
+    """
+    total, counted = 2 * (len(first) + len(second)), [0]
+
+    def done(rows: int) -> None:
+        counted[0] += rows
+        if progress is not None:
+            progress(counted[0], total)
+
+    of_second = inside(second, first, radii(first, k, done), done)
+    return of_second, inside(first, second, radii(second, k, done), done)
 
 
 def precision_recall(a: Any, b: Any, k: int = 3) -> PrecisionRecall:
@@ -359,6 +392,4 @@ def precision_recall(a: Any, b: Any, k: int = 3) -> PrecisionRecall:
             raise DataError(
                 f"precision_recall: {name} must hold more than k = {k} rows, got {len(x)}"
             )
-    precision = inside(second, first, radii(first, k)).double().mean()
-    recall = inside(first, second, radii(second, k)).double().mean()
-    return PrecisionRecall(float(precision), float(recall))
+    return PrecisionRecall(*(float(x.double().mean()) for x in both_inside(first, second, k)))

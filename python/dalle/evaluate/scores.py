@@ -6,6 +6,7 @@ a dict; with `out` they also write NAME.json, NAME.md and NAME.png there.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from dalle import pictures
 from dalle.configs import integer
+from dalle.console import progress_shown
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.pairs import Pairs
 from dalle.errors import DataError, UsageError
 from dalle.evaluate import distances
-from dalle.evaluate.cache import Features
+from dalle.evaluate.cache import Features, in_parts, key_of
 from dalle.evaluate.distances import Score
 from dalle.evaluate.extractors import TextExtractor
 from dalle.evaluate.results import few_warnings, finish, png, prepare, sheet, table
@@ -29,6 +31,7 @@ from dalle.pipeline import Pipeline
 from dalle.pretrained import tensors_to_bytes
 
 Set = str | Path | Pairs | Pipeline
+TEXTS = 256  # captions at once
 
 
 def start(name: str, out: Path | str | None, options: dict[str, Any]) -> tuple[Session, Any]:
@@ -239,15 +242,16 @@ def prc(
     session, folder = start("prc", out, options)
     k = integer(session.owner, "k", k, 1)
     a, b = _both(session, real, fake)
-    for name, found in (("real", a), ("fake", b)):
-        if len(found) <= k:
+    for name, features in (("real", a), ("fake", b)):
+        if len(features) <= k:
             raise DataError(
-                f"eval prc: {name} must hold more than k = {k} pictures, got {len(found)}"
+                f"eval prc: {name} must hold more than k = {k} pictures, got {len(features)}"
             )
     x, y = a.values.double(), b.values.double()
-    both = distances.precision_recall(x, y, k)
-    inside_real = distances.inside(y, x, distances.radii(x, k)).double()[:, None]
-    inside_fake = distances.inside(x, y, distances.radii(y, k)).double()[:, None]
+    with progress_shown("neighbours") as show:
+        found = distances.both_inside(x, y, k, show)
+    inside_real, inside_fake = (rows.double()[:, None] for rows in found)
+    both = distances.PrecisionRecall(float(inside_real.mean()), float(inside_fake.mean()))
     record = session.record(real=a, fake=b)
     # Rows drawn twice would be each other's neighbours: only the shares are drawn again.
     intervals = {
@@ -309,7 +313,7 @@ def clip_score(
             f"{len(captions)} without"
         )
     unique = sorted(set(captions))
-    text = network.text_features(unique)[_rows(captions, unique)]
+    text = _text_features(session, network, unique)[_rows(captions, unique)]
     cosines = (text.double() * found.values.double()).sum(1)
     fits = 100 * cosines.clamp_min(0)
     value = float(fits.mean())
@@ -328,6 +332,33 @@ def clip_score(
     }
     picture = None if folder is None else _ends(source.pairs, found, fits.numpy())
     return finish("clip-score", result, folder, picture)
+
+
+def _text_features(session: Session, network: TextExtractor, captions: list[str]) -> Tensor:
+    """Features of captions, from the cache where they are there: (n, d) float32."""
+
+    def compute(items: Sequence[int], done: Callable[[int], None]) -> dict[str, Tensor]:
+        parts = []
+        for start in range(0, len(items), TEXTS):
+            some = items[start : start + TEXTS]
+            parts.append(network.text_features([captions[i] for i in some]))
+            done(start + len(some))
+        return {"features": torch.cat(parts)}
+
+    def whole(read: dict[str, Tensor], count: int) -> bool:
+        return "features" in read and read["features"].shape == (count, network.dimensions)
+
+    of = {"kind": "texts", "extractor": [network.name, network.fingerprint], "captions": captions}
+    parts, _ = in_parts(
+        session.owner,
+        Path(session.setup.cache) / "texts" / key_of(of),
+        len(captions),
+        16 * TEXTS,
+        compute,
+        name=f"{network.name} features of captions",
+        check=whole,
+    )
+    return torch.cat([part["features"] for part in parts])
 
 
 def _rows(captions: list[str], unique: list[str]) -> Tensor:
