@@ -60,8 +60,8 @@ def main() -> None:
             means=quantizers.means(rows),
             table=quantizers.in_words(rows),
         )
-        shutil.copyfile(path, quantizers.RECORDED / "quantizers.json")
-        pictures.save_png(quantizers.RECORDED / "quantizers.png", shown)
+        shutil.copyfile(path, quantizers.RECORD)
+        pictures.save_png(quantizers.PICTURE, shown)
         print(f"recorded in {path}")
 
 

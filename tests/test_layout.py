@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -312,6 +314,16 @@ def test_packages_are_all_listed():
     for init in (ROOT / "python/dalle").rglob("__init__.py"):
         found.add(".".join(init.parent.relative_to(ROOT / "python").parts))
     assert listed == found
+
+
+def test_data_of_the_packages_is_installed():
+    """A file that is no module comes along only where a pattern names it."""
+    given = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for package, folder in given["package-dir"].items():
+        for path in (ROOT / folder).rglob("*"):
+            name = str(path.relative_to(ROOT / folder))
+            if path.is_file() and path.suffix not in (".py", ".pyc", ".tmp"):
+                assert any(fnmatch(name, x) for x in given["package-data"][package]), name
 
 
 def test_every_test_that_the_docs_name_is_there():

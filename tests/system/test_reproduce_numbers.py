@@ -167,15 +167,16 @@ def test_the_recorded_table_of_quantizers_is_the_newest_result(context):
     assert figure["missing"].startswith("Not trained in this run: the table was recorded on 20")
     root = Path(__file__).parents[2]
     newest = max((root / "benchmarks" / "results").glob("*_quantizers.json"))
-    recorded = (quantizers.RECORDED / "quantizers.json").read_bytes()
+    recorded = quantizers.RECORD.read_bytes()
     assert recorded == newest.read_bytes()
     found = json.loads(recorded)
     assert found["table"] == figure["ours"]["table"]
+    assert "dirty" not in found["machine"]["commit"]
     assert {len([r for r in found["rows"] if r["quantizer"] == q]) for q in QUANTIZERS} == {3}
     page = (root / "docs" / "training.md").read_text()
     for name, cells in found["table"].items():
         assert f"| {name} | {' | '.join(cells.values())} |" in page
-    shown = (quantizers.RECORDED / "quantizers.png").read_bytes()
+    shown = quantizers.PICTURE.read_bytes()
     assert shown == (root / "docs" / "images" / "quantizers.png").read_bytes()
 
 

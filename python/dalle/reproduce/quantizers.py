@@ -48,7 +48,8 @@ from dalle.train.seeds import start_seed
 from dalle.train.task import Task, averaged_model
 from dalle.version import __version__
 
-RECORDED = Path(__file__).parent / "recorded"  # quantizers.json and .png, as they were recorded
+FOLDER = Path(__file__).parent
+RECORD, PICTURE = FOLDER / "recorded_quantizers.json", FOLDER / "recorded_quantizers.png"
 SHOWN = 12
 NUMBERS = (
     "psnr", "codes_used", "perplexity", "prior_loss", "bits_a_picture", "joint_bits",
@@ -237,9 +238,9 @@ def quantizers(context: Context) -> Figure:
     """The gumbel relaxation beside straight-through, trained here or as it was recorded."""
     sizes = context.sizes.quantizers
     if sizes is None:
-        found = read_object(RECORDED / "quantizers.json", DataError)
+        found = read_object(RECORD, DataError)
         machine = found["machine"]
-        rows, image = found["rows"], read_bytes(RECORDED / "quantizers.png")
+        rows, image = found["rows"], read_bytes(PICTURE)
         name = context.save("quantizers.png", image)
         updates = {key: found[key] for key in ("dvae_steps", "prior_steps")}
         source = f"recorded on {machine['date']} ({machine['cpu']})"
