@@ -25,12 +25,18 @@ def picture(seed: int, side: int = 64) -> np.ndarray:
 
 
 def copied(image: np.ndarray, kind: str, seed: int) -> np.ndarray:
-    """A copy: "cropped" to 3/4 of the sides, "recoloured", or "jpeg" of quality 25."""
+    """A copy: "cropped" to 3/4 of the sides, "recoloured", or "jpeg" of quality 25.
+
+    Nearer ones: "trimmed" by a tenth of the sides, "resized" to 3/4.
+    """
     rng = np.random.default_rng(seed)
     made, side = Image.fromarray(image), image.shape[0]
-    if kind == "cropped":
-        x, y = (int(v) for v in rng.integers(0, side // 4, 2))
-        return np.asarray(made.crop((x, y, x + side * 3 // 4, y + side * 3 // 4)))
+    if kind == "resized":
+        return np.asarray(made.resize((side * 3 // 4,) * 2, Image.Resampling.BILINEAR))
+    if kind in ("cropped", "trimmed"):
+        rest = side // (4 if kind == "cropped" else 10)
+        x, y = (int(v) for v in rng.integers(0, rest, 2))
+        return np.asarray(made.crop((x, y, x + side - rest, y + side - rest)))
     if kind == "recoloured":
         hsv = np.asarray(made.convert("HSV")).astype(np.float32)
         hsv[..., 0] = (hsv[..., 0] + rng.choice([-1, 1]) * 20) % 256

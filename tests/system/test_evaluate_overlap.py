@@ -83,6 +83,19 @@ def test_copies_are_found_and_left_out(home, capsys):
     assert result["pictures"] == ["overlap.png", "overlap-sheet.png"]
 
 
+def test_near_copies_are_all_found(home):
+    """50 planted copies (smaller, JPEG, a tenth cut off) among 150 others, by the same detector."""
+    kinds = ("resized", "jpeg", "trimmed")
+    near = [copied(picture(i, 48), kinds[i % 3], i) for i in range(50)]
+    saved(home / "near", [*near, *(picture(2000 + i, 48) for i in range(150))])
+    result = evaluate.overlap("near", "fake", seen="train", steps=110, train_batch=32,
+                              detector_width=8, detector_size=24, weights="pipe")  # fmt: skip
+    similarity = np.array(result["similarity"])
+    assert (np.array(result["nearest"])[:50] == np.arange(50)).all()
+    found = (similarity >= similarity[:50].min()).sum()
+    assert 50 / found >= 0.98  # precision where recall is 1
+
+
 def test_a_stopped_training_goes_on_to_the_same_bits(home, monkeypatch):
     monkeypatch.setattr(detector, "KEEP_EVERY", 3)
     options = {**SMALL, "steps": 8, "seen": "train"}

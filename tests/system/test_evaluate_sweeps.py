@@ -20,6 +20,7 @@ from dalle.data.split import Subset
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
 from dalle.evaluate import paper, plots
+from dalle.evaluate.cache import blurred
 from dalle.evaluate.extractors import RankerExtractor
 from dalle.evaluate.facts import chosen_scenes
 from dalle.evaluate.intervals import over_seeds
@@ -63,6 +64,17 @@ def test_blur_is_pils_on_both_sides_before_the_features(home, capsys):
     assert result["side"] == 16 and result["paper"]["fid"]["DALL-E"][0] == 28.4
     assert "paper's FID" in (home / "out/blur.md").read_text()
     assert Image.open(home / "out/blur.png").size[0] > 800
+
+
+def test_a_distance_grows_with_the_blur_of_one_side(home):
+    ranker = RankerExtractor(Pipeline.from_pretrained("pipe").ranker)
+    noise = list(np.random.default_rng(5).integers(0, 256, (48, 16, 16, 3), np.uint8))
+    plain = ranker.features(noise)
+    values = [
+        evaluate.frechet_distance(plain, ranker.features([blurred(x, 16, r) for x in noise]))
+        for r in (0, 0.3, 0.6, 1, 2, 4)
+    ]
+    assert values[0] < 1e-9 and values == sorted(values)
 
 
 def test_blur_stands_beside_another_set_of_the_paper():
