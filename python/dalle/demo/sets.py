@@ -30,6 +30,7 @@ from dalle.demo.measures import (
 )
 from dalle.dvae.model import DiscreteVAE
 
+LOOKED_AT = 20_000  # captions among which some are chosen
 POOL = 4096  # true pictures that drawn ones are compared with
 IN_MEMORY = 2 << 30  # bytes of decoded pictures that are kept; larger folders are read as they go
 
@@ -336,7 +337,8 @@ class FolderSet(DataSet):
 
 def _some(pairs: Pairs, count: int) -> list[int]:
     """Up to `count` items of different captions, evenly spaced."""
-    first = {caption: item for item, caption in reversed(list(enumerate(pairs.captions)))}
+    looked_at = evenly_spaced(len(pairs), LOOKED_AT).tolist()
+    first = {pairs.captions[item]: item for item in reversed(looked_at)}
     items = sorted(first.values())
     return [items[i] for i in evenly_spaced(len(items), count)]
 

@@ -173,7 +173,7 @@ def choose(given: SizesConfig, pairs: Pairs, tier: Tier, *, ready: bool = False)
     fill("prior_layers", tier.prior_layers)
     fill("prior_steps", max(500, tier.epochs * len(pairs) // 16))
     if values["text_len"] is None:
-        values["text_len"] = text_length(list(pairs.captions), tier.text_len)
+        values["text_len"] = text_length(pairs.captions, tier.text_len)
     fill("temperature", 0.5)
     fill("cond_scale", 1.0)
     fill("num_samples", TRY)

@@ -77,7 +77,7 @@ def run_train(config: TrainConfig) -> dict[str, Any]:
         else:
             pairs = parts[0]
             say(f"train: {describe_set(*parts)}")
-            if len(set(pairs.captions)) < 2:
+            if all(caption == pairs.captions[0] for caption in pairs.captions):
                 raise DataError(
                     f"train: {pairs.name} must hold two different captions, got only "
                     f"{pairs.captions[0]!r}"
