@@ -367,5 +367,5 @@ def test_codes_are_no_pictures(home):
     codes = str(home / "codes")
     with pytest.raises(UsageError, match="^data encode: data must be pictures, got the codes of"):
         encode(options(home, data=codes, out=home / "again"))
-    with pytest.raises(UsageError, match="^train: data must be pictures, got the codes of"):
+    with pytest.raises(UsageError, match="^data: data must be pictures, got the codes of"):
         open_parts(codes, 0.1)

@@ -28,9 +28,11 @@ from dalle.demo.pace import DECODE, Pace, measure
 from dalle.demo.sets import varied
 from dalle.demo.sizing import TIERS, SizesConfig, build, choose
 from dalle.demo.verdict import verdict
+from dalle.errors import UsageError
 from dalle.pipeline import Pipeline
 from dalle.pretrained import fingerprint
 from dalle.recipes import quick_ranker
+from dalle.reproduce.sets import open_set
 from dalle.train.prior import PriorTask
 from dalle.train.ranker import RankerTask, RankerTrainConfig
 from support.prior import COLOURS, make_parts
@@ -118,6 +120,13 @@ def test_codes_in_use_are_counted_from_the_stored_tokens(finished, home):
     tokens = tokens_of(train, range(len(train)), [0] * len(train))
     assert summary["codes_used"] == len(tokens.unique())
     assert summary["code_share"] == summary["codes_used"] / 32
+
+
+def test_what_needs_the_pictures_of_the_run_asks_for_them(finished):
+    folder = finished[0] / "pipeline"
+    line = "^reproduce: data: must be pictures, got the codes of .*; give the set by --data$"
+    with pytest.raises(UsageError, match=line):
+        open_set("reproduce", folder, Pipeline.from_pretrained(folder), None, 0)
 
 
 def test_the_same_command_or_its_options_do_nothing_more(finished, home, capsys, monkeypatch):

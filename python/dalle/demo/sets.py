@@ -383,5 +383,5 @@ def open_parts(data: str, share: float, side: int = 64, seed: int = 0) -> tuple[
         UsageError: codes.
     """
     pairs = open_source(data, side, seed)
-    require_pictures("train", pairs)
+    require_pictures("data", pairs)
     return hold_out(pairs, share)

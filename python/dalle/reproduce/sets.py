@@ -57,7 +57,7 @@ def open_set(
     try:
         return FolderSet(*open_parts(name, share, side, seed), pipeline.image_size), known
     except (DataError, UsageError) as problem:
-        reason = str(problem).removeprefix("data: ")
+        reason = str(problem).removeprefix("data: ").removeprefix("data ")
         hint = "" if known == "given" else "; give the set by --data"
         raise type(problem)(f"{owner}: data: {reason}{hint}") from problem
 
