@@ -57,6 +57,34 @@ def test_what_could_not_be_made_says_so_and_is_tried_again(model, tmp_path, monk
     assert again["figure_1"] == made["figure_1"]
 
 
+def test_a_figure_that_memory_is_too_small_for_leaves_the_others(model, tmp_path, monkeypatch):
+    def refuse(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")
+
+    makers = Entry.maker
+    monkeypatch.setattr(
+        Entry, "maker", lambda self: refuse if "figure_6" in self.place else makers(self)
+    )
+    made = run.reproduce(start(model, tmp_path / "out"), ["figure_6", "figure_11"])
+    assert made["figure_6"]["missing"].startswith("Not made: out of memory: the GPU's memory must")
+    assert made["figure_11"]["ours"]["same"]
+
+
+def test_shapes_that_are_trained_here_are_of_this_length_and_seed(model, tmp_path):
+    other = write_pictures(tmp_path / "pictures", 24, side=24)
+    (tmp_path / "out").mkdir()
+
+    def context(sizes, seed):
+        return Context(model, tmp_path / "out", sizes=sizes, seed=seed, data=str(other),
+                       device=torch.device("cpu"))  # fmt: skip
+
+    contexts = [context(QUICK, 0), context(FULL, 0), context(QUICK, 1)]
+    assert len({each.trained_shapes for each in contexts}) == 3
+    contexts[0].trained_shapes.mkdir(parents=True)
+    (contexts[0].trained_shapes / "config.json").write_text("{}")
+    assert [each.shapes_seconds for each in contexts] == [0, 1800, 120]
+
+
 def test_ctrl_c_keeps_what_is_made_and_says_so(model, tmp_path, monkeypatch):
     def stop(_):
         raise KeyboardInterrupt
@@ -145,12 +173,18 @@ def test_a_damaged_figure_is_made_again(model, tmp_path):
     context = start(model, tmp_path / "out")
     run.reproduce(context, ["figure_11"])
     (path,) = (context.cache / "figures").rglob("figure_11.json")
-    for damage in ("{", "[]", '{"key": 3}'):
+    picture = context.out / "figure_11.png"
+    kept, before = path.read_text(), picture.read_bytes()
+    for damage in ("{", "[]", '{"figure": {"key": 3}, "pictures": {}}', '{"figure": {}}', "{}"):
         path.write_text(damage)
-        assert run.reproduce(context, ["figure_11"])["figure_11"]["ours"]["same"]
-    (context.out / "figure_11.png").unlink()
+        assert run._kept(context, "figure_11") is None
+    path.write_text(kept)
+    assert run._kept(context, "figure_11").ours["same"]
+    picture.write_bytes(b"of a run with other sizes")
+    assert run._kept(context, "figure_11") is None
+    picture.unlink()
     run.reproduce(context, ["figure_11"])
-    assert (context.out / "figure_11.png").is_file()
+    assert picture.read_bytes() == before
 
 
 def test_numbers_that_json_lacks_are_null():

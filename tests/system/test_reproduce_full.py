@@ -81,7 +81,7 @@ def test_a_full_run_of_a_folder(model, tmp_path, monkeypatch, ranker):
     words = ("--data", str(pictures), "--other", str(model if not ranker else tmp_path / "other"))
     own = model if ranker else tmp_path / "other"
     made = run_full(own, tmp_path / "out", monkeypatch, *words)
-    assert (tmp_path / "out" / "shapes" / "pipeline" / "config.json").is_file()
+    assert (tmp_path / "out" / "shapes" / "full-0" / "pipeline" / "config.json").is_file()
     assert "no second held-out part" in made["figure_9"]["missing"] or not ranker
     assert ("no ranker" in made["figure_9"]["missing"]) != ranker
     assert "--other" in made["figure_8"]["command"]

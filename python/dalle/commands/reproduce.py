@@ -85,6 +85,7 @@ def reproduce(config: ReproduceConfig) -> None:
     made = run.reproduce(context, config.only)
     lacking = [k for k, figure in made.items() if figure["missing"].startswith(run.NOT_MADE)]
     there = sum(not figure["missing"].startswith("Not made") for figure in made.values())
-    print(f"reproduce: {there} figures: {printable(str(config.out / run.PAGE))}")
+    figures = "figure" if there == 1 else "figures"
+    print(f"reproduce: {there} {figures}: {printable(str(config.out / run.PAGE))}")
     if lacking:
         print(f"reproduce: not made: {', '.join(lacking)}")

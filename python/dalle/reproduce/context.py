@@ -43,7 +43,7 @@ class Context:
         device: where to compute.
         data: the set that the pipeline was trained on; None: what its run says, else its tokenizer.
         shapes: folder of a pipeline trained on shapes; None: the model itself, where it is one,
-            else one is trained in `out`/shapes.
+            else one is trained below `out`/shapes.
         other: folder of a second pipeline of the same set.
 
     Attributes:
@@ -164,9 +164,14 @@ class Context:
         return draw(OWNER, pipeline, captions, sizes, seed=seed, cache=self.cache)
 
     @property
+    def trained_shapes(self) -> Path:
+        """Where a pipeline of shapes is, once it was trained here: one of each length and seed."""
+        return self.out / "shapes" / f"{self.sizes.name}-{self.seed}" / "pipeline"
+
+    @property
     def shapes_seconds(self) -> float:
         """Of the training that `shapes_folder` has before it; 0 where it has none."""
-        there = self.out / "shapes" / "pipeline" / "config.json"
+        there = self.trained_shapes / "config.json"
         if self.given_shapes is not None or self.set.name == "shapes" or there.exists():
             return 0.0
         return 60 * self.sizes.shapes_minutes
@@ -178,19 +183,19 @@ class Context:
             return self.given_shapes
         if self.set.name == "shapes":
             return self.model
-        folder, sizes = self.out / "shapes", self.sizes
-        if not (folder / "pipeline" / "config.json").exists():
+        folder, sizes = self.trained_shapes, self.sizes
+        if not (folder / "config.json").exists():
             run_demo(
                 DemoConfig(
                     data="shapes",
-                    out=folder,
+                    out=folder.parent,
                     minutes=None if sizes.shapes_preset == "smoke" else sizes.shapes_minutes,
                     device=self.device.type,
                     seed=self.seed,
                     preset=sizes.shapes_preset,
                 )
             )
-        return folder / "pipeline"
+        return folder
 
     @cached_property
     def shapes(self) -> Pipeline:

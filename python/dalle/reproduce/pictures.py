@@ -114,7 +114,7 @@ def figure_2(context: Context) -> Figure:
     rows += [["variable binding", name, share] for name, share in bound.items()]
     own = context.shapes is pipeline
     where = "by the same model" if own else "by a pipeline trained on shapes"
-    if context.shapes_folder == context.out / "shapes" / "pipeline":
+    if context.shapes_folder == context.trained_shapes:
         where += f" here, {context.sizes.shapes_minutes:g} minutes long"
     return Figure(
         text="First composition: captions whose combinations no training pair shows. Then "

@@ -11,7 +11,8 @@ from typing import Any
 from dalle.configs import did_you_mean
 from dalle.console import duration, say
 from dalle.errors import DalleError, DataError, Interrupted, UsageError
-from dalle.files import check_targets, json_sha256, make_folder, read_object, to_json
+from dalle.files import check_targets, json_sha256, make_folder, read_object, sha256, to_json
+from dalle.memory import is_refusal, refusal_line
 from dalle.pictures import save_bytes
 from dalle.reproduce.context import OWNER, Context
 from dalle.reproduce.figure import Figure
@@ -66,7 +67,7 @@ def reproduce(context: Context, only: Sequence[str] = ()) -> dict[str, Any]:
                 f"(about {left} to the end)"
             )
             made[key] = _made(context, key)
-            save_bytes(_file(context, key), to_json(made[key].to_dict()))
+            _keep(context, key, made[key])
             _write(context, made)
     except (KeyboardInterrupt, Interrupted) as stop:  # the latter out of a training made here
         _write(context, made)
@@ -84,9 +85,15 @@ def _made(context: Context, key: str) -> Figure:
         figure = entry.maker()(context)
     except Interrupted:
         raise
-    except DalleError as problem:
-        say(f"{OWNER}: {key}: {problem}")
-        figure = Figure(command=context.own_command(key), missing=f"{NOT_MADE} {problem}")
+    except Exception as problem:
+        if is_refusal(problem):
+            line = f"out of memory: {refusal_line(problem)}"
+        elif isinstance(problem, DalleError):
+            line = str(problem)
+        else:
+            raise
+        say(f"{OWNER}: {key}: {line}")
+        figure = Figure(command=context.own_command(key), missing=f"{NOT_MADE} {line}")
     seconds = round(time.monotonic() - begin, 1)
     say(f"{OWNER}: {key} took {duration(seconds)}")
     return replace(figure, key=key, title=entry.title, section=entry.section, seconds=seconds)
@@ -123,17 +130,29 @@ def _file(context: Context, key: str) -> Path:
     return folder / f"{key}.json"
 
 
+def _keep(context: Context, key: str, figure: Figure) -> None:
+    """Keeps a figure, and by which bytes its pictures are known: another run into the same folder
+    has pictures of the same names."""
+    pictures = {name: sha256(context.out / name) for name in figure.pictures}
+    kept = {"figure": figure.to_dict(), "pictures": pictures}
+    save_bytes(_file(context, key), to_json(kept))
+
+
 def _kept(context: Context, key: str) -> Figure | None:
     """What an earlier run has made, with all of its pictures; None where there is none."""
     path = _file(context, key)
     if not path.is_file():
         return None
     try:
-        figure = Figure.from_dict(read_object(path, DataError), str(path))
-    except DalleError:
+        kept = read_object(path, DataError)
+        figure = Figure.from_dict(kept.get("figure"), str(path))
+        hashes = kept.get("pictures")
+        if not isinstance(hashes, dict) or figure.missing.startswith(NOT_MADE):
+            return None
+        whole = all(sha256(context.out / n) == hashes.get(n) for n in figure.pictures)
+    except (DalleError, OSError):
         return None
-    there = all((context.out / name).is_file() for name in figure.pictures)
-    return figure if there and not figure.missing.startswith(NOT_MADE) else None
+    return figure if whole else None
 
 
 def _write(context: Context, made: dict[str, Figure]) -> dict[str, Any]:
