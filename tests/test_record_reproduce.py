@@ -13,11 +13,11 @@ def test_a_run_counts_where_all_is_made_within_the_limit():
         "figure_2": {"seconds": 2.0, "missing": "No COCO here."},
     }
     model = Path("demo") / "pipeline"
-    run, rows = summary(model, figures, 5.04, 0.5)
+    run, rows = summary(model, figures, 5.04)
     assert run == {"model": "demo/pipeline", "seconds": 5.0, "figures": 3.5, "not_made": [],
-                   "within_limit": True, "load_before": 0.5}  # fmt: skip
+                   "within_limit": True}  # fmt: skip
     assert rows[1] == {"model": "demo/pipeline", "figure": "figure_2", "seconds": 2.0}
-    assert not summary(model, figures, LIMIT + 1, 0.0)[0]["within_limit"]
+    assert not summary(model, figures, LIMIT + 1)[0]["within_limit"]
     figures["figure_2"]["missing"] = "Not made: no memory"
-    run, _ = summary(model, figures, 5.0, 0.0)
+    run, _ = summary(model, figures, 5.0)
     assert run["not_made"] == ["figure_2"] and not run["within_limit"]
