@@ -208,6 +208,8 @@ def test_the_set_is_known_by_the_tokenizer():
         ("--model pipe --out pipe/page", 2, "out must be outside model, got pipe/page"),
         ("--model run/pipeline --out run", 2, "out must be another folder than the run of model"),
         ("--model pipe --out pictures/000.png", 4, "out must be a folder that can be written"),
+        ("--model pipe --other pipe", 2, "other must be another pipeline than model, got pipe"),
+        ("--model pipe --shapes other/pipeline", 2, "shapes must be a pipeline of the set shapes"),
         ("--model pipe --out loop", 4, "out must be a folder that can be written, got loop: "),
         ("--model loop", 3, "model: loop/config.json: must be a readable file, got: "),
         ("--model pictures", 3, "model: pictures/config.json: must be a readable file"),
@@ -217,6 +219,9 @@ def test_what_does_not_fit_gets_one_line(model, tmp_path, monkeypatch, capsys, l
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pipe").symlink_to(model)
     (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "other" / "work").mkdir(parents=True)
+    (tmp_path / "other" / "work" / "demo.json").write_text('{"data": "emoji"}')
+    (tmp_path / "other" / "pipeline").symlink_to(model)
     shutil.copytree(model, tmp_path / "run" / "pipeline")
     (tmp_path / "run" / "work").mkdir()
     write_pictures(tmp_path / "pictures", 2)

@@ -70,6 +70,10 @@ def reproduce(config: ReproduceConfig) -> None:
             raise UsageError(
                 f"reproduce: out must be another folder than the run of {option}, got {config.out}"
             )
+    if config.other is not None and real_path(config.other) == real_path(config.model):
+        raise UsageError(
+            f"reproduce: other must be another pipeline than model, got {config.other}"
+        )
     device = pick_device(config.device)
     context = Context(
         config.model,

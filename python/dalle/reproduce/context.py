@@ -19,14 +19,14 @@ from dalle.data.pairs import Pairs, evenly_spaced
 from dalle.demo.config import DemoConfig
 from dalle.demo.run import run_demo
 from dalle.demo.sets import DataSet
-from dalle.errors import CheckpointError
+from dalle.errors import CheckpointError, UsageError
 from dalle.evaluate.drawings import Drawn, draw
 from dalle.evaluate.results import figure_png, pyplot
 from dalle.files import json_sha256
 from dalle.pictures import save_bytes, save_png, to_uint8
 from dalle.pipeline import Pipeline
 from dalle.pretrained import fingerprint
-from dalle.reproduce.sets import open_set
+from dalle.reproduce.sets import guess, open_set, run_record
 from dalle.reproduce.sizes import Sizes
 
 OWNER = "reproduce"
@@ -53,7 +53,7 @@ class Context:
 
     Raises:
         CheckpointError: the model is no pipeline.
-        DataError, UsageError: there is no such set.
+        DataError, UsageError: there is no such set, or `shapes` is of another one.
         EnvironmentProblem: a package is missing.
     """
 
@@ -75,7 +75,7 @@ class Context:
         self.given_data, self.given_shapes, self.given_other = data, shapes, other
         self.pipeline = self.load("model", self.model)
         if shapes is not None:
-            self.load("shapes", shapes)
+            require_shapes(shapes, self.load("shapes", shapes))
         if other is not None:
             self.load("other", other)
         self.set, self.set_known_by = open_set(OWNER, self.model, self.pipeline, data, seed)
@@ -266,6 +266,15 @@ class Context:
                 for caption, below in zip(captions, labels, strict=True)
             ],
         }
+
+
+def require_shapes(folder: Path, pipeline: Pipeline) -> None:
+    """Raises UsageError for a pipeline of another set than shapes, as far as can be seen."""
+    name = run_record(folder).get("data") or guess(OWNER, pipeline)
+    if name != "shapes":
+        raise UsageError(
+            f"{OWNER}: shapes must be a pipeline of the set shapes, got one of {name}: {folder}"
+        )
 
 
 def doubling(most: int) -> list[int]:
