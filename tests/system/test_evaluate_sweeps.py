@@ -15,6 +15,7 @@ import dalle.evaluate as evaluate
 from dalle.cli import main
 from dalle.data.pairs import evenly_spaced
 from dalle.data.shapes import split_scenes
+from dalle.data.shapes_check import check_batch
 from dalle.data.sources import load_pairs
 from dalle.data.split import Subset
 from dalle.dvae.model import DiscreteVAE
@@ -25,7 +26,7 @@ from dalle.evaluate.extractors import RankerExtractor
 from dalle.evaluate.facts import chosen_scenes
 from dalle.evaluate.intervals import over_seeds
 from dalle.evaluate.sets import picture_hash
-from dalle.evaluate.sweeps import powers
+from dalle.evaluate.sweeps import for_checker, powers, scenes_of
 from dalle.pipeline import Pipeline
 from support.evaluation import RightFrom, make_eval_home, refused, shapes_pipeline
 
@@ -161,6 +162,16 @@ def test_words_counts_each_fact_of_single_and_chosen_samples(home):
         evaluate.words("pipe")
 
 
+@pytest.mark.parametrize(("side", "at"), [(72, 72), (120, 96), (264, 256)])
+def test_the_checker_reads_large_pictures_at_a_size_that_suits_it(side, at):
+    pairs = load_pairs("shapes", image_size=24, split="test")
+    wide = [pairs.load(i).repeat(side // 24, 0).repeat(side // 24, 1) for i in range(6)]
+    images = for_checker(np.stack(wide))
+    assert images.shape == (6, at, at, 3)
+    reports = check_batch(images, scenes_of(pairs.captions[:6]))
+    assert all(report.all_right for report in reports)
+
+
 def test_words_says_so_where_pictures_are_not_of_shapes(home, capsys):
     """A pipeline of another set: the checker reads no outline that it knows."""
     words = ["eval", "words", "--fake", "shapes-pipe", "--count", "8", "--seeds", "3"]
@@ -288,6 +299,10 @@ def test_report_shows_every_result_and_nothing_from_outside(home, capsys):
          "words --fake shapes:zero --splits train test --count 9"),
         ("eval recon: side must be 1 or more, got 0", 2,
          "recon --data real --model pipe --side 0"),
+        ("eval recon: memory must hold 1.3 TiB for 24 pictures of 16384 pixels, got", 4,
+         "recon --data real --model pipe --side 16384"),
+        ("eval blur: memory must hold 36.0 GiB for 24 pictures of 16384 pixels, got", 4,
+         "blur --real real --fake fake --weights pipe --side 16384"),
         ("eval recon: side must be a multiple of 4, got 15", 2,
          "recon --data real --model pipe --side 15"),
         ("eval recon: data must hold pictures, got none in empty", 3,

@@ -26,6 +26,7 @@ from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.evaluate.extractors import Extractor
 from dalle.evaluate.sets import Source, picture_hash
 from dalle.files import json_sha256, read_bytes, saving, write_atomic
+from dalle.memory import require_memory
 from dalle.pretrained import tensors_from_bytes, tensors_to_bytes
 
 CACHE = Path("run/eval-cache")
@@ -169,6 +170,11 @@ def extract(
     if radius and side is None:
         raise UsageError(f"{owner}: side must be given with a radius, got none")
     pairs = source.pairs
+    if side:
+        at_once = min(batch_size, len(pairs))
+        what = f"{at_once} pictures of {side} pixels"
+        advice = "take a smaller --side or --batch-size"
+        require_memory(owner, at_once * 2 * 3 * side**2, what, advice)
     description = {
         "kind": "features",
         "extractor": [extractor.name, extractor.fingerprint, extractor.resize],

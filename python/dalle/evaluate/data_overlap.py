@@ -150,7 +150,7 @@ def overlap(
     opened = session.take("real", real)
     drawn = session.take("fake", fake, opened)
     base = drawn if seen is None else session.take("seen", seen, opened)
-    for name, source in (("real", opened), ("seen", base)):
+    for name, source in (("real", opened), ("fake" if seen is None else "seen", base)):
         side_of(owner, name, source.pairs)  # refused before the training
     missing = _network_missing(session)
     # The distance needs no detector; sets that do not fit are refused before the training.

@@ -25,7 +25,7 @@ from dalle.evaluate.results import finish, table
 from dalle.evaluate.scores import Set, start
 from dalle.evaluate.session import Session
 from dalle.evaluate.sets import describe, is_pipeline
-from dalle.evaluate.sweeps import for_checker, scenes_of, side_of
+from dalle.evaluate.sweeps import checker_side, for_checker, scenes_of, side_of
 
 CAPTIONS = 96  # of each split, half of them with one object
 CANDIDATES = 8
@@ -248,6 +248,7 @@ def _of_pictures(session: Session, fake: Set, splits: Sequence[str]) -> dict[str
         raise DataError(f"{owner}: captions must be of the set shapes, got others in {source.spec}")
     side = side_of(owner, "fake", pairs)
     _check_side(owner, side)
+    side = checker_side(side)
     if not {split_of(scene) for scene in scenes} & set(splits):
         raise DataError(
             f"{owner}: captions must be of the splits {', '.join(splits)}, got none in "

@@ -39,7 +39,7 @@ from dalle.evaluate.results import finish, table
 from dalle.evaluate.scores import Set, start
 from dalle.evaluate.session import Session
 from dalle.evaluate.sets import describe
-from dalle.evaluate.sweeps import for_checker, scenes_of, side_of
+from dalle.evaluate.sweeps import checker_side, for_checker, scenes_of, side_of
 from dalle.files import check_regular, check_targets, make_folder, read_bytes, saving
 from dalle.pictures import save_bytes
 
@@ -251,6 +251,7 @@ def _facts_right(owner: str, tasks: Tasks, model: int) -> list[float]:
             f"{owner}: {MODELS[model]} must have a side of {MIN_SIDE} or more for the checker, "
             f"got {side}"
         )
+    side = checker_side(side)
     images = np.stack([center_crop(source.pairs.load(items[model]), side) for items in tasks.items])
     shares = []
     for report, scene in zip(check_batch(for_checker(images), scenes), scenes, strict=True):

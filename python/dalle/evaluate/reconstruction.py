@@ -23,6 +23,7 @@ from dalle.evaluate.cache import PART, in_parts, key_of
 from dalle.evaluate.results import finish, png, table
 from dalle.evaluate.scores import Set, start
 from dalle.evaluate.sets import describe, is_pipeline, picture_hash
+from dalle.memory import require_memory
 from dalle.pipeline import Pipeline
 from dalle.pretrained import fingerprint
 
@@ -129,6 +130,11 @@ def recon(
         raise UsageError(f"{owner}: side must be a multiple of {vae.factor}, got {side}")
     source = session.take("data", data)
     pairs = source.pairs
+    at_once = min(setup.batch_size, len(pairs))
+    what = f"{at_once} pictures of {side} pixels"
+    # Two sets of float32, and eight of float64 for the similarity.
+    advice = "take a smaller --side or --batch-size"
+    require_memory(owner, at_once * 3 * side**2 * (2 * 4 + 8 * 8), what, advice)
     description = {
         "kind": "reconstructions",
         "model": fingerprint(vae),

@@ -227,12 +227,21 @@ def scenes_of(captions: Sequence[str]) -> list[Scene] | None:
         return None
 
 
+def checker_side(side: int) -> int:
+    """The side at which the checker reads a picture of `side` pixels: at most 256.
+
+    It sees 32 x 32 areas. Of larger sides than it needs, and of those that 32 divides badly, it
+    would take many times the memory.
+    """
+    return side // 8 * 8 if side < 96 else min(side // 32 * 32, 256)
+
+
 def for_checker(images: np.ndarray) -> np.ndarray:
-    """(N, S, S, 3) uint8 at a side that the checker reads: S, or the next multiple of 8 below."""
-    side = images.shape[1]
-    if side % 8 == 0:
+    """(N, S, S, 3) uint8 at `checker_side`."""
+    side = checker_side(images.shape[1])
+    if side == images.shape[1]:
         return images
-    return np.stack([center_crop(image, side // 8 * 8) for image in images])
+    return np.stack([center_crop(image, side) for image in images])
 
 
 def rerank(
