@@ -290,7 +290,8 @@ class Pretrained(nn.Module, Generic[T]):
         config_type: class of the config, to read config.json with.
         config: the sizes this model has.
         trained_on: name -> `fingerprint` of the fixed parts that it was trained with and is used
-            with, e.g. "vae" and "tokenizer" of a prior; empty where they are not known.
+            with, e.g. "vae" and "tokenizer" of a prior; of a dVAE "image_size", the side of its
+            pictures. Empty where they are not known.
     """
 
     config_type: type[T]

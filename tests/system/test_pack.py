@@ -47,6 +47,17 @@ def options(home, **changes):
     return PackConfig(**(folders | {"shard_size": 5} | changes))
 
 
+@pytest.mark.parametrize("weights", [("", ""), ("=0.5", "=2")])
+def test_a_copy_of_sources_with_weights_says_that_it_has_none(weights, home, tmp_path, capsys):
+    both = f"{home / 'pairs'}{weights[0]}\n{home / 'packed'}{weights[1]}"
+    pack(options(home, data=both, out=tmp_path / "both"))
+    assert len(ShardPairs(tmp_path / "both")) == 26
+    said = (
+        "data pack: note: weights are of trainings and are not written" in capsys.readouterr().err
+    )
+    assert said == bool(weights[0])
+
+
 def files(folder):
     """Everything in a folder but the indexes, which hold times."""
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".index"}

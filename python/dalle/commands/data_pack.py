@@ -20,7 +20,7 @@ from dalle.config_files import CONFIG_NAME
 from dalle.console import is_main_process, printable
 from dalle.data.codes import require_pictures
 from dalle.data.images import decode
-from dalle.data.mixture import file_of
+from dalle.data.mixture import file_of, say_weights_stay_behind
 from dalle.data.pairs import Pairs, captions_of, describe_pairs, format_counts, leave_out
 from dalle.data.shard_files import open_shards
 from dalle.data.shard_index import SUFFIX as INDEX_SUFFIX
@@ -79,6 +79,7 @@ def pack(config: PackConfig) -> None:
     pairs = presets.open_pairs(config.data, config.image_size, 64, config.seed)
     require_pictures(OWNER, pairs)
     check_apart(OWNER, config.data, config.out)
+    say_weights_stay_behind(OWNER, pairs)
     make_folder(config.out, OWNER)
     head = {"data": describe_pairs(pairs), "shard_size": config.shard_size, "verify": config.verify}
     _begin(config.out, head)

@@ -30,6 +30,7 @@ from dalle.data.codes import (
     require_pictures,
     shard_bytes,
 )
+from dalle.data.mixture import say_weights_stay_behind
 from dalle.data.pairs import Pairs, captions_of, describe_pairs, format_counts, leave_out
 from dalle.data.sources import absolute, check_apart, has_built_in
 from dalle.data.split import hold_hashes
@@ -110,6 +111,7 @@ def encode(config: EncodeConfig) -> None:
             pairs = presets.open_pairs(config.data, drawn, size, 0)
             require_pictures(OWNER, pairs)
             check_apart(OWNER, config.data, config.out)
+            say_weights_stay_behind(OWNER, pairs)
             head = _head(config, vae, pairs, size)
             make_folder(config.out, OWNER)
             done = is_main_process() and _is_done(config.out, head)

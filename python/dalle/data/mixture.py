@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from dalle.console import say
 from dalle.data.pairs import (
     LazyCaptions,
     Pairs,
@@ -148,6 +149,15 @@ class _Several(Mapping[int, Sequence[str]]):
         if i not in self:
             raise KeyError(i)
         return self.pairs.captions_at(i)
+
+
+def say_weights_stay_behind(owner: str, pairs: Any) -> None:
+    """A line where a set with weights is copied: the copy has each pair once, and no weights."""
+    if getattr(pairs, "mixture", lambda: None)() is not None:
+        say(
+            f"{owner}: note: weights are of trainings and are not written; to keep them, take each "
+            "source alone, and give its result the weight"
+        )
 
 
 def file_of(pairs: Any, item: int) -> tuple[bytes, str]:
