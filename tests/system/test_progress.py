@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,10 +17,18 @@ from dalle.data import progress
 from dalle.data.filters import FilterRule
 from dalle.data.folder import FolderPairs
 from dalle.data.progress import FILE_NAME, finish, in_blocks
+from dalle.errors import EnvironmentProblem
 from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
 
 RECORD = np.dtype([("square", "<i8"), ("odd", "?")])
+
+
+class Full(io.FileIO):
+    """A file on a disk that is full."""
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +92,19 @@ def test_a_damaged_block_or_another_key_begins_anew(tmp_path):
     path.write_bytes(b"")
     assert run(tmp_path, (empty := []), of="b")["square"][9] == 81 and len(empty) == 10
     assert len(run(tmp_path, [], total=0, of="c")) == 0
+
+
+def test_a_full_disk_is_one_line_and_an_error_of_the_work_is_its_own(tmp_path, monkeypatch):
+    def broken(items):
+        raise OSError(5, "no such sector")
+
+    with pytest.raises(OSError, match="no such sector"):
+        in_blocks("pass", tmp_path, {}, 10, RECORD, broken, " items")
+    path = tmp_path / FILE_NAME
+    monkeypatch.setattr(progress, "open", lambda *_, **__: Full(path, "r+"), raising=False)
+    monkeypatch.setattr(progress, "_is_of", lambda *_: True)
+    with pytest.raises(EnvironmentProblem, match=rf"^pass: .*{FILE_NAME} .*No space left"):
+        run(tmp_path, [])
 
 
 def result(folder):

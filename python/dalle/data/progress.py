@@ -58,21 +58,24 @@ def in_blocks(
     with saving(owner, path):
         if not _is_of(path, key):
             write_atomic(path, key)
-        with open(path, "r+b", opener=regular_opener) as file:
+        file: BinaryIO = open(path, "r+b", opener=regular_opener)
+    with file:
+        with saving(owner, path):
             file.seek(len(key))
             done = _read(file, records)
             file.truncate()
-            if done:
-                say(f"{owner}: {done:,} of {total:,} are there from a run that was stopped")
-            hidden = not is_main_process()
-            with tqdm(total=total, initial=done, desc=owner, unit=unit, disable=hidden) as bar:
-                for begin in range(done, total, BLOCK):
-                    items = range(begin, min(begin + BLOCK, total))
-                    records[begin : items.stop] = made = compute(items)
-                    data = made.astype(dtype).tobytes()
+        if done:
+            say(f"{owner}: {done:,} of {total:,} are there from a run that was stopped")
+        hidden = not is_main_process()
+        with tqdm(total=total, initial=done, desc=owner, unit=unit, disable=hidden) as bar:
+            for begin in range(done, total, BLOCK):
+                items = range(begin, min(begin + BLOCK, total))
+                records[begin : items.stop] = made = compute(items)
+                data = made.astype(dtype).tobytes()
+                with saving(owner, path):
                     file.write(HEAD.pack(len(data), zlib.crc32(data)) + data)
                     file.flush()
-                    bar.update(len(items))
+                bar.update(len(items))
     return records
 
 
