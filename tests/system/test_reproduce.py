@@ -143,8 +143,11 @@ def test_the_other_keys_are_there_after_one_figure(model, tmp_path):
 def test_binding_is_shown_on_shapes_whatever_the_set(model, tmp_path):
     """A pipeline of pictures of one's own composes them, and one of shapes binds."""
     pictures = write_pictures(tmp_path / "pictures", 24, side=24)
+    (tmp_path / "run" / "work").mkdir(parents=True)
+    (tmp_path / "run" / "work" / "demo.json").write_text('{"data": "shapes"}')
+    (tmp_path / "run" / "pipeline").symlink_to(model)
     context = Context(model, tmp_path, sizes=TINY, device=torch.device("cpu"), data=str(pictures),
-                      shapes=model)  # fmt: skip
+                      shapes=tmp_path / "run" / "pipeline")  # fmt: skip
     assert context.shapes_seconds == 0
     made = run.reproduce(context, ["figure_2"])["figure_2"]
     assert all(parse(caption).relation for caption in made["ours"]["binding_captions"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 
 from dalle.dvae.straight_through import QUANTIZERS
 from dalle.errors import EnvironmentProblem
@@ -88,6 +91,19 @@ def test_processes_that_cannot_run_are_one_line(context, tmp_path, monkeypatch):
     words = "^reproduce: two processes must run beside each other, got Resource temporarily"
     with pytest.raises(EnvironmentProblem, match=words):
         exchange._run(tmp_path)
+
+
+@pytest.mark.night
+def test_a_process_ends_with_the_one_that_started_it(tmp_path):
+    """However that one ends: its end of the pipe is then closed."""
+    command = [sys.executable, "-m", "dalle.reproduce.exchange_worker", str(tmp_path), "0"]
+    (tmp_path / "job.json").write_text("{}")
+    (tmp_path / "batches.safetensors").write_bytes(save({"text": torch.zeros(1)}))
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(20)  # for the other process
+        process.stdin.close()
+        assert process.wait(20) == 1
 
 
 @pytest.mark.night

@@ -85,7 +85,12 @@ def _run(folder: Path) -> None:
         for process in range(PROCESSES):
             with open(folder / f"{process}.log", "wb", opener=regular_opener) as log:
                 started.append(
-                    subprocess.Popen([*command, str(process)], env=environment, stderr=log)
+                    subprocess.Popen(
+                        [*command, str(process)],
+                        env=environment,
+                        stdin=subprocess.PIPE,  # closed with this process, however it ends
+                        stderr=log,
+                    )
                 )
         while any(each.poll() is None for each in started):
             if any(each.poll() for each in started):
@@ -107,6 +112,8 @@ def _run(folder: Path) -> None:
             if each.poll() is None:
                 each.kill()
             each.wait()
+            if each.stdin is not None:
+                each.stdin.close()
 
 
 def _shape(context: Context, width: int, layers: int) -> dict[str, Any]:

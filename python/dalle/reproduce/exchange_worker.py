@@ -6,7 +6,9 @@ python -m dalle.reproduce.exchange_worker FOLDER PROCESS
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,5 +162,12 @@ def losses(
     return {"rank": rank, "losses": found, "report": sent}
 
 
+def end_with_parent() -> None:
+    """Ends this process where the one that started it has ended, which closes the pipe to stdin."""
+    os.read(sys.stdin.fileno(), 1)  # of a thread, sys.stdin itself would hold a lock at the end
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=end_with_parent, daemon=True).start()
     work(int(sys.argv[2]), sys.argv[1])
