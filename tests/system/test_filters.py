@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from functools import partial
 from html import escape
 
 import numpy as np
@@ -14,9 +15,11 @@ from PIL import Image
 from dalle.commands.data_dedup import DedupConfig, dedup
 from dalle.commands.data_filter import FilterConfig, filter_pairs
 from dalle.commands.data_stats import StatsConfig, stats
+from dalle.data import sources
 from dalle.data.alike import difference_hash, equal, groups_of, near_features, near_hashes
 from dalle.data.filters import CaptionFilter, FilterRule, content_words, picture_reason
 from dalle.data.pairs import captions_of
+from dalle.data.shapes_pairs import ShapesPairs
 from dalle.data.sources import load_pairs
 from dalle.errors import DataError, UsageError
 
@@ -107,6 +110,26 @@ def test_a_set_that_has_changed_is_refused(home, tmp_path):
         load_pairs(str(tmp_path / "none"), image_size=0)
     with pytest.raises(UsageError, match="^data filter: out must be a new or empty folder, got "):
         filter_pairs(FilterConfig(data=str(folder), out=folder))
+
+
+@pytest.mark.parametrize("size", [0, 24])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_is_kept_of_a_drawn_set_is_drawn_again_at_its_size(
+    size, mixed, home, tmp_path, monkeypatch
+):
+    few = partial(ShapesPairs, size=4)
+    monkeypatch.setitem(
+        sources.BUILT_IN, "shapes", lambda side, split, seed: few(split, image_size=side, seed=seed)
+    )
+    data = f"shapes:test=0.5\n{home / 'copies'}=2" if mixed else "shapes:test"
+    filter_pairs(FilterConfig(data=data, out=tmp_path / "kept", image_size=size, seed=3))
+    dedup(DedupConfig(data=str(tmp_path / "kept"), out=tmp_path / "once", by="exact"))
+    once = load_pairs(str(tmp_path / "once"), image_size=0)
+    wanted = few("test", image_size=size or 64, seed=3)
+    assert len(once) >= 4 and once.captions[:4] == list(wanted.captions)
+    np.testing.assert_array_equal(once.load(1), wanted.load(1))
+    dedup(DedupConfig(data=data, out=tmp_path / "alone", image_size=size, by="exact"))
+    assert len(load_pairs(str(tmp_path / "alone"), image_size=0)) == (9 if mixed else 4)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,13 @@ import numpy as np
 import torch
 
 from dalle.commands import presets
-from dalle.commands.data_filter import KEPT_SO_FAR, PAGE, begin_folder, thumbnail
+from dalle.commands.data_filter import (
+    DRAWN_SIDE,
+    KEPT_SO_FAR,
+    PAGE,
+    begin_folder,
+    thumbnail,
+)
 from dalle.data import alike
 from dalle.data.alike import difference_hash, equal, groups_of, near_features, near_hashes
 from dalle.data.augment import center_crop, to_tensor
@@ -75,7 +81,7 @@ class DedupConfig:
 
 def dedup(config: DedupConfig) -> None:
     """Finds the groups, writes what is kept and the report."""
-    pairs = presets.open_pairs(config.data, config.image_size, 64, config.seed)
+    pairs = presets.open_pairs(config.data, config.image_size, DRAWN_SIDE, config.seed)
     require_pictures(OWNER, pairs)
     begin_folder(OWNER, config.out, config)
     same = equal(list(picture_hashes(pairs)))
@@ -86,7 +92,8 @@ def dedup(config: DedupConfig) -> None:
     counts = Counter("same file" if item in copies else "alike" for item in dropped)
     items = [item for item in range(len(pairs)) if item not in dropped]
     rows = np.array([(item, ALL) for item in items], ROWS)
-    source = {"data": absolute(config.data), "image_size": config.image_size, "seed": config.seed}
+    size = presets.size_of_sets(config.data, config.image_size, DRAWN_SIDE)
+    source = {"data": absolute(config.data), "image_size": size, "seed": config.seed}
     rule = {
         "dedup": config.by,
         "distance": config.distance,

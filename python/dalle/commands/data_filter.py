@@ -29,6 +29,7 @@ from dalle.pictures import save_bytes, save_png
 
 OWNER = "data filter"
 EXAMPLES = 10  # of each reason in the report
+DRAWN_SIDE = 64  # pixels of a built-in set where nothing is said
 SIDE = 160  # pixels of their longer side
 PAGE = "report.html"
 # What is known of a pair: which captions are kept, as bits; 0, or 1 + the place of the reason in
@@ -62,7 +63,7 @@ class FilterConfig:
 def filter_pairs(config: FilterConfig) -> None:
     """Judges every pair, writes what is kept and the report."""
     caption_filter = CaptionFilter(config.rule)
-    pairs = presets.open_pairs(config.data, config.image_size, 64, config.seed)
+    pairs = presets.open_pairs(config.data, config.image_size, DRAWN_SIDE, config.seed)
     require_pictures(OWNER, pairs)
     begin_folder(OWNER, config.out, config)
 
@@ -83,7 +84,8 @@ def filter_pairs(config: FilterConfig) -> None:
     }
     counts = Counter({reason: len(items) for reason, items in places.items() if len(items)})
     examples = {reason: items[:EXAMPLES].tolist() for reason, items in places.items()}
-    source = {"data": absolute(config.data), "image_size": config.image_size, "seed": config.seed}
+    size = presets.size_of_sets(config.data, config.image_size, DRAWN_SIDE)
+    source = {"data": absolute(config.data), "image_size": size, "seed": config.seed}
     rule = {"filter": asdict(config.rule), "order": list(REASONS)}
     write_kept(OWNER, config.out, source, rule, kept, pairs, counts)
     shown = {reason: examples[reason] for reason in REASONS if examples[reason]}

@@ -120,9 +120,14 @@ def open_pairs(
         report: whether a line says what was left out.
     """
     size = image_size or preset_size
-    if has_built_in(data) and not image_size:
-        size = drawn_size(size)
+    if has_built_in(data):
+        size = size_of_sets(data, image_size, preset_size)
     return load_pairs(data, image_size=size, seed=seed, captions=captions, report=report)
+
+
+def size_of_sets(data: str, image_size: int, preset_size: int) -> int:
+    """The size that `open_pairs` opens the built-in sets of `data` at; 0 where there are none."""
+    return (image_size or drawn_size(preset_size)) if has_built_in(data) else 0
 
 
 def sides(pairs: Pairs) -> list[int]:
