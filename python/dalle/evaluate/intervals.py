@@ -73,7 +73,9 @@ def wilson(right: int, count: int) -> list[float]:
     share = right / count
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+    # Of none and of all the bounds are exact: rounding would leave 1e-17 in place of 0.
+    low = max(0.0, centre - half) if right else 0.0
+    return [low, min(1.0, centre + half) if right < count else 1.0]
 
 
 # Student's t at 97.5 %, for 1 to 30 degrees of freedom.

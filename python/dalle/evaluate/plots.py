@@ -59,7 +59,8 @@ def curves_png(
             place.patch.set_visible(False)
         _ours(place, points, axis, key, f"{key}_interval", name)
         handles = [h for a in dict.fromkeys((place, beside)) for h in a.get_lines()]
-        place.legend(handles=handles, fontsize=7)
+        place.legend(handles=handles, fontsize=7, loc="upper center", ncols=3,
+                     bbox_to_anchor=(0.5, -0.18))  # fmt: skip
         place.set(title=name, ylabel=name)
     for place in axes[0][len(shown) :]:
         _ours(place, points, axis, "checker_share", "checker_interval", "every fact right")
@@ -179,7 +180,8 @@ def votes_png(found: dict[str, Any], by: str) -> bytes:
             alpha = 0.35 + 0.65 * int(k) / most if k else 1.0
             place.barh(row, share, left=left, color=colour, alpha=alpha, edgecolor="white")
             if share >= 0.06:
-                text = f"{name}, {k} votes\n{share:.0%}" if k else f"{name}\n{share:.0%}"
+                votes = "1 vote" if k == "1" else f"{k} votes"
+                text = f"{name}, {votes}\n{share:.0%}" if k else f"{name}\n{share:.0%}"
                 place.text(left + share / 2, row, text, ha="center", va="center", fontsize=7)
             left += share
         place.plot(majority["ours"]["interval"], (row + 0.44, row + 0.44), color="black", lw=1.5)

@@ -290,7 +290,7 @@ def _finish(
                          split, None if of_paper is None else of_paper / 100])  # fmt: skip
     heads = ["question", "majority", "tasks", "share", "95 % interval (Wilson)", "votes for it",
              "paper"]  # fmt: skip
-    tables = [table(heads, rows, f"Majority of {each} votes, {by}")] if rows else []
+    tables = [table(heads, rows, f"Majority of {_votes(each)}, {by}")] if rows else []
     if found and not record["automatic"]:
         cells = [[c["question"], c["agreement"], c["kappa"]] for c in found.values()]
         tables.append(table(["question", "equal pairs of votes", "Fleiss' kappa"], cells,
@@ -313,6 +313,10 @@ def _finish(
     if folder is None or not found:
         return finish("votes", result, folder)
     return finish("votes", result, folder, votes_png(found, by))
+
+
+def _votes(number: int) -> str:
+    return "1 vote" if number == 1 else f"{number} votes"
 
 
 def _title(found: dict[str, Any], by: str) -> str:
