@@ -15,6 +15,7 @@ from typing import Protocol, TypedDict
 import torch
 from torch import Tensor
 
+from dalle.errors import UsageError
 from dalle.prior.decode import Drawn, Progress
 from dalle.prior.editing import Weighted
 from dalle.prior.particles import systematic
@@ -137,6 +138,13 @@ class Request(DrawConfig):
     cancel: Callable[[], bool] = lambda: False
     progress: Progress | None = None
     code_progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("cancel", "progress", "code_progress"):
+            call = getattr(self, name)
+            if not (callable(call) or (call is None and name != "cancel")):
+                raise UsageError(f"generate: {name} must be a function, got {type(call).__name__}")
 
 
 class Best:

@@ -83,6 +83,27 @@ class Edit:
         return torch.where(self.pixels, self.image, images) if self.paste else images
 
 
+def picture(owner: str, name: str, image: Any, side: int) -> Tensor:
+    """A picture (3, side, side) in [0, 1] as float32 on the CPU.
+
+    Args:
+        owner, name: begin the error's line.
+
+    Raises:
+        UsageError: something else, or of another size or range.
+    """
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        got = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise UsageError(f"{owner}: {name} must be a float tensor, got {got}")
+    if tuple(image.shape) != (3, side, side):
+        want = f"(3, {side}, {side})"
+        raise UsageError(f"{owner}: {name} must be {want}, got {tuple(image.shape)}")
+    image = image.detach().to("cpu", torch.float32)
+    if not bool(((image >= 0) & (image <= 1)).all()):
+        raise UsageError(f"{owner}: {name} must hold colours in [0, 1], got others")
+    return image
+
+
 def checked(
     pipeline: SupportsEditing, image: Tensor, caption: str, keep: Any, paste: bool = False
 ) -> Edit:
@@ -92,14 +113,7 @@ def checked(
         UsageError: a picture, caption or mask that does not fit.
     """
     side = pipeline.image_size
-    if not isinstance(image, Tensor) or not image.is_floating_point():
-        got = image.dtype if isinstance(image, Tensor) else type(image).__name__
-        raise UsageError(f"edit: image must be a float tensor, got {got}")
-    if tuple(image.shape) != (3, side, side):
-        raise UsageError(f"edit: image must be (3, {side}, {side}), got {tuple(image.shape)}")
-    image = image.detach().to("cpu", torch.float32)
-    if not bool(((image >= 0) & (image <= 1)).all()):
-        raise UsageError("edit: image must hold colours in [0, 1], got others")
+    image = picture("edit", "image", image, side)
     if not isinstance(caption, str):
         raise UsageError(f"edit: caption must be a string, got {type(caption).__name__}")
     if not clean(caption):

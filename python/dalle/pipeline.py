@@ -26,7 +26,7 @@ from dalle.candidates import (
 )
 from dalle.configs import UPPER_LIMITS, check_numbers, did_you_mean, from_dict, integer
 from dalle.dvae.model import DiscreteVAE
-from dalle.editing import Editing
+from dalle.editing import Editing, picture
 from dalle.errors import CheckpointError, UsageError
 from dalle.files import to_json, write_atomic
 from dalle.pretrained import FORMAT_VERSION, fingerprint, read_head
@@ -183,14 +183,7 @@ class Pipeline(Editing):
         Raises:
             UsageError: shape or rows do not fit.
         """
-        size = self.image_size
-        if not isinstance(image, torch.Tensor):
-            got = type(image).__name__
-            raise UsageError(f"pipeline: prime_image must be a tensor, got {got}")
-        if tuple(image.shape) != (3, size, size):
-            raise UsageError(
-                f"pipeline: prime_image must be (3, {size}, {size}), got {tuple(image.shape)}"
-            )
+        image = picture("pipeline", "prime_image", image, self.image_size)
         if not 0 < rows < self.grid[0]:
             raise UsageError(f"pipeline: prime_rows must be 1 to {self.grid[0] - 1}, got {rows}")
         with torch.no_grad():
@@ -221,6 +214,7 @@ class Pipeline(Editing):
         """
         if isinstance(captions, str):
             raise UsageError(f"pipeline: captions must be a list of strings, got {captions!r}")
+        check_options("pipeline", options, SampleOptions)
         text = self._encoded(_captions(list(captions)))
         counts = {"num_candidates": num_candidates, "sampling": sampling}
         request = self.request("pipeline", len(text), {**options, **counts})
@@ -246,9 +240,8 @@ class Pipeline(Editing):
             UsageError: one of them is out of range.
             TypeError: there is no such option.
         """
-        known, given = DrawOptions.__annotations__, dict[str, Any](options)
-        for name in given.keys() - known:
-            raise TypeError(f"{owner}: {name} is not an option{did_you_mean(name, known)}")
+        check_options(owner, options, DrawOptions)
+        given = dict[str, Any](options)
         num_candidates, top = self.counts(given.pop("num_candidates", None), given.pop("top", None))
         first = first_numbers(owner, "first_candidate", given.pop("first_candidate", 0), captions)
         most = MAX_SEED + 1 - num_candidates  # numbers fit 64 bits with a sign
@@ -400,6 +393,13 @@ class Pipeline(Editing):
         if num_candidates is not None:
             return _candidates(num_candidates)
         return self.num_candidates or CANDIDATES
+
+
+def check_options(owner: str, options: Mapping[str, object], kind: type) -> None:
+    """Raises TypeError for a keyword that `kind`, a TypedDict, does not have."""
+    known = kind.__annotations__
+    for name in sorted(options.keys() - known):
+        raise TypeError(f"{owner}: {name} is not an option{did_you_mean(name, known)}")
 
 
 def _candidates(number: int) -> int:

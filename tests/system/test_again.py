@@ -156,7 +156,10 @@ def test_again_says_where_the_pixels_differ(drawn, folder, tmp_path, capsys):
     [
         ([CAPTION], "captions must be left out beside again, whose picture says it, got ("),
         (["--seed", 3], "seed must be left out beside again, whose picture says it, got 3"),
-        (["--temperature", 2], "sampling must be left out beside again"),
+        (
+            ["--temperature", 2],
+            "sampling must be left out beside again, whose picture says it, got temperature 2.0",
+        ),
         (["--num-candidates", 4], "num_candidates must be left out beside again"),
         (["--prime-image", "photo"], "prime_image must be left out, got {photo}: "),
         (["--out", "own", "--overwrite"], "must be none of the pictures that are read"),

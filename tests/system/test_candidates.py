@@ -133,6 +133,8 @@ def test_arguments_are_checked_before_the_first_event(pipeline):
     ):
         with pytest.raises(TypeError, match=f"^pipeline: {name} is not an option{hint}"):
             pipeline.generate(CAPTION, **{name: 2})
+    with pytest.raises(TypeError, match="^pipeline: top is not an option"):
+        pipeline.sample([CAPTION], 3, top=2)
 
 
 def test_keywords_are_written_once():

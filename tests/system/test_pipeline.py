@@ -191,10 +191,15 @@ def test_parts_that_do_not_fit_are_refused():
         {"num_candidates": 2, "top": 1, "prime_rows": 1},
         {"num_candidates": 2, "top": 1, "prime_rows": 4, "prime_image": torch.zeros(3, 16, 16)},
         {"num_candidates": 2, "top": 1, "prime_rows": 1, "prime_image": torch.zeros(3, 8, 8)},
+        {"prime_image": torch.full((3, 16, 16), 255.0)},
+        {"prime_image": torch.full((3, 16, 16), torch.nan)},
+        {"prime_image": torch.zeros(3, 16, 16, dtype=torch.uint8)},
+        {"cancel": True},
+        {"progress": 3},
     ],
 )
 def test_options_out_of_range_get_one_line(pipeline, options):
-    with pytest.raises(UsageError, match="must be"):
+    with pytest.raises(UsageError, match="^(pipeline|generate): .* must (be|hold)"):
         pipeline.generate(CAPTION, **options)
 
 

@@ -64,6 +64,10 @@ class EditConfig(DrawingOptions, Region):  # help shows the fields of Region fir
     What is redrawn is what `mask`, `box`, `keep_rows` and `redraw_rows` name together. Where none
     is given, the top 15 of 32 rows of tokens are kept, as in the paper's image-to-image. A token
     is kept only if all its pixels are.
+
+    Tokens are drawn row by row, and the model cannot see a kept token that comes later. So what is
+    drawn before it is judged by how likely the model then finds the kept token: candidates to which
+    it fits are copied, others dropped. More candidates fit better (docs/editing.md).
     """
 
     out: Path = Path("run/edits")

@@ -249,11 +249,16 @@ def check_options(owner: str, config: Any, allowed: Collection[str]) -> None:
     for each in dataclasses.fields(config):
         made = each.default_factory
         default = each.default if made is dataclasses.MISSING else made()
-        if each.name not in allowed and getattr(config, each.name) != default:
-            raise UsageError(
-                f"{owner}: {each.name} must be left out beside again, whose picture says it, got "
-                f"{getattr(config, each.name)!r:.100}"
-            )
+        value = getattr(config, each.name)
+        if each.name in allowed or value == default:
+            continue
+        got = f"{value!r:.100}"
+        if dataclasses.is_dataclass(value):
+            given = dataclasses.asdict(value).items()  # type: ignore[arg-type]  # no class
+            got = ", ".join(f"{name} {x}" for name, x in given if x is not None)
+        raise UsageError(
+            f"{owner}: {each.name} must be left out beside again, whose picture says it, got {got}"
+        )
 
 
 def check_image(owner: str, option: str, wanted: Input, image: torch.Tensor, path: Path) -> None:
