@@ -98,10 +98,10 @@ def picture(owner: str, name: str, image: Any, side: int) -> Tensor:
     if tuple(image.shape) != (3, side, side):
         want = f"(3, {side}, {side})"
         raise UsageError(f"{owner}: {name} must be {want}, got {tuple(image.shape)}")
-    image = image.detach().to("cpu", torch.float32)
-    if not bool(((image >= 0) & (image <= 1)).all()):
+    colours: Tensor = image.detach().to("cpu", torch.float32)
+    if not bool(((colours >= 0) & (colours <= 1)).all()):
         raise UsageError(f"{owner}: {name} must hold colours in [0, 1], got others")
-    return image
+    return colours
 
 
 def checked(
