@@ -44,7 +44,7 @@ LONGER = {  # files that are one topic and longer than their kind: lines, and wh
     "dalle_ext/ops/sparse_attention.py": 480,  # the pattern, its masks and costs; two ops
     "python/dalle/train/dvae.py": 560,  # one task: its recipe, warm start, codebooks and scores
     "tests/test_layout.py": 440,  # the rules of the tree
-    "python/dalle/commands/dvae.py": 460,  # train and reconstruct
+    "python/dalle/commands/dvae.py": 470,  # train and reconstruct
     "python/dalle/train/prior.py": 480,  # one task: its batches, losses, samples and scores
     "python/dalle/train/ranker.py": 490,  # one task: its batches, splices, losses and scores
     "python/dalle/distributed/cluster.py": 430,  # one world: its exchanges, problems and models

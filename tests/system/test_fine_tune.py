@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dalle.dvae.model import PRESETS as DVAES
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, UsageError
+from dalle.prior.config import PRESETS as PRIORS
 from dalle.prior.model import Prior
+from dalle.ranker.blocks import PRESETS as RANKERS
 from dalle.train.config import LoopConfig
 from dalle.train.dvae import DvaeTask, DvaeTrainConfig
 from dalle.train.fine_tune import (
@@ -21,6 +24,7 @@ from dalle.train.fine_tune import (
     freeze,
     interpolated,
     load_start,
+    say_sizes_stay,
     start_from,
 )
 from dalle.train.loop import train
@@ -41,6 +45,18 @@ def test_all_weights_are_those_of_the_saved_model_and_its_hash_goes_with_them(tm
     lines = start_from("prior train", model, saved, FineTuneConfig(init_from=tmp_path))
     assert same(saved, model) and lines == [f"starts from {tmp_path}"]
     assert model.trained_on["init_from"].startswith("SHA-256 ")
+
+
+def test_a_preset_of_other_sizes_is_said_to_do_nothing(capsys):
+    for presets, one, other, line in (
+        (PRIORS, "tiny", "small", "d_model 128, not 256; num_layers 4, not 8"),
+        (DVAES, "small", "base", "n_hid 64, not 128; n_blk_per_group 1, not 2"),
+        (RANKERS, "base", "tiny", "width 512, not 96; depth 6, not 2; embed_dim 512, not 256"),
+    ):
+        say_sizes_stay("x train", other, presets[other], presets[one])
+        say_sizes_stay("x train", one, replace(presets[one]), presets[one])
+        said = f"x train: note: sizes are those of init-from, not of preset {other}: {line}\n"
+        assert capsys.readouterr().err == said
 
 
 def test_position_tables_are_fitted_and_the_rest_is_kept():

@@ -54,7 +54,14 @@ from dalle.train.dvae import (
     DvaeTask,
     DvaeTrainConfig,
 )
-from dalle.train.fine_tune import LR_SHARE, FineTuneConfig, freeze, load_start, start_from
+from dalle.train.fine_tune import (
+    LR_SHARE,
+    FineTuneConfig,
+    freeze,
+    load_start,
+    say_sizes_stay,
+    start_from,
+)
 from dalle.train.held_out import held_out_pictures, save_better
 from dalle.train.loop import train as run_loop
 from dalle.train.seeds import start_seed
@@ -208,6 +215,7 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
         if config.vocab_size not in (0, saved.num_tokens):
             want = f"the {saved.num_tokens} of {config.start.init_from}"
             raise UsageError(f"dvae train: vocab_size must be {want}, got {config.vocab_size}")
+        say_sizes_stay(owner, preset, model, saved.config)
         model, base = saved.config, of_fine_tuning(base)
     train_config = replace(base, **(presets.one_process_only(recipe, processes) | changes))
     if steps <= train_config.warm_start_steps:

@@ -43,7 +43,14 @@ from dalle.prior.model import Prior
 from dalle.recipes import quick_prior
 from dalle.tokenizer import Tokenizer
 from dalle.train.config import LoopConfig
-from dalle.train.fine_tune import LR_SHARE, FineTuneConfig, freeze, load_start, start_from
+from dalle.train.fine_tune import (
+    LR_SHARE,
+    FineTuneConfig,
+    freeze,
+    load_start,
+    say_sizes_stay,
+    start_from,
+)
 from dalle.train.held_out import save_better
 from dalle.train.loop import train, write_pictures
 from dalle.train.prior import PriorTask
@@ -246,6 +253,7 @@ def _new_prior(made: Plan, world: World) -> Prior:
     if config.checkpointing:
         sizes["checkpointing"] = True
     if made.saved is not None:
+        say_sizes_stay("prior train", config.preset, PRESETS[config.preset], made.saved.config)
         shape = replace(made.saved.config, **sizes | {"text_vocab": made.saved.config.text_vocab})
     else:
         shape = from_presets("Prior", PRESETS, config.preset, **sizes)

@@ -31,7 +31,14 @@ from dalle.ranker.model import ContrastiveRanker
 from dalle.recipes import quick_ranker
 from dalle.tokenizer import Tokenizer
 from dalle.train.config import LoopConfig
-from dalle.train.fine_tune import LR_SHARE, FineTuneConfig, freeze, load_start, start_from
+from dalle.train.fine_tune import (
+    LR_SHARE,
+    FineTuneConfig,
+    freeze,
+    load_start,
+    say_sizes_stay,
+    start_from,
+)
 from dalle.train.held_out import held_out_pictures, save_better
 from dalle.train.loop import train
 from dalle.train.ranker import RankerTask, RankerTrainConfig
@@ -134,6 +141,7 @@ def train_command(config: RankerCommandConfig) -> None:
             config.preset, tokenizer=tokenizer, image_size=size, **sizes
         )
     else:
+        say_sizes_stay(owner, config.preset, PRESETS[config.preset], saved.config)
         ranker = ContrastiveRanker(replace(saved.config, image_size=size), tokenizer)
         now = {"tokenizer": tokenizer.fingerprint()}
         lines += start_from(owner, ranker, saved, config.start, now)

@@ -17,11 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.configs import did_you_mean
+from dalle.console import say
 from dalle.errors import UsageError
 from dalle.pretrained import Pretrained, fingerprint
 
 M = TypeVar("M", bound=Pretrained[Any])
 LR_SHARE = 0.25  # of the recipe's step size, where none is given: the weights are good already
+# Of a model that a preset gives; vocabularies and grids follow from data and other parts.
+SIZES_THAT_STAY = (
+    *("stem", "n_hid", "n_blk_per_group"),
+    *("d_model", "num_heads", "num_layers"),
+    *("width", "depth", "embed_dim"),
+)
 INIT_FROM = "init_from"  # key of `Pretrained.trained_on`
 
 
@@ -76,6 +83,24 @@ def load_start(kind: type[M], directory: Path) -> M:
     model = kind.from_pretrained(directory)
     model.trained_on = {**model.trained_on, INIT_FROM: fingerprint(model)}
     return model
+
+
+def say_sizes_stay(owner: str, preset: str, wanted: Any, saved: Any) -> None:
+    """A line where a preset has other sizes than the saved model, whose sizes stay.
+
+    Args:
+        owner: begins the line.
+        preset: its name.
+        wanted, saved: configs of one class.
+    """
+    other = [
+        f"{name} {getattr(saved, name)}, not {getattr(wanted, name)}"
+        for name in SIZES_THAT_STAY
+        if hasattr(saved, name) and getattr(saved, name) != getattr(wanted, name)
+    ]
+    if other:
+        kept = f"sizes are those of init-from, not of preset {preset}"
+        say(f"{owner}: note: {kept}: {'; '.join(other)}")
 
 
 @torch.no_grad()
