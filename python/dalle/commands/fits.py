@@ -113,8 +113,7 @@ def require_best_fit(owner: str, pipeline: Pipeline, top: int, sampling: Samplin
 
 
 def _candidate_bytes(pipeline: Pipeline, sampling: SamplingConfig) -> int:
-    guided = sampling.cond_scale not in (0, 1)
-    return candidate_bytes(pipeline.prior.config, guided, sampling.cache_bits)
+    return candidate_bytes(pipeline.prior.config, sampling.guided, sampling.cache_bits)
 
 
 def _batch(batch: int, fits: Callable[[int], bool]) -> str | None:
