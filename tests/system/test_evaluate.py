@@ -16,6 +16,7 @@ import dalle.evaluate as evaluate
 from dalle.cli import main
 from dalle.errors import DataError, UsageError
 from dalle.evaluate import cache, drawings
+from dalle.evaluate.ballots import Rule
 from dalle.evaluate.extractors import Extractor, RankerExtractor, load_extractor
 from dalle.evaluate.inception import InceptionTorchvision
 from dalle.evaluate.session import Session, Setup
@@ -248,6 +249,16 @@ def test_features_that_are_not_finite_are_refused(home):
         (lambda: evaluate.recon("real", 7), "model must be a path, a DiscreteVAE or a Pipeline"),
         (lambda: evaluate.rerank("real", "pipe", candidates="12"), "candidates must be a list of"),
         (lambda: evaluate.words("pipe", splits="tset"), "split must be one of train, test, zero"),
+        (lambda: evaluate.words("pipe", splits=3), "splits must be of train, test, zero, got 3"),
+        (lambda: evaluate.fid("", "fake"), "real must be a path or a name, got an empty one"),
+        (lambda: evaluate.fid("real", "fake", out=3), "out must be a path, got int"),
+        (lambda: evaluate.fid("real", "fake", cache=None), "cache must be a path, got NoneType"),
+        (lambda: evaluate.fid("real", "fake", device=3), "device must be auto, cpu or another's"),
+        (lambda: load_extractor("ranker", "pipe", device="x"), "device: must be auto, cpu or"),
+        (lambda: evaluate.report(None), "eval report: out must be a path, got NoneType"),
+        (lambda: evaluate.votes("real", "real", votes=3), "votes must be a path, got int"),
+        (lambda: evaluate.votes("real", "real", rule=3), "rule must be a ballots.Rule, got int"),
+        (lambda: evaluate.votes("real", "real", rule=Rule("x")), "disagreement must be a number"),
     ):
         with pytest.raises(UsageError, match=line):
             call()
@@ -267,7 +278,7 @@ def random_weights(state):
     return state
 
 
-def test_inception_networks_are_the_ones_of_their_packages(home, monkeypatch):
+def test_inception_networks_are_the_ones_of_their_packages(home, monkeypatch, no_sockets):
     """With random weights: pool features and logits agree with the packages' own forward pass."""
     models = load_module("torchvision.models", "test", "eval")
     torch.manual_seed(0)
@@ -308,6 +319,8 @@ def test_inception_networks_are_the_ones_of_their_packages(home, monkeypatch):
         mine.probabilities(found[1:], []), logits.double().softmax(1), rtol=1e-4, atol=1e-7
     )
     assert (mine.distance, mine.kernel, mine.score) == ("FID", "KID", "IS")
+    assert evaluate.fid("real", "fake", weights="pipe", bootstrap=0)["value"] > 0
+    assert no_sockets == []  # nothing was fetched
 
 
 def test_a_session_opens_built_in_sets_by_name_and_split(home):

@@ -155,6 +155,9 @@ def test_ssim_is_that_of_torchmetrics():
     assert torch.isfinite(ssim(small, small.flip(0))).all()
     with pytest.raises(UsageError, match="both sets must have one shape"):
         ssim(a, b[:2])
+    assert torch.equal(ssim(a.numpy(), b.numpy()), ssim(a, b))
+    with pytest.raises(UsageError, match="fractions in .0, 1., got torch.uint8"):
+        ssim(a.byte(), b.byte())
 
 
 def test_extrapolation_takes_the_bias_away():

@@ -130,8 +130,10 @@ def test_nearest_is_exact_in_any_chunks(monkeypatch):
         assert torch.allclose(values.double(), wanted.values, atol=1e-6)
         assert (rows != 20).all() and torch.equal(rows, wanted.indices)
     assert evaluate.nearest(a[:0], b)[0].shape == (0,)
-    with pytest.raises(DataError, match="m >= 1"):
-        evaluate.nearest(a, b[:0])
+    assert torch.equal(evaluate.nearest(a.numpy(), b.numpy())[1], wanted.indices)
+    for bad, line in ((b[:0], "m >= 1"), (b / 0, "features must be finite, got NaN or infinity")):
+        with pytest.raises(DataError, match=line):
+            evaluate.nearest(a, bad)
 
 
 def test_copies_have_the_size_and_vary():

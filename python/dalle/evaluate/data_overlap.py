@@ -46,7 +46,7 @@ def nearest(queries: Tensor, base: Tensor, *, faiss: bool = False) -> tuple[Tens
     """For each row the row of `base` with the largest product; exact, in chunks, on their device.
 
     Args:
-        queries: (n, d).
+        queries: (n, d), a tensor or array.
         base: (m, d), m >= 1, on the same device.
         faiss: search by the package faiss (`IndexFlatIP`, exact too).
 
@@ -55,8 +55,9 @@ def nearest(queries: Tensor, base: Tensor, *, faiss: bool = False) -> tuple[Tens
 
     Raises:
         EnvironmentProblem: faiss is asked for and not installed.
-        DataError: shapes that do not fit.
+        DataError: shapes that do not fit, or features that are not finite.
     """
+    queries, base = (torch.as_tensor(x) for x in (queries, base))
     if queries.dim() != 2 or base.dim() != 2 or queries.shape[1] != base.shape[1] or not len(base):
         raise DataError(
             "nearest: queries and base must be (n, d) and (m, d) with m >= 1, got "
@@ -72,6 +73,8 @@ def nearest(queries: Tensor, base: Tensor, *, faiss: bool = False) -> tuple[Tens
             part = slice(begin, begin + CHUNK)
             for first in range(0, len(base), CHUNK):
                 found = (queries[part] @ base[first : first + CHUNK].T).max(1)
+                if bool(found.values.isnan().any()):
+                    raise DataError("nearest: features must be finite, got NaN or infinity")
                 closer = found.values > values[part]
                 values[part] = torch.where(closer, found.values, values[part])
                 rows[part] = torch.where(closer, found.indices + first, rows[part])

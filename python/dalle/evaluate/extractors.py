@@ -18,6 +18,7 @@ from torch import Tensor
 from dalle.captions import clean
 from dalle.configs import did_you_mean
 from dalle.data.augment import center_crop, to_tensor
+from dalle.devices import pick_device
 from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.files import read_json
 from dalle.pretrained import fingerprint
@@ -277,7 +278,7 @@ def load_extractor(
     if path is not None and not path.exists():
         raise CheckpointError(f"{owner}: weights must be there, got no such path: {path}")
     try:
-        return EXTRACTORS[name](owner, path, torch.device(device))
+        return EXTRACTORS[name](owner, path, pick_device(str(device)))
     except CheckpointError as error:
         if str(error).startswith(owner):
             raise

@@ -111,7 +111,9 @@ def words(
     seeds = integers(owner, "seeds", seeds, 0)
     if not seeds or len(set(seeds)) != len(seeds):
         raise UsageError(f"{owner}: seeds must be different numbers, one or more, got {seeds}")
-    splits = (splits,) if isinstance(splits, str) else tuple(splits)
+    splits = (splits,) if isinstance(splits, str) else splits
+    if not isinstance(splits, Sequence):
+        raise UsageError(f"{owner}: splits must be of {', '.join(SPLITS)}, got {splits!r}")
     for split in splits:
         if split not in SPLITS:
             raise UsageError(f"{owner}: split must be one of {', '.join(SPLITS)}, got {split!r}")

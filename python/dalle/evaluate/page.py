@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle.errors import DataError
-from dalle.evaluate.results import cell, read_results
+from dalle.evaluate.results import as_path, cell, read_results
 from dalle.files import check_targets
 from dalle.pages import REPORT_STYLE, figure, html_page
 from dalle.pictures import save_bytes
@@ -36,7 +36,7 @@ def report(out: Path | str) -> dict[str, Any]:
         DataError: there is no result.
         EnvironmentProblem: the page cannot be written.
     """
-    folder = Path(out)
+    folder = as_path("eval report", "out", out)
     results = read_results(folder) if folder.is_dir() else []
     if not results:
         raise DataError(f"eval report: out must hold results of dalle eval, got none in {folder}")

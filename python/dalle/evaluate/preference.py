@@ -35,7 +35,7 @@ from dalle.evaluate.blind import Tasks, make_tasks
 from dalle.evaluate.facts import facts_of
 from dalle.evaluate.plots import votes_png
 from dalle.evaluate.polling import Poll, drop_cut_line, serve
-from dalle.evaluate.results import finish, table
+from dalle.evaluate.results import as_path, finish, table
 from dalle.evaluate.scores import Set, start
 from dalle.evaluate.session import Session
 from dalle.evaluate.sets import describe
@@ -94,7 +94,7 @@ def votes(
     if judge in ("ranker", "clip"):
         session.setup = replace(session.setup, extractor=judge)
     tasks = make_tasks(session, ours, theirs)
-    given = None if votes is None else Path(votes)
+    given = None if votes is None else as_path(owner, "votes", votes)
     path = given or (folder / ANSWERS if folder is not None else None)
     record = {
         "command": owner,
@@ -144,6 +144,12 @@ def _check_options(owner: str, votes: Any, judge: Any, serving: bool, out: Any, 
         raise UsageError(f"{owner}: votes must be of people or of a judge, got judge {judge} too")
     if serving and out is None and votes is None:
         raise UsageError(f"{owner}: out must be given to serve, got none")
+    if not isinstance(rule, Rule):
+        raise UsageError(f"{owner}: rule must be a ballots.Rule, got {type(rule).__name__}")
+    for name in ("disagreement", "fast", "seconds"):
+        number = getattr(rule, name)
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise UsageError(f"{owner}: {name} must be a number, got {number!r}")
     for name in ("disagreement", "fast"):
         if not 0 <= getattr(rule, name) <= 1:
             raise UsageError(f"{owner}: {name} must be 0 to 1, got {getattr(rule, name):g}")

@@ -38,11 +38,15 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     places and colours, as torchmetrics has it.
 
     Args:
-        images, others: values in [0, 1], of one shape.
+        images, others: tensors or arrays of fractions in [0, 1], of one shape.
 
     Raises:
-        UsageError: shapes that differ.
+        UsageError: shapes that differ, or whole numbers.
     """
+    images, others = (torch.as_tensor(x) for x in (images, others))
+    for x in (images, others):
+        if not x.is_floating_point():
+            raise UsageError(f"ssim: values must be fractions in [0, 1], got {x.dtype}")
     if images.shape != others.shape or images.dim() != 4:
         raise UsageError(
             f"ssim: both sets must have one shape (B, C, H, W), got {tuple(images.shape)} and "

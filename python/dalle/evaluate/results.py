@@ -18,7 +18,7 @@ from PIL import Image
 from dalle import pictures
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.pairs import evenly_spaced, load_or_skip
-from dalle.errors import CheckpointError, EnvironmentProblem
+from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
 from dalle.evaluate.sets import Source
 from dalle.files import check_targets, make_folder, read_object, to_json
 from dalle.pictures import save_bytes
@@ -49,6 +49,18 @@ def cell(value: Any) -> str:
 def versions() -> dict[str, str]:
     """Of what computed a result."""
     return {"dalle": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def as_path(owner: str, name: str, value: object) -> Path:
+    """A path that a caller gave.
+
+    Raises:
+        UsageError: no text and no path, or an empty text, which would be the current folder.
+    """
+    if not isinstance(value, (str, Path)) or value == "":
+        got = "an empty one" if value == "" else type(value).__name__
+        raise UsageError(f"{owner}: {name} must be a path, got {got}")
+    return Path(value)
 
 
 def prepare(owner: str, name: str, out: Path | None, pictures_too: bool = True) -> None:

@@ -24,7 +24,7 @@ from dalle.evaluate import distances
 from dalle.evaluate.cache import Features, in_parts, key_of
 from dalle.evaluate.distances import Score
 from dalle.evaluate.extractors import TextExtractor
-from dalle.evaluate.results import few_warnings, finish, png, prepare, sheet, table
+from dalle.evaluate.results import as_path, few_warnings, finish, png, prepare, sheet, table
 from dalle.evaluate.session import Session, make_setup
 from dalle.files import write_atomic
 from dalle.pipeline import Pipeline
@@ -37,7 +37,7 @@ TEXTS = 256  # captions at once
 def start(name: str, out: Path | str | None, options: dict[str, Any]) -> tuple[Session, Any]:
     """The session of a measure and its folder, which is made before the work."""
     owner = f"eval {name}"
-    folder = None if out is None else Path(out)
+    folder = None if out is None else as_path(owner, "out", out)
     session = Session(owner, make_setup(owner, options))
     prepare(owner, name, folder)
     return session, folder

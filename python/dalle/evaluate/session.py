@@ -20,6 +20,7 @@ from dalle.evaluate.cache import CACHE, Features, extract
 from dalle.evaluate.drawings import DrawConfig, captions_to_draw, draw_source
 from dalle.evaluate.extractors import Extractor, load_extractor
 from dalle.evaluate.intervals import MOST, bootstrap, resamples
+from dalle.evaluate.results import as_path
 from dalle.evaluate.sets import DRAWN_SIDE, Source, describe, is_pipeline, open_source
 from dalle.pipeline import Pipeline
 
@@ -94,7 +95,11 @@ class Session:
         if setup.bootstrap is not None:
             integer(owner, "bootstrap", setup.bootstrap, 0, MOST)
         integer(owner, "batch_size", setup.batch_size, 1)
-        self.device = pick_device(setup.device)
+        as_path(owner, "cache", setup.cache)
+        if not isinstance(setup.device, (str, torch.device)):
+            got = type(setup.device).__name__
+            raise UsageError(f"{owner}: device must be auto, cpu or another's name, got {got}")
+        self.device = pick_device(str(setup.device))
         if setup.image_size is not None:
             integer(owner, "image_size", setup.image_size, 1)
         self.side = DRAWN_SIDE  # of a built-in set's pictures, where the options do not say it

@@ -173,6 +173,8 @@ def open_source(
         kind, pairs, spec = "pairs", source, source.name
     else:
         spec = str(source)
+        if not spec:
+            raise UsageError(f"{owner}: {name} must be a path or a name, got an empty one")
         kind, pairs = _opened(owner, name, spec, image_size, seed, first_only)
     for store in stores_of(pairs):
         raise DataError(

@@ -44,6 +44,7 @@ def checked_radii(owner: str, radii: Sequence[float]) -> list[float]:
     Raises:
         UsageError: none, or one that is negative, not finite or absurd.
     """
+    radii = radii.tolist() if isinstance(radii, (np.ndarray, torch.Tensor)) else radii
     if isinstance(radii, str) or not isinstance(radii, Sequence) or not len(radii):
         raise UsageError(f"{owner}: radii must be one number or more, got {radii!r}")
     values = []
