@@ -16,6 +16,8 @@ from PIL import Image
 
 from dalle.cli import load_target
 from dalle.commands import encode as command
+from dalle.commands.data_pack import PackConfig, pack
+from dalle.commands.data_stats import StatsConfig, stats
 from dalle.commands.encode import EncodeConfig, encode
 from dalle.commands.presets import split_pairs
 from dalle.commands.report import next_command
@@ -125,6 +127,23 @@ def test_pictures_that_cannot_be_encoded_are_named_and_no_more_than_ten(home, tm
     said = capsys.readouterr()
     assert said.err.count("pairs: left out: ") == 10 and "pairs/01.png: " in said.err
     assert "1 pictures in 3 shards" in said.out and "; left out 13: 13 x smaller" in said.out
+
+
+def test_a_set_without_a_usable_picture_is_an_error_and_not_a_next_command(home, tmp_path, capsys):
+    (tmp_path / "pairs").mkdir()
+    for name in ("05.png", "05.txt"):  # broken
+        shutil.copy(home / "pairs" / name, tmp_path / "pairs" / name)
+    data = str(tmp_path / "pairs")
+    for verb, run in (
+        ("encode", lambda: encode(options(home, data=data, out=tmp_path / "codes"))),
+        ("pack", lambda: pack(PackConfig(data=data, out=tmp_path / "packed", verify="full"))),
+    ):
+        with pytest.raises(DataError, match=f"^data {verb}: .*pairs must hold a picture that can"):
+            run()
+        said = capsys.readouterr().out
+        assert "left out 1: 1 x does not decode" in said and "next" not in said
+    stats(StatsConfig(data=data, out=tmp_path / "stats"))
+    assert "1 of 1 pictures could not be measured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("place", ["", "RUN", "PIPELINE"])

@@ -120,6 +120,8 @@ def _pack(config: PackConfig, pairs: Pairs, head: dict[str, Any]) -> None:
         f"{OWNER}: {sum(counts):,} pairs in {shards} of {size:,} bytes, with {indexes:,} of index, "
         f"in {config.out}{why}"
     )
+    if not sum(counts):
+        raise DataError(f"{OWNER}: {config.data} must hold a picture that can be packed, got none")
     then = ["dalle", "data", "stats", "--data", str(config.out), "--out", f"{config.out}-stats"]
     print(printable(f"{OWNER}: next: {shlex.join(then)}"))
 

@@ -75,6 +75,8 @@ def stats(config: StatsConfig) -> None:
         "left_out": dict(pairs.skipped),
     }
     print(f"{OWNER}: {len(pairs):,} pairs in {pairs.name}, {result['captions']:,} captions")
+    if unreadable:
+        print(f"{OWNER}:   {unreadable:,} of {len(items):,} pictures could not be measured")
     for name, numbers in values.items():
         if not numbers:
             continue

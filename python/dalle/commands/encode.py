@@ -308,4 +308,6 @@ def _finish(config: EncodeConfig, head: dict[str, Any], total: int) -> None:
     why = f"; left out {skipped.total()}: {format_counts(skipped)}" if skipped else ""
     shards = "1 shard" if count == 1 else f"{count} shards"
     print(f"{OWNER}: {items:,} pictures in {shards}, {size:,} bytes, in {config.out}{why}")
+    if not items:
+        raise DataError(f"{OWNER}: {config.data} must hold a picture that can be used, got none")
     print(printable(f"{OWNER}: next: {next_of_codes(config.out, config.vae)}"))

@@ -253,5 +253,8 @@ def sampler_for(
     sizes = np.diff(ends, prepend=0)
     if not sizes.all():
         empty = int(np.flatnonzero(sizes == 0)[0]) + 1
-        raise DataError(f"{pairs.name}: part {empty} must hold a usable picture, got none")
+        raise DataError(
+            f"{pairs.name}: part {empty} must hold a usable picture, got none: all of it is held "
+            "out (--validation) or cannot be used; leave it out"
+        )
     return MixtureSampler(sizes.tolist(), mixture[1], batch_size, seed)
