@@ -30,8 +30,8 @@ import torch
 
 from dalle.data.pairs import ArrayPairs
 from dalle.evaluate import detector
-from dalle.evaluate.data_overlap import nearest
 from dalle.evaluate.extractors import Extractor, RankerExtractor, load_extractor
+from dalle.evaluate.search import nearest
 from dalle.evaluate.sets import Source
 from dalle.pretrained import fingerprint
 from dalle.ranker.model import ContrastiveRanker

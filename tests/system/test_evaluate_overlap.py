@@ -14,7 +14,7 @@ import dalle.evaluate as evaluate
 from dalle.cli import main
 from dalle.data.pairs import ArrayPairs
 from dalle.errors import DataError
-from dalle.evaluate import data_overlap, detector
+from dalle.evaluate import detector, search
 from support.copies_made import copied, picture
 from support.evaluation import make_eval_home, refused, write_pictures
 
@@ -53,6 +53,9 @@ def test_copies_are_found_and_left_out(home, capsys):
     assert main(words) == 0
     first = json.loads((home / "out/overlap.json").read_text())
     assert first["threshold"] is None and "choose a threshold" in capsys.readouterr().out
+    low, high = first["points"][0]["distance_interval"]
+    assert low < first["points"][0]["distance"] < high and set(first["sets"]) >= {"fake", "real"}
+    assert first["extractor"]["name"] == "ranker"
     assert first["points"][0]["without"] is None and not (home / "out/overlapping.csv").exists()
     similarity = np.array(first["similarity"])
     right = np.array(first["nearest"])[:24] == np.arange(24)
@@ -125,7 +128,7 @@ def test_nearest_is_exact_in_any_chunks(monkeypatch):
     b[20] = b[3]
     wanted = (a.double() @ b.double().T).max(1)
     for chunk in (1, 7, 4096):
-        monkeypatch.setattr(data_overlap, "CHUNK", chunk)
+        monkeypatch.setattr(search, "CHUNK", chunk)
         values, rows = evaluate.nearest(a, b)
         assert torch.allclose(values.double(), wanted.values, atol=1e-6)
         assert (rows != 20).all() and torch.equal(rows, wanted.indices)

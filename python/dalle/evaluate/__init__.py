@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dalle.evaluate.data_overlap import nearest, overlap
+    from dalle.evaluate.data_overlap import overlap
     from dalle.evaluate.distances import (
         frechet_distance,
         frechet_distance_infinite,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dalle.evaluate.preference import votes
     from dalle.evaluate.reconstruction import recon, ssim
     from dalle.evaluate.scores import clip_score, features, fid, is_, kid, prc
+    from dalle.evaluate.search import nearest
     from dalle.evaluate.sweeps import blur, rerank
 
 __all__ = [
@@ -57,7 +58,7 @@ _HOMES = {  # name -> module
     "kernel_distance": "distances",
     "precision_recall": "distances",
     "load_extractor": "extractors",
-    "nearest": "data_overlap",
+    "nearest": "search",
     "overlap": "data_overlap",
     "report": "page",
     "recon": "reconstruction",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,18 @@ from torch import Tensor
 
 from dalle import pictures
 from dalle.configs import integer
-from dalle.console import printable, progress_shown
+from dalle.console import printable
 from dalle.data.augment import to_tensor
 from dalle.data.pairs import Pairs
-from dalle.errors import CheckpointError, DataError, EnvironmentProblem, UsageError
+from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.evaluate import detector as copies
 from dalle.evaluate import distances
 from dalle.evaluate.cache import Features, extract
 from dalle.evaluate.plots import overlap_png
 from dalle.evaluate.results import few_warnings, finish, png, table
 from dalle.evaluate.scores import Set, start
-from dalle.evaluate.session import Session
+from dalle.evaluate.search import by_faiss, nearest
+from dalle.evaluate.session import Session, network_record
 from dalle.evaluate.sets import Source, describe
 from dalle.evaluate.sweeps import checked_radii, side_of
 from dalle.files import check_targets
@@ -37,63 +37,8 @@ from dalle.pictures import save_bytes
 from dalle.pretrained import fingerprint
 
 STEPS, BATCH = 1500, 256  # reach recall .95 at precision .95 (benchmarks/bench_overlap.py)
-CHUNK = 4096  # rows whose products are held at once
 SHOWN = 40  # pairs on the contact sheet
 LIST, SHEET, DETECTOR = "overlapping.csv", "overlap-sheet.png", "detector"
-
-
-def nearest(queries: Tensor, base: Tensor, *, faiss: bool = False) -> tuple[Tensor, Tensor]:
-    """For each row the row of `base` with the largest product; exact, in chunks, on their device.
-
-    Args:
-        queries: (n, d), a tensor or array.
-        base: (m, d), m >= 1, on the same device.
-        faiss: search by the package faiss (`IndexFlatIP`, exact too).
-
-    Returns:
-        The products (n,) float32, and the rows (n,) int64; of equal ones the first.
-
-    Raises:
-        EnvironmentProblem: faiss is asked for and not installed.
-        DataError: shapes that do not fit, or features that are not finite.
-    """
-    queries, base = (torch.as_tensor(x) for x in (queries, base))
-    if queries.dim() != 2 or base.dim() != 2 or queries.shape[1] != base.shape[1] or not len(base):
-        raise DataError(
-            "nearest: queries and base must be (n, d) and (m, d) with m >= 1, got "
-            f"{tuple(queries.shape)} and {tuple(base.shape)}"
-        )
-    queries, base = queries.float(), base.float()
-    if faiss:
-        return _by_faiss(queries, base)
-    values = queries.new_full((len(queries),), -math.inf)
-    rows = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    with progress_shown("nearest neighbours") as show:
-        for begin in range(0, len(queries), CHUNK):
-            part = slice(begin, begin + CHUNK)
-            for first in range(0, len(base), CHUNK):
-                found = (queries[part] @ base[first : first + CHUNK].T).max(1)
-                if bool(found.values.isnan().any()):
-                    raise DataError("nearest: features must be finite, got NaN or infinity")
-                closer = found.values > values[part]
-                values[part] = torch.where(closer, found.values, values[part])
-                rows[part] = torch.where(closer, found.indices + first, rows[part])
-            show(min(begin + CHUNK, len(queries)), len(queries))
-    return values, rows
-
-
-def _by_faiss(queries: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-    try:
-        import faiss  # type: ignore[import-not-found,import-untyped,unused-ignore]
-    except ImportError as missing:
-        raise EnvironmentProblem(
-            "eval overlap: faiss must be installed, got none; type: pip install faiss-cpu, or "
-            "leave --faiss out"
-        ) from missing
-    index = faiss.IndexFlatIP(base.shape[1])
-    index.add(np.ascontiguousarray(base.cpu().numpy()))
-    values, rows = index.search(np.ascontiguousarray(queries.cpu().numpy()), 1)
-    return torch.from_numpy(values[:, 0]), torch.from_numpy(rows[:, 0])
 
 
 def overlap(
@@ -148,7 +93,7 @@ def overlap(
         check_targets(owner, folder / LIST, folder / SHEET)
     if faiss:
         two = torch.eye(2, dtype=torch.float32, device="cpu")
-        _by_faiss(two, two)  # refused before the work
+        by_faiss(two, two)  # refused before the work
     session.look(real, fake)
     opened = session.take("real", real)
     drawn = session.take("fake", fake, opened)
@@ -189,6 +134,7 @@ def overlap(
     if describe(opened, 0)["fingerprint"] == describe(base, 0)["fingerprint"]:
         warnings.append("real and seen hold the same pictures: each is its own copy")
     network = points[0]["metric"] if points else None
+    named = {**found, **({"fake": sets[0][2]} if sets else {})}
     n = {"real": len(found["real"]), "seen": len(found["seen"])}
     share = float(copied.mean())
     result: dict[str, Any] = {
@@ -212,7 +158,8 @@ def overlap(
         "detector": {**trained, "fingerprint": fingerprint(model)},
         "search": "faiss IndexFlatIP" if faiss else "exact, in chunks",
         "resize": copies.DetectorExtractor(model, cropped=True).resize,
-        "sets": {name: describe(f.source, len(f)) for name, f in found.items()},
+        "sets": {name: describe(f.source, len(f)) for name, f in named.items()},
+        "extractor": None if missing else network_record(session),
         "paper": {"coco": 0.21, "cub": 0.12},
         "warnings": warnings,
         "tables": _tables(similarity, points, entries, threshold, network),
@@ -316,6 +263,13 @@ def _features(
     return [(radius, of("real", opened, radius), of("fake", drawn, radius)) for radius in radii]
 
 
+def _distance(session: Session, name: str, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """A distance and its interval, as entries of a point."""
+    value = distances.frechet_distance(x, y)
+    found = session.interval(distances.frechet_distance, [x, y], value, 0.0)
+    return {name: value, f"{name}_interval": found["interval"]}
+
+
 def _points(
     session: Session,
     sets: Sequence[tuple[float, Features, Features]],
@@ -329,15 +283,15 @@ def _points(
     points, counts = [], {}
     for radius, a, b in sets:
         x, y = a.values.double(), b.values.double()
-        point = {"radius": radius, "metric": metric, "without": None, "n_without": None,
-                 "distance": distances.frechet_distance(x, y)}  # fmt: skip
+        point = {"radius": radius, "metric": metric, **_distance(session, "distance", x, y),
+                 "without": None, "without_interval": None, "n_without": None}  # fmt: skip
         if threshold is not None:
             left = torch.tensor(
                 [int(i) not in gone for i in a.items], dtype=torch.bool, device="cpu"
             )
             point["n_without"] = int(left.sum())
             if int(left.sum()) >= 2:
-                point["without"] = distances.frechet_distance(x[left], y)
+                point |= _distance(session, "without", x[left], y)
         points.append(point)
         counts = {"real": len(a), "fake": len(b)}
     warnings = few_warnings(metric, counts)
@@ -365,8 +319,11 @@ def _tables(
     rows = [[t, int((similarity >= t).sum()), float((similarity >= t).mean())] for t in steps]
     made = [table(["threshold", "pictures", "share"], rows, "Real pictures from a threshold up")]
     if points:
-        cells = [[p["radius"], p["distance"], p["without"], p["n_without"]] for p in points]
-        heads = ["blur radius", f"{metric}, all", f"{metric}, without copies", "real pictures left"]
+        keys = ("radius", "distance", "distance_interval", "without", "without_interval",
+                "n_without")  # fmt: skip
+        cells = [[p[key] for key in keys] for p in points]
+        heads = ["blur radius", f"{metric}, all", "95 % interval", f"{metric}, without copies",
+                 "95 % interval", "real pictures left"]  # fmt: skip
         made.append(table(heads, cells))
     closest = [
         [e["similarity"], printable(e["real"]), printable(e["nearest"])] for e in entries[:10]

@@ -227,11 +227,17 @@ class Session:
             "command": self.owner,
             "n": {name: len(f) for name, f in sets.items()},
             "seed": self.seed,
-            "extractor": {
-                "name": network.name,
-                "fingerprint": network.fingerprint,
-                "dimensions": network.dimensions,
-            },
+            "extractor": network_record(self),
             "resize": network.resize,
             "sets": {name: describe(f.source, len(f)) for name, f in sets.items()},
         }
+
+
+def network_record(session: Session) -> dict[str, Any]:
+    """What a record says of the network of a session."""
+    network = session.extractor
+    return {
+        "name": network.name,
+        "fingerprint": network.fingerprint,
+        "dimensions": network.dimensions,
+    }
