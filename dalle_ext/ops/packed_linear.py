@@ -15,7 +15,7 @@ from dalle_ext._switch import reference_in_use
 from dalle_ext.reference import packed_linear as reference
 
 Tensor = torch.Tensor
-OP = "PackedLinear"
+OP, NATIVE = "PackedLinear", "packed_linear"  # what begins the lines of each
 
 
 def _fake(x: Tensor, weight: Tensor, outputs: int, *rest: Any) -> Tensor:
@@ -94,9 +94,32 @@ class PackedLinear:
         if norm is not None:
             given |= {"gain": norm[0], "shift": norm[1]}
         untracked(OP, **given)
+        if x.dim() == 2 and x.size(1) != self.inputs:  # bf16 panels hold an even number of inputs
+            want = f"packed for this x, {_shape(x)}"
+            raise RuntimeError(f"{NATIVE}: weight must be {want}, got one of {self.inputs} inputs")
         gain, shift, eps = (None, None, 0.0) if norm is None else norm
         options = (self.outputs, self.bias, gain, shift, eps, slope, add)
         if reference_in_use():
+            self._check(x=x, gain=gain, shift=shift, residual=add)
             return reference.packed_linear(x, self.weight, *options)
         out: Tensor = _packed_linear(x, self.weight, *options)
         return out
+
+    def _check(self, **tensors: Tensor | None) -> None:
+        """What the native op asks of its tensors, in the same words."""
+        x = tensors["x"]
+        if x is None or x.dim() != 2:
+            raise RuntimeError(f"{NATIVE}: x must be (M, K), got {_shape(x)}")
+        rows = {"x": len(x), "residual": len(x)}
+        for name, tensor in tensors.items():
+            width = self.outputs if name == "residual" else self.inputs
+            if tensor is None:
+                continue
+            count, plain = rows.get(name, 1) * width, tensor.is_contiguous()
+            if tensor.dtype != torch.float32 or tensor.numel() != count or not plain:
+                want = f"contiguous float32, {width} wide"
+                raise RuntimeError(f"{NATIVE}: {name} must be {want}, got {_shape(tensor)}")
+
+
+def _shape(x: Tensor | None) -> str:
+    return "nothing" if x is None else f"({', '.join(map(str, x.shape))})"

@@ -134,8 +134,13 @@ def test_large_and_nonfinite_numbers():
         ),
     ],
 )
-def test_bad_input_gets_one_line(call, line):
-    layer = dalle_ext.PackedLinear(torch.zeros(5, 3), torch.zeros(5))
-    with pytest.raises((ValueError, RuntimeError, TypeError), match=line) as error:
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bad_input_gets_one_line(call, line, dtype, reference):
+    layer = dalle_ext.PackedLinear(torch.zeros(5, 3), torch.zeros(5), dtype=dtype)
+    with (
+        dalle_ext.use_reference(reference),
+        pytest.raises((ValueError, RuntimeError, TypeError), match=line) as error,
+    ):
         call(layer)
     assert "\n" not in str(error.value)
