@@ -329,28 +329,35 @@ def load_recipe(data: str, preset: str) -> DemoRecipe:
     return smoke_recipe(data) if preset == "smoke" else default_recipe(data)
 
 
-def factor_for(recipe: DemoRecipe, minutes: float, command: str = "demo") -> float:
+def factor_for(
+    recipe: DemoRecipe, minutes: float, command: str = "demo", least: float | None = None
+) -> float:
     """The factor of every number of updates by which all stages together take `minutes`.
 
     Args:
         recipe: with its `seconds` and `fixed`.
         minutes: wanted.
         command: begins the error's line.
+        least: the factor where the minutes are too few for it; None raises.
 
     Raises:
         UsageError: fewer minutes than the rest takes without any update.
     """
     rest, total = sum(recipe.fixed.values()), sum(recipe.seconds.values())
     factor = (60 * minutes - rest) / max(total - rest, 1.0)
+    if least is not None:
+        return max(factor, least)
     if factor < LEAST:
         minimum = (rest + LEAST * (total - rest)) / 60
         raise UsageError(f"{command}: minutes must be {minimum:.2g} or more here, got {minutes}")
     return factor
 
 
-def scale_to(recipe: DemoRecipe, minutes: float, command: str = "demo") -> DemoRecipe:
+def scale_to(
+    recipe: DemoRecipe, minutes: float, command: str = "demo", least: float | None = None
+) -> DemoRecipe:
     """The recipe with every number of updates times `factor_for`. Raises as that does."""
-    factor, fixed = factor_for(recipe, minutes, command), recipe.fixed
+    factor, fixed = factor_for(recipe, minutes, command, least), recipe.fixed
     seconds = recipe.seconds
     return replace(
         recipe,

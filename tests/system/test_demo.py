@@ -317,6 +317,9 @@ def test_minutes_scale_every_number_of_updates_to_what_the_machine_can(data):
     assert wanted.seconds["prior"] == pytest.approx(updates * growing + 6, rel=0.01)
     with pytest.raises(UsageError, match="demo: minutes must be .* or more here, got 0.01"):
         scale_to(whole, 0.01)
+    quarter = scale_to(whole, 0.01, least=0.25)  # on a slow machine some training is left
+    assert quarter.prior_steps == round(whole.prior_steps / 4)
+    assert scale_to(whole, 2.0, least=0.01).prior_steps == wanted.prior_steps
 
 
 def test_pace_is_measured_once_in_a_folder_and_leaves_the_generator(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -82,6 +83,7 @@ def test_a_full_run_of_a_folder(model, tmp_path, monkeypatch, ranker):
     own = model if ranker else tmp_path / "other"
     made = run_full(own, tmp_path / "out", monkeypatch, *words)
     assert (tmp_path / "out" / "shapes" / "full-0" / "pipeline" / "config.json").is_file()
+    assert re.search(r"trained on shapes here in \d+\.\d minutes", made["figure_2"]["text"])
     assert "no second held-out part" in made["figure_9"]["missing"] or not ranker
     assert ("no ranker" in made["figure_9"]["missing"]) != ranker
     assert "--other" in made["figure_8"]["command"]

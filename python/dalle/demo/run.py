@@ -130,8 +130,13 @@ def built_in(name: str, recipe: DemoRecipe, seed: int) -> DataSet:
     return ShapesSet(recipe.image_size, seed, recipe.items, recipe.unseen_items)
 
 
-def run_demo(config: DemoConfig) -> dict[str, Any]:
+def run_demo(config: DemoConfig, *, least: float | None = None) -> dict[str, Any]:
     """Runs the demo, or goes on with it, and returns what summary.json holds.
+
+    Args:
+        config: the options.
+        least: share of the recipe's updates that is made where `config.minutes` are too few for it
+            on this machine; None refuses such minutes.
 
     Raises:
         Interrupted: stopped by Ctrl-C or SIGTERM, after a report of what there is was written.
@@ -152,7 +157,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
             with threads_for_parts():
                 demo.recipe = with_pace(recipe, measured(demo))
         if config.minutes is not None:
-            demo.recipe = scale_to(demo.recipe, config.minutes)
+            demo.recipe = scale_to(demo.recipe, config.minutes, least=least)
         return run_stages(demo)
 
 

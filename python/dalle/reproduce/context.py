@@ -19,10 +19,10 @@ from dalle.data.pairs import Pairs, evenly_spaced
 from dalle.demo.config import DemoConfig
 from dalle.demo.run import run_demo
 from dalle.demo.sets import DataSet
-from dalle.errors import CheckpointError, UsageError
+from dalle.errors import CheckpointError, DataError, UsageError
 from dalle.evaluate.drawings import Drawn, draw
 from dalle.evaluate.results import figure_png, pyplot
-from dalle.files import json_sha256
+from dalle.files import json_sha256, read_object
 from dalle.pictures import save_bytes, save_png, to_uint8
 from dalle.pipeline import Pipeline
 from dalle.pretrained import fingerprint
@@ -30,6 +30,7 @@ from dalle.reproduce.sets import guess, open_set, run_record
 from dalle.reproduce.sizes import Sizes
 
 OWNER = "reproduce"
+LEAST_SHARE = 0.25  # of the demo's updates, however slow or busy the machine is
 
 
 class Context:
@@ -169,6 +170,14 @@ class Context:
         return self.out / "shapes" / f"{self.sizes.name}-{self.seed}" / "pipeline"
 
     @property
+    def trained_minutes(self) -> float:
+        """How long the training of `trained_shapes` took; 0 where it is not known."""
+        path = self.trained_shapes.parent / "work" / "timings.json"
+        timings = read_object(path, DataError) if path.is_file() else {}
+        stages = [each for each in timings.values() if isinstance(each, dict)]
+        return sum(float(each.get("seconds", 0)) for each in stages) / 60
+
+    @property
     def shapes_seconds(self) -> float:
         """Of the training that `shapes_folder` has before it; 0 where it has none."""
         there = self.trained_shapes / "config.json"
@@ -193,7 +202,8 @@ class Context:
                     device=self.device.type,
                     seed=self.seed,
                     preset=sizes.shapes_preset,
-                )
+                ),
+                least=LEAST_SHARE,
             )
         return folder
 

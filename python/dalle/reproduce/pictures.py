@@ -115,7 +115,7 @@ def figure_2(context: Context) -> Figure:
     own = context.shapes is pipeline
     where = "by the same model" if own else "by a pipeline trained on shapes"
     if context.shapes_folder == context.trained_shapes:
-        where += f" here, {context.sizes.shapes_minutes:g} minutes long"
+        where += f" here in {context.trained_minutes:.1f} minutes"
     return Figure(
         text="First composition: captions whose combinations no training pair shows. Then "
         f"variable binding, {where}: of two objects each has to get its own colour, and one colour "
