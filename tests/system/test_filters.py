@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import tracemalloc
 from functools import partial
 from html import escape
 
@@ -15,8 +16,17 @@ from PIL import Image
 from dalle.commands.data_dedup import DedupConfig, dedup
 from dalle.commands.data_filter import FilterConfig, filter_pairs
 from dalle.commands.data_stats import StatsConfig, stats
-from dalle.data import sources
-from dalle.data.alike import difference_hash, equal, groups_of, near_features, near_hashes
+from dalle.data import alike, sources
+from dalle.data.alike import (
+    difference_hash,
+    equal,
+    groups_in,
+    groups_of,
+    hash_links,
+    near_features,
+    near_hash_pairs,
+    near_hashes,
+)
 from dalle.data.filters import CaptionFilter, FilterRule, content_words, picture_reason
 from dalle.data.pairs import captions_of
 from dalle.data.shapes_pairs import ShapesPairs
@@ -233,6 +243,50 @@ def test_equal_shapes_of_other_colours_are_not_alike(home, tmp_path, capsys):
     assert load_pairs(str(tmp_path / "shapes"), image_size=0).items == [0]
     dedup(DedupConfig(data=data, out=tmp_path / "strict", colour=0))
     assert len(load_pairs(str(tmp_path / "strict"), image_size=0)) == 4
+
+
+@pytest.mark.parametrize("held", [1, 7, 1 << 20])
+def test_groups_are_those_of_all_pairs_however_few_are_held(held, monkeypatch):
+    monkeypatch.setattr(alike, "HELD", held)
+    monkeypatch.setattr(alike, "WIDTH", 16)
+    monkeypatch.setattr(alike, "CHUNK", 8)
+    rng = np.random.default_rng(0)
+    edges = rng.integers(0, 60, (45, 2))
+    reached = np.eye(60, dtype=bool)
+    reached[edges[:, 0], edges[:, 1]] = reached[edges[:, 1], edges[:, 0]] = True
+    for _ in range(6):
+        reached = reached @ reached
+    groups = [np.flatnonzero(row).tolist() for i, row in enumerate(reached) if row[:i].sum() == 0]
+    wanted = [members for members in groups if len(members) > 1]
+    assert groups_in(60, np.array_split(edges, 9)) == wanted == groups_of(60, edges.tolist())
+    same = np.full(50, 5, np.uint64)
+    assert groups_in(50, near_hash_pairs(same, 0)) == [list(range(50))]
+    assert len(near_hashes(same, 2)) == 50 * 49 // 2 and groups_in(3, iter(())) == []
+
+
+def test_a_picture_that_is_there_many_times_takes_little_time_and_memory():
+    """10,000 equal pictures have 50 million pairs, 5 GB as tuples; nearly equal ones are cut."""
+    hashes, colours = np.zeros(10_000, np.uint64), np.zeros((10_000, 192), np.uint8)
+    hashes[7::9], colours[11, :3] = 1, 200
+    tracemalloc.start()
+    groups = groups_in(10_000, hash_links(hashes, 1, colours, 24))
+    apart = groups_in(900, near_hash_pairs(hashes[:900], 1))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert groups == [[i for i in range(10_000) if i != 11]] and apart == [list(range(900))]
+    assert most < 400 << 20
+
+
+@pytest.mark.parametrize("distance", [0, 3])
+def test_links_connect_what_all_pairs_connect(distance):
+    rng = np.random.default_rng(distance)
+    hashes = rng.integers(0, 40, 200, np.uint64)
+    colours = rng.integers(0, 2, (200, 192), np.uint8) * np.uint8(60)
+    colours[:120] = colours[rng.integers(120, 200, 120)]
+    wanted = groups_of(200, near_hashes(hashes, distance, colours, 24))
+    assert wanted and groups_in(200, hash_links(hashes, distance, colours, 24)) == wanted
+    none = np.empty(0, np.uint64), np.empty((0, 192), np.uint8)
+    assert groups_in(0, hash_links(none[0], 4, none[1], 24)) == []
 
 
 def test_near_hashes_and_features_are_those_of_brute_force():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +21,15 @@ from dalle.commands.data_filter import (
     thumbnail,
 )
 from dalle.data import alike
-from dalle.data.alike import difference_hash, equal, groups_of, near_features, near_hashes
+from dalle.data.alike import (
+    check_near_features,
+    check_near_hashes,
+    difference_hash,
+    equal,
+    groups_in,
+    hash_links,
+    near_feature_pairs,
+)
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.codes import require_pictures
 from dalle.data.kept import HEAD_FILE, ROWS, write_kept
@@ -75,8 +85,8 @@ class DedupConfig:
         if (self.by == "features") != (self.ranker is not None):
             got = "none" if self.ranker is None else f"--by {self.by}"
             raise UsageError(f"{OWNER}: ranker must be given with --by features, got {got}")
-        near_hashes(np.empty(0, np.uint64), self.distance, colour=self.colour)
-        near_features(torch.empty(0, 1, dtype=torch.float32, device="cpu"), self.cosine)
+        check_near_hashes(self.distance, self.colour)
+        check_near_features(self.cosine)
 
 
 def dedup(config: DedupConfig) -> None:
@@ -85,8 +95,9 @@ def dedup(config: DedupConfig) -> None:
     require_pictures(OWNER, pairs)
     begin_folder(OWNER, config.out, config)
     same = equal(list(picture_hashes(pairs)))
-    near = [] if config.by == "exact" else _alike(config, pairs)
-    groups = groups_of(len(pairs), [*same, *near])
+    near = iter(()) if config.by == "exact" else _alike(config, pairs)
+    copied = np.array(same, np.int64).reshape(-1, 2)
+    groups = groups_in(len(pairs), chain([copied], near))
     dropped = {item for members in groups for item in members[1:]}
     copies = {item for _, item in same}
     counts = Counter("same file" if item in copies else "alike" for item in dropped)
@@ -110,8 +121,8 @@ def dedup(config: DedupConfig) -> None:
     print(f"{OWNER}: {len(groups):,} groups, the largest first in {config.out / PAGE}")
 
 
-def _alike(config: DedupConfig, pairs: Pairs) -> list[tuple[int, int]]:
-    """The pairs of pictures that are alike by hash or features."""
+def _alike(config: DedupConfig, pairs: Pairs) -> Iterator[np.ndarray]:
+    """The pairs of pictures that are alike by hash or features, in parts of (m, 2)."""
     model = None
     if config.ranker is not None:
         device = pick_device(config.device)
@@ -146,11 +157,12 @@ def _alike(config: DedupConfig, pairs: Pairs) -> list[tuple[int, int]]:
         every = in_blocks(OWNER, config.out, depends_on, len(pairs), dtype, look, " pictures")
     known = np.flatnonzero(every["usable"])
     found = every[known]
-    near = near_hashes(found["hash"], config.distance, found["colours"], config.colour)
+    hashes = np.ascontiguousarray(found["hash"])
+    near = hash_links(hashes, config.distance, found["colours"], config.colour)
+    yield from (known[part] for part in near)
     if model is not None and len(found):
         features = torch.from_numpy(np.ascontiguousarray(found["features"]))
-        near += near_features(features, config.cosine)
-    return [(int(known[a]), int(known[b])) for a, b in near]
+        yield from (known[part] for part in near_feature_pairs(features, config.cosine))
 
 
 def _write_report(out: Path, pairs: Pairs, words: str, groups: list[list[int]]) -> None:
