@@ -123,11 +123,14 @@ def run(a: argparse.Namespace, seed: int, device: torch.device) -> list[dict[str
         model = detector.CopyDetector.from_pretrained(a.detector).to(device).eval()
         about: dict[str, Any] = {"training_seconds": None, "fingerprint": fingerprint(model)}
     else:
+        kept = set(Path(a.cache).glob("detectors/*"))
         model, trained = detector.train_detector(
             "bench_overlap", source, config=detector.DetectorConfig(a.size, a.width),
             steps=a.steps, batch_size=a.batch, seed=seed, cache=a.cache, device=device,
         )  # fmt: skip
         seconds = round(time.perf_counter() - begin)
+        if Path(trained["folder"]) in kept:  # an earlier run has trained it, or a part of it
+            seconds = None
         about = {"training_seconds": seconds, "share_matched": trained["share_matched"],
                  "fingerprint": fingerprint(model)}  # fmt: skip
     if a.ranker:

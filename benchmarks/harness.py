@@ -9,6 +9,7 @@ print versions before that.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -332,8 +333,12 @@ def compare(
     return rows
 
 
+@functools.cache
 def commit() -> str:
-    """What git says of this checkout; without git or outside of one a hash of the sources."""
+    """What git says of this checkout; without git or outside of one a hash of the sources.
+
+    It is asked once: a result file that a run writes in between makes the checkout no other.
+    """
     root = RESULTS.parents[1]
     run = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
