@@ -333,12 +333,8 @@ def compare(
     return rows
 
 
-@functools.cache
 def commit() -> str:
-    """What git says of this checkout; without git or outside of one a hash of the sources.
-
-    It is asked once: a result file that a run writes in between makes the checkout no other.
-    """
+    """What git says of this checkout; without git or outside of one a hash of the sources."""
     root = RESULTS.parents[1]
     run = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -349,6 +345,12 @@ def commit() -> str:
             if path.suffix in (".py", ".h", ".hpp", ".cpp", ".cu", ".cuh"):
                 found.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return f"sources {found.hexdigest()[:12]}"
+
+
+@functools.cache
+def commit_of_run() -> str:
+    """`commit` when it is first asked: result files that a run writes make no other of it."""
+    return commit()
 
 
 def machine() -> dict[str, Any]:
@@ -369,7 +371,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "python": platform.python_version(),
-        "commit": commit(),
+        "commit": commit_of_run(),
         "build": dalle_ext.build_info(),
     }
 
