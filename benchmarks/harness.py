@@ -347,10 +347,7 @@ def commit() -> str:
     return f"sources {found.hexdigest()[:12]}"
 
 
-@functools.cache
-def commit_of_run() -> str:
-    """`commit` when it is first asked: result files that a run writes make no other of it."""
-    return commit()
+COMMIT = functools.cache(commit)  # result files that a run writes make no other commit of it
 
 
 def machine() -> dict[str, Any]:
@@ -371,7 +368,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "python": platform.python_version(),
-        "commit": commit_of_run(),
+        "commit": COMMIT(),
         "build": dalle_ext.build_info(),
     }
 
