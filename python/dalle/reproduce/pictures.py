@@ -203,7 +203,7 @@ def figure_8(context: Context) -> Figure:
     if right.shape[-1] != ours.shape[-1]:
         right = torch.nn.functional.interpolate(right, ours.shape[-2:])
     images = torch.cat([ours, right[:, None]], 1)
-    labels = [[f"ours, best of {count}", label]] * len(captions)
+    labels = [[f"ours, best of {count}", label.split(": ")[-1]]] * len(captions)
     sheet = context.sheet("figure_8.png", images, captions, labels)
     return Figure(
         text=f"For each caption left ours, the best of {count}; right: {label}.",

@@ -28,6 +28,7 @@ NO_WEIGHTS = (
 SAME_MODEL = (
     "No DF-GAN here: the same model without its ranker stands in (--other gives a second pipeline)"
 )
+CHECKER = "The checker of shapes reads the facts of a caption back from the pixels. "
 NO_COCO = "No MS-COCO, CUB or DF-GAN here: the held-out pictures of {name} stand in."
 
 
@@ -122,9 +123,9 @@ def figure_7(context: Context) -> Figure:
         pictures=pictures,
         command=context.own_command("figure_7"),
         differs=f"{count} different captions of {context.set.name} in place of 1,000 of MS-COCO; "
-        f"{opponent} in place of DF-GAN; one automatic vote in place of five people's. The "
-        "checker of shapes reads the facts of a caption back from the pixels. The ranker judges "
-        "samples that it chose itself, which favours them.",
+        f"{opponent} in place of DF-GAN; one automatic vote in place of five people's. "
+        + (CHECKER if "checker" in judges else "")
+        + "The ranker judges samples that it chose itself, which favours them.",
         missing=f"{stand_in}. No people voted: dalle eval votes --serve asks them. So no votes on "
         "which picture is more realistic, where the paper has 90.0 % for DALL-E.",
     )
