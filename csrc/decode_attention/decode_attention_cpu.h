@@ -1,10 +1,12 @@
 // The CPU kernel of decode attention: what it offers (always) and, once per instruction set, how it
 // does it (under DALLE_ISA). No torch here.
 //
-// A task is one head of some samples of a caption: the text is a product for all of them at once,
-// the image slots stream by sample. A sample's bits do not depend on what else is in its task.
+// A task is one head of some samples of a caption. Their text is one product; their slots are read
+// sample by sample, all heads of a thread in one stream. Each is a softmax of its own, the two are
+// joined at last, so that a sample's bits depend neither on the order nor on what else is there.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -41,29 +43,34 @@ struct Decode {
   int32_t slot;
   HeadSize<operand_t> size;
   DecodeSpace<operand_t> space;
-  int num_places = 0;
+  acc_t factor;
 
   Decode(const DecodeAttentionParams& p, int32_t slot, Carver carver)
-      : p(p), slot(slot), size(p.head_size), space(carver, size, decode_most_keys(p.rule)) {
-    for (int i = 0; i < decode_num_ranges(p.rule); ++i) {
-      const DecodeRange range = decode_range(p.rule, slot, i);
-      for (int32_t c = range.begin; c < range.end; ++c) space.places[num_places++] = c;
-    }
+      : p(p),
+        slot(slot),
+        size(p.head_size),
+        space(carver, size, p),
+        factor(static_cast<acc_t>(p.scale * kLog2E)) {
+    space.find_pieces(p.rule, slot);
   }
 
   storage_t* row_of(const DecodeRows& rows, int64_t b, int64_t s, int64_t h) const {
     return static_cast<storage_t*>(rows.data) + b * rows.batch + s * rows.sample + h * rows.head;
   }
 
-  // Writes the new slot of sample s, then attends to its slots; r: its place in the task.
+  // Writes the new slot of sample s, then attends to its slots.
   template <typename stored_t>
-  void attend_slots(int64_t b, int64_t s, int64_t h, int r, acc_t factor) {
+  void attend_slots(int64_t b, int64_t s, int64_t h, const Sums<acc_t>& image) {
     const int64_t head = ((b * p.samples + s) * p.heads + h) * p.capacity;
     const int64_t place = decode_place(p.rule, slot);
     stored_t* keys = static_cast<stored_t*>(p.image_keys) + head * p.head_size;
     stored_t* values = static_cast<stored_t*>(p.image_values) + head * p.head_size;
-    SampleSlots<stored_t> slots = {keys, values, nullptr, nullptr,
-                                   int64_t{p.heads} * p.capacity * p.head_size};
+    // Where all slots up to this one are read, heads are one stream. Else most of what follows a
+    // row is not read, and the next head's row is asked for.
+    const bool stream = p.rule.kind == AttentionKind::kRow || p.rule.kind == AttentionKind::kCausal;
+    const int64_t ahead = stream ? kAheadBytes / static_cast<int64_t>(sizeof(stored_t))
+                                 : int64_t{p.capacity} * p.head_size;
+    SampleSlots<stored_t> slots = {keys, values, nullptr, nullptr, ahead};
     const storage_t *k = row_of(p.k, b, s, h), *v = row_of(p.v, b, s, h);
     keys += place * p.head_size, values += place * p.head_size;
     if constexpr (std::is_same_v<stored_t, int8_t>) {
@@ -71,47 +78,104 @@ struct Decode {
       store_coded(k, p.head_size, keys, p.key_scales + head + place);
       store_coded(v, p.head_size, values, p.value_scales + head + place);
     } else {
-      std::memcpy(keys, k, sizeof(storage_t) * p.head_size);
-      std::memcpy(values, v, sizeof(storage_t) * p.head_size);
+      copy_row(k, p.head_size, keys);
+      copy_row(v, p.head_size, values);
     }
     gather_row(row_of(p.q, b, s, h), p.head_size, size.padded, space.q_image);
-    if (size.padded == size.size) {
-      attend_image<true>(slots, num_places, r, size, factor, space);
+    const auto attend = [&](auto channels) {
+      attend_image(slots, channels, size, factor, space, image);
+    };
+    if (size.size == 64) {  // the paper's
+      attend(Channels<64, true>{});
+    } else if (size.padded == size.size) {
+      attend(Channels<0, true>{size.size});
     } else {
-      attend_image<false>(slots, num_places, r, size, factor, space);
+      attend(Channels<0, false>{size.size});
+    }
+  }
+  void attend_slots(int64_t b, int64_t s, int64_t h, const Sums<acc_t>& image) {
+    if (p.coded) {
+      attend_slots<int8_t>(b, s, h, image);
+    } else {
+      attend_slots<storage_t>(b, s, h, image);
+    }
+  }
+
+  void attend_words(int64_t b, int64_t first, int samples, int64_t h, const Sums<acc_t>& text) {
+    for (int r = 0; r < samples; ++r) {
+      gather_row(row_of(p.q, b, first + r, h), size.size, size.words, space.q + r * size.words);
+    }
+    std::memset(space.q + samples * size.words, 0,
+                sizeof(operand_t) * (kSamples<acc_t> - samples) * size.words);
+    const int64_t at = (b * p.heads + h) * p.rule.text_len * p.head_size;
+    attend_text(static_cast<const storage_t*>(p.text_keys) + at,
+                static_cast<const storage_t*>(p.text_values) + at, p.rule.text_len, samples, size,
+                factor, space, text);
+  }
+
+  // Heads [begin, end), kHeads at most, of some samples of caption b. The text goes head by head,
+  // the slots sample by sample, since those of a sample lie side by side.
+  void attend(int64_t b, int64_t first, int samples, int64_t begin, int64_t end, bool text_first) {
+    const Sums<acc_t>& now = space.now;
+    const auto text = [&](int64_t h, const auto& use) {
+      for (int tile = 0; tile < samples; tile += kSamples<acc_t>) {
+        const int some = std::min(samples - tile, kSamples<acc_t>);
+        attend_words(b, first + tile, some, h, now);
+        for (int r = 0; r < some; ++r) use(now.row(r, size.padded), tile + r, h);
+      }
+    };
+    const auto slots = [&](int r, int64_t h, const Sums<acc_t>& image) {
+      attend_slots(b, first + r, h, image);
+    };
+    const auto kept = [&](int r, int64_t h) {
+      return space.kept.row(r * kHeads + (h - begin), size.padded);
+    };
+    const auto finish = [&](const Sums<acc_t>& text, const Sums<acc_t>& image, int r, int64_t h) {
+      join(text, image, size.size, row_of(p.out, b, first + r, h));
+    };
+    if (text_first) {
+      for (int64_t h = begin; h < end; ++h) {
+        text(h,
+             [&](const Sums<acc_t>& row, int r, int64_t h) { keep(row, size.padded, kept(r, h)); });
+      }
+      for (int r = 0; r < samples; ++r) {
+        for (int64_t h = begin; h < end; ++h) {
+          slots(r, h, now);
+          finish(kept(r, h), now, r, h);
+        }
+      }
+    } else {
+      for (int r = 0; r < samples; ++r) {
+        for (int64_t h = begin; h < end; ++h) slots(r, h, kept(r, h));
+      }
+      for (int64_t h = begin; h < end; ++h) {
+        text(h, [&](const Sums<acc_t>& row, int r, int64_t h) { finish(row, kept(r, h), r, h); });
+      }
     }
   }
 
   void run(int64_t task_begin, int64_t task_end) {
-    constexpr int kWidth = Lanes<acc_t>::kWidth;
-    const acc_t factor = static_cast<acc_t>(p.scale * kLog2E);
-    const int64_t tiles = ceil_div(p.samples, kSamples<acc_t>);
-    for (int64_t task = task_begin; task < task_end; ++task) {
-      const int64_t b = task / tiles / p.heads, h = task / tiles % p.heads;
-      const int64_t first = task % tiles * kSamples<acc_t>;
-      const int64_t left = p.samples - first;
-      const int samples = left < kSamples<acc_t> ? static_cast<int>(left) : kSamples<acc_t>;
-      for (int r = 0; r < samples; ++r) {
-        gather_row(row_of(p.q, b, first + r, h), size.size, size.words, space.q + r * size.words);
-      }
-      std::memset(space.q + samples * size.words, 0,
-                  sizeof(operand_t) * (kSamples<acc_t> - samples) * size.words);
-      space.start(size.padded);
-      const int64_t text = (b * p.heads + h) * p.rule.text_len * p.head_size;
-      attend_text(static_cast<const storage_t*>(p.text_keys) + text,
-                  static_cast<const storage_t*>(p.text_values) + text, p.rule.text_len, samples,
-                  size, factor, space);
-      for (int r = 0; r < samples; ++r) {
-        if (p.coded) {
-          attend_slots<int8_t>(b, first + r, h, r, factor);
-        } else {
-          attend_slots<storage_t>(b, first + r, h, r, factor);
+    // Text keeps a core busy, slots the memory: every other thread begins with the slots.
+    const bool text_first = task_begin / (task_end - task_begin) % 2 == 0;
+    const int64_t tiles = ceil_div(p.samples, kSamples<acc_t>), of_caption = tiles * p.heads;
+    for (int64_t b = task_begin / of_caption; b * of_caption < task_end; ++b) {
+      // Heads of a tile whose task (b * H + h) * tiles + tile is below a bound.
+      const auto heads = [&](int64_t tile, int64_t bound) {
+        const int64_t before = bound - b * of_caption - tile;
+        return before <= 0 ? 0 : std::min<int64_t>(ceil_div(before, tiles), p.heads);
+      };
+      for (int64_t tile = 0, some; tile < tiles; tile += some) {
+        const int64_t begin = heads(tile, task_begin), end = heads(tile, task_end);
+        some = 1;
+        while (some < kTiles && tile + some < tiles && heads(tile + some, task_begin) == begin &&
+               heads(tile + some, task_end) == end) {
+          ++some;
         }
-        const acc_t inverse = 1 / space.l[r], *from = space.out + r * size.padded;
-        storage_t* out = row_of(p.out, b, first + r, h);
-        for (int d = 0; d < size.size; d += kWidth) {
-          const int some = size.size - d < kWidth ? size.size - d : kWidth;
-          store_up_to(out + d, some, inverse * load(from + d));
+        const int64_t first = tile * kSamples<acc_t>;
+        const int64_t samples = std::min<int64_t>(p.samples - first, some * kSamples<acc_t>);
+        for (int64_t h = begin; h < end; h += kHeads) {
+          attend(b, first, static_cast<int>(samples), h, std::min<int64_t>(end, h + kHeads),
+                 text_first);
         }
       }
     }
@@ -130,7 +194,7 @@ size_t workspace_bytes(const DecodeAttentionParams& p) {
   Carver carver{nullptr};
   for_type(p.type, [&](auto, auto operand) {
     using operand_t = decltype(operand);
-    DecodeSpace<operand_t>(carver, HeadSize<operand_t>(p.head_size), decode_most_keys(p.rule));
+    DecodeSpace<operand_t>(carver, HeadSize<operand_t>(p.head_size), p);
   });
   return carver.used;
 }

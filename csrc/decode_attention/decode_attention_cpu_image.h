@@ -18,6 +18,12 @@ template <>
 struct CodesOf<double> {
   typedef int8_t vec __attribute__((vector_size(kBytes / 8)));
 };
+// 0, 1, 2 ...
+template <typename acc_t, size_t... kLane>
+inline IVec<acc_t> lane_numbers(std::index_sequence<kLane...>) {
+  return IVec<acc_t>{kLane...};
+}
+
 template <typename acc_t>
 using Codes = typename CodesOf<acc_t>::vec;
 
@@ -43,82 +49,82 @@ inline Vec<acc_t> row_at(const stored_t* p, int left) {
   }
 }
 
-// Asks for a row that will be read soon, which may also lie beyond the last one.
-template <typename stored_t>
-inline void fetch_row(const stored_t* row, int size) {
-  const char* const bytes = reinterpret_cast<const char*>(row);
-  for (size_t i = 0; i < size * sizeof(stored_t); i += 64) __builtin_prefetch(bytes + i);
-}
+// The channels of a row: kFixed of them, or a number known at run time, of whole vectors with
+// kWhole. What a loop over rows does beside reading them keeps a processor from reading ahead.
+template <int kFixed, bool kWhole>
+struct Channels {
+  int count;
+  static constexpr bool kAll = kWhole;
+  int operator()() const { return kFixed > 0 ? kFixed : count; }
+};
 
-// sum[i] += lane by lane row i times q, over the channels; with kWhole they are whole vectors.
-template <bool kWhole, int kRows, typename acc_t, typename stored_t>
-inline void add_products(const stored_t* const (&rows)[kRows], const acc_t* q, int size,
-                         Vec<acc_t>* sum) {
+constexpr int64_t kAheadBytes = 6144;  // of a stream, that are on their way
+
+// sums[rows][lanes] = the products of q with so many rows of keys, lane by lane. What else a loop
+// does than read rows keeps the processor from reading ahead: no addresses from a table, no more
+// than one row a turn, by whose step it guesses the next.
+template <typename acc_t, typename stored_t, typename channels_t>
+inline void score_rows(const stored_t* row, int rows, const acc_t* q, channels_t channels,
+                       int64_t ahead, acc_t* sums) {
   constexpr int kWidth = Lanes<acc_t>::kWidth;
-  for (int d = 0; d < size; d += kWidth) {
-    const Vec<acc_t> factor = load(q + d);
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      sum[i] += row_at<acc_t, kWhole>(rows[i] + d, size - d) * factor;
+  const int size = channels();
+#pragma GCC unroll 1
+  for (int t = 0; t < rows; ++t, row += size, sums += kWidth) {
+    fetch(row + ahead, size);
+    Vec<acc_t> sum = {};
+#pragma GCC unroll 16
+    for (int d = 0; d < size; d += kWidth) {
+      sum += row_at<acc_t, channels_t::kAll>(row + d, size - d) * load(q + d);
     }
+    store(sums, sum);
   }
 }
 
-// scores[count] = the products of q with the keys at `places`.
-template <bool kWhole, typename acc_t, typename stored_t>
-inline void score_places(const stored_t* keys, const int32_t* places, int count, const acc_t* q,
-                         int size, int64_t ahead, acc_t* scores) {
-  constexpr int kWidth = Lanes<acc_t>::kWidth, kRows = kWidth < 8 ? kWidth : 8;
+// Scores of `count` keys from their sums, as whole vectors with -inf behind, an even number of
+// them, whose lanes are returned.
+template <typename acc_t>
+inline int add_lanes(const acc_t* sums, int count, acc_t factor, acc_t* scores) {
+  constexpr int kWidth = Lanes<acc_t>::kWidth;
+  const IVec<acc_t> lane = lane_numbers<acc_t>(std::make_index_sequence<kWidth>{});
   int t = 0;
-  for (; t + kWidth <= count; t += kWidth) {
-    Vec<acc_t> sum[kWidth] = {};
-#pragma GCC unroll 2
-    for (int half = 0; half < kWidth; half += kRows) {
-      const stored_t* rows[kRows];
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) rows[i] = keys + int64_t{places[t + half + i]} * size;
-      for (int i = 0; i < kRows; ++i) fetch_row(rows[i] + ahead, size);
-      add_products<kWhole, kRows>(rows, q, size, sum + half);
-    }
-    store(scores + t, sums_of<acc_t>(sum));
+  for (; t < count; t += kWidth) {
+    Vec<acc_t> sum[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) sum[i] = load(sums + (t + i) * kWidth);
+    const Vec<acc_t> found = sums_of<acc_t>(sum) * factor;
+    store(scores + t, lane < count - t ? found : splat<acc_t>(-INFINITY));
   }
-  for (; t < count; ++t) {
-    const stored_t* const row[1] = {keys + int64_t{places[t]} * size};
-    fetch_row(row[0] + ahead, size);
-    Vec<acc_t> sum[1] = {};
-    add_products<kWhole, 1>(row, q, size, sum);
-    scores[t] = sum_of<acc_t>(sum[0]);
+  if (t / kWidth % 2 == 1) {
+    store(scores + t, splat<acc_t>(-INFINITY));
+    t += kWidth;
   }
+  return t;
 }
 
-// kVectors vectors of out, at channel d: rescaled, plus the sum of weights * values. Two sums, of
-// every other key, so that the products need not wait for one another.
-template <bool kWhole, int kVectors, typename acc_t, typename stored_t>
-inline void weigh_places(const stored_t* values, const int32_t* places, int count,
-                         const acc_t* weights, int size, int64_t ahead, acc_t rescale, int d,
-                         acc_t* out) {
-  constexpr int kWidth = Lanes<acc_t>::kWidth;
-  Vec<acc_t> sum[2][kVectors] = {};
-  const auto add = [&](int t, Vec<acc_t>(&to)[kVectors]) DALLE_INLINE {
-    const stored_t* row = values + int64_t{places[t]} * size + d;
-    const Vec<acc_t> weight = splat(weights[t]);
-    if (d == 0) fetch_row(row + ahead, size);
-#pragma GCC unroll 4
+// sum += weights * rows, kVectors vectors wide. With registers enough there are two sums, of every
+// other row, so that products need not wait for one another.
+template <int kVectors>
+constexpr int kSets = kVectors == 4 ? 2 : 1;
+template <int kVectors, typename acc_t, typename stored_t, typename channels_t>
+inline void weigh_rows(const stored_t* row, int rows, const acc_t* weights, channels_t channels,
+                       int left, int64_t ahead, Vec<acc_t> (&sum)[kSets<kVectors>][kVectors]) {
+  constexpr int kWidth = Lanes<acc_t>::kWidth, kTurn = kSets<kVectors>;
+  const int size = channels();
+  const auto add = [&](Vec<acc_t>(&to)[kVectors]) DALLE_INLINE {
+    const Vec<acc_t> weight = splat(*weights++);
+    fetch(row + ahead, kVectors * kWidth);
+#pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
-      to[j] += weight * row_at<acc_t, kWhole>(row + j * kWidth, size - d - j * kWidth);
+      to[j] += weight * row_at<acc_t, channels_t::kAll>(row + j * kWidth, left - j * kWidth);
     }
+    row += size;
   };
-  int t = 0;
-  for (; t + 2 <= count; t += 2) {
-    add(t, sum[0]);
-    add(t + 1, sum[1]);
+#pragma GCC unroll 1
+  for (int t = 0; t + kTurn <= rows; t += kTurn) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kTurn; ++i) add(sum[i]);
   }
-  if (t < count) add(t, sum[0]);
-#pragma GCC unroll 4
-  for (int j = 0; j < kVectors; ++j) {
-    acc_t* to = out + d + j * kWidth;
-    store(to, load(to) * rescale + (sum[0][j] + sum[1][j]));
-  }
+  if (rows % kTurn != 0) add(sum[0]);
 }
 
 // Keys and values of one sample and head, and their scales where they are codes.
@@ -126,56 +132,91 @@ template <typename stored_t>
 struct SampleSlots {
   const stored_t *keys, *values;
   const float *key_scales, *value_scales;
-  int64_t ahead;  // from a row to that of the next sample
+  int64_t ahead;  // elements from a row to the one that is asked for meanwhile
 };
 
-// Adds the slots at space.places to what sample r has; its query lies in space.q_image.
-template <bool kWhole, typename stored_t, typename operand_t>
-inline void attend_image(const SampleSlots<stored_t>& slots, int num_places, int r,
+// The softmax over the slots of space.pieces, of the query in space.q_image.
+template <typename channels_t, typename stored_t, typename operand_t>
+inline void attend_image(const SampleSlots<stored_t>& slots, channels_t channels,
                          const HeadSize<operand_t>& size, Sum<operand_t> factor,
-                         DecodeSpace<operand_t>& space) {
+                         const DecodeSpace<operand_t>& space, const Sums<Sum<operand_t>>& image) {
   using acc_t = Sum<operand_t>;
-  constexpr int kWidth = Lanes<acc_t>::kWidth, kVectors = 4;
+  constexpr int kWidth = Lanes<acc_t>::kWidth, kVectors = kBytes == 64 ? 4 : 8;
   constexpr bool kCoded = std::is_same_v<stored_t, int8_t>;
-  acc_t scores[kChunk], *out = space.out + r * size.padded;
-  for (int first = 0; first < num_places; first += kChunk) {
-    const int count = num_places - first < kChunk ? num_places - first : kChunk;
-    const int32_t* places = space.places + first;
-    score_places<kWhole>(slots.keys, places, count, space.q_image, size.size, slots.ahead, scores);
-    if constexpr (kCoded) {
-      for (int t = 0; t < count; ++t) scores[t] *= slots.key_scales[places[t]];
+  alignas(64) acc_t sums[kChunk * kWidth], scores[kChunk];
+  acc_t m = -INFINITY, l = 0;
+  const DecodeRange* const end = space.pieces + space.num_pieces;
+  for (const DecodeRange *first = space.pieces, *last = first; first != end; first = last) {
+    int count = 0;
+    for (; last != end && count < kChunk; ++last) {  // a chunk is full, or the last
+      const int rows = last->end - last->begin;
+      score_rows(slots.keys + int64_t{last->begin} * channels(), rows, space.q_image, channels,
+                 slots.ahead, sums + count * kWidth);
+      count += rows;
     }
-    for (int t = 0; t < count; ++t) scores[t] *= factor;
-    for (int t = count; t % kWidth != 0; ++t) scores[t] = -INFINITY;  // whatever the factor's sign
+    const auto scale_by = [&](const float* scales) DALLE_INLINE {
+      acc_t* score = scores;
+      for (const DecodeRange* piece = first; piece != last; ++piece) {
+        for (int32_t c = piece->begin; c < piece->end; ++c) *score++ *= scales[c];
+      }
+    };
+    const int padded = add_lanes(sums, count, factor, scores);
+    if constexpr (kCoded) scale_by(slots.key_scales);
     Vec<acc_t> most = splat<acc_t>(-INFINITY);
-    for (int t = 0; t < count; t += kWidth) {
+    for (int t = 0; t < padded; t += kWidth) {
       const Vec<acc_t> s = load(scores + t);
       most = s > most ? s : most;
     }
-    const acc_t m_old = space.m[r], chunk = max_of<acc_t>(most);
-    const acc_t m = chunk > m_old ? chunk : m_old, shift = m == -INFINITY ? 0 : m;
-    const acc_t rescale = exp2_of<acc_t>(splat<acc_t>(m_old - shift))[0];
+    const bool again = first != space.pieces;
+    const acc_t m_old = m, chunk = max_of<acc_t>(most);
+    m = chunk > m_old ? chunk : m_old;
+    const acc_t shift = m == -INFINITY ? 0 : m;
+    const acc_t rescale = again ? exp2_of<acc_t>(splat<acc_t>(m_old - shift))[0] : 0;
     Vec<acc_t> sum = {};
-    for (int t = 0; t < count; t += kWidth) {
-      const Vec<acc_t> e = exp2_of<acc_t>(load(scores + t) - shift);
-      store(scores + t, e);
-      sum += e;
+    for (int t = 0; t < padded; t += 2 * kWidth) {
+      Vec<acc_t> e[2] = {load(scores + t) - shift, load(scores + t + kWidth) - shift};
+      exp2_of<acc_t>(e);
+      sum += e[0], sum += e[1];
+      store(scores + t, e[0]), store(scores + t + kWidth, e[1]);
     }
-    space.m[r] = m;
-    space.l[r] = space.l[r] * rescale + sum_of<acc_t>(sum);
-    if constexpr (kCoded) {
-      for (int t = 0; t < count; ++t) scores[t] *= slots.value_scales[places[t]];
-    }
+    l = l * rescale + sum_of<acc_t>(sum);
+    if constexpr (kCoded) scale_by(slots.value_scales);
+    const auto weigh = [&](auto vectors, int d) DALLE_INLINE {
+      constexpr int kSome = decltype(vectors)::value, kTurn = kSets<kSome>;
+      Vec<acc_t> sum[kTurn][kSome] = {};
+      const acc_t* weights = scores;
+      for (const DecodeRange* piece = first; piece != last; ++piece) {
+        const int rows = piece->end - piece->begin;
+        weigh_rows<kSome>(slots.values + int64_t{piece->begin} * channels() + d, rows, weights,
+                          channels, channels() - d, slots.ahead, sum);
+        weights += rows;
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < kSome; ++j) {
+        acc_t* to = image.out + d + j * kWidth;
+        const Vec<acc_t> all = kTurn == 2 ? sum[0][j] + sum[kTurn - 1][j] : sum[0][j];
+        store(to, again ? load(to) * rescale + all : all);
+      }
+    };
     int d = 0;
     for (; d + kVectors * kWidth <= size.padded; d += kVectors * kWidth) {
-      weigh_places<kWhole, kVectors>(slots.values, places, count, scores, size.size, slots.ahead,
-                                     rescale, d, out);
+      weigh(std::integral_constant<int, kVectors>{}, d);
     }
-    for (; d < size.padded; d += kWidth) {
-      weigh_places<kWhole, 1>(slots.values, places, count, scores, size.size, slots.ahead, rescale,
-                              d, out);
-    }
+    for (; d < size.padded; d += kWidth) weigh(std::integral_constant<int, 1>{}, d);
   }
+  *image.m = m, *image.l = l;
+}
+
+// to[size] = from. In vectors as wide as those that will load it, see score_places.
+template <typename storage_t>
+inline void copy_row(const storage_t* from, int size, storage_t* to) {
+  typedef char Bytes __attribute__((vector_size(kBytes)));
+  constexpr int kElementsOf = kBytes / sizeof(storage_t);
+  int d = 0;
+  for (; d + kElementsOf <= size; d += kElementsOf) {
+    store(to + d, load_as<Bytes>(from + d));
+  }
+  if (d < size) std::memcpy(to + d, from + d, sizeof(storage_t) * (size - d));
 }
 
 // The 8-bit form of a row: codes and their scale, max |x| / 127; a row that is not finite gets a

@@ -55,12 +55,13 @@ inline OperandRows<operand_t> values_of(const storage_t* from, int count,
 
 // out = rescale * out + weights * values, for `rows` samples, kRows at a time.
 template <typename operand_t, int kVectors, int kRows>
-inline void weigh_block(DecodeSpace<operand_t>& space, int64_t row_step, int64_t step,
-                        OperandRows<operand_t> values, int depth, int rows, int padded, int d) {
+inline void weigh_block(DecodeSpace<operand_t>& space, const Sums<Sum<operand_t>>& text,
+                        int64_t row_step, int64_t step, OperandRows<operand_t> values, int depth,
+                        int rows, int padded, int d) {
   using acc_t = Sum<operand_t>;
   for (int r = 0; r < rows; r += kRows) {
     MicroTile<acc_t, kVectors, kRows> sum;
-    acc_t* out = space.out + r * padded + d;
+    acc_t* out = text.out + r * padded + d;
     load_tile<acc_t, kVectors, kRows>(out, padded, space.rescale + r, sum);
     micro_tile<operand_t, kVectors, kRows>(space.weights + r * row_step, row_step, step,
                                            values.data + d, values.stride, depth, sum);
@@ -68,26 +69,30 @@ inline void weigh_block(DecodeSpace<operand_t>& space, int64_t row_step, int64_t
   }
 }
 template <typename operand_t, int kVectors, int kRows>
-inline void weigh_values(DecodeSpace<operand_t>& space, int64_t row_step, int64_t step,
-                         OperandRows<operand_t> values, int depth, int rows, int padded) {
+inline void weigh_values(DecodeSpace<operand_t>& space, const Sums<Sum<operand_t>>& text,
+                         int64_t row_step, int64_t step, OperandRows<operand_t> values, int depth,
+                         int rows, int padded) {
   constexpr int kWidth = Lanes<Sum<operand_t>>::kWidth, kBlock = kVectors * kWidth;
   int d = 0;
   for (; d + kBlock <= padded; d += kBlock) {
-    weigh_block<operand_t, kVectors, kRows>(space, row_step, step, values, depth, rows, padded, d);
+    weigh_block<operand_t, kVectors, kRows>(space, text, row_step, step, values, depth, rows,
+                                            padded, d);
   }
   for (; d < padded; d += kWidth) {
-    weigh_block<operand_t, 1, kRows>(space, row_step, step, values, depth, rows, padded, d);
+    weigh_block<operand_t, 1, kRows>(space, text, row_step, step, values, depth, rows, padded, d);
   }
 }
 
 // -- many samples: kVectors vectors of them -------------------------------------------------------
 
-template <typename operand_t, int kVectors>
+// Calls ahead(t) before key t and those after it, kMicroRows at a time.
+template <typename operand_t, int kVectors, typename Ahead>
 inline void score_many(DecodeSpace<operand_t>& space, OperandRows<operand_t> keys, int count,
-                       int depth, Sum<operand_t> factor) {
+                       int depth, Sum<operand_t> factor, const Ahead& ahead) {
   constexpr int kLead = kSamples<Sum<operand_t>>;
   int t = 0;
   for (; t + kMicroRows <= count; t += kMicroRows) {
+    ahead(t);
     scaled_product<operand_t, kVectors, kMicroRows, kScorePart>(
         keys.data + t * keys.stride, keys.stride, 1, space.q_across, kLead, depth, factor,
         space.scores + t * kLead, kLead);
@@ -101,7 +106,8 @@ inline void score_many(DecodeSpace<operand_t>& space, OperandRows<operand_t> key
 
 // Scores become weights. Those of a sample are added up as lanes of a vector of keys would be.
 template <typename operand_t>
-inline void softmax_many(DecodeSpace<operand_t>& space, int count, int vectors) {
+inline void softmax_many(DecodeSpace<operand_t>& space, const Sums<Sum<operand_t>>& text, int count,
+                         int vectors) {
   using acc_t = Sum<operand_t>;
   constexpr int kLead = kSamples<acc_t>, kWidth = Lanes<acc_t>::kWidth, kStep = 4;
   static_assert(kStep % kElements<operand_t> == 0);
@@ -113,7 +119,7 @@ inline void softmax_many(DecodeSpace<operand_t>& space, int count, int vectors) 
     }
     store(space.most + j, most);
   }
-  space.meet_maxima(vectors * kWidth);
+  space.meet_maxima(text, vectors * kWidth);
   for (int j = 0; j < vectors * kWidth; j += kWidth) {
     const Vec<acc_t> shift = load(space.shift + j);
     Vec<acc_t> part[kWidth < kStep ? kStep : kWidth] = {};
@@ -146,14 +152,14 @@ inline void softmax_many(DecodeSpace<operand_t>& space, int count, int vectors) 
     }
     store(space.sum + j, part[0]);
   }
-  space.add_sums(vectors * kWidth);
+  space.add_sums(text, vectors * kWidth);
 }
 
 // -- few samples: half a vector of them at most ---------------------------------------------------
 
 template <typename operand_t, int kRows>
-inline void chunk_of_few(DecodeSpace<operand_t>& space, int count, const HeadSize<operand_t>& size,
-                         Sum<operand_t> factor) {
+inline void chunk_of_few(DecodeSpace<operand_t>& space, const Sums<Sum<operand_t>>& text, int count,
+                         const HeadSize<operand_t>& size, Sum<operand_t> factor) {
   using acc_t = Sum<operand_t>;
   constexpr int kWidth = Lanes<acc_t>::kWidth, kVectors = kRows <= 2 ? 4 : 2;
   constexpr int kBlock = kVectors * kWidth < kChunk ? kVectors * kWidth : kChunk;
@@ -173,7 +179,7 @@ inline void chunk_of_few(DecodeSpace<operand_t>& space, int count, const HeadSiz
     }
     space.most[r] = max_of<acc_t>(most);
   }
-  space.meet_maxima(kWidth);
+  space.meet_maxima(text, kWidth);
   for (int r = 0; r < kRows; ++r) {
     const acc_t* scores = space.scores + r * kChunk;
     operand_t* weights = space.weights + r * kChunk / kElements<operand_t>;
@@ -188,7 +194,7 @@ inline void chunk_of_few(DecodeSpace<operand_t>& space, int count, const HeadSiz
     }
     space.sum[r] = sum_of<acc_t>(sum);
   }
-  space.add_sums(kWidth);
+  space.add_sums(text, kWidth);
 }
 
 // -- the text of a caption ------------------------------------------------------------------------
@@ -197,10 +203,13 @@ inline void chunk_of_few(DecodeSpace<operand_t>& space, int count, const HeadSiz
 template <typename storage_t, typename operand_t>
 inline void attend_text(const storage_t* keys, const storage_t* values, int text_len, int samples,
                         const HeadSize<operand_t>& size, Sum<operand_t> factor,
-                        DecodeSpace<operand_t>& space) {
+                        DecodeSpace<operand_t>& space, const Sums<Sum<operand_t>>& text) {
   using acc_t = Sum<operand_t>;
   constexpr int kWidth = Lanes<acc_t>::kWidth, kLead = kSamples<acc_t>;
   constexpr int kPer = kElements<operand_t>;
+  for (int r = 0; r < kLead; ++r) text.m[r] = -INFINITY;
+  std::memset(text.l, 0, sizeof(acc_t) * kLead);
+  std::memset(text.out, 0, sizeof(acc_t) * kLead * size.padded);
   const bool few = samples <= kWidth / 2, whole = size.padded == size.size;
   if (!few) transpose_panel(space.q, kLead, size.words, space.q_across);
   for (int first = 0; first < text_len; first += kChunk) {
@@ -219,8 +228,8 @@ inline void attend_text(const storage_t* keys, const storage_t* values, int text
       transpose_panel(rows.data, kChunk, size.words, space.keys_across);
       const auto run = [&](auto rows_t) {
         constexpr int kRows = decltype(rows_t)::value, kVectors = kRows <= 2 ? 4 : 2;
-        chunk_of_few<operand_t, kRows>(space, count, size, factor);
-        weigh_values<operand_t, kVectors, kRows>(space, kChunk / kPer, 1,
+        chunk_of_few<operand_t, kRows>(space, text, count, size, factor);
+        weigh_values<operand_t, kVectors, kRows>(space, text, kChunk / kPer, 1,
                                                  values_of(next, count, size, space), depth, kRows,
                                                  size.padded);
       };
@@ -236,14 +245,19 @@ inline void attend_text(const storage_t* keys, const storage_t* values, int text
       continue;
     }
     const int vectors = samples <= kWidth ? 1 : kMicroVectors;
+    // The values of this chunk and the keys of the next, which may be those of the next head.
+    const auto ahead = [&](int t) DALLE_INLINE {
+      fetch(next + int64_t{t} * size.size, int64_t{kMicroRows} * size.size);
+      fetch(chunk + int64_t{kChunk + t} * size.size, int64_t{kMicroRows} * size.size);
+    };
     if (vectors == 1) {
-      score_many<operand_t, 1>(space, rows, count, size.depth, factor);
+      score_many<operand_t, 1>(space, rows, count, size.depth, factor, ahead);
     } else {
-      score_many<operand_t, kMicroVectors>(space, rows, count, size.depth, factor);
+      score_many<operand_t, kMicroVectors>(space, rows, count, size.depth, factor, ahead);
     }
-    softmax_many(space, count, vectors);
+    softmax_many(space, text, count, vectors);
     weigh_values<operand_t, kMicroVectors, kMicroRows>(
-        space, 1, kLead, values_of(next, count, size, space), depth, samples, size.padded);
+        space, text, 1, kLead, values_of(next, count, size, space), depth, samples, size.padded);
   }
 }
 
