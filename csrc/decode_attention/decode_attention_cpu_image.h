@@ -155,6 +155,15 @@ inline void attend_image(const SampleSlots<stored_t>& slots, channels_t channels
       count += rows;
     }
     const auto scale_by = [&](const float* scales) DALLE_INLINE {
+      if constexpr (std::is_same_v<acc_t, float>) {
+        if (last - first == 1) {  // of the kinds that keep codes always
+          for (int t = 0; t < count; t += kWidth) {
+            const int some = count - t < kWidth ? count - t : kWidth;
+            store(scores + t, load(scores + t) * load_up_to(scales + first->begin + t, some, 1));
+          }
+          return;
+        }
+      }
       acc_t* score = scores;
       for (const DecodeRange* piece = first; piece != last; ++piece) {
         for (int32_t c = piece->begin; c < piece->end; ++c) *score++ *= scales[c];
