@@ -3,7 +3,7 @@
 //
 // A task is one head of some samples of a caption. Their text is one product; their slots are read
 // sample by sample, all heads of a thread in one stream. Each is a softmax of its own, the two are
-// joined at last, so that a sample's bits depend neither on the order nor on what else is there.
+// merged at last, so that a sample's bits depend neither on the order nor on what else is there.
 #pragma once
 
 #include <algorithm>
@@ -66,7 +66,7 @@ struct Decode {
     stored_t* keys = static_cast<stored_t*>(p.image_keys) + head * p.head_size;
     stored_t* values = static_cast<stored_t*>(p.image_values) + head * p.head_size;
     // Where all slots up to this one are read, heads are one stream. Else most of what follows a
-    // row is not read, and the next head's row is asked for.
+    // row is not read, and the next head's row is prefetched.
     const bool stream = p.rule.kind == AttentionKind::kRow || p.rule.kind == AttentionKind::kCausal;
     const int64_t ahead = stream ? kAheadBytes / static_cast<int64_t>(sizeof(stored_t))
                                  : int64_t{p.capacity} * p.head_size;
@@ -101,7 +101,7 @@ struct Decode {
     }
   }
 
-  void attend_words(int64_t b, int64_t first, int samples, int64_t h, const Sums<acc_t>& text) {
+  void attend_text_of(int64_t b, int64_t first, int samples, int64_t h, const Sums<acc_t>& text) {
     for (int r = 0; r < samples; ++r) {
       gather_row(row_of(p.q, b, first + r, h), size.size, size.words, space.q + r * size.words);
     }
@@ -113,14 +113,15 @@ struct Decode {
                 factor, space, text);
   }
 
-  // Heads [begin, end), kHeads at most, of some samples of caption b. The text goes head by head,
-  // the slots sample by sample, since those of a sample lie side by side.
+  // Heads [begin, end), kHeads at most, of kTiles * kSamples samples of caption b at most. The text
+  // goes head by head, whose keys samples share; the slots go sample by sample, whose heads lie
+  // side by side.
   void attend(int64_t b, int64_t first, int samples, int64_t begin, int64_t end, bool text_first) {
     const Sums<acc_t>& now = space.now;
     const auto text = [&](int64_t h, const auto& use) {
       for (int tile = 0; tile < samples; tile += kSamples<acc_t>) {
         const int some = std::min(samples - tile, kSamples<acc_t>);
-        attend_words(b, first + tile, some, h, now);
+        attend_text_of(b, first + tile, some, h, now);
         for (int r = 0; r < some; ++r) use(now.row(r, size.padded), tile + r, h);
       }
     };
@@ -131,7 +132,7 @@ struct Decode {
       return space.kept.row(r * kHeads + (h - begin), size.padded);
     };
     const auto finish = [&](const Sums<acc_t>& text, const Sums<acc_t>& image, int r, int64_t h) {
-      join(text, image, size.size, row_of(p.out, b, first + r, h));
+      merge(text, image, size.size, row_of(p.out, b, first + r, h));
     };
     if (text_first) {
       for (int64_t h = begin; h < end; ++h) {
@@ -155,7 +156,7 @@ struct Decode {
   }
 
   void run(int64_t task_begin, int64_t task_end) {
-    // Text keeps a core busy, slots the memory: every other thread begins with the slots.
+    // Text is bound by arithmetic, slots by memory: every other thread begins with the slots.
     const bool text_first = task_begin / (task_end - task_begin) % 2 == 0;
     const int64_t tiles = ceil_div(p.samples, kSamples<acc_t>), of_caption = tiles * p.heads;
     for (int64_t b = task_begin / of_caption; b * of_caption < task_end; ++b) {

@@ -50,7 +50,8 @@ inline Vec<acc_t> row_at(const stored_t* p, int left) {
 }
 
 // The channels of a row: kFixed of them, or a number known at run time, of whole vectors with
-// kWhole. What a loop over rows does beside reading them keeps a processor from reading ahead.
+// kWhole. What a core has in flight is bounded by its reorder buffer, so every instruction between
+// two loads of a stream costs bandwidth: no loop over channels where their number is known.
 template <int kFixed, bool kWhole>
 struct Channels {
   int count;
@@ -58,11 +59,10 @@ struct Channels {
   int operator()() const { return kFixed > 0 ? kFixed : count; }
 };
 
-constexpr int64_t kAheadBytes = 6144;  // of a stream, that are on their way
+constexpr int64_t kAheadBytes = 6144;  // prefetch distance in a stream
 
-// sums[rows][lanes] = the products of q with so many rows of keys, lane by lane. What else a loop
-// does than read rows keeps the processor from reading ahead: no addresses from a table, no more
-// than one row a turn, by whose step it guesses the next.
+// sums[rows][lanes] = the products of q with so many rows of keys, lane by lane. One row a turn and
+// no table of addresses: the hardware prefetcher sees one stride.
 template <typename acc_t, typename stored_t, typename channels_t>
 inline void score_rows(const stored_t* row, int rows, const acc_t* q, channels_t channels,
                        int64_t ahead, acc_t* sums) {
@@ -70,7 +70,7 @@ inline void score_rows(const stored_t* row, int rows, const acc_t* q, channels_t
   const int size = channels();
 #pragma GCC unroll 1
   for (int t = 0; t < rows; ++t, row += size, sums += kWidth) {
-    fetch(row + ahead, size);
+    prefetch(row + ahead, size);
     Vec<acc_t> sum = {};
 #pragma GCC unroll 16
     for (int d = 0; d < size; d += kWidth) {
@@ -112,7 +112,7 @@ inline void weigh_rows(const stored_t* row, int rows, const acc_t* weights, chan
   const int size = channels();
   const auto add = [&](Vec<acc_t>(&to)[kVectors]) DALLE_INLINE {
     const Vec<acc_t> weight = splat(*weights++);
-    fetch(row + ahead, kVectors * kWidth);
+    prefetch(row + ahead, kVectors * kWidth);
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
       to[j] += weight * row_at<acc_t, channels_t::kAll>(row + j * kWidth, left - j * kWidth);
@@ -132,7 +132,7 @@ template <typename stored_t>
 struct SampleSlots {
   const stored_t *keys, *values;
   const float *key_scales, *value_scales;
-  int64_t ahead;  // elements from a row to the one that is asked for meanwhile
+  int64_t ahead;  // elements from a row to the one that is prefetched meanwhile
 };
 
 // The softmax over the slots of space.pieces, of the query in space.q_image.
@@ -216,7 +216,8 @@ inline void attend_image(const SampleSlots<stored_t>& slots, channels_t channels
   *image.m = m, *image.l = l;
 }
 
-// to[size] = from. In vectors as wide as those that will load it, see score_places.
+// to[size] = from, in vectors as wide as those that will load it: a load that takes from several
+// stores waits until they have left the store buffer.
 template <typename storage_t>
 inline void copy_row(const storage_t* from, int size, storage_t* to) {
   typedef char Bytes __attribute__((vector_size(kBytes)));

@@ -1,5 +1,5 @@
-// What a thread keeps: queries, the online softmax of text and of image slots, and how the two
-// become one. Included by decode_attention_cpu.h only.
+// What a thread keeps: queries, the online softmax over the text and over the image slots, and how
+// the two are merged. Included by decode_attention_cpu.h only.
 #pragma once
 
 #include <cmath>  // INFINITY
@@ -15,7 +15,8 @@ constexpr int kChunk = 64;  // keys between two updates of the running maximum
 template <typename acc_t>
 constexpr int kSamples = kMicroVectors * Lanes<acc_t>::kWidth;  // of a task
 
-constexpr int kHeads = 16, kTiles = 2;  // whose sums are kept until the rest of their keys is read
+// Heads, and tiles of kSamples, whose first softmax is kept until the second is there.
+constexpr int kHeads = 16, kTiles = 2;
 
 // A softmax over some keys, for each of some samples: the largest score m, the sum l of the weights
 // 2^(score - m), and the sum `out` of weights * values, [padded].
@@ -39,19 +40,17 @@ inline void keep(const Sums<acc_t>& from, int padded, const Sums<acc_t>& to) {
   std::memcpy(to.out, from.out, sizeof(acc_t) * padded);
 }
 
-// Asks for elements that will be read soon.
 template <typename T>
-inline void fetch(const T* from, int64_t count) {
+inline void prefetch(const T* from, int64_t count) {
   const char* const bytes = reinterpret_cast<const char*>(from);
   for (size_t i = 0; i < count * sizeof(T); i += 64) __builtin_prefetch(bytes + i);
 }
 
-// The softmax over both sets of keys, for one sample. It is the same to the bit whichever came
-// first.
+// The softmax over both sets of keys, for one sample; the same bits whichever was computed first.
 template <typename storage_t, typename acc_t>
-inline void join(const Sums<acc_t>& text, const Sums<acc_t>& image, int size, storage_t* out) {
+inline void merge(const Sums<acc_t>& text, const Sums<acc_t>& image, int size, storage_t* out) {
   constexpr int kWidth = Lanes<acc_t>::kWidth;
-  // Vectors, so that there is no branch to guess wrong.
+  // In vectors: a branch on m would be mispredicted.
   const Vec<acc_t> m_text = splat(*text.m), m_image = splat(*image.m);
   const Vec<acc_t> m = m_text > m_image ? m_text : m_image;
   const Vec<acc_t> shift = m == splat<acc_t>(-INFINITY) ? Vec<acc_t>{} : m;
@@ -71,7 +70,7 @@ struct DecodeSpace {
   using acc_t = Sum<operand_t>;
   operand_t *q, *q_across, *keys, *keys_across, *values, *weights;
   acc_t *scores, *q_image, *most, *shift, *rescale, *sum;
-  Sums<acc_t> kept, now;  // of kTiles * kRows samples of kHeads, and of the kRows at work
+  Sums<acc_t> kept, now;  // of kTiles * kRows samples and kHeads, and of the kRows at work
   DecodeRange* pieces;    // that the slot reads, cut where a chunk is full
   int num_pieces = 0;
 

@@ -247,8 +247,8 @@ inline void attend_text(const storage_t* keys, const storage_t* values, int text
     const int vectors = samples <= kWidth ? 1 : kMicroVectors;
     // The values of this chunk and the keys of the next, which may be those of the next head.
     const auto ahead = [&](int t) DALLE_INLINE {
-      fetch(next + int64_t{t} * size.size, int64_t{kMicroRows} * size.size);
-      fetch(chunk + int64_t{kChunk + t} * size.size, int64_t{kMicroRows} * size.size);
+      prefetch(next + int64_t{t} * size.size, int64_t{kMicroRows} * size.size);
+      prefetch(chunk + int64_t{kChunk + t} * size.size, int64_t{kMicroRows} * size.size);
     };
     if (vectors == 1) {
       score_many<operand_t, 1>(space, rows, count, size.depth, factor, ahead);
