@@ -188,6 +188,8 @@ REQUIRED = {  # options without a default
 @pytest.mark.parametrize("verb", sorted(set(COMMANDS) - {("toy", "train")}), ids=" ".join)
 def test_the_options_of_a_run_give_the_same_options_again(tmp_path, verb):
     names = option_names(load_target(verb)[1])
+    if verb == ("train",):
+        names = set(names) - {"vae"}  # has a default, and goes with codes alone
     words = [f"--{name}={value}" for name, value in REQUIRED.items() if name in names]
     config = parsed(verb, *words, *(["a, b: [c]"] if verb[0] in ("sample", "rerank") else []))
     path = tmp_path / "new" / "config.yaml"
