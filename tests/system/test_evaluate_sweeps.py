@@ -248,7 +248,7 @@ def test_report_shows_every_result_and_nothing_from_outside(home, capsys):
     for call in (
         lambda: evaluate.fid("real", "fake", weights="pipe", out="rep", **FEW),
         lambda: evaluate.kid("real", "fake", weights="pipe", out="rep", **FEW),
-        lambda: evaluate.words("shapes:zero", image_size=24, count=8, out="rep"),
+        lambda: evaluate.words("shapes:zero", image_size=24, count=8, out="rep/a #1"),
     ):
         call()
     (home / "rep/other.json").write_text('{"title": "not ours"}')
@@ -257,11 +257,11 @@ def test_report_shows_every_result_and_nothing_from_outside(home, capsys):
     evil |= {"title": "<script>alert(1)</script>", "pictures": ["../fake/000.png", "fid.png"]}
     (home / "rep/evil.json").write_text(json.dumps(evil))
     assert main(["eval", "report", "--out", "rep"]) == 0
-    assert "evil, fid, kid, words; look at rep/index.html" in capsys.readouterr().out
+    assert "evil, fid, kid, a #1/words; look at rep/index.html" in capsys.readouterr().out
     text = (home / "rep/index.html").read_text()
     page = Tags(text)
     assert page.tags.count("h2") == 4 and "script" not in page.tags and "not ours" not in text
-    assert page.sources == ["fid.png", "fid.png", "kid.png", "words.png"]
+    assert page.sources == ["fid.png", "fid.png", "kid.png", "a%20%231/words.png"]
     assert not re.search(r"(src|href)=.?(https?:|//)", text)
     assert "FD-ranker" in text and "SHA-256" in text and "10,000" in text
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from html import escape
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 from dalle.errors import DataError
 from dalle.evaluate.results import as_path, cell, read_results
@@ -27,7 +28,7 @@ details { margin: .5rem 0; color: #555; } summary { cursor: pointer; }
 
 
 def report(out: Path | str) -> dict[str, Any]:
-    """Writes OUT/index.html from the results in OUT.
+    """Writes OUT/index.html from the results in OUT and in the folders in it.
 
     Returns:
         "page", its path, and "results", the names of what it shows.
@@ -52,10 +53,12 @@ def section(folder: Path, result: dict[str, Any]) -> str:
     if result["text"]:
         parts.append(f"<p>{escape(result['text'])}</p>")
     parts += [f"<p class=note>{escape(str(line))}</p>" for line in result["warnings"]]
+    beside = PurePosixPath(result["name"]).parent
     for name in result["pictures"]:
         # A result may be somebody else's: only a plain name beside it is shown.
-        if isinstance(name, str) and Path(name).name == name and (folder / name).is_file():
-            parts.append(figure(name, f"{result['title']} ({name})", plot=True))
+        if isinstance(name, str) and Path(name).name == name and (folder / beside / name).is_file():
+            address = quote(str(beside / name))
+            parts.append(figure(address, f"{result['title']} ({beside / name})", plot=True))
     parts += [html_table(each) for each in result["tables"] if isinstance(each, dict)]
     parts.append(_details(result))
     return "\n".join(parts)

@@ -121,9 +121,9 @@ def _escaped(value: Any) -> str:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Every result in a folder, in the order of their names; other JSON files are left alone."""
+    """Every result in a folder and in the folders in it, by name; other JSON is left alone."""
     found = []
-    for path in sorted(folder.glob("*.json")):
+    for path in [*sorted(folder.glob("*.json")), *sorted(folder.glob("*/*.json"))]:
         try:
             value = read_object(path, CheckpointError)
         except CheckpointError:
@@ -132,7 +132,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         if value.get("format") == FORMAT and all(
             isinstance(value.get(key), kind) for key, kind in wanted.items()
         ):
-            found.append({**value, "name": path.stem})
+            found.append({**value, "name": path.relative_to(folder).with_suffix("").as_posix()})
     return found
 
 
