@@ -103,9 +103,9 @@ MUTANTS = [
     # -- CPU kernels ---------------------------------------------------------------------------
     Mutant(
         "the image of a sample does not rescale its text",
-        "csrc/decode_attention/decode_attention_cpu_image.h",
-        "space.l[r] * rescale + sum_of<acc_t>(sum)",
-        "space.l[r] + sum_of<acc_t>(sum)",
+        "csrc/decode_attention/decode_attention_cpu_space.h",
+        "(*text.l * of_text + *image.l * of_image)",
+        "(*text.l + *image.l * of_image)",
         "tests/ops/test_decode_attention.py -m cpu_only",
         "cpu",
     ),

@@ -33,7 +33,7 @@ BAD = {
     "(on process 1)": ["--data", ["{given}/pairs", "nowhere"]],
     "nowhere/config.json: must be a readable file, got: No such file or directory (on process 1)": [
         "--vae", ["{given}/vae", "nowhere"]],
-    "train: out must be a folder that can be written, got {given}/pairs/0.png: it is a file": [
+    "prior train: out must be a folder that can be written, got {given}/pairs/0.png: it is a": [
         "--out", "{given}/pairs/0.png"],
     "prior: {given}/blocked/metrics.jsonl must be writable, got it is a folder, ": [
         "--out", "{given}/blocked"],

@@ -43,7 +43,9 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     Raises:
         UsageError: shapes that differ, or whole numbers.
     """
-    images, others = (torch.as_tensor(x) for x in (images, others))
+    images, others = (
+        x if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x)) for x in (images, others)
+    )
     for x in (images, others):
         if not x.is_floating_point():
             raise UsageError(f"ssim: values must be fractions in [0, 1], got {x.dtype}")

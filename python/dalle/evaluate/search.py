@@ -29,7 +29,9 @@ def nearest(queries: Tensor, base: Tensor, *, faiss: bool = False) -> tuple[Tens
         EnvironmentProblem: faiss is asked for and not installed.
         DataError: shapes that do not fit, or features that are not finite.
     """
-    queries, base = (torch.as_tensor(x) for x in (queries, base))
+    queries, base = (
+        x if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x)) for x in (queries, base)
+    )
     if queries.dim() != 2 or base.dim() != 2 or queries.shape[1] != base.shape[1] or not len(base):
         raise DataError(
             "nearest: queries and base must be (n, d) and (m, d) with m >= 1, got "
