@@ -16,9 +16,9 @@ constexpr int64_t kGrain = 1 << 16;      // products worth a thread
 Tensor packed_linear(const Tensor& x, const Tensor& weight, int64_t outputs,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& gain,
                      const std::optional<Tensor>& shift, double eps, double slope,
-                     const std::optional<Tensor>& residual) {
+                     const std::optional<Tensor>& add) {
   PackedLinearArgs args =
-      check_packed_linear(x, weight, outputs, bias, gain, shift, eps, slope, residual);
+      check_packed_linear(x, weight, outputs, bias, gain, shift, eps, slope, add);
   const int64_t steps = args.pairs ? ceil_div(args.inputs, 2) : args.inputs;
   const int64_t panels = ceil_div(outputs, kLinearColumns);
   Tensor out = torch::stable::new_empty(x, {args.rows, outputs});
@@ -51,7 +51,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, int64_t outputs,
 STABLE_TORCH_LIBRARY_FRAGMENT(dalle_ext, m) {
   m.def(
       "_packed_linear(Tensor x, Tensor weight, int outputs, Tensor? bias, Tensor? gain,"
-      " Tensor? shift, float eps, float slope, Tensor? residual) -> Tensor");
+      " Tensor? shift, float eps, float slope, Tensor? add) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(dalle_ext, CPU, m) {
   m.impl("_packed_linear", TORCH_BOX(&dalle::packed_linear));

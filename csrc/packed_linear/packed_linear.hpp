@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
 
 #include "common/checks.hpp"
@@ -13,13 +14,16 @@ namespace dalle {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline const float* check_floats(const char* name, const std::optional<Tensor>& x, int64_t rows,
-                                 int64_t size) {
+// `sizes` is the whole shape: as many numbers in another shape are not what is asked for.
+inline const float* check_floats(const char* name, const std::optional<Tensor>& x,
+                                 std::initializer_list<int64_t> sizes) {
   if (!x) return nullptr;
-  const bool holds = x->scalar_type() == ScalarType::Float && x->is_contiguous() &&
-                     x->numel() == rows * size && x->size(x->dim() - 1) == size;
-  DALLE_CHECK(holds, "packed_linear", name, "contiguous float32, " + std::to_string(size) + " wide",
-              shape_text(*x));
+  const auto dims = static_cast<int64_t>(sizes.size());
+  const auto wanted = [&](int64_t d) { return sizes.begin()[d]; };
+  bool holds = x->dim() == dims && x->scalar_type() == ScalarType::Float && x->is_contiguous();
+  for (int64_t d = 0; holds && d < dims; ++d) holds = x->size(d) == wanted(d);
+  DALLE_CHECK(holds, "packed_linear", name,
+              "contiguous float32 of shape " + tuple_text(dims, wanted), tensor_text(*x));
   return static_cast<const float*>(x->const_data_ptr());
 }
 
@@ -28,7 +32,7 @@ inline PackedLinearArgs check_packed_linear(const Tensor& x, const Tensor& weigh
                                             const std::optional<Tensor>& bias,
                                             const std::optional<Tensor>& gain,
                                             const std::optional<Tensor>& shift, double eps,
-                                            double slope, const std::optional<Tensor>& residual) {
+                                            double slope, const std::optional<Tensor>& add) {
   PackedLinearArgs args{};
   DALLE_CHECK(x.dim() == 2, "packed_linear", "x", "(M, K)", shape_text(x));
   args.rows = x.size(0), args.inputs = x.size(1), args.outputs = outputs;
@@ -38,13 +42,15 @@ inline PackedLinearArgs check_packed_linear(const Tensor& x, const Tensor& weigh
   const bool fits = weight.is_contiguous() &&
                     (args.pairs || weight.scalar_type() == ScalarType::Float) &&
                     weight.numel() == panels * steps * kLinearColumns * (1 + args.pairs);
-  DALLE_CHECK(fits, "packed_linear", "weight", "packed for this x", shape_text(weight));
-  args.x = check_floats("x", x, args.rows, args.inputs);
+  DALLE_CHECK(fits, "packed_linear", "weight", "packed for this x", tensor_text(weight));
+  args.x = check_floats("x", x, {args.rows, args.inputs});
   args.weight = weight.const_data_ptr();
-  args.bias = check_floats("bias", bias, 1, outputs);
-  args.gain = check_floats("gain", gain, 1, args.inputs);
-  args.shift = check_floats("shift", shift, 1, args.inputs);
-  args.residual = check_floats("residual", residual, args.rows, outputs);
+  args.bias = check_floats("bias", bias, {outputs});
+  args.gain = check_floats("gain", gain, {args.inputs});
+  args.shift = check_floats("shift", shift, {args.inputs});
+  DALLE_CHECK(gain.has_value() == shift.has_value(), "packed_linear", "shift",
+              "given where gain is", gain ? "gain alone" : "shift alone");
+  args.residual = check_floats("add", add, {args.rows, outputs});
   args.eps = static_cast<float>(eps), args.slope = static_cast<float>(slope);
   return args;
 }

@@ -5,12 +5,15 @@ Letters: M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
+import math
+import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from dalle_ext import _native
-from dalle_ext._checks import untracked
+from dalle_ext._checks import numbers_only, real, untracked
 from dalle_ext._switch import reference_in_use
 from dalle_ext.reference import packed_linear as reference
 
@@ -78,48 +81,95 @@ class PackedLinear:
 
         Args:
             x: (M, K) float32, contiguous.
-            norm: gain (K,), shift (K,) and eps of a layer norm of the rows.
-            slope: 0 leaves the activation out.
-            add: (M, N) float32.
+            norm: gain (K,), shift (K,) and eps of a layer norm of the rows; the tensors float32,
+                contiguous, eps finite and 0 or more.
+            slope: a finite number; 0 leaves the activation out.
+            add: (M, N) float32, contiguous.
 
         Returns:
             (M, N) float32. No gradient flows.
 
         Raises:
             TypeError: x, add, gain or shift is no tensor, or requires a gradient while gradients
-                are recorded.
+                are recorded; norm is not of three parts.
+            ValueError: another device; eps or slope is no number, or out of range.
             RuntimeError: shapes, dtypes or strides that do not fit.
         """
-        given = {"x": x} if add is None else {"x": x, "add": add}
+        gain, shift, eps = (None, None, 0.0) if norm is None else _parts(norm)
+        given: dict[str, Any] = {"x": x} if add is None else {"x": x, "add": add}
         if norm is not None:
-            given |= {"gain": norm[0], "shift": norm[1]}
+            given |= {"gain": gain, "shift": shift}
         untracked(OP, **given)
-        if x.dim() == 2 and x.size(1) != self.inputs:  # bf16 panels hold an even number of inputs
-            want = f"packed for this x, {_shape(x)}"
+        floats = True
+        for name, tensor in given.items():
+            if not tensor.is_cpu:  # the native op takes one of meta, and returns any numbers
+                raise ValueError(f"{OP}: {name} must be on the CPU, got {tensor.device}")
+            floats = floats and tensor.dtype == torch.float32
+        eps, slope = _number("eps", eps, 0.0), _number("slope", slope, -math.inf)
+        if x.dim() != 2:
+            raise RuntimeError(f"{NATIVE}: x must be (M, K), got {_tuple(x.shape)}")
+        if x.size(1) != self.inputs:  # bf16 panels hold an even number of inputs
+            want = f"packed for this x, {_tuple(x.shape)}"
             raise RuntimeError(f"{NATIVE}: weight must be {want}, got one of {self.inputs} inputs")
-        gain, shift, eps = (None, None, 0.0) if norm is None else norm
+        plain = reference_in_use()
+        if plain or not floats:  # there are dtypes that the native op cannot name
+            self._check(x, bias=self.bias, gain=gain, shift=shift, add=add)
         options = (self.outputs, self.bias, gain, shift, eps, slope, add)
-        if reference_in_use():
-            self._check(x=x, gain=gain, shift=shift, residual=add)
+        if plain:
             return reference.packed_linear(x, self.weight, *options)
         out: Tensor = _packed_linear(x, self.weight, *options)
         return out
 
-    def _check(self, **tensors: Tensor | None) -> None:
+    def _check(self, x: Tensor, **others: Tensor | None) -> None:
         """What the native op asks of its tensors, in the same words."""
-        x = tensors["x"]
-        if x is None or x.dim() != 2:
-            raise RuntimeError(f"{NATIVE}: x must be (M, K), got {_shape(x)}")
-        rows = {"x": len(x), "residual": len(x)}
-        for name, tensor in tensors.items():
-            width = self.outputs if name == "residual" else self.inputs
+        shapes = {
+            "x": (len(x), self.inputs),
+            "bias": (self.outputs,),
+            "gain": (self.inputs,),
+            "shift": (self.inputs,),
+            "add": (len(x), self.outputs),
+        }
+        for name, tensor in {"x": x, **others}.items():
             if tensor is None:
                 continue
-            count, plain = rows.get(name, 1) * width, tensor.is_contiguous()
-            if tensor.dtype != torch.float32 or tensor.numel() != count or not plain:
-                want = f"contiguous float32, {width} wide"
-                raise RuntimeError(f"{NATIVE}: {name} must be {want}, got {_shape(tensor)}")
+            fits = tuple(tensor.shape) == shapes[name] and tensor.is_contiguous()
+            if not fits or tensor.dtype != torch.float32:
+                want = f"contiguous float32 of shape {_tuple(shapes[name])}"
+                raise RuntimeError(f"{NATIVE}: {name} must be {want}, got {_text(tensor)}")
 
 
-def _shape(x: Tensor | None) -> str:
-    return "nothing" if x is None else f"({', '.join(map(str, x.shape))})"
+def _parts(norm: Any) -> tuple[Any, Any, Any]:
+    """Gain, shift and eps; TypeError for what is not three parts."""
+    if not isinstance(norm, (tuple, list)) or len(norm) != 3:
+        got = f"{len(norm)} of them" if isinstance(norm, (tuple, list)) else type(norm).__name__
+        raise TypeError(f"{OP}: norm must be (gain, shift, eps), got {got}")
+    gain, shift, eps = norm
+    return gain, shift, eps
+
+
+def _number(name: str, value: Any, least: float) -> float:
+    """`value` as a float; ValueError where it is no number, not finite or below `least`."""
+    if type(value) is float and least <= value and -math.inf < value < math.inf:
+        return value  # of every step
+    numbers_only(OP, **{name: value})
+    number = real(value)
+    if not (math.isfinite(number) and number >= least):
+        want = "a finite number" + (f" of at least {least:g}" if least > -math.inf else "")
+        if isinstance(value, Tensor):
+            got = f"{number}" if value.numel() == 1 and not value.is_complex() else _text(value)
+        elif isinstance(value, numbers.Real):
+            got = f"{number}"
+        else:  # an array has a text of several lines
+            got = f"{value!r:.100}" if isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{OP}: {name} must be {want}, got {got}")
+    return number
+
+
+def _text(x: Tensor) -> str:
+    text = f"{_tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
+    return text if x.is_contiguous() else f"{text} with strides {_tuple(x.stride())}"
+
+
+def _tuple(numbers: Sequence[int]) -> str:
+    """As in a message of the native op: (3), not (3,)."""
+    return f"({', '.join(map(str, numbers))})"

@@ -18,12 +18,12 @@ def pack_linear(weight: torch.Tensor) -> torch.Tensor:
 
 def packed_linear(
     x: torch.Tensor, weight: torch.Tensor, outputs: int, bias: Any, gain: Any, shift: Any,
-    eps: float, slope: float, residual: torch.Tensor | None,
+    eps: float, slope: float, add: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """residual + act(norm(x) W^T + b) with a packed weight; see `dalle_ext.PackedLinear`."""
+    """add + act(norm(x) W^T + b) with a packed weight; see `dalle_ext.PackedLinear`."""
     if gain is not None:
         x = torch.nn.functional.layer_norm(x, x.shape[1:], gain, shift, eps)
     rows = weight.transpose(1, 2).flatten(2).flatten(0, 1)[:outputs, : x.shape[1]].float()
     y = torch.nn.functional.linear(x.to(weight.dtype).float(), rows, bias)
     y = y * torch.sigmoid(slope * y) if slope else y
-    return y if residual is None else y + residual
+    return y if add is None else y + add
