@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import fields
+from dataclasses import asdict, fields
+from inspect import signature
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ import dalle_ext
 from dalle.candidates import Best, DrawOptions, Request
 from dalle.errors import UsageError
 from dalle.pipeline import CandidateFinished, Finished, GenerateOptions, RowsFinished
-from dalle.prior.sampling import SamplingConfig
+from dalle.prior.model import Prior
+from dalle.prior.sampling import SamplingChanges, SamplingConfig
 from support.toy_pipeline import CAPTION, build
 
 OPTIONS = {"seed": 3, "temperature": 9.0}  # the toy repeats itself at 1
@@ -143,6 +146,28 @@ def test_keywords_are_written_once():
     held = {f.name.replace("sample", "candidate") for f in fields(Request)}
     own = GenerateOptions.__annotations__.keys() - DrawOptions.__annotations__.keys()
     assert said == held and own == {"prime_image", "prime_rows"}
+
+
+def test_fields_of_sampling_agree_wherever_they_are_declared():
+    """Values, changes, keywords and a signature: a checker makes none of these from another."""
+    values = get_type_hints(SamplingConfig)
+    optional = {name: hint | None for name, hint in values.items()}
+    assert get_type_hints(SamplingChanges) == optional
+    assert asdict(SamplingChanges()) == dict.fromkeys(values)
+    said = get_type_hints(DrawOptions)
+    assert {name: said.get(name) for name in values} == optional
+    given = [p for p in signature(Prior.generate).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    assert {p.name: p.default for p in given} == asdict(SamplingConfig())
+    assert values.items() <= get_type_hints(Prior.generate).items()
+
+
+def test_each_field_of_sampling_goes_where_it_is_named(pipeline, monkeypatch):
+    values = {"temperature": 0.5, "top_k": 3, "top_p": 0.75, "cond_scale": 2.0, "cache_bits": 8}
+    wanted = SamplingConfig(**values)
+    assert asdict(wanted) == values and values.keys() == {f.name for f in fields(SamplingConfig)}
+    assert pipeline.request("pipeline", 1, values).sampling == wanted
+    monkeypatch.setattr("dalle.prior.model.generate", lambda *_, sampling: sampling)
+    assert pipeline.prior.generate(torch.zeros(1, 5), **values) == wanted
 
 
 def test_the_best_are_kept_over_parts_and_the_first_of_equals():
