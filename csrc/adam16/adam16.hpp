@@ -24,8 +24,7 @@ inline const float* check_one_float(const char* name, const std::optional<Tensor
   if (!tensor) return nullptr;
   DALLE_CHECK(tensor->numel() == 1 && tensor->scalar_type() == ScalarType::Float &&
                   tensor->device() == rows.device(),
-              "AdamW16", name, "one float32 on the parameters' device", shape_text(*tensor), " of ",
-              torch::headeronly::toString(tensor->scalar_type()));
+              "AdamW16", name, "one float32 on the parameters' device", tensor_text(*tensor));
   return static_cast<const float*>(tensor->const_data_ptr());
 }
 
@@ -48,9 +47,9 @@ inline AdamArgs prepare_adam(const Tensors& params, const Tensors& grads, const 
     DALLE_CHECK((kind == ElementKind::kShort || kind == ElementKind::kFloat) &&
                     kind_of(expected[i], kVariance) == kind,
                 op, "moments", "both int16 codes or both float32",
-                torch::headeronly::toString(means[i].scalar_type()));
+                dtype_text(means[i].scalar_type()));
     DALLE_CHECK(kind_of(expected[i], kStep) == ElementKind::kLong, op, "steps", "int64",
-                torch::headeronly::toString(steps[i].scalar_type()));
+                dtype_text(steps[i].scalar_type()));
     DALLE_CHECK(!scales || (expected[i].group >= 0 && expected[i].group < scales->numel()), op,
                 "groups", "0 or more and below the number of scales", expected[i].group);
   }
@@ -62,8 +61,7 @@ inline AdamArgs prepare_adam(const Tensors& params, const Tensors& grads, const 
   args.lr_pointer = check_one_float("lr", lr_tensor, rows);
   DALLE_CHECK(
       seed.numel() == 1 && seed.scalar_type() == ScalarType::Long && seed.device() == rows.device(),
-      op, "seed", "one int64 on the parameters' device", shape_text(seed), " of ",
-      torch::headeronly::toString(seed.scalar_type()));
+      op, "seed", "one int64 on the parameters' device", tensor_text(seed));
   args.seed = static_cast<const int64_t*>(seed.const_data_ptr());
   args.stochastic = stochastic;
   args.lr = lr;

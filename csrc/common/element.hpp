@@ -34,7 +34,7 @@ inline ElementKind check_floating(const char* op, const char* name,
   const ElementKind kind = element_kind(type);
   const bool holds =
       kind == ElementKind::kFloat || kind == ElementKind::kHalf || kind == ElementKind::kBFloat16;
-  DALLE_CHECK(holds, op, name, "float32, float16 or bfloat16", torch::headeronly::toString(type));
+  DALLE_CHECK(holds, op, name, "float32, float16 or bfloat16", dtype_text(type));
   return kind;
 }
 

@@ -17,7 +17,7 @@ inline const float* check_scales(const char* op, const char* name,
   DALLE_CHECK(scales.numel() == count && scales.scalar_type() == ScalarType::Float &&
                   scales.is_contiguous() && scales.device() == beside.device(),
               op, name, "contiguous float32 on the gradients' device, one a group",
-              shape_text(scales), " of ", torch::headeronly::toString(scales.scalar_type()));
+              tensor_text(scales));
   const auto* values = static_cast<const float*>(scales.const_data_ptr());
   if (scales.is_cpu()) {
     for (int64_t i = 0; i < count; ++i) {

@@ -25,7 +25,7 @@ inline TensorTable check_table(
     DALLE_CHECK(table->dim() == 2 && table->size(0) == count && table->size(1) == kWords &&
                     table->is_contiguous() &&
                     table->scalar_type() == torch::headeronly::ScalarType::Long,
-                op, "table", "(tensors, 9) int64", shape_text(*table));
+                op, "table", "contiguous (tensors, 9) int64", tensor_text(*table));
   }
   DALLE_CHECK(host.is_cpu(), op, "host table", "on the CPU", "another device");
   const auto* expected = static_cast<const TableRow*>(host.const_data_ptr());

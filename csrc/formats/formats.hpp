@@ -24,7 +24,7 @@ inline Format check_format(const char* op, int64_t format) {
 
 inline void check_codes(const char* op, const Tensor& codes) {
   DALLE_CHECK(codes.scalar_type() == ScalarType::Short, op, "codes", "int16",
-              torch::headeronly::toString(codes.scalar_type()));
+              dtype_text(codes.scalar_type()));
   DALLE_CHECK(codes.is_contiguous(), op, "codes", "contiguous", "strides of another layout");
 }
 
@@ -33,7 +33,7 @@ inline const int64_t* check_seed(const char* op, const std::optional<Tensor>& se
   if (!seed) return nullptr;
   DALLE_CHECK(seed->numel() == 1 && seed->scalar_type() == ScalarType::Long &&
                   seed->device() == beside.device(),
-              op, "seed", "an int64 scalar on the tensor's device", shape_text(*seed));
+              op, "seed", "an int64 scalar on the tensor's device", tensor_text(*seed));
   return static_cast<const int64_t*>(seed->const_data_ptr());
 }
 

@@ -45,11 +45,11 @@ inline std::tuple<Tensor, UnscaleArgs> prepare_unscale(const Tensor& stream, con
                                                        const Tensor& scale) {
   const char* const op = "unscale_gradient";
   DALLE_CHECK(stream.scalar_type() == ScalarType::Float && stream.is_contiguous(), op, "stream",
-              "contiguous float32", torch::headeronly::toString(stream.scalar_type()));
+              "contiguous float32", tensor_text(stream));
   const ElementKind kind = check_floating(op, "grad", grad.scalar_type());
   DALLE_CHECK(grad.is_contiguous() && sizes_of(grad) == sizes_of(stream) &&
                   grad.device() == stream.device(),
-              op, "grad", "contiguous, of the stream's shape and device", shape_text(grad));
+              op, "grad", "contiguous, of the stream's shape and device", tensor_text(grad));
   const float* const divisor = check_scales(op, "scale", scale, 1, stream);
   Tensor out = torch::stable::new_empty(stream, sizes_of(stream));
   const UnscaleArgs args{
@@ -103,7 +103,7 @@ inline UpdateScalesArgs prepare_update_scales(Tensor& scales, Tensor& since_drop
         {"nonfinite", nonfinite}}) {
     DALLE_CHECK(tensor.numel() == groups && tensor.scalar_type() == ScalarType::Long &&
                     tensor.is_contiguous() && tensor.device() == scales.device(),
-                op, name, "contiguous int64 beside the scales, one a group", shape_text(tensor));
+                op, name, "contiguous int64 beside the scales, one a group", tensor_text(tensor));
   }
   DALLE_CHECK(growth >= 1, op, "growth", "1 or more", growth);
   DALLE_CHECK(backoff > 0 && backoff <= 1, op, "backoff", "above 0 and at most 1", backoff);

@@ -34,8 +34,7 @@ inline GumbelSoftmaxParams check_gumbel_softmax(const Tensor& logits, const Tens
   DALLE_CHECK(first_row >= 0, kOp, "first_row", "0 or more", first_row);
   const auto scalar = [&](const Tensor& t, const char* name, ScalarType type, const char* what) {
     DALLE_CHECK(t.numel() == 1 && t.scalar_type() == type && t.device() == logits.device(), kOp,
-                name, what, torch::headeronly::toString(t.scalar_type()), " of shape ",
-                shape_text(t));
+                name, what, tensor_text(t));
   };
   scalar(tau, "tau", ScalarType::Double, "a float64 scalar on the logits' device");
   scalar(seed, "seed", ScalarType::Long, "an int64 scalar on the logits' device");
@@ -48,7 +47,7 @@ inline void check_beside(const Tensor& t, const Tensor& logits, int64_t numel, S
   DALLE_CHECK(t.device() == logits.device() && t.is_contiguous() && t.numel() == numel &&
                   t.scalar_type() == type,
               "gumbel_softmax", name, "contiguous, of the forward's shape, dtype and device",
-              torch::headeronly::toString(t.scalar_type()), " of shape ", shape_text(t));
+              tensor_text(t));
 }
 
 // sample, index, kl, stats

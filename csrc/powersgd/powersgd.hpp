@@ -20,14 +20,13 @@ using Tensors = std::vector<Tensor>;
 
 inline void check_matrix(const char* op, const char* name, const Tensor& tensor, int64_t rows,
                          int64_t columns, ScalarType type, const Tensor& beside) {
-  const std::string wanted = "contiguous (" + std::to_string(rows) + ", " +
-                             std::to_string(columns) + ") " + torch::headeronly::toString(type) +
-                             " on the buffers' device";
   DALLE_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns &&
                   tensor.scalar_type() == type && tensor.is_contiguous() &&
                   tensor.device() == beside.device(),
-              op, name, wanted, shape_text(tensor), " of ",
-              torch::headeronly::toString(tensor.scalar_type()));
+              op, name,
+              "contiguous (" + std::to_string(rows) + ", " + std::to_string(columns) + ") " +
+                  dtype_text(type) + " on the buffers' device",
+              tensor_text(tensor));
 }
 
 inline const float* check_one(const char* op, const char* name, const std::optional<Tensor>& tensor,
@@ -35,8 +34,7 @@ inline const float* check_one(const char* op, const char* name, const std::optio
   if (!tensor) return nullptr;
   DALLE_CHECK(tensor->numel() == 1 && tensor->scalar_type() == ScalarType::Float &&
                   tensor->device() == beside.device(),
-              op, name, "one float32 on the buffers' device", shape_text(*tensor), " of ",
-              torch::headeronly::toString(tensor->scalar_type()));
+              op, name, "one float32 on the buffers' device", tensor_text(*tensor));
   return static_cast<const float*>(tensor->const_data_ptr());
 }
 

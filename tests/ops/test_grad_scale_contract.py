@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -146,3 +148,19 @@ def test_raw_op_checks():
         dalle_ext.update_scales_(scales(512.0), since.float(), flags)
     with pytest.raises(RuntimeError, match="update_scales_: low must be above 0"):
         dalle_ext.update_scales_(scales(512.0), since, flags, low=3.0, high=2.0)
+
+
+def test_raw_ops_name_what_is_wrong_of_a_tensor_of_the_right_shape():
+    apart, good = torch.ones(4)[::2], torch.ones(2)
+    since = torch.zeros(2, dtype=torch.int64)
+    rest = (1.1, 0.5, 3, 1.0, 1e6, True)
+    for call, got in (
+        (lambda: RAW._grad_scale_unscale(good.double(), good, SCALE), "(2) of float64"),
+        (lambda: RAW._grad_scale_unscale(good, apart, SCALE), "(2) of float32 with strides (2)"),
+        (lambda: RAW._grad_scale_unscale(good, good, SCALE.half()), "() of float16"),
+        (lambda: RAW._grad_scale_update_(good, since.int(), since, *rest), "(2) of int32"),
+        (lambda: RAW._grad_scale_update_(apart, since, since, *rest), "float32 with strides (2)"),
+        (lambda: RAW._formats_pack(good, 0, torch.tensor(1.0), False), "() of float32"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"got .*{re.escape(got)}$"):
+            call()
