@@ -8,6 +8,7 @@ from dalle_ext._tensor_table import TensorTable, local_part
 from dalle_ext.images import area_resize
 from dalle_ext.ops.adam16 import AdamW16
 from dalle_ext.ops.decode_attention import DecodeCache, decode_attention
+from dalle_ext.ops.decode_layers import DecodeLayer, DecodeLayers
 from dalle_ext.ops.formats import Packed, pack, pack_counted, sum_codes, unpack
 from dalle_ext.ops.grad_scale import (
     GradientStats,
@@ -35,6 +36,8 @@ __all__ = [
     "AdamW16",
     "AttentionPattern",
     "DecodeCache",
+    "DecodeLayer",
+    "DecodeLayers",
     "GradientStats",
     "GumbelSoftmax",
     "Packed",

@@ -26,8 +26,7 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& t
                                image_values, key_scales,  value_scales};
   DecodeAttentionParams params =
       check_decode_attention(q, k, v, cache, slot, kind, rows, columns, runs, scale);
-  const int64_t at = *params.slot, slots = rows * columns;
-  DALLE_DECODE_CHECK(at >= 0 && at < slots, "slot", "from 0 to " + std::to_string(slots - 1), at);
+  const int32_t at = checked_slot(params);
   Tensor out = empty_decoded(q);
   params.out = decode_rows_of(out);
   if (out.numel() == 0) return out;
@@ -38,7 +37,7 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& t
   const int64_t tasks = q.size(0) * q.size(2) * ceil_div(q.size(1), cpu.task_samples(params.type));
   run_tasks(q, tasks, grain_of(params, samples), cpu.workspace_bytes(params),
             [&](void* space, int64_t begin, int64_t end) {
-              cpu.run(params, static_cast<int32_t>(at), space, begin, end);
+              cpu.run(params, at, space, begin, end);
             });
   return out;
 }

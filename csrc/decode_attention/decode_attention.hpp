@@ -53,6 +53,67 @@ struct DecodeTensors {
   const std::optional<Tensor>&key_scales, &value_scales;
 };
 
+struct DecodeShape {
+  int64_t b, s, h, d;
+  ScalarType type;
+};
+
+// All but q, k, v and out, which the caller adds. `like` has the device of all tensors.
+inline DecodeAttentionParams check_decode_cache(const Tensor& like, const DecodeShape& shape,
+                                                const DecodeTensors& cache, const Tensor& slot,
+                                                const std::string& kind, int64_t rows,
+                                                int64_t columns, const std::vector<int64_t>& runs,
+                                                double scale) {
+  const auto [b, s, h, d, type] = shape;
+  DALLE_DECODE_CHECK(d >= 1 && d <= kMaxHeadSize, "D", "from 1 to 256", d);
+  constexpr int64_t kMax = int64_t{1} << 31;
+  DALLE_DECODE_CHECK(b < kMax && s < kMax && h < kMax, "B, S and H", "less than 2^31", b, ", ", s,
+                     " and ", h);
+  DecodeAttentionParams params = {};
+  params.type = element_kind(type);
+  const bool floating = params.type == ElementKind::kFloat || params.type == ElementKind::kDouble ||
+                        params.type == ElementKind::kHalf || params.type == ElementKind::kBFloat16;
+  DALLE_DECODE_CHECK(floating, "q", "float32, float64, float16 or bfloat16", toString(type));
+
+  const Tensor& text = cache.text_keys;
+  DALLE_DECODE_CHECK(text.dim() == 4, "text_keys", "(B, H, T, D)", shape_text(text));
+  params.rule = check_rule(kind, text.size(2), rows, columns, runs, "decode_attention");
+  params.capacity = decode_capacity(params.rule);
+  for (const Tensor* x : {&cache.text_keys, &cache.text_values}) {
+    const char* name = x == &cache.text_keys ? "text_keys" : "text_values";
+    check_decode_store(*x, name, like, type, {b, h, text.size(2), d});
+  }
+  params.coded = cache.key_scales.has_value();
+  DALLE_DECODE_CHECK(params.coded == cache.value_scales.has_value(), "scales",
+                     "of keys and values, or of neither", "one of them");
+  const ScalarType stored = params.coded ? ScalarType::Char : type;
+  check_decode_store(cache.image_keys, "image_keys", like, stored, {b, s, h, params.capacity, d});
+  check_decode_store(cache.image_values, "image_values", like, stored,
+                     {b, s, h, params.capacity, d});
+  if (params.coded) {
+    for (const auto* x : {&cache.key_scales, &cache.value_scales}) {
+      check_decode_store(**x, "scales", like, ScalarType::Float, {b, s, h, params.capacity});
+    }
+    params.key_scales = static_cast<float*>((*cache.key_scales).data_ptr());
+    params.value_scales = static_cast<float*>((*cache.value_scales).data_ptr());
+  }
+  DALLE_DECODE_CHECK(slot.dim() == 0 && slot.scalar_type() == ScalarType::Long, "slot",
+                     "one int64, 0-d", shape_text(slot), " ", toString(slot.scalar_type()));
+  check_decode_device(slot, "slot", like);
+
+  params.batch = static_cast<int32_t>(b);
+  params.samples = static_cast<int32_t>(s);
+  params.heads = static_cast<int32_t>(h);
+  params.head_size = static_cast<int32_t>(d);
+  params.scale = scale;
+  params.slot = static_cast<const int64_t*>(slot.data_ptr());
+  params.text_keys = cache.text_keys.data_ptr();
+  params.text_values = cache.text_values.data_ptr();
+  params.image_keys = cache.image_keys.data_ptr();
+  params.image_values = cache.image_values.data_ptr();
+  return params;
+}
+
 // All but `out`, which the caller adds.
 inline DecodeAttentionParams check_decode_attention(const Tensor& q, const Tensor& k,
                                                     const Tensor& v, const DecodeTensors& cache,
@@ -61,61 +122,23 @@ inline DecodeAttentionParams check_decode_attention(const Tensor& q, const Tenso
                                                     const std::vector<int64_t>& runs,
                                                     double scale) {
   DALLE_DECODE_CHECK(q.dim() == 4, "q", "(B, S, H, D)", shape_text(q));
-  const int64_t b = q.size(0), s = q.size(1), h = q.size(2), d = q.size(3);
-  DALLE_DECODE_CHECK(d >= 1 && d <= kMaxHeadSize, "D", "from 1 to 256", d);
-  constexpr int64_t kMax = int64_t{1} << 31;
-  DALLE_DECODE_CHECK(b < kMax && s < kMax && h < kMax, "B, S and H", "less than 2^31",
-                     shape_text(q));
-  DecodeAttentionParams params = {};
-  params.type = element_kind(q.scalar_type());
-  const bool floating = params.type == ElementKind::kFloat || params.type == ElementKind::kDouble ||
-                        params.type == ElementKind::kHalf || params.type == ElementKind::kBFloat16;
-  DALLE_DECODE_CHECK(floating, "q", "float32, float64, float16 or bfloat16",
-                     toString(q.scalar_type()));
   check_decode_row(q, "q", q);
   check_decode_row(k, "k", q);
   check_decode_row(v, "v", q);
-
-  const Tensor& text = cache.text_keys;
-  DALLE_DECODE_CHECK(text.dim() == 4, "text_keys", "(B, H, T, D)", shape_text(text));
-  params.rule = check_rule(kind, text.size(2), rows, columns, runs, "decode_attention");
-  params.capacity = decode_capacity(params.rule);
-  const ScalarType type = q.scalar_type();
-  for (const Tensor* x : {&cache.text_keys, &cache.text_values}) {
-    const char* name = x == &cache.text_keys ? "text_keys" : "text_values";
-    check_decode_store(*x, name, q, type, {b, h, text.size(2), d});
-  }
-  params.coded = cache.key_scales.has_value();
-  DALLE_DECODE_CHECK(params.coded == cache.value_scales.has_value(), "scales",
-                     "of keys and values, or of neither", "one of them");
-  const ScalarType stored = params.coded ? ScalarType::Char : type;
-  check_decode_store(cache.image_keys, "image_keys", q, stored, {b, s, h, params.capacity, d});
-  check_decode_store(cache.image_values, "image_values", q, stored, {b, s, h, params.capacity, d});
-  if (params.coded) {
-    for (const auto* x : {&cache.key_scales, &cache.value_scales}) {
-      check_decode_store(**x, "scales", q, ScalarType::Float, {b, s, h, params.capacity});
-    }
-    params.key_scales = static_cast<float*>((*cache.key_scales).data_ptr());
-    params.value_scales = static_cast<float*>((*cache.value_scales).data_ptr());
-  }
-  DALLE_DECODE_CHECK(slot.dim() == 0 && slot.scalar_type() == ScalarType::Long, "slot",
-                     "one int64, 0-d", shape_text(slot), " ", toString(slot.scalar_type()));
-  check_decode_device(slot, "slot", q);
-
-  params.batch = static_cast<int32_t>(b);
-  params.samples = static_cast<int32_t>(s);
-  params.heads = static_cast<int32_t>(h);
-  params.head_size = static_cast<int32_t>(d);
-  params.scale = scale;
-  params.slot = static_cast<const int64_t*>(slot.data_ptr());
+  const DecodeShape shape = {q.size(0), q.size(1), q.size(2), q.size(3), q.scalar_type()};
+  DecodeAttentionParams params =
+      check_decode_cache(q, shape, cache, slot, kind, rows, columns, runs, scale);
   params.q = decode_rows_of(q);
   params.k = decode_rows_of(k);
   params.v = decode_rows_of(v);
-  params.text_keys = cache.text_keys.data_ptr();
-  params.text_values = cache.text_values.data_ptr();
-  params.image_keys = cache.image_keys.data_ptr();
-  params.image_values = cache.image_values.data_ptr();
   return params;
+}
+
+// The slot of a step, read on the host.
+inline int32_t checked_slot(const DecodeAttentionParams& params) {
+  const int64_t at = *params.slot, slots = int64_t{params.rule.rows} * params.rule.columns;
+  DALLE_DECODE_CHECK(at >= 0 && at < slots, "slot", "from 0 to " + std::to_string(slots - 1), at);
+  return static_cast<int32_t>(at);
 }
 
 inline Tensor empty_decoded(const Tensor& q) {

@@ -36,7 +36,7 @@ def test_eight_bits_are_kept_of_column_and_causal_layers_alone(reference):
     with dalle_ext.use_reference() if reference else contextlib.nullcontext():
         plain, coded = (Decoder(model, 2, 3, cache_bits=bits) for bits in (None, 8))
         for index, kind in enumerate(kinds):
-            cache = coded._step.layers[index][1]
+            cache = coded._step.caches[index]
             assert cache.bits == (8 if kind in ("column", "causal") else None)
         for bits, decoder in ((None, plain), (8, coded)):
             assert decoder.num_bytes == 6 * candidate_bytes(model.config, False, bits)

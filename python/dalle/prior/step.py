@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ WEIGHTS = ("fp32", "bf16")
 ROWS = 16  # products of a multiple of so many rows give each row the same bits (docs/sampling.md)
 
 
-Multiply = Callable[..., Tensor]
-"""x (R, n), and optionally what to add to the result -> (R, m): `Product`, `PackedProduct`."""
+Multiply = Callable[[Tensor], Tensor]
+"""x (R, n) -> (R, m): `Product`, `PackedProduct`."""
 
 
 class SupportsDecoding(Protocol):
@@ -104,21 +104,47 @@ class PackedProduct:
     """The same on the CPU by `dalle_ext.PackedLinear`, whose rows never depend on each other."""
 
     def __init__(
-        self,
-        layer: nn.Linear,
-        dtype: torch.dtype,
-        norm: nn.LayerNorm | None = None,
-        act: bool = False,
+        self, layer: nn.Linear, dtype: torch.dtype, norm: nn.LayerNorm | None = None
     ) -> None:
         self.packed = dalle_ext.PackedLinear(layer.weight, layer.bias, dtype=dtype)
-        self.norm, self.slope = None, GELU_SLOPE if act else 0.0
-        if norm is not None:
-            self.norm = norm.weight.detach(), norm.bias.detach(), norm.eps
+        self.norm = None if norm is None else norm_of(norm)
 
-    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        return self.packed(
-            x if x.dtype == torch.float32 else x.float(), norm=self.norm, slope=self.slope, add=add
-        )
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.packed(x, norm=self.norm)
+
+
+def norm_of(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
+    return norm.weight.detach(), norm.bias.detach(), norm.eps
+
+
+def products(layer: Layer, dtype: torch.dtype, rows: int) -> list[Product]:
+    """The four of a layer, for `EagerLayers`."""
+    attention, mlp = layer.attention, layer.mlp
+    return [
+        Product(attention.qkv, dtype, rows, norm=attention.norm),
+        Product(attention.out, dtype, rows),
+        Product(mlp.wide_in, dtype, rows, norm=mlp.norm, act=True),
+        Product(mlp.wide_out, dtype, rows),
+    ]
+
+
+def packed_layer(
+    layer: Layer, cache: dalle_ext.DecodeCache, dtype: torch.dtype
+) -> dalle_ext.DecodeLayer:
+    """The same for `dalle_ext.DecodeLayers`."""
+    attention, mlp = layer.attention, layer.mlp
+
+    def pack(part: nn.Linear) -> dalle_ext.PackedLinear:
+        return dalle_ext.PackedLinear(part.weight, part.bias, dtype=dtype)
+
+    return dalle_ext.DecodeLayer(
+        qkv=pack(attention.qkv),
+        out=pack(attention.out),
+        wide_in=pack(mlp.wide_in),
+        wide_out=pack(mlp.wide_out),
+        norms=(norm_of(attention.norm), norm_of(mlp.norm)),
+        cache=cache,
+    )
 
 
 def layer_bits(pattern: dalle_ext.AttentionPattern, bits: int | None) -> int | None:
@@ -179,10 +205,35 @@ def check_weights(weights: str, device: torch.device) -> None:
         )
 
 
+class EagerLayers:
+    """All layers for one slot by `Product` and `decode_attention`: what a GPU's graph captures.
+
+    Args:
+        dtype: of the caches.
+    """
+
+    def __init__(
+        self, parts: list[list[Product]], caches: list[dalle_ext.DecodeCache], dtype: torch.dtype
+    ) -> None:
+        self.layers, self.dtype = list(zip(parts, caches, strict=True)), dtype
+
+    def __call__(self, x: Tensor, slot: Tensor) -> Tensor:
+        """(R, d) -> (R, d), as `dalle_ext.DecodeLayers`."""
+        for (qkv, out, wide_in, wide_out), cache in self.layers:
+            batch, samples, heads = cache.image_keys.shape[:3]
+            packed = qkv(x).view(batch, samples, 3, heads, -1)
+            packed = packed if packed.dtype == self.dtype else packed.to(self.dtype)
+            q, k, v = packed.unbind(2)
+            attended = dalle_ext.decode_attention(q, k, v, cache, slot)
+            x = out(attended.view(len(x), -1), x)
+            x = wide_out(wide_in(x), x)
+        return x
+
+
 class Step:
     """All layers for one slot of R rows, with the cache of every layer.
 
-    On the CPU a layer is five calls. On a GPU a step is one captured graph, replayed.
+    On the CPU all layers are one call. On a GPU a step is one captured graph, replayed.
 
     Args:
         prior: in evaluation mode.
@@ -216,35 +267,33 @@ class Step:
         device = self.tokens.device
         check_weights(weights, device)
         packed = device.type == "cpu" and not reference_in_use() and self.dtype != torch.float16
+        sizes = batch, c.num_heads, c.text_len, c.d_model // c.num_heads
+        text = torch.zeros(sizes, dtype=self.dtype, device=device)
+        self.caches = [
+            dalle_ext.DecodeCache(p, text, text, samples, bits=layer_bits(p, bits))
+            for p in prior.patterns
+        ]
         matrix = torch.bfloat16 if weights == "bf16" else self.dtype
+        layers = [layer for layer in prior.layers if isinstance(layer, Layer)]
+        self.layers: Callable[[Tensor, Tensor], Tensor]
+        if packed:
+            both = zip(layers, self.caches, strict=True)
+            stack = [packed_layer(layer, cache, matrix) for layer, cache in both]
+            self.layers = dalle_ext.DecodeLayers(stack, slope=GELU_SLOPE)
+        else:
+            parts = [products(layer, matrix, rows) for layer in layers]
+            self.layers = EagerLayers(parts, self.caches, self.dtype)
 
-        def product(layer: nn.Linear, dtype: torch.dtype, **options: Any) -> Multiply:
+        def product(layer: nn.Linear, norm: nn.LayerNorm | None) -> Multiply:
             if packed:
-                return PackedProduct(layer, dtype, **options)
-            return Product(layer, dtype, rows, **options)
+                return PackedProduct(layer, torch.float32, norm)
+            return Product(layer, torch.float32, rows, norm)
 
         narrow, norm = prior.image_narrow, prior.norm
         self.head = []
         if isinstance(narrow, nn.Linear):
-            self.head.append(product(narrow, torch.float32, norm=norm))
-        last = None if self.head else norm
-        self.head.append(product(prior.image_head, torch.float32, norm=last))
-        sizes = batch, c.num_heads, c.text_len, c.d_model // c.num_heads
-        self.layers: list[tuple[list[Multiply], dalle_ext.DecodeCache]] = []
-        for layer, pattern in zip(prior.layers, prior.patterns, strict=True):
-            assert isinstance(layer, Layer)
-            attention, mlp = layer.attention, layer.mlp
-            text = torch.zeros(sizes, dtype=self.dtype, device=device)
-            coded = layer_bits(pattern, bits)
-            cache = dalle_ext.DecodeCache(pattern, text, text, samples, bits=coded)
-            parts = [
-                product(attention.qkv, matrix, norm=attention.norm),
-                product(attention.out, matrix),
-                product(mlp.wide_in, matrix, norm=mlp.norm, act=True),
-                product(mlp.wide_out, matrix),
-            ]
-            self.layers.append((parts, cache))
-        self.heads = c.num_heads
+            self.head.append(product(narrow, norm))
+        self.head.append(product(prior.image_head, None if self.head else norm))
         self.slots = torch.arange(c.num_image_tokens, dtype=torch.int64, device=device)
         self.slot = self.slots[0].clone()
         self.previous = torch.full(
@@ -256,11 +305,11 @@ class Step:
     @property
     def num_bytes(self) -> int:
         """Bytes of the image keys and values."""
-        return sum(cache.num_bytes for _, cache in self.layers)
+        return sum(cache.num_bytes for cache in self.caches)
 
     def fill(self, read: list[list[KeysValues]], given: int) -> None:
         """Takes what `prefill` read for each of B captions, the last `given` keys of the image."""
-        for index, (_, cache) in enumerate(self.layers):
+        for index, cache in enumerate(self.caches):
             keys, values = (
                 torch.cat(states) for states in zip(*(r[index] for r in read), strict=True)
             )
@@ -271,7 +320,7 @@ class Step:
 
     def reorder(self, index: Tensor) -> None:
         """Sample s of caption b becomes a copy of sample index[b, s]; index (B, S)."""
-        for _, cache in self.layers:
+        for cache in self.caches:
             cache.reorder(index)
 
     @torch.inference_mode()
@@ -291,13 +340,7 @@ class Step:
         """A step of what stands in the buffers `previous` and `slot`; reads neither on the host."""
         x = torch.index_select(self.tokens, 0, self.previous.view(-1))
         x += torch.index_select(self.positions, 0, self.slot.view(1))
-        for (qkv, out, wide_in, wide_out), cache in self.layers:
-            packed = qkv(x).view(self.batch, self.samples, 3, self.heads, -1)
-            packed = packed if packed.dtype == self.dtype else packed.to(self.dtype)
-            q, k, v = packed.unbind(2)
-            attended = dalle_ext.decode_attention(q, k, v, cache, self.slot)
-            x = out(attended.view(len(x), -1), x)
-            x = wide_out(wide_in(x), x)
+        x = self.layers(x, self.slot)
         for part in self.head:
             x = part(x)
         return x.view(self.batch, self.samples, -1)

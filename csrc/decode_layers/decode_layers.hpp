@@ -1,0 +1,109 @@
+// Checks the arguments of decode_layers once and makes plain data of them.
+#pragma once
+
+#include <cmath>
+
+#include "decode_attention/decode_attention.hpp"
+#include "decode_layers/decode_layers.h"
+#include "packed_linear/packed_linear.hpp"
+
+namespace dalle {
+
+using Tensors = std::vector<Tensor>;
+
+#define DALLE_LAYERS_CHECK(condition, argument, requirement, ...) \
+  DALLE_CHECK(condition, "decode_layers", argument, requirement, __VA_ARGS__)
+
+// Of each layer, in the lists of a call.
+constexpr size_t kLayerParameters = 12;  // gain, shift, weight and bias of qkv; weight, bias of out;
+                                         // gain, shift, weight, bias of wide_in; those of wide_out
+
+struct DecodeLayersTensors {
+  const Tensors &parameters, &text, &image, &scales;  // the others keys, values
+  const std::vector<double>& eps;  // of both norms
+};
+
+// A float32 vector of `size` numbers.
+inline const float* check_vector(const char* name, const Tensor& x, int64_t size) {
+  const bool holds = x.scalar_type() == ScalarType::Float && x.dim() == 1 && x.size(0) == size &&
+                     x.is_contiguous();
+  DALLE_LAYERS_CHECK(holds, name, "float32, (" + std::to_string(size) + ")",
+                     toString(x.scalar_type()), ", ", shape_text(x));
+  return static_cast<const float*>(x.const_data_ptr());
+}
+
+// What a product is, from its weight, packed, and its bias; all are of one dtype.
+inline PackedLinearArgs check_product(const Tensor& weight, const Tensor& bias, int64_t inputs,
+                                      int64_t outputs, ScalarType dtype) {
+  PackedLinearArgs args{};
+  args.pairs = dtype == ScalarType::BFloat16;
+  args.inputs = inputs, args.outputs = outputs;
+  const int64_t steps = args.pairs ? ceil_div(inputs, 2) : inputs;
+  const int64_t panels = ceil_div(outputs, kLinearColumns);
+  DALLE_LAYERS_CHECK(weight.scalar_type() == dtype, "weights",
+                     "float32, or all of them bfloat16", toString(weight.scalar_type()));
+  DALLE_LAYERS_CHECK(
+      weight.is_contiguous() && weight.numel() == panels * steps * kLinearColumns * (1 + args.pairs),
+      "weight", "packed for " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) +
+      " outputs", shape_text(weight));
+  args.weight = weight.const_data_ptr();
+  args.bias = check_vector("bias", bias, outputs);
+  return args;
+}
+
+// Where the patterns of the layers are read from; goes on from layer to layer.
+struct DecodeRules {
+  std::istringstream kinds;
+  const std::vector<int64_t>& numbers;
+  size_t at = 0;
+};
+
+// All but what depends on the buffers. `shape` is that of q, the same for all layers.
+inline DecodeLayer check_decode_layer(size_t i, const DecodeLayersTensors& given,
+                                      DecodeRules& rules, const DecodeShape& shape,
+                                      const Tensor& slot, int64_t width, double slope) {
+  DecodeLayer layer{};
+  const Tensor* p = &given.parameters[i * kLayerParameters];
+  const int64_t inner = shape.h * shape.d;
+  const ScalarType dtype = given.parameters[2].scalar_type();
+  DALLE_LAYERS_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "weights",
+                     "float32 or bfloat16", toString(dtype));
+  DALLE_LAYERS_CHECK(p[9].dim() == 1, "bias", "(F)", shape_text(p[9]));
+  const int64_t hidden = p[9].size(0);
+  layer.qkv = check_product(p[2], p[3], width, 3 * inner, dtype);
+  layer.out = check_product(p[4], p[5], inner, width, dtype);
+  layer.wide_in = check_product(p[8], p[9], width, hidden, dtype);
+  layer.wide_out = check_product(p[10], p[11], hidden, width, dtype);
+  layer.qkv.gain = check_vector("gain", p[0], width);
+  layer.qkv.shift = check_vector("shift", p[1], width);
+  layer.wide_in.gain = check_vector("gain", p[6], width);
+  layer.wide_in.shift = check_vector("shift", p[7], width);
+  layer.qkv.eps = static_cast<float>(given.eps[2 * i]);
+  layer.wide_in.eps = static_cast<float>(given.eps[2 * i + 1]);
+  layer.wide_in.slope = static_cast<float>(slope);
+
+  std::string kind;
+  rules.kinds >> kind;
+  const std::vector<int64_t>& numbers = rules.numbers;
+  const size_t first = rules.at + 3;
+  const bool there = first <= numbers.size() && numbers[first - 1] >= 0 &&
+                     first + static_cast<size_t>(numbers[first - 1]) <= numbers.size();
+  DALLE_LAYERS_CHECK(there, "rules", "rows, columns, a count and so many bounds for each layer",
+                     numbers.size(), " numbers");
+  const auto bounds = numbers.begin() + static_cast<int64_t>(first);
+  const std::vector<int64_t> runs(bounds, bounds + numbers[first - 1]);
+  const auto scales = [&](size_t j) -> std::optional<Tensor> {
+    const Tensor& x = given.scales[2 * i + j];
+    return x.numel() == 0 ? std::nullopt : std::optional<Tensor>(x);
+  };
+  const std::optional<Tensor> key_scales = scales(0), value_scales = scales(1);
+  const DecodeTensors cache = {given.text[2 * i],      given.text[2 * i + 1], given.image[2 * i],
+                               given.image[2 * i + 1], key_scales,            value_scales};
+  layer.attention = check_decode_cache(slot, shape, cache, slot, kind, numbers[first - 3],
+                                       numbers[first - 2], runs,
+                                       1 / std::sqrt(static_cast<double>(shape.d)));
+  rules.at = first + runs.size();
+  return layer;
+}
+
+}  // namespace dalle
