@@ -110,6 +110,14 @@ MUTANTS = [
         "cpu",
     ),
     Mutant(
+        "a decoding layer lacks the identity path of its attention",
+        "csrc/decode_layers/decode_layers.h",
+        "out.residual = x, out.out",
+        "out.residual = nullptr, out.out",
+        "tests/ops/test_decode_layers.py -m cpu_only",
+        "cpu",
+    ),
+    Mutant(
         "the softmax gradient lacks delta",
         f"{ATTENTION}_cpu_backward.h",
         "(load(space.ds + at) - delta)",

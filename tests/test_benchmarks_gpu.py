@@ -65,7 +65,7 @@ def test_cases_cover_what_is_asked_for():
     cases = gpu_worker.all_cases("gpu")
     ops = [case.op for case in cases]
     assert ops[0] == "card" and ops[-1] == "prior" and len({c.what for c in cases}) == len(cases)
-    of_a_cpu = {"packed_linear"}
+    of_a_cpu = {"decode_layers", "packed_linear"}
     assert {p.stem for p in (ROOT / "dalle_ext/ops").glob("[a-z]*.py")} - of_a_cpu <= set(ops)
     sizes = set(attention.gpu_sizes())
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -1,8 +1,8 @@
 // Threads that go through the phases of one piece of work together. No torch here.
 //
-// A phase is a number of tasks; whoever is free takes the next one, and nobody begins the next phase
-// before all of them are done. A thread that finds nobody else does everything itself, so it does
-// not matter how many come, or when: nothing waits for a thread that has not taken a task.
+// A phase is a number of tasks; whoever is free takes the next one, and nobody begins the next
+// phase before all of them are done. A thread that finds nobody else does everything itself, so it
+// does not matter how many come, or when: nothing waits for a thread that has not taken a task.
 #pragma once
 
 #include <atomic>

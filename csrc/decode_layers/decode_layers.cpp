@@ -68,8 +68,7 @@ Tensor decode_layers(const Tensor& x, const Tensor& slot, Tensors parameters, Te
                      scales.size() == 2 * count && eps.size() == 2 * count;
   DALLE_LAYERS_CHECK(whole, "layers", "at least one, each with all its tensors", count);
   const bool holds = x.dim() == 2 && x.scalar_type() == ScalarType::Float && x.is_contiguous();
-  DALLE_LAYERS_CHECK(holds, "x", "contiguous float32, (R, d)", toString(x.scalar_type()), ", ",
-                     shape_text(x));
+  DALLE_LAYERS_CHECK(holds, "x", "contiguous float32, (R, d)", tensor_text(x));
   const Tensor& keys = image[0];
   DALLE_LAYERS_CHECK(keys.dim() == 5, "image_keys", "(B, S, H, C, D)", shape_text(keys));
   const DecodeShape shape = {keys.size(0), keys.size(1), keys.size(2), keys.size(4),
@@ -90,12 +89,12 @@ Tensor decode_layers(const Tensor& x, const Tensor& slot, Tensors parameters, Te
   const bool pairs = layers[0].qkv.pairs;
   DALLE_LAYERS_CHECK(type == ElementKind::kFloat || (type == ElementKind::kBFloat16 && pairs),
                      "cache", "float32, or bfloat16 with weights of bfloat16",
-                     toString(shape.type));
+                     dtype_text(shape.type));
   Tensor result = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   if (x.numel() == 0) return result;
 
-  const PackedLinearCpu& linear = pairs ? DALLE_SELECT_ISA_BFLOAT16(packed_linear_cpu)
-                                        : DALLE_SELECT_ISA(packed_linear_cpu);
+  const PackedLinearCpu& linear =
+      pairs ? DALLE_SELECT_ISA_BFLOAT16(packed_linear_cpu) : DALLE_SELECT_ISA(packed_linear_cpu);
   const DecodeAttentionCpu& attention = type == ElementKind::kBFloat16
                                             ? DALLE_SELECT_ISA_BFLOAT16(decode_attention_cpu)
                                             : DALLE_SELECT_ISA(decode_attention_cpu);

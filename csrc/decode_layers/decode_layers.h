@@ -46,8 +46,8 @@ inline void run_prepare(Member& member, const PackedLinearCpu& cpu, const Packed
   });
 }
 
-// One product of a layer for all rows, of args.x, or of args.normed where that is set. A task is some
-// panels of 16 outputs.
+// One product of a layer for all rows, of args.x, or of args.normed where that is set. A task is
+// some panels of 16 outputs.
 inline void run_product(Member& member, const PackedLinearCpu& cpu, const DecodeLayersArgs& all,
                         PackedLinearArgs args) {
   args.rows = all.rows;

@@ -15,38 +15,32 @@ using Tensors = std::vector<Tensor>;
   DALLE_CHECK(condition, "decode_layers", argument, requirement, __VA_ARGS__)
 
 // Of each layer, in the lists of a call.
-constexpr size_t kLayerParameters = 12;  // gain, shift, weight and bias of qkv; weight, bias of out;
-                                         // gain, shift, weight, bias of wide_in; those of wide_out
+constexpr size_t kLayerParameters =
+    12;  // gain, shift, weight and bias of qkv; weight, bias of out;
+         // gain, shift, weight, bias of wide_in; those of wide_out
 
 struct DecodeLayersTensors {
   const Tensors &parameters, &text, &image, &scales;  // the others keys, values
-  const std::vector<double>& eps;  // of both norms
+  const std::vector<double>& eps;                     // of both norms
 };
 
 // A float32 vector of `size` numbers.
 inline const float* check_vector(const char* name, const Tensor& x, int64_t size) {
   const bool holds = x.scalar_type() == ScalarType::Float && x.dim() == 1 && x.size(0) == size &&
                      x.is_contiguous();
-  DALLE_LAYERS_CHECK(holds, name, "float32, (" + std::to_string(size) + ")",
-                     toString(x.scalar_type()), ", ", shape_text(x));
+  DALLE_LAYERS_CHECK(holds, name, "contiguous float32 of shape (" + std::to_string(size) + ")",
+                     tensor_text(x));
   return static_cast<const float*>(x.const_data_ptr());
 }
 
-// What a product is, from its weight, packed, and its bias; all are of one dtype.
+// A product by its packed weight and its bias.
 inline PackedLinearArgs check_product(const Tensor& weight, const Tensor& bias, int64_t inputs,
-                                      int64_t outputs, ScalarType dtype) {
-  PackedLinearArgs args{};
-  args.pairs = dtype == ScalarType::BFloat16;
-  args.inputs = inputs, args.outputs = outputs;
-  const int64_t steps = args.pairs ? ceil_div(inputs, 2) : inputs;
-  const int64_t panels = ceil_div(outputs, kLinearColumns);
-  DALLE_LAYERS_CHECK(weight.scalar_type() == dtype, "weights",
-                     "float32, or all of them bfloat16", toString(weight.scalar_type()));
-  DALLE_LAYERS_CHECK(
-      weight.is_contiguous() && weight.numel() == panels * steps * kLinearColumns * (1 + args.pairs),
-      "weight", "packed for " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) +
-      " outputs", shape_text(weight));
-  args.weight = weight.const_data_ptr();
+                                      int64_t outputs, bool pairs) {
+  PackedLinearArgs args = check_packed_weight(
+      "decode_layers", weight, inputs, outputs,
+      "packed for " + std::to_string(inputs) + " inputs, " + std::to_string(outputs) + " outputs");
+  DALLE_LAYERS_CHECK(args.pairs == pairs, "weights", "of one dtype",
+                     dtype_text(weight.scalar_type()));
   args.bias = check_vector("bias", bias, outputs);
   return args;
 }
@@ -65,15 +59,13 @@ inline DecodeLayer check_decode_layer(size_t i, const DecodeLayersTensors& given
   DecodeLayer layer{};
   const Tensor* p = &given.parameters[i * kLayerParameters];
   const int64_t inner = shape.h * shape.d;
-  const ScalarType dtype = given.parameters[2].scalar_type();
-  DALLE_LAYERS_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "weights",
-                     "float32 or bfloat16", toString(dtype));
+  const bool pairs = given.parameters[2].scalar_type() == ScalarType::BFloat16;
   DALLE_LAYERS_CHECK(p[9].dim() == 1, "bias", "(F)", shape_text(p[9]));
   const int64_t hidden = p[9].size(0);
-  layer.qkv = check_product(p[2], p[3], width, 3 * inner, dtype);
-  layer.out = check_product(p[4], p[5], inner, width, dtype);
-  layer.wide_in = check_product(p[8], p[9], width, hidden, dtype);
-  layer.wide_out = check_product(p[10], p[11], hidden, width, dtype);
+  layer.qkv = check_product(p[2], p[3], width, 3 * inner, pairs);
+  layer.out = check_product(p[4], p[5], inner, width, pairs);
+  layer.wide_in = check_product(p[8], p[9], width, hidden, pairs);
+  layer.wide_out = check_product(p[10], p[11], hidden, width, pairs);
   layer.qkv.gain = check_vector("gain", p[0], width);
   layer.qkv.shift = check_vector("shift", p[1], width);
   layer.wide_in.gain = check_vector("gain", p[6], width);
@@ -97,11 +89,12 @@ inline DecodeLayer check_decode_layer(size_t i, const DecodeLayersTensors& given
     return x.numel() == 0 ? std::nullopt : std::optional<Tensor>(x);
   };
   const std::optional<Tensor> key_scales = scales(0), value_scales = scales(1);
-  const DecodeTensors cache = {given.text[2 * i],      given.text[2 * i + 1], given.image[2 * i],
-                               given.image[2 * i + 1], key_scales,            value_scales};
-  layer.attention = check_decode_cache(slot, shape, cache, slot, kind, numbers[first - 3],
-                                       numbers[first - 2], runs,
-                                       1 / std::sqrt(static_cast<double>(shape.d)));
+  const DecodeTensors cache = {given.text[2 * i],  given.text[2 * i + 1],
+                               given.image[2 * i], given.image[2 * i + 1],
+                               key_scales,         value_scales};
+  layer.attention =
+      check_decode_cache(slot, shape, cache, slot, kind, numbers[first - 3], numbers[first - 2],
+                         runs, 1 / std::sqrt(static_cast<double>(shape.d)));
   rules.at = first + runs.size();
   return layer;
 }

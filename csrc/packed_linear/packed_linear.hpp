@@ -27,24 +27,33 @@ inline const float* check_floats(const char* name, const std::optional<Tensor>& 
   return static_cast<const float*>(x->const_data_ptr());
 }
 
+// What a packed weight says of a product; one of bfloat16 does not say whether `inputs` is odd.
+inline PackedLinearArgs check_packed_weight(const char* op, const Tensor& weight, int64_t inputs,
+                                            int64_t outputs, const std::string& requirement) {
+  PackedLinearArgs args{};
+  args.inputs = inputs, args.outputs = outputs;
+  args.pairs = weight.scalar_type() == ScalarType::BFloat16;
+  const int64_t steps = args.pairs ? ceil_div(inputs, 2) : inputs;
+  const int64_t panels = ceil_div(outputs, kLinearColumns);
+  const bool fits = weight.is_contiguous() &&
+                    (args.pairs || weight.scalar_type() == ScalarType::Float) &&
+                    weight.numel() == panels * steps * kLinearColumns * (1 + args.pairs);
+  DALLE_CHECK(fits, op, "weight", requirement, tensor_text(weight));
+  args.weight = weight.const_data_ptr();
+  return args;
+}
+
 // All but `normed` and `out`, which the caller adds.
 inline PackedLinearArgs check_packed_linear(const Tensor& x, const Tensor& weight, int64_t outputs,
                                             const std::optional<Tensor>& bias,
                                             const std::optional<Tensor>& gain,
                                             const std::optional<Tensor>& shift, double eps,
                                             double slope, const std::optional<Tensor>& add) {
-  PackedLinearArgs args{};
   DALLE_CHECK(x.dim() == 2, "packed_linear", "x", "(M, K)", shape_text(x));
-  args.rows = x.size(0), args.inputs = x.size(1), args.outputs = outputs;
-  args.pairs = weight.scalar_type() == ScalarType::BFloat16;
-  const int64_t steps = args.pairs ? ceil_div(args.inputs, 2) : args.inputs;
-  const int64_t panels = ceil_div(outputs, kLinearColumns);
-  const bool fits = weight.is_contiguous() &&
-                    (args.pairs || weight.scalar_type() == ScalarType::Float) &&
-                    weight.numel() == panels * steps * kLinearColumns * (1 + args.pairs);
-  DALLE_CHECK(fits, "packed_linear", "weight", "packed for this x", tensor_text(weight));
+  PackedLinearArgs args =
+      check_packed_weight("packed_linear", weight, x.size(1), outputs, "packed for this x");
+  args.rows = x.size(0);
   args.x = check_floats("x", x, {args.rows, args.inputs});
-  args.weight = weight.const_data_ptr();
   args.bias = check_floats("bias", bias, {outputs});
   args.gain = check_floats("gain", gain, {args.inputs});
   args.shift = check_floats("shift", shift, {args.inputs});

@@ -22,6 +22,7 @@ from dalle_ext.reference import decode_layers as reference
 
 Tensor = torch.Tensor
 OP = "DecodeLayers"
+PRODUCTS = ("qkv", "out", "wide_in", "wide_out")
 Norm = tuple[Tensor, Tensor, float]
 
 
@@ -86,9 +87,11 @@ class DecodeLayers:
             if not isinstance(layer, DecodeLayer):
                 name = type(layer).__name__
                 raise TypeError(f"{OP}: layers must be of DecodeLayer, got {name}")
+            self._check_kinds(layer)
             self._check_products(layer)
             self._check_cache(layer.cache)
         caches = [layer.cache for layer in self.layers]
+        self._rows = len(caches[0].text_keys) * caches[0].samples
         self._parameters = [x for layer in self.layers for x in _parameters(layer)]
         self._text = [x for c in caches for x in (c.text_keys, c.text_values)]
         self._image = [x for c in caches for x in (c.image_keys, c.image_values)]
@@ -98,15 +101,22 @@ class DecodeLayers:
         self._rules = [x for p in patterns for x in (*p.grid, len(p.runs), *p.runs)]
         self._eps = [real(eps) for layer in self.layers for _, _, eps in layer.norms]
 
+    def _check_kinds(self, layer: DecodeLayer) -> None:
+        parts: dict[str, type] = dict.fromkeys(PRODUCTS, PackedLinear) | {"cache": DecodeCache}
+        for name, kind in parts.items():
+            part = getattr(layer, name)
+            if not isinstance(part, kind):
+                got = type(part).__name__
+                raise TypeError(f"{OP}: {name} must be a {kind.__name__}, got {got}")
+        norms = layer.norms
+        if not isinstance(norms, tuple) or [len(norm) for norm in norms] != [3, 3]:
+            raise ValueError(f"{OP}: norms must be two of (gain, shift, eps), got {norms!r:.60}")
+
     def _check_products(self, layer: DecodeLayer) -> None:
         first, shape = self.layers[0].qkv, layer.cache.image_keys.shape
         width, inner, hidden = first.inputs, shape[2] * shape[4], layer.wide_in.outputs
-        for name, sizes in (
-            ("qkv", (3 * inner, width)),
-            ("out", (width, inner)),
-            ("wide_in", (hidden, width)),
-            ("wide_out", (width, hidden)),
-        ):
+        sizes_of = ((3 * inner, width), (width, inner), (hidden, width), (width, hidden))
+        for name, sizes in zip(PRODUCTS, sizes_of, strict=True):
             part = getattr(layer, name)
             if (part.outputs, part.inputs) != sizes:
                 got = f"{part.outputs}, {part.inputs}"
@@ -116,6 +126,8 @@ class DecodeLayers:
                 raise ValueError(f"{OP}: {name} must be packed as {want}, got {found}")
         for gain, shift, eps in layer.norms:
             numbers_only(OP, eps=eps)
+            if not (math.isfinite(real(eps)) and real(eps) >= 0):
+                raise ValueError(f"{OP}: eps must be a finite number of at least 0, got {eps!r}")
             for name, x in (("gain", gain), ("shift", shift)):
                 untracked(OP, **{name: x.detach() if isinstance(x, Tensor) else x})
                 if tuple(x.shape) != (width,) or x.dtype != torch.float32 or x.device.type != "cpu":
@@ -154,9 +166,11 @@ class DecodeLayers:
         Raises:
             TypeError: x or slot is no tensor, or x requires a gradient while gradients are
                 recorded.
-            RuntimeError: shapes, dtypes or strides that do not fit; slot out of range.
+            ValueError: shapes, dtypes, devices or strides that do not fit.
+            RuntimeError: slot out of range.
         """
         untracked(OP, x=x, slot=slot)
+        self._check_step(x, slot)
         if reference_in_use():
             return reference.decode_layers(x, slot, self.layers, self.slope)
         _native.require(OP, x.device)
@@ -170,6 +184,18 @@ class DecodeLayers:
             with torch._C._AutoDispatchBelowAutograd():
                 out = _decode_layers(*given)
         return out
+
+    def _check_step(self, x: Tensor, slot: Tensor) -> None:
+        want = (self._rows, self.layers[0].qkv.inputs)
+        plain = x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+        if not plain or tuple(x.shape) != want:
+            got = f"{tuple(x.shape)} of {str(x.dtype)[6:]}"
+            got += "" if x.is_contiguous() else f" with strides {x.stride()}"
+            got += "" if x.device.type == "cpu" else f" on {x.device}"
+            raise ValueError(f"{OP}: x must be contiguous float32 of shape {want}, got {got}")
+        if slot.dtype != torch.int64 or slot.dim() != 0 or slot.device.type != "cpu":
+            got = f"{tuple(slot.shape)} {slot.dtype} on {slot.device}"
+            raise ValueError(f"{OP}: slot must be a 0-d int64 tensor on the CPU, got {got}")
 
 
 def _or_empty(x: Tensor | None) -> Tensor:

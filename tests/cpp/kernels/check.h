@@ -165,5 +165,6 @@ void test_gumbel_softmax(Checks& checks);
 void test_sparse_attention(Checks& checks);
 void test_decode_attention(Checks& checks);
 void test_packed_linear(Checks& checks);
+void test_team(Checks& checks);
 
 }  // namespace dalle
