@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -105,6 +107,33 @@ def test_results_never_stand_in_for_what_they_are_made_of(home, tmp_path, capsys
         dedup(DedupConfig(data=str(two), out=one, by="exact"))
     dedup(DedupConfig(data=str(home / "kept"), out=one, by="exact"))  # the same once more
     assert len(load_pairs(str(two), image_size=0)) == 6
+
+
+def test_no_result_lies_among_the_pictures_it_is_made_of(home, tmp_path, monkeypatch, capsys):
+    """Not by a relative path, a link to the folder, a link in it, nor for a set made of it."""
+    photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    shutil.copytree(home / "pairs", photos)
+    elsewhere.mkdir()
+    (tmp_path / "link").symlink_to(photos)
+    (photos / "more").symlink_to(elsewhere)
+    dedup(DedupConfig(data=str(photos), out=tmp_path / "kept", by="exact"))
+    monkeypatch.chdir(photos)
+    mixed = f"{home / 'shards'}=1", "--data", f"{photos}=2"
+    for data, out in (
+        (["."], "out"), ([photos], "../photos/a/b"), ([photos], tmp_path / "link/out"),
+        ([tmp_path / "link"], photos / "out"), ([photos], elsewhere / "out"),
+        ([photos], elsewhere), ([tmp_path / "kept"], photos / "out"), (mixed, "out"),
+    ):  # fmt: skip
+        for verb in ("check", "stats", "filter", "dedup", "pack", "encode"):
+            vae = ["--vae", home / "vae"] if verb == "encode" else []
+            words = ["data", verb, "--data", *data, "--out", out, *vae]
+            assert main([*map(str, words)]) == 2
+            line = f"data {verb}: out must be a folder outside of the pictures, got {out}\n"
+            assert capsys.readouterr().err.endswith(line)
+    assert sorted(os.listdir(photos)) == sorted([*os.listdir(home / "pairs"), "more"])
+    assert not os.listdir(elsewhere)
+    shutil.copytree(home / "pairs", tmp_path / "beside")
+    stats(StatsConfig(data=str(tmp_path / "beside"), out=tmp_path / "beside-stats"))
 
 
 def test_options_are_kept_beside_the_result(home, tmp_path):

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from dalle.console import say
 from dalle.data import codes, emoji, folder, kept, shapes_pairs, shards, tables
+from dalle.data.folder import walk
 from dalle.data.mixture import CaptionChoice, MixedPairs, with_choice
 from dalle.data.pairs import Pairs, format_counts, number_of_captions
 from dalle.data.shard_files import is_shard_folder
@@ -179,19 +181,52 @@ def split_specs(spec: str) -> list[tuple[str, float | None]]:
 
 
 def check_apart(owner: str, spec: str, out: Path) -> None:
-    """Refuses a folder for results that is a source, or lies among the shards of one.
+    """Refuses a folder for results that is a source, or lies among the pictures or shards of one:
+    the next run would read it. A filtered set has the sources that it was made of too.
 
     Raises:
         UsageError: in one line that begins with `owner`.
+        DataError: a filtered set is damaged.
     """
     for name, _ in split_specs(spec):
         if built_in_of(name) is not None or not os.path.exists(name):
             continue
-        source, target = real_path(name), real_path(out)
-        if source == target:
+        if real_path(name) == real_path(out):
             raise UsageError(f"{owner}: out must be a new or empty folder, got that of data")
-        if source in target.parents and is_shard_folder(source):
-            raise UsageError(f"{owner}: out must be a folder outside of the shards, got {out}")
+        for source in _made_of(name):
+            if built_in_of(source) is not None:
+                continue
+            shards = is_shard_folder(Path(source))
+            if (shards or is_picture_folder(source)) and _is_walked(Path(source), out):
+                kind = "shards" if shards else "pictures"
+                raise UsageError(f"{owner}: out must be a folder outside of the {kind}, got {out}")
+
+
+def _made_of(name: str) -> list[str]:
+    """A source; of a filtered set those that it was made of, as paths and names."""
+    if built_in_of(name) is not None or not kept.is_kept_set(Path(name)):
+        return [name]
+    data = str(kept.read_kept(Path(name))[0]["source"]["data"])
+    return [inner for spec, _ in split_specs(data) for inner in _made_of(spec)]
+
+
+def _is_walked(source: Path, out: Path) -> bool:
+    """Whether a walk through a folder, which follows links, comes to `out` or would once it is
+    made."""
+    target, places = real_path(out), set[tuple[int, int]]()
+    if target.is_symlink():  # to itself: refused where it is made
+        return False
+    for parent in (target, *target.parents):
+        with suppress(OSError):  # not there yet
+            status = parent.stat()
+            places.add((status.st_dev, status.st_ino))
+    for entry in walk(source):
+        if not isinstance(entry, str):
+            with suppress(OSError):
+                status = entry[0].stat()
+                if (status.st_dev, status.st_ino) in places:
+                    return True
+    return False
 
 
 def held_out_split(spec: str) -> str:
