@@ -24,14 +24,13 @@ inline void check_decode_device(const Tensor& x, const char* name, const Tensor&
 // A contiguous tensor of these sizes and this type.
 inline void check_decode_store(const Tensor& x, const char* name, const Tensor& q, ScalarType type,
                                const std::vector<int64_t>& sizes) {
-  bool same = x.dim() == static_cast<int64_t>(sizes.size()) && x.is_contiguous();
-  std::string wanted;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    same = same && x.size(static_cast<int64_t>(d)) == sizes[d];
-    wanted += (d ? ", " : "(") + std::to_string(sizes[d]);
-  }
-  DALLE_DECODE_CHECK(same, name, "contiguous " + wanted + ")", shape_text(x));
-  DALLE_DECODE_CHECK(x.scalar_type() == type, name, toString(type), toString(x.scalar_type()));
+  const auto dims = static_cast<int64_t>(sizes.size());
+  const auto wanted = [&](int64_t d) { return sizes[static_cast<size_t>(d)]; };
+  bool holds = x.dim() == dims && x.scalar_type() == type && x.is_contiguous();
+  for (int64_t d = 0; holds && d < dims; ++d) holds = x.size(d) == wanted(d);
+  DALLE_DECODE_CHECK(holds, name,
+                     "contiguous " + dtype_text(type) + " of shape " + tuple_text(dims, wanted),
+                     tensor_text(x));
   check_decode_device(x, name, q);
 }
 
@@ -40,11 +39,10 @@ inline void check_decode_row(const Tensor& x, const char* name, const Tensor& q)
   for (int64_t d = 0; same && d < 4; ++d) same = x.size(d) == q.size(d);
   DALLE_DECODE_CHECK(same, name, "of q's shape " + shape_text(q), shape_text(x));
   DALLE_DECODE_CHECK(x.scalar_type() == q.scalar_type(), name,
-                     std::string("of q's dtype ") + toString(q.scalar_type()),
-                     toString(x.scalar_type()));
+                     "of q's dtype " + dtype_text(q.scalar_type()), dtype_text(x.scalar_type()));
   check_decode_device(x, name, q);
   DALLE_DECODE_CHECK(x.numel() == 0 || x.size(3) == 1 || x.stride(3) == 1, name,
-                     "contiguous along D", "stride ", x.stride(3));
+                     "contiguous along D", tensor_text(x));
 }
 
 // The caches of a call, as the schema has them.
@@ -73,7 +71,7 @@ inline DecodeAttentionParams check_decode_cache(const Tensor& like, const Decode
   params.type = element_kind(type);
   const bool floating = params.type == ElementKind::kFloat || params.type == ElementKind::kDouble ||
                         params.type == ElementKind::kHalf || params.type == ElementKind::kBFloat16;
-  DALLE_DECODE_CHECK(floating, "q", "float32, float64, float16 or bfloat16", toString(type));
+  DALLE_DECODE_CHECK(floating, "q", "float32, float64, float16 or bfloat16", dtype_text(type));
 
   const Tensor& text = cache.text_keys;
   DALLE_DECODE_CHECK(text.dim() == 4, "text_keys", "(B, H, T, D)", shape_text(text));
@@ -98,7 +96,7 @@ inline DecodeAttentionParams check_decode_cache(const Tensor& like, const Decode
     params.value_scales = static_cast<float*>((*cache.value_scales).data_ptr());
   }
   DALLE_DECODE_CHECK(slot.dim() == 0 && slot.scalar_type() == ScalarType::Long, "slot",
-                     "one int64, 0-d", shape_text(slot), " ", toString(slot.scalar_type()));
+                     "one int64, 0-d", tensor_text(slot));
   check_decode_device(slot, "slot", like);
 
   params.batch = static_cast<int32_t>(b);

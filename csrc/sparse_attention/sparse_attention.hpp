@@ -65,11 +65,10 @@ inline void check_like(const Tensor& x, const char* name, const Tensor& q) {
   for (int64_t d = 0; same && d < 4; ++d) same = x.size(d) == q.size(d);
   DALLE_ATTENTION_CHECK(same, name, "of q's shape " + shape_text(q), shape_text(x));
   DALLE_ATTENTION_CHECK(x.scalar_type() == q.scalar_type(), name,
-                        std::string("of q's dtype ") + toString(q.scalar_type()),
-                        toString(x.scalar_type()));
+                        "of q's dtype " + dtype_text(q.scalar_type()), dtype_text(x.scalar_type()));
   check_device(x, name, q);
   DALLE_ATTENTION_CHECK(x.numel() == 0 || x.size(3) == 1 || x.stride(3) == 1, name,
-                        "contiguous along D", "stride ", x.stride(3));
+                        "contiguous along D", tensor_text(x));
 }
 
 inline ElementKind check_type(const Tensor& q) {
@@ -77,7 +76,7 @@ inline ElementKind check_type(const Tensor& q) {
   const bool valid = kind == ElementKind::kFloat || kind == ElementKind::kDouble ||
                      kind == ElementKind::kHalf || kind == ElementKind::kBFloat16;
   DALLE_ATTENTION_CHECK(valid, "q", "float32, float64, float16 or bfloat16",
-                        toString(q.scalar_type()));
+                        dtype_text(q.scalar_type()));
   return kind;
 }
 
@@ -129,7 +128,7 @@ inline void check_backward(const Tensor& q, const Tensor& grad_out, const Tensor
   check_like(out, "out", q);
   bool same = lse.dim() == 3 && lse.is_contiguous() && lse.scalar_type() == ScalarType::Double;
   for (int64_t d = 0; same && d < 3; ++d) same = lse.size(d) == q.size(d);
-  DALLE_ATTENTION_CHECK(same, "lse", "as the forward returned it", shape_text(lse));
+  DALLE_ATTENTION_CHECK(same, "lse", "as the forward returned it", tensor_text(lse));
   check_device(lse, "lse", q);
   params->grad_out = rows_of(grad_out);
   params->out = rows_of(out);

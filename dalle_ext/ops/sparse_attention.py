@@ -29,6 +29,7 @@ Tensor = torch.Tensor
 KINDS = ("row", "column", "conv", "causal")  # whose offsets follow from the grid
 OFFSETS = "offsets"  # whose offsets are given
 LSE_BYTES = 8  # a float64 a query
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 def _counts(**counts: int) -> list[int]:
@@ -356,6 +357,27 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _like_native(q: Tensor, **others: Tensor) -> None:
+    """Checks what the native op asks of its tensors, in the same words. Raises RuntimeError."""
+    size, dtype, wrong = q.size(3), _dtype(q), ""
+    if not 1 <= size <= 256:
+        wrong = f"D must be from 1 to 256, got {size}"
+    elif dtype not in DTYPES:
+        wrong = f"q must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype}"
+    for name, x in others.items():
+        if x.shape != q.shape:
+            got = ", ".join(map(str, x.shape))
+            wrong = wrong or f"{name} must be of q's shape {tuple(q.shape)}, got ({got})"
+        if x.dtype != q.dtype:
+            wrong = wrong or f"{name} must be of q's dtype {dtype}, got {_dtype(x)}"
+    if wrong:
+        raise RuntimeError(f"sparse_attention: {wrong}")
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
 def _number(scale: Any) -> float:
     numbers_only("sparse_attention", scale=scale)
     value = real(scale)
@@ -403,6 +425,7 @@ def sparse_attention(
         raise ValueError(f"sparse_attention: q, k, v must be on one device, got {where}")
     factor = 1.0 / math.sqrt(max(1, q.size(3))) if scale is None else _number(scale)
     if reference_in_use():
+        _like_native(q, k=k, v=v)
         return reference.sparse_attention(q, k, v, pattern, factor)
     _native.require("sparse_attention", q.device)
     rule = (pattern.kind, pattern.text_len, *pattern.grid, pattern.runs, factor)

@@ -328,11 +328,23 @@ def test_messages_of_fill_values_set_text_and_reorder():
 def test_messages_of_the_raw_op():
     good = list(arguments(cache_of()))
     for place, wrong, message in (
-        (5, good[5][:, :, :, :9], r"image_keys must be contiguous \(2, 4, 3, 14, 16\), got"),
-        (6, good[6].double(), "image_values must be Float, got Double"),
+        (5, good[5][:, :, :, :9], r"image_keys must be .*, got \(2, 4, 3, 9, 16\) of float32 with"),
+        (
+            6,
+            good[6].double(),
+            r"image_values must be contiguous float32 of shape \(2, 4, 3, 14, 16\), "
+            r"got \(2, 4, 3, 14, 16\) of float64$",
+        ),
+        (1, good[1].double(), "k must be of q's dtype float32, got float64$"),
         (7, torch.zeros(2, 4, 3, 14), "scales must be of keys and values, or of neither"),
-        (3, good[3].transpose(0, 1), r"text_keys must be contiguous \(2, 3, 6, 16\), got"),
-        (9, SLOT[None], "slot must be one int64, 0-d, got"),
+        (
+            3,
+            good[3].mT.contiguous().mT,
+            r"text_keys must be contiguous float32 of shape \(2, 3, 6, 16\), "
+            r"got \(2, 3, 6, 16\) of float32 with strides \(288, 96, 1, 6\)$",
+        ),
+        (9, SLOT[None], r"slot must be one int64, 0-d, got \(1\) of int64$"),
+        (9, SLOT.int(), r"slot must be one int64, 0-d, got \(\) of int32$"),
         (10, "ring", "kind must be one of row, column, conv, causal, offsets, got ring"),
         (13, [1, 2], "runs must be ascending half-open runs"),
     ):

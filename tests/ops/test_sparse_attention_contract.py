@@ -185,8 +185,22 @@ def bad_arguments():
             RuntimeError,
             r"v must be of q's shape .*, got \(1, 2, 41, 8\)",
         ),
-        "k dtype": ((q, q.double(), q), RuntimeError, "k must be of q's dtype Float, got Double"),
-        "dtype": ((q.int(),) * 3, RuntimeError, "q must be float32, float64, .*, got Int"),
+        "k dtype": (
+            (q, q.double(), q),
+            RuntimeError,
+            "k must be of q's dtype float32, got float64$",
+        ),
+        "v dtype": (
+            (q.bfloat16(), q.bfloat16(), q.half()),
+            RuntimeError,
+            "v must be of q's dtype bfloat16, got float16$",
+        ),
+        "dtype": (
+            (q.int(),) * 3,
+            RuntimeError,
+            "q must be float32, float64, float16 or bfloat16, got int32$",
+        ),
+        "complex": ((q.to(torch.complex64),) * 3, RuntimeError, "q must be .*, got complex64$"),
         "head size": (
             (q.repeat(1, 1, 1, 17),) * 3,
             RuntimeError,
@@ -197,9 +211,11 @@ def bad_arguments():
     return [pytest.param(*case, id=name) for name, case in cases.items()]
 
 
+@pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize(("arguments", "error", "message"), bad_arguments())
-def test_messages(arguments, error, message):
-    with pytest.raises(error, match=f"^sparse_attention: {message}"):
+def test_messages(arguments, error, message, reference):
+    line = f"^sparse_attention: {message}"
+    with dalle_ext.use_reference(reference), pytest.raises(error, match=line):
         sparse_attention(*arguments, *([PATTERN] if len(arguments) == 3 else []), 0.25)
 
 
