@@ -11,9 +11,9 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from dalle.errors import DalleError, UsageError
+from dalle.errors import DalleError, UnknownOption, UsageError
 
 T = TypeVar("T")
 
@@ -31,6 +31,30 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
             if plain in parts or (len(parts) > 1 and plain == "".join(part[:1] for part in parts))
         ]
     return f" (did you mean {min(close)}?)" if close else ""
+
+
+def check_options(owner: str, options: Iterable[str], known: Iterable[str]) -> None:
+    """Checks the names of keywords.
+
+    Raises:
+        UnknownOption: naming the first that is not `known`, and what is near.
+    """
+    known = list(known)
+    for name in options:
+        if name not in known:
+            raise UnknownOption(f"{owner}: {name} is not an option{did_you_mean(name, known)}")
+
+
+class Named:
+    """Base of dataclasses whose constructor says what is near a keyword that it does not have.
+
+    Raises:
+        UnknownOption: there is no such field.
+    """
+
+    def __new__(cls, *values: Any, **options: Any) -> Self:
+        check_options(cls.__name__, options, field_names(cls))
+        return super().__new__(cls)
 
 
 def require(
@@ -221,6 +245,11 @@ def seed_number(owner: str, seed: Any) -> int:
     if not 0 <= number < 2**63:
         raise UsageError(f"{owner}: seed must be 0 .. 2^63 - 1, got {number}")
     return number
+
+
+def field_names(config_type: type) -> list[str]:
+    """The fields that `config_type` takes."""
+    return [f.name for f in dataclasses.fields(config_type) if f.init]
 
 
 def field_types(config_type: type) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dalle.candidates import (
     counted,
 )
 from dalle.captions import clean
+from dalle.configs import check_options
 from dalle.errors import UsageError
 from dalle.masks import kept_tokens
 from dalle.prior.decode import Drawn
@@ -227,6 +228,7 @@ class Editing:
         Raises:
             UsageError: an argument is out of range, nothing is kept, or nothing is left to draw.
         """
+        check_options("edit", options, (*DrawOptions.__annotations__, "keep", "paste"))
         try:
             request = self.request("edit", 1, options)
         except UsageError as error:

@@ -48,6 +48,10 @@ class UsageError(DalleError, ValueError):
     exit_code = 2
 
 
+class UnknownOption(UsageError, TypeError):
+    """A keyword that a function does not have: also the TypeError that Python raises of its own."""
+
+
 class DataError(DalleError):
     """Input data is missing, empty or unreadable."""
 

@@ -24,7 +24,7 @@ from dalle.candidates import (
     choose,
     counted,
 )
-from dalle.configs import UPPER_LIMITS, check_numbers, did_you_mean, from_dict, integer
+from dalle.configs import UPPER_LIMITS, check_numbers, check_options, from_dict, integer
 from dalle.dvae.model import DiscreteVAE
 from dalle.editing import Editing, picture
 from dalle.errors import CheckpointError, UsageError
@@ -214,7 +214,7 @@ class Pipeline(Editing):
         """
         if isinstance(captions, str):
             raise UsageError(f"pipeline: captions must be a list of strings, got {captions!r}")
-        check_options("pipeline", options, SampleOptions)
+        check_options("pipeline", options, SampleOptions.__annotations__)
         text = self._encoded(_captions(list(captions)))
         counts = {"num_candidates": num_candidates, "sampling": sampling}
         request = self.request("pipeline", len(text), {**options, **counts})
@@ -237,10 +237,9 @@ class Pipeline(Editing):
             options: of `stream` or `edit_stream`.
 
         Raises:
-            UsageError: one of them is out of range.
-            TypeError: there is no such option.
+            UsageError: one of them is out of range, or there is no such option.
         """
-        check_options(owner, options, DrawOptions)
+        check_options(owner, options, DrawOptions.__annotations__)
         given = dict[str, Any](options)
         num_candidates, top = self.counts(given.pop("num_candidates", None), given.pop("top", None))
         first = first_numbers(owner, "first_candidate", given.pop("first_candidate", 0), captions)
@@ -306,7 +305,7 @@ class Pipeline(Editing):
             options: of `stream`.
 
         Raises:
-            UsageError: an argument is out of range, or a caption is no string.
+            UsageError: an argument is out of range, no option, or a caption is no string.
         """
         ends = (e for e in self.stream(caption, **options) if isinstance(e, Finished))
         results = [end.generation for end in sorted(ends, key=lambda end: end.caption)]
@@ -345,8 +344,9 @@ class Pipeline(Editing):
             code_progress: called with (codes done, codes in all) after each code of a part.
 
         Raises:
-            UsageError: an argument is out of range, or a caption is no string.
+            UsageError: an argument is out of range, no option, or a caption is no string.
         """
+        check_options("pipeline", options, GenerateOptions.__annotations__)
         captions, image = _captions(caption), options.pop("prime_image", None)
         rows = integer("pipeline", "prime_rows", options.pop("prime_rows", 0), 0)
         if image is None and rows:
@@ -393,13 +393,6 @@ class Pipeline(Editing):
         if num_candidates is not None:
             return _candidates(num_candidates)
         return self.num_candidates or CANDIDATES
-
-
-def check_options(owner: str, options: Mapping[str, object], kind: type) -> None:
-    """Raises TypeError for a keyword that `kind`, a TypedDict, does not have."""
-    known = kind.__annotations__
-    for name in sorted(options.keys() - known):
-        raise TypeError(f"{owner}: {name} is not an option{did_you_mean(name, known)}")
 
 
 def _candidates(number: int) -> int:

@@ -243,6 +243,8 @@ def test_features_that_are_not_finite_are_refused(home):
         evaluate.clip_score("real", extractor=Broken())
     with pytest.raises(UsageError, match="option must be one of .*, got colour"):
         evaluate.fid("real", "fake", colour=1)
+    with pytest.raises(UsageError, match=r"got batchsize \(did you mean batch_size\?\)$"):
+        evaluate.fid("real", "fake", batchsize=1)
     for call, line in (
         (lambda: evaluate.fid(3, "fake"), "real must be a path, a Pairs or a Pipeline, got int"),
         (lambda: evaluate.fid("real", "fake", weights=3), "weights must be a path, got int"),

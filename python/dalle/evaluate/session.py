@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dalle.configs import integer, seed_number
+from dalle.configs import did_you_mean, field_names, integer, seed_number
 from dalle.console import progress_shown
 from dalle.data.pairs import Pairs
 from dalle.data.sources import drawn_size
@@ -68,12 +68,12 @@ def make_setup(owner: str, options: dict[str, Any]) -> Setup:
     Raises:
         UsageError: an unknown one.
     """
-    known = {f.name for f in fields(Setup)}
-    of_draw = {f.name for f in fields(DrawConfig)}
+    known, of_draw = field_names(Setup), field_names(DrawConfig)
+    choices = sorted({*known, *of_draw})
     for name in options:
-        if name not in known | of_draw:
-            raise UsageError(f"{owner}: option must be one of {', '.join(sorted(known | of_draw))}"
-                             f", got {name}")  # fmt: skip
+        if name not in choices:
+            named, hint = ", ".join(choices), did_you_mean(name, choices)
+            raise UsageError(f"{owner}: option must be one of {named}, got {name}{hint}")
     drawing = {name: value for name, value in options.items() if name in of_draw}
     rest = {name: value for name, value in options.items() if name in known}
     if drawing:

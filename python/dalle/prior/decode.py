@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import dalle_ext
-from dalle.configs import integer
+from dalle.configs import check_options, field_names, integer
 from dalle.errors import NumericalError, UsageError
 from dalle.prior.blocks import KeysValues
 from dalle.prior.config import PAD
@@ -334,6 +334,7 @@ def generate(
         UsageError: shapes, token ranges or options that do not fit.
         NumericalError: logits that are NaN or infinite.
     """
+    check_options("generate", options, (*field_names(DrawConfig), "prime", "progress"))
     config = DrawConfig(**options)
     steps = draw_parts(prior, text, config, prime)
     slots = prior.config.num_image_tokens

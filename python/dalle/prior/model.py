@@ -19,13 +19,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import dalle_ext
+from dalle.configs import check_options, field_names
 from dalle.errors import UsageError
 from dalle.plan import parameters
 from dalle.pretrained import Pretrained, from_presets
 from dalle.prior.blocks import KeysValues, Layer, Resblock
 from dalle.prior.config import IMAGE_WEIGHT, PAD, PRESETS, TEXT_WEIGHT, PriorConfig
 from dalle.prior.decode import generate
-from dalle.prior.sampling import SamplingConfig
+from dalle.prior.sampling import DrawConfig, SamplingConfig
 
 
 class PriorOutput(NamedTuple):
@@ -227,6 +228,8 @@ class Prior(Pretrained[PriorConfig]):
             UsageError: shapes, token ranges or options that do not fit.
             NumericalError: logits that are NaN or infinite.
         """
+        known = {*field_names(SamplingConfig), *field_names(DrawConfig), "prime", "progress"}
+        check_options("generate", options, sorted(known - {"sampling"}))
         sampling = SamplingConfig(
             temperature=temperature,
             top_k=top_k,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.configs import integer
+from dalle.configs import Named, integer
 from dalle.errors import UsageError
 from dalle_ext import _checks
 from dalle_ext._checks import real
@@ -24,7 +24,7 @@ MIN_TEMPERATURE = 1e-37  # of float32; no two logits are so near that a lower on
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(Named):
     """How a token is drawn from its logits.
 
     Args:
@@ -37,7 +37,7 @@ class SamplingConfig:
             changes logits a little; None as they are.
 
     Raises:
-        UsageError: a number out of range.
+        UsageError: a number out of range, or no such option.
     """
 
     temperature: float = 1.0
@@ -86,7 +86,7 @@ PAPER = SamplingConfig()  # samples the distribution itself
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawConfig:
+class DrawConfig(Named):
     """Which samples of a caption are drawn, and how: one object down to the decoder.
 
     Args:
@@ -128,7 +128,7 @@ class DrawConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingChanges:
+class SamplingChanges(Named):
     """What to change of a pipeline's `SamplingConfig`; None takes the pipeline's own.
 
     Args:
