@@ -154,7 +154,12 @@ def test_the_next_command_is_complete(place, home, tmp_path, capsys):
     if place:
         make_parts()[0].save_pretrained(tokenizer)
     encode(options(home, vae=vae, out=out))
-    words = shlex.split(capsys.readouterr().out.split(": next: ")[1])
+    said = capsys.readouterr().out
+    short = shlex.split(said.split(" in one command: ")[1].splitlines()[0])
+    one_command = ["train", "--data", str(out), "--vae", str(vae), "--out", f"{out}-train"]
+    assert short == ["dalle", *one_command]
+    parse_options(load_target(("train",))[1], one_command[1:], prog="dalle")
+    words = shlex.split(said.split(": next: ")[1])
     expected = f"dalle tokenizer train --data OUT --out {tmp_path}/tokenizer"
     if place:
         expected = "dalle prior train --data OUT --preset tiny --tokenizer TOKENIZER --vae VAE"

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from dalle.commands import presets
-from dalle.commands.report import next_of_codes
+from dalle.commands.report import next_of_codes, train_on_codes
 from dalle.config_files import CONFIG_NAME
 from dalle.configs import integer
 from dalle.console import is_main_process, printable, say
@@ -310,4 +310,7 @@ def _finish(config: EncodeConfig, head: dict[str, Any], total: int) -> None:
     print(f"{OWNER}: {items:,} pictures in {shards}, {size:,} bytes, in {config.out}{why}")
     if not items:
         raise DataError(f"{OWNER}: {config.data} must hold a picture that can be used, got none")
+    if head["image_size"] % 2 == 0:  # the ranker's pictures have an even side
+        line = train_on_codes(config.out, config.vae)
+        print(printable(f"{OWNER}: all that follows in one command: {line}"))
     print(printable(f"{OWNER}: next: {next_of_codes(config.out, config.vae)}"))

@@ -206,6 +206,12 @@ def next_of_codes(codes: Path, vae: Path) -> str:
     return shlex.join(map(str, [*words, "--out", codes.with_name(f"{codes.name}-prior")]))
 
 
+def train_on_codes(codes: Path, vae: Path) -> str:
+    """The one command that trains all stages that are left after `dalle data encode`."""
+    words = ["dalle", "train", "--data", codes, "--vae", vae]
+    return shlex.join(map(str, [*words, "--out", codes.with_name(f"{codes.name}-train")]))
+
+
 def next_command(data: str, preset: str, run: Path, **known: Path | None) -> str:
     """The command of the first stage of a run that is not there yet, complete.
 
