@@ -17,7 +17,7 @@ from dalle.commands import dvae, notes, presets, report
 from dalle.data.folder import FolderPairs
 from dalle.distributed.config import ClusterConfig
 from dalle.dvae.model import DiscreteVAE
-from dalle.errors import UsageError
+from dalle.errors import OtherTrainingError, UsageError
 from dalle.options import parse_options
 from dalle.recipes import quick_dvae, quick_prior, quick_ranker
 from dalle.train.averaging import IterateAverage, first_share
@@ -101,6 +101,44 @@ def test_a_collapse_stands_at_the_end_in_words(tmp_path):
     said = list(dvae.saved_scores(made, tmp_path, torch.device("cpu")))
     used = f"1 of {made.model.vocab_size} codes used"
     assert any(line.startswith("the codebook has collapsed: " + used) for line in said), said
+
+
+def test_a_run_of_the_other_recipe_is_refused_in_a_short_line_that_says_what_to_type(
+    tmp_path, capsys
+):
+    """The default is quick on one process and paper on several."""
+    data, quick, paper = write_folder(tmp_path / "data", [24] * 6), tmp_path / "q", tmp_path / "p"
+    words = ["dvae", "train", "--data", data, "--steps", "2", "--batch-size", "2"]
+    words += ["--image-size", "16", "--picture-every", "0", "--preset", "tiny", "--out"]
+    for out, recipe in ((quick, []), (paper, ["--recipe", "paper"])):
+        assert main([*map(str, words), str(out), *recipe]) == 0
+    before = (paper / "config.yaml").read_bytes()
+    capsys.readouterr()
+    assert main([*map(str, words), str(paper)]) == 3
+    line = f"dvae train: recipe must be paper as in the run of {paper}, got quick; type --recipe "
+    assert capsys.readouterr().err.splitlines()[-1] == line + "paper"
+    assert (paper / "config.yaml").read_bytes() == before
+    assert main([*map(str, words), str(paper), "--recipe", "paper", "--steps", "3"]) == 0
+    dvae.plan(parsed(*words, paper), 2)  # it goes on there by default
+    step = ["--resume", quick / "step-00000002"]
+    for more in ([quick], [tmp_path / "new", *step]):
+        with pytest.raises(OtherTrainingError) as caught:
+            dvae.plan(parsed(*words, *more), 2)
+        assert str(caught.value) == (
+            f"dvae train: recipe must be quick as in the run of {quick}, got paper, as on 2 "
+            "processes; go on with one process, or choose another out"
+        )
+    options = (quick / "config.yaml").read_text()
+    (quick / "config.yaml").write_text(re.sub("parts: .*", "parts: 1", options))
+    with pytest.raises(OtherTrainingError, match="as on 2 processes; type --recipe quick$"):
+        dvae.plan(parsed(*words, quick), 2)
+    for more in ("--accept-changes", "--resume=none"):
+        dvae.plan(parsed(*words, quick, more), 2)
+    (quick / "config.yaml").unlink()  # then the checkpoint says it, and names a few options
+    capsys.readouterr()
+    assert main([*map(str, words), str(quick), "--recipe", "paper"]) == 3
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.count(", got ") == 5 and re.search(r", and \d+ more; choose another out", line)
 
 
 def test_the_options_of_a_run_repeat_it_bit_for_bit(tmp_path, capsys):

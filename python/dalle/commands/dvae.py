@@ -17,7 +17,7 @@ from dalle.commands import presets
 from dalle.commands.fits import require_dvae_fits
 from dalle.commands.notes import cluster_notes, dvae_notes, loop_notes
 from dalle.commands.report import banner, end_block, next_command
-from dalle.commands.training import check_model_target, keep_options
+from dalle.commands.training import check_model_target, keep_options, require_recipe_of_run
 from dalle.configs import did_you_mean
 from dalle.console import is_main_process, printable
 from dalle.data.augment import center_crop, to_tensor
@@ -173,6 +173,7 @@ def plan(config: DvaeCommandConfig, processes: int) -> Plan:
         recipe = presets.chosen_recipe(owner, config.recipe, preset, processes)
     if built_in and config.recipe == "paper":
         raise UsageError(f"dvae train: recipe must be quick for preset {preset}, got paper")
+    require_recipe_of_run(owner, recipe, loop, processes)
     if built_in:
         side = built_in.image_size
     else:

@@ -23,7 +23,7 @@ from dalle.commands.report import (
     newest_picture,
     next_command,
 )
-from dalle.commands.training import check_model_target, keep_options
+from dalle.commands.training import check_model_target, keep_options, require_recipe_of_run
 from dalle.configs import did_you_mean
 from dalle.console import is_main_process, number, say
 from dalle.data.codes import stores_of
@@ -162,6 +162,7 @@ def plan(config: PriorCommandConfig, world: World) -> Plan:
     if config.start.init_from is not None:
         saved = load_start(Prior, config.start.init_from)
     recipe = presets.chosen_recipe(owner, config.recipe, preset, world.size)
+    require_recipe_of_run(owner, recipe, config.loop, world.size)
     side = trained_size(vae, config.vae) or PRESETS[preset].grid[0] * vae.factor
     pairs = presets.open_pairs(
         config.data, config.image_size, side, config.loop.seed, config.captions

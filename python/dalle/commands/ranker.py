@@ -14,7 +14,12 @@ from PIL import Image
 from dalle.commands import presets
 from dalle.commands.notes import loop_notes, ranker_notes
 from dalle.commands.report import banner, end_block, next_command
-from dalle.commands.training import check_model_target, keep_options, require_one_process
+from dalle.commands.training import (
+    check_model_target,
+    keep_options,
+    require_one_process,
+    require_recipe_of_run,
+)
 from dalle.configs import did_you_mean
 from dalle.data.augment import to_tensor
 from dalle.data.codes import require_pictures
@@ -110,6 +115,7 @@ def train_command(config: RankerCommandConfig) -> None:
     if config.vae is not None:
         vae = DiscreteVAE.from_pretrained(config.vae).to(device)
     recipe = presets.chosen_recipe(owner, config.recipe, config.preset, 1)
+    require_recipe_of_run(owner, recipe, loop, 1)
     if config.preset not in PRESETS:
         names, hint = ", ".join(PRESETS), did_you_mean(config.preset, PRESETS)
         raise UsageError(f"{owner}: preset must be one of {names}, got {config.preset!r}{hint}")

@@ -8,11 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dalle.config_files import CONFIG_NAME, write_resolved
+from dalle.config_files import CONFIG_NAME, value_of_run, write_resolved
 from dalle.console import is_main_process
-from dalle.errors import CheckpointError, UsageError
+from dalle.errors import CheckpointError, OtherTrainingError, UsageError
 from dalle.files import check_targets, read_object
 from dalle.pretrained import CONFIG_FILE, WEIGHTS_FILE
+from dalle.train.config import LoopConfig
+from dalle.train.manifest import checkpoints
 
 
 def check_model_target(owner: str, folder: Path, kind: type) -> None:
@@ -51,6 +53,30 @@ def keep_options(owner: str, config: Any, out: Path) -> Callable[[int], None]:
     do not replace those it began with.
     """
     return lambda _: write_resolved(config, out / CONFIG_NAME, owner=owner)
+
+
+def require_recipe_of_run(owner: str, recipe: str, loop: LoopConfig, processes: int) -> None:
+    """Refuses, before the work, to go on from a checkpoint of the other recipe: nearly all that
+    fixes a training differs, and what was left out may be why (one process or several).
+
+    Raises:
+        OtherTrainingError: in one line that says what to type.
+    """
+    if loop.accept_changes or loop.resume == "none":
+        return
+    folder = loop.out if loop.resume == "auto" else Path(loop.resume).parent
+    then = value_of_run(folder / "model", "recipe") if checkpoints(folder) else ""
+    if then == recipe or then not in ("quick", "paper"):
+        return
+    alone = {name: value_of_run(folder / "model", name) for name in ("parts", "optimizer")}
+    several = f", as on {processes} processes" if processes > 1 and recipe == "paper" else ""
+    hint = f"type --recipe {then}"
+    if several and (alone["parts"] not in ("", "1") or alone["optimizer"] == "muon"):
+        hint = "go on with one process, or choose another out"
+    raise OtherTrainingError(
+        f"{owner}: recipe must be {then} as in the run of {folder}, got {recipe}{several}; {hint}",
+        ["recipe"],
+    )
 
 
 def require_one_process(owner: str) -> None:

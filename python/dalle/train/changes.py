@@ -8,6 +8,7 @@ from typing import Any
 
 from dalle.configs import differences
 
+MAX_CHANGES = 4  # options named beside the first that differs
 MAX_NAMED = 3  # parts of a data set named for each kind of change
 
 

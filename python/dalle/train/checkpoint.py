@@ -39,7 +39,7 @@ from dalle.files import (
     write_synced,
 )
 from dalle.pretrained import check_tensors, load_tensors, tensors_from_bytes, tensors_to_bytes
-from dalle.train.changes import changes_of, short
+from dalle.train.changes import MAX_CHANGES, changes_of, short
 from dalle.train.manifest import (
     SHARDS,
     checkpoint_name,
@@ -306,7 +306,10 @@ def check_fits(
         (key, expected, got), *more = changes
         line = f"{where}: {key} must be {short(expected)} as in this run, got {short(got)}"
         if more:
-            line += "; " + ", ".join(f"{k} {short(a)}, got {short(b)}" for k, a, b in more)
+            named = [f"{k} {short(a)}, got {short(b)}" for k, a, b in more[:MAX_CHANGES]]
+            line += "; " + ", ".join(named)
+        if more[MAX_CHANGES:]:
+            line += f", and {len(more) - MAX_CHANGES} more"
         if parts:
             line += f"; {parts}"
         raise OtherTrainingError(line, [key for key, _, _ in changes])
