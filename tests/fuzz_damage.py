@@ -44,6 +44,18 @@ LONG = {
     "--batch-size",
 }
 
+SHORT = {  # without these a command of few words is a whole training, or draws hundreds
+    ("train",): "--dvae-steps 2 --ranker-steps 2 --prior-steps 2 --num-samples 1",
+    ("demo",): "--preset smoke",
+    ("reproduce",): "--only figure_10",
+    ("dvae", "train"): "--steps 2",
+    ("prior", "train"): "--steps 2",
+    ("ranker", "train"): "--steps 2",
+    ("data", "make-shapes"): "--count 3",
+    ("eval", "overlap"): "--steps 2",
+    ("eval", "rerank"): "--num-candidates 2",
+}
+
 
 def nasty_for(option: str, rng: random.Random, verb: tuple[str, ...] = ()) -> str:
     """A bad value, mostly one that its type takes; none that makes the work long."""
@@ -66,8 +78,12 @@ def option_types(config_type: type) -> dict[str, object]:
     return found
 
 
+def verb_of(words: list[str]) -> tuple[str, ...]:
+    return tuple(words[:2]) if tuple(words[:2]) in COMMANDS else tuple(words[:1])
+
+
 def damage_words(words: list[str], rng: random.Random) -> None:
-    verb = tuple(words[:2]) if tuple(words[:2]) in COMMANDS else tuple(words[:1])
+    verb = verb_of(words)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         place = rng.randrange(len(words) + 1) if words else 0
         kind = rng.choice(["option"] * 5 + ["value", "value", "drop", "twice", "put"])
@@ -83,6 +99,14 @@ def damage_words(words: list[str], rng: random.Random) -> None:
             words.insert(place, words[place])
         else:
             words.insert(place, nasty_for("", rng))
+    shorten(words)
+
+
+def shorten(words: list[str]) -> None:
+    """Says how much work it is where the words left, of another command perhaps, do not."""
+    given, said = SHORT.get(verb_of(words), "").split(), {word.partition("=")[0] for word in words}
+    for option, value in zip(given[::2], given[1::2], strict=True):
+        words += [option, value] if option not in said else []
 
 
 def leaves(value: object, path: tuple = ()) -> list[tuple]:
@@ -154,8 +178,7 @@ YAML = [
 
 
 def damage_yaml(line: list[str], path: Path, rng: random.Random) -> None:
-    verb = tuple(line[:2]) if tuple(line[:2]) in COMMANDS else tuple(line[:1])
-    names = sorted(option_names(load_target(verb)[1]))
+    names = sorted(option_names(load_target(verb_of(line))[1]))
     rows = []
     for _ in range(rng.choice([1, 2, 5])):
         name = rng.choice([*names, "recipe", "cluster", "x", "? [a]", "1", "~"])

@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 import fuzz_cli
+import fuzz_damage
 
 SECONDS = float(os.environ.get("DALLE_TEST_FUZZ_SECONDS", "30"))
 SEED = int(os.environ.get("DALLE_TEST_FUZZ_SEED", "0"))
+TRAIN = "train --data pairs --out out"
 
 
 def test_no_case_shows_the_inside(tmp_path):
     count, faults, codes = fuzz_cli.fuzz(tmp_path, seconds=SECONDS, seed=SEED)
     assert not faults, "\n\n".join(faults)[:20_000]
     assert count >= 20 and {"rc 0", "rc 2", "rc 3"} <= set(codes), (count, codes)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [  # the first is what "tokenizer train" is without its first word
+        (TRAIN, f"{TRAIN} --dvae-steps 2 --ranker-steps 2 --prior-steps 2 --num-samples 1"),
+        (f"{TRAIN} --dvae-steps=7", f"{TRAIN} --dvae-steps=7 --ranker-steps 2 --prior-steps 2"),
+        ("prior train --seed 2", "prior train --seed 2 --steps 2"),
+        ("prior train --steps x", "prior train --steps x"),
+        ("sample word", "sample word"),
+        ("", ""),
+    ],
+)
+def test_no_damage_makes_a_whole_training(words, wanted):
+    made = words.split()
+    fuzz_damage.shorten(made)
+    assert " ".join(made).startswith(wanted)
 
 
 def test_the_checks_can_fail():
