@@ -49,6 +49,18 @@ def whole(figure, context):
     return values
 
 
+def test_figure_6_has_no_empty_column(context, monkeypatch):
+    made, score, fact = context.best_drawing, "mean score of the ranker", "every fact right"
+    other = replace(made, captions=["grinning face"] * len(made.captions))
+    unranked = replace(other, scores=np.full_like(made.scores, np.nan))
+    for drawn, heads in ((made, [["", score, fact]]), (other, [["", score]]), (unranked, [])):
+        monkeypatch.setitem(vars(context), "best_drawing", drawn)
+        tables = whole(pictures.figure_6(context), context)["tables"]
+        assert [each["columns"] for each in tables] == heads
+        for row in (row for each in tables for row in each["rows"]):
+            assert len(row) == len(heads[0]) and None not in row
+
+
 def test_spans_are_computing_and_exchanges():
     alone = exchange.spans(step(True), sharded=True)
     assert alone == {

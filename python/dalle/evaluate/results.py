@@ -7,8 +7,9 @@ what the HTML report shows (`dalle.evaluate.page`), whatever measure wrote them.
 from __future__ import annotations
 
 import io
+import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,17 @@ GREY = "0.65"  # of the paper's curves
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> dict[str, Any]:
     """A table for NAME.md and the report; cells are text or numbers."""
     return {"title": title, "columns": list(columns), "rows": [list(row) for row in rows]}
+
+
+def with_numbers(
+    columns: Mapping[str, Sequence[float | None]],
+) -> dict[str, Sequence[float | None]]:
+    """The columns in which at least one cell is a number, neither None nor NaN."""
+    return {
+        head: cells
+        for head, cells in columns.items()
+        if not all(cell is None or math.isnan(cell) for cell in cells)
+    }
 
 
 def cell(value: Any) -> str:

@@ -13,7 +13,7 @@ from dalle.data.pairs import evenly_spaced
 from dalle.data.shapes import parse
 from dalle.data.shapes_check import MIN_SIDE, check_batch
 from dalle.evaluate.drawings import Drawn
-from dalle.evaluate.results import pyplot, table
+from dalle.evaluate.results import pyplot, table, with_numbers
 from dalle.evaluate.sweeps import for_checker, scenes_of
 from dalle.pipeline import Pipeline
 from dalle.prior.config import PAD
@@ -158,15 +158,18 @@ def figure_3(context: Context) -> Figure:
 def figure_6(context: Context) -> Figure:
     """The best of more and more samples of one drawing."""
     made = context.best_drawing
-    shares = [[f"best of {size}", _right(made, i)] for i, size in enumerate(made.sizes)]
-    sheet = _sheet(context, "figure_6.png", made, [f"best of {size}" for size in made.sizes])
+    labels = [f"best of {size}" for size in made.sizes]
+    sheet = _sheet(context, "figure_6.png", made, labels)
     scores = made.scores.mean(0).tolist()
-    rows = [[label, score, share] for (label, share), score in zip(shares, scores, strict=True)]
+    shares = [_right(made, i) for i in range(len(labels))]
+    # Without a ranker there are no scores, and some pictures have no facts to check.
+    columns = with_numbers({"mean score of the ranker": scores, "every fact right": shares})
+    rows = list(zip(labels, *columns.values(), strict=True))
     return Figure(
         text="The best by the ranker of the first 1, 8, 64 and 512 samples of one drawing.",
         ours={"candidates": made.sizes, "ranker_score": scores},
         paper={"candidates": [1, 8, 64, 512]},
-        tables=[table(["", "mean score of the ranker", "every fact right"], rows)],
+        tables=[table(["", *columns], rows)] if columns else [],
         pictures=[sheet["file"]],
         sheets=[sheet],
         command=context.own_command("figure_6"),
