@@ -11,8 +11,15 @@ import pytest
 
 from dalle.cli import COMMANDS, load_target, main
 from dalle.config_files import write_resolved
-from dalle.errors import UsageError
+from dalle.dvae.model import DiscreteVAEConfig
+from dalle.errors import UnknownOption, UsageError
 from dalle.options import option_names, parse_options
+from dalle.prior.config import PriorConfig
+from dalle.ranker.blocks import RankerConfig
+from dalle.train.config import LoopConfig
+from dalle.train.dvae import DvaeTrainConfig
+from dalle.train.prior_recipe import PriorTrainConfig
+from dalle.train.ranker import RankerTrainConfig
 from support import cli_target
 from support.cli_target import TOY, LoopOptions, ToyConfig, line_of
 
@@ -21,6 +28,24 @@ from support.cli_target import TOY, LoopOptions, ToyConfig, line_of
 def toy(monkeypatch):
     monkeypatch.setitem(COMMANDS, ("toy", "train"), ("support.cli_target:train", "trains a toy"))
     cli_target.SEEN.clear()
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong", "near"),
+    [
+        (PriorConfig, "d_modle", "d_model"),
+        (DiscreteVAEConfig, "n_hidden", "n_hid"),
+        (RankerConfig, "embed", "embed_dim"),
+        (PriorTrainConfig, "batchsize", "batch_size"),
+        (DvaeTrainConfig, "kl_wieght", "kl_weight"),
+        (RankerTrainConfig, "warmup_steps", "warmup"),
+        (LoopConfig, "checkpoint_evry", "checkpoint_every"),
+    ],
+)
+def test_a_misspelt_field_in_python_is_named_too(config, wrong, near):
+    line = f"^{config.__name__}: {wrong} is not an option \\(did you mean {near}\\?\\)$"
+    with pytest.raises(UnknownOption, match=line):
+        config(**{wrong: 1})
 
 
 def test_config_file_fills_and_the_command_line_wins(tmp_path):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
-from dalle.configs import check_numbers, integer
+from dalle.configs import Named, check_numbers, integer
 from dalle.errors import UsageError
 
 SPLITS = ("train", "test", "zero")
@@ -53,7 +53,7 @@ MIRROR = {"left of": "right of", "right of": "left of", "above": "below", "below
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShapesConfig:
+class ShapesConfig(Named):
     """What the set contains. Lengths are in pixels of a 32-pixel canvas and scale with it.
 
     Attributes:

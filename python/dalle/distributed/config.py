@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dalle.configs import check_numbers, require
+from dalle.configs import Named, check_numbers, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
+class ClusterConfig(Named):
     """How the processes of `torchrun` work together; of no effect on one process.
 
     Attributes:

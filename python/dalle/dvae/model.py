@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import dalle_ext
-from dalle.configs import UPPER_LIMITS, check_numbers, integer
+from dalle.configs import UPPER_LIMITS, Named, check_numbers, integer
 from dalle.devices import autocast
 from dalle.dvae.blocks import (
     Block,
@@ -33,7 +33,7 @@ STEMS = ("released", "patch")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscreteVAEConfig:
+class DiscreteVAEConfig(Named):
     """Sizes of the discrete VAE; the defaults are the released model's.
 
     Attributes:

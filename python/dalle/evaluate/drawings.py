@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.configs import integer, integers, seed_number
+from dalle.configs import Named, integer, integers, seed_number
 from dalle.data.pairs import ArrayPairs, Pairs, evenly_spaced
 from dalle.errors import DataError, UsageError
 from dalle.evaluate.cache import CACHE, in_parts, key_of
@@ -32,7 +32,7 @@ AT_ONCE = 512  # candidates of a part of the cache, about
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawConfig:
+class DrawConfig(Named):
     """How a pipeline that is given as a SOURCE draws.
 
     Attributes:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import dalle_ext
-from dalle.configs import check_numbers
+from dalle.configs import Named, check_numbers
 from dalle.errors import UsageError
 from dalle_ext.ops.sparse_attention import KINDS
 
@@ -29,7 +29,7 @@ def layer_kinds(num_layers: int) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorConfig:
+class PriorConfig(Named):
     """Sizes of the prior; the defaults are the paper's 12-billion-parameter model.
 
     Attributes:

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dalle.configs import UPPER_LIMITS, check_numbers
+from dalle.configs import UPPER_LIMITS, Named, check_numbers
 from dalle.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankerConfig:
+class RankerConfig(Named):
     """Size of a `ContrastiveRanker`.
 
     Args:

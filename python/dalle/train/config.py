@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dalle.configs import check_numbers, require
+from dalle.configs import Named, check_numbers, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig:
+class LoopConfig(Named):
     """How long to train, what to write, and how to begin.
 
     Args:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dalle.configs import check_numbers, integer, integers, require, require_adamw
+from dalle.configs import Named, check_numbers, integer, integers, require, require_adamw
 from dalle.console import say
 from dalle.data.augment import center_crop, dvae_crop, to_tensor
 from dalle.data.loader import StepLoader
@@ -54,7 +54,7 @@ VECTOR_OPTIONS = ("quantizer", "commitment_weight", "codebook_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DvaeTrainConfig:
+class DvaeTrainConfig(Named):
     """The recipe. Fields down to `augment` are the paper's; the rest are named options beside it.
 
     Attributes:

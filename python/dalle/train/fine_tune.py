@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.configs import did_you_mean
+from dalle.configs import Named, did_you_mean
 from dalle.console import say
 from dalle.errors import UsageError
 from dalle.pretrained import Pretrained, fingerprint
@@ -33,7 +33,7 @@ INIT_FROM = "init_from"  # key of `Pretrained.trained_on`
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuneConfig:
+class FineTuneConfig(Named):
     """What a training starts from.
 
     Attributes:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import dalle_ext
-from dalle.configs import check_numbers, require, require_adamw, seed_number
+from dalle.configs import Named, check_numbers, require, require_adamw, seed_number
 from dalle.dtensor import fill_
 from dalle.errors import UsageError
 from dalle.prior.blocks import AttentionBlock
@@ -23,7 +23,7 @@ OPTIMIZERS = ("auto", "adamw", "adamw16", "muon")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorTrainConfig:
+class PriorTrainConfig(Named):
     """The recipe. Fields down to `bpe_dropout` are the paper's; the rest are named options.
 
     Attributes:

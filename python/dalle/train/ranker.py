@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dalle.configs import check_numbers, integer, seed_number
+from dalle.configs import Named, check_numbers, integer, seed_number
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.codes import stores_of, tokens_of
 from dalle.data.loader import StepLoader
@@ -52,7 +52,7 @@ BLOCK = 32  # items that go through the dVAE at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankerTrainConfig:
+class RankerTrainConfig(Named):
     """How a ranker is trained.
 
     Args:
