@@ -12,6 +12,7 @@ from dalle.configs import integer
 from dalle.errors import UsageError
 from dalle.prior.sampling import (
     SamplingConfig,
+    all_finite,
     caption_key,
     draw,
     filter_logits,
@@ -51,6 +52,47 @@ def test_top_p_acts_on_what_top_k_left():
 def test_ties_with_the_last_are_kept():
     logits = torch.tensor([[1.0, 1.0, 0.0]])
     assert torch.isfinite(filter_logits(logits, top_k=1)).tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_top_p_against_its_definition(dtype):
+    """Many ties, among them with the last that is kept: those of smaller index are."""
+    draw_from = torch.Generator().manual_seed(5)
+    logits = torch.randint(-4, 5, (40, 37), generator=draw_from).to(dtype)
+    logits[1] = 0.0
+    logits[2, 3:] = -math.inf
+    logits[3] = float("nan")  # of one row, and stays there
+    for top_p in (1e-9, 0.1, 0.5, 0.9, 0.999):
+        found = torch.isfinite(filter_logits(logits, top_p=top_p))
+        for row, chances in zip(found, logits.double().softmax(-1), strict=True):
+            if chances.isnan().any():
+                continue
+            order = sorted(range(37), key=lambda i: (-float(chances[i]), i))
+            wanted, mass = [False] * 37, 0.0
+            for i in order:
+                if mass and mass >= top_p - 1e-7:  # no sum of these is nearer
+                    break
+                wanted[i], mass = bool(chances[i] > 0), mass + float(chances[i])
+            assert row.tolist() == wanted, (top_p, mass)
+
+
+def test_a_rows_filter_does_not_depend_on_others():
+    draw_from = torch.Generator().manual_seed(6)
+    logits = 3 * torch.randn(65, 517, generator=draw_from)
+    whole = filter_logits(logits, top_k=300, top_p=0.9)
+    for first, last in ((0, 1), (3, 17), (64, 65)):
+        assert torch.equal(
+            filter_logits(logits[first:last], top_k=300, top_p=0.9), whole[first:last]
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.7}])
+def test_logits_that_are_nan_draw_some_token(options):
+    """The caller raises; until then a token of the vocabulary stands there."""
+    logits = torch.tensor([[float("nan")] * 5, [0.0, math.inf, 0.0, 0.0, 0.0], [0.0] * 5])
+    assert not all_finite(logits) and not all_finite(logits[1:2]) and all_finite(logits[2:])
+    found = draw(logits, torch.full((3,), 0.5, dtype=torch.float64), SamplingConfig(**options))
+    assert 0 <= int(found.min()) <= int(found.max()) < 5
 
 
 def test_filters_leave_the_callers_logits():

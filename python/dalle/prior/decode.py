@@ -24,6 +24,7 @@ from dalle.prior.config import PAD
 from dalle.prior.sampling import (
     DrawConfig,
     SamplingConfig,
+    all_finite,
     caption_key,
     checked_bits,
     draw,
@@ -292,7 +293,7 @@ def _drawn(
             for slot in range(given, slots):
                 with torch.no_grad():
                     logits = decoder.step(slot, tokens[:, :, slot - 1] if slot else None)
-                    finite &= logits.isfinite().all()
+                    finite &= all_finite(logits)
                     drawn = draw(logits.flatten(0, 1), noise[slot].flatten(), sampling)
                     tokens[:, :, slot] = drawn.view(shape)
                 done = slot + 1 == slots

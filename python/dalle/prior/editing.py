@@ -23,6 +23,7 @@ from dalle.prior.sampling import (
     RESAMPLING,
     DrawConfig,
     SamplingConfig,
+    all_finite,
     caption_key,
     draw,
     log_likelihood,
@@ -143,7 +144,7 @@ def _weighted(
             finite = torch.ones((), dtype=torch.bool, device=device)
             for slot in range(first, slots):
                 logits = decoder.step(slot, tokens[:, :, slot - 1] if slot else None)
-                finite &= logits.isfinite().all()
+                finite &= all_finite(logits)
                 if kept[slot]:
                     likelihood = log_likelihood(logits, tokens[:, :, slot], whole)
                     index = particles.observe(likelihood, slot, resample=slot < last)

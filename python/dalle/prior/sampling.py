@@ -177,12 +177,30 @@ def filter_logits(
         threshold = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, -math.inf)
     if top_p is not None and top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-        probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        drop = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, index, before >= top_p)
-        logits = logits.masked_fill(drop, -math.inf)
+        logits = logits.masked_fill(~_nucleus(logits, top_p), -math.inf)
     return logits
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Which tokens top_p keeps: (..., K) bool."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    chances = wide.detach().softmax(-1)
+    if chances.device.type == "cpu":  # NumPy sorts by vectors: 0.8 ms where torch takes 13
+        ordered = torch.from_numpy(np.sort(chances.numpy(), axis=-1)).flip(-1)
+    else:
+        ordered = chances.sort(dim=-1, descending=True).values
+    before = ordered.cumsum(-1) - ordered
+    count = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
+    least = ordered.gather(-1, count - 1)
+    more, equal = chances > least, chances == least
+    room = count - more.sum(-1, keepdim=True)  # for those that are as likely as the last one
+    return more | (equal & (equal.cumsum(-1) <= room))
+
+
+def all_finite(logits: Tensor) -> Tensor:
+    """() bool: no NaN and no infinity. An extreme is NaN where any number is."""
+    low, high = torch.aminmax(logits)
+    return low.isfinite() & high.isfinite()
 
 
 def draw(logits: Tensor, noise: Tensor, sampling: SamplingConfig = PAPER) -> Tensor:
@@ -207,10 +225,10 @@ def draw(logits: Tensor, noise: Tensor, sampling: SamplingConfig = PAPER) -> Ten
     filtered = filter_logits(scaled, top_k=sampling.top_k, top_p=sampling.top_p)
     cumulative = filtered.softmax(-1).cumsum(-1, dtype=torch.float64)
     target = noise[:, None].to(cumulative.device) * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    # Rounding must not reach a token behind the last one that may be drawn.
-    last = filtered.shape[-1] - 1 - torch.isfinite(filtered).flip(-1).int().argmax(-1)
-    return torch.minimum(index, last)
+    index = torch.searchsorted(cumulative, target, right=True)
+    # Rounding must not reach a token behind the last one that may be drawn, where the sum is whole.
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.minimum(index, last)[:, 0].clamp(max=logits.shape[-1] - 1)  # beyond it: of NaN
 
 
 def log_likelihood(logits: Tensor, tokens: Tensor, sampling: SamplingConfig = PAPER) -> Tensor:
