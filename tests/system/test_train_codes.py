@@ -302,6 +302,7 @@ def test_where_decoding_is_slow_few_pictures_are_decoded_and_splices_are_of_pixe
     assert (len(train), len(held)) == (20, 32) and "of 20 of 78 pairs" in data.note
     assert set(data._compared("train")) == set(data._items("train"))
     assert data.train.mixture() == ([39, 78], [1.0, 3.0])  # of the prior
+    assert train.mixture() == ([5, 20], [1.0, 3.0])  # of the ranker
 
 
 def test_a_few_items_have_two_captions_where_the_set_has_them():
@@ -310,6 +311,11 @@ def test_a_few_items_have_two_captions_where_the_set_has_them():
     assert varied(pairs, 5).tolist() == [0, 12, 20, 24, 36]
     pairs.captions = ["a"] * 50
     assert varied(pairs, 5).tolist() == [0, 12, 24, 36, 49]
+    one = ArrayPairs("small", np.zeros((2, 4, 4, 3), np.uint8), ["a"] * 2)
+    mixture = MixedPairs([pairs, one], [1e3, 1.0])
+    assert varied(mixture, 5).tolist() == [0, 16, 32, 49, 50]  # of each part
+    one.captions = ["a", "b"]
+    assert varied(mixture, 5).tolist() == [0, 16, 32, 49, 50, 51]
 
 
 def test_the_pace_is_measured_with_a_dvae_that_is_ready(home, monkeypatch):

@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 
 from dalle import cli
+from dalle.data.loader import StepLoader
+from dalle.data.mixture import MixedPairs
+from dalle.data.order import sampler_for
 from dalle.data.pairs import ArrayPairs
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import UsageError
@@ -86,6 +89,85 @@ def test_look_alikes_share_words_and_never_the_caption():
         for other in captions[1:]:
             assert other != captions[0]
             assert len(first & set(other.split())) == 3  # colour or side differs, not both
+
+
+def mixed(several=False):
+    """40 pictures with the weight .7 beside 120 with .2 and 5 with .1, of other words."""
+    parts = [toy_pairs(count=count, seed=count) for count in (40, 120, 5)]
+    for pairs, words in zip(parts, ("", "a photo of ", "drawn "), strict=True):
+        pairs.captions = [words + text for text in pairs.captions]
+        if several:
+            pairs.several = {0: [f"{words}one", "two", "three", "four", "five", "six"]}
+    return MixedPairs(parts, [0.7, 0.2, 0.1], ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_batch_has_as_many_of_each_source_as_the_order_of_all_trainings(group, monkeypatch):
+    config = dataclasses.replace(SMALL, group=group)
+    task, order = toy_task(config, pairs=mixed()), sampler_for(mixed(), 16, 0)
+    monkeypatch.setattr(read_captions, "MAX_KEPT", 0)  # as of a set too large to keep its captions
+    read, together = toy_task(config, pairs=mixed()), 0
+    total, first_items = Counter(), set()
+    for step in range(100):
+        items = task.load(step)[1]
+        sources = np.searchsorted([40, 160], items.numpy(), "right")
+        assert sorted(sources) == sorted(np.searchsorted([40, 160], order.indices(step), "right"))
+        total.update(sources.tolist())
+        first_items |= set(items[::group].tolist())
+        together += sum(len(set(row)) == 1 for row in sources.reshape(-1, group).tolist())
+        if step < 10:
+            assert torch.equal(read.load(step)[1], items)
+        if group == 1:
+            assert items.tolist() == order.indices(step).tolist()
+    assert np.allclose([total[k] / 1600 for k in range(3)], [0.7, 0.2, 0.1], atol=0.03)
+    assert together >= (100 * 16 if group == 1 else 200)  # at most two of four are of several
+    assert first_items >= set(range(40))
+    for row in items.view(-1, group).tolist():
+        captions = [task.pairs.captions[item] for item in row]
+        assert len(set(captions)) > 1 or group == 1
+
+
+def test_without_weights_the_order_is_the_one_of_a_single_set():
+    def batches(pairs):
+        return [toy_task(SMALL, pairs=pairs).load(step)[1].tolist() for step in (0, 7)]
+
+    parts = mixed().items_of
+    whole = ArrayPairs("one", np.concatenate([p.images for p in parts]), mixed().captions[:])
+    assert batches(MixedPairs(parts)) == batches(whole) != batches(mixed())
+
+
+def test_a_part_with_a_larger_weight_has_its_captions_drawn_more_often():
+    task = toy_task(SMALL, pairs=mixed(several=True))
+    items = torch.tensor([0, 40, 160])
+    rows = np.array([task.caption_rows(items, step).tolist() for step in range(40)])
+    changes = [int((np.diff(rows[:, k]) != 0).sum()) for k in range(3)]
+    epochs = [[task.parts.epoch(step, int(i)) for i in items] for step in (0, 10, 39)]
+    assert epochs == [[0, 0, 0], [2, 0, 3], [10, 1, 12]]
+    assert changes[0] > 6 > changes[1] and changes[2] > 6
+    again = toy_task(SMALL, pairs=mixed(several=True))
+    assert torch.equal(again._text_of(items, 39)[0], task._text_of(items, 39)[0])
+
+
+def test_a_mixture_resumes_with_the_same_bits_for_any_number_of_workers(tmp_path):
+    def run(out, steps, workers):
+        task = toy_task(SMALL, pairs=mixed())
+        task.loader = StepLoader("ranker train", task.load, task.pairs, workers=workers, pin=False)
+        train(task, LoopConfig(out=tmp_path / out, steps=steps, picture_every=0))
+        return task.model.state_dict()
+
+    whole = run("whole", 6, 0)
+    run("again", 2, 0)
+    for name, tensor in run("again", 6, 2).items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_a_group_must_fit_the_smallest_source():
+    config = dataclasses.replace(SMALL, batch_size=44, group=22)
+    line = "ranker: group must be at most 21 for 5 pairs, got 22"
+    with pytest.raises(UsageError, match=line):
+        toy_task(config, pairs=mixed())
+    one = MixedPairs([toy_pairs(count=40), toy_pairs(count=1)], [1e-9, 1.0])
+    assert (toy_task(SMALL, pairs=one).load(0)[1] == 40).sum() >= 15
 
 
 def test_splice_moves_a_rectangle_and_nothing_else():

@@ -166,6 +166,7 @@ class MixtureSampler:
         self.num_items, self.batch_size = int(sum(sizes)), int(batch_size)
         self.seed = seed_number("MixtureSampler", seed)
         self.counts = shares(weights, BLOCK)
+        self.sizes = np.array(sizes, np.int64)
         self.firsts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
         self._epochs = [
             _Epochs(int(size), (self.seed,), (1 + number,)) for number, size in enumerate(sizes)

@@ -17,6 +17,7 @@ import torch
 
 from dalle.data.augment import load_cropped, to_tensor
 from dalle.data.codes import require_pictures
+from dalle.data.order import shares
 from dalle.data.pairs import ArrayPairs, Pairs, evenly_spaced
 from dalle.data.shapes import parse, split_scenes
 from dalle.data.shapes_pairs import ShapesPairs
@@ -344,13 +345,24 @@ def _some(pairs: Pairs, count: int) -> list[int]:
 
 
 def varied(pairs: Pairs, count: int) -> np.ndarray:
-    """Up to `count` items, evenly spaced, of two different captions where the set has them."""
+    """Up to `count` items, evenly spaced, of two different captions where the set has them; of
+    each part of a mixture as many as its weight says."""
     items = evenly_spaced(len(pairs), count)
+    if len(items) == len(pairs):
+        return items
+    last = len(items) - 1
+    mixture = getattr(pairs, "mixture", lambda: None)()
+    if mixture is not None:
+        ends, weights = np.array(mixture[0]), mixture[1]
+        sizes = np.diff(ends, prepend=0)
+        parts = zip(ends - sizes, sizes, shares(weights, max(count, len(weights))), strict=True)
+        items = np.concatenate([start + evenly_spaced(size, share) for start, size, share in parts])
+        last = len(items)  # the last one may be all there is of its part
     first = pairs.captions[0]
-    if len(items) < len(pairs) and all(pairs.captions[int(i)] == first for i in items):
+    if all(pairs.captions[int(i)] == first for i in items):
         other = next((i for i, caption in enumerate(pairs.captions) if caption != first), None)
         if other is not None:
-            return np.unique([*items[:-1], other])
+            return np.unique([*items[:last], other])
     return items
 
 

@@ -41,7 +41,7 @@ from dalle.train.parts import run_parts, run_parts_no_grad
 from dalle.train.read_captions import ReadCaptions, are_many, ids_of
 from dalle.train.schedules import cosine_ramp, linear_warmup
 from dalle.train.seeds import step_seed
-from dalle.train.similar_captions import caption_vectors, draw_similar, pool_size
+from dalle.train.similar_captions import caption_vectors, draw_similar, parts_by_weight, pool_size
 from dalle.train.splicing import patches, pixels, splice
 from dalle.train.task import with_precision
 from dalle.train.update import update
@@ -187,11 +187,12 @@ class RankerTask:
             self.read = ReadCaptions(pairs, self._encode_text, ranker.config.vocab_size)
         else:
             self._keep_captions()
-        max_group = pool_size(len(pairs)) + 1
+        self.parts = parts_by_weight(pairs, config.total_batch, config.group, self.seed)
+        fewest = len(pairs) if self.parts is None else min(self.parts.sizes)
+        max_group = pool_size(fewest) + 1
         if config.group > max_group:
             raise UsageError(
-                f"ranker: group must be at most {max_group} for {len(pairs)} pairs, "
-                f"got {config.group}"
+                f"ranker: group must be at most {max_group} for {fewest} pairs, got {config.group}"
             )
         trained = [p for p in ranker.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.dim() > 1]
@@ -241,11 +242,12 @@ class RankerTask:
         after they were drawn; on the CPU."""
         rng = torch.Generator().manual_seed(step_seed(self.seed, step))
         sizes = self.config.total_batch, self.config.group
+        parts = None if self.parts is None else self.parts.at(step)
         if self.read is None:
             ids = self.caption_ids[: len(self.pairs)]
-            drawn = draw_similar(self.caption_vectors, ids, *sizes, rng)
+            drawn = draw_similar(self.caption_vectors, ids, *sizes, rng, parts)
         else:
-            drawn = self.read.draw(*sizes, rng)
+            drawn = self.read.draw(*sizes, rng, parts)
         size = self.ranker.config.image_size
         crops, items = load_or_draw(
             self.pairs,
@@ -282,16 +284,19 @@ class RankerTask:
 
     def caption_rows(self, items: torch.Tensor, step: int) -> torch.Tensor:
         """(B,) row of `text` for each item; of several captions one is drawn each epoch, that is as
-        often as the batches so far have as many items as the set."""
-        rows, epoch = items.clone(), self._epoch(step)
+        often as the batches so far have as many items as the set, or as its part of a mixture."""
+        rows = items.clone()
         for position, item in enumerate(items.tolist()):
             choices = self.rows.get(item)
             if choices:
+                epoch = self._epoch(step, item)
                 draw = np.random.default_rng(step_seed(self.seed, epoch, 2, item))
                 rows[position] = choices[int(draw.integers(len(choices)))]
         return rows
 
-    def _epoch(self, step: int) -> int:
+    def _epoch(self, step: int, item: int) -> int:
+        if self.parts is not None:
+            return self.parts.epoch(step, item)
         return step * self.config.total_batch // len(self.pairs)
 
     def _text_of(self, items: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -299,7 +304,8 @@ class RankerTask:
         if self.read is None:
             rows = self.caption_rows(items, step)
             return self.text[rows], self.caption_ids[rows]
-        text = self.read.text(items.tolist(), self.seed, self._epoch(step))
+        epochs = [self._epoch(step, item) for item in items.tolist()]
+        text = self.read.text(items.tolist(), self.seed, epochs)
         return text, ids_of(text)
 
     def _cached_round_trip(

@@ -19,7 +19,7 @@ from dalle.data.pairs import (
 )
 from dalle.errors import DataError, UsageError
 from dalle.train.seeds import step_seed
-from dalle.train.similar_captions import caption_vectors, draw_groups, token_rarity
+from dalle.train.similar_captions import Parts, caption_vectors, draw_groups, token_rarity
 
 MAX_KEPT = 100_000  # captions: of larger sets they are read and tokenized step by step
 SAMPLE = 20_000  # items whose captions say how rare a token is
@@ -54,7 +54,9 @@ class ReadCaptions:
             raise UsageError("ranker: pairs must hold two different captions, got fewer")
         self.rarity = token_rarity(encode(sample), vocab_size)
 
-    def draw(self, size: int, group: int, rng: torch.Generator) -> Tensor:
+    def draw(
+        self, size: int, group: int, rng: torch.Generator, parts: Parts | None = None
+    ) -> Tensor:
         """(size,) items in groups of similar captions, as `similar_captions.draw_similar`."""
 
         def similarity(first: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +68,7 @@ class ReadCaptions:
             ids = ids_of(text)
             return vectors.products(*rows), ids[rows[0]][:, None] == ids[rows[1]][None]
 
-        return draw_groups(len(self.pairs), similarity, size, group, rng)
+        return draw_groups(len(self.pairs), similarity, size, group, rng, parts)
 
     def _first(self, item: int) -> str:
         """The first caption of an item; "" where it cannot be read, nor its picture soon."""
@@ -75,10 +77,11 @@ class ReadCaptions:
         except DataError:
             return ""
 
-    def text(self, items: Sequence[int], seed: int, epoch: int) -> Tensor:
-        """(B, L) ids of a caption of each item; of several one is drawn each epoch."""
+    def text(self, items: Sequence[int], seed: int, epochs: Sequence[int]) -> Tensor:
+        """(B, L) ids of a caption of each item; of several one is drawn each epoch, of which
+        `epochs` has each item's."""
         captions = []
-        for item in items:
+        for item, epoch in zip(items, epochs, strict=True):
             try:
                 seeds = partial(step_seed, seed, epoch, 2, item)
                 captions.append(draw_caption(self.pairs, item, seeds))
