@@ -35,8 +35,13 @@ NASTY = [
 VALUES = [None, True, False, -1, 0, 1, 3, 1.5, 1e308, 10**30, float("nan"), "x", "", "\ud800", [],
           {}, [[]], [1, 2], {"a": 1}, "a" * 9000, 2**31, 65536, "Prior", [None]]  # fmt: skip
 LONG = {
+    "--accumulate",
     "--image-size",
     "--steps",
+    "--dvae-steps",
+    "--ranker-steps",
+    "--prior-steps",
+    "--num-samples",
     "--count",
     "--limit",
     "--columns",

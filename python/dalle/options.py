@@ -61,7 +61,8 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
     options = None if file is None else _FileOptions(config_type, file)
     if _plain(field_types(config_type).get(SOURCES)) is str:
         words = _joined_sources(words)
-    words = _gathered(words, config_type, prog)
+    _require_values(words, config_type, prog)
+    words = _gathered(words, config_type)
     if options is not None:
         words = options.words + words
     words = _spelled(words, config_type)
@@ -98,12 +99,17 @@ def parse_options(config_type: type[T], words: list[str], *, prog: str) -> T:
         raise UsageError(refused[1] if refused else f"{prog}: {message}") from None
 
 
-def _gathered(words: list[str], config_type: type, prog: str) -> list[str]:
-    """`words` with the values of an option of `REPEATED` that is given several times as a list.
+def _require_values(words: list[str], config_type: type, prog: str) -> None:
+    """Raises UsageError for an option of a list without a value: `--only` would mean all."""
+    fields = _file_fields(config_type)
+    for word, after in zip(words, [*words[1:], "--"], strict=False):
+        annotation = fields.get(word[2:].replace("-", "_")) if word.startswith("--") else None
+        if after.startswith("--") and _takes_list(annotation):
+            raise UsageError(f"{prog}: {word} must have a value, got none")
 
-    Raises:
-        UsageError: one is given without a value.
-    """
+
+def _gathered(words: list[str], config_type: type) -> list[str]:
+    """`words` with the values of an option of `REPEATED` that is given several times as a list."""
     hints = typing.get_type_hints(config_type, include_extras=True)
     for field, annotation in hints.items():
         if REPEATED not in getattr(annotation, "__metadata__", ()):
@@ -112,11 +118,9 @@ def _gathered(words: list[str], config_type: type, prog: str) -> list[str]:
         values: list[str] = []
         rest: list[str] = []
         inside = False
-        for word, after in zip(words, [*words[1:], "--"], strict=False):
+        for word in words:
             name, equals, value = word.partition("=")
             if name.replace("_", "-") == option:
-                if not equals and after.startswith("--"):
-                    raise UsageError(f"{prog}: {option} must have a value, got none")
                 inside = not equals
                 values += [value] if equals else []
             elif inside and not word.startswith("--"):
