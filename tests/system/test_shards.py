@@ -243,7 +243,8 @@ def test_folders_without_a_pair_get_one_line(tmp_path, capsys):
     (tmp_path / "zip" / "0.tar").write_bytes(b"\x1f\x8b\x08" + bytes(600))
     os.mkfifo(tmp_path / "zip" / "1.tar")
     (tmp_path / "zip" / "2.tar.gz").write_bytes(b"\x1f\x8b")
-    reasons = "2 x shard is not readable, 1 x compressed tar"
+    (tmp_path / "zip" / "3.tar").symlink_to("3.tar")
+    reasons = "3 x shard is not readable, 1 x compressed tar"
     with pytest.raises(DataError, match=rf"\({reasons}\); .*0.tar: tar must not be compressed"):
         ShardPairs(tmp_path / "zip")
     with pytest.raises(DataError, match="must be a folder, got no such folder"):

@@ -161,7 +161,7 @@ def test_bad_tables_get_one_line(folder, monkeypatch, capsys):
         "columns.csv": (b"url,caption\nx,y\n", r"must have a column of pictures .*, got url, cap"),
         "uncaptioned.tsv": (b"path\turl\nx\ty\n", "must have a column of captions .*, got path, u"),
         "blank.csv": (b"path,caption\nbroken.png,\n", r"got none \(1 x caption is empty\)$"),
-        "latin.csv": (b"path,caf\xe9\n", "must be a table in UTF-8, got: "),
+        "latin.csv": (b"path,caf\xe9\n", "must be a table in UTF-8, got: byte 8 is not UTF-8"),
         "row.csv": (b"path,text\nbroken.png,caf\xe9\n", "1 x caption is not UTF-8"),
         "empty.jsonl": (b"", r"\(the table is empty\)$"),
         "keys.jsonl": (

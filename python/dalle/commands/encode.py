@@ -43,6 +43,7 @@ from dalle.errors import DataError, UsageError, stopped_with
 from dalle.files import (
     make_folder,
     read_object,
+    real_path,
     remove_temporary,
     saving,
     sha256,
@@ -146,7 +147,7 @@ def _head(config: EncodeConfig, vae: DiscreteVAE, pairs: Pairs, size: int) -> di
         "seed": config.seed,
         "shard_size": config.shard_size,
         "data": describe_pairs(pairs),
-        "made_from": {"data": absolute(config.data), "vae": str(config.vae.resolve())},
+        "made_from": {"data": absolute(config.data), "vae": str(real_path(config.vae))},
         "finished": False,
         "shards": [],
     }

@@ -13,7 +13,7 @@ from dalle.config_files import value_of_run
 from dalle.data.texts import read_captions
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import DataError, UsageError
-from dalle.files import atomic_folder, make_folder, saving
+from dalle.files import atomic_folder, make_folder, real_path, saving
 from dalle.pipeline import Pipeline
 from dalle.prior.model import Prior
 from dalle.prior.sampling import SamplingConfig
@@ -50,7 +50,7 @@ class PipelineMakeConfig:
 
 def make(config: PipelineMakeConfig) -> None:
     """Loads every part, checks, writes all or nothing, and says what to type next."""
-    out = make_folder(config.out, "pipeline make").resolve()
+    out = real_path(make_folder(config.out, "pipeline make"))
     if any(out.iterdir()):
         raise UsageError(f"pipeline make: out must be new or empty, got files in {config.out}")
     if out == Path.cwd():  # a new folder takes its place

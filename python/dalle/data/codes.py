@@ -34,7 +34,7 @@ from dalle.data.pairs import LazyCaptions, Pairs
 from dalle.data.source import Source
 from dalle.data.split import Subset
 from dalle.errors import DataError, UsageError
-from dalle.files import check_regular, read_object, regular_opener, sha256
+from dalle.files import check_regular, read_object, real_path, regular_opener, sha256
 
 HEAD_FILE = "codes.json"
 FORMAT_VERSION = 1
@@ -88,7 +88,7 @@ class CodePairs:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         head = read_head(self.folder)
-        self.name = self.folder.resolve().name
+        self.name = real_path(self.folder).name
         self.vae, self.num_codes = str(head["vae"]), int(head["num_codes"])
         self.grid: tuple[int, int] = (int(head["grid"][0]), int(head["grid"][1]))
         self.crops, self.image_size = int(head["crops"]), int(head["image_size"])

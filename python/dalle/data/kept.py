@@ -18,7 +18,7 @@ from dalle.data.heads import check_kept_head
 from dalle.data.pairs import LazyCaptions, Pairs, captions_of, fingerprints
 from dalle.data.split import Subset
 from dalle.errors import DataError
-from dalle.files import read_bytes, read_object, saving, to_json, write_atomic
+from dalle.files import read_bytes, read_object, real_path, saving, to_json, write_atomic
 
 HEAD_FILE, ITEMS_FILE = "keep.json", "keep.bin"
 FORMAT_VERSION = 1
@@ -162,4 +162,4 @@ def apply_kept(folder: Path, head: Mapping[str, Any], rows: np.ndarray, pairs: P
     if not ((rows["item"] >= 0) & (rows["item"] < len(pairs))).all():
         raise DataError(f"data: {folder / ITEMS_FILE} must keep items of the set, got others")
     rule = hashlib.sha256(to_json(head["rule"])).hexdigest()[:16]
-    return KeptPairs(pairs, rows, folder.resolve().name, f"SHA-256 {rule}")
+    return KeptPairs(pairs, rows, real_path(folder).name, f"SHA-256 {rule}")

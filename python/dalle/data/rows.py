@@ -126,7 +126,10 @@ class CsvRows(_Lines):
             first = file.readline(MAX_ROW)
         try:
             names: list[str] = next(self._reader([first.decode("utf-8-sig")]), [])
-        except (UnicodeDecodeError, csv.Error) as problem:
+        except UnicodeDecodeError as problem:
+            got = f"byte {problem.start} is not UTF-8"
+            raise DataError(f"data: {path} must be a table in UTF-8, got: {got}") from problem
+        except csv.Error as problem:
             got = str(problem).split("\n")[0]
             raise DataError(f"data: {path} must be a table in UTF-8, got: {got}") from problem
         self.start = len(first)

@@ -57,7 +57,7 @@ def cache_folder() -> Path:
 
 def index_in(folder: Path, shard: Path) -> Path:
     """The index of a shard in a folder for the indexes of many sets."""
-    place = hashlib.blake2b(os.fsencode(shard.resolve()), digest_size=8).hexdigest()
+    place = hashlib.blake2b(os.fsencode(files.real_path(shard)), digest_size=8).hexdigest()
     return folder / f"{shard.name}-{place}{shard_index.SUFFIX}"
 
 

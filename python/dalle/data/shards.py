@@ -77,7 +77,7 @@ class ShardPairs:
         if not folder.is_dir() and not is_tar(folder):
             kind = "a file" if folder.exists() else "no such folder"
             raise DataError(f"data: {folder} must be a folder, got {kind}")
-        self.name = folder.resolve().name or str(folder)
+        self.name = files.real_path(folder).name or str(folder)
         self.folder = folder if folder.is_dir() else folder.parent
         paths, self.skipped = find_shards(folder)
         shards, self.problems = open_shards(paths, cache=cache)

@@ -9,7 +9,7 @@ from dalle.config_files import value_of_run
 from dalle.console import say
 from dalle.dvae.model import DiscreteVAE
 from dalle.errors import CheckpointError, UsageError
-from dalle.files import read_object
+from dalle.files import read_object, real_path
 from dalle.pretrained import CONFIG_FILE
 
 IMAGE_SIZE = "image_size"  # key of `Pretrained.trained_on`
@@ -32,7 +32,7 @@ def trained_size(vae: DiscreteVAE, folder: Path | None = None) -> int:
     found = [_number(vae.trained_on.get(IMAGE_SIZE))]
     if folder is not None and not found[0]:
         found.append(_number(value_of_run(folder, "image-size")))
-        found.append(_grid_of_pipeline(folder.resolve().parent) * vae.factor)
+        found.append(_grid_of_pipeline(real_path(folder).parent) * vae.factor)
     return next((size for size in found if size and size % vae.factor == 0), 0)
 
 
