@@ -174,17 +174,28 @@ def filter_logits(
         (..., K), a new tensor unless neither option has an effect.
     """
     if top_k is not None and top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < threshold, -math.inf)
+        logits = logits.masked_fill(logits < _largest(logits, top_k), -math.inf)
     if top_p is not None and top_p < 1:
         logits = logits.masked_fill(~_nucleus(logits, top_p), -math.inf)
     return logits
 
 
+def _largest(logits: Tensor, k: int) -> Tensor:
+    """The k-th largest of each row, (..., 1)."""
+    if logits.device.type != "cpu":
+        return logits.topk(k, dim=-1).values[..., -1:]
+    at = logits.shape[-1] - k  # NumPy selects by vectors: 0.3 ms where torch takes 1 to 3
+    values = np.partition(_wide(logits).detach().numpy(), at, axis=-1)[..., at : at + 1]
+    return torch.from_numpy(values.copy())
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Which tokens top_p keeps: (..., K) bool."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    chances = wide.detach().softmax(-1)
+    chances = _wide(logits).detach().softmax(-1)
     if chances.device.type == "cpu":  # NumPy sorts by vectors: 0.8 ms where torch takes 13
         ordered = torch.from_numpy(np.sort(chances.numpy(), axis=-1)).flip(-1)
     else:
@@ -192,9 +203,13 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     before = ordered.cumsum(-1) - ordered
     count = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
     least = ordered.gather(-1, count - 1)
-    more, equal = chances > least, chances == least
-    room = count - more.sum(-1, keepdim=True)  # for those that are as likely as the last one
-    return more | (equal & (equal.cumsum(-1) <= room))
+    kept = chances >= least
+    over = kept.sum(-1, keepdim=True) - count  # as likely as the last one, and without a place
+    if chances.device.type == "cpu" and not bool(over.any()):
+        return kept
+    equal = chances == least
+    room = equal.sum(-1, keepdim=True) - over
+    return kept & ~(equal & (equal.cumsum(-1) > room))
 
 
 def all_finite(logits: Tensor) -> Tensor:
@@ -219,15 +234,18 @@ def draw(logits: Tensor, noise: Tensor, sampling: SamplingConfig = PAPER) -> Ten
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    # Relative to the maximum, divided by a normal number: no temperature makes them infinite.
-    relative = logits.float() - logits.amax(-1, keepdim=True).float()
-    scaled = relative / max(float(sampling.temperature), MIN_TEMPERATURE)
+    scaled = logits.float()
+    if sampling.temperature != 1:
+        # Relative to the maximum, divided by a normal number: no temperature makes them infinite.
+        scaled = scaled - scaled.amax(-1, keepdim=True)
+        scaled /= max(float(sampling.temperature), MIN_TEMPERATURE)
     filtered = filter_logits(scaled, top_k=sampling.top_k, top_p=sampling.top_p)
     cumulative = filtered.softmax(-1).cumsum(-1, dtype=torch.float64)
-    target = noise[:, None].to(cumulative.device) * cumulative[:, -1:]
+    whole = cumulative[:, -1:].contiguous()
+    target = noise[:, None].to(whole.device) * whole
     index = torch.searchsorted(cumulative, target, right=True)
     # Rounding must not reach a token behind the last one that may be drawn, where the sum is whole.
-    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    last = torch.searchsorted(cumulative, whole)
     return torch.minimum(index, last)[:, 0].clamp(max=logits.shape[-1] - 1)  # beyond it: of NaN
 
 
