@@ -14,7 +14,7 @@ from PIL import Image
 
 from dalle import cli
 from dalle.commands.encode import EncodeConfig, encode
-from dalle.data.codes import CodePairs, tokens_of
+from dalle.data.codes import CodePairs, ShardRecord, map_shard, tokens_of
 from dalle.data.decoded import IN_MEMORY, DecodedPairs
 from dalle.data.folder import FolderPairs
 from dalle.data.mixture import MixedPairs
@@ -28,7 +28,7 @@ from dalle.demo.pace import DECODE, Pace, measure
 from dalle.demo.sets import varied
 from dalle.demo.sizing import TIERS, SizesConfig, build, choose
 from dalle.demo.verdict import verdict
-from dalle.errors import UsageError
+from dalle.errors import DataError, UsageError
 from dalle.pipeline import Pipeline
 from dalle.pretrained import fingerprint
 from dalle.recipes import quick_ranker
@@ -236,6 +236,24 @@ def test_a_damaged_store_is_one_line_and_nothing_is_written(home, tmp_path, caps
     (error,) = capsys.readouterr().err.splitlines()
     assert re.search("codes-000001.safetensors must have the SHA-256 .* data encode", error)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("header", "got"),
+    [
+        (b'{"a": "\xff"}', "byte 7 is not UTF-8"),
+        (b"[" * 100_000, "it is nested too deeply"),
+        (b"[]", "other fields in its header"),
+        (b'{"codes": {}}', "other fields in its header"),
+        (b'{"codes": {"data_offsets": [0, 0]}}', "0 numbers of codes"),
+        (b'{"codes": {"data_offsets": [0, 16]}}', "mmap length is greater than file size"),
+    ],
+)
+def test_a_damaged_header_of_a_shard_is_one_line(tmp_path, header, got):
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header)
+    record = ShardRecord(name="x", items=2, captions=2, several=0, bytes=9, sha256="", skipped={})
+    with pytest.raises(DataError, match=f"x must be a shard of codes, got: {got}$"):
+        map_shard(tmp_path / "x", record, 1, (2, 2))
 
 
 def test_pictures_of_several_sizes_or_of_an_odd_one_are_refused(home, tmp_path, capsys):

@@ -15,7 +15,7 @@ Letters: n items of a shard, N = rows * columns tokens of a picture.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ from dalle.data.pairs import LazyCaptions, Pairs
 from dalle.data.source import Source
 from dalle.data.split import Subset
 from dalle.errors import DataError, UsageError
-from dalle.files import check_regular, read_object, real_path, regular_opener, sha256
+from dalle.files import check_regular, parse_json, read_object, real_path, regular_opener, sha256
 
 HEAD_FILE = "codes.json"
 FORMAT_VERSION = 1
@@ -275,19 +275,22 @@ def map_shard(
         text = file.read(min(size, MAX_HEADER_BYTES))
     arrays = {}
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         for name, (dtype, shape) in shapes.items():
             begin, end = header[name]["data_offsets"]
             count = (end - begin) // dtype.itemsize
             wanted = (count,) if shape == (-1,) else shape
+            if count != math.prod(wanted):
+                raise ValueError(f"{count} numbers of {name}")
             if count == 0:
                 arrays[name] = np.empty(wanted, dtype)
                 continue
             flat = np.memmap(path, dtype, "r", 8 + size + begin, (count,))
             arrays[name] = flat.reshape(wanted)
-    except (ValueError, KeyError, TypeError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise DataError(f"data: {path} must be a shard of codes, got: {reason}") from problem
+    except (ValueError, KeyError, TypeError, OverflowError) as problem:
+        plain = type(problem) is ValueError
+        got = str(problem).splitlines()[0] if plain else "other fields in its header"
+        raise DataError(f"data: {path} must be a shard of codes, got: {got}") from problem
     return arrays
 
 
