@@ -1,25 +1,35 @@
-"""A filter or a search for duplicates that was stopped goes on, with the result of one run."""
+"""`dalle data filter`, `dedup`, `check` and `stats` that were stopped go on to the same result."""
 
 from __future__ import annotations
 
 import errno
 import io
+import json
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dalle.commands import data_filter
+from dalle.commands import data_check, data_check_pass, data_filter, data_stats
+from dalle.commands.data_check import CheckConfig, check
 from dalle.commands.data_dedup import DedupConfig, dedup
 from dalle.commands.data_filter import FilterConfig, filter_pairs
+from dalle.commands.data_pack import PackConfig, pack
+from dalle.commands.data_stats import StatsConfig, stats
+from dalle.commands.encode import EncodeConfig, encode
+from dalle.data import folder as folder_module
 from dalle.data import progress
 from dalle.data.filters import FilterRule
 from dalle.data.folder import FolderPairs
 from dalle.data.progress import FILE_NAME, finish, in_blocks
-from dalle.errors import EnvironmentProblem
+from dalle.data.shards import ShardPairs
+from dalle.errors import DataError, EnvironmentProblem
 from dalle.ranker.model import ContrastiveRanker
 from dalle.tokenizer import Tokenizer
+from support.prior import make_parts
 
 RECORD = np.dtype([("square", "<i8"), ("odd", "?")])
 
@@ -164,3 +174,122 @@ def test_a_search_for_duplicates_goes_on_and_keeps_the_same(by, data, tmp_path, 
     assert loaded[:10] == list(range(8, 18))  # then those of the report
     whole, once = result(tmp_path / "whole"), result(tmp_path / "once")
     assert whole["keep.bin"] == once["keep.bin"] and whole["keep.json"] == once["keep.json"]
+
+
+def stopping_at(monkeypatch, place, name, number):
+    """Counts the calls of a function, and stops the first time it is called so often."""
+    calls, function, stops = [], getattr(place, name), [number]
+
+    def counted(*arguments):
+        calls.append(arguments)
+        if len(calls) in stops:
+            del calls[:], stops[:]
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    monkeypatch.setattr(place, name, counted)
+    return calls
+
+
+@pytest.fixture
+def sources(data, tmp_path, monkeypatch):
+    """A folder, in which a picture is broken and one has another in its place, and its shards."""
+    monkeypatch.setattr(progress, "BLOCK", 4)
+    folder = Path(data)
+    (folder / "03.png").write_bytes((folder / "03.png").read_bytes()[:200])
+    (folder / "12.jpg").write_bytes(b"no picture")
+    (folder / "05.txt").unlink()
+    pack(PackConfig(data=data, out=tmp_path / "shards", shard_size=6))
+    Tokenizer.train(["red dog", "a brown dog"], vocab_size=260).save_pretrained(tmp_path / "tok")
+    return {"folder": folder, "shards": tmp_path / "shards"}
+
+
+def checked(capsys, source, out, tokenizer):
+    capsys.readouterr()
+    check(CheckConfig(data=str(source), out=out, image_size=50, tokenizer=tokenizer))
+    return capsys.readouterr().out.replace(str(out), "OUT"), (out / "check.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "name", "number", "left"),
+    [
+        ("folder", folder_module, "decode", 11, 11),  # while it is opened
+        ("folder", data_check_pass, "open_checked", 11, 8),  # all are decoded by then
+        ("shards", ShardPairs, "load", 7, 13),
+    ],
+)
+def test_a_check_goes_on_and_finds_the_same(
+    kind, place, name, number, left, sources, tmp_path, monkeypatch, capsys
+):
+    tokenizer, source = tmp_path / "tok", sources[kind]
+    whole = checked(capsys, source, tmp_path / "whole", tokenizer)
+    assert b'"does not decode": 1' in whole[1] and "smaller than 50 pixels" in whole[0]
+    calls, out = stopping_at(monkeypatch, place, name, number), tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt, match="^data check: stopped by the keyboard; .* goes on"):
+        checked(capsys, source, out, tokenizer)
+    decoded = stopping_at(monkeypatch, folder_module, "decode", 0)
+    assert checked(capsys, source, out, tokenizer) == whole
+    assert len(calls) == left and (name == "decode" or not decoded)
+    assert [path.name for path in out.iterdir()] == ["check.json"]
+    assert checked(capsys, source, out, tokenizer) == whole  # from the first picture on
+    assert len(calls) > left
+
+
+def test_what_has_changed_since_a_check_was_stopped_is_looked_at_again(
+    sources, tmp_path, monkeypatch, capsys
+):
+    out, folder = tmp_path / "out", sources["folder"]
+    calls = stopping_at(monkeypatch, folder_module, "decode", 11)
+    with pytest.raises(KeyboardInterrupt):
+        checked(capsys, folder, out, None)
+    (folder / "03.png").write_bytes((folder / "04.png").read_bytes())  # mended
+    said, found = checked(capsys, folder, out, None)
+    assert "does not decode" not in said and json.loads(found)["usable"] == 17
+    assert len(calls) == 18  # also what was verified: its key is names, sizes and times
+    (tmp_path / "empty").mkdir()
+    shutil.copy(folder / "04.png", tmp_path / "empty")
+    with pytest.raises(DataError, match="got no usable pair"):
+        checked(capsys, tmp_path / "empty", tmp_path / "none", None)
+    assert list((tmp_path / "none").iterdir()) == []
+
+
+def test_shards_of_codes_are_compared_once_though_the_check_was_stopped(
+    data, tmp_path, monkeypatch, capsys
+):
+    make_parts()[1].save_pretrained(tmp_path / "vae")
+    codes, out = tmp_path / "codes", tmp_path / "stopped"
+    options = {"vae": tmp_path / "vae", "image_size": 8, "shard_size": 3}
+    encode(EncodeConfig(data=data, out=codes, **options))
+    whole = checked(capsys, codes, tmp_path / "whole", None)
+    calls = stopping_at(monkeypatch, data_check, "sha256", 4)
+    with pytest.raises(KeyboardInterrupt, match="^data check: stopped by the keyboard"):
+        checked(capsys, codes, out, None)
+    assert checked(capsys, codes, out, None) == whole and len(calls) == 3
+    assert [path.name for path in out.iterdir()] == ["check.json"]
+    shard = codes / "codes-000001.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    calls = stopping_at(monkeypatch, data_check, "sha256", 4)
+    with pytest.raises(KeyboardInterrupt):
+        checked(capsys, codes, out, None)
+    shard.write_bytes(content)  # made anew in between
+    os.utime(shard, ns=(1, 1))
+    assert checked(capsys, codes, out, None) == whole and len(calls) == 6
+
+
+def test_stats_go_on_and_are_the_same(sources, tmp_path, monkeypatch, capsys):
+    def written(out):
+        capsys.readouterr()
+        stats(
+            StatsConfig(data=str(sources["shards"]), out=out, tokenizer=tmp_path / "tok", limit=14)
+        )
+        said = capsys.readouterr().out.replace(str(out), "OUT")
+        kept = sorted(path for path in out.iterdir() if path.name != "config.yaml")
+        return said, {path.name: path.read_bytes() for path in kept}
+
+    whole = written(tmp_path / "whole")
+    calls = stopping_at(monkeypatch, data_stats, "picture_size", 11)
+    with pytest.raises(KeyboardInterrupt, match="^data stats: stopped by the keyboard; .* goes on"):
+        written(tmp_path / "stopped")
+    assert written(tmp_path / "stopped") == whole and len(calls) == 14 - 8
+    assert "stats.json" in whole[1] and FILE_NAME not in whole[1]

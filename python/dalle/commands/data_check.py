@@ -4,43 +4,38 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from PIL import Image
-from tqdm import tqdm
-
 from dalle.commands import presets
 from dalle.commands.data import contact_sheet
-from dalle.console import is_main_process, printable
+from dalle.commands.data_check_pass import Found, Looking, look_at
+from dalle.console import printable
 from dalle.data.codes import (
     HEAD_FILE,
     CodePairs,
+    ShardRecord,
     check_size,
     map_shard,
     read_head,
     records_of,
     stores_of,
 )
-from dalle.data.folder import FolderPairs
-from dalle.data.images import open_checked
-from dalle.data.mixture import file_of
-from dalle.data.pairs import Pairs, captions_of, describe_pairs, input_files
+from dalle.data.folder import VERIFIED, FolderPairs
+from dalle.data.pairs import Pairs, input_files
+from dalle.data.progress import KEPT_SO_FAR, finish, of_data, rows_in_blocks, state_of
 from dalle.data.sources import check_apart, is_picture_folder
-from dalle.data.tally import Distinct, Tally
-from dalle.errors import DataError, UsageError
+from dalle.data.tally import Tally
+from dalle.errors import DataError, UsageError, stopped_with
 from dalle.files import check_not_input, check_targets, make_folder, sha256, to_json
 from dalle.pictures import save_bytes, save_png
 from dalle.prior.config import PRESETS
-from dalle.tokenizer import Tokenizer, lower
-from dalle.train.prior_recipe import PriorTrainConfig
+from dalle.tokenizer import Tokenizer
 
 OWNER = "data check"
 RESULT = "check.json"
-MAX_PROBLEMS = 100  # lines that are kept
-BATCH = 64  # captions that are cut into tokens at once, since each is padded to the longest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +46,8 @@ class CheckConfig:
     Attributes:
         data: whatever a training takes: shapes, emoji, a folder of pictures with captions, of tar
             shards, a table, a filtered set, a code store.
-        out: folder for check.json with the numbers; none is written if left out.
+        out: folder for check.json with the numbers; the same command then goes on where it was
+            stopped. None is written if left out.
         verify: full decodes every picture, header only opens it; none trusts the suffixes of a
             folder.
         contact: where to write a contact sheet of the first pictures (PNG).
@@ -77,35 +73,6 @@ class CheckConfig:
     seed: int = 0
 
 
-@dataclass
-class _Found:
-    """What a set holds.
-
-    Attributes:
-        width, height: of the pictures.
-        formats: format -> pictures.
-        small: pictures with a side below `--image-size`, and lines on the first of them.
-        words: of each caption.
-        texts: how many captions are different.
-        tokens: of each caption, without and with the BPE dropout of training.
-        several: items with more than one caption.
-        left_out: reason -> what is left out.
-        problems: lines on the first of it.
-    """
-
-    width: Tally = field(default_factory=Tally)
-    height: Tally = field(default_factory=Tally)
-    formats: Counter[str] = field(default_factory=Counter)
-    small: int = 0
-    small_lines: list[str] = field(default_factory=list)
-    words: Tally = field(default_factory=Tally)
-    texts: Distinct = field(default_factory=Distinct)
-    tokens: tuple[Tally, Tally] = field(default_factory=lambda: (Tally(), Tally()))
-    several: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
-
-
 def check(config: CheckConfig) -> None:
     """Counts pairs, sizes, caption lengths, and what is left out or cut, and why.
 
@@ -122,8 +89,16 @@ def check(config: CheckConfig) -> None:
     if config.text_len == 1:
         raise UsageError(f"{OWNER}: text_len must be 0, or at least 2, got 1")
     plain = is_picture_folder(config.data)
+    if config.out is not None:
+        check_apart(OWNER, config.data, config.out)
+    stopped = stopped_with(f"{OWNER}: stopped by the keyboard; {KEPT_SO_FAR}")
+    with nullcontext() if config.out is None else stopped:
+        _check(config, tokenizer, plain)
+
+
+def _check(config: CheckConfig, tokenizer: Tokenizer | None, plain: bool) -> None:
     pairs = (
-        FolderPairs(Path(config.data), verify=config.verify)
+        _opened_folder(config)
         if plain
         else presets.open_pairs(config.data, config.image_size, 64, config.seed, report=False)
     )
@@ -133,14 +108,24 @@ def check(config: CheckConfig) -> None:
             raise UsageError(f"{OWNER}: contact must be left out for codes, got {config.contact}")
         check_not_input(OWNER, config.contact, input_files(pairs))
     if config.out is not None:
-        check_apart(OWNER, config.data, config.out)
         make_folder(config.out, OWNER)
         check_targets(OWNER, config.out / RESULT)
     # Those of a folder were decoded when it was opened.
     decoding = config.verify == "full" and not plain
-    found = _look(pairs, config, tokenizer, decoding=decoding, pictures=not stores)
+    data = {} if config.out is None else of_data(pairs)
+    how = Looking(
+        owner=OWNER,
+        out=config.out,
+        data=data,
+        pictures=not stores,
+        decoding=decoding,
+        image_size=config.image_size,
+        show=config.show,
+        tokenizer=tokenizer,
+    )
+    found = look_at(pairs, how)
     print(f"{config.data}: {len(pairs)} pairs")
-    damaged = _report_codes(stores, found)
+    damaged = _report_codes(stores, found, config.out)
     _report(pairs, found, config.show)
     if config.image_size and not stores:
         _report_too_small(found, config)
@@ -152,7 +137,10 @@ def check(config: CheckConfig) -> None:
         )
     if config.out is not None:
         result = _numbers(pairs, found, damaged)
+        if not damaged:
+            result["data"] = data["data"]
         print(f"numbers: {save_bytes(config.out / RESULT, to_json(result), owner=OWNER)}")
+        finish(config.out, VERIFIED, *(_of_store(number) for number in range(len(stores))))
     if damaged:
         raise DataError(
             f"{OWNER}: the shards of {config.data} must be as codes.json says, got {damaged} "
@@ -162,98 +150,66 @@ def check(config: CheckConfig) -> None:
         raise DataError(f"{OWNER}: {config.data} must hold a usable pair, got none")
 
 
-def _look(
-    pairs: Pairs,
-    config: CheckConfig,
-    tokenizer: Tokenizer | None,
-    *,
-    decoding: bool,
-    pictures: bool,
-) -> _Found:
-    """Reads every item of a set once; of what it has read it keeps counts, and a few lines."""
-    texts: list[str] = []
-    found = _Found(left_out=Counter(pairs.skipped))
-    found.problems = list(islice(getattr(pairs, "problems", ()), MAX_PROBLEMS))
-    progress = tqdm(range(len(pairs)), OWNER, unit=" pairs", disable=not is_main_process())
-    for item in progress if decoding else range(len(pairs)):
-        try:
-            captions = captions_of(pairs, item)
-            if pictures:
-                content, where = file_of(pairs, item)
-                picture = open_checked(content, where)
-                if decoding:
-                    pairs.load(item)
-                _count_picture(found, picture, where, config)
-        except DataError as problem:
-            found.left_out[getattr(problem, "reason", "cannot be read")] += 1
-            # Items of a shard that has gone or is damaged share their line.
-            if len(found.problems) < MAX_PROBLEMS and str(problem) not in found.problems[-1:]:
-                found.problems.append(str(problem))
-            continue
-        found.several += len(captions) > 1
-        for text in captions:
-            found.words.add(len(text.split()))
-            found.texts.add(text)
-            texts.append(text)
-            if len(texts) == BATCH:
-                _count_tokens(found, texts, tokenizer)
-    _count_tokens(found, texts, tokenizer)
-    return found
+def _opened_folder(config: CheckConfig) -> FolderPairs:
+    """A folder of pictures, all verified; with `--out` that goes on where it was stopped."""
+    if config.out is None or config.verify == "none":
+        return FolderPairs(Path(config.data), verify=config.verify)
+    make_folder(config.out, OWNER)
+    try:
+        return FolderPairs(Path(config.data), verify=config.verify, keep=config.out)
+    except DataError:  # there is no pair, and so no result
+        finish(config.out, VERIFIED)
+        raise
 
 
-def _count_picture(found: _Found, picture: Image.Image, where: str, config: CheckConfig) -> None:
-    width, height = picture.size
-    found.width.add(width)
-    found.height.add(height)
-    found.formats[str(picture.format)] += 1
-    if min(width, height) < config.image_size:
-        found.small += 1
-        if len(found.small_lines) < config.show:
-            found.small_lines.append(f"{where}: {width} x {height}")
+def _of_store(number: int) -> str:
+    """The name of the pass over the shards of a store."""
+    return f"codes-{number}"
 
 
-def _count_tokens(found: _Found, texts: list[str], tokenizer: Tokenizer | None) -> None:
-    """Counts the tokens of captions, uncut, without and with dropout; `texts` is then empty."""
-    if tokenizer is not None and texts:
-        width = max(len(lower(text).encode()) for text in texts)  # a byte is a token at most
-        first = len(found.tokens[0])
-        places = range(first, first + len(texts))
-        for tally, dropout in zip(found.tokens, (0.0, PriorTrainConfig().bpe_dropout), strict=True):
-            ids = tokenizer.encode(texts, max(width, 1), dropout=dropout, positions=places)
-            for length in (ids != Tokenizer.PAD).sum(1).tolist():
-                tally.add(length)
-    texts.clear()
-
-
-def _damaged(folder: Path) -> list[str]:
+def _damaged(folder: Path, number: int, out: Path | None) -> list[str]:
     """A line for each shard of a store that is damaged: its bytes, its checksum, its arrays.
 
     Raises:
         DataError: codes.json is damaged.
     """
-    head, lines = read_head(folder), []
+    head = read_head(folder)
+    records = records_of(head, folder)
     grid = int(head["grid"][0]), int(head["grid"][1])
-    for record in records_of(head, folder):
+
+    def line_of(record: ShardRecord) -> str:
         path = folder / record.name
         try:
             check_size(path, record)
             if sha256(path) != record.sha256:
-                lines.append(f"{path}: another SHA-256 than {HEAD_FILE} says")
-                continue
+                return f"{path}: another SHA-256 than {HEAD_FILE} says"
             codes = map_shard(path, record, int(head["crops"]), grid)["codes"]
         except (DataError, OSError) as problem:
-            lines.append(str(problem))
-            continue
+            return str(problem)
         if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) < int(head["num_codes"]):
-            lines.append(f"{path}: codes must be 0 .. {int(head['num_codes']) - 1}")
-    return lines
+            return f"{path}: codes must be 0 .. {int(head['num_codes']) - 1}"
+        return ""
+
+    files = state_of(folder / record.name for record in records)
+    depends_on = {"pass": f"{OWNER} of shards", "head": head, "files": files}
+    lines = rows_in_blocks(
+        OWNER,
+        out,
+        depends_on,
+        len(records),
+        lambda items: [line_of(records[item]) for item in items],
+        " shards",
+        name=_of_store(number),
+        block=1,
+    )
+    return [line for line in lines if line]
 
 
-def _report_codes(stores: Sequence[CodePairs], found: _Found) -> int:
+def _report_codes(stores: Sequence[CodePairs], found: Found, out: Path | None) -> int:
     """Reports each store, its damaged shards by name, and returns how many these are."""
     damaged = 0
-    for store in stores:
-        lines = _damaged(store.folder)
+    for number, store in enumerate(stores):
+        lines = _damaged(store.folder, number, out)
         shards, size = len(store.shards), sum(record.bytes for record in store.shards)
         print(
             f"codes: {store.grid[0]} x {store.grid[1]} of {store.num_codes:,}, {store.crops} of "
@@ -265,7 +221,7 @@ def _report_codes(stores: Sequence[CodePairs], found: _Found) -> int:
     return damaged
 
 
-def _report(pairs: Pairs, found: _Found, show: int) -> None:
+def _report(pairs: Pairs, found: Found, show: int) -> None:
     if found.formats:
         print("formats: " + ", ".join(f"{name} {n}" for name, n in found.formats.most_common()))
     if found.width:
@@ -286,9 +242,9 @@ def _report(pairs: Pairs, found: _Found, show: int) -> None:
     _show(found.problems, show)
 
 
-def _numbers(pairs: Pairs, found: _Found, damaged: int) -> dict[str, Any]:
+def _numbers(pairs: Pairs, found: Found, damaged: int) -> dict[str, Any]:
     """What check.json holds."""
-    result: dict[str, Any] = {
+    return {
         "pairs": len(pairs),
         "usable": len(pairs) - (found.left_out - Counter(pairs.skipped)).total(),
         "captions": len(found.words),
@@ -300,9 +256,6 @@ def _numbers(pairs: Pairs, found: _Found, damaged: int) -> dict[str, Any]:
         "damaged_shards": damaged,
         "problems": found.problems,
     }
-    if not damaged:
-        result["data"] = describe_pairs(pairs)
-    return result
 
 
 def _range_text(label: str, values: Tally) -> str:
@@ -317,7 +270,7 @@ def _show(lines: Sequence[str], limit: int) -> None:
         print(f"  ... and {len(lines) - limit} more")
 
 
-def _report_too_small(found: _Found, config: CheckConfig) -> None:
+def _report_too_small(found: Found, config: CheckConfig) -> None:
     """Reports the pictures that the paper's crops refuse."""
     note = "`dalle dvae train` and `prior train` leave them out; the ranker and augment none do not"
     print(

@@ -15,7 +15,6 @@ import torch
 from dalle.commands import presets
 from dalle.commands.data_filter import (
     DRAWN_SIDE,
-    KEPT_SO_FAR,
     PAGE,
     begin_folder,
     thumbnail,
@@ -33,8 +32,8 @@ from dalle.data.alike import (
 from dalle.data.augment import center_crop, to_tensor
 from dalle.data.codes import require_pictures
 from dalle.data.kept import HEAD_FILE, ROWS, write_kept
-from dalle.data.pairs import Pairs, captions_of, describe_pairs, picture_hashes
-from dalle.data.progress import finish, in_blocks
+from dalle.data.pairs import Pairs, captions_of, picture_hashes
+from dalle.data.progress import KEPT_SO_FAR, finish, in_blocks, of_data
 from dalle.data.sources import absolute
 from dalle.devices import pick_device
 from dalle.errors import DataError, UsageError, stopped_with
@@ -152,7 +151,7 @@ def _alike(config: DedupConfig, pairs: Pairs) -> Iterator[np.ndarray]:
         return found
 
     ranker = None if model is None else fingerprint(model)
-    depends_on = {"pass": OWNER, "data": describe_pairs(pairs), "ranker": ranker}
+    depends_on = {"pass": OWNER, **of_data(pairs), "ranker": ranker}
     with stopped_with(f"{OWNER}: stopped by the keyboard; {KEPT_SO_FAR}"):
         every = in_blocks(OWNER, config.out, depends_on, len(pairs), dtype, look, " pictures")
     known = np.flatnonzero(every["usable"])

@@ -19,8 +19,8 @@ from dalle.data.codes import require_pictures
 from dalle.data.filters import REASONS, CaptionFilter, FilterRule, judge, picture_size
 from dalle.data.kept import HEAD_FILE, ITEMS_FILE, ROWS, write_kept
 from dalle.data.mixture import file_of
-from dalle.data.pairs import Pairs, captions_of, describe_pairs
-from dalle.data.progress import finish, in_blocks
+from dalle.data.pairs import Pairs, captions_of
+from dalle.data.progress import KEPT_SO_FAR, finish, in_blocks, of_data
 from dalle.data.sources import absolute, check_apart
 from dalle.errors import DataError, UsageError, stopped_with
 from dalle.files import make_folder, read_object
@@ -35,7 +35,6 @@ PAGE = "report.html"
 # What is known of a pair: which captions are kept, as bits; 0, or 1 + the place of the reason in
 # `REASONS`; how many captions of a pair that is kept are left out.
 JUDGED = np.dtype([("captions", "<u8"), ("reason", "u1"), ("dropped", "<u4")])
-KEPT_SO_FAR = "what was looked at is kept, and the same command goes on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ def filter_pairs(config: FilterConfig) -> None:
         found = [_judge(pairs, item, caption_filter) for item in items]
         return np.array(found, JUDGED)
 
-    depends_on = {"pass": OWNER, "data": describe_pairs(pairs), "rule": asdict(config.rule)}
+    depends_on = {"pass": OWNER, **of_data(pairs), "rule": asdict(config.rule)}
     with stopped_with(f"{OWNER}: stopped by the keyboard; {KEPT_SO_FAR}"):
         found = in_blocks(OWNER, config.out, depends_on, len(pairs), JUDGED, judged, unit=" pairs")
     chosen = np.flatnonzero(found["reason"] == 0)

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from dalle.commands import presets
 from dalle.config_files import CONFIG_NAME, write_resolved
-from dalle.console import is_main_process
 from dalle.data.codes import stores_of
 from dalle.data.filters import picture_size
 from dalle.data.mixture import file_of
-from dalle.data.pairs import Pairs, captions_of, describe_pairs, evenly_spaced, number_of_captions
+from dalle.data.pairs import Pairs, captions_of, evenly_spaced, number_of_captions
+from dalle.data.progress import KEPT_SO_FAR, finish, of_data, rows_in_blocks
 from dalle.data.source import require_packages
 from dalle.data.sources import check_apart
 from dalle.data.tally import Tally
-from dalle.errors import DataError, UsageError
+from dalle.errors import DataError, UsageError, stopped_with
 from dalle.files import check_targets, make_folder, to_json
 from dalle.pictures import save_bytes
 from dalle.tokenizer import Tokenizer
 
 OWNER = "data stats"
-BATCH = 1024  # captions that are cut into tokens at once
 OF_CAPTIONS = ("words_a_caption", "tokens_a_caption")
 QUANTILES = {"least": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "most": 1.0}
 
@@ -33,7 +33,7 @@ QUANTILES = {"least": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "most": 1.0}
 @dataclass(frozen=True, kw_only=True)
 class StatsConfig:
     """Writes stats.json and a histogram (PNG) of each number: picture sizes, words a caption,
-    tokens a caption.
+    tokens a caption. The same command goes on where it was stopped.
 
     Attributes:
         data: whatever a training takes.
@@ -66,9 +66,11 @@ def stats(config: StatsConfig) -> None:
     check_targets(OWNER, config.out / "stats.json")
     write_resolved(config, config.out / CONFIG_NAME, owner=OWNER)
     items = evenly_spaced(len(pairs), config.limit or len(pairs))
-    values, unreadable = _values(pairs, items, tokenizer)
+    data = of_data(pairs)
+    with stopped_with(f"{OWNER}: stopped by the keyboard; {KEPT_SO_FAR}"):
+        values, unreadable = _values(pairs, items, tokenizer, config.out, data)
     result: dict[str, Any] = {
-        "data": describe_pairs(pairs),
+        "data": data["data"],
         "captions": number_of_captions(pairs),
         "looked_at": len(items),
         "unreadable": unreadable,
@@ -85,43 +87,61 @@ def stats(config: StatsConfig) -> None:
         print(f"{OWNER}:   {name.replace('_', ' ')}: {row}")
         _histogram(config.out / f"{name}.png", name, numbers)
     save_bytes(config.out / "stats.json", to_json(result), owner=OWNER)
+    finish(config.out)
     print(f"{OWNER}: numbers in {config.out / 'stats.json'}, histograms beside it")
 
 
 def _values(
-    pairs: Pairs, items: np.ndarray, tokenizer: Tokenizer | None
+    pairs: Pairs,
+    items: np.ndarray,
+    tokenizer: Tokenizer | None,
+    out: Path,
+    data: Mapping[str, Any],
 ) -> tuple[dict[str, Tally], int]:
     """Name -> the number of each picture or caption; and how many pictures have no size."""
     names = ("width", "height", "aspect_ratio", *OF_CAPTIONS, "captions_a_picture")
     values = {name: Tally() for name in names}
-    pictures, unreadable, texts = not stores_of(pairs), 0, list[str]()
+    pictures, unreadable = not stores_of(pairs), 0
 
-    def count_tokens() -> None:
+    def look(places: range) -> list[Any]:
+        """Of each item the words and the tokens of each caption, and the size of the picture; None
+        where it cannot be read."""
+        rows, texts = list[Any](), list[str]()
+        for item in items[places.start : places.stop].tolist():
+            try:
+                captions = captions_of(pairs, item)
+                size = picture_size(file_of(pairs, item)[0]) if pictures else None
+            except DataError:
+                rows.append(None)
+                continue
+            texts += captions
+            rows.append([[len(text.split()) for text in captions], size])
+        tokens = list[int]()
         if tokenizer is not None and texts:
-            ids = tokenizer.encode(texts, 1024)
-            for length in (ids != Tokenizer.PAD).sum(1).tolist():
-                values["tokens_a_caption"].add(length)
-        texts.clear()
+            tokens = (tokenizer.encode(texts, 1024) != Tokenizer.PAD).sum(1).tolist()
+        lengths = iter(tokens)
+        return [row and [row[0], [*islice(lengths, len(row[0]))], row[1]] for row in rows]
 
-    for item in tqdm(items.tolist(), desc=OWNER, unit=" pairs", disable=not is_main_process()):
-        try:
-            captions = captions_of(pairs, item)
-            size = picture_size(file_of(pairs, item)[0]) if pictures else None
-        except DataError:
+    depends_on = {
+        "pass": OWNER,
+        **data,
+        "limit": len(items),
+        "tokenizer": None if tokenizer is None else tokenizer.fingerprint(),
+    }
+    for row in rows_in_blocks(OWNER, out, depends_on, len(items), look, " pairs"):
+        if row is None:
             unreadable += 1
             continue
-        values["captions_a_picture"].add(len(captions))
-        for text in captions:
-            values["words_a_caption"].add(len(text.split()))
-            texts.append(text)
-            if len(texts) == BATCH:
-                count_tokens()
+        words, tokens, size = row
+        values["captions_a_picture"].add(len(words))
+        for name, numbers in zip(OF_CAPTIONS, (words, tokens), strict=True):
+            for number in numbers:
+                values[name].add(number)
         if size is not None:
             values["width"].add(size[0])
             values["height"].add(size[1])
             values["aspect_ratio"].add(size[0] / size[1])
         unreadable += pictures and size is None
-    count_tokens()
     return values, unreadable
 
 

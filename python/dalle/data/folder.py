@@ -11,8 +11,9 @@ import hashlib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from dalle.data.containers import AVIF
 from dalle.data.images import DECODERS, BadPicture, decode, open_checked, read_bytes
 from dalle.data.pairs import format_counts, hashed_fingerprint
+from dalle.data.progress import rows_in_blocks, state_of
 from dalle.data.source import Source
 from dalle.data.texts import MAX_CAPTION_BYTES as MAX_CAPTION_BYTES
 from dalle.data.texts import read_captions
@@ -31,6 +33,8 @@ OTHER_SUFFIXES = (
     *(".bmp", ".gif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".pbm", ".pgm", ".pnm"),
     *(".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff"),
 )
+
+VERIFIED = "verified"  # the pass whose results are kept
 
 
 def digest_of(content: bytes) -> bytes:
@@ -132,6 +136,8 @@ class FolderPairs:
         folder: searched recursively.
         verify: "header" opens every picture and checks format and size; "full" decodes every one,
             so that `load` does not fail afterwards; "none" trusts the suffix.
+        keep: an existing folder where what was verified is kept (`progress`), so that the same call
+            goes on after a stop; `progress.finish(keep, VERIFIED)` removes it.
 
     Attributes:
         paths: the pictures.
@@ -148,7 +154,9 @@ class FolderPairs:
     image_size = 0
     named_by = "dalle data check"  # the command that names what was left out
 
-    def __init__(self, folder: Path | str, *, verify: str = "header") -> None:
+    def __init__(
+        self, folder: Path | str, *, verify: str = "header", keep: Path | None = None
+    ) -> None:
         folder = Path(folder)
         if verify not in ("none", "header", "full"):
             raise UsageError(f"data: verify must be none, header or full, got {verify!r}")
@@ -163,22 +171,37 @@ class FolderPairs:
         several: dict[int, Sequence[str]] = {}
         self._digests: list[bytes] = []  # hashes of the verified files
         self.problems: list[str] = []  # messages of the first hundred files left out
-        stems = tqdm(sorted(pictures), "verify", disable=None if verify == "full" else True)
-        for stem in stems:
-            first = pictures[stem][0]
-            if stem not in texts:
-                self._skip(BadPicture(first, "picture without caption", "have a caption"))
-                continue
-            try:
-                lines = read_captions(texts[stem])
-                path, digest = self._first_good(pictures[stem], verify)
-            except BadPicture as problem:
-                self._skip(problem)
+        stems = sorted(pictures)
+
+        def look(stem: str) -> list[Any]:
+            return _look(pictures[stem], texts.get(stem), verify)
+
+        rows: Iterable[Any]
+        if keep is None:
+            rows = map(look, tqdm(stems, "verify", disable=None if verify == "full" else True))
+        else:
+            files = state_of(path for stem in stems for path in (*pictures[stem], texts.get(stem)))
+            rows = rows_in_blocks(
+                "verify",
+                keep,
+                {"pass": "verify", "how": verify, "files": files},
+                len(stems),
+                lambda items: [look(stem) for stem in stems[items.start : items.stop]],
+                " pictures",
+                name=VERIFIED,
+            )
+        for stem, (lines, place, digest, left_out) in zip(stems, rows, strict=True):
+            for reason, line in left_out:
+                self.skipped[reason] += 1
+                if len(self.problems) < 100:
+                    self.problems.append(line)
+            if not lines:
                 continue
             if len(lines) > 1:
                 several[len(captions)] = tuple(lines)
-            self.paths.append(path)
-            self._digests.append(digest)
+            self.skipped["second picture of a caption"] += len(pictures[stem]) - place - 1
+            self.paths.append(pictures[stem][place])
+            self._digests.append(bytes.fromhex(digest))
             captions.append(lines[0])
         self.captions: Sequence[str] = captions
         self.several: Mapping[int, Sequence[str]] = several
@@ -189,31 +212,6 @@ class FolderPairs:
                 f"data: {folder} must hold pictures with .txt captions of the same name, "
                 f"got no usable pair ({why or 'the folder is empty'})"
             )
-
-    def _first_good(self, paths: list[Path], verify: str) -> tuple[Path, bytes]:
-        """The first valid picture of one caption, and the hash of its file."""
-        refused: BadPicture | None = None
-        for index, path in enumerate(paths):
-            try:
-                content = b"" if verify == "none" else read_bytes(path)
-                if content:
-                    (decode if verify == "full" else open_checked)(content, path)
-            except BadPicture as problem:
-                if refused is not None:
-                    self._skip(refused)
-                refused = problem
-                continue
-            if refused is not None:
-                self._skip(refused)
-            self.skipped["second picture of a caption"] += len(paths) - index - 1
-            return path, digest_of(content) if content else b""
-        assert refused is not None
-        raise refused
-
-    def _skip(self, problem: BadPicture) -> None:
-        self.skipped[problem.reason] += 1
-        if len(self.problems) < 100:
-            self.problems.append(str(problem))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -241,6 +239,34 @@ class FolderPairs:
             DataError: the file has gone or does not decode.
         """
         return decode(read_bytes(self.paths[i]), self.paths[i])
+
+
+def _look(paths: Sequence[Path], text: Path | None, verify: str) -> list[Any]:
+    """The captions of a stem, the place of its first valid picture, the hash of that file ("" of
+    one that was not read), and (reason, line) of what is left out; no captions where there is no
+    pair."""
+    left_out: list[tuple[str, str]] = []
+
+    def leave_out(problem: BadPicture) -> None:
+        left_out.append((problem.reason, str(problem)))
+
+    try:
+        if text is None:
+            raise BadPicture(paths[0], "picture without caption", "have a caption")
+        lines = read_captions(text)
+    except BadPicture as problem:
+        leave_out(problem)
+        return [[], 0, "", left_out]
+    for place, path in enumerate(paths):
+        try:
+            content = b"" if verify == "none" else read_bytes(path)
+            if content:
+                (decode if verify == "full" else open_checked)(content, path)
+        except BadPicture as problem:
+            leave_out(problem)
+            continue
+        return [lines, place, digest_of(content).hex() if content else "", left_out]
+    return [[], 0, "", left_out]
 
 
 SOURCE = Source(

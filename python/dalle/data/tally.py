@@ -79,6 +79,12 @@ class Tally:
         return int(counts[values > limit].sum())
 
 
+def hash_of(text: str) -> int:
+    """The hash of 64 bits by which texts are told apart."""
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
 class Distinct:
     """How many different texts there are: exact up to `MAX_HASHES`, beyond by the smallest hashes
     (Bar-Yossef et al., 2002), in memory for twice as many."""
@@ -89,8 +95,10 @@ class Distinct:
 
     def add(self, text: str) -> None:
         """Counts a text."""
-        data = text.encode("utf-8", "surrogatepass")
-        value = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+        self.add_hash(hash_of(text))
+
+    def add_hash(self, value: int) -> None:
+        """Counts a text by its `hash_of`."""
         if value >= self._limit:
             return
         self._hashes.add(value)
