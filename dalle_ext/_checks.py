@@ -65,6 +65,41 @@ def real(value: Any) -> float:
         return math.inf if value > 0 else -math.inf
 
 
+def finite(op: str, name: str, value: Any, least: float = -math.inf) -> float:
+    """`value`, a number of any kind (see `real`), as a float.
+
+    Raises:
+        TypeError: a tensor that requires a gradient while gradients are recorded.
+        ValueError: no number, not finite, or below `least`.
+    """
+    if type(value) is float and least <= value and -math.inf < value < math.inf:
+        return value  # of every step
+    numbers_only(op, **{name: value})
+    number = real(value)
+    if not (math.isfinite(number) and number >= least):
+        want = "a finite number" + (f" of at least {least:g}" if least > -math.inf else "")
+        if isinstance(value, torch.Tensor):
+            single = value.numel() == 1 and not value.is_complex()
+            got = f"{number}" if single else tensor_text(value)
+        elif isinstance(value, numbers.Real):
+            got = f"{number}"
+        else:  # an array has a text of several lines
+            got = f"{value!r:.100}" if isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{op}: {name} must be {want}, got {got}")
+    return number
+
+
+def tensor_text(x: torch.Tensor) -> str:
+    """Shape, dtype, and strides where not contiguous, as in a message of a native op."""
+    text = f"{shape_text(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
+    return text if x.is_contiguous() else f"{text} with strides {shape_text(x.stride())}"
+
+
+def shape_text(numbers: Sequence[int]) -> str:
+    """(3), not (3,)."""
+    return f"({', '.join(map(str, numbers))})"
+
+
 def _layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """A tensor and, inside transforms of `torch.func`, the tensors that it wraps, from outside."""
     yield tensor

@@ -26,7 +26,7 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& t
                                image_values, key_scales,  value_scales};
   DecodeAttentionParams params =
       check_decode_attention(q, k, v, cache, slot, kind, rows, columns, runs, scale);
-  const int32_t at = checked_slot(params);
+  const int32_t at = checked_slot(kDecodeAttention, params);
   Tensor out = empty_decoded(q);
   params.out = decode_rows_of(out);
   if (out.numel() == 0) return out;
@@ -35,10 +35,9 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& t
                                       : DALLE_SELECT_ISA(decode_attention_cpu);
   const int64_t samples = std::min<int64_t>(cpu.task_samples(params.type), q.size(1));
   const int64_t tasks = q.size(0) * q.size(2) * ceil_div(q.size(1), cpu.task_samples(params.type));
-  run_tasks(q, tasks, grain_of(params, samples), cpu.workspace_bytes(params),
-            [&](void* space, int64_t begin, int64_t end) {
-              cpu.run(params, at, space, begin, end);
-            });
+  run_tasks(
+      q, tasks, grain_of(params, samples), cpu.workspace_bytes(params),
+      [&](void* space, int64_t begin, int64_t end) { cpu.run(params, at, space, begin, end); });
   return out;
 }
 

@@ -4,6 +4,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <cstring>
+
 #include "common/isa.h"
 
 namespace dalle {
@@ -77,11 +80,13 @@ Tensor decode_layers(const Tensor& x, const Tensor& slot, Tensors parameters, Te
                      "of " + std::to_string(shape.b * shape.s) + " rows", shape_text(x));
   DecodeRules order = {std::istringstream(kinds), rules};
   const DecodeLayersTensors given = {parameters, text, image, scales, eps};
+  DecodeLayersArgs all{};
   std::vector<DecodeLayer> layers;
   double products = 0;
   for (size_t i = 0; i < count; ++i) {
     layers.push_back(check_decode_layer(i, given, order, shape, slot, x.size(1), slope));
     const DecodeLayer& last = layers.back();
+    all.slot = checked_slot(kDecodeLayers, last.attention);
     products += static_cast<double>(last.qkv.inputs) * last.qkv.outputs +
                 2.0 * last.wide_in.inputs * last.wide_in.outputs;
   }
@@ -98,12 +103,10 @@ Tensor decode_layers(const Tensor& x, const Tensor& slot, Tensors parameters, Te
   const DecodeAttentionCpu& attention = type == ElementKind::kBFloat16
                                             ? DALLE_SELECT_ISA_BFLOAT16(decode_attention_cpu)
                                             : DALLE_SELECT_ISA(decode_attention_cpu);
-  DecodeLayersArgs all{};
   all.layers = layers.data(), all.num_layers = static_cast<int64_t>(count);
   all.rows = x.size(0), all.x = static_cast<const float*>(x.const_data_ptr());
   all.result = static_cast<float*>(result.mutable_data_ptr());
   for (const DecodeLayer& layer : layers) {
-    all.slot = checked_slot(layer.attention);
     all.workspace_bytes = std::max<int64_t>(
         all.workspace_bytes,
         static_cast<int64_t>(attention.workspace_bytes(layer.attention) + 63) / 64 * 64);

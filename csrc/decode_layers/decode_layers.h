@@ -6,6 +6,8 @@
 //   x = x + wide_out(act(wide_in(norm(x))))
 #pragma once
 
+#include <algorithm>
+
 #include "common/team.h"
 #include "decode_attention/decode_attention_cpu.h"
 #include "packed_linear/packed_linear_cpu.h"

@@ -2,6 +2,10 @@
 #pragma once
 
 #include <cmath>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
 
 #include "decode_attention/decode_attention.hpp"
 #include "decode_layers/decode_layers.h"
@@ -11,37 +15,28 @@ namespace dalle {
 
 using Tensors = std::vector<Tensor>;
 
+constexpr const char* kDecodeLayers = "DecodeLayers";  // what begins a message
 #define DALLE_LAYERS_CHECK(condition, argument, requirement, ...) \
-  DALLE_CHECK(condition, "decode_layers", argument, requirement, __VA_ARGS__)
+  DALLE_CHECK(condition, kDecodeLayers, argument, requirement, __VA_ARGS__)
 
-// Of each layer, in the lists of a call.
-constexpr size_t kLayerParameters =
-    12;  // gain, shift, weight and bias of qkv; weight, bias of out;
-         // gain, shift, weight, bias of wide_in; those of wide_out
+// Of each layer in `parameters`: gain, shift, weight and bias of qkv; weight and bias of out; gain,
+// shift, weight and bias of wide_in; weight and bias of wide_out.
+constexpr size_t kLayerParameters = 12;
 
 struct DecodeLayersTensors {
-  const Tensors &parameters, &text, &image, &scales;  // the others keys, values
-  const std::vector<double>& eps;                     // of both norms
+  const Tensors &parameters, &text, &image, &scales;  // the others keys, values of each layer
+  const std::vector<double>& eps;                     // of both norms of each layer
 };
-
-// A float32 vector of `size` numbers.
-inline const float* check_vector(const char* name, const Tensor& x, int64_t size) {
-  const bool holds = x.scalar_type() == ScalarType::Float && x.dim() == 1 && x.size(0) == size &&
-                     x.is_contiguous();
-  DALLE_LAYERS_CHECK(holds, name, "contiguous float32 of shape (" + std::to_string(size) + ")",
-                     tensor_text(x));
-  return static_cast<const float*>(x.const_data_ptr());
-}
 
 // A product by its packed weight and its bias.
 inline PackedLinearArgs check_product(const Tensor& weight, const Tensor& bias, int64_t inputs,
                                       int64_t outputs, bool pairs) {
   PackedLinearArgs args = check_packed_weight(
-      "decode_layers", weight, inputs, outputs,
+      kDecodeLayers, weight, inputs, outputs,
       "packed for " + std::to_string(inputs) + " inputs, " + std::to_string(outputs) + " outputs");
   DALLE_LAYERS_CHECK(args.pairs == pairs, "weights", "of one dtype",
                      dtype_text(weight.scalar_type()));
-  args.bias = check_vector("bias", bias, outputs);
+  args.bias = check_floats(kDecodeLayers, "bias", bias, {outputs});
   return args;
 }
 
@@ -66,10 +61,10 @@ inline DecodeLayer check_decode_layer(size_t i, const DecodeLayersTensors& given
   layer.out = check_product(p[4], p[5], inner, width, pairs);
   layer.wide_in = check_product(p[8], p[9], width, hidden, pairs);
   layer.wide_out = check_product(p[10], p[11], hidden, width, pairs);
-  layer.qkv.gain = check_vector("gain", p[0], width);
-  layer.qkv.shift = check_vector("shift", p[1], width);
-  layer.wide_in.gain = check_vector("gain", p[6], width);
-  layer.wide_in.shift = check_vector("shift", p[7], width);
+  layer.qkv.gain = check_floats(kDecodeLayers, "gain", p[0], {width});
+  layer.qkv.shift = check_floats(kDecodeLayers, "shift", p[1], {width});
+  layer.wide_in.gain = check_floats(kDecodeLayers, "gain", p[6], {width});
+  layer.wide_in.shift = check_floats(kDecodeLayers, "shift", p[7], {width});
   layer.qkv.eps = static_cast<float>(given.eps[2 * i]);
   layer.wide_in.eps = static_cast<float>(given.eps[2 * i + 1]);
   layer.wide_in.slope = static_cast<float>(slope);
@@ -84,17 +79,16 @@ inline DecodeLayer check_decode_layer(size_t i, const DecodeLayersTensors& given
                      numbers.size(), " numbers");
   const auto bounds = numbers.begin() + static_cast<int64_t>(first);
   const std::vector<int64_t> runs(bounds, bounds + numbers[first - 1]);
-  const auto scales = [&](size_t j) -> std::optional<Tensor> {
-    const Tensor& x = given.scales[2 * i + j];
-    return x.numel() == 0 ? std::nullopt : std::optional<Tensor>(x);
-  };
-  const std::optional<Tensor> key_scales = scales(0), value_scales = scales(1);
+  std::optional<Tensor> key_scales, value_scales;
+  if (given.image[2 * i].scalar_type() == ScalarType::Char) {  // else the scales are not read
+    key_scales = given.scales[2 * i], value_scales = given.scales[2 * i + 1];
+  }
   const DecodeTensors cache = {given.text[2 * i],  given.text[2 * i + 1],
                                given.image[2 * i], given.image[2 * i + 1],
                                key_scales,         value_scales};
   layer.attention =
-      check_decode_cache(slot, shape, cache, slot, kind, numbers[first - 3], numbers[first - 2],
-                         runs, 1 / std::sqrt(static_cast<double>(shape.d)));
+      check_decode_cache(kDecodeLayers, slot, shape, cache, slot, kind, numbers[first - 3],
+                         numbers[first - 2], runs, 1 / std::sqrt(static_cast<double>(shape.d)));
   rules.at = first + runs.size();
   return layer;
 }

@@ -15,15 +15,15 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // `sizes` is the whole shape: as many numbers in another shape are not what is asked for.
-inline const float* check_floats(const char* name, const std::optional<Tensor>& x,
+inline const float* check_floats(const char* op, const char* name, const std::optional<Tensor>& x,
                                  std::initializer_list<int64_t> sizes) {
   if (!x) return nullptr;
   const auto dims = static_cast<int64_t>(sizes.size());
   const auto wanted = [&](int64_t d) { return sizes.begin()[d]; };
   bool holds = x->dim() == dims && x->scalar_type() == ScalarType::Float && x->is_contiguous();
   for (int64_t d = 0; holds && d < dims; ++d) holds = x->size(d) == wanted(d);
-  DALLE_CHECK(holds, "packed_linear", name,
-              "contiguous float32 of shape " + tuple_text(dims, wanted), tensor_text(*x));
+  DALLE_CHECK(holds, op, name, "contiguous float32 of shape " + tuple_text(dims, wanted),
+              tensor_text(*x));
   return static_cast<const float*>(x->const_data_ptr());
 }
 
@@ -49,17 +49,17 @@ inline PackedLinearArgs check_packed_linear(const Tensor& x, const Tensor& weigh
                                             const std::optional<Tensor>& gain,
                                             const std::optional<Tensor>& shift, double eps,
                                             double slope, const std::optional<Tensor>& add) {
-  DALLE_CHECK(x.dim() == 2, "packed_linear", "x", "(M, K)", shape_text(x));
-  PackedLinearArgs args =
-      check_packed_weight("packed_linear", weight, x.size(1), outputs, "packed for this x");
+  constexpr const char* op = "packed_linear";
+  DALLE_CHECK(x.dim() == 2, op, "x", "(M, K)", shape_text(x));
+  PackedLinearArgs args = check_packed_weight(op, weight, x.size(1), outputs, "packed for this x");
   args.rows = x.size(0);
-  args.x = check_floats("x", x, {args.rows, args.inputs});
-  args.bias = check_floats("bias", bias, {outputs});
-  args.gain = check_floats("gain", gain, {args.inputs});
-  args.shift = check_floats("shift", shift, {args.inputs});
-  DALLE_CHECK(gain.has_value() == shift.has_value(), "packed_linear", "shift",
-              "given where gain is", gain ? "gain alone" : "shift alone");
-  args.residual = check_floats("add", add, {args.rows, outputs});
+  args.x = check_floats(op, "x", x, {args.rows, args.inputs});
+  args.bias = check_floats(op, "bias", bias, {outputs});
+  args.gain = check_floats(op, "gain", gain, {args.inputs});
+  args.shift = check_floats(op, "shift", shift, {args.inputs});
+  DALLE_CHECK(gain.has_value() == shift.has_value(), op, "shift", "given where gain is",
+              gain ? "gain alone" : "shift alone");
+  args.residual = check_floats(op, "add", add, {args.rows, outputs});
   args.eps = static_cast<float>(eps), args.slope = static_cast<float>(slope);
   return args;
 }

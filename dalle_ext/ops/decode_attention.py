@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dalle_ext import _native
-from dalle_ext._checks import integer, numbers_only, real, untracked
+from dalle_ext._checks import finite, integer, untracked
 from dalle_ext._switch import reference_in_use
 from dalle_ext.ops.sparse_attention import AttentionPattern
 from dalle_ext.reference import decode_attention as reference
@@ -265,7 +265,7 @@ def decode_attention(
         raise TypeError(f"{OP}: cache must be a DecodeCache, got {type(cache).__name__}")
     untracked(OP, q=q, k=k, v=v)
     _check(q, k, v, cache, slot)
-    factor = 1.0 / math.sqrt(q.size(3)) if scale is None else _number(scale)
+    factor = 1.0 / math.sqrt(q.size(3)) if scale is None else finite(OP, "scale", scale)
     if reference_in_use():
         return reference.decode_attention(q, k, v, cache, slot, factor)
     _native.require(OP, q.device)
@@ -282,11 +282,3 @@ def decode_attention(
         with torch._C._AutoDispatchBelowAutograd():
             out = _decode_attention(*given)
     return out
-
-
-def _number(scale: Any) -> float:
-    numbers_only(OP, scale=scale)
-    value = real(scale)
-    if not math.isfinite(value):
-        raise ValueError(f"{OP}: scale must be a finite number, got {scale!r}")
-    return value

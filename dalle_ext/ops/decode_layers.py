@@ -6,15 +6,14 @@ of the MLP.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dalle_ext import _native
-from dalle_ext._checks import numbers_only, real, untracked
+from dalle_ext._checks import finite, tensor_text, untracked
 from dalle_ext._switch import reference_in_use
 from dalle_ext.ops.decode_attention import DecodeCache
 from dalle_ext.ops.packed_linear import PackedLinear
@@ -24,6 +23,7 @@ Tensor = torch.Tensor
 OP = "DecodeLayers"
 PRODUCTS = ("qkv", "out", "wide_in", "wide_out")
 Norm = tuple[Tensor, Tensor, float]
+_EMPTY = torch.empty(0, dtype=torch.float32, device="cpu")  # in the place of scales
 
 
 def _fake(x: Tensor, *rest: Any) -> Tensor:
@@ -42,7 +42,8 @@ class DecodeLayer:
         qkv: d inputs, 3 H D outputs: queries, keys and values of all heads, side by side.
         out: H D inputs, d outputs.
         wide_in, wide_out: d inputs and F outputs; F inputs and d outputs.
-        norms: gain (d,), shift (d,) and eps of the layer norms before `qkv` and before `wide_in`.
+        norms: of the layer norms before `qkv` and before `wide_in`: gain (d,) and shift (d,),
+            float32, and eps.
         cache: of float32, or of bfloat16 where the weights are.
     """
 
@@ -63,24 +64,26 @@ class DecodeLayers:
     between them: the threads of one call go through all layers together.
 
     Args:
-        layers: at least one, all with caches of the same B, S, H, D and dtype, and weights of one
-            dtype. Caches stay theirs: `set_text`, `fill` and `reorder` hold for the next step.
+        layers: at least one, all with caches of the same B, S, H, D, grid and dtype, and weights of
+            one dtype. T and the kind of pattern may differ. Caches stay theirs: `set_text`, `fill`,
+            `reorder` and a tensor put in another's place hold for the next step.
         slope: of the activation; 0 leaves it out.
 
     Attributes:
         layers: as given.
 
     Raises:
-        TypeError: something that is no `DecodeLayer`, or no tensor.
+        TypeError: something that is no `DecodeLayer`, or no tensor; a number that requires a
+            gradient while gradients are recorded.
         ValueError: sizes or dtypes that do not fit.
     """
 
     def __init__(self, layers: Sequence[DecodeLayer], *, slope: float) -> None:
+        if not isinstance(layers, Iterable):
+            name = type(layers).__name__
+            raise TypeError(f"{OP}: layers must be a sequence of DecodeLayer, got {name}")
         self.layers = tuple(layers)
-        numbers_only(OP, slope=slope)
-        self.slope = real(slope)
-        if not math.isfinite(self.slope):
-            raise ValueError(f"{OP}: slope must be a finite number, got {slope!r}")
+        self.slope = finite(OP, "slope", slope)
         if not self.layers:
             raise ValueError(f"{OP}: layers must be at least one, got none")
         for layer in self.layers:
@@ -93,13 +96,10 @@ class DecodeLayers:
         caches = [layer.cache for layer in self.layers]
         self._rows = len(caches[0].text_keys) * caches[0].samples
         self._parameters = [x for layer in self.layers for x in _parameters(layer)]
-        self._text = [x for c in caches for x in (c.text_keys, c.text_values)]
-        self._image = [x for c in caches for x in (c.image_keys, c.image_values)]
-        self._scales = [_or_empty(x) for c in caches for x in (c.key_scales, c.value_scales)]
         patterns = [c.pattern for c in caches]
         self._kinds = " ".join(p.kind for p in patterns)
         self._rules = [x for p in patterns for x in (*p.grid, len(p.runs), *p.runs)]
-        self._eps = [real(eps) for layer in self.layers for _, _, eps in layer.norms]
+        self._eps = [finite(OP, "eps", norm[2], 0.0) for one in self.layers for norm in one.norms]
 
     def _check_kinds(self, layer: DecodeLayer) -> None:
         parts: dict[str, type] = dict.fromkeys(PRODUCTS, PackedLinear) | {"cache": DecodeCache}
@@ -108,9 +108,12 @@ class DecodeLayers:
             if not isinstance(part, kind):
                 got = type(part).__name__
                 raise TypeError(f"{OP}: {name} must be a {kind.__name__}, got {got}")
-        norms = layer.norms
-        if not isinstance(norms, tuple) or [len(norm) for norm in norms] != [3, 3]:
-            raise ValueError(f"{OP}: norms must be two of (gain, shift, eps), got {norms!r:.60}")
+        norms: Any = layer.norms
+        listed = isinstance(norms, (tuple, list))
+        sizes = [len(x) if isinstance(x, (tuple, list)) else 0 for x in norms] if listed else []
+        if sizes != [3, 3]:
+            got = f"{len(norms)} of {sizes} parts" if listed else type(norms).__name__
+            raise ValueError(f"{OP}: norms must be two of (gain, shift, eps), got {got}")
 
     def _check_products(self, layer: DecodeLayer) -> None:
         first, shape = self.layers[0].qkv, layer.cache.image_keys.shape
@@ -125,9 +128,7 @@ class DecodeLayers:
                 want, found = first.weight.dtype, part.weight.dtype
                 raise ValueError(f"{OP}: {name} must be packed as {want}, got {found}")
         for gain, shift, eps in layer.norms:
-            numbers_only(OP, eps=eps)
-            if not (math.isfinite(real(eps)) and real(eps) >= 0):
-                raise ValueError(f"{OP}: eps must be a finite number of at least 0, got {eps!r}")
+            finite(OP, "eps", eps, 0.0)
             for name, x in (("gain", gain), ("shift", shift)):
                 untracked(OP, **{name: x.detach() if isinstance(x, Tensor) else x})
                 if tuple(x.shape) != (width,) or x.dtype != torch.float32 or x.device.type != "cpu":
@@ -154,7 +155,7 @@ class DecodeLayers:
         """All layers for one slot of every row; the caches get its keys and values.
 
         A row's result does not depend on the other rows or on the number of threads, to the last
-        bit.
+        bit. The caches are written: one call of a stack at a time; other stacks may run at once.
 
         Args:
             x: (R, d) float32 on the CPU, contiguous.
@@ -172,11 +173,12 @@ class DecodeLayers:
         untracked(OP, x=x, slot=slot)
         self._check_step(x, slot)
         if reference_in_use():
-            return reference.decode_layers(x, slot, self.layers, self.slope)
+            with torch.no_grad():  # gain and shift may be parameters
+                return reference.decode_layers(x, slot, self.layers, self.slope)
         _native.require(OP, x.device)
         given: Any = (
-            x, slot, self._parameters, self._text, self._image, self._scales, self._kinds,
-            self._rules, self._eps, self.slope,
+            x, slot, self._parameters, *self._stores(), self._kinds, self._rules, self._eps,
+            self.slope,
         )  # fmt: skip
         if torch.compiler.is_compiling():
             out: Tensor = _decode_layers(*given)
@@ -185,21 +187,25 @@ class DecodeLayers:
                 out = _decode_layers(*given)
         return out
 
+    def _stores(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Text, image and scales of all layers, as their caches have them now."""
+        caches = [layer.cache for layer in self.layers]
+        scales = [x for c in caches for x in (c.key_scales, c.value_scales)]
+        return (
+            [x for c in caches for x in (c.text_keys, c.text_values)],
+            [x for c in caches for x in (c.image_keys, c.image_values)],
+            [_EMPTY if x is None else x for x in scales],
+        )
+
     def _check_step(self, x: Tensor, slot: Tensor) -> None:
         want = (self._rows, self.layers[0].qkv.inputs)
         plain = x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
         if not plain or tuple(x.shape) != want:
-            got = f"{tuple(x.shape)} of {str(x.dtype)[6:]}"
-            got += "" if x.is_contiguous() else f" with strides {x.stride()}"
-            got += "" if x.device.type == "cpu" else f" on {x.device}"
+            got = tensor_text(x) + ("" if x.device.type == "cpu" else f" on {x.device}")
             raise ValueError(f"{OP}: x must be contiguous float32 of shape {want}, got {got}")
         if slot.dtype != torch.int64 or slot.dim() != 0 or slot.device.type != "cpu":
             got = f"{tuple(slot.shape)} {slot.dtype} on {slot.device}"
             raise ValueError(f"{OP}: slot must be a 0-d int64 tensor on the CPU, got {got}")
-
-
-def _or_empty(x: Tensor | None) -> Tensor:
-    return torch.empty(0, dtype=torch.float32, device="cpu") if x is None else x
 
 
 def _parameters(layer: DecodeLayer) -> list[Tensor]:

@@ -5,15 +5,12 @@ Letters: M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
-import math
-import numbers
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from dalle_ext import _native
-from dalle_ext._checks import numbers_only, real, untracked
+from dalle_ext._checks import finite, shape_text, tensor_text, untracked
 from dalle_ext._switch import reference_in_use
 from dalle_ext.reference import packed_linear as reference
 
@@ -105,11 +102,11 @@ class PackedLinear:
             if not tensor.is_cpu:  # the native op takes one of meta, and returns any numbers
                 raise ValueError(f"{OP}: {name} must be on the CPU, got {tensor.device}")
             floats = floats and tensor.dtype == torch.float32
-        eps, slope = _number("eps", eps, 0.0), _number("slope", slope, -math.inf)
+        eps, slope = finite(OP, "eps", eps, 0.0), finite(OP, "slope", slope)
         if x.dim() != 2:
-            raise RuntimeError(f"{NATIVE}: x must be (M, K), got {_tuple(x.shape)}")
+            raise RuntimeError(f"{NATIVE}: x must be (M, K), got {shape_text(x.shape)}")
         if x.size(1) != self.inputs:  # bf16 panels hold an even number of inputs
-            want = f"packed for this x, {_tuple(x.shape)}"
+            want = f"packed for this x, {shape_text(x.shape)}"
             raise RuntimeError(f"{NATIVE}: weight must be {want}, got one of {self.inputs} inputs")
         plain = reference_in_use()
         if plain or not floats:  # there are dtypes that the native op cannot name
@@ -134,8 +131,8 @@ class PackedLinear:
                 continue
             fits = tuple(tensor.shape) == shapes[name] and tensor.is_contiguous()
             if not fits or tensor.dtype != torch.float32:
-                want = f"contiguous float32 of shape {_tuple(shapes[name])}"
-                raise RuntimeError(f"{NATIVE}: {name} must be {want}, got {_text(tensor)}")
+                want = f"contiguous float32 of shape {shape_text(shapes[name])}"
+                raise RuntimeError(f"{NATIVE}: {name} must be {want}, got {tensor_text(tensor)}")
 
 
 def _parts(norm: Any) -> tuple[Any, Any, Any]:
@@ -145,31 +142,3 @@ def _parts(norm: Any) -> tuple[Any, Any, Any]:
         raise TypeError(f"{OP}: norm must be (gain, shift, eps), got {got}")
     gain, shift, eps = norm
     return gain, shift, eps
-
-
-def _number(name: str, value: Any, least: float) -> float:
-    """`value` as a float; ValueError where it is no number, not finite or below `least`."""
-    if type(value) is float and least <= value and -math.inf < value < math.inf:
-        return value  # of every step
-    numbers_only(OP, **{name: value})
-    number = real(value)
-    if not (math.isfinite(number) and number >= least):
-        want = "a finite number" + (f" of at least {least:g}" if least > -math.inf else "")
-        if isinstance(value, Tensor):
-            got = f"{number}" if value.numel() == 1 and not value.is_complex() else _text(value)
-        elif isinstance(value, numbers.Real):
-            got = f"{number}"
-        else:  # an array has a text of several lines
-            got = f"{value!r:.100}" if isinstance(value, str) else type(value).__name__
-        raise ValueError(f"{OP}: {name} must be {want}, got {got}")
-    return number
-
-
-def _text(x: Tensor) -> str:
-    text = f"{_tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
-    return text if x.is_contiguous() else f"{text} with strides {_tuple(x.stride())}"
-
-
-def _tuple(numbers: Sequence[int]) -> str:
-    """As in a message of the native op: (3), not (3,)."""
-    return f"({', '.join(map(str, numbers))})"

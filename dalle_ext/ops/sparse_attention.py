@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from dalle_ext import _native
-from dalle_ext._checks import autograd_only, integer, numbers_only, once_differentiable, real
+from dalle_ext._checks import autograd_only, finite, integer, once_differentiable
 from dalle_ext._switch import reference_in_use
 from dalle_ext.reference import sparse_attention as reference
 
@@ -378,12 +378,11 @@ def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
-def _number(scale: Any) -> float:
-    numbers_only("sparse_attention", scale=scale)
-    value = real(scale)
-    if not math.isfinite(value):
-        raise ValueError(f"sparse_attention: scale must be a finite number, got {scale!r}")
-    return value
+def _factor(scale: float | None, x: Tensor) -> float:
+    """On q k^T; x has D in its last dimension."""
+    if scale is None:
+        return 1.0 / math.sqrt(max(1, x.size(-1)))
+    return finite("sparse_attention", "scale", scale)
 
 
 def sparse_attention(
@@ -423,7 +422,7 @@ def sparse_attention(
     if not q.device == k.device == v.device:
         where = f"{q.device}, {k.device}, {v.device}"
         raise ValueError(f"sparse_attention: q, k, v must be on one device, got {where}")
-    factor = 1.0 / math.sqrt(max(1, q.size(3))) if scale is None else _number(scale)
+    factor = _factor(scale, q)
     if reference_in_use():
         _like_native(q, k=k, v=v)
         return reference.sparse_attention(q, k, v, pattern, factor)
@@ -477,7 +476,7 @@ def sparse_attention_qkvpacked(
         raise ValueError(f"sparse_attention_qkvpacked: qkv must be {want}, got {got}")
     if reference_in_use() or not (torch.is_grad_enabled() and qkv.requires_grad):
         return sparse_attention(*_unpacked(qkv), pattern, scale)
-    factor = 1.0 / math.sqrt(max(1, qkv.size(4))) if scale is None else _number(scale)
+    factor = _factor(scale, qkv)
     _native.require("sparse_attention_qkvpacked", qkv.device)
     autograd_only("sparse_attention_qkvpacked")
     rule = (pattern.kind, pattern.text_len, *pattern.grid, pattern.runs, factor)

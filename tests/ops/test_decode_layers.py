@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from dataclasses import replace
 
 import pytest
@@ -140,15 +142,103 @@ def test_caches_stay_what_they_are():
     assert torch.equal(one(x, slot), call_by_call(other.layers, x, slot))
 
 
-def test_no_caption():
-    empty = stack((0, 3, 2, 8, 16, 32))
-    assert empty(torch.zeros(0, 16), torch.tensor(0)).shape == (0, 16)
+@pytest.mark.parametrize("reference", [False, True])
+def test_tensors_put_in_the_place_of_a_caches(reference):
+    """The next step reads and writes them; what does not fit gets one line."""
+    sizes = (2, 3, 2, 8, 16, 32)
+    one, other = stack(sizes, bits=8), stack(sizes, bits=8)
+    x, slot = torch.randn(6, 16), torch.tensor(0)
+    for layers in (one.layers, other.layers):
+        for each in layers:
+            for name, old in vars(each.cache).items():
+                if name.startswith(("text_", "image_", "key_", "value_")) and old is not None:
+                    setattr(each.cache, name, old.clone() if "image" in name else old.abs() + 1)
+    with dalle_ext.use_reference(reference):
+        wanted = other(x, slot) if reference else call_by_call(other.layers, x, slot)
+        assert torch.equal(one(x, slot), wanted)
+    assert all(map(torch.equal, stores(one.layers), stores(other.layers)))
+    one.layers[1].cache.text_values = torch.zeros(2, 2, 5, 8)
+    line = r"^DecodeLayers: text_values must be contiguous .*\(2, 2, 6, 8\), got \(2, 2, 5, 8\)"
+    with pytest.raises(RuntimeError, match=line):
+        one(x, slot)
+
+
+def test_no_gradient_from_parameters_of_a_norm():
+    """Not in the definition either, whose caches would keep the graph."""
+    gain, shift = (torch.nn.Parameter(torch.ones(16)) for _ in range(2))
+    good = layer(patterns(6)[0], (1, 2, 2, 8, 16, 32), seed=0)
+    layers = DecodeLayers([replace(good, norms=((gain, shift, 1e-5),) * 2)], slope=SLOPE)
+    for reference in (False, True):
+        with dalle_ext.use_reference(reference):
+            assert not layers(torch.randn(2, 16), torch.tensor(0)).requires_grad
+    assert not any(x.requires_grad for x in stores(layers.layers))
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_no_caption(bits, reference):
+    empty = stack((0, 3, 2, 8, 16, 32), bits=bits)
+    with dalle_ext.use_reference(reference):
+        assert empty(torch.zeros(0, 16), torch.tensor(0)).shape == (0, 16)
+        with pytest.raises(RuntimeError, match="^DecodeLayers: slot must be from 0 to 14, got 15"):
+            empty(torch.zeros(0, 16), torch.tensor(15))
+
+
+@pytest.mark.parametrize("options", [{"bits": 8}, {"weights": BF16, "cache": BF16}], ids=str)
+def test_what_is_not_finite_stays_in_its_row(options):
+    sizes = (2, 9, 2, 5, 21, 33)
+    for bad in (math.nan, math.inf, 3e38):
+        one, other = stack(sizes, **options), stack(sizes, **options)
+        for x, slot in steps(21, 18, 3):
+            harmed = x.clone()
+            harmed[4], harmed[13, 0] = bad, -bad
+            rest = [row for row in range(18) if row not in (4, 13)]
+            found = other(harmed, slot)
+            assert torch.equal(one(x, slot)[rest], found[rest])
+            assert not found[4].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    "grid, text_lens", [((1, 1), (0, 0, 0, 0)), ((3, 5), (0, 1, 9, 70)), ((1, 7), (3, 0, 3, 1))]
+)
+def test_grids_and_texts(grid, text_lens):
+    def made():
+        kinds = ("row", {}), ("column", {}), ("causal", {}), ("conv", {"kernel_size": 3})
+        return [
+            layer(AttentionPattern(kind, text_len=t, grid=grid, **more), SIZES[2], seed=t)
+            for (kind, more), t in zip(kinds, text_lens, strict=True)
+        ]
+
+    one, other = DecodeLayers(made(), slope=SLOPE), made()
+    for x, slot in steps(20, 6, math.prod(grid)):
+        assert torch.equal(one(x, slot), call_by_call(other, x, slot))
+
+
+def test_stacks_in_several_threads_at_once():
+    """More threads than cores, and a cache for each caller."""
+    sizes = (1, 4, 2, 32, 64, 256)
+    x, before, found = torch.randn(4, 64), torch.get_num_threads(), []
+    wanted = [stack(sizes)(x, torch.tensor(0))] * 16
+
+    def work():
+        mine = stack(sizes)
+        found.extend(mine(x, torch.tensor(0)) for _ in range(4))
+
+    torch.set_num_threads(3)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, found, wanted)) and len(found) == 16
 
 
 def raw_arguments(layers):
     return (
-        layers._parameters, layers._text, layers._image, layers._scales, layers._kinds,
-        layers._rules, layers._eps, SLOPE,
+        layers._parameters, *layers._stores(), layers._kinds, layers._rules, layers._eps, SLOPE,
     )  # fmt: skip
 
 
@@ -183,7 +273,10 @@ GOOD = layer(patterns(6)[0], (1, 2, 2, 8, 16, 32), seed=0)
         ({"norms": (GOOD.norms[0], (torch.ones(3), torch.ones(16), 1e-5))}, "gain must be"),
         ({"norms": (GOOD.norms[0], (torch.ones(16), None, 1e-5))}, "shift must be a tensor"),
         ({"norms": (GOOD.norms[0], (torch.ones(16), torch.ones(16), "x"))}, "eps must be"),
-        ({"norms": (GOOD.norms[0],)}, "norms must be two of"),
+        ({"norms": (GOOD.norms[0], (torch.ones(16), torch.ones(16), torch.ones(2, 2)))}, "eps"),
+        ({"norms": (GOOD.norms[0],)}, "norms must be two of .*, got 1 of"),
+        ({"norms": (3, torch.ones(3, 3))}, "norms must be two of .*, got 2 of"),
+        ({"norms": torch.ones(2, 3)}, "norms must be two of .*, got Tensor"),
     ],
 )
 def test_a_layer_that_does_not_fit(change, line):
@@ -212,13 +305,16 @@ def test_layers_that_do_not_fit_each_other(sizes, options, line):
     [
         ([], SLOPE, "layers must be at least one, got none"),
         ([GOOD, 3], SLOPE, "layers must be of DecodeLayer, got int"),
+        (GOOD, SLOPE, "layers must be a sequence of DecodeLayer, got DecodeLayer"),
+        ([GOOD], torch.ones(2, 2), r"slope must be a finite number, got \(2, 2\) of float32"),
         ([GOOD], "x", "slope must be a finite number, got 'x'"),
         ([GOOD], float("nan"), "slope must be a finite number, got nan"),
     ],
 )
 def test_a_stack_that_is_none(layers, slope, line):
-    with pytest.raises((TypeError, ValueError), match=f"^DecodeLayers: {line}"):
+    with pytest.raises((TypeError, ValueError), match=f"^DecodeLayers: {line}") as caught:
         DecodeLayers(layers, slope=slope)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -239,8 +335,8 @@ def test_a_stack_that_is_none(layers, slope, line):
 def test_a_step_that_does_not_fit(x, slot, line, reference):
     layers = DecodeLayers([layer(patterns(6)[0], (1, 2, 2, 8, 16, 32), seed=0)], slope=SLOPE)
     before = [x.clone() for x in stores(layers.layers)]
-    problems = RuntimeError, TypeError, ValueError
-    with dalle_ext.use_reference(reference), pytest.raises(problems, match=line) as caught:
+    problems = pytest.raises((RuntimeError, TypeError, ValueError), match=f"^DecodeLayers: {line}")
+    with dalle_ext.use_reference(reference), problems as caught:
         layers(x, torch.tensor(slot))
     assert "\n" not in str(caught.value)
     assert all(map(torch.equal, before, stores(layers.layers)))

@@ -268,10 +268,18 @@ def test_numbers_that_want_a_gradient_are_refused(argument, reference):
             REFUSED[argument](WANTING)
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), torch.ones(2), "half"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), torch.ones(2, 2), "half"])
 def test_a_scale_is_a_finite_number(scale):
-    with pytest.raises(ValueError, match="^sparse_attention: scale must be a finite number, got"):
-        dalle_ext.sparse_attention(X, X, X, PATTERN, scale)
+    cache = dalle_ext.DecodeCache(PATTERN, *X.new_zeros(2, 1, 1, PATTERN.text_len, 4), 1)
+    new = X.new_zeros(1, 1, 1, 4)
+    for name, call in {
+        "sparse_attention": lambda: dalle_ext.sparse_attention(X, X, X, PATTERN, scale),
+        "decode_attention": lambda: dalle_ext.decode_attention(
+            new, new, new, cache, torch.tensor(0), scale=scale
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: scale must be a finite number, got .*$"):
+            call()
 
 
 @pytest.mark.parametrize(
