@@ -6,6 +6,7 @@ import errno
 import fcntl
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -176,6 +177,25 @@ def test_the_lock_of_a_crash_is_no_lock(tmp_path, capsys):
     for content in (b"", b"\0\xff[", b"[1]", b'{"process": "x"}'):
         (tmp_path / locks.LOCK_FILE).write_bytes(content)
         FolderLock(tmp_path, "x").release()
+
+
+def test_a_process_that_reads_pictures_does_not_keep_the_lock_of_one_that_was_killed(tmp_path):
+    lock = FolderLock(tmp_path, "x")
+    go_on, began = multiprocessing.Event(), multiprocessing.Event()
+    reader = multiprocessing.get_context("fork").Process(
+        target=lambda: (began.set(), go_on.wait(30))
+    )
+    reader.start()
+    try:
+        assert began.wait(30) and lock.held
+        with pytest.raises(UsageError, match="one training at a time"):
+            FolderLock(tmp_path, "y")
+        os.close(lock._handle)  # as the kernel does for a process that is killed
+        lock._handle = None
+        FolderLock(tmp_path, "y").release()
+    finally:
+        go_on.set()
+        reader.join()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import socket
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +27,9 @@ class FolderLock:
     """Holds `folder`/training.lock while this process writes into the folder.
 
     The lock is the kernel's (flock): it ends with the process, however that ends, so that a crash
-    leaves a file, but no lock. Where a file system has none, the process that the file names
-    decides, if it is of this machine.
+    leaves a file, but no lock. Processes that it forks, such as those that read pictures, do not
+    have it, since they may outlive it by seconds. Where a file system has none, the process that
+    the file names decides, if it is of this machine.
 
     Args:
         folder: must exist.
@@ -43,6 +45,7 @@ class FolderLock:
         self._reported = False
         self._folder_id: tuple[int, int] | None = None
         self._handle: int | None = self._acquire()
+        _LOCKS.add(self)
 
     def _acquire(self) -> int:
         while True:
@@ -146,6 +149,17 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 self.path.unlink()
         self._close()
+
+
+_LOCKS: weakref.WeakSet[FolderLock] = weakref.WeakSet()  # of this process
+
+
+def _close_in_child() -> None:
+    for lock in list(_LOCKS):
+        lock._close()  # a copy, so that the lock stays with the process that took it
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _folder_id(folder: Path) -> tuple[int, int] | None:
