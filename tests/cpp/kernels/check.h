@@ -166,5 +166,6 @@ void test_sparse_attention(Checks& checks);
 void test_decode_attention(Checks& checks);
 void test_packed_linear(Checks& checks);
 void test_team(Checks& checks);
+void test_decode_layers(Checks& checks);
 
 }  // namespace dalle

@@ -51,6 +51,7 @@ int run() {
     test_decode_attention(checks);
     test_packed_linear(checks);
     test_team(checks);
+    test_decode_layers(checks);
     std::printf("%s: %lld cases, %lld failures\n", one.name, static_cast<long long>(checks.cases),
                 static_cast<long long>(checks.failures));
     failures += checks.failures;
