@@ -182,7 +182,7 @@ class FolderPairs:
         else:
             files = state_of(path for stem in stems for path in (*pictures[stem], texts.get(stem)))
             rows = rows_in_blocks(
-                "verify",
+                "data check",
                 keep,
                 {"pass": "verify", "how": verify, "files": files},
                 len(stems),
