@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dalle_ext import _native
-from dalle_ext._checks import finite, integer, untracked
+from dalle_ext._checks import finite, integer, tensor_text, untracked
 from dalle_ext._switch import reference_in_use
 from dalle_ext.ops.sparse_attention import AttentionPattern
 from dalle_ext.reference import decode_attention as reference
@@ -48,8 +48,10 @@ class DecodeCache:
             127 (for "column" and "causal"); None in the dtype of the text.
 
     Attributes:
+        text_keys, text_values: (B, H, T, D).
         image_keys, image_values: (B, S, H, C, D).
         key_scales, value_scales: (B, S, H, C) float32 with `bits` 8, else None.
+        A contiguous tensor of the same shape, dtype and device may take the place of each.
 
     Raises:
         TypeError: pattern is not an AttentionPattern; text that requires a gradient while gradients
@@ -94,10 +96,23 @@ class DecodeCache:
         stored = text_keys.dtype if bits is None else torch.int8
         self.image_keys = text_keys.new_zeros(shape, dtype=stored)
         self.image_values = text_keys.new_zeros(shape, dtype=stored)
-        self.key_scales = self.value_scales = None
-        if bits is not None:
-            self.key_scales = text_keys.new_zeros(shape[:4], dtype=torch.float32)
-            self.value_scales = text_keys.new_zeros(shape[:4], dtype=torch.float32)
+
+        def scales() -> Tensor | None:
+            return None if bits is None else text_keys.new_zeros(shape[:4], dtype=torch.float32)
+
+        self.key_scales, self.value_scales = scales(), scales()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A tensor may take another's place where it is like it; all else stays as it was made."""
+        if name in self.__dict__:
+            old = self.__dict__[name]
+            if not isinstance(old, Tensor):
+                raise AttributeError(f"{CACHE}: {name} must stay as it was made, got another")
+            untracked(CACHE, **{name: value})
+            self._like(name, value, old)
+            if not value.is_contiguous():
+                raise ValueError(f"{CACHE}: {name} must be contiguous, got {tensor_text(value)}")
+        super().__setattr__(name, value)
 
     @property
     def num_bytes(self) -> int:

@@ -51,6 +51,29 @@ def test_opcheck(pattern, bits, dtype):
     torch.library.opcheck(RAW.default, arguments(cache))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "line"),
+    [
+        ("text_keys", lambda x: None, "text_keys must be a tensor, got NoneType"),
+        ("text_values", lambda x: x.to("meta"), "text_values must be on cpu, got meta"),
+        ("image_keys", lambda x: x.float(), "image_keys must be of dtype torch.int8, got torch.f"),
+        ("image_values", lambda x: x.mT.contiguous().mT, "image_values must be contiguous, got"),
+        ("key_scales", lambda x: x[:1], r"key_scales must be of shape \(2, 4, 3, 35\), got \(1,"),
+        ("value_scales", lambda x: x.to_sparse(), "value_scales must be dense"),
+        ("value_scales", lambda x: x.requires_grad_(), "value_scales must not require a gradient"),
+        ("pattern", lambda x: PATTERN, "pattern must stay as it was made"),
+        ("samples", lambda x: 3, "samples must stay as it was made"),
+    ],
+)
+def test_what_takes_the_place_of_a_part_of_a_cache_is_like_it(name, change, line):
+    cache = cache_of(COLUMN, bits=8)
+    before = getattr(cache, name)
+    changed = change(before.clone() if isinstance(before, torch.Tensor) else before)
+    with pytest.raises((AttributeError, TypeError, ValueError), match=f"^DecodeCache: {line}.*$"):
+        setattr(cache, name, changed)
+    assert getattr(cache, name) is before
+
+
 def test_the_schema_says_what_is_written():
     written = {a.name for a in RAW.default._schema.arguments if a.alias_info is not None}
     assert written == {"image_keys", "image_values", "key_scales", "value_scales"}
