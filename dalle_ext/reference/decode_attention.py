@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from . import without_autocast
+
 MAX_CODE = 127  # of the 8-bit form
 
 
@@ -77,5 +79,6 @@ def decode_attention(
         parts.append(torch.cat([shared, image], 3))  # (B, S, H, T + seen, D)
     keys, values = parts
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    scores = (q[:, :, :, None] @ keys.transpose(-2, -1)) * factor
-    return (scores.softmax(-1) @ values)[:, :, :, 0]
+    with without_autocast(q):
+        scores = (q[:, :, :, None] @ keys.transpose(-2, -1)) * factor
+        return (scores.softmax(-1) @ values)[:, :, :, 0]

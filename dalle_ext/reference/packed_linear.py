@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from . import without_autocast
+
 
 def pack_linear(weight: torch.Tensor) -> torch.Tensor:
     """(N, K) -> panels of 16 outputs, (P, K, 16), of bfloat16 in pairs, (P, K / 2, 16, 2)."""
@@ -24,6 +26,7 @@ def packed_linear(
     if gain is not None:
         x = torch.nn.functional.layer_norm(x, x.shape[1:], gain, shift, eps)
     rows = weight.transpose(1, 2).flatten(2).flatten(0, 1)[:outputs, : x.shape[1]].float()
-    y = torch.nn.functional.linear(x.to(weight.dtype).float(), rows, bias)
+    with without_autocast(x):
+        y = torch.nn.functional.linear(x.to(weight.dtype).float(), rows, bias)
     y = y * torch.sigmoid(slope * y) if slope else y
     return y if add is None else y + add

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from . import without_autocast
 from .formats import decode, encode
 
 Tensor = torch.Tensor
@@ -34,16 +35,18 @@ def project(error: Tensor, p: Tensor, error_scale: float, fast: bool = False) ->
 
 def _product(values: Tensor, factor: Tensor, fast: bool) -> Tensor:
     """Of decoded codes and a factor, float32; `fast`: of both as half words, codes times 2^11."""
-    if not fast:
-        return values @ factor
-    return (values * 2048).half().float() @ factor.half().float() / 2048
+    with without_autocast(values):
+        if not fast:
+            return values @ factor
+        return (values * 2048).half().float() @ factor.half().float() / 2048
 
 
 def decompress_(
     error: Tensor, p: Tensor, q: Tensor, feedback: float, skip: Tensor | None, fast: bool = False
 ) -> Tensor:
     """D = P Q^T, `fast`: of P and Q in tf32; what is left of E's codes is E - feedback D."""
-    grad = _tf32(p) @ _tf32(q).t() if fast else p @ q.t()
+    with without_autocast(p):
+        grad = _tf32(p) @ _tf32(q).t() if fast else p @ q.t()
     if feedback != 0 and (skip is None or not skip):
         error.copy_(encode(decode(error, "1-6-9") - grad * feedback, "1-6-9"))
     return grad

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from . import without_autocast
+
 
 def sparse_attention_mask(pattern: Any) -> torch.Tensor:
     """The (T, T) bool mask of `pattern`: entry (query, key) says whether the query sees the key.
@@ -50,5 +52,6 @@ def sparse_attention(
     """softmax(mask(q k^T scale)) v in q's dtype; q, k, v and the result are (B, H, T, D)."""
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     mask = sparse_attention_mask(pattern).to(q.device)
-    scores = (q @ k.transpose(-2, -1) * scale).masked_fill(~mask, -math.inf)
-    return torch.softmax(scores, dim=-1) @ v
+    with without_autocast(q):
+        scores = (q @ k.transpose(-2, -1) * scale).masked_fill(~mask, -math.inf)
+        return torch.softmax(scores, dim=-1) @ v

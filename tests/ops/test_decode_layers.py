@@ -114,6 +114,18 @@ def test_the_definition(weights, tolerance):
         torch.testing.assert_close(one(x, slot), wanted, atol=tolerance, rtol=tolerance)
 
 
+def test_autocast_changes_nothing():
+    """Neither what the op computes nor its definition."""
+    x, slot = torch.randn(6, 20), torch.tensor(0)
+    for reference in (False, True):
+        one, other = stack(SIZES[2]), stack(SIZES[2])
+        with dalle_ext.use_reference(reference):
+            wanted = other(x, slot)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(one(x, slot), wanted)
+        assert all(map(torch.equal, stores(one.layers), stores(other.layers)))
+
+
 def test_a_row_has_the_same_bits_among_any_others():
     sizes = (1, 20, 2, 16, 48, 96)
     whole = stack(sizes)

@@ -53,6 +53,19 @@ def assert_close(got, a, b, plain):
     assert (got.double() - exact).abs().max() <= most
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_autocast_changes_no_definition(fast):
+    found = []
+    for on in (False, True):
+        error, grad, p, q = matrices((33, 97, 13), "cpu")
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            first = reference.compress_(error, grad, q, None, 8.0, None, fast)
+            second = reference.project(error, p, 8.0, fast)
+            third = reference.decompress_(error, p, q, 0.5, None, fast)
+        found.append((error, first, second, third))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("fast", [False, True])

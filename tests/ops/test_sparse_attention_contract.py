@@ -31,6 +31,23 @@ def heads(*, order="bhtd", dtype=torch.float32, batch=2, num_heads=3, size=16, g
     return q, k, v
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_autocast_changes_nothing(native):
+    """Neither what the op computes nor its definition, nor their gradients."""
+    found = []
+    for on in (False, True):
+        q, k, v = (x.detach().requires_grad_() for x in heads(order="bhtd"))
+        with torch.no_grad():
+            for seed, x in enumerate((q, k, v)):
+                x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        call = sparse_attention if native else reference
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            out = call(q, k, v, PATTERN)
+        out.sum().backward()
+        found.append((out, q.grad, k.grad, v.grad))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize(
     ("order", "dtype"),
     [("bhtd", torch.float32), ("bthd", torch.float64), ("packed", torch.bfloat16)],
