@@ -89,6 +89,7 @@ def require_adamw(owner: str, config: object) -> None:
 UPPER_LIMITS: dict[str, float] = {
     "batch_size": 2**20,
     "batch": 2**20,
+    "accumulate": 2**20,
     "steps": 10**9,
     "log_every": 10**9,
     "checkpoint_every": 10**9,

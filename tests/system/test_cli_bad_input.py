@@ -119,6 +119,7 @@ BAD = [
     (f"{RECONSTRUCT} --out {'a/' * 2000}x.png", SURROUNDINGS, "(too many folders|name too long)"),
     ("plan --gpus 64 --tflops 1e-300", USAGE, "plan: tflops must be at least 0.001, got 1e-300$"),
     (f"{PRIOR} --eps 1e-320", USAGE, "prior train: eps must be at least 1e-30, got 1e-320$"),
+    (f"{DVAE} --accumulate {2**63 - 1}", USAGE, "accumulate must be at most 1048576 in size, got"),
     (f"{PRIOR} --weight-decay 1e300", USAGE, "weight_decay must be at most 1000.0 in size"),
     (f"{RERANK} b", USAGE, "arguments must be those that --help lists, got also b$"),
     ("plan --preset 13b", USAGE, "preset must be one of tiny, small"),

@@ -28,6 +28,7 @@ def test_no_case_shows_the_inside(tmp_path):
         ("prior train --seed 2", "prior train --seed 2 --steps 2"),
         ("prior train --steps x", "prior train --steps x"),
         ("sample word", "sample word"),
+        ("eval fid --real shapes", "eval fid --real shapes --count 8"),
         ("", ""),
     ],
 )
