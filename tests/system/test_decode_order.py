@@ -1,10 +1,11 @@
-"""A decoder takes its slots in order: skipped and past ones are refused, the last may repeat."""
+"""A decoder takes its slots in order, the last may repeat; a caller's autocast changes no token."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+import dalle_ext
 from dalle.errors import UsageError
 from dalle.prior.decode import Decoder
 from support.prior import make, sample
@@ -48,3 +49,13 @@ def test_the_last_slot_may_come_again_with_other_tokens(bits):
         assert torch.equal(found, plain.step(slot, previous(image, slot)))
     with pytest.raises(UsageError, match="^Decoder: slot must be 11, slots come in order, got 10$"):
         again.step(10, previous(image, 10))
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_callers_autocast_changes_no_token(reference):
+    model = make(image_rank=6)
+    text, _ = sample(model)
+    with dalle_ext.use_reference(reference):
+        wanted = model.generate(text, num_samples=2, seed=5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model.generate(text, num_samples=2, seed=5), wanted)

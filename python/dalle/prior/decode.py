@@ -18,6 +18,7 @@ from torch import Tensor
 
 import dalle_ext
 from dalle.configs import check_options, field_names, integer
+from dalle.devices import without_autocast
 from dalle.errors import NumericalError, UsageError
 from dalle.prior.blocks import KeysValues
 from dalle.prior.config import PAD
@@ -123,7 +124,8 @@ class Decoder:
             for row, given in zip(branch, prime, strict=True):
                 key = torch.cat([row, given]).cpu().numpy().tobytes()
                 if key not in known:
-                    known[key] = prefill(self.prior, row[None], given[None])
+                    with without_autocast(text):  # the prior computes in a dtype of its own
+                        known[key] = prefill(self.prior, row[None], given[None])
                 read.append(known[key])
         self._step.fill(read, prime.shape[1])
         self._next = range(prime.shape[1], prime.shape[1] + 1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dalle_ext
+from dalle.devices import without_autocast
 from dalle.errors import EnvironmentProblem, UsageError
 from dalle.memory import free_memory, require_memory
 from dalle.prior.blocks import GELU_SLOPE, KeysValues, Layer, gelu
@@ -262,7 +263,8 @@ class Step:
         self.batch, self.samples, self.dtype = batch, samples, c.compute_dtype
         # One row more than there are tokens: what stands before the first.
         start = prior.start_of_image.detach()[None]
-        self.tokens = torch.cat([prior.image_widen(prior.image_embedding.weight), start])
+        with without_autocast(start):
+            self.tokens = torch.cat([prior.image_widen(prior.image_embedding.weight), start])
         self.positions = prior.image_positions()
         device = self.tokens.device
         check_weights(weights, device)
@@ -340,9 +342,10 @@ class Step:
         """A step of what stands in the buffers `previous` and `slot`; reads neither on the host."""
         x = torch.index_select(self.tokens, 0, self.previous.view(-1))
         x += torch.index_select(self.positions, 0, self.slot.view(1))
-        x = self.layers(x, self.slot)
-        for part in self.head:
-            x = part(x)
+        with without_autocast(x):  # products compute in dtypes of their own
+            x = self.layers(x, self.slot)
+            for part in self.head:
+                x = part(x)
         return x.view(self.batch, self.samples, -1)
 
 
