@@ -26,6 +26,7 @@ from dalle.candidates import (
 )
 from dalle.captions import clean
 from dalle.configs import check_options
+from dalle.devices import without_autocast
 from dalle.errors import UsageError
 from dalle.masks import kept_tokens
 from dalle.prior.decode import Drawn
@@ -130,7 +131,9 @@ def checked(
         )
     device = next(pipeline.vae.parameters()).device
     with torch.no_grad():
-        given = pipeline.vae.encode(image[None].to(device))[0].flatten().cpu()
+        one = image[None].to(device)
+        with without_autocast(one):
+            given = pipeline.vae.encode(one)[0].flatten().cpu()
     return Edit(caption, text, image, given, tokens.flatten(), pixels, paste)
 
 

@@ -25,6 +25,7 @@ from dalle.candidates import (
     counted,
 )
 from dalle.configs import UPPER_LIMITS, check_numbers, check_options, from_dict, integer
+from dalle.devices import without_autocast
 from dalle.dvae.model import DiscreteVAE
 from dalle.editing import Editing, picture
 from dalle.errors import CheckpointError, UsageError
@@ -187,7 +188,9 @@ class Pipeline(Editing):
         if not 0 < rows < self.grid[0]:
             raise UsageError(f"pipeline: prime_rows must be 1 to {self.grid[0] - 1}, got {rows}")
         with torch.no_grad():
-            tokens = self.vae.encode(image[None].to(next(self.vae.parameters()).device))
+            given = image[None].to(next(self.vae.parameters()).device)
+            with without_autocast(given):
+                tokens = self.vae.encode(given)
         return tokens[0, :rows].flatten()
 
     def sample(
@@ -282,7 +285,8 @@ class Pipeline(Editing):
         parts = []
         for part in flat.split(SEQUENCES):
             several = part.expand(2, -1, -1) if len(part) == 1 else part
-            parts.append(self.vae.decode(several)[: len(part)].float().cpu())
+            with without_autocast(several):
+                parts.append(self.vae.decode(several)[: len(part)].float().cpu())
         images: torch.Tensor = torch.cat(parts).unflatten(0, tokens.shape[:-2])
         return images.clamp(0, 1)
 

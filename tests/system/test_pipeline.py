@@ -43,6 +43,21 @@ def folder(pipeline, tmp_path_factory):
     return path
 
 
+def test_a_callers_autocast_changes_no_bit(pipeline):
+    def everything():
+        drawn = pipeline.generate(CAPTION, num_candidates=3, top=3, sampling=HOT)
+        given = pipeline.prime_tokens(drawn.images[0], 1)
+        keep = torch.zeros(pipeline.grid, dtype=torch.bool)
+        keep[0] = True
+        edit = pipeline.edit(drawn.images[0], CAPTION, keep=keep, num_candidates=2, top=2)
+        return drawn.images, drawn.scores, given, edit.images, edit.scores
+
+    wanted = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = everything()
+    assert all(map(torch.equal, found, wanted))
+
+
 def test_best_come_first_and_belong_to_their_codes(pipeline):
     found = pipeline.generate(CAPTION, num_candidates=12, top=5, seed=3)
     assert found.images.shape == (5, 3, 16, 16) and found.tokens.shape == (5, 4, 4)

@@ -22,7 +22,7 @@ from torch import nn
 
 from dalle.captions import clean
 from dalle.configs import integer
-from dalle.devices import autocast
+from dalle.devices import autocast, without_autocast
 from dalle.errors import CheckpointError, EnvironmentProblem, UsageError
 from dalle.files import check_regular, read_json
 from dalle.optional import prepare_torchvision
@@ -142,9 +142,10 @@ class ContrastiveRanker(Pretrained[RankerConfig]):
             rows = torch.tensor(
                 [unique.index(caption) for caption in part], device=device, dtype=torch.int64
             )
-            vectors = self.encode_text(_padded(text).to(device))[rows]
             pictures = _padded(images[start : start + 256]).to(device)
-            cosines.append((vectors * self.encode_images(pictures)[: len(part)]).sum(1))
+            with without_autocast(pictures):
+                vectors = self.encode_text(_padded(text).to(device))[rows]
+                cosines.append((vectors * self.encode_images(pictures)[: len(part)]).sum(1))
         return (
             torch.cat(cosines).float().cpu()
             if cosines
