@@ -43,7 +43,10 @@ def integer(
         if requirement is None:
             requirement = "an integer" if minimum is None else f"an integer of at least {minimum}"
             requirement += "" if below is None else f" and below {below}"
-        raise error(f"{owner}: {argument} must be {requirement}, got {value!r}")
+        got = f"{value!r:.100}"
+        if "\n" in got:  # an array, or a tensor
+            got = tensor_text(value) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise error(f"{owner}: {argument} must be {requirement}, got {got}")
     return number
 
 

@@ -160,7 +160,11 @@ def test_kinds_of_integers_mean_the_same(name):
         assert same(wanted, CALLS[name](kind)), kind
 
 
-@pytest.mark.parametrize("value", [1.5, np.float64(2.0), "2", None, True, np.bool_(True)])
+@pytest.mark.parametrize(
+    "value",
+    [1.5, np.float64(2.0), "2", None, True, np.bool_(True), torch.ones(2, 2), np.ones((3, 3))],
+    ids=lambda value: type(value).__name__,
+)
 def test_what_is_no_integer_gets_one_line(value):
     calls = {
         "AttentionPattern: text_len": lambda: dalle_ext.AttentionPattern(
@@ -174,8 +178,9 @@ def test_what_is_no_integer_gets_one_line(value):
         "train: steps": lambda: LoopConfig(steps=value, out=Path("x")),
     }
     for argument, call in calls.items():
-        with pytest.raises((ValueError, UsageError), match=f"^{argument} must be .*, got "):
+        with pytest.raises((ValueError, UsageError), match=f"^{argument} must be .*, got ") as line:
             call()
+        assert "\n" not in str(line.value)
 
 
 def ranker_task(seed):

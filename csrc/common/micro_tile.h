@@ -15,14 +15,21 @@ constexpr int kMaxDepth = 128;  // products added up before they meet another su
 template <typename acc_t, int kVectors, int kRows = kMicroRows>
 using MicroTile = Vec<acc_t>[kRows][kVectors];
 
+// What a product asks for meanwhile, a little at each step: nothing.
+struct NothingAhead {
+  void operator()() const {}
+};
+
 // sum[r][j] += sum over k < depth of a[r * row_step + k * step] * vector j of row b + k * ldb.
 // Inlined, so that steps which the caller knows are constants.
-template <typename operand_t, int kVectors, int kRows = kMicroRows>
+template <typename operand_t, int kVectors, int kRows = kMicroRows, typename Ahead = NothingAhead>
 DALLE_INLINE inline void micro_tile(const operand_t* a, int64_t row_step, int64_t step,
                                     const operand_t* b, int64_t ldb, int depth,
-                                    MicroTile<Sum<operand_t>, kVectors, kRows>& sum) {
+                                    MicroTile<Sum<operand_t>, kVectors, kRows>& sum,
+                                    Ahead&& ahead = Ahead{}) {
   constexpr int kWidth = Lanes<operand_t>::kWidth;
   for (int k = 0; k < depth; ++k, a += step, b += ldb) {
+    ahead();
     Vec<operand_t> row[kVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) row[j] = load(b + j * kWidth);
@@ -61,17 +68,19 @@ inline void load_tile(const acc_t* c, int64_t ldc, const acc_t* beta,
 }
 
 // c[kRows][kVectors vectors] = factor * the product, a and b as in `micro_tile`.
-template <typename operand_t, int kVectors, int kRows = kMicroRows, int kPart = kMaxDepth>
+template <typename operand_t, int kVectors, int kRows = kMicroRows, int kPart = kMaxDepth,
+          typename Ahead = NothingAhead>
 DALLE_INLINE inline void scaled_product(const operand_t* a, int64_t row_step, int64_t step,
                                         const operand_t* b, int64_t ldb, int depth,
-                                        Sum<operand_t> factor, Sum<operand_t>* c, int64_t ldc) {
+                                        Sum<operand_t> factor, Sum<operand_t>* c, int64_t ldc,
+                                        Ahead&& ahead = Ahead{}) {
   using acc_t = Sum<operand_t>;
   // Two shorter sums, of kPart products, round less than one long one.
   for (int d = 0; d < depth; d += kPart) {
     const int part = depth - d < kPart ? depth - d : kPart;
     MicroTile<acc_t, kVectors, kRows> sum = {}, before = {};
     micro_tile<operand_t, kVectors, kRows>(a + d * step, row_step, step, b + d * ldb, ldb, part,
-                                           sum);
+                                           sum, ahead);
     if (d > 0) load_tile<acc_t, kVectors, kRows>(c, ldc, nullptr, before);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {

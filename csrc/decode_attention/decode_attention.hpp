@@ -51,14 +51,14 @@ struct DecodeTensors {
   const std::optional<Tensor>&key_scales, &value_scales;
 };
 
-struct DecodeShape {
+struct DecodeSizes {
   int64_t b, s, h, d;
   ScalarType type;
 };
 
 // All but q, k, v and out, which the caller adds. `like` has the device of all tensors.
 inline DecodeAttentionParams check_decode_cache(const char* op, const Tensor& like,
-                                                const DecodeShape& shape,
+                                                const DecodeSizes& shape,
                                                 const DecodeTensors& cache, const Tensor& slot,
                                                 const std::string& kind, int64_t rows,
                                                 int64_t columns, const std::vector<int64_t>& runs,
@@ -125,7 +125,7 @@ inline DecodeAttentionParams check_decode_attention(const Tensor& q, const Tenso
   check_decode_row(q, "q", q);
   check_decode_row(k, "k", q);
   check_decode_row(v, "v", q);
-  const DecodeShape shape = {q.size(0), q.size(1), q.size(2), q.size(3), q.scalar_type()};
+  const DecodeSizes shape = {q.size(0), q.size(1), q.size(2), q.size(3), q.scalar_type()};
   DecodeAttentionParams params =
       check_decode_cache(kDecodeAttention, q, shape, cache, slot, kind, rows, columns, runs, scale);
   params.q = decode_rows_of(q);

@@ -85,17 +85,27 @@ inline void weigh_values(DecodeSpace<operand_t>& space, const Sums<Sum<operand_t
 
 // -- many samples: kVectors vectors of them -------------------------------------------------------
 
-// Calls ahead(t) before key t and those after it, kMicroRows at a time.
-template <typename operand_t, int kVectors, typename Ahead>
+// Asks for rows of text from two places, as many bytes further at each step of a product.
+struct TextAhead {
+  const char *one, *two;
+  int64_t step;
+
+  void operator()() {
+    __builtin_prefetch(one);
+    __builtin_prefetch(two);
+    one += step, two += step;
+  }
+};
+
+template <typename operand_t, int kVectors>
 inline void score_many(DecodeSpace<operand_t>& space, OperandRows<operand_t> keys, int count,
-                       int depth, Sum<operand_t> factor, const Ahead& ahead) {
+                       int depth, Sum<operand_t> factor, TextAhead ahead) {
   constexpr int kLead = kSamples<Sum<operand_t>>;
   int t = 0;
   for (; t + kMicroRows <= count; t += kMicroRows) {
-    ahead(t);
     scaled_product<operand_t, kVectors, kMicroRows, kScorePart>(
         keys.data + t * keys.stride, keys.stride, 1, space.q_across, kLead, depth, factor,
-        space.scores + t * kLead, kLead);
+        space.scores + t * kLead, kLead, ahead);
   }
   for (; t < count; ++t) {
     scaled_product<operand_t, kVectors, 1, kScorePart>(keys.data + t * keys.stride, 0, 1,
@@ -246,10 +256,10 @@ inline void attend_text(const storage_t* keys, const storage_t* values, int text
     }
     const int vectors = samples <= kWidth ? 1 : kMicroVectors;
     // The values of this chunk and the keys of the next, which may be those of the next head.
-    const auto ahead = [&](int t) DALLE_INLINE {
-      prefetch(next + int64_t{t} * size.size, int64_t{kMicroRows} * size.size);
-      prefetch(chunk + int64_t{kChunk + t} * size.size, int64_t{kMicroRows} * size.size);
-    };
+    const int64_t row = size.size * static_cast<int64_t>(sizeof(storage_t));
+    const TextAhead ahead = {reinterpret_cast<const char*>(next),
+                             reinterpret_cast<const char*>(chunk) + kChunk * row,
+                             ceil_div(kMicroRows * row, size.depth)};
     if (vectors == 1) {
       score_many<operand_t, 1>(space, rows, count, size.depth, factor, ahead);
     } else {

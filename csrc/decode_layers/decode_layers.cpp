@@ -74,7 +74,7 @@ Tensor decode_layers(const Tensor& x, const Tensor& slot, Tensors parameters, Te
   DALLE_LAYERS_CHECK(holds, "x", "contiguous float32, (R, d)", tensor_text(x));
   const Tensor& keys = image[0];
   DALLE_LAYERS_CHECK(keys.dim() == 5, "image_keys", "(B, S, H, C, D)", shape_text(keys));
-  const DecodeShape shape = {keys.size(0), keys.size(1), keys.size(2), keys.size(4),
+  const DecodeSizes shape = {keys.size(0), keys.size(1), keys.size(2), keys.size(4),
                              text[0].scalar_type()};
   DALLE_LAYERS_CHECK(x.size(0) == shape.b * shape.s, "x",
                      "of " + std::to_string(shape.b * shape.s) + " rows", shape_text(x));

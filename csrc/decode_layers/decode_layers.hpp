@@ -49,7 +49,7 @@ struct DecodeRules {
 
 // All but what depends on the buffers. `shape` is that of q, the same for all layers.
 inline DecodeLayer check_decode_layer(size_t i, const DecodeLayersTensors& given,
-                                      DecodeRules& rules, const DecodeShape& shape,
+                                      DecodeRules& rules, const DecodeSizes& shape,
                                       const Tensor& slot, int64_t width, double slope) {
   DecodeLayer layer{};
   const Tensor* p = &given.parameters[i * kLayerParameters];
