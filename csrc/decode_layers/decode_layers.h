@@ -39,7 +39,7 @@ struct DecodeLayersArgs {
 
 constexpr int64_t kDecodePhases = 10;   // of a layer, at most: four products and what they read
 constexpr int64_t kRowsPrepared = 16;   // rows of a task that norms them
-constexpr int64_t kTasksOfAThread = 3;  // of a product: few, so that a late thread is made up for
+constexpr int64_t kTasksOfAThread = 3;  // of a product: some, so that a late thread is made up for
 
 inline void run_prepare(Member& member, const PackedLinearCpu& cpu, const PackedLinearArgs& args) {
   member.run(ceil_div(args.rows, kRowsPrepared), [&](int64_t task) {

@@ -57,7 +57,7 @@ def test_every_block_is_run_here():
         "docs/distributed.md": 2,
         "docs/editing.md": 1,
         "docs/evaluation.md": 1,
-        "docs/ops.md": 3,
+        "docs/ops.md": 4,
         "docs/precision.md": 2,
         "docs/released_dvae.md": 1,
         "docs/sampling.md": 2,
