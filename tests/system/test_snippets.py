@@ -128,6 +128,8 @@ def test_ops():
     check_attention("docs/ops.md", run("docs/ops.md", 0))
     names = run("docs/ops.md", 2)
     assert names["out"].shape == (1, 16, 8, 64) and int(names["slot"]) == 1024
+    names = run("docs/ops.md", 3)
+    assert names["x"].shape == (1, 384) and bool(names["x"].isfinite().all())
 
 
 def test_training(home, monkeypatch):
