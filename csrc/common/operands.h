@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "common/carver.h"
 #include "common/pairs.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
@@ -101,19 +102,6 @@ inline Vec<acc_t> sums_of(Vec<acc_t> (&rows)[Lanes<acc_t>::kWidth]) {
   if constexpr (kStep > 1) return sums_of<acc_t, kStep / 2>(rows);
   return rows[0];
 }
-
-// Hands out 64-byte aligned pieces of the workspace; counts bytes where there is none.
-struct Carver {
-  char* base;
-  size_t used = 0;
-
-  template <typename T>
-  T* take(size_t count) {
-    char* piece = base == nullptr ? nullptr : base + used;
-    used += (count * sizeof(T) + 63) / 64 * 64;
-    return reinterpret_cast<T*>(piece);
-  }
-};
 
 // Calls body(storage_t{}, operand_t{}) for the types of the tensors. v4_bf16 has bfloat16 alone:
 // the other types are what v4 makes of them.

@@ -7,30 +7,17 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/carver.h"
 #include "common/isa.h"
+#include "common/tasks.hpp"
 
 namespace dalle {
 namespace {
 
 constexpr int64_t kProductsOfAThread = 1 << 16;  // fewer are not worth another thread
 
-// Hands out 64-byte aligned pieces of one tensor; counts bytes where there is none.
-struct Pieces {
-  char* base = nullptr;
-  int64_t used = 0;
-
-  void* take(int64_t bytes) {
-    void* const piece = base == nullptr ? nullptr : base + used;
-    used += (bytes + 63) / 64 * 64;
-    return piece;
-  }
-  float* floats(int64_t count) {
-    return static_cast<float*>(take(count * static_cast<int64_t>(sizeof(float))));
-  }
-};
-
 // Buffers of a step, and where the layers' attention finds its rows.
-void place_buffers(DecodeLayersArgs& all, std::vector<DecodeLayer>& layers, Pieces& pieces) {
+void place_buffers(DecodeLayersArgs& all, std::vector<DecodeLayer>& layers, Carver& carver) {
   const DecodeAttentionParams& first = layers[0].attention;
   const bool rounded = first.type == ElementKind::kBFloat16;
   const int64_t inner = int64_t{first.heads} * first.head_size;
@@ -42,14 +29,14 @@ void place_buffers(DecodeLayersArgs& all, std::vector<DecodeLayer>& layers, Piec
     hidden = std::max(hidden, layer.wide_out.inputs);
     read = std::max({read, layer.qkv.inputs, layer.out.inputs, layer.wide_out.inputs});
   }
-  all.qkv = pieces.floats(all.rows * 3 * inner);
-  all.stored = rounded ? pieces.take(all.rows * packed * element) : nullptr;
-  all.attended = pieces.take(all.rows * attended * element);
-  all.middle = pieces.floats(all.rows * layers[0].qkv.inputs);
-  all.hidden = pieces.floats(all.rows * hidden);
-  all.normed = pieces.floats(all.rows * read);
-  all.workspace = pieces.take(all.threads * all.workspace_bytes);
-  if (pieces.base == nullptr) return;
+  all.qkv = carver.take<float>(all.rows * 3 * inner);
+  all.stored = rounded ? carver.take<char>(all.rows * packed * element) : nullptr;
+  all.attended = carver.take<char>(all.rows * attended * element);
+  all.middle = carver.take<float>(all.rows * layers[0].qkv.inputs);
+  all.hidden = carver.take<float>(all.rows * hidden);
+  all.normed = carver.take<float>(all.rows * read);
+  all.workspace = carver.take<char>(all.threads * all.workspace_bytes);
+  if (carver.base == nullptr) return;
   if (attended > inner) std::memset(all.attended, 0, all.rows * attended * element);
   char* const rows = rounded ? static_cast<char*>(all.stored) : reinterpret_cast<char*>(all.qkv);
   for (DecodeLayer& layer : layers) {
@@ -114,12 +101,12 @@ Tensor decode_layers(const Tensor& x, const Tensor& slot, Tensors parameters, Te
   const double work = products * static_cast<double>(all.rows) / kProductsOfAThread;
   const int64_t most = torch::stable::get_num_threads();
   all.threads = static_cast<int64_t>(std::clamp(work, 1.0, static_cast<double>(most)));
-  Pieces pieces;
-  place_buffers(all, layers, pieces);
-  Tensor space = torch::stable::new_empty(x, {pieces.used + 64}, ScalarType::Byte);
-  const auto raw = reinterpret_cast<uintptr_t>(space.mutable_data_ptr());
-  pieces = {reinterpret_cast<char*>((raw + 63) / 64 * 64)};
-  place_buffers(all, layers, pieces);
+  Carver counted{nullptr};
+  place_buffers(all, layers, counted);
+  const auto bytes = static_cast<int64_t>(counted.used);
+  Tensor space = torch::stable::new_empty(x, {bytes + 64}, ScalarType::Byte);
+  Carver carver{aligned_memory(space)};
+  place_buffers(all, layers, carver);
   Team team(kDecodePhases * all.num_layers);
   torch::stable::parallel_for(0, all.threads, 1, [&](int64_t, int64_t) {
     Member member(team);

@@ -59,6 +59,7 @@ inline void run_product(Member& member, const PackedLinearCpu& cpu, const Decode
   } else if (args.normed == nullptr) {
     args.normed = const_cast<float*>(args.x);  // read only
   }
+  // As many panels as a tile of products is wide with AVX-512; less wide ones fit as well.
   const int64_t panels = ceil_div(args.outputs, kLinearColumns), tile = all.rows <= 2 ? 4 : 3;
   const int64_t some = tile * ceil_div(panels, tile * all.threads * kTasksOfAThread);
   member.run(ceil_div(panels, some), [&](int64_t task) {

@@ -102,12 +102,10 @@ class Product:
 
 
 class PackedProduct:
-    """The same on the CPU by `dalle_ext.PackedLinear`, whose rows never depend on each other."""
+    """norm(x) W^T + b in fp32 by `dalle_ext.PackedLinear`: rows never depend on each other."""
 
-    def __init__(
-        self, layer: nn.Linear, dtype: torch.dtype, norm: nn.LayerNorm | None = None
-    ) -> None:
-        self.packed = dalle_ext.PackedLinear(layer.weight, layer.bias, dtype=dtype)
+    def __init__(self, layer: nn.Linear, norm: nn.LayerNorm | None = None) -> None:
+        self.packed = dalle_ext.PackedLinear(layer.weight, layer.bias, dtype=torch.float32)
         self.norm = None if norm is None else norm_of(norm)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -288,7 +286,7 @@ class Step:
 
         def product(layer: nn.Linear, norm: nn.LayerNorm | None) -> Multiply:
             if packed:
-                return PackedProduct(layer, torch.float32, norm)
+                return PackedProduct(layer, norm)
             return Product(layer, torch.float32, rows, norm)
 
         narrow, norm = prior.image_narrow, prior.norm
